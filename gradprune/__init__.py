@@ -1,0 +1,38 @@
+"""Gradient-based structured pruning of large language models.
+
+The public names are imported on first use, so that `import gradprune` is light and works without a GPU,
+Triton, a compiler or the network.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradprune.checkpoint import load_pruned
+    from gradprune.config import PruneConfig
+    from gradprune.errors import GradPruneError
+    from gradprune.importance.engine import ImportanceEngine
+    from gradprune.pipeline import PruneResult, prune
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "GradPruneError": "gradprune.errors",
+    "ImportanceEngine": "gradprune.importance.engine",
+    "PruneConfig": "gradprune.config",
+    "PruneResult": "gradprune.pipeline",
+    "load_pruned": "gradprune.checkpoint",
+    "prune": "gradprune.pipeline",
+}
+
+__all__ = ["GradPruneError", "ImportanceEngine", "PruneConfig", "PruneResult", "__version__", "load_pruned", "prune"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gradprune' has no attribute '{name}'")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,249 @@
+"""The `gradprune` command. Heavy imports wait until a command runs, so that `--help` is quick."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from gradprune.config import Backend, Dtype, Method, Prior, PruneConfig, Reduction
+from gradprune.errors import ConfigError, GradPruneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from gradprune.pipeline import PruneResult
+
+# typer's usage errors share this base, in releases that depend on click as in those that carry their own.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+DEFAULT = PruneConfig()
+OUT = Console()
+PROGRESS = Console(stderr=True)
+
+app = typer.Typer(
+    help="Gradient-based structured pruning of large language models. Options may be written with _ or -.",
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+BaseModel = Annotated[str | None, typer.Option(help="Model folder or hub id; without it, the embedded demo model.")]
+Dataset = Annotated[
+    str | None,
+    typer.Option(help=".txt, .jsonl or .npy file, or wikitext2 | ptb | c4; without it, the embedded text."),
+]
+SeqLen = Annotated[int, typer.Option(help="Tokens a sample.")]
+BatchSize = Annotated[int, typer.Option(help="Samples a forward pass.")]
+NumSamples = Annotated[int, typer.Option(help="Calibration samples.")]
+Seed = Annotated[int, typer.Option(help="Seed of the calibration sampling.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Type of the weights; auto keeps the checkpoint's.")]
+Checkpointing = Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")]
+TrustRemoteCode = Annotated[bool, typer.Option(help="Run the checkpoint's own code. Off unless asked for.")]
+BackendOption = Annotated[Backend, typer.Option(help="Who computes the importance.")]
+ReductionOption = Annotated[Reduction, typer.Option(help="Exact per sample, or the cheaper per-batch variant.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+
+
+@app.command()
+def prune(
+    base_model: BaseModel = None,
+    pruning_ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = DEFAULT.pruning_ratio,
+    importance_method: Annotated[Method, typer.Option(help="How groups are scored.")] = DEFAULT.importance_method,
+    reduction: ReductionOption = DEFAULT.reduction,
+    backend: BackendOption = DEFAULT.backend,
+    temperature: Annotated[float, typer.Option(help="H-GSP temperature T; 0 is off.")] = DEFAULT.temperature,
+    tau: Annotated[float | None, typer.Option(help="H-GSP gate; default the 25th percentile.")] = DEFAULT.tau,
+    epsilon: Annotated[float, typer.Option(help="Drop layers that keep less than this.")] = DEFAULT.epsilon,
+    prior: Annotated[Prior, typer.Option(help="What H-GSP weighs blocks by.")] = DEFAULT.prior,
+    prior_samples: Annotated[int, typer.Option(help="Samples the priors are measured on.")] = DEFAULT.prior_samples,
+    freeze_first_n_layers: Annotated[int, typer.Option(help="Leave these whole.")] = DEFAULT.freeze_first_n_layers,
+    freeze_last_n_layers: Annotated[int, typer.Option(help="Leave these whole.")] = DEFAULT.freeze_last_n_layers,
+    max_layer_ratio: Annotated[float, typer.Option(help="Most that one layer may lose.")] = DEFAULT.max_layer_ratio,
+    round_to: Annotated[int, typer.Option(help="MLP widths are a multiple of this.")] = DEFAULT.round_to,
+    uniform: Annotated[bool, typer.Option(help="Same widths in all layers: a plain checkpoint.")] = DEFAULT.uniform,
+    dataset: Dataset = None,
+    eval_dataset: Annotated[str | None, typer.Option(help="Held-out text; default the end of --dataset.")] = None,
+    num_samples: NumSamples = DEFAULT.num_samples,
+    seq_len: SeqLen = DEFAULT.seq_len,
+    batch_size: BatchSize = DEFAULT.batch_size,
+    eval_samples: Annotated[int | None, typer.Option(help="Windows for perplexity; default all.")] = None,
+    seed: Seed = DEFAULT.seed,
+    use_gradient_checkpointing: Checkpointing = DEFAULT.use_gradient_checkpointing,
+    measure_speed: Annotated[bool, typer.Option(help="Time dense against pruned; needs both in memory.")] = True,
+    device: Device = DEFAULT.device,
+    dtype: DtypeOption = DEFAULT.dtype,
+    trust_remote_code: TrustRemoteCode = False,
+    output_dir: Annotated[str, typer.Option(help="Where results folders go.")] = DEFAULT.output_dir,
+    output_name: Annotated[str | None, typer.Option(help="Results folder; default names model and method.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing results folder.")] = False,
+) -> None:
+    """Prune a causal language model and write a smaller checkpoint with a report."""
+    options = dict(locals())
+    model_name = Path(base_model).name if base_model else "demo"
+    options["output_name"] = output_name or f"{model_name}-{importance_method}-{pruning_ratio:g}"
+    _prune(PruneConfig(**options))
+
+
+@app.command()
+def demo(
+    pruning_ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
+    output_dir: Annotated[str, typer.Option(help="Where the results folder goes.")] = DEFAULT.output_dir,
+) -> None:
+    """Make a small language model from Python's own documentation, prune it, and show what that costs."""
+    result = _prune(PruneConfig(pruning_ratio=pruning_ratio, output_dir=output_dir, output_name="demo", overwrite=True))
+    from gradprune.demo import demo_model_path
+
+    training = json.loads((demo_model_path(quiet=True) / "training.json").read_text(encoding="utf-8"))
+    OUT.print(
+        f"Held-out perplexity per byte: unigram {training['unigram_perplexity']:.2f}, "
+        f"dense {result.before.perplexity.value:.2f}, pruned {result.after.perplexity.value:.2f}."
+    )
+
+
+@app.command()
+def diagnose(
+    base_model: BaseModel = None,
+    dataset: Dataset = None,
+    seq_len: SeqLen = 256,
+    num_samples: NumSamples = 32,
+    batch_size: BatchSize = DEFAULT.batch_size,
+    seed: Seed = DEFAULT.seed,
+    reduction: ReductionOption = DEFAULT.reduction,
+    backend: BackendOption = DEFAULT.backend,
+    use_gradient_checkpointing: Checkpointing = False,
+    device: Device = DEFAULT.device,
+    dtype: DtypeOption = DEFAULT.dtype,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the gradients of every decoder layer, and whether they vanish."""
+    from gradprune.calibration import batches, check_context, load_tokens, sample_windows
+    from gradprune.gradients.diagnosis import diagnose_gradients, diagnosis_table
+    from gradprune.importance import ImportanceEngine
+    from gradprune.progress import progress
+
+    config = PruneConfig(seq_len=seq_len, num_samples=num_samples, batch_size=batch_size, seed=seed)
+    model, tokenizer = _load(base_model, device, dtype, trust_remote_code)
+    check_context(model.config, seq_len)
+    windows = sample_windows(load_tokens(dataset, tokenizer), num_samples=num_samples, seq_len=seq_len, seed=seed)
+    engine = ImportanceEngine(model, "taylor", reduction, backend, use_gradient_checkpointing)
+    with engine, progress(PROGRESS, "Calibrating", len(windows), "samples") as advance:
+        for batch in batches(windows, config.batch_size):
+            engine.step(batch)
+            advance(len(batch))
+    diagnosis = diagnose_gradients(engine.scores().gradients)
+    if as_json:
+        _print_json({"seq_len": seq_len, **diagnosis.to_dict()})
+        return
+    OUT.print(diagnosis_table(diagnosis, seq_len))
+    OUT.print(diagnosis.verdict_text())
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str | None, typer.Option(help="Dense or pruned checkpoint; default the demo model.")] = None,
+    dataset: Dataset = None,
+    seq_len: SeqLen = DEFAULT.seq_len,
+    batch_size: BatchSize = DEFAULT.batch_size,
+    eval_samples: Annotated[int | None, typer.Option(help="Windows for perplexity; default all.")] = None,
+    device: Device = DEFAULT.device,
+    dtype: DtypeOption = DEFAULT.dtype,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a checkpoint's perplexity on held-out text."""
+    from gradprune.calibration import check_context, load_tokens
+    from gradprune.evaluate import model_size, perplexity
+
+    PruneConfig(seq_len=seq_len, batch_size=batch_size, eval_samples=eval_samples)
+    loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
+    check_context(loaded.config, seq_len)
+    tokens = load_tokens(dataset, tokenizer, split="evaluation")
+    measured = perplexity(
+        loaded, tokens, seq_len=seq_len, batch_size=batch_size, max_windows=eval_samples, console=PROGRESS
+    )
+    parameters = model_size(loaded).parameters
+    if as_json:
+        _print_json({"perplexity": measured.value, "tokens": measured.tokens, "parameters": parameters})
+    else:
+        OUT.print(f"perplexity {measured.value:.4f} on {measured.tokens:,} tokens; {parameters:,} parameters")
+
+
+@app.command()
+def info(as_json: AsJson = False) -> None:
+    """Show versions, devices, and which backends work here."""
+    from gradprune.environment import environment, environment_table
+
+    if as_json:
+        _print_json(environment())
+    else:
+        OUT.print(environment_table(environment()))
+
+
+def main() -> NoReturn:
+    """Run the command; errors are one line on standard error, with exit code 2, and leave nothing half written."""
+    # A terminated run unwinds like an interrupted one, so that its temporary folder goes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except GradPruneError as error:
+        message = str(error)
+    except _UsageError as error:
+        message = error.format_message()  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        PROGRESS.print("interrupted; nothing was written")
+        sys.exit(130)
+    Console(stderr=True, soft_wrap=True).print(f"error: {message}", markup=False, highlight=False)
+    sys.exit(2)
+
+
+def _prune(config: PruneConfig) -> "PruneResult":
+    from gradprune.checkpoint import check_free
+    from gradprune.pipeline import prune, summarize
+    from gradprune.report import layer_table, summary_table
+
+    assert config.output_name is not None
+    check_free(Path(config.output_dir) / config.output_name, overwrite=config.overwrite, argument="output_name")
+    model, tokenizer = _load(config.base_model, config.device, config.dtype, config.trust_remote_code)
+    result = prune(model, tokenizer, config, console=PROGRESS)
+    summary = summarize(result)
+    OUT.print(layer_table(summary))
+    OUT.print(summary_table(summary))
+    OUT.print(f"Model:  {result.output}/model\nReport: {result.output}/report.html", soft_wrap=True)
+    return result
+
+
+def _load(
+    base_model: str | None, device: str, dtype: Dtype, trust_remote_code: bool
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
+    import torch
+    from transformers.utils import logging
+
+    from gradprune.checkpoint import load_model
+    from gradprune.demo import demo_model_path
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device: '{device}' does not work here: {str(error).splitlines()[0]}") from error
+    path = base_model or str(demo_model_path(PROGRESS))
+    return load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
+def _print_json(content: Any) -> None:
+    from gradprune.report import json_text
+
+    print(json_text(content))

@@ -1,0 +1,126 @@
+"""`PruneConfig`: every option of a pruning run, validated once, here."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from gradprune.errors import ConfigError
+
+Method = Literal["magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher"]
+Reduction = Literal["sample", "batch"]
+Prior = Literal["removal", "similarity", "taylor"]
+Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+METHODS: tuple[str, ...] = get_args(Method)
+GRADIENT_METHODS = ("taylor", "taylor_2nd", "fisher", "group_fisher")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Options of a pruning run; the command line's options have the same names and defaults.
+
+    base_model: path or hub id; None uses the embedded demo model (command line only).
+    pruning_ratio: fraction of all the model's parameters to remove, in (0, 1).
+    importance_method, reduction: element score and how samples are reduced, see `gradprune.importance`.
+    temperature, tau, epsilon, prior, prior_samples: H-GSP, see `gradprune.hgsp`. `tau=None` is the 25th
+        percentile of the layer importances; `prior_samples` calibration samples measure the priors.
+    freeze_first_n_layers, freeze_last_n_layers: decoder layers left whole at either end.
+    max_layer_ratio: largest fraction of one layer's prunable parameters that may go, in (0, 1].
+    round_to: kept MLP width of each layer is a multiple of this.
+    uniform: all layers keep the same widths, so that the result is a plain checkpoint.
+    dataset, eval_dataset: text for calibration and for perplexity, see `gradprune.calibration`; without
+        `eval_dataset` the end of `dataset` is held out.
+    num_samples, seq_len, batch_size, seed: calibration samples of `seq_len` tokens, drawn without replacement.
+    eval_samples: perplexity is measured on at most this many windows of `seq_len` tokens; None means all.
+    device: "auto" takes CUDA where there is one. dtype: "auto" keeps the checkpoint's.
+    measure_speed: time dense and pruned side by side; needs both in memory. Without it the model is cut in place.
+    """
+
+    base_model: str | None = None
+    output_name: str | None = None
+    output_dir: str = "results"
+    overwrite: bool = False
+    pruning_ratio: float = 0.2
+    importance_method: Method = "group_fisher"
+    reduction: Reduction = "sample"
+    backend: Backend = "auto"
+    temperature: float = 0.0
+    tau: float | None = None
+    epsilon: float = 0.0
+    prior: Prior = "removal"
+    prior_samples: int = 16
+    freeze_first_n_layers: int = 0
+    freeze_last_n_layers: int = 0
+    max_layer_ratio: float = 1.0
+    round_to: int = 1
+    uniform: bool = False
+    dataset: str | None = None
+    eval_dataset: str | None = None
+    num_samples: int = 128
+    seq_len: int = 128
+    batch_size: int = 8
+    eval_samples: int | None = None
+    seed: int = 0
+    use_gradient_checkpointing: bool = False
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    trust_remote_code: bool = False
+    measure_speed: bool = True
+
+    def __post_init__(self) -> None:
+        """Reject every value outside its domain.
+
+        Raises:
+            ConfigError: naming the option, its value and what would be right.
+        """
+        if not 0.0 < self.pruning_ratio < 1.0:
+            raise ConfigError(f"pruning_ratio: {self.pruning_ratio} is not between 0 and 1 (both excluded)")
+        if not 0.0 < self.max_layer_ratio <= 1.0:
+            raise ConfigError(f"max_layer_ratio: {self.max_layer_ratio} is not above 0 and at most 1")
+        if not 0.0 <= self.epsilon <= 1.0:
+            raise ConfigError(f"epsilon: {self.epsilon} is not between 0 and 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
+            raise ConfigError(f"temperature: {self.temperature} is not a finite number of at least 0")
+        if self.tau is not None and not self.tau >= 0.0:
+            raise ConfigError(f"tau: {self.tau} is not at least 0 (inf is allowed)")
+        for name in ("num_samples", "batch_size", "prior_samples", "round_to"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("seq_len", self.seq_len, 2)
+        for name in ("freeze_first_n_layers", "freeze_last_n_layers", "seed"):
+            _at_least(name, getattr(self, name), 0)
+        if self.eval_samples is not None:
+            _at_least("eval_samples", self.eval_samples, 1)
+        _one_of("importance_method", self.importance_method, METHODS)
+        _one_of("reduction", self.reduction, get_args(Reduction))
+        _one_of("backend", self.backend, get_args(Backend))
+        _one_of("prior", self.prior, get_args(Prior))
+        _one_of("dtype", self.dtype, get_args(Dtype))
+        if self.temperature > 0.0 and self.prior == "taylor" and self.importance_method not in GRADIENT_METHODS:
+            raise ConfigError(
+                f"prior: 'taylor' needs gradients, which importance_method '{self.importance_method}' does not compute; "
+                "choose prior removal or similarity"
+            )
+        if self.uniform and (self.freeze_first_n_layers or self.freeze_last_n_layers):
+            raise ConfigError(
+                "uniform: cannot be combined with freeze_first_n_layers or freeze_last_n_layers; "
+                "frozen layers keep their width, so all layers would"
+            )
+        name = self.output_name
+        if name is not None and (name in ("", ".", "..") or Path(name).name != name):
+            raise ConfigError(f"output_name: '{name}' is not a plain folder name; put its parent in output_dir")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as a JSON-serialisable mapping, for `run.json`."""
+        return asdict(self)
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}: {value} is not a whole number of at least {least}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}: '{value}' is unknown; choose one of {', '.join(allowed)}")

@@ -1,0 +1,53 @@
+"""What `gradprune info` shows: versions, devices, and which backends work and why others do not."""
+
+import importlib.metadata
+import platform
+from typing import Any, get_args
+
+import torch
+from rich.table import Table
+
+import gradprune
+from gradprune.config import Backend
+from gradprune.importance.ops import unavailable_reason
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and, per backend and kind of device, None where it works or why it does not."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    backends: list[Backend] = [backend for backend in get_args(Backend) if backend != "auto"]
+    return {
+        "versions": {"gradprune": gradprune.__version__, "python": platform.python_version(), **_versions()},
+        "devices": {
+            "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            **{f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())},
+        },
+        "backends": {
+            device: {backend: unavailable_reason(backend, device) for backend in backends} for device in devices
+        },
+    }
+
+
+def environment_table(found: dict[str, Any]) -> Table:
+    """The environment for the terminal."""
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, version in found["versions"].items():
+        table.add_row(name, version or "not installed")
+    for name, description in found["devices"].items():
+        table.add_row(name, description)
+    for device, backends in found["backends"].items():
+        for backend, reason in backends.items():
+            table.add_row(f"{backend} on {device}", "works" if reason is None else f"no: {reason}")
+    return table
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {}
+    for package in ("torch", "transformers", "triton", "safetensors", "numpy", "datasets"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions

@@ -1,0 +1,33 @@
+"""Exceptions of gradprune. Every message names the argument, its value and what would be right."""
+
+
+class GradPruneError(Exception):
+    """Base of every error that gradprune raises on purpose; the command line turns it into exit code 2."""
+
+
+class ConfigError(GradPruneError):
+    """An option has a value outside its domain, or options contradict each other."""
+
+
+class UnsupportedArchitectureError(GradPruneError):
+    """The model's architecture, or a layer in it, has no description in `gradprune.models`."""
+
+
+class CalibrationError(GradPruneError):
+    """The calibration or evaluation text is missing, empty or too short."""
+
+
+class NonFiniteError(GradPruneError):
+    """A loss or a gradient is NaN or infinite; the message names the layer and the sample."""
+
+
+class SelectionError(GradPruneError):
+    """The requested ratio cannot be reached under the given constraints."""
+
+
+class CheckpointError(GradPruneError):
+    """A checkpoint is missing, truncated, or would be overwritten."""
+
+
+class BackendUnavailableError(GradPruneError):
+    """A backend was asked for by name and cannot run here; the message gives the reason."""

@@ -1,0 +1,1 @@
+"""Gradient statistics per decoder layer."""

@@ -1,0 +1,76 @@
+"""Gradient-vanishing diagnosis: the ratio of layer means, the verdict, what to do about it."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.table import Table
+
+from gradprune.gradients.statistics import LayerGradients, gradient_ratio
+
+Verdict = Literal["normal", "mild", "severe"]
+
+_ADVICE: dict[Verdict, str] = {
+    "normal": "no repair is needed",
+    "mild": "scale the layers' gradients adaptively",
+    "severe": "scale the layers' gradients adaptively, then weight them by depth",
+}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The gradients of a model's layers, judged.
+
+    ratio: largest layer mean of |g| over the smallest; infinite where one is 0.
+    verdict: "normal" below 100, "mild" from 100 to 1000, "severe" above.
+    vanishing: layers whose mean is over 100 times smaller than the largest.
+    """
+
+    layers: list[LayerGradients]
+    ratio: float
+    verdict: Verdict
+    vanishing: list[int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable; the content of `analysis/gradients.json`."""
+        return {**asdict(self), "recommendation": _ADVICE[self.verdict]}
+
+    def verdict_text(self) -> str:
+        """One line: ratio, verdict, recommendation, and the layers without any gradient."""
+        text = f"Gradient ratio {self.ratio:.1f}: {self.verdict}; {_ADVICE[self.verdict]}."
+        dead = [str(layer.layer) for layer in self.layers if layer.mean == 0.0]
+        return text + (f" Without any gradient: layer {', '.join(dead)}." if dead else "")
+
+
+def diagnose_gradients(layers: list[LayerGradients]) -> Diagnosis:
+    """Judge the gradient statistics of a model's decoder layers (at least one)."""
+    ratio = gradient_ratio(layers)
+    largest = max(layer.mean for layer in layers)
+    return Diagnosis(
+        layers=layers,
+        ratio=ratio,
+        verdict=verdict_of(ratio),
+        vanishing=[layer.layer for layer in layers if layer.mean * 100.0 < largest],
+    )
+
+
+def verdict_of(ratio: float) -> Verdict:
+    """Below 100 normal, up to and including 1000 mild, above severe."""
+    if ratio < 100.0:
+        return "normal"
+    return "mild" if ratio <= 1000.0 else "severe"
+
+
+def diagnosis_table(diagnosis: Diagnosis, seq_len: int) -> Table:
+    """The layers' gradients for the terminal."""
+    table = Table(title=f"Gradients at {seq_len} tokens a sample", title_justify="left")
+    for column in ("layer", "grad_mean", "grad_std", "norm", "largest / this", ""):
+        table.add_column(column, justify="right")
+    largest = max(layer.mean for layer in diagnosis.layers)
+    for layer in diagnosis.layers:
+        ratio = largest / layer.mean if layer.mean > 0.0 else math.inf
+        mark = "vanishing" if layer.layer in diagnosis.vanishing else ""
+        table.add_row(
+            str(layer.layer), f"{layer.mean:.3e}", f"{layer.std:.3e}", f"{layer.norm:.3e}", f"{ratio:.1f}", mark
+        )
+    return table

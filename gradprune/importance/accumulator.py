@@ -1,0 +1,146 @@
+"""What one block accumulates over calibration: a handful of vectors over its groups, in fp64."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from gradprune.config import Method, Reduction
+from gradprune.importance.capture import Observer
+from gradprune.importance.ops import Ops
+from gradprune.importance.reference import merge_statistics
+from gradprune.importance.vectors import ImportanceVectors
+from gradprune.models import Block
+from gradprune.models.blocks import InputLinear, OutputLinear
+
+
+class BlockAccumulator:
+    """Sums over samples (or batches) of one block's group importances and gradient statistics.
+
+    first: [groups], sum of |w g| over the group's elements (`reduction="sample"` only).
+    second: [groups], sum of w^2 g^2 over the group's elements.
+    mask_square: [groups], sum of (sum of w g over the group's output columns)^2, the squared gradient of a
+        mask on the group.
+    statistics: per linear layer, its gradients' statistics, see `ImportanceVectors`.
+    gates: one entry a step, the gradient of a gate on the block's output: [N] by sample, or [1] by batch.
+    input_square, tokens: [I] sum of x^2 at the output projection, and over how many tokens.
+    """
+
+    def __init__(self, block: Block, reduction: Reduction, ops: Ops) -> None:
+        self.block = block
+        self._reduction = reduction
+        self._ops = ops
+        device = block.output.linear.weight.device
+        self.first = torch.zeros(block.groups, dtype=torch.float64, device=device)
+        self.second = torch.zeros_like(self.first)
+        self.mask_square = torch.zeros_like(self.first)
+        self.statistics: dict[str, Tensor] = {}
+        self.gates: list[Tensor] = []
+        self.input_square = torch.zeros(block.output.linear.in_features, dtype=torch.float64, device=device)
+        self.tokens = 0
+        self._gradient_sums: dict[str, Tensor] = {}
+
+    def observers(self) -> Iterator[tuple[nn.Linear, Observer]]:
+        """Each linear layer of the block with what to call in its backward pass."""
+        for entry in (*self.block.inputs, self.block.output):
+            yield entry.linear, self._observer(entry)
+
+    def observe_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook of the output projection: the second moment of its input, for Wanda.
+
+        A layer recomputed under checkpointing counts twice in sum and tokens alike; the mean is the same.
+        """
+        x = args[0].detach().flatten(0, -2)
+        self.input_square += x.to(_accumulation_dtype(x)).square().sum(0)
+        self.tokens += x.shape[0]
+
+    def importance(self, method: Method, count: int) -> Tensor:
+        """[groups] fp64, the importance of every group after `count` samples (batches)."""
+        if method == "magnitude":
+            return self._folded_weights(None)
+        if method == "wanda":
+            return self._folded_weights((self.input_square / self.tokens).sqrt())
+        if method == "group_fisher":
+            return self.mask_square / count
+        if method == "fisher":
+            return 0.5 * self.second / count
+        first = self.first / count if self._reduction == "sample" else self._first_of_mean_gradient(count)
+        return first if method == "taylor" else first + 0.5 * self.second / count
+
+    def _observer(self, entry: InputLinear | OutputLinear) -> Observer:
+        if self._reduction == "sample":
+            return lambda x, dy, dx: self._observe_samples(entry, x, dy, dx)
+        return lambda x, dy, dx: self._observe_batch(entry, x, dy, dx)
+
+    def _observe_samples(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
+        vectors = self._ops.linear_importance(x, dy, entry.linear.weight)
+        self.first += self._fold_absolute(entry, vectors)
+        self._accumulate(entry, vectors)
+        if isinstance(entry, OutputLinear):
+            signed = torch.stack([_column_signed(x[n], dx[n]) for n in range(x.shape[0])])
+            self._observe_mask(entry, signed, dy.sum(1))
+
+    def _observe_batch(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
+        samples = x.shape[0]
+        dtype = _accumulation_dtype(entry.linear.weight)
+        gradient = dy.flatten(0, 1).to(dtype).T @ x.flatten(0, 1).to(dtype) / samples
+        self._accumulate(entry, self._ops.taylor_score(entry.linear.weight, gradient))
+        if entry.path in self._gradient_sums:
+            self._gradient_sums[entry.path] += gradient
+        else:
+            self._gradient_sums[entry.path] = gradient
+        if isinstance(entry, OutputLinear):
+            signed = _column_signed(x.flatten(0, 1), dx.flatten(0, 1)) / samples
+            self._observe_mask(entry, signed[None], dy.sum((0, 1))[None] / samples)
+
+    def _accumulate(self, entry: InputLinear | OutputLinear, vectors: ImportanceVectors) -> None:
+        if isinstance(entry, OutputLinear):
+            self.second += entry.fold_columns(vectors.column_square)
+        else:
+            self.second += entry.fold_rows(vectors.row_square, self.block.groups)
+        new = vectors.statistics.double()
+        old = self.statistics.get(entry.path)
+        self.statistics[entry.path] = new if old is None else merge_statistics(torch.stack([old, new]))
+
+    def _observe_mask(self, entry: OutputLinear, column_signed: Tensor, dy: Tensor) -> None:
+        """column_signed: [N, I], column sums of w g_n; dy: [N, O], the output gradient summed over tokens."""
+        by_group = entry.fold_columns(column_signed).double()
+        self.mask_square += by_group.square().sum(0)
+        gate = by_group.sum(1)
+        if entry.linear.bias is not None:
+            gate = gate + dy.double() @ entry.linear.bias.detach().double()
+        self.gates.append(gate)
+
+    def _fold_absolute(self, entry: InputLinear | OutputLinear, vectors: ImportanceVectors) -> Tensor:
+        if isinstance(entry, OutputLinear):
+            return entry.fold_columns(vectors.column_abs)
+        return entry.fold_rows(vectors.row_abs, self.block.groups)
+
+    def _first_of_mean_gradient(self, batches: int) -> Tensor:
+        total = torch.zeros_like(self.second)
+        for entry in (*self.block.inputs, self.block.output):
+            mean = self._gradient_sums[entry.path] / batches
+            total += self._fold_absolute(entry, self._ops.taylor_score(entry.linear.weight.detach(), mean))
+        return total
+
+    def _folded_weights(self, column_scale: Tensor | None) -> Tensor:
+        """Sum of |w| over each group: all its elements, or, with a scale per column, its output columns only."""
+        output = self.block.output
+        columns = output.linear.weight.detach().double().abs().sum(0)
+        if column_scale is not None:
+            return output.fold_columns(columns * column_scale)
+        total = output.fold_columns(columns)
+        for entry in self.block.inputs:
+            rows = entry.linear.weight.detach().double().abs().sum(1)
+            total = total + entry.fold_rows(rows, self.block.groups)
+        return total
+
+
+def _column_signed(x: Tensor, dx: Tensor) -> Tensor:
+    """[I], column sums of w g for x, dx: [T, I]: the sum over tokens of x * dl/dx needs no weight gradient."""
+    dtype = _accumulation_dtype(x)
+    return (x.to(dtype) * dx.to(dtype)).sum(0)
+
+
+def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

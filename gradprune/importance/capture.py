@@ -1,0 +1,120 @@
+"""Capture: run a model's prunable linear layers so that their weight gradients are never kept.
+
+Inside `capture(...)` each prunable `nn.Linear` runs an autograd function that returns only the input
+gradient and hands what the weight gradient would be made of to an observer. Every parameter is frozen, so
+the backward pass computes no other weight gradient either and leaves no `.grad` anywhere.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+"""Called in the backward pass with x: [N, T, I], dy: [N, T, O] and dx: [N, T, I] of one linear layer."""
+
+
+class _ObservedLinear(torch.autograd.Function):
+    """y = x W^T + b whose backward returns dx = dy W and shows (x, dy, dx) to an observer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, observer: Observer) -> Tensor:
+        # x itself is saved, not an autocast copy, so that layers with the same input keep it once.
+        ctx.save_for_backward(x, weight)
+        ctx.observer = observer
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        dx = dy @ weight.to(dy.dtype)
+        ctx.observer(x.to(dy.dtype), dy, dx)
+        return dx.to(x.dtype), None, None, None
+
+
+@contextmanager
+def capture(model: PreTrainedModel, observers: dict[nn.Linear, Observer]) -> Iterator[None]:
+    """Observe the backward pass of `model`'s linear layers; everything is as before on exit, whatever happened.
+
+    While it is active all parameters are frozen, dropout is off, and the input embeddings' output requires a
+    gradient, so that the backward pass runs through the whole model.
+
+    Args:
+        model: a causal LM.
+        observers: for each linear layer to observe, what to call in its backward pass.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        stack.enter_context(_evaluating(model))
+        embedding = model.get_input_embeddings()
+        handle = embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+        stack.callback(handle.remove)
+        for linear, observer in observers.items():
+            stack.enter_context(_observed(linear, observer))
+        yield
+
+
+@contextmanager
+def checkpointed(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[None]:
+    """Recompute each decoder layer in the backward pass instead of keeping its activations.
+
+    transformers checkpoints layers only in training mode; just the layers' own flag is set, so that the dropout
+    and attention modules inside them stay in evaluation mode.
+    """
+    enabled = model.is_gradient_checkpointing
+    training = [layer.training for layer in layers]
+    if not enabled:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for layer, flag in zip(layers, training, strict=True):
+            layer.training = flag
+        if not enabled:
+            model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def _observed(linear: nn.Linear, observer: Observer) -> Iterator[None]:
+    def forward(x: Tensor) -> Tensor:
+        output: Tensor = _ObservedLinear.apply(x, linear.weight, linear.bias, observer)
+        return output
+
+    # An instance attribute hides the class's forward; deleting it brings that back.
+    replaced = linear.__dict__.get("forward")
+    linear.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del linear.forward
+        if replaced is not None:
+            linear.forward = replaced  # type: ignore[method-assign]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

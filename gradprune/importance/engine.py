@@ -1,0 +1,213 @@
+"""`ImportanceEngine`: one forward and backward pass per calibration batch, group importances at the end."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gradprune.config import GRADIENT_METHODS, METHODS, Backend, Method, Reduction
+from gradprune.errors import ConfigError, GradPruneError, NonFiniteError
+from gradprune.gradients.statistics import LayerGradients, layer_gradients
+from gradprune.importance.accumulator import BlockAccumulator
+from gradprune.importance.capture import capture, checkpointed
+from gradprune.importance.finite import raise_non_finite_gradient, raise_non_finite_loss
+from gradprune.importance.ops import select_ops
+from gradprune.loss import sample_losses
+from gradprune.models import Kind, describe
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Group importances of a model.
+
+    attention: per decoder layer, [n_kv_groups] fp32 on the CPU; of length 0 where the block does not exist.
+    mlp: per decoder layer, [n_channels] fp32 on the CPU, likewise.
+    gradients: per decoder layer that has a block, its gradient statistics; empty for methods without gradients.
+    """
+
+    attention: list[Tensor]
+    mlp: list[Tensor]
+    gradients: list[LayerGradients]
+
+
+class ImportanceEngine:
+    """Group importance of a causal LM's KV groups and MLP channels, without keeping any gradient.
+
+        with ImportanceEngine(model, method="taylor_2nd") as engine:
+            for ids in batches:
+                engine.step(ids)
+        scores = engine.scores()
+
+    While it is open the model's parameters are frozen and its prunable linear layers are observed; on exit the
+    model is as it was, whatever happened. One pass serves every gradient method: `scores(method=...)`.
+
+    Formulas, with w a weight, g_n its gradient of sample n's mean next-token loss, summed over a group's weights:
+
+    - `taylor`: mean_n |w g_n| (Molchanov et al. 2019); `fisher`: mean_n 1/2 w^2 g_n^2 (Theis et al. 2018);
+      `taylor_2nd`: their sum.
+    - `group_fisher`: mean_n (sum of w g_n over the group's output columns)^2 (Liu et al. 2021).
+    - `wanda`: |w| * rms(x) over the group's output columns (Sun et al. 2023); `magnitude`: |w|.
+
+    `reduction="batch"` takes the gradient of each batch's mean loss instead: |w mean_b g_b| and w^2 mean_b g_b^2;
+    it keeps one accumulated gradient per weight. Deterministic; vectors are accumulated in fp64.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method = "group_fisher",
+        reduction: Reduction = "sample",
+        backend: Backend = "auto",
+        use_gradient_checkpointing: bool = False,
+    ) -> None:
+        """Prepare to observe `model`, which is changed only between `__enter__` and `__exit__`.
+
+        Raises:
+            UnsupportedArchitectureError: the model has no description.
+            ConfigError: unknown method or reduction.
+            BackendUnavailableError: the backend asked for by name cannot run on the model's device.
+        """
+        if method not in METHODS:
+            raise ConfigError(f"importance_method: '{method}' is unknown; choose one of {', '.join(METHODS)}")
+        if reduction not in ("sample", "batch"):
+            raise ConfigError(f"reduction: '{reduction}' is unknown; choose sample or batch")
+        self._model = model
+        self._view = describe(model)
+        self.method = method
+        self.reduction = reduction
+        self._checkpointing = use_gradient_checkpointing
+        ops = select_ops(backend, model.device.type)
+        self.backend = ops.backend
+        self._accumulators = {
+            (block.kind, block.layer): BlockAccumulator(block, reduction, ops) for block in self._view.blocks()
+        }
+        self._samples: list[Tensor] = []
+        self._losses: list[Tensor] = []
+        self._stack = ExitStack()
+        self._open = False
+
+    def __enter__(self) -> "ImportanceEngine":
+        """Start observing."""
+        with ExitStack() as stack:
+            for accumulator in self._accumulators.values():
+                handle = accumulator.block.output.linear.register_forward_pre_hook(accumulator.observe_input)
+                stack.callback(handle.remove)
+            if self.method in GRADIENT_METHODS:
+                observers = dict(pair for entry in self._accumulators.values() for pair in entry.observers())
+                stack.enter_context(capture(self._model, observers))
+                if self._checkpointing:
+                    stack.enter_context(checkpointed(self._model, self._view.layers))
+            self._stack = stack.pop_all()
+        self._open = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put the model back as it was."""
+        self._open = False
+        self._stack.close()
+
+    def step(self, input_ids: Tensor) -> None:
+        """Run one batch forward and, for gradient methods, backward.
+
+        Args:
+            input_ids: [N, T] int64, N samples of T >= 2 tokens.
+
+        Nothing is copied to the host on an accelerator; on the CPU a non-finite loss or gradient raises at once.
+
+        Raises:
+            NonFiniteError: naming the sample and the layer.
+        """
+        if not self._open:
+            raise GradPruneError("step() works inside the engine's context: with engine: engine.step(input_ids)")
+        if self.method == "magnitude":
+            return
+        input_ids = input_ids.to(self._model.device)
+        self._samples.append(input_ids)
+        with torch.set_grad_enabled(self.method in GRADIENT_METHODS):
+            losses = sample_losses(self._model, input_ids)
+        self._losses.append(losses.detach())
+        if self.method in GRADIENT_METHODS:
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+        if input_ids.device.type == "cpu":
+            self._check_finite(since=len(self._losses) - 1)
+
+    def scores(self, method: Method | None = None) -> Scores:
+        """The importance of every group by `method`, or by the engine's own.
+
+        Raises:
+            GradPruneError: no batch has been run, or the engine did not collect what `method` needs.
+            NonFiniteError: a loss or gradient was NaN or infinite; naming the sample and the layer.
+        """
+        method = method or self.method
+        if method in GRADIENT_METHODS and self.method not in GRADIENT_METHODS:
+            raise GradPruneError(f"scores: '{method}' needs gradients, but the engine ran '{self.method}'")
+        if method != "magnitude" and not self._losses:
+            raise GradPruneError(f"scores: '{method}' needs calibration; call step(input_ids) first")
+        self._check_finite(since=0)
+        layers = range(len(self._view.layers))
+        with torch.no_grad():
+            return Scores(
+                attention=[self._importance("attention", layer, method) for layer in layers],
+                mlp=[self._importance("mlp", layer, method) for layer in layers],
+                gradients=self.gradients(),
+            )
+
+    def gradients(self) -> list[LayerGradients]:
+        """Gradient statistics of every decoder layer that has a block; empty without gradients."""
+        if self.method not in GRADIENT_METHODS or not self._losses:
+            return []
+        return [
+            self._layer_gradients(layer)
+            for layer in range(len(self._view.layers))
+            if any(key[1] == layer for key in self._accumulators)
+        ]
+
+    def gate_gradients(self) -> dict[tuple[Kind, int], float]:
+        """Gradient of the mean loss to a gate (of value 1) on each block's output, by (kind, layer)."""
+        return {key: torch.cat(entry.gates).mean().item() for key, entry in self._accumulators.items()}
+
+    @property
+    def losses(self) -> Tensor:
+        """[samples run], each sample's mean next-token loss."""
+        return torch.cat(self._losses) if self._losses else torch.empty(0)
+
+    @property
+    def _count(self) -> int:
+        """Number of gradients summed: samples, or batches."""
+        return sum(len(ids) for ids in self._samples) if self.reduction == "sample" else len(self._samples)
+
+    def _importance(self, kind: Kind, layer: int, method: Method) -> Tensor:
+        accumulator = self._accumulators.get((kind, layer))
+        if accumulator is None:
+            return torch.empty(0)
+        return accumulator.importance(method, self._count).float().cpu()
+
+    def _layer_gradients(self, layer: int) -> LayerGradients:
+        statistics, elements = {}, {}
+        for kind, module in (("attention", self._view.architecture.attention), ("mlp", self._view.architecture.mlp)):
+            accumulator = self._accumulators.get((kind, layer))  # type: ignore[arg-type]
+            for path, linear in accumulator.block.linears.items() if accumulator else ():
+                assert accumulator is not None
+                statistics[f"{module}.{path}"] = accumulator.statistics[path].tolist()
+                elements[f"{module}.{path}"] = linear.weight.numel()
+        return layer_gradients(layer, statistics, elements, self._count)
+
+    def _check_finite(self, since: int) -> None:
+        """Raise if any step from `since` on had a non-finite loss or gradient."""
+        if not self._losses:
+            return
+        losses = torch.cat(self._losses[since:])
+        gates = {key: torch.cat(entry.gates[since:]) for key, entry in self._accumulators.items() if entry.gates}
+        first = sum(len(ids) for ids in self._samples[:since])
+        raise_non_finite_loss(self._model, self._view, torch.cat(self._samples[since:]), losses, first)
+        unit = "sample" if self.reduction == "sample" else "batch"
+        raise_non_finite_gradient(gates, unit, first if unit == "sample" else since)
+        for (_, layer), entry in self._accumulators.items():
+            for path, statistics in entry.statistics.items():
+                if statistics[4] > 0:
+                    raise NonFiniteError(f"gradient: {int(statistics[4])} elements of layer {layer}'s {path} overflow")

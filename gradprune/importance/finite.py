@@ -1,0 +1,74 @@
+"""Name the sample and the layer in which a NaN or an infinity first appeared."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gradprune.errors import NonFiniteError
+from gradprune.models import Kind, PrunableModel
+
+
+def raise_non_finite_loss(
+    model: PreTrainedModel, view: PrunableModel, samples: Tensor, losses: Tensor, first: int
+) -> None:
+    """Raise if a loss is not finite, naming the sample and the first layer whose output is not.
+
+    Args:
+        model, view: the model and its prunable view.
+        samples: [K, T] int64, the samples the losses belong to.
+        losses: [K], each sample's loss.
+        first: number of samples[0] in the calibration set.
+
+    Raises:
+        NonFiniteError
+    """
+    bad = (~losses.isfinite()).nonzero()
+    if not len(bad):
+        return
+    index = int(bad[0])
+    layer = _first_non_finite_layer(model, view, samples[index : index + 1])
+    where = "after the last decoder layer" if layer is None else f"first in the output of layer {layer}"
+    raise NonFiniteError(
+        f"loss of calibration sample {first + index} is {losses[index].item()}, {where}; "
+        "check the checkpoint's weights, or load in a wider dtype (bfloat16 or float32)"
+    )
+
+
+def raise_non_finite_gradient(gates: dict[tuple[Kind, int], Tensor], unit: str, first: int) -> None:
+    """Raise if a block's gradient is not finite, naming the sample (batch) and the layer it arose in.
+
+    Args:
+        gates: per (kind, layer), [K]: the gradient of a gate on the block's output, by sample or by batch.
+        unit: "sample" or "batch".
+        first: number of entry 0 in the calibration set.
+
+    Raises:
+        NonFiniteError
+    """
+    # The backward pass meets the last block first, so the last bad block is where it arose.
+    for (kind, layer), values in reversed(gates.items()):
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            raise NonFiniteError(
+                f"gradient of calibration {unit} {first + int(bad[0])} is {values[bad[0]].item()} "
+                f"in layer {layer} ({kind}); load the model in a wider dtype (bfloat16 or float32)"
+            )
+
+
+def _first_non_finite_layer(model: PreTrainedModel, view: PrunableModel, sample: Tensor) -> int | None:
+    finite: dict[int, bool] = {}
+
+    def check(layer: int, _module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        finite[layer] = bool(hidden.isfinite().all())
+
+    handles = [layer.register_forward_hook(partial(check, index)) for index, layer in enumerate(view.layers)]
+    try:
+        with torch.no_grad():
+            model(input_ids=sample, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return next((layer for layer in sorted(finite) if not finite[layer]), None)

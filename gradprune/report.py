@@ -1,0 +1,163 @@
+"""What a run leaves for people: tables on the terminal, JSON files, and a self-contained HTML report."""
+
+import io
+import json
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from rich.table import Table
+
+# Okabe and Ito's colours stay apart for colour-blind readers.
+COLORS = {"attention": "#0072B2", "mlp": "#E69F00"}
+
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
+  table { border-collapse: collapse; margin: 1rem 0; }
+  th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
+  th:first-child, td:first-child { text-align: left; }
+  svg { max-width: 100%; height: auto; }
+  .scroll { overflow-x: auto; }
+  code { background: #f4f4f4; padding: .1rem .3rem; }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<p>$lead</p>
+<h2>Before and after</h2>
+$measured
+<h2>What each layer keeps</h2>
+$chart
+$layers
+<h2>How it was made</h2>
+$options
+$versions
+</body>
+</html>
+""")
+
+
+def json_text(content: Any) -> str:
+    """Strict JSON, indented; a NaN or infinity in `content` becomes a string, since JSON has no such number."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `json_text`."""
+    path.write_text(json_text(content) + "\n", encoding="utf-8")
+
+
+def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(quantity, before, after, change) as text, for every quantity of `summary.json` that was measured."""
+    named = [
+        ("parameters", "parameters", "{:,.0f}"),
+        ("perplexity", "perplexity", "{:.3f}"),
+        ("bytes on disk", "bytes_on_disk", "{:,.0f}"),
+        ("tokens per second", "tokens_per_second", "{:,.0f}"),
+    ]
+    rows = []
+    for name, key, style in named:
+        before, after = summary[key]["before"], summary[key]["after"]
+        if before is not None and after is not None:
+            rows.append((name, style.format(before), style.format(after), f"{after / before:.3f}x"))
+    return rows
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """The before-and-after table for the terminal."""
+    table = Table(title="Dense and pruned", title_justify="left")
+    for column in ("", "dense", "pruned", "pruned / dense"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in summary_rows(summary):
+        table.add_row(*row)
+    return table
+
+
+def layer_table(summary: dict[str, Any]) -> Table:
+    """What each layer keeps, for the terminal."""
+    table = Table(title="Kept per layer", title_justify="left")
+    for column in ("layer", "KV groups", "", "MLP channels", ""):
+        table.add_column(column, justify="right")
+    for row in _layer_rows(summary):
+        table.add_row(*row)
+    return table
+
+
+def write_report(path: Path, summary: dict[str, Any], record: dict[str, Any]) -> None:
+    """Write one HTML file that needs no other: tables, a chart of what is kept, options and versions."""
+    config = record["config"]
+    ratio = summary["pruning_ratio"]["achieved"]
+    options = [(name, "default" if value is None else str(value)) for name, value in config.items()]
+    page = _PAGE.substitute(
+        title=escape(f"gradprune: {config['base_model'] or 'model'} pruned by {ratio:.1%}"),
+        lead=escape(
+            f"{config['importance_method']} importance over {config['num_samples']} samples of "
+            f"{config['seq_len']} tokens; perplexity on {summary['evaluation_tokens']:,} held-out tokens."
+        ),
+        measured=_html_table(("", "dense", "pruned", "pruned / dense"), summary_rows(summary)),
+        chart=_kept_chart(summary["layers"]),
+        layers=_html_table(("layer", "KV groups", "kept", "MLP channels", "kept"), _layer_rows(summary)),
+        options=_html_table(("option", "value"), options),
+        versions=_html_table(("package", "version"), list(record["versions"].items())),
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _layer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows = []
+    for layer in summary["layers"]:
+        cells = [str(layer["layer"])]
+        for total, part in (("groups", layer["attention"]), ("channels", layer["mlp"])):
+            cells += [f"{part['kept']} of {part[total]}", f"{part['kept'] / part[total]:.0%}" if part[total] else "-"]
+        rows.append(tuple(cells))
+    return rows
+
+
+def _kept_chart(layers: list[dict[str, Any]]) -> str:
+    """An SVG bar chart of the fraction of KV groups and MLP channels that each layer keeps."""
+    figure = Figure(figsize=(min(max(6.0, 0.35 * len(layers)), 16.0), 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    positions = range(len(layers))
+    for shift, name, total in ((-0.2, "attention", "groups"), (0.2, "mlp", "channels")):
+        kept = [layer[name]["kept"] / layer[name][total] if layer[name][total] else 0.0 for layer in layers]
+        label = {"attention": "attention (KV groups)", "mlp": "MLP (channels)"}[name]
+        axes.bar([position + shift for position in positions], kept, 0.4, label=label, color=COLORS[name])
+    axes.set(xlabel="decoder layer", ylabel="fraction kept", ylim=(0.0, 1.0), xlim=(-0.6, len(layers) - 0.4))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an SVG element, the same bytes every time."""
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": "gradprune"}):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _html_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in header)]
+    lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    return '<div class="scroll"><table>' + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table></div>"
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    if isinstance(content, float) and content - content != 0.0:
+        return str(content)
+    return content

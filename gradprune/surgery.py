@@ -1,0 +1,153 @@
+"""Surgery: cut the groups that selection chose out of the weights, and state the new widths in the configuration."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gradprune.masks import GroupMasks
+from gradprune.modeling_gradprune import (
+    PRUNED_CLASSES,
+    PerLayerWidths,
+    drop_attention,
+    drop_mlp,
+    homogeneous,
+    per_layer_overrides,
+    resolve_layer_config,
+)
+from gradprune.models import Block, PrunableModel, describe
+
+
+def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> PreTrainedModel:
+    """Remove the groups that `masks` does not keep.
+
+    The result computes what `model` would with those groups' columns of the output projections set to zero. A
+    block that keeps nothing is removed with its norm and passes the residual stream through.
+
+    Args:
+        model: a supported causal LM, pruned before or not.
+        masks: what each block keeps.
+        inplace: cut `model` itself, layer by layer. Otherwise it stays as it is, and the result is a new model
+            that shares every tensor that was not cut.
+
+    Returns:
+        The cut model: of its original class where all layers have the same widths, else of the class in
+        `modeling_gradprune`, with `per_layer_config` in its configuration.
+
+    Raises:
+        ValueError: a mask's length is not the block's number of groups.
+    """
+    _check_masks(describe(model), masks)
+    if not inplace:
+        # Tensors in the memo are taken over as they are: only the modules around them are copied.
+        model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    view = describe(model)
+    heads_per_group = _heads_per_group(view)
+    with torch.no_grad():
+        for layer, attention, mlp, kept_heads, kept_channels in zip(
+            view.layers, view.attention, view.mlp, masks.attention, masks.mlp, strict=True
+        ):
+            if attention is not None:
+                _shrink(attention, kept_heads) if kept_heads.any() else drop_attention(layer)
+            if mlp is not None:
+                _shrink(mlp, kept_channels) if kept_channels.any() else drop_mlp(layer)
+    _state_widths(model, describe(model), heads_per_group)
+    return model
+
+
+def _check_masks(view: PrunableModel, masks: GroupMasks) -> None:
+    for name, blocks, kept in (("attention", view.attention, masks.attention), ("mlp", view.mlp, masks.mlp)):
+        expected = [block.groups if block else 0 for block in blocks]
+        given = [len(mask) for mask in kept]
+        if expected != given:
+            raise ValueError(f"masks.{name}: has lengths {given}, but the model's blocks have {expected} groups")
+
+
+def _shrink(block: Block, kept: Tensor) -> None:
+    """Keep only the rows and columns of the kept groups ([groups] bool, at least one True)."""
+    if kept.all():
+        return
+    groups = kept.nonzero().flatten()
+    for entry in block.inputs:
+        rows = entry.rows_of(groups).to(entry.linear.weight.device)
+        entry.linear.weight = _parameter(entry.linear.weight, entry.linear.weight.index_select(0, rows))
+        entry.linear.out_features = len(rows)
+        if entry.linear.bias is not None:
+            entry.linear.bias = _parameter(entry.linear.bias, entry.linear.bias.index_select(0, rows))
+    output = block.output.linear
+    columns = block.output.columns_of(groups).to(output.weight.device)
+    output.weight = _parameter(output.weight, output.weight.index_select(1, columns))
+    output.in_features = len(columns)
+
+
+def _parameter(old: nn.Parameter, new: Tensor) -> nn.Parameter:
+    return nn.Parameter(new, requires_grad=old.requires_grad)
+
+
+def _heads_per_group(view: PrunableModel) -> int | None:
+    """Query heads of one KV head; None where no attention block is left."""
+    block = next((block for block in view.attention if block is not None), None)
+    return None if block is None else block.heads_per_group
+
+
+def _state_widths(model: PreTrainedModel, view: PrunableModel, heads_per_group: int | None) -> None:
+    """Make class, configuration and the attention modules' attributes agree with the weights."""
+    kv_heads = [block.groups if block else 0 for block in view.attention]
+    channels = [block.groups if block else 0 for block in view.mlp]
+    config = model.config
+    config.__dict__.pop("auto_map", None)
+    if heads_per_group is not None:
+        config.head_dim = _head_dim(view)
+    uniform = len(set(kv_heads)) == len(set(channels)) == 1 and kv_heads[0] > 0 and channels[0] > 0
+    if uniform and heads_per_group is not None and _statable(view, config, kv_heads[0] * heads_per_group):
+        config.per_layer_config = None
+        config.__dict__.pop("per_layer_config", None)
+        config.num_key_value_heads = kv_heads[0]
+        config.num_attention_heads = kv_heads[0] * heads_per_group
+        config.intermediate_size = channels[0]
+        if isinstance(model, PerLayerWidths):
+            model.__class__ = PRUNED_CLASSES[config.model_type].__bases__[1]
+    else:
+        config.per_layer_config = _per_layer_config(view, kv_heads, channels, heads_per_group)
+        # The same object with the class that knows per-layer widths: saving and reloading then just work.
+        model.__class__ = PRUNED_CLASSES[config.model_type]
+    _state_attention(model, view)
+
+
+def _per_layer_config(
+    view: PrunableModel, kv_heads: list[int], channels: list[int], heads_per_group: int | None
+) -> dict[int, dict[str, Any]]:
+    overrides: dict[int, dict[str, Any]] = {}
+    for layer, (heads, width) in enumerate(zip(kv_heads, channels, strict=True)):
+        skip = [name for name, count in (("attention", heads), ("mlp", width)) if count == 0]
+        # A dropped attention block keeps one head of zeros in the cache, see DroppedAttention.
+        overrides[layer] = {"num_key_value_heads": heads or 1, "intermediate_size": width}
+        if heads_per_group is not None and view.architecture.per_layer_heads:
+            overrides[layer]["num_attention_heads"] = (heads or 1) * heads_per_group
+        if skip:
+            overrides[layer]["skip"] = skip
+    return overrides
+
+
+def _statable(view: PrunableModel, config: Any, heads: int) -> bool:
+    """Whether the architecture's configuration class accepts this number of query heads."""
+    return not view.architecture.heads_divide_hidden or config.hidden_size % heads == 0
+
+
+def _head_dim(view: PrunableModel) -> int:
+    return next(block.head_dim for block in view.attention if block is not None)
+
+
+def _state_attention(model: PreTrainedModel, view: PrunableModel) -> None:
+    """Give each attention module its layer's configuration, which Phi-3's forward pass reads."""
+    overrides = per_layer_overrides(model.config)
+    dense = homogeneous(model.config)
+    for block in view.attention:
+        if block is None:
+            continue
+        module: Any = block.module
+        module.config = resolve_layer_config(dense, overrides[block.layer]) if block.layer in overrides else model.config
+        if hasattr(module, "num_key_value_heads"):
+            module.num_key_value_heads = block.groups
