@@ -7,11 +7,13 @@ the backward pass computes no other weight gradient either and leaves no `.grad`
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 Observer = Callable[[Tensor, Tensor, Tensor], None]
@@ -36,6 +38,11 @@ class _ObservedLinear(torch.autograd.Function):
         return dx.to(x.dtype), None, None, None
 
 
+def _observed_forward(linear: nn.Linear, observer: Observer, x: Tensor) -> Tensor:
+    output: Tensor = _ObservedLinear.apply(x, linear.weight, linear.bias, observer)  # type: ignore[no-untyped-call]
+    return output
+
+
 @contextmanager
 def capture(model: PreTrainedModel, observers: dict[nn.Linear, Observer]) -> Iterator[None]:
     """Observe the backward pass of `model`'s linear layers; everything is as before on exit, whatever happened.
@@ -54,47 +61,33 @@ def capture(model: PreTrainedModel, observers: dict[nn.Linear, Observer]) -> Ite
         handle = embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
         stack.callback(handle.remove)
         for linear, observer in observers.items():
-            stack.enter_context(_observed(linear, observer))
+            stack.enter_context(_forward_replaced(linear, partial(_observed_forward, linear, observer)))
         yield
 
 
 @contextmanager
-def checkpointed(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[None]:
+def checkpointed(layers: nn.ModuleList) -> Iterator[None]:
     """Recompute each decoder layer in the backward pass instead of keeping its activations.
 
-    transformers checkpoints layers only in training mode; just the layers' own flag is set, so that the dropout
-    and attention modules inside them stay in evaluation mode.
+    Works in evaluation mode, where transformers' own switch does nothing.
     """
-    enabled = model.is_gradient_checkpointing
-    training = [layer.training for layer in layers]
-    if not enabled:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    try:
+    with ExitStack() as stack:
         for layer in layers:
-            layer.training = True
+            stack.enter_context(_forward_replaced(layer, partial(checkpoint, layer.forward, use_reentrant=False)))
         yield
-    finally:
-        for layer, flag in zip(layers, training, strict=True):
-            layer.training = flag
-        if not enabled:
-            model.gradient_checkpointing_disable()
 
 
 @contextmanager
-def _observed(linear: nn.Linear, observer: Observer) -> Iterator[None]:
-    def forward(x: Tensor) -> Tensor:
-        output: Tensor = _ObservedLinear.apply(x, linear.weight, linear.bias, observer)
-        return output
-
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     # An instance attribute hides the class's forward; deleting it brings that back.
-    replaced = linear.__dict__.get("forward")
-    linear.forward = forward  # type: ignore[method-assign]
+    replaced = module.__dict__.get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        del linear.forward
+        del module.forward
         if replaced is not None:
-            linear.forward = replaced  # type: ignore[method-assign]
+            module.forward = replaced
 
 
 @contextmanager

@@ -99,7 +99,7 @@ class ImportanceEngine:
                 observers = dict(pair for entry in self._accumulators.values() for pair in entry.observers())
                 stack.enter_context(capture(self._model, observers))
                 if self._checkpointing:
-                    stack.enter_context(checkpointed(self._model, self._view.layers))
+                    stack.enter_context(checkpointed(self._view.layers))
             self._stack = stack.pop_all()
         self._open = True
         return self

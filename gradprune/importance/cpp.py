@@ -1,0 +1,139 @@
+"""The importance ops in C++, for CPU tensors."""
+
+import torch
+from torch import Tensor
+
+from gradprune.gradients.cpp import check_tensor, dtype_code, require_extension
+from gradprune.importance.reference import merge_statistics
+from gradprune.importance.vectors import STATISTICS, ImportanceVectors
+
+# A block of the gradient's rows, fp32: small enough to be still in cache when it is scored, large enough for the
+# matrix product that makes it to run at full speed.
+BLOCK_BYTES = 4 << 20
+
+
+def taylor_score_cpp(w: Tensor, g: Tensor, isa: str = "auto") -> ImportanceVectors:
+    """Row and column sums of |w g|, w g and w^2 g^2, and the statistics of g, from one read of each.
+
+    Args:
+        w: [O, I] CPU tensor, fp32, bf16, fp16 or fp64, the weight.
+        g: [O, I] the same, of any of these types, its gradient. A tensor whose elements do not follow each other
+            along a row is copied, and so is the fp64 one of a pair of which only one is.
+        isa: instruction set, "auto" or one of `_C.build_info()["isas"]`. Results differ between them by rounding.
+
+    Sums of at most 128 rows and 1024 columns in fp32, over those in fp64 (all fp64 where both are fp64).
+    Deterministic: the same bits for any number of threads.
+
+    Raises:
+        BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
+        ValueError: a tensor is not a floating-point CPU matrix, or the shapes differ; names it.
+    """
+    w, g = check_tensor("w", w), check_tensor("g", g)
+    if w.ndim != 2:
+        raise ValueError(f"w: has shape {tuple(w.shape)}; a matrix [O, I] is needed")
+    if g.shape != w.shape:
+        raise ValueError(f"g: has shape {tuple(g.shape)}; w has {tuple(w.shape)}, and both must be the same")
+    dtype = torch.float64 if w.dtype == g.dtype == torch.float64 else torch.float32
+    rows, columns = w.new_empty((3, w.shape[0]), dtype=dtype), w.new_empty((3, w.shape[1]), dtype=dtype)
+    vectors = _vectors(rows, columns, w.new_empty(len(STATISTICS), dtype=dtype))
+    taylor_score_into(w, g, vectors, isa)
+    return vectors
+
+
+def linear_importance_cpp(x: Tensor, dy: Tensor, w: Tensor) -> ImportanceVectors:
+    """`taylor_score` of each sample's weight gradient g_n = dy_n^T x_n of a linear layer, summed over samples.
+
+    Args:
+        x: [N, T, I] CPU tensor, fp32, bf16, fp16 or fp64, the layer's input.
+        dy: [N, T, O] the same, the gradient of each sample's loss at the layer's output.
+        w: [O, I] the same, the weight.
+
+    The gradient is formed by `torch.mm` in fp32 (fp64 where all are fp64), a block of rows of one sample at a time,
+    and scored while it is in cache. Sums over blocks and samples are in fp64. Deterministic for a given number of
+    threads, as far as `torch.mm` is.
+
+    Raises:
+        BackendUnavailableError: the extension is not built.
+        ValueError: a tensor is not a floating-point CPU tensor, or the shapes do not fit; names it.
+    """
+    x, dy, w = check_tensor("x", x), check_tensor("dy", dy), check_tensor("w", w)
+    _check_linear_shapes(x, dy, w)
+    double = x.dtype == dy.dtype == w.dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
+    if not double and w.dtype == torch.float64:
+        w = w.to(dtype)
+    scorer = _BlockwiseScorer(w, dtype)
+    for n in range(x.shape[0]):
+        scorer.add_sample(x[n].to(dtype), dy[n].to(dtype))
+    return scorer.total()
+
+
+def taylor_score_into(w: Tensor, g: Tensor, out: ImportanceVectors, isa: str = "auto") -> None:
+    """`taylor_score_cpp` of checked matrices into vectors of the caller, each of them contiguous."""
+    if (w.dtype == torch.float64) != (g.dtype == torch.float64):
+        w, g = w.to(torch.float32), g.to(torch.float32)
+    require_extension(isa)
+    from gradprune import _C
+
+    w, g = _unit_stride_rows(w), _unit_stride_rows(g)
+    _C.taylor_score(
+        (w.data_ptr(), w.stride(0), dtype_code(w.dtype)),
+        (g.data_ptr(), g.stride(0), dtype_code(g.dtype)),
+        w.shape[0],
+        w.shape[1],
+        [getattr(out, name).data_ptr() for name in ImportanceVectors.__annotations__],
+        torch.get_num_threads(),
+        isa,
+    )
+
+
+class _BlockwiseScorer:
+    """Sums of `taylor_score` over samples, a block of gradient rows at a time."""
+
+    def __init__(self, w: Tensor, dtype: torch.dtype) -> None:
+        rows, columns = w.shape
+        self._w = w
+        self._dtype = dtype
+        block = max(1, BLOCK_BYTES // (max(columns, 1) * dtype.itemsize))
+        self._starts = range(0, rows, block)
+        self._gradient = w.new_empty((min(block, rows), columns), dtype=dtype)
+        self._block_rows = w.new_empty((3, rows), dtype=dtype)
+        self._block_columns = w.new_empty((len(self._starts), 3, columns), dtype=dtype)
+        self._block_statistics = w.new_empty((len(self._starts), len(STATISTICS)), dtype=dtype)
+        self._rows = w.new_zeros((3, rows), dtype=torch.float64)
+        self._columns = w.new_zeros((3, columns), dtype=torch.float64)
+        self._statistics = torch.tensor([0.0, 0.0, 0.0, torch.inf, 0.0], dtype=torch.float64)
+
+    def add_sample(self, x: Tensor, dy: Tensor) -> None:
+        """x: [T, I], dy: [T, O] of one sample."""
+        for k, first in enumerate(self._starts):
+            w = self._w[first : first + len(self._gradient)]
+            last = first + len(w)
+            gradient = torch.mm(dy[:, first:last].T, x, out=self._gradient[: len(w)])
+            out = _vectors(self._block_rows[:, first:last], self._block_columns[k], self._block_statistics[k])
+            taylor_score_into(w, gradient, out)
+        self._rows += self._block_rows
+        self._columns += self._block_columns.sum(0, dtype=torch.float64)
+        self._statistics = merge_statistics(torch.cat([self._statistics[None], self._block_statistics.double()]))
+
+    def total(self) -> ImportanceVectors:
+        return _vectors(self._rows.to(self._dtype), self._columns.to(self._dtype), self._statistics.to(self._dtype))
+
+
+def _vectors(rows: Tensor, columns: Tensor, statistics: Tensor) -> ImportanceVectors:
+    """Views of rows: [3, O] and columns: [3, I], the sums of |w g|, w g and w^2 g^2."""
+    return ImportanceVectors(rows[0], rows[1], rows[2], columns[0], columns[1], columns[2], statistics)
+
+
+def _check_linear_shapes(x: Tensor, dy: Tensor, w: Tensor) -> None:
+    if w.ndim != 2:
+        raise ValueError(f"w: has shape {tuple(w.shape)}; a matrix [O, I] is needed")
+    if x.ndim != 3 or x.shape[2] != w.shape[1]:
+        raise ValueError(f"x: has shape {tuple(x.shape)}; [N, T, {w.shape[1]}] is needed, for w {tuple(w.shape)}")
+    if dy.shape != (*x.shape[:2], w.shape[0]):
+        raise ValueError(f"dy: has shape {tuple(dy.shape)}; {(*x.shape[:2], w.shape[0])} is needed")
+
+
+def _unit_stride_rows(matrix: Tensor) -> Tensor:
+    """`matrix` itself where its elements follow each other along a row, else a copy."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()

@@ -1,0 +1,43 @@
+"""Shared fixtures, and the loud skip of what this machine does not have."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+# The models here are tiny: a second thread costs more than it brings. Tests of threading set their own number.
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may ask the network for anything."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def stories_model() -> Path:
+    """A real 260K-parameter Llama, which lies beside the repository where it is developed."""
+    path = SHARED / "models" / "stories260k"
+    if not path.is_dir():
+        pytest.skip(f"the stories260k model is not at {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories_text() -> tuple[Path, Path]:
+    """Calibration and evaluation text in that model's language."""
+    folder = SHARED / "text"
+    if not folder.is_dir():
+        pytest.skip(f"the stories texts are not at {folder}")
+    return folder / "stories_calibration.txt", folder / "stories_eval.txt"

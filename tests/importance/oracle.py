@@ -1,0 +1,146 @@
+"""Group importances straight from their definitions: dense fp64 autograd gradients, Python loops over groups."""
+
+import copy
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# Element scores by method, from w and the list of gradients (one a sample, or one a batch).
+ELEMENT_SCORES = {
+    "taylor": lambda w, a, h: a,
+    "taylor_2nd": lambda w, a, h: a + 0.5 * w**2 * h,
+    "fisher": lambda w, a, h: 0.5 * w**2 * h,
+}
+
+
+def oracle_scores(
+    model: PreTrainedModel, ids: Tensor, method: str, reduction: str, batch_size: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Attention and MLP group importances, one fp64 tensor a layer each."""
+    model = copy.deepcopy(model).double()
+    split = 1 if reduction == "sample" else batch_size
+    gradients = [_gradients(model, part) for part in ids.split(split)]
+    inputs = _output_inputs(model, ids)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    attention, mlp = [], []
+    for layer in range(model.config.num_hidden_layers):
+        for kind, result in (("attention", attention), ("mlp", mlp)):
+            groups = list(_groups(model, layer, kind))
+            result.append(torch.stack([_importance(g, weights, gradients, inputs, method, reduction) for g in groups]))
+    return attention, mlp
+
+
+def _importance(group, weights, gradients, inputs, method, reduction) -> Tensor:
+    *_, (output, _, columns) = group
+    if method == "group_fisher":
+        masks = [(weights[output][:, columns] * g[output][:, columns]).sum() for g in gradients]
+        return torch.stack([m**2 for m in masks]).mean()
+    if method == "wanda":
+        rms = inputs[output][:, columns].square().mean(0).sqrt()
+        return (weights[output][:, columns].abs() * rms).sum()
+    total = torch.zeros((), dtype=torch.float64)
+    for name, rows, cols in group:
+        w = weights[name][rows][:, cols]
+        if method == "magnitude":
+            total += w.abs().sum()
+            continue
+        parts = [g[name][rows][:, cols] for g in gradients]
+        if reduction == "sample":
+            a = torch.stack([(w * g).abs() for g in parts]).mean(0)
+        else:
+            a = (w * torch.stack(parts).mean(0)).abs()
+        h = torch.stack([g**2 for g in parts]).mean(0)
+        total += ELEMENT_SCORES[method](w, a, h).sum()
+    return total
+
+
+def _gradients(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _output_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    inputs, handles = {}, []
+    for name, module in model.named_modules():
+        if name.endswith(("o_proj", "down_proj")):
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _m, args, name=name: inputs.__setitem__(f"{name}.weight", args[0].detach().flatten(0, 1))
+                )
+            )
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return inputs
+
+
+def _groups(model: PreTrainedModel, layer: int, kind: str) -> Iterator[list[tuple[str, list[int], list[int]]]]:
+    """Each group's weights as (name, rows, columns); the output projection comes last."""
+    config = model.config
+    heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    everything = list(range(config.hidden_size))
+    ratio = heads // kv_heads
+    prefix = f"model.layers.{layer}."
+    fused = config.model_type == "phi3"
+    if kind == "mlp":
+        for channel in range(width):
+            if fused:
+                yield [
+                    (prefix + "mlp.gate_up_proj.weight", [channel, width + channel], everything),
+                    (prefix + "mlp.down_proj.weight", everything, [channel]),
+                ]
+            else:
+                yield [
+                    (prefix + "mlp.gate_proj.weight", [channel], everything),
+                    (prefix + "mlp.up_proj.weight", [channel], everything),
+                    (prefix + "mlp.down_proj.weight", everything, [channel]),
+                ]
+        return
+    for kv in range(kv_heads):
+        q = [r for head in range(kv * ratio, (kv + 1) * ratio) for r in range(head * head_dim, (head + 1) * head_dim)]
+        k = list(range(kv * head_dim, (kv + 1) * head_dim))
+        if fused:
+            k_start, v_start = heads * head_dim, (heads + kv_heads) * head_dim
+            rows = q + [k_start + r for r in k] + [v_start + r for r in k]
+            yield [(prefix + "self_attn.qkv_proj.weight", rows, everything)] + [
+                (prefix + "self_attn.o_proj.weight", everything, q)
+            ]
+        else:
+            yield [
+                (prefix + "self_attn.q_proj.weight", q, everything),
+                (prefix + "self_attn.k_proj.weight", k, everything),
+                (prefix + "self_attn.v_proj.weight", k, everything),
+                (prefix + "self_attn.o_proj.weight", everything, q),
+            ]
+
+
+def oracle_layer_statistics(model: PreTrainedModel, ids: Tensor, layer: int) -> dict[str, float]:
+    """mean, std and L2 norm of |g| over a layer's prunable weights and all samples."""
+    model = copy.deepcopy(model).double()
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
+    parts, norms = [], []
+    for sample in ids.split(1):
+        gradients = _gradients(model, sample)
+        own = [
+            g.flatten()
+            for name, g in gradients.items()
+            if name.startswith(f"model.layers.{layer}.") and name.removesuffix(".weight").endswith(names)
+        ]
+        parts.append(torch.cat(own).abs())
+        norms.append(torch.cat(own).square().sum().item())
+    absolute = torch.cat(parts)
+    return {
+        "mean": absolute.mean().item(),
+        "std": absolute.std(correction=0).item(),
+        "norm": math.sqrt(sum(norms) / len(norms)),
+        "maximum": absolute.max().item(),
+        "minimum": absolute.min().item(),
+    }
