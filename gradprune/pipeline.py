@@ -4,7 +4,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from gradprune.checkpoint import atomic_directory, check_free, save_checkpoint
 from gradprune.config import PruneConfig
 from gradprune.errors import ConfigError
 from gradprune.evaluate import Perplexity, Throughput, model_size, perplexity, throughput, weight_bytes_on_disk
+from gradprune.gradients.diagnosis import diagnose_gradients
 from gradprune.gradients.statistics import LayerGradients
 from gradprune.groups import GroupTable, group_costs, importance_column
 from gradprune.hgsp import Priors, modulate, removal_priors, removal_steps, similarity_priors, taylor_priors
@@ -271,7 +272,8 @@ def _write(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None, outpu
         analysis = folder / "analysis"
         analysis.mkdir()
         result.table.write_csv(analysis / "groups.csv", result.pruned)
-        write_json(analysis / "gradients.json", {"layers": [asdict(layer) for layer in result.gradients]})
+        if result.gradients:
+            write_json(analysis / "gradients.json", diagnose_gradients(result.gradients).to_dict())
         write_json(analysis / "summary.json", summarize(result))
         write_json(folder / "run.json", _run_record(result))
         write_report(folder / "report.html", summarize(result), _run_record(result))

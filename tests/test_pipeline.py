@@ -1,0 +1,199 @@
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
+
+from gradprune import PruneConfig, load_pruned, prune
+from gradprune.errors import CalibrationError, CheckpointError, ConfigError, GradPruneError, SelectionError
+from gradprune.groups import group_costs
+from gradprune.models import describe
+
+TOKENS = tiny_ids(samples=1, tokens=2000).flatten()
+
+
+def run(model, **options):
+    defaults = {"pruning_ratio": 0.2, "num_samples": 8, "seq_len": 16, "batch_size": 4, "backend": "reference"}
+    config = PruneConfig(**{**defaults, **options})
+    return prune(model, None, config, calibration=TOKENS[:1500], evaluation=TOKENS[1500:])
+
+
+def parameters(model) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_removes_the_ratio_within_one_group(architecture: str, tied: bool) -> None:
+    model = tiny_model(architecture, channels=40, tied=tied)
+    before = parameters(model)
+    result = run(model)
+    largest_group = group_costs(describe(model)).cost.max()
+    removed = before - parameters(result.model)
+    # Norms of dropped blocks go beyond the budget, which counts groups.
+    assert 0.2 * before - largest_group < removed <= 0.2 * before + 6 * model.config.hidden_size
+    assert removed >= result.table.cost[result.pruned].sum()
+    assert result.after.parameters == parameters(result.model)
+
+
+def test_the_given_model_stays_as_it_was_and_nothing_is_written(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    result = run(model)
+    assert result.model is not model
+    assert result.output is None
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_speed_the_model_is_cut_in_place() -> None:
+    model = tiny_model()
+    before = parameters(model)
+    result = run(model, measure_speed=False)
+    assert result.model is model
+    assert parameters(model) < before
+    assert result.before.speed is None
+
+
+def test_the_results_folder_holds_what_the_documentation_says(tmp_path: Path) -> None:
+    result = run(tiny_model(), output_dir=str(tmp_path), output_name="out", temperature=1.0)
+    folder = tmp_path / "out"
+    assert result.output == folder
+    groups = (folder / "analysis" / "groups.csv").read_text().splitlines()
+    assert groups[0] == "layer,kind,index,importance,cost,prior,score,pruned"
+    assert len(groups) == 1 + len(result.table)
+    summary = json.loads((folder / "analysis" / "summary.json").read_text())
+    assert summary["parameters"] == {"before": result.before.parameters, "after": result.after.parameters}
+    assert summary["perplexity"]["after"] == result.after.perplexity.value
+    assert len(summary["layers"]) == 3
+    assert summary["bytes_on_disk"]["after"] == (folder / "model" / "model.safetensors").stat().st_size
+    gradients = json.loads((folder / "analysis" / "gradients.json").read_text())
+    assert [layer["layer"] for layer in gradients["layers"]] == [0, 1, 2]
+    assert gradients["verdict"] == "normal"
+    record = json.loads((folder / "run.json").read_text())
+    assert record["config"]["temperature"] == 1.0
+    assert set(record["versions"]) >= {"gradprune", "torch", "transformers", "python"}
+    report = (folder / "report.html").read_text()
+    assert "<svg" in report
+    assert f"{result.after.parameters:,}" in report
+    assert not re.search(r"""(src|href)=["']?(http|/|\.)|@import|url\(http""", report), "the report needs no other file"
+    reloaded = load_pruned(folder / "model")
+    ids = tiny_ids()
+    torch.testing.assert_close(reloaded(ids).logits, result.model(ids).logits)
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run(tiny_model(dtype=torch.float32), output_dir=str(tmp_path), output_name=name, temperature=1.0)
+    for file in ("model/model.safetensors", "model/config.json", "analysis/groups.csv", "analysis/gradients.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_another_seed_draws_other_samples() -> None:
+    first, second = run(tiny_model(), seed=0), run(tiny_model(), seed=1)
+    assert (first.table.importance != second.table.importance).any()
+
+
+@pytest.mark.parametrize("prior", ["removal", "similarity", "taylor"])
+def test_every_prior_changes_the_scores(prior: str) -> None:
+    plain, modulated = run(tiny_model()), run(tiny_model(), temperature=1.0, prior=prior)
+    assert (plain.table.importance == modulated.table.importance).all()
+    assert (plain.table.score != modulated.table.score).any()
+
+
+def test_uniform_gives_a_plain_checkpoint(tmp_path: Path) -> None:
+    model = tiny_model("llama", kv_heads=4, ratio=2, channels=32, layers=2)
+    result = run(model, uniform=True, round_to=8, pruning_ratio=0.3, output_dir=str(tmp_path), output_name="u")
+    assert type(result.model) is type(model)
+    config = json.loads((tmp_path / "u" / "model" / "config.json").read_text())
+    assert "auto_map" not in config
+    assert "per_layer_config" not in config
+    assert config["intermediate_size"] % 8 == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"pruning_ratio": 0.99}, SelectionError, "pruning_ratio: 0.99 cannot be reached"),
+        ({"pruning_ratio": 0.5, "freeze_first_n_layers": 3}, SelectionError, "cannot be reached"),
+        ({"seq_len": 65}, CalibrationError, "seq_len: 65 is longer than the model's context of 64"),
+        ({"num_samples": 1000}, CalibrationError, "num_samples: 1000 samples of 16 tokens need 16,000"),
+    ],
+)
+def test_what_cannot_be_done_is_told_before_anything_runs(options, error, message, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
+        run(tiny_model(), output_dir=str(tmp_path / "r"), output_name="x", **options)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pruning_ratio": 0.0}, "pruning_ratio: 0.0 is not between 0 and 1"),
+        ({"pruning_ratio": 1.0}, "pruning_ratio: 1.0"),
+        ({"pruning_ratio": float("nan")}, "pruning_ratio: nan"),
+        ({"importance_method": "best"}, "importance_method: 'best' is unknown; choose one of magnitude"),
+        ({"temperature": -1.0}, "temperature: -1.0"),
+        ({"tau": -0.1}, "tau: -0.1"),
+        ({"epsilon": 2.0}, "epsilon: 2.0"),
+        ({"max_layer_ratio": 0.0}, "max_layer_ratio: 0.0"),
+        ({"num_samples": 0}, "num_samples: 0"),
+        ({"seq_len": 1}, "seq_len: 1"),
+        ({"output_name": "../x"}, "output_name: '../x'"),
+        ({"prior": "taylor", "temperature": 1.0, "importance_method": "wanda"}, "prior: 'taylor' needs gradients"),
+        ({"uniform": True, "freeze_last_n_layers": 1}, "uniform: cannot be combined"),
+    ],
+)
+def test_a_bad_option_is_named(options, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PruneConfig(**options)
+
+
+def test_an_existing_folder_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
+    run(tiny_model(), output_dir=str(tmp_path), output_name="x")
+    with pytest.raises(CheckpointError, match=r"output_name: .* exists"):
+        run(tiny_model(), output_dir=str(tmp_path), output_name="x")
+    run(tiny_model(), output_dir=str(tmp_path), output_name="x", overwrite=True, pruning_ratio=0.1)
+    assert json.loads((tmp_path / "x" / "run.json").read_text())["config"]["pruning_ratio"] == 0.1
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gradprune.pipeline.write_report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model(), output_dir=str(tmp_path), output_name="x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_tokenizer_needs_tokens() -> None:
+    with pytest.raises(GradPruneError, match="tokenizer: None works only with"):
+        prune(tiny_model(), None, PruneConfig(seq_len=16))
+
+
+def test_a_pruned_model_can_be_pruned_again() -> None:
+    once = run(tiny_model(channels=40), pruning_ratio=0.2).model
+    twice = run(once, pruning_ratio=0.2)
+    assert parameters(twice.model) < parameters(once)
+    assert twice.after.perplexity.value > 0
+
+
+@pytest.mark.parametrize("method", ["taylor", "fisher", "group_fisher"])
+def test_a_real_model_keeps_most_of_its_ability(method: str, stories_model: Path, stories_text) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(stories_model)
+    tokenizer = AutoTokenizer.from_pretrained(stories_model)
+    calibration, evaluation = map(str, stories_text)
+    options = {"dataset": calibration, "eval_dataset": evaluation, "num_samples": 32, "eval_samples": 40}
+    config = PruneConfig(importance_method=method, pruning_ratio=0.1, measure_speed=False, **options)
+    result = prune(model, tokenizer, config)
+    assert result.before.perplexity.value < 4.6
+    assert result.after.perplexity.value < 9.0
+    assert 0 <= 0.1 * result.before.parameters - (result.before.parameters - result.after.parameters) < 3072
