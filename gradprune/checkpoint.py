@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -49,7 +50,8 @@ def load_model(
             f"base_model: architecture '{config.model_type}' of '{base_model}' is not supported; "
             f"supported are {supported_architectures()}"
         )
-    model_class = PRUNED_CLASSES[config.model_type] if per_layer_overrides(config) else AutoModelForCausalLM
+    # transformers' annotation of from_pretrained does not know output_loading_info's pair.
+    model_class: Any = PRUNED_CLASSES[config.model_type] if per_layer_overrides(config) else AutoModelForCausalLM
     trust = {} if per_layer_overrides(config) else {"trust_remote_code": trust_remote_code}
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -64,9 +66,10 @@ def load_model(
     missing = sorted(found["missing_keys"])
     if missing:
         raise CheckpointError(
-            f"base_model: '{base_model}' lacks {len(missing)} weights that its config.json calls for, first {missing[0]}"
+            f"base_model: '{base_model}' lacks {len(missing)} weights that its config.json names, first {missing[0]}"
         )
-    return model.to(device).eval(), _load_tokenizer(base_model, trust_remote_code)
+    model.to(device).eval()
+    return model, _load_tokenizer(base_model, trust_remote_code)
 
 
 def load_pruned(directory: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -174,4 +177,3 @@ def _load_tokenizer(base_model: str | Path, trust_remote_code: bool) -> PreTrain
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-

@@ -26,10 +26,9 @@ PROGRESS = Console(stderr=True)
 
 app = typer.Typer(
     help="Gradient-based structured pruning of large language models. Options may be written with _ or -.",
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        "token_normalize_func": lambda token: token.replace("_", "-"),
-    },
+    context_settings={"help_option_names": ["-h", "--help"]},
+    # The plain help: at 80 columns the boxed one cuts option names off.
+    rich_markup_mode=None,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -86,7 +85,7 @@ def prune(
     output_name: Annotated[str | None, typer.Option(help="Results folder; default names model and method.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing results folder.")] = False,
 ) -> None:
-    """Prune a causal language model and write a smaller checkpoint with a report."""
+    """Prune a model; write a smaller checkpoint and a report."""
     options = dict(locals())
     model_name = Path(base_model).name if base_model else "demo"
     options["output_name"] = output_name or f"{model_name}-{importance_method}-{pruning_ratio:g}"
@@ -98,7 +97,7 @@ def demo(
     pruning_ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
     output_dir: Annotated[str, typer.Option(help="Where the results folder goes.")] = DEFAULT.output_dir,
 ) -> None:
-    """Make a small language model from Python's own documentation, prune it, and show what that costs."""
+    """Train a tiny model, prune it, show what that costs."""
     result = _prune(PruneConfig(pruning_ratio=pruning_ratio, output_dir=output_dir, output_name="demo", overwrite=True))
     from gradprune.demo import demo_model_path
 
@@ -125,7 +124,7 @@ def diagnose(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the gradients of every decoder layer, and whether they vanish."""
+    """Show every layer's gradients, and whether they vanish."""
     from gradprune.calibration import batches, check_context, load_tokens, sample_windows
     from gradprune.gradients.diagnosis import diagnose_gradients, diagnosis_table
     from gradprune.importance import ImportanceEngine
@@ -194,7 +193,7 @@ def main() -> NoReturn:
     # A terminated run unwinds like an interrupted one, so that its temporary folder goes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(app([_dashed(argument) for argument in sys.argv[1:]], standalone_mode=False) or 0)
     except GradPruneError as error:
         message = str(error)
     except _UsageError as error:
@@ -204,6 +203,14 @@ def main() -> NoReturn:
         sys.exit(130)
     Console(stderr=True, soft_wrap=True).print(f"error: {message}", markup=False, highlight=False)
     sys.exit(2)
+
+
+def _dashed(argument: str) -> str:
+    """`--pruning_ratio=0.2` as `--pruning-ratio=0.2`; values stay as they are."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def _prune(config: PruneConfig) -> "PruneResult":

@@ -85,11 +85,11 @@ class PruneConfig:
             raise ConfigError(f"temperature: {self.temperature} is not a finite number of at least 0")
         if self.tau is not None and not self.tau >= 0.0:
             raise ConfigError(f"tau: {self.tau} is not at least 0 (inf is allowed)")
-        for name in ("num_samples", "batch_size", "prior_samples", "round_to"):
-            _at_least(name, getattr(self, name), 1)
+        for option in ("num_samples", "batch_size", "prior_samples", "round_to"):
+            _at_least(option, getattr(self, option), 1)
         _at_least("seq_len", self.seq_len, 2)
-        for name in ("freeze_first_n_layers", "freeze_last_n_layers", "seed"):
-            _at_least(name, getattr(self, name), 0)
+        for option in ("freeze_first_n_layers", "freeze_last_n_layers", "seed"):
+            _at_least(option, getattr(self, option), 0)
         if self.eval_samples is not None:
             _at_least("eval_samples", self.eval_samples, 1)
         _one_of("importance_method", self.importance_method, METHODS)
@@ -99,8 +99,8 @@ class PruneConfig:
         _one_of("dtype", self.dtype, get_args(Dtype))
         if self.temperature > 0.0 and self.prior == "taylor" and self.importance_method not in GRADIENT_METHODS:
             raise ConfigError(
-                f"prior: 'taylor' needs gradients, which importance_method '{self.importance_method}' does not compute; "
-                "choose prior removal or similarity"
+                f"prior: 'taylor' needs gradients, which importance_method '{self.importance_method}' does not "
+                "compute; choose prior removal or similarity"
             )
         if self.uniform and (self.freeze_first_n_layers or self.freeze_last_n_layers):
             raise ConfigError(

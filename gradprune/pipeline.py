@@ -20,13 +20,12 @@ import gradprune
 from gradprune.calibration import batches, check_context, load_tokens, sample_windows, split_held_out
 from gradprune.checkpoint import atomic_directory, check_free, save_checkpoint
 from gradprune.config import PruneConfig
-from gradprune.errors import ConfigError
 from gradprune.evaluate import Perplexity, Throughput, model_size, perplexity, throughput, weight_bytes_on_disk
 from gradprune.gradients.diagnosis import diagnose_gradients
 from gradprune.gradients.statistics import LayerGradients
 from gradprune.groups import GroupTable, group_costs, importance_column
 from gradprune.hgsp import Priors, modulate, removal_priors, removal_steps, similarity_priors, taylor_priors
-from gradprune.importance import ImportanceEngine
+from gradprune.importance import ImportanceEngine, Scores
 from gradprune.masks import GroupMasks
 from gradprune.models import PrunableModel, describe
 from gradprune.progress import progress
@@ -105,11 +104,24 @@ def prune(
     before_size = model_size(model)
     check_reachable(group_costs(view), config.pruning_ratio, before_size.parameters, constraints)
 
+    engine = ImportanceEngine(
+        model,
+        config.importance_method,
+        config.reduction,
+        config.backend,
+        use_gradient_checkpointing=config.use_gradient_checkpointing,
+    )
     calibration, evaluation = _tokens(tokenizer, config, calibration, evaluation)
     windows = sample_windows(calibration, num_samples=config.num_samples, seq_len=config.seq_len, seed=config.seed)
     with clock.stage("perplexity_before"):
         perplexity_before = _perplexity(model, evaluation, config, console)
-    table, gradients = _score(model, view, windows, config, clock, console)
+    with clock.stage("calibration"):
+        scores = _calibrate(engine, windows, config, console)
+    with clock.stage("priors"):
+        priors = _priors(model, view, engine, windows[: config.prior_samples], config, console)
+    with clock.stage("scoring"):
+        table = replace(group_costs(view), importance=importance_column(scores))
+        table = modulate(table, config.temperature, config.tau, priors)
     with clock.stage("selection"):
         pruned = select(table, config.pruning_ratio, before_size.parameters, constraints)
         masks = table.masks(pruned)
@@ -133,7 +145,7 @@ def prune(
         table=table,
         pruned=pruned,
         masks=masks,
-        gradients=gradients,
+        gradients=scores.gradients,
         seconds=clock.seconds,
     )
     return result if output is None else _write(result, tokenizer, output)
@@ -179,26 +191,13 @@ class _Clock:
         self.seconds[name] = round(time.perf_counter() - start, 4)
 
 
-def _score(
-    model: PreTrainedModel, view: PrunableModel, windows: Tensor, config: PruneConfig, clock: _Clock, console: Console
-) -> tuple[GroupTable, list[LayerGradients]]:
-    """Calibrate: the group table with importances, priors and scores, and the gradient statistics."""
-    method = config.importance_method
-    engine = ImportanceEngine(
-        model, method, config.reduction, config.backend, use_gradient_checkpointing=config.use_gradient_checkpointing
-    )
-    with clock.stage("calibration"):
-        if method != "magnitude":
-            with engine, progress(console, "Calibrating", len(windows), "samples") as advance:
-                for batch in batches(windows, config.batch_size):
-                    engine.step(batch)
-                    advance(len(batch))
-        scores = engine.scores()
-    with clock.stage("priors"):
-        priors = _priors(model, view, engine, windows[: config.prior_samples], config, console)
-    with clock.stage("scoring"):
-        table = replace(group_costs(view), importance=importance_column(scores))
-        return modulate(table, config.temperature, config.tau, priors), scores.gradients
+def _calibrate(engine: ImportanceEngine, windows: Tensor, config: PruneConfig, console: Console) -> Scores:
+    if engine.method != "magnitude":
+        with engine, progress(console, "Calibrating", len(windows), "samples") as advance:
+            for batch in batches(windows, config.batch_size):
+                engine.step(batch)
+                advance(len(batch))
+    return engine.scores()
 
 
 def _priors(
@@ -228,8 +227,6 @@ def _tokens(
     evaluation: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Calibration and held-out tokens, as given or from the datasets; the two never overlap."""
-    if tokenizer is None and (calibration is None or evaluation is None):
-        raise ConfigError("tokenizer: None works only with both calibration and evaluation tokens given")
     held_out_in_file = evaluation is None and config.eval_dataset is None
     if evaluation is None and (config.eval_dataset is not None or (calibration is None and config.dataset is None)):
         evaluation = load_tokens(config.eval_dataset, tokenizer, split="evaluation")

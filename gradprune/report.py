@@ -8,7 +8,6 @@ from string import Template
 from typing import Any
 
 from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -142,7 +141,7 @@ def _svg(figure: Figure) -> str:
     """The figure as an SVG element, the same bytes every time."""
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": "gradprune"}):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

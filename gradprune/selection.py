@@ -125,7 +125,10 @@ def _take(
 
 def _sum_by_chunk(values: NDArray[np.float64] | NDArray[np.int64], chunks: _Chunks) -> NDArray[np.float64]:
     eligible = chunks.of_group >= 0
-    return np.bincount(chunks.of_group[eligible], values[eligible].astype(np.float64), len(chunks.chain))
+    sums: NDArray[np.float64] = np.bincount(chunks.of_group[eligible], values[eligible], len(chunks.chain)).astype(
+        np.float64
+    )
+    return sums
 
 
 def _chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
@@ -161,7 +164,7 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
             raise ConfigError(f"uniform: the layers of this model already differ in their {name} widths: {widths}")
         width = widths[0]
         if name == "mlp":
-            kept = range(constraints.round_to, width, constraints.round_to)
+            kept = list(range(constraints.round_to, width, constraints.round_to))
         else:
             kept = sorted((constraints.kept_kv_groups or frozenset(range(1, width))) & frozenset(range(1, width)))
         ends = np.array([width - count for count in reversed(kept)], np.int64)
@@ -190,7 +193,8 @@ def _ranks(scores: NDArray[np.float64]) -> NDArray[np.int64]:
 
 def _limits(table: GroupTable, constraints: Constraints) -> NDArray[np.float64]:
     """Parameters that may go, per owner of chunks."""
-    limits = constraints.max_layer_ratio * np.bincount(table.layer, table.cost, table.layers)
+    of_layer = np.bincount(table.layer, table.cost, table.layers)
+    limits: NDArray[np.float64] = constraints.max_layer_ratio * of_layer.astype(np.float64)
     return limits.sum(keepdims=True) if constraints.uniform else limits
 
 

@@ -82,7 +82,7 @@ def _shrink(block: Block, kept: Tensor) -> None:
     output.in_features = len(columns)
 
 
-def _parameter(old: nn.Parameter, new: Tensor) -> nn.Parameter:
+def _parameter(old: Tensor, new: Tensor) -> nn.Parameter:
     return nn.Parameter(new, requires_grad=old.requires_grad)
 
 
@@ -118,8 +118,8 @@ def _state_widths(model: PreTrainedModel, view: PrunableModel, heads_per_group: 
 
 def _per_layer_config(
     view: PrunableModel, kv_heads: list[int], channels: list[int], heads_per_group: int | None
-) -> dict[int, dict[str, Any]]:
-    overrides: dict[int, dict[str, Any]] = {}
+) -> dict[int | str, dict[str, Any]]:
+    overrides: dict[int | str, dict[str, Any]] = {}
     for layer, (heads, width) in enumerate(zip(kv_heads, channels, strict=True)):
         skip = [name for name, count in (("attention", heads), ("mlp", width)) if count == 0]
         # A dropped attention block keeps one head of zeros in the cache, see DroppedAttention.
@@ -148,6 +148,7 @@ def _state_attention(model: PreTrainedModel, view: PrunableModel) -> None:
         if block is None:
             continue
         module: Any = block.module
-        module.config = resolve_layer_config(dense, overrides[block.layer]) if block.layer in overrides else model.config
+        own = overrides.get(block.layer)
+        module.config = model.config if own is None else resolve_layer_config(dense, own)
         if hasattr(module, "num_key_value_heads"):
             module.num_key_value_heads = block.groups

@@ -43,7 +43,7 @@ def test_temperature_0_needs_no_priors() -> None:
 
 
 def test_a_negative_prior_counts_as_zero() -> None:
-    negative = Priors(block={key: -1.0 for key in PRIORS.block}, layer={layer: -1.0 for layer in range(4)})
+    negative = Priors(block=dict.fromkeys(PRIORS.block, -1.0), layer=dict.fromkeys(range(4), -1.0))
     assert (modulate(make_table(), 1.0, 0.0, negative).score == 0.0).all()
 
 

@@ -1,5 +1,4 @@
 import json
-import os
 import re
 from pathlib import Path
 
@@ -159,7 +158,7 @@ def test_an_existing_folder_is_not_overwritten_unless_asked(tmp_path: Path) -> N
         run(tiny_model(), output_dir=str(tmp_path), output_name="x")
     run(tiny_model(), output_dir=str(tmp_path), output_name="x", overwrite=True, pruning_ratio=0.1)
     assert json.loads((tmp_path / "x" / "run.json").read_text())["config"]["pruning_ratio"] == 0.1
-    assert os.listdir(tmp_path) == ["x"]
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
@@ -173,7 +172,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_model_without_tokenizer_needs_tokens() -> None:
-    with pytest.raises(GradPruneError, match="tokenizer: None works only with"):
+    with pytest.raises(GradPruneError, match="the model has no tokenizer"):
         prune(tiny_model(), None, PruneConfig(seq_len=16))
 
 

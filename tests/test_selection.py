@@ -68,7 +68,9 @@ def test_equals_the_plain_greedy_rule(ratio: float, seed: int, ties: bool) -> No
     round_to=st.sampled_from([1, 2, 4, 5]),
     uniform=st.booleans(),
 )
-def test_the_budget_is_kept_and_nearly_used(ratio: float, seed: int, limit: float, round_to: int, uniform: bool) -> None:
+def test_the_budget_is_kept_and_nearly_used(
+    ratio: float, seed: int, limit: float, round_to: int, uniform: bool
+) -> None:
     table = make_table(seed=seed)
     parameters = int(table.cost.sum())
     constraints = Constraints(max_layer_ratio=limit, round_to=round_to, uniform=uniform)

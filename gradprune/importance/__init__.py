@@ -1,6 +1,6 @@
 """Gradient importance: the ops with their backends, and the engine that runs them over a model.
 
-    from gradprune.importance import ImportanceEngine, taylor_score
+from gradprune.importance import ImportanceEngine, taylor_score
 """
 
 from gradprune.importance.engine import ImportanceEngine, Scores

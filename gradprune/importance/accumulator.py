@@ -27,6 +27,7 @@ class BlockAccumulator:
     """
 
     def __init__(self, block: Block, reduction: Reduction, ops: Ops) -> None:
+        """Start at zero; `ops` computes the vectors of one weight's gradient."""
         self.block = block
         self._reduction = reduction
         self._ops = ops
@@ -42,7 +43,7 @@ class BlockAccumulator:
 
     def observers(self) -> Iterator[tuple[nn.Linear, Observer]]:
         """Each linear layer of the block with what to call in its backward pass."""
-        for entry in (*self.block.inputs, self.block.output):
+        for entry in self.block.projections:
             yield entry.linear, self._observer(entry)
 
     def observe_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -118,7 +119,7 @@ class BlockAccumulator:
 
     def _first_of_mean_gradient(self, batches: int) -> Tensor:
         total = torch.zeros_like(self.second)
-        for entry in (*self.block.inputs, self.block.output):
+        for entry in self.block.projections:
             mean = self._gradient_sums[entry.path] / batches
             total += self._fold_absolute(entry, self._ops.taylor_score(entry.linear.weight.detach(), mean))
         return total

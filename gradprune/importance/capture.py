@@ -31,7 +31,7 @@ class _ObservedLinear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
         dx = dy @ weight.to(dy.dtype)
         ctx.observer(x.to(dy.dtype), dy, dx)

@@ -132,7 +132,7 @@ class ImportanceEngine:
             losses = sample_losses(self._model, input_ids)
         self._losses.append(losses.detach())
         if self.method in GRADIENT_METHODS:
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            losses.sum().backward()
         if input_ids.device.type == "cpu":
             self._check_finite(since=len(self._losses) - 1)
 
@@ -191,10 +191,11 @@ class ImportanceEngine:
         statistics, elements = {}, {}
         for kind, module in (("attention", self._view.architecture.attention), ("mlp", self._view.architecture.mlp)):
             accumulator = self._accumulators.get((kind, layer))  # type: ignore[arg-type]
-            for path, linear in accumulator.block.linears.items() if accumulator else ():
-                assert accumulator is not None
-                statistics[f"{module}.{path}"] = accumulator.statistics[path].tolist()
-                elements[f"{module}.{path}"] = linear.weight.numel()
+            if accumulator is None:
+                continue
+            for entry in accumulator.block.projections:
+                statistics[f"{module}.{entry.path}"] = accumulator.statistics[entry.path].tolist()
+                elements[f"{module}.{entry.path}"] = entry.linear.weight.numel()
         return layer_gradients(layer, statistics, elements, self._count)
 
     def _check_finite(self, since: int) -> None:

@@ -4,6 +4,8 @@ Sources: the first-order Taylor score |w g| is Molchanov et al. 2019 (arXiv:1906
 empirical Fisher in place of the Hessian is Theis et al. 2018 (arXiv:1801.05787).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,9 +45,19 @@ def linear_importance_reference(x: Tensor, dy: Tensor, w: Tensor) -> ImportanceV
     dtype = torch.float64 if x.dtype == dy.dtype == w.dtype == torch.float64 else torch.float32
     w = w.to(dtype)
     scores = [taylor_score_reference(w, dy[n].to(dtype).T @ x[n].to(dtype)) for n in range(x.shape[0])]
+    return sum_vectors(scores)
+
+
+def sum_vectors(scores: Sequence[ImportanceVectors]) -> ImportanceVectors:
+    """The vectors of several gradients of one weight (at least one), summed; their statistics merged."""
     return ImportanceVectors(
-        *(torch.stack([getattr(s, name) for s in scores]).sum(0) for name in ImportanceVectors.__annotations__ if name != "statistics"),
-        merge_statistics(torch.stack([s.statistics for s in scores])),
+        row_abs=torch.stack([score.row_abs for score in scores]).sum(0),
+        row_signed=torch.stack([score.row_signed for score in scores]).sum(0),
+        row_square=torch.stack([score.row_square for score in scores]).sum(0),
+        column_abs=torch.stack([score.column_abs for score in scores]).sum(0),
+        column_signed=torch.stack([score.column_signed for score in scores]).sum(0),
+        column_square=torch.stack([score.column_square for score in scores]).sum(0),
+        statistics=merge_statistics(torch.stack([score.statistics for score in scores])),
     )
 
 

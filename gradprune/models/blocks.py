@@ -57,7 +57,7 @@ class OutputLinear:
 
     def fold_columns(self, columns: Tensor) -> Tensor:
         """Sum the last dimension [..., I] of `columns` into groups [..., groups], same dtype."""
-        return columns.unflatten(-1, (-1, self.columns)).sum(-1)
+        return columns.view(*columns.shape[:-1], -1, self.columns).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class Block:
         return self.output.columns // self.head_dim
 
     @property
-    def linears(self) -> dict[str, nn.Linear]:
-        """Every prunable linear layer of the block by its attribute path."""
-        return {entry.path: entry.linear for entry in (*self.inputs, self.output)}
+    def projections(self) -> "tuple[InputLinear | OutputLinear, ...]":
+        """Every prunable linear layer of the block, the output last."""
+        return (*self.inputs, self.output)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,14 @@ def _attention_block(architecture: Architecture, layer: nn.Module, index: int) -
     kv_heads = (sum(linear.out_features for linear in linears) // head_dim - heads) // 2
     rows = {"q": heads // kv_heads * head_dim, "k": head_dim, "v": head_dim}
     return _block(
-        "attention", index, module, architecture.attention_inputs, linears, rows, architecture.attention_output, kv_heads
+        "attention",
+        index,
+        module,
+        architecture.attention_inputs,
+        linears,
+        rows,
+        architecture.attention_output,
+        kv_heads,
     )
 
 

@@ -110,8 +110,9 @@ def _groups(model: PreTrainedModel, layer: int, kind: str) -> Iterator[list[tupl
         if fused:
             k_start, v_start = heads * head_dim, (heads + kv_heads) * head_dim
             rows = q + [k_start + r for r in k] + [v_start + r for r in k]
-            yield [(prefix + "self_attn.qkv_proj.weight", rows, everything)] + [
-                (prefix + "self_attn.o_proj.weight", everything, q)
+            yield [
+                (prefix + "self_attn.qkv_proj.weight", rows, everything),
+                (prefix + "self_attn.o_proj.weight", everything, q),
             ]
         else:
             yield [

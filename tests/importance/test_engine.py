@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,9 +22,8 @@ def run_engine(model, ids, method="taylor_2nd", reduction="sample", batch_size=2
 def assert_scores_close(scores: Scores, expected, rtol: float) -> None:
     for kind, blocks in zip(("attention", "mlp"), expected, strict=True):
         for layer, block in enumerate(blocks):
-            torch.testing.assert_close(
-                getattr(scores, kind)[layer].double(), block, rtol=rtol, atol=0.0, msg=lambda m: f"{kind} {layer}: {m}"
-            )
+            found = getattr(scores, kind)[layer].double()
+            assert torch.allclose(found, block, rtol=rtol, atol=0.0), (kind, layer, found, block)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
@@ -54,7 +55,7 @@ def test_any_batch_split_gives_the_same_scores(cuts: set[int], method: str) -> N
     whole = run_engine(model, ids, method, batch_size=7)
     edges = [0, *sorted(cuts), 7]
     with ImportanceEngine(model, method, backend="reference") as engine:
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             engine.step(ids[start:end])
     assert_scores_close(engine.scores(), ([a.double() for a in whole.attention], [m.double() for m in whole.mlp]), 1e-6)
 
@@ -188,7 +189,8 @@ def test_autocast_follows_fp32_scores() -> None:
 def test_the_same_run_gives_the_same_bits(method: str) -> None:
     model, ids = tiny_model(dtype=torch.float32), tiny_ids()
     first, second = run_engine(model, ids, method), run_engine(model, ids, method)
-    assert all(torch.equal(a, b) for a, b in zip(first.attention + first.mlp, second.attention + second.mlp, strict=True))
+    pairs = zip(first.attention + first.mlp, second.attention + second.mlp, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_nan_weight_is_an_error_naming_sample_and_layer() -> None:
