@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -9,6 +10,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 # Okabe and Ito's colours stay apart for colour-blind readers.
@@ -132,7 +134,7 @@ def _kept_chart(layers: list[dict[str, Any]]) -> str:
         label = {"attention": "attention (KV groups)", "mlp": "MLP (channels)"}[name]
         axes.bar([position + shift for position in positions], kept, 0.4, label=label, color=COLORS[name])
     axes.set(xlabel="decoder layer", ylabel="fraction kept", ylim=(0.0, 1.0), xlim=(-0.6, len(layers) - 0.4))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     return _svg(figure)
 
@@ -146,7 +148,7 @@ def _svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _html_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["".join(f"<th>{escape(cell)}</th>" for cell in header)]
     lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     return '<div class="scroll"><table>' + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table></div>"

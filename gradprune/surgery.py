@@ -1,6 +1,7 @@
 """Surgery: cut the groups that selection chose out of the weights, and state the new widths in the configuration."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
         # Tensors in the memo are taken over as they are: only the modules around them are copied.
         model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     view = describe(model)
-    heads_per_group = _heads_per_group(view)
+    heads = _head_shape(view)
     with torch.no_grad():
         for layer, attention, mlp, kept_heads, kept_channels in zip(
             view.layers, view.attention, view.mlp, masks.attention, masks.mlp, strict=True
@@ -53,7 +54,7 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
                 _shrink(attention, kept_heads) if kept_heads.any() else drop_attention(layer)
             if mlp is not None:
                 _shrink(mlp, kept_channels) if kept_channels.any() else drop_mlp(layer)
-    _state_widths(model, describe(model), heads_per_group)
+    _state_widths(model, describe(model), heads)
     return model
 
 
@@ -86,46 +87,54 @@ def _parameter(old: Tensor, new: Tensor) -> nn.Parameter:
     return nn.Parameter(new, requires_grad=old.requires_grad)
 
 
-def _heads_per_group(view: PrunableModel) -> int | None:
-    """Query heads of one KV head; None where no attention block is left."""
+@dataclass(frozen=True)
+class _HeadShape:
+    """What all attention blocks of a model have in common, and keep."""
+
+    head_dim: int
+    heads_per_group: int
+
+
+def _head_shape(view: PrunableModel) -> _HeadShape | None:
+    """None where no attention block is left."""
     block = next((block for block in view.attention if block is not None), None)
-    return None if block is None else block.heads_per_group
+    return None if block is None else _HeadShape(block.head_dim, block.heads_per_group)
 
 
-def _state_widths(model: PreTrainedModel, view: PrunableModel, heads_per_group: int | None) -> None:
+def _state_widths(model: PreTrainedModel, view: PrunableModel, heads: _HeadShape | None) -> None:
     """Make class, configuration and the attention modules' attributes agree with the weights."""
     kv_heads = [block.groups if block else 0 for block in view.attention]
     channels = [block.groups if block else 0 for block in view.mlp]
     config = model.config
     config.__dict__.pop("auto_map", None)
-    if heads_per_group is not None:
-        config.head_dim = _head_dim(view)
+    if heads is not None:
+        config.head_dim = heads.head_dim
     uniform = len(set(kv_heads)) == len(set(channels)) == 1 and kv_heads[0] > 0 and channels[0] > 0
-    if uniform and heads_per_group is not None and _statable(view, config, kv_heads[0] * heads_per_group):
+    if uniform and heads is not None and _statable(view, config, kv_heads[0] * heads.heads_per_group):
         config.per_layer_config = None
         config.__dict__.pop("per_layer_config", None)
         config.num_key_value_heads = kv_heads[0]
-        config.num_attention_heads = kv_heads[0] * heads_per_group
+        config.num_attention_heads = kv_heads[0] * heads.heads_per_group
         config.intermediate_size = channels[0]
         if isinstance(model, PerLayerWidths):
             model.__class__ = PRUNED_CLASSES[config.model_type].__bases__[1]
     else:
-        config.per_layer_config = _per_layer_config(view, kv_heads, channels, heads_per_group)
+        config.per_layer_config = _per_layer_config(view, kv_heads, channels, heads)
         # The same object with the class that knows per-layer widths: saving and reloading then just work.
         model.__class__ = PRUNED_CLASSES[config.model_type]
     _state_attention(model, view)
 
 
 def _per_layer_config(
-    view: PrunableModel, kv_heads: list[int], channels: list[int], heads_per_group: int | None
+    view: PrunableModel, kv_heads: list[int], channels: list[int], heads: _HeadShape | None
 ) -> dict[int | str, dict[str, Any]]:
     overrides: dict[int | str, dict[str, Any]] = {}
-    for layer, (heads, width) in enumerate(zip(kv_heads, channels, strict=True)):
-        skip = [name for name, count in (("attention", heads), ("mlp", width)) if count == 0]
+    for layer, (groups, width) in enumerate(zip(kv_heads, channels, strict=True)):
+        skip = [name for name, count in (("attention", groups), ("mlp", width)) if count == 0]
         # A dropped attention block keeps one head of zeros in the cache, see DroppedAttention.
-        overrides[layer] = {"num_key_value_heads": heads or 1, "intermediate_size": width}
-        if heads_per_group is not None and view.architecture.per_layer_heads:
-            overrides[layer]["num_attention_heads"] = (heads or 1) * heads_per_group
+        overrides[layer] = {"num_key_value_heads": groups or 1, "intermediate_size": width}
+        if heads is not None and view.architecture.per_layer_heads:
+            overrides[layer]["num_attention_heads"] = (groups or 1) * heads.heads_per_group
         if skip:
             overrides[layer]["skip"] = skip
     return overrides
@@ -134,10 +143,6 @@ def _per_layer_config(
 def _statable(view: PrunableModel, config: Any, heads: int) -> bool:
     """Whether the architecture's configuration class accepts this number of query heads."""
     return not view.architecture.heads_divide_hidden or config.hidden_size % heads == 0
-
-
-def _head_dim(view: PrunableModel) -> int:
-    return next(block.head_dim for block in view.attention if block is not None)
 
 
 def _state_attention(model: PreTrainedModel, view: PrunableModel) -> None:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,10 +217,11 @@ def test_the_schedule_warms_up_and_decays() -> None:
 
 def test_training_lowers_the_loss_and_leaves_the_global_generator_alone() -> None:
     tokens = torch.tensor(list(b"abcdefgh" * 100))
-    state = torch.random.get_rng_state()
+    state, threads = torch.random.get_rng_state(), torch.get_num_threads()
     recipe = replace(TINY, steps=60, warmup=5)
     model = train_model(recipe, tokens, vocab_size=258, eos_token_id=256, console=QUIET)
     assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
     assert not model.training
     with torch.inference_mode():
         loss = model(input_ids=tokens[None, :16], labels=tokens[None, :16]).loss.item()
@@ -231,7 +231,7 @@ def test_training_lowers_the_loss_and_leaves_the_global_generator_alone() -> Non
 def test_training_refuses_too_little_text_and_divergence() -> None:
     with pytest.raises(CalibrationError, match="seq_len: 16 is not below the 16 tokens"):
         train_model(TINY, torch.zeros(16, dtype=torch.int64), vocab_size=258, eos_token_id=256, console=QUIET)
-    diverging = replace(TINY, learning_rate=1e38, matrix_learning_rate=1e38)
+    diverging = replace(TINY, matrix_learning_rate=1e30)
     with pytest.raises(NonFiniteError, match=r"training step [12] is"):
         train_model(diverging, torch.arange(200), vocab_size=258, eos_token_id=256, console=QUIET)
 
@@ -362,17 +362,7 @@ def test_progress_shows_rate_and_loss_and_quiet_shows_nothing(
 # --- the real one
 
 
-@pytest.fixture
-def all_cores() -> Iterator[None]:
-    """The training is large enough for threads; the suite runs with one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.timeout(1200)  # trained on first use; slow where the cores are busy with something else
-@pytest.mark.usefixtures("all_cores")
 def test_the_demo_model_has_learned() -> None:
     path = demo_model_path(quiet=True)
     record = json.loads((path / "training.json").read_text(encoding="utf-8"))

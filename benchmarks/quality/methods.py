@@ -62,14 +62,21 @@ def parse() -> Namespace:
     parser.add_argument("--base_model")
     parser.add_argument("--dataset")
     parser.add_argument("--eval_dataset")
-    parser.add_argument("--ratios", type=lambda text: [float(part) for part in text.split(",")], default=[0.1, 0.2, 0.3])
+    parser.add_argument(
+        "--ratios", type=lambda text: [float(part) for part in text.split(",")], default=[0.1, 0.2, 0.3]
+    )
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--temperatures", type=lambda text: [float(part) for part in text.split(",")], default=[0.0])
+    parser.add_argument("--temperatures", type=floats, default=[0.0])
     parser.add_argument("--num_samples", type=int, default=128)
     parser.add_argument("--seq_len", type=int, default=128)
     parser.add_argument("--eval_samples", type=int, default=None)
     parser.add_argument("--output", type=Path, default=None)
     return parser.parse_args()
+
+
+def floats(text: str) -> list[float]:
+    """Numbers separated by commas."""
+    return [float(part) for part in text.split(",")]
 
 
 def calibrate(model, tokens, seed, options):

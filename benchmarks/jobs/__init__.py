@@ -1,0 +1,1 @@
+"""What whole jobs cost."""

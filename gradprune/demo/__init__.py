@@ -1,0 +1,14 @@
+"""The embedded default: text that every Python installation carries, and a small model trained on it."""
+
+from gradprune.demo.corpus import EmbeddedText, embedded_text
+from gradprune.demo.model import byte_tokenizer, demo_model_path, unigram_perplexity
+from gradprune.demo.training import DemoTraining
+
+__all__ = [
+    "DemoTraining",
+    "EmbeddedText",
+    "byte_tokenizer",
+    "demo_model_path",
+    "embedded_text",
+    "unigram_perplexity",
+]

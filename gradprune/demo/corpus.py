@@ -1,0 +1,138 @@
+"""The embedded text: Python's language reference and the docstrings of its standard library."""
+
+import ast
+import hashlib
+import inspect
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from gradprune.errors import CalibrationError
+
+_MIN_TRAIN, _MIN_HELD_OUT = 200_000, 8_000
+_HELD_OUT_EVERY = 20
+# Any remainder would do; with this one the held-out documents are a fair mix and none outweighs the others.
+_HELD_OUT_REMAINDER = 11
+# A line this long is hardly repeated by chance.
+_TELLING_LINE = 40
+# Vendored code, and modules that are large tables with next to no text.
+_SKIPPED_MODULES = frozenset({"encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "turtledemo"})
+_SKIPPED_FOLDERS = frozenset({"test", "tests"})
+
+
+@dataclass(frozen=True)
+class EmbeddedText:
+    """Two texts with no document, passage or telling line in common.
+
+    train: about 19 of 20 documents, 1.8 million characters under Python 3.11.
+    held_out: the other documents, whole but for the passages that repeat some of `train`.
+    """
+
+    train: str
+    held_out: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """A named text, as its passages: paragraphs of the language reference, or docstrings."""
+
+    name: str
+    passages: tuple[str, ...]
+
+
+@cache
+def embedded_text() -> EmbeddedText:
+    """Collect the embedded text, the same every time on the same Python installation.
+
+    Raises:
+        CalibrationError: this installation carries too little documentation (a stripped one).
+    """
+    documents = (*_language_reference(), *_docstrings(Path(sysconfig.get_path("stdlib"))))
+    text = split_documents(documents)
+    if len(text.train) < _MIN_TRAIN or len(text.held_out) < _MIN_HELD_OUT:
+        raise CalibrationError(
+            f"dataset: this Python installation carries only {len(text.train) + len(text.held_out):,} characters of "
+            f"documentation, {_MIN_TRAIN + _MIN_HELD_OUT:,} are needed; give a text with --dataset "
+            "and a model with --base_model"
+        )
+    return text
+
+
+def split_documents(documents: Iterable[Document]) -> EmbeddedText:
+    """Drop repeated passages and split into training and held-out text.
+
+    Args:
+        documents: in a fixed order. Where a document goes depends on its name alone, so that it stays there whatever
+            other documents there are.
+    """
+    seen: set[str] = set()
+    train: list[list[str]] = []
+    held_out: list[list[str]] = []
+    for document in documents:
+        fresh = [passage for passage in dict.fromkeys(document.passages) if passage not in seen]
+        seen.update(fresh)
+        digest = int.from_bytes(hashlib.sha256(document.name.encode()).digest()[:8], "big")
+        (held_out if digest % _HELD_OUT_EVERY == _HELD_OUT_REMAINDER else train).append(fresh)
+    known = {line for passages in train for passage in passages for line in _telling_lines(passage)}
+    unknown = [[passage for passage in passages if known.isdisjoint(_telling_lines(passage))] for passages in held_out]
+    return EmbeddedText(_join(train), _join(unknown))
+
+
+def _join(documents: Iterable[list[str]]) -> str:
+    return "\n\n\n".join("\n\n".join(passages) for passages in documents if passages)
+
+
+def _telling_lines(passage: str) -> Iterator[str]:
+    return (line for line in map(str.strip, passage.splitlines()) if len(line) >= _TELLING_LINE)
+
+
+def _language_reference() -> Iterator[Document]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return
+    for name in sorted(topics):
+        paragraphs = topics[name].replace("\r\n", "\n").split("\n\n")
+        yield Document(f"topic:{name}", tuple(text for text in map(_clean, paragraphs) if text))
+
+
+def _docstrings(library: Path) -> Iterator[Document]:
+    """A document for each source file of the standard library, in order of name; nothing is imported."""
+    for path in sorted(library.rglob("*.py")):
+        relative = path.relative_to(library)
+        module = relative.parts[0].removesuffix(".py")
+        if module not in sys.stdlib_module_names or module in _SKIPPED_MODULES or _SKIPPED_FOLDERS & {*relative.parts}:
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(path.read_bytes())
+        except (OSError, SyntaxError, ValueError):
+            # Some distributions ship deliberately broken sources (templates); such a file has no docstrings.
+            continue
+        texts = (_clean(text) for node in _documented(tree) if (text := ast.get_docstring(node, clean=False)))
+        yield Document(f"module:{relative.as_posix()}", tuple(text for text in texts if text))
+
+
+def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The module, classes and functions in order of appearance; expressions, most of a tree, are not visited."""
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        for block in ("finalbody", "orelse", "handlers", "body"):
+            statements = getattr(node, block, None)
+            if isinstance(statements, list):
+                pending.extend(reversed(statements))
+
+
+def _clean(text: str) -> str:
+    """Docstring indentation and trailing blanks removed, runs of empty lines made one."""
+    lines = (line.rstrip() for line in inspect.cleandoc(text).splitlines())
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")

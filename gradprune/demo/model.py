@@ -1,0 +1,171 @@
+"""The demo model in the user's cache folder: trained on first use, whole or not at all."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+import gradprune
+from gradprune.calibration import encode
+from gradprune.checkpoint import atomic_directory
+from gradprune.demo.corpus import embedded_text
+from gradprune.demo.training import DemoTraining, train_model
+from gradprune.errors import CheckpointError
+from gradprune.evaluate import perplexity
+
+# Part of the cache folder's name: raise it whenever the recipe or the text changes.
+RECIPE = 2
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
+# The 256 bytes and the two special tokens.
+VOCABULARY = 258
+_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json")
+
+
+def demo_model_path(
+    console: Console | None = None, *, quiet: bool = False, training: DemoTraining | None = None
+) -> Path:
+    """The folder of the demo model, which is trained first where the cache does not have it whole.
+
+    The cache is `$GRADPRUNE_CACHE`, else `$XDG_CACHE_HOME/gradprune`, else `~/.cache/gradprune`. The folder is a
+    Hugging Face checkpoint with tokenizer, and `training.json` says how it came about and what it is worth.
+
+    Args:
+        console: where progress is shown; standard error by default.
+        quiet: show nothing.
+        training: another recipe, cached apart.
+
+    Raises:
+        CalibrationError: this Python installation carries too little text.
+        CheckpointError: the cache folder cannot be written.
+    """
+    recipe = training or DemoTraining()
+    console = Console(stderr=True, quiet=quiet) if console is None or quiet else console
+    python = ".".join(platform.python_version_tuple()[:2])
+    suffix = "" if training is None else "-" + hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
+    folder = _cache_folder() / f"demo-model-{RECIPE}-py{python}{suffix}"
+    if not _is_whole(folder):
+        _check_writable(folder.parent)
+        console.print("Training the demo model on Python's own documentation (once; a minute or two)")
+        _make(folder, recipe, console)
+    return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the 256 bytes and two special tokens, end of text and padding; round-trips any text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    # No merges, hence no need to cut the text into words first.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def unigram_perplexity(train_ids: Tensor, held_out_ids: Tensor, vocab_size: int = VOCABULARY) -> float:
+    """Perplexity of the held-out tokens under the training tokens' frequencies, with add-one smoothing.
+
+    Args:
+        train_ids, held_out_ids: [tokens] int64.
+        vocab_size: number of different tokens.
+    """
+    counts = torch.bincount(train_ids, minlength=vocab_size).double() + 1.0
+    return math.exp(-(counts / counts.sum()).log()[held_out_ids].mean().item())
+
+
+def _cache_folder() -> Path:
+    if chosen := os.environ.get("GRADPRUNE_CACHE"):
+        return Path(chosen).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "gradprune"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file is there and the weights' file is as long as its header says."""
+    if not all((folder / name).is_file() for name in _FILES):
+        return False
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _check_writable(cache: Path) -> None:
+    """Raise before the training rather than after it."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"GRADPRUNE_CACHE: '{cache}' cannot be written ({error.strerror}); set it to a folder that can"
+        ) from error
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Without transformers' own bars, which know no console."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def _make(folder: Path, recipe: DemoTraining, console: Console) -> None:
+    tokenizer = byte_tokenizer()
+    text = embedded_text()
+    train, held_out = (encode(tokenizer, part) for part in (text.train, text.held_out))
+    start = time.perf_counter()
+    model = train_model(recipe, train, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, console=console)
+    seconds = time.perf_counter() - start
+    measured = perplexity(
+        model,
+        held_out,
+        seq_len=recipe.seq_len,
+        batch_size=16,
+        max_windows=recipe.evaluation_windows,
+        console=console,
+    )
+    record = {
+        "recipe": asdict(recipe),
+        "seconds": round(seconds, 1),
+        "parameters": model.num_parameters(),
+        "held_out_perplexity": measured.value,
+        "unigram_perplexity": unigram_perplexity(train, held_out, len(tokenizer)),
+        "training_bytes": len(train),
+        "held_out_bytes": len(held_out),
+        "versions": {
+            "gradprune": gradprune.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    with atomic_directory(folder, overwrite=True, argument="GRADPRUNE_CACHE") as partial:
+        with _no_progress_bars():
+            model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

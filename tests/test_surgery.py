@@ -1,0 +1,248 @@
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import ARCHITECTURE_NAMES, GQA_RATIOS, tiny_ids, tiny_model
+
+from gradprune.masks import GroupMasks
+from gradprune.modeling_gradprune import DroppedAttention, PerLayerWidths
+from gradprune.models import describe
+from gradprune.surgery import cut
+
+# fp64: the cut model adds up the same numbers, in another order where a block of the matrix product ends.
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def random_masks(model, keep: float, seed: int = 0) -> GroupMasks:
+    generator = torch.Generator().manual_seed(seed)
+    view = describe(model)
+
+    def draw(blocks):
+        return tuple(
+            torch.rand(block.groups, generator=generator) < keep if block else torch.ones(0, dtype=torch.bool)
+            for block in blocks
+        )
+
+    return GroupMasks(draw(view.attention), draw(view.mlp))
+
+
+def full_masks(model) -> GroupMasks:
+    return random_masks(model, keep=2.0)
+
+
+def extreme_masks(model) -> Iterator[tuple[str, GroupMasks]]:
+    layers = len(model.model.layers)
+    for layer in (0, layers - 1):
+        for name, kinds in (
+            ("attention", ["attention"]),
+            ("mlp", ["mlp"]),
+            ("whole layer", ["attention", "mlp"]),
+        ):
+            masks = full_masks(model)
+            for kind in kinds:
+                getattr(masks, kind)[layer][:] = False
+            yield f"{name} of layer {layer}", masks
+    for kind in ("attention", "mlp"):
+        masks = full_masks(model)
+        for mask in (*masks.attention, *masks.mlp):
+            mask[:] = False
+        getattr(masks, kind)[1][0] = True
+        yield f"all but one {kind} group", masks
+    masks = full_masks(model)
+    for mask in masks.attention:
+        mask[:] = False
+    yield "no attention at all", masks
+
+
+def masked(model, masks: GroupMasks):
+    """The original with the removed groups' output columns zeroed, by index arithmetic of its own."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer, attention, mlp in zip(model.model.layers, masks.attention, masks.mlp, strict=True):
+            o_proj, down_proj = layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight
+            o_proj[:, ~attention.repeat_interleave(o_proj.shape[1] // len(attention))] = 0.0
+            down_proj[:, ~mlp] = 0.0
+    return model
+
+
+def assert_same(found, expected, ids=None) -> None:
+    ids = tiny_ids() if ids is None else ids
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, expected(ids).logits, **TOLERANCE)
+
+
+def greedy(model, ids, steps: int = 8, cached: bool = True):
+    """Greedy tokens, by the model's own generate or by running the whole sequence again for each token."""
+    if cached:
+        return model.generate(ids, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        for _ in range(steps):
+            logits = model(ids, use_cache=False).logits[:, -1]
+            logits[:, model.config.eos_token_id] = -torch.inf
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("ratio", GQA_RATIOS)
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_cutting_equals_masking(architecture: str, ratio: int) -> None:
+    model = tiny_model(architecture, ratio=ratio)
+    for seed, keep in enumerate((0.3, 0.5, 0.8)):
+        masks = random_masks(model, keep, seed)
+        assert_same(cut(model, masks), masked(model, masks))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), keep=st.floats(0.0, 1.0), architecture=st.sampled_from(ARCHITECTURE_NAMES))
+def test_any_masks_cut_like_they_mask(seed: int, keep: float, architecture: str) -> None:
+    model = tiny_model(architecture, layers=2, channels=5)
+    masks = random_masks(model, keep, seed)
+    assert_same(cut(model, masks), masked(model, masks))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_extreme_selections_and_their_cached_generation(architecture: str) -> None:
+    model = tiny_model(architecture)
+    ids = tiny_ids(samples=2)
+    for name, masks in extreme_masks(model):
+        found, expected = cut(model, masks), masked(model, masks)
+        assert_same(found, expected)
+        tokens = greedy(found, ids)
+        assert torch.equal(tokens, greedy(found, ids, cached=False)), name
+        assert torch.equal(tokens, greedy(expected, ids)), name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("mistral", {"sliding_window": 4}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
+        ("phi3", {"sliding_window": 4}),
+    ],
+)
+def test_sliding_windows_stay_right(architecture: str, options) -> None:
+    model = tiny_model(architecture, layers=4, **options)
+    ids = tiny_ids(samples=2, tokens=11)
+    for _, masks in [("random", random_masks(model, 0.5)), *extreme_masks(model)]:
+        found, expected = cut(model, masks), masked(model, masks)
+        assert_same(found, expected, ids)
+        assert torch.equal(greedy(found, ids), greedy(expected, ids, cached=False))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_tied_or_not_stay_so(tied: bool) -> None:
+    model = tiny_model(tied=tied)
+    masks = random_masks(model, 0.5)
+    found = cut(model, masks)
+    assert_same(found, masked(model, masks))
+    assert (found.lm_head.weight is found.model.embed_tokens.weight) == tied
+
+
+def test_batches_with_left_padding() -> None:
+    model = tiny_model()
+    masks = random_masks(model, 0.5)
+    masks.attention[0][:] = False
+    ids = tiny_ids(samples=2)
+    attention_mask = torch.ones_like(ids)
+    attention_mask[0, :4] = 0
+    options = {"attention_mask": attention_mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(cut(model, masks).generate(ids, **options), masked(model, masks).generate(ids, **options))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_the_attention_implementation_can_be_changed(architecture: str, implementation: str) -> None:
+    model = tiny_model(architecture)
+    masks = random_masks(model, 0.6)
+    found = cut(model, masks)
+    found.set_attn_implementation(implementation)
+    for layer in found.model.layers:
+        if not isinstance(layer.self_attn, DroppedAttention):
+            assert layer.self_attn.config._attn_implementation == implementation
+    expected = masked(model, masks)
+    expected.set_attn_implementation(implementation)
+    assert_same(found, expected)
+
+
+def test_the_original_stays_as_it_was_and_untouched_tensors_are_shared() -> None:
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    config = model.config.to_dict()
+    found = cut(model, random_masks(model, 0.5))
+    assert model.config.to_dict() == config
+    assert not isinstance(model, PerLayerWidths)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert found.model.embed_tokens.weight is model.model.embed_tokens.weight
+    assert found.model.layers[0].mlp is not model.model.layers[0].mlp
+
+
+def test_in_place_cuts_the_model_itself() -> None:
+    model = tiny_model()
+    masks = random_masks(model, 0.5)
+    expected = masked(model, masks)
+    assert cut(model, masks, inplace=True) is model
+    assert_same(model, expected)
+
+
+def test_the_parameters_removed_are_the_groups_costs() -> None:
+    for architecture in ARCHITECTURE_NAMES:
+        model = tiny_model(architecture)
+        masks = random_masks(model, 0.7)
+        view = describe(model)
+        cost = sum(
+            block.cost * int((~kept).sum())
+            for block, kept in zip((*view.attention, *view.mlp), (*masks.attention, *masks.mlp), strict=True)
+        )
+        assert all(kept.any() for kept in (*masks.attention, *masks.mlp))
+        removed = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in cut(model, masks).parameters())
+        assert removed == cost
+
+
+def test_equal_widths_give_the_original_class() -> None:
+    model = tiny_model("mistral")
+    masks = full_masks(model)
+    for attention, mlp in zip(masks.attention, masks.mlp, strict=True):
+        attention[1] = False
+        mlp[3:] = False
+    found = cut(model, masks)
+    assert type(found) is type(model)
+    assert (found.config.num_key_value_heads, found.config.num_attention_heads) == (2, 4)
+    assert found.config.intermediate_size == 3
+    assert_same(found, masked(model, masks))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_a_cut_model_can_be_cut_again(architecture: str) -> None:
+    model = tiny_model(architecture, channels=12)
+    first = random_masks(model, 0.7)
+    first.attention[1][:] = False
+    once = cut(model, first)
+    second = random_masks(once, 0.6, seed=5)
+    twice = cut(once, second)
+    both = copy.deepcopy(first)
+    for kept, again in zip((*both.attention, *both.mlp), (*second.attention, *second.mlp), strict=True):
+        kept[kept.clone()] = again
+    assert_same(twice, masked(model, both))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_works(dtype: torch.dtype) -> None:
+    model = tiny_model(dtype=torch.float32)
+    masks = random_masks(model, 0.6)
+    found = cut(model, masks).to(dtype)
+    with torch.no_grad():
+        logits = found(tiny_ids()).logits
+    assert logits.dtype == dtype
+    assert logits.isfinite().all()
+
+
+def test_masks_of_the_wrong_length_are_refused() -> None:
+    model = tiny_model()
+    masks = full_masks(model)
+    short = GroupMasks(masks.attention, (masks.mlp[0][:-1], *masks.mlp[1:]))
+    with pytest.raises(ValueError, match=r"masks.mlp: has lengths \[9, 10, 10\]"):
+        cut(model, short)
