@@ -77,7 +77,7 @@ class PerLayerWidths:
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         # Looks for the attention's code in the file of the class it is called on, which is the stock one's.
-        return cls.__bases__[1]._can_set_attn_implementation()
+        return bool(cls.__bases__[1]._can_set_attn_implementation())
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """As the stock method, for the layers' own configurations too."""

@@ -26,20 +26,24 @@ def assert_scores_close(scores: Scores, expected, rtol: float) -> None:
             assert torch.allclose(found, block, rtol=rtol, atol=0.0), (kind, layer, found, block)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_group_equals_fp64_autograd(architecture: str, method: str, reduction: str) -> None:
+def test_every_group_equals_fp64_autograd(architecture: str, method: str, reduction: str, backend: str) -> None:
     model, ids = tiny_model(architecture), tiny_ids()
-    scores = run_engine(model, ids, method, reduction)
+    scores = run_engine(model, ids, method, reduction, backend=backend)
     # The engine computes in fp64 here and gives fp32: half an ulp is 6e-8.
     assert_scores_close(scores, oracle_scores(model, ids, method, reduction, 2), rtol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("method", METHODS)
-def test_an_fp32_model_is_exact_to_1e_5(method: str) -> None:
+def test_an_fp32_model_is_exact_to_1e_5(method: str, backend: str) -> None:
     model, ids = tiny_model("llama", channels=33, dtype=torch.float32), tiny_ids(samples=6, tokens=17)
-    assert_scores_close(run_engine(model, ids, method), oracle_scores(model, ids, method, "sample", 2), rtol=1e-5)
+    assert_scores_close(
+        run_engine(model, ids, method, backend=backend), oracle_scores(model, ids, method, "sample", 2), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("ratio", GQA_RATIOS)

@@ -1,0 +1,164 @@
+// gradprune._C: checks arguments and calls the ops. Tensors come as addresses, shapes, strides and element types,
+// so that the module does not depend on PyTorch's ABI. Callers keep the memory alive; the GIL is released meanwhile.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "cpu/grad_stats.h"
+#include "cpu/isa.h"
+#include "cpu/scale_gradients.h"
+#include "cpu/taylor_score.h"
+
+namespace py = pybind11;
+
+namespace gradprune {
+namespace {
+
+struct IsaName {
+  const char* name;
+  Isa isa;
+};
+
+constexpr IsaName kIsaNames[] = {{"scalar", Isa::Scalar}, {"avx2", Isa::Avx2}, {"avx512", Isa::Avx512}};
+
+const char* isa_name(Isa isa) {
+  for (const IsaName& entry : kIsaNames)
+    if (entry.isa == isa) return entry.name;
+  return "unknown";
+}
+
+Isa parse_isa(const std::string& name) {
+  if (name == "auto") return best_isa();
+  for (const IsaName& entry : kIsaNames) {
+    if (name != entry.name) continue;
+    if (!isa_available(entry.isa)) throw std::invalid_argument("isa: this CPU does not support '" + name + "'");
+    return entry.isa;
+  }
+  throw std::invalid_argument("isa: '" + name + "' is none of auto, scalar, avx2, avx512");
+}
+
+ElementType parse_type(const char* argument, int code) {
+  if (code < 0 || code >= kElementTypes)
+    throw std::invalid_argument(std::string(argument) + ": " + std::to_string(code) + " is no element type code");
+  return static_cast<ElementType>(code);
+}
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+void* pointer(std::uintptr_t address, std::ptrdiff_t count, const char* message) {
+  require(address != 0 || count == 0, message);
+  return reinterpret_cast<void*>(address);
+}
+
+using MatrixArgument = std::tuple<std::uintptr_t, std::ptrdiff_t, int>;  // address, row stride, element type
+using GradientArgument = std::tuple<std::uintptr_t, std::ptrdiff_t, int>;  // address, number of elements, element type
+
+Matrix parse_matrix(const char* name, const MatrixArgument& argument, std::ptrdiff_t elements) {
+  const auto [address, stride, code] = argument;
+  return {pointer(address, elements, "w, g: null address"), stride, parse_type(name, code)};
+}
+
+void taylor_score_binding(const MatrixArgument& w_argument, const MatrixArgument& g_argument, std::ptrdiff_t rows,
+                          std::ptrdiff_t columns, const std::array<std::uintptr_t, 7>& addresses, int threads,
+                          const std::string& isa_argument) {
+  require(rows >= 0 && columns >= 0, "rows, columns: must not be negative");
+  require(threads >= 1, "threads: must be at least 1");
+  const Matrix w = parse_matrix("w", w_argument, rows * columns), g = parse_matrix("g", g_argument, rows * columns);
+  require(taylor_score_supports(w.type, g.type), "w, g: both must be fp64, or neither");
+  const Isa isa = parse_isa(isa_argument);
+  TaylorOutputs outputs;
+  for (int s = 0; s < kScores; ++s) {
+    outputs.row[s] = pointer(addresses[s], rows, "outputs: null address");
+    outputs.column[s] = pointer(addresses[kScores + s], columns, "outputs: null address");
+  }
+  outputs.statistics = pointer(addresses[2 * kScores], kStatistics, "outputs: null address");
+  py::gil_scoped_release release;
+  taylor_score(w, g, rows, columns, outputs, threads, isa);
+}
+
+std::vector<Gradient> parse_gradients(const std::vector<GradientArgument>& arguments) {
+  std::vector<Gradient> gradients;
+  gradients.reserve(arguments.size());
+  for (const auto& [address, count, code] : arguments) {
+    require(count >= 0, "gradients: the number of elements must not be negative");
+    gradients.push_back({pointer(address, count, "gradients: null address"), count, parse_type("gradients", code)});
+  }
+  return gradients;
+}
+
+void grad_stats_binding(const std::vector<GradientArgument>& arguments, std::uintptr_t out, int threads,
+                        const std::string& isa_argument) {
+  require(threads >= 1, "threads: must be at least 1");
+  const std::vector<Gradient> gradients = parse_gradients(arguments);
+  const Isa isa = parse_isa(isa_argument);
+  auto* statistics = static_cast<double*>(
+      pointer(out, static_cast<std::ptrdiff_t>(gradients.size()), "out: null address"));
+  py::gil_scoped_release release;
+  grad_stats(gradients, statistics, threads, isa);
+}
+
+void scale_gradients_binding(const std::vector<GradientArgument>& arguments, const std::vector<double>& scales,
+                             int threads, const std::string& isa_argument) {
+  require(threads >= 1, "threads: must be at least 1");
+  require(scales.size() == arguments.size(), "scales: there must be one a gradient");
+  const std::vector<Gradient> gradients = parse_gradients(arguments);
+  const Isa isa = parse_isa(isa_argument);
+  py::gil_scoped_release release;
+  scale_gradients(gradients, scales, threads, isa);
+}
+
+py::dict build_info() {
+  py::dict info;
+  py::list isas;
+  for (const IsaName& entry : kIsaNames)
+    if (isa_available(entry.isa)) isas.append(entry.name);
+  info["isa"] = isa_name(best_isa());
+  info["isas"] = isas;
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#if defined(GRADPRUNE_CUDA)
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  info["compiler"] = __VERSION__;
+  return info;
+}
+
+}  // namespace
+}  // namespace gradprune
+
+PYBIND11_MODULE(_C, m) {
+  using namespace gradprune;
+  m.doc() = "C++ kernels of gradprune. Memory is given by address; callers keep it alive.";
+  m.attr("FLOAT32") = static_cast<int>(ElementType::Float32);
+  m.attr("BFLOAT16") = static_cast<int>(ElementType::BFloat16);
+  m.attr("FLOAT16") = static_cast<int>(ElementType::Float16);
+  m.attr("FLOAT64") = static_cast<int>(ElementType::Float64);
+  m.def("taylor_score", &taylor_score_binding, py::arg("w"), py::arg("g"), py::arg("rows"), py::arg("columns"),
+        py::arg("outputs"), py::arg("threads"), py::arg("isa") = "auto",
+        "Sums of a weight times its gradient. w, g: (address, row stride, type). outputs: addresses of row_abs, "
+        "row_signed, row_square, column_abs, column_signed, column_square, statistics.");
+  m.def("grad_stats", &grad_stats_binding, py::arg("gradients"), py::arg("out"), py::arg("threads"),
+        py::arg("isa") = "auto",
+        "Statistics of gradients, (address, elements, type) each, into out: address of [K, 5] fp64.");
+  m.def("scale_gradients", &scale_gradients_binding, py::arg("gradients"), py::arg("scales"), py::arg("threads"),
+        py::arg("isa") = "auto", "Gradients, (address, elements, type) each, times their scales, in place.");
+  m.def("build_info", &build_info,
+        "isa: used by 'auto'; isas: available; openmp, cuda: built in; compiler: its version.");
+}

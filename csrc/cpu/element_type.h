@@ -1,0 +1,29 @@
+// Element types of tensors, as codes that cross the binding and as C++ types.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace gradprune {
+
+enum class ElementType : int { Float32 = 0, BFloat16 = 1, Float16 = 2, Float64 = 3 };
+constexpr int kElementTypes = 4;
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+struct Float16 {
+  std::uint16_t bits;
+};
+
+inline std::size_t element_size(ElementType type) {
+  constexpr std::size_t sizes[kElementTypes] = {4, 2, 2, 8};
+  return sizes[static_cast<int>(type)];
+}
+
+inline const char* offset(const void* base, ElementType type, std::ptrdiff_t elements) {
+  return static_cast<const char*>(base) + elements * static_cast<std::ptrdiff_t>(element_size(type));
+}
+
+}  // namespace gradprune

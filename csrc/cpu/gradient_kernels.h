@@ -1,0 +1,40 @@
+// grad_stats and scale_gradients of one run of consecutive elements. Internal linkage, as vector.h.
+#pragma once
+
+#include "cpu/statistics_kernel.h"
+
+namespace gradprune {
+namespace {
+
+constexpr std::ptrdiff_t kElementsPerSum = 4096;  // lanes add up this many elements before they go into a double
+
+// [kStatistics] of g: [count], merged into `into`.
+template <class E, int BYTES>
+void grad_stats(const void* gradient, std::ptrdiff_t count, double* into) {
+  using T = typename Accumulation<E>::type;
+  const E* g = static_cast<const E*>(gradient);
+  while (count > 0) {
+    const std::ptrdiff_t size = count < kElementsPerSum ? count : kElementsPerSum;
+    RunStatistics<T, BYTES / static_cast<int>(sizeof(T))> statistics;
+    statistics.add(g, size);
+    if (!statistics.merge_if_finite(into)) masked_statistics(g, size, into);
+    g += size;
+    count -= size;
+  }
+}
+
+// g <- g * scale, the product in fp32 (fp64 for fp64), rounded to nearest even.
+template <class E, int BYTES>
+void scale(void* gradient, std::ptrdiff_t count, double factor) {
+  using T = typename Accumulation<E>::type;
+  constexpr int N = BYTES / static_cast<int>(sizeof(T));
+  E* g = static_cast<E*>(gradient);
+  const auto wide = Vector<T, N>::broadcast(static_cast<T>(factor));
+  const auto narrow = Vector<T, 1>::broadcast(static_cast<T>(factor));
+  std::ptrdiff_t i = 0;
+  for (; i + N <= count; i += N) store_elements(load_elements<N>(g + i) * wide, g + i);
+  for (; i < count; ++i) store_elements(load_elements<1>(g + i) * narrow, g + i);
+}
+
+}  // namespace
+}  // namespace gradprune

@@ -1,0 +1,57 @@
+// The inner kernels, one table an instruction set. The ops partition the work, call these, and combine in order.
+#pragma once
+
+#include <cstddef>
+
+#include "cpu/element_type.h"
+#include "cpu/isa.h"
+
+namespace gradprune {
+
+// Index of each statistic of a gradient; the order is that of gradprune.importance.vectors.STATISTICS.
+enum Statistic { kSumAbs, kSumSquare, kMaxAbs, kMinAbs, kNonFinite, kStatistics };
+
+// Index of each sum over a row or a column: of |w g|, of w g, of w^2 g^2.
+enum Score { kAbs, kSigned, kSquare, kScores };
+
+// The largest tile. A tile's column sums (3 x 1024 floats) stay in the nearest cache while its rows stream by. More
+// rows would lengthen the fp32 sums, fewer would write more partial sums: at 128 they are 1/64 of fp32 W and G.
+constexpr std::ptrdiff_t kTileRows = 128;
+constexpr std::ptrdiff_t kTileColumns = 1024;
+
+// A rectangle of W and G, and where its sums go. row[s]: [rows], column[s]: [columns], of type float, or double
+// where W and G are double. statistics: [kStatistics].
+struct TaylorTile {
+  const void* w;
+  const void* g;
+  std::ptrdiff_t w_stride, g_stride;  // between rows, in elements
+  std::ptrdiff_t rows, columns;
+  void* row[kScores];
+  void* column[kScores];
+  double* statistics;
+};
+
+using TaylorTileKernel = void (*)(const TaylorTile& tile);
+using GradStatsKernel = void (*)(const void* g, std::ptrdiff_t count, double* statistics);
+using ScaleKernel = void (*)(void* g, std::ptrdiff_t count, double scale);
+
+struct KernelTable {
+  TaylorTileKernel taylor_tile[kElementTypes][kElementTypes];  // by element type of W, of G; null if unsupported
+  GradStatsKernel grad_stats[kElementTypes];
+  ScaleKernel scale[kElementTypes];
+};
+
+const KernelTable& scalar_kernels();
+const KernelTable& avx2_kernels();
+const KernelTable& avx512_kernels();
+
+inline const KernelTable& kernels(Isa isa) {
+  switch (isa) {
+    case Isa::Avx512: return avx512_kernels();
+    case Isa::Avx2: return avx2_kernels();
+    case Isa::Scalar: break;
+  }
+  return scalar_kernels();
+}
+
+}  // namespace gradprune

@@ -1,0 +1,22 @@
+// A parallel loop, on one thread where the build has no OpenMP.
+#pragma once
+
+#include <cstddef>
+
+namespace gradprune {
+
+// Calls body(i) for i in [0, count), on at most `threads` threads. Who runs which i never decides a result: every i
+// writes its own output, and what is summed over i is summed afterwards, in order. Hence also schedule(dynamic): a
+// thread that has to share its core with another process takes fewer i instead of being waited for.
+template <class Body>
+void parallel_for(std::ptrdiff_t count, int threads, const Body& body) {
+  const int team = static_cast<int>(count < threads ? count : threads);
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1)
+#else
+  (void)team;
+#endif
+  for (std::ptrdiff_t i = 0; i < count; ++i) body(i);
+}
+
+}  // namespace gradprune

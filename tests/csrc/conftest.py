@@ -1,0 +1,22 @@
+"""Fixtures of the C++ ops' tests."""
+
+import pytest
+import torch
+
+from gradprune.gradients.cpp import ISAS
+
+
+@pytest.fixture(params=ISAS[1:])
+def isa(request: pytest.FixtureRequest) -> str:
+    extension = pytest.importorskip("gradprune._C", reason="the extension is not built")
+    available = extension.build_info()["isas"]
+    if request.param not in available:
+        pytest.skip(f"this CPU has no {request.param}, only {', '.join(available)}: its kernels are NOT tested here")
+    return str(request.param)
+
+
+@pytest.fixture
+def restore_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
