@@ -21,7 +21,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/* kernels/*.py)
 
 # torch goes in first and alone: a build of it that satisfies the constraint is then never replaced.
 $(VENV)/.torch: constraints.txt

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,33 +16,64 @@ from gradprune.errors import CalibrationError
 
 Split = Literal["calibration", "evaluation"]
 
-# Hub id, configuration, and by split the name (or file) that holds it; none of them runs code of its own.
-_HUB: dict[str, dict[str, Any]] = {
-    "wikitext2": {
-        "path": "Salesforce/wikitext",
-        "name": "wikitext-2-raw-v1",
-        "calibration": {"split": "train"},
-        "evaluation": {"split": "test"},
-        "field": "text",
-    },
-    "ptb": {
-        "path": "FALcon6/ptb_text_only",
-        "calibration": {"split": "train"},
-        "evaluation": {"split": "test"},
-        "field": "sentence",
-    },
-    "c4": {
-        "path": "allenai/c4",
-        "calibration": {"split": "train", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}},
-        "evaluation": {"split": "validation", "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}},
-        "field": "text",
-    },
+
+@dataclass(frozen=True)
+class _HubSource:
+    """Where a named dataset lies on the hub; none of them runs code of its own.
+
+    arguments: of `datasets.load_dataset`, and by split what comes on top. field: the column of text.
+    joint: what stands between rows, as the literature has it; None is the tokenizer's end of text.
+    rows: at most so many are read.
+    """
+
+    arguments: dict[str, Any]
+    splits: dict[Split, dict[str, Any]]
+    field: str
+    joint: str | None
+    rows: int | None = None
+
+
+_HUB = {
+    "wikitext2": _HubSource(
+        arguments={"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
+        splits={"calibration": {"split": "train"}, "evaluation": {"split": "test"}},
+        field="text",
+        joint="\n\n",
+    ),
+    # Its main branch holds a loading script, which `datasets` 4 refuses; the hub's own conversion holds the data.
+    "ptb": _HubSource(
+        arguments={"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet"},
+        splits={"calibration": {"split": "train"}, "evaluation": {"split": "test"}},
+        field="sentence",
+        joint=" ",
+    ),
+    # Streamed, because one shard is 356,000 documents, far more than is ever sampled.
+    "c4": _HubSource(
+        arguments={"path": "allenai/c4", "streaming": True},
+        splits={
+            "calibration": {"split": "train", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}},
+            "evaluation": {
+                "split": "validation",
+                "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
+            },
+        },
+        field="text",
+        joint=None,
+        rows=10_000,
+    ),
 }
+_HUB_TIMEOUT = 5.0  # seconds
+# Characters in a piece of text, and pieces given to the tokenizer at once, which keeps far more than ids of each.
 _PIECE = 1 << 16
+_PIECES = 64
 
 
 def load_tokens(
-    dataset: str | None, tokenizer: PreTrainedTokenizerBase | None, *, split: Split = "calibration"
+    dataset: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    split: Split = "calibration",
+    vocab_size: int | None = None,
 ) -> Tensor:
     """Read a dataset as one stream of token ids.
 
@@ -49,15 +82,18 @@ def load_tokens(
             ptb and c4 (needs the `data` extra and the hub), or None for the embedded text.
         tokenizer: the model's; needed for everything but .npy.
         split: which part of a dataset that has two; files have one.
+        vocab_size: ids of a .npy file are below it; the tokenizer's by default.
 
     Returns:
-        [tokens] int64. Documents of a .jsonl or hub dataset are separated by the end-of-text token.
+        [tokens] int64. Documents of a .jsonl file and of c4 are separated by the end-of-text token (a blank line where
+        the tokenizer has none), rows of wikitext2 by a blank line, those of ptb by a space. c4 is the first 10,000
+        documents of a shard.
 
     Raises:
         CalibrationError: the dataset is unknown, missing, empty, malformed, or cannot be fetched.
     """
     if dataset is not None and Path(dataset).suffix == ".npy":
-        return _load_ids(Path(dataset), tokenizer)
+        return _load_ids(Path(dataset), len(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size)
     if tokenizer is None:
         raise CalibrationError("dataset: the model has no tokenizer; give token ids in a .npy file")
     separator = tokenizer.eos_token or "\n\n"
@@ -66,26 +102,33 @@ def load_tokens(
 
         text = embedded_text().train if split == "calibration" else embedded_text().held_out
     elif dataset in _HUB:
-        text = separator.join(_load_hub(dataset, split))
+        joint = _HUB[dataset].joint
+        text = (separator if joint is None else joint).join(_load_hub(dataset, split))
     else:
         text = _read_file(dataset, separator)
     tokens = encode(tokenizer, text)
     if not len(tokens):
-        raise CalibrationError(f"dataset: '{dataset}' is empty")
+        raise CalibrationError(f"dataset: '{dataset or 'the embedded text'}' is empty")
     return tokens
 
 
-def split_held_out(tokens: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Cut a stream into calibration and, its last tenth, held-out tokens.
+def split_held_out(tokens: Tensor, seq_len: int, fraction: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Cut a stream into calibration tokens and, its end, held-out tokens; the two share none.
 
     Args:
         tokens: [tokens] int64.
         seq_len: the held-out part has at least one window of so many tokens.
+        fraction: of the tokens to hold out, between 0 and 1.
+
+    Returns:
+        calibration, evaluation: [tokens] int64 each, views of `tokens`.
 
     Raises:
-        CalibrationError: too short for one window of each.
+        CalibrationError: too short for one window of each, or `fraction` is out of its domain.
     """
-    held_out = max(len(tokens) // 10, seq_len)
+    if not 0.0 < fraction < 1.0:
+        raise CalibrationError(f"fraction: {fraction} is not between 0 and 1 (both excluded)")
+    held_out = max(int(len(tokens) * fraction), seq_len)
     if len(tokens) < held_out + seq_len:
         raise CalibrationError(
             f"dataset: {len(tokens)} tokens are too few to calibrate and to hold out a window of {seq_len} tokens for "
@@ -99,24 +142,30 @@ def sample_windows(tokens: Tensor, *, num_samples: int, seq_len: int, seed: int)
 
     Args:
         tokens: [tokens] int64.
-        num_samples, seq_len: how many windows of how many tokens.
+        num_samples, seq_len: how many windows of how many tokens, at least 1 each.
         seed: the same seed draws the same windows.
 
     Returns:
         [num_samples, seq_len] int64.
 
     Raises:
-        CalibrationError: too little text; says how much there is and how many windows it holds.
+        CalibrationError: too little text; says how much there is, how much is needed and how many windows fit.
     """
+    for name, value in (("num_samples", num_samples), ("seq_len", seq_len)):
+        if value < 1:
+            raise CalibrationError(f"{name}: {value} is not at least 1")
+    if not len(tokens):
+        raise CalibrationError("dataset: it is empty, there is no token to draw samples from")
     available = len(tokens) // seq_len
     if available < num_samples:
+        fits = f"num_samples can be {available} at most" if available else "not one fits"
         raise CalibrationError(
             f"num_samples: {num_samples} samples of {seq_len} tokens need {num_samples * seq_len:,} tokens, but the "
-            f"dataset has {len(tokens):,}, enough for {available}; give more text, or fewer or shorter samples"
+            f"dataset has {len(tokens):,}: {fits}; give more text, or fewer or shorter samples"
         )
     generator = torch.Generator().manual_seed(seed)
     offset = int(torch.randint(len(tokens) - available * seq_len + 1, (), generator=generator))
-    windows = tokens[offset : offset + available * seq_len].view(available, seq_len)
+    windows = tokens[offset : offset + available * seq_len].reshape(available, seq_len)
     return windows[torch.randperm(available, generator=generator)[:num_samples]]
 
 
@@ -133,21 +182,28 @@ def check_context(config: PreTrainedConfig, seq_len: int) -> None:
     """
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and seq_len > longest:
-        raise CalibrationError(f"seq_len: {seq_len} is longer than the model's context of {longest} tokens")
+        raise CalibrationError(
+            f"seq_len: {seq_len} is longer than the model's context of {longest} tokens (max_position_embeddings)"
+        )
 
 
-def _load_ids(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+def _load_ids(path: Path, vocab_size: int | None) -> Tensor:
     _check_exists(path)
     try:
-        ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise CalibrationError(f"dataset: '{path}' is not a .npy array of integers: {error}") from error
+        with path.open("rb") as file:
+            # Unlike `np.load` it takes nothing but the .npy format. A forged header asks for any amount of memory.
+            ids = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
+        raise CalibrationError(f"dataset: '{path}' is not a .npy array of integers: {_first_line(error)}") from error
     if not np.issubdtype(ids.dtype, np.integer):
         raise CalibrationError(f"dataset: '{path}' holds {ids.dtype}; token ids are integers")
+    if ids.ndim not in (1, 2):
+        raise CalibrationError(f"dataset: '{path}' has {ids.ndim} dimensions; token ids have 1, or 2 as rows of tokens")
     if not ids.size:
         raise CalibrationError(f"dataset: '{path}' is empty")
-    if ids.min() < 0 or (tokenizer is not None and ids.max() >= len(tokenizer)):
-        limit = "" if tokenizer is None else f" and below the tokenizer's {len(tokenizer)}"
+    below = np.iinfo(np.int64).max if vocab_size is None else vocab_size
+    if ids.min() < 0 or ids.max() >= below:
+        limit = "" if vocab_size is None else f" and below the vocabulary's {vocab_size}"
         raise CalibrationError(f"dataset: '{path}' has ids from {ids.min()} to {ids.max()}; they are at least 0{limit}")
     return torch.from_numpy(ids.astype(np.int64).reshape(-1))
 
@@ -155,7 +211,7 @@ def _load_ids(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
 def _read_file(dataset: str, separator: str) -> str:
     path = Path(dataset)
     readers: dict[str, Callable[[], str]] = {
-        ".txt": lambda: path.read_text(encoding="utf-8"),
+        ".txt": lambda: path.read_text(encoding="utf-8-sig"),
         ".jsonl": lambda: separator.join(_jsonl_texts(path)),
     }
     if path.suffix not in readers:
@@ -167,20 +223,34 @@ def _read_file(dataset: str, separator: str) -> str:
         return readers[path.suffix]()
     except UnicodeDecodeError as error:
         raise CalibrationError(f"dataset: '{path}' is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise CalibrationError(f"dataset: '{path}' cannot be read: {error.strerror}") from error
 
 
 def _jsonl_texts(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CalibrationError(f"dataset: line {number} of '{path}' is not JSON: {error}") from error
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise CalibrationError(f"dataset: line {number} of '{path}' has no string field 'text'")
-            yield record["text"]
+            if line.strip() and (text := _jsonl_text(line, f"line {number} of '{path}'")):
+                yield text
+
+
+def _jsonl_text(line: bytes, where: str) -> str:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"dataset: {where} is not UTF-8 text: {error}") from error
+    # Beside malformed JSON there are numbers too long and nesting too deep for Python.
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"dataset: {where} is not JSON: {error}") from error
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise CalibrationError(f"dataset: {where} has no string field 'text'")
+    try:
+        text.encode()
+    # JSON can escape half of a surrogate pair, which tokenizers refuse.
+    except UnicodeEncodeError as error:
+        raise CalibrationError(f"dataset: {where} has a lone surrogate in its field 'text': {error}") from error
+    return text
 
 
 def _load_hub(dataset: str, split: Split) -> list[str]:
@@ -190,16 +260,35 @@ def _load_hub(dataset: str, split: Split) -> list[str]:
         raise CalibrationError(
             f"dataset: '{dataset}' needs the data extra (pip install 'gradprune[data]'); or give a .txt file"
         ) from error
+    if not datasets.config.HF_HUB_OFFLINE:
+        _check_hub(dataset)
     source = _HUB[dataset]
-    arguments = {key: source[key] for key in ("path", "name") if key in source}
     try:
-        rows = datasets.load_dataset(**arguments, **source[split])
+        rows = datasets.load_dataset(**source.arguments, **source.splits[split])
+        return [row[source.field] for row in islice(rows, source.rows)]
     # Which of its many dependencies' errors says "no network" differs from release to release.
     except Exception as error:
         raise CalibrationError(
-            f"dataset: '{dataset}' cannot be fetched from the hub: {str(error).splitlines()[0]}; or give a .txt file"
+            f"dataset: '{dataset}' cannot be read from the hub: {_first_line(error)}; or give a .txt file"
         ) from error
-    return [text for text in rows[source["field"]] if text]
+
+
+def _check_hub(dataset: str) -> None:
+    """Ask once, by the hub's own client as that knows proxies; `datasets` would retry for half a minute or more."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT)
+    # The client, and with it its exceptions, differs from release to release.
+    except Exception as error:
+        raise CalibrationError(
+            f"dataset: '{dataset}' needs the hub, but {constants.ENDPOINT} cannot be reached ({_first_line(error)}); "
+            "set HF_HUB_OFFLINE=1 where it is cached, or give a .txt file"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _check_exists(path: Path) -> None:
@@ -208,12 +297,24 @@ def _check_exists(path: Path) -> None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Token ids of a long text, piece by piece, without special tokens; pieces end at line ends."""
-    pieces, start = [], 0
+    """Token ids [tokens] int64 of a text of any length, piece by piece, without special tokens at the pieces' ends."""
+    pieces = list(_pieces(text))
+    ids = [torch.empty(0, dtype=torch.int64)]
+    for start in range(0, len(pieces), _PIECES):
+        # Given as a list, the pieces are tokenised in parallel. Not verbose: no warning about the model's context.
+        encoded = tokenizer(pieces[start : start + _PIECES], add_special_tokens=False, verbose=False)["input_ids"]
+        ids += [torch.tensor(piece, dtype=torch.int64) for piece in encoded]
+    return torch.cat(ids)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a text after a line's end, where there is none for long before a space, else anywhere."""
+    start = 0
     while start < len(text):
-        end = text.find("\n", start + _PIECE) + 1 or len(text)
-        pieces.append(text[start:end])
+        limit = start + 2 * _PIECE
+        end = text.find("\n", start + _PIECE, limit) + 1
+        if not end:
+            space = text.rfind(" ", start + 1, limit)
+            end = len(text) if limit >= len(text) else space if space > 0 else limit
+        yield text[start:end]
         start = end
-    # Given as a list, the pieces are tokenised in parallel.
-    encoded = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] if pieces else []
-    return torch.cat([torch.empty(0, dtype=torch.int64), *(torch.tensor(ids, dtype=torch.int64) for ids in encoded)])

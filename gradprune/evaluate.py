@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,19 +11,21 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from gradprune.calibration import batches
-from gradprune.errors import CalibrationError, NonFiniteError
+from gradprune.errors import CalibrationError, ConfigError, NonFiniteError
 from gradprune.loss import sample_losses
 from gradprune.progress import progress
+
+_WARM_UP = 2
 
 
 @dataclass(frozen=True)
 class Perplexity:
     """exp of the mean negative log-likelihood, over `tokens` predicted tokens in `windows` windows.
 
-    value: the perplexity. nll: nats a token.
+    value: the perplexity, inf where it is too large for a float. nll: nats a token, finite.
     """
 
     value: float
@@ -33,7 +36,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Tokens per second of forward passes: median and 20th and 80th percentiles of the repeats."""
+    """Tokens per second: the 20th percentile (slow), the median and the 80th percentile (fast) of the repeats."""
 
     p20: float
     p50: float
@@ -42,7 +45,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """parameters: tied ones counted once. bytes: of their tensors."""
+    """parameters: tied ones counted once. bytes: of their tensors in memory; buffers are left out."""
 
     parameters: int
     bytes: int
@@ -58,14 +61,16 @@ def perplexity(
     max_windows: int | None = None,
     console: Console | None = None,
 ) -> Perplexity:
-    """Perplexity over consecutive, non-overlapping windows; a rest shorter than `seq_len` is left out.
+    """exp(total negative log-likelihood / predicted tokens), over consecutive windows that do not overlap.
+
+    A rest of at least two tokens is a shorter window of its own. The total is accumulated in fp64.
 
     Args:
-        model: a causal LM, in evaluation mode.
+        model: a causal LM; measured in evaluation mode, and left in the mode it was in.
         tokens: [tokens] int64, held-out text.
-        seq_len: tokens a window, of which seq_len - 1 are predicted.
+        seq_len: tokens a window, of which all but the first are predicted.
         batch_size: windows a forward pass; changes nothing but memory and speed.
-        max_windows: measure only so many, spread evenly over the text; None measures all.
+        max_windows: measure only so many whole windows, spread evenly over the text; None measures all, and the rest.
         console: where progress is shown.
 
     Raises:
@@ -75,22 +80,23 @@ def perplexity(
     count = len(tokens) // seq_len
     if count == 0:
         raise CalibrationError(f"eval_dataset: {len(tokens)} held-out tokens are less than one window of {seq_len}")
-    windows = tokens[: count * seq_len].view(count, seq_len)
-    if max_windows is not None and max_windows < count:
-        windows = windows[torch.arange(max_windows) * count // max_windows]
-    total = 0.0
-    done = 0
-    with progress(console or Console(quiet=True), "Measuring perplexity", len(windows), "windows") as advance:
-        for batch in batches(windows, batch_size):
-            losses = sample_losses(model, batch.to(model.device)).double()
-            if not losses.isfinite().all():
-                bad = int((~losses.isfinite()).nonzero()[0])
-                raise NonFiniteError(f"loss of evaluation window {done + bad} is {losses[bad].item()}")
-            total += losses.sum().item()
-            done += len(batch)
-            advance(len(batch))
-    nll = total / len(windows)
-    return Perplexity(math.exp(nll), nll, len(windows) * (seq_len - 1), len(windows))
+    numbers = list(range(count))
+    rest = tokens[count * seq_len :]
+    if max_windows is not None and max_windows < count + (len(rest) >= 2):
+        chosen = min(max_windows, count)
+        numbers = [window * count // chosen for window in range(chosen)]
+        rest = rest[:0]
+    windows = tokens[: count * seq_len].reshape(count, seq_len)[numbers]
+    parts = [*batches(windows, batch_size), *([rest[None]] if len(rest) >= 2 else [])]
+    losses: list[float] = []
+    shown = progress(console or Console(quiet=True), "Measuring perplexity", len(windows), "windows")
+    with shown as advance, _evaluation_mode(model):
+        for part in parts:
+            losses += _finite(sample_losses(model, part.to(model.device)), [*numbers, count][len(losses) :])
+            advance(len(part))
+    predicted = [seq_len - 1] * len(windows) + [len(rest) - 1] * (len(losses) - len(windows))
+    nll = math.fsum(loss * weight for loss, weight in zip(losses, predicted, strict=True)) / sum(predicted)
+    return Perplexity(_exp(nll), nll, sum(predicted), len(losses))
 
 
 @torch.inference_mode()
@@ -100,21 +106,50 @@ def throughput(
     """Tokens per second of forward passes without a cache, the models alternating so that both see the same machine.
 
     Args:
-        models: by name; all on one device.
+        models: by name, one at least.
         seq_len, batch_size: shape of the random input.
         seed: of the random input.
         repeats: timed passes of each model, after two untimed ones.
+
+    Raises:
+        ConfigError: `repeats` is less than 1.
     """
-    vocabulary = min(model.config.vocab_size for model in models.values())
-    ids = torch.randint(vocabulary, (batch_size, seq_len), generator=torch.Generator().manual_seed(seed))
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for repeat in range(repeats + 2):
-        for name, model in models.items():
-            elapsed = _time_forward(model, ids.to(model.device))
-            if repeat >= 2:
-                seconds[name].append(elapsed)
-    rates = {name: ids.numel() / np.array(times) for name, times in seconds.items()}
-    return {name: Throughput(*(float(p) for p in np.percentile(rate, (20, 50, 80)))) for name, rate in rates.items()}
+    ids = _random_ids(models, batch_size, seq_len, seed)
+    return _alternate(
+        models, lambda model: model(input_ids=ids.to(model.device), use_cache=False), ids.numel(), repeats
+    )
+
+
+@torch.inference_mode()
+def decode_throughput(
+    models: Mapping[str, PreTrainedModel],
+    *,
+    prompt_len: int,
+    new_tokens: int,
+    seed: int,
+    batch_size: int = 1,
+    repeats: int = 5,
+) -> dict[str, Throughput]:
+    """New tokens per second of greedy generation with a KV cache, reading the prompt included; the models alternate.
+
+    Args:
+        models: by name, one at least.
+        prompt_len, batch_size: shape of the random prompts.
+        new_tokens: generated after each prompt, however likely its end; the context holds both.
+        seed: of the random prompts.
+        repeats: timed generations of each model, after two untimed ones.
+
+    Raises:
+        ConfigError: `repeats` is less than 1.
+    """
+    ids = _random_ids(models, batch_size, prompt_len, seed)
+    options = GenerationConfig(do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0)
+
+    def generate(model: PreTrainedModel) -> None:
+        prompt = ids.to(model.device)
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=options, use_cache=True)
+
+    return _alternate(models, generate, batch_size * new_tokens, repeats)
 
 
 def model_size(model: PreTrainedModel) -> ModelSize:
@@ -132,14 +167,66 @@ def weight_bytes_on_disk(checkpoint: str | Path) -> int | None:
     return sum(file.stat().st_size for file in files) if files else None
 
 
-def _time_forward(model: PreTrainedModel, ids: Tensor) -> float:
-    _synchronize(ids)
+def _finite(losses: Tensor, windows: list[int]) -> list[float]:
+    """The losses [N] of windows of these numbers (the first N of them), on the host."""
+    values: list[float] = losses.tolist()
+    for window, value in zip(windows, values, strict=False):
+        if not math.isfinite(value):
+            raise NonFiniteError(f"loss of evaluation window {window} is {value}")
+    return values
+
+
+def _exp(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
+@contextmanager
+def _evaluation_mode(*models: PreTrainedModel) -> Iterator[None]:
+    """Without dropout; every module is in its own mode again afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _random_ids(models: Mapping[str, PreTrainedModel], samples: int, tokens: int, seed: int) -> Tensor:
+    """[samples, tokens] int64, ids that every model has."""
+    vocabulary = min(model.config.vocab_size for model in models.values())
+    return torch.randint(vocabulary, (samples, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def _alternate(
+    models: Mapping[str, PreTrainedModel], run: Callable[[PreTrainedModel], object], tokens: int, repeats: int
+) -> dict[str, Throughput]:
+    """Rates of a run of so many tokens, the models taking turns within each repeat."""
+    if repeats < 1:
+        raise ConfigError(f"repeats: {repeats} is not at least 1")
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    with _evaluation_mode(*models.values()):
+        for repeat in range(_WARM_UP + repeats):
+            for name, model in models.items():
+                elapsed = _seconds(run, model)
+                if repeat >= _WARM_UP:
+                    seconds[name].append(elapsed)
+    rates = {name: tokens / np.array(times) for name, times in seconds.items()}
+    return {name: Throughput(*(float(p) for p in np.percentile(rate, (20, 50, 80)))) for name, rate in rates.items()}
+
+
+def _seconds(run: Callable[[PreTrainedModel], object], model: PreTrainedModel) -> float:
+    _synchronize(model.device)
     start = time.perf_counter()
-    model(input_ids=ids, use_cache=False)
-    _synchronize(ids)
+    run(model)
+    _synchronize(model.device)
     return time.perf_counter() - start
 
 
-def _synchronize(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -31,8 +31,12 @@ def sample_losses(model: PreTrainedModel, input_ids: Tensor, max_logits: int = M
         nll = _token_nll(head, hidden, targets)
     else:
         parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        nll = torch.cat([checkpoint(_token_nll, head, h, t, use_reentrant=False) for h, t in parts])
-    return nll.view(len(input_ids), -1).mean(1)
+        # Nothing in it is random: no generator's state is kept for when it is made again.
+        nll = torch.cat(
+            [checkpoint(_token_nll, head, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in parts]
+        )
+    samples, tokens = input_ids.shape
+    return nll.view(samples, tokens - 1).mean(1)
 
 
 def _token_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -4,24 +4,36 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 
 class _Rate(ProgressColumn):
-    """Units a second, or seconds a unit where that is the larger number."""
+    """Units a second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        unit = task.fields["unit"]
         if not speed:
-            return Text(f"- {unit}/s")
-        return Text(f"{speed:.1f} {unit}/s" if speed >= 1.0 else f"{1.0 / speed:.1f} s/{unit}")
+            rate = "-"
+        elif speed >= 1.0:
+            rate = f"{speed:,.{0 if speed >= 100.0 else 1}f}"
+        else:
+            rate = f"{speed:.2g}"
+        return Text(f"{rate} {task.fields['unit']}/s", no_wrap=True)
 
 
 @contextmanager
 def progress(console: Console, description: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
-    """Show a progress bar while the body runs; yields `advance(steps=1)`.
+    """Show a progress bar while the body runs; yields `advance(steps=1)`. It goes if the body raises.
 
     Args:
         console: where it is drawn; nothing is where that is not a terminal.
@@ -34,7 +46,9 @@ def progress(console: Console, description: str, total: int, unit: str) -> Itera
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         _Rate(),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True),
     )
     bar = Progress(*columns, console=console, disable=not console.is_terminal or console.quiet, expand=True)
     with bar:
@@ -43,4 +57,9 @@ def progress(console: Console, description: str, total: int, unit: str) -> Itera
         def advance(steps: int = 1) -> None:
             bar.update(task, advance=steps)
 
-        yield advance
+        try:
+            yield advance
+        except BaseException:
+            # An interrupted bar goes, so that the error stands alone.
+            bar.live.transient = True
+            raise

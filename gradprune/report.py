@@ -100,7 +100,7 @@ def write_report(path: Path, summary: dict[str, Any], record: dict[str, Any]) ->
     ratio = summary["pruning_ratio"]["achieved"]
     options = [(name, "default" if value is None else str(value)) for name, value in config.items()]
     page = _PAGE.substitute(
-        title=escape(f"gradprune: {config['base_model'] or 'model'} pruned by {ratio:.1%}"),
+        title=escape(f"gradprune: {Path(config['base_model'] or 'the model').name} pruned by {ratio:.1%}"),
         lead=escape(
             f"{config['importance_method']} importance over {config['num_samples']} samples of "
             f"{config['seq_len']} tokens; perplexity on {summary['evaluation_tokens']:,} held-out tokens."

@@ -1,9 +1,14 @@
 """Shared fixtures, and the loud skip of what this machine does not have."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# Without a GPU Triton's kernels run in its interpreter, which is chosen when triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The models here are tiny: a second thread costs more than it brings. Tests of threading set their own number.
 torch.set_num_threads(1)

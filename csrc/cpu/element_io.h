@@ -69,9 +69,9 @@ GRADPRUNE_INLINE Vector<float, N> load_elements(const Float16* from) {
   return {bit_cast<Float>(magnitude | ((half & 0x8000) << 16))};
 }
 
-// Vector h (0 or 1) of 2 N elements from `from` on, where the order does not matter. Two bf16 fill 32 bits: the lower is
-// their value after a shift, the upper after a mask. So vector 0 has the even elements and vector 1 the odd ones, at
-// half the instructions of widening in order.
+// Vector h (0 or 1) of 2 N elements from `from` on, where the order does not matter. Two bf16 fill 32 bits: the lower
+// is their value after a shift, the upper after a mask. So vector 0 has the even elements and vector 1 the odd ones,
+// at half the instructions of widening in order.
 template <int N, class E>
 GRADPRUNE_INLINE auto load_unordered(const E* from, int h) { return load_elements<N>(from + h * N); }
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -95,9 +96,7 @@ def unavailable_reason(backend: Backend, device: str) -> str | None:
 
 
 def _triton_interpreted() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _load(backend: str) -> Ops:

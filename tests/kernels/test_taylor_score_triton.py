@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: its kernels are NOT tested here")
+
+from gradprune.importance.reference import taylor_score_reference
+from gradprune.importance.triton import taylor_score_triton
+from gradprune.kernels import taylor_score as kernel
+from gradprune.kernels.taylor_score import TaylorScoreConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = TaylorScoreConfig(ROWS=16, BLOCK_O=4, BLOCK_I=32)
+SIZES = [1, 4, 15, 16, 17, 31, 32, 33, 63, 65]
+
+
+def matrices(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    w, g = (torch.randn(rows, columns, generator=generator).to(dtype).to(DEVICE) for _ in range(2))
+    return w, g
+
+
+def assert_equals_fp64(found, w: torch.Tensor, g: torch.Tensor) -> None:
+    """Sums of n fp32 terms differ by at most n * 2^-24 of the sum of their magnitudes, each term by 2 roundings."""
+    rows, columns, statistics = (part.double().cpu() for part in found)
+    w, g = w.double().cpu(), g.double().cpu()
+    bound = (max(*w.shape, 1) + 2) * 2.0**-24
+    product = w * g
+    for dim, sums in ((1, rows), (0, columns)):
+        for row, terms in zip(sums, (product.abs(), product, product**2), strict=True):
+            error = (row - terms.sum(dim)).abs()
+            assert (error <= bound * terms.abs().sum(dim)).all(), (dim, error.max())
+    expected = taylor_score_reference(w, g).statistics
+    torch.testing.assert_close(statistics, expected, rtol=w.numel() * 2.0**-24, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", SIZES)
+def test_equals_fp64_on_awkward_shapes(rows: int, dtype: torch.dtype) -> None:
+    for columns in SIZES[::3]:
+        w, g = matrices(rows, columns, dtype)
+        assert_equals_fp64(kernel.taylor_score_triton(w, g, SMALL), w, g)
+
+
+def test_every_partial_sum_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel leaves unwritten of its scratch would be NaN."""
+    real = torch.empty
+
+    def poisoned(*args, **options):
+        return real(*args, **options).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    w, g = matrices(37, 71, torch.float32)
+    assert all(part.isfinite().all() for part in kernel.taylor_score_triton(w, g, SMALL))
+
+
+@pytest.mark.parametrize("view", [lambda t: t[:, 3:40], lambda t: t[::2], lambda t: t.T, lambda t: t[5:, 1:]])
+def test_strided_and_transposed_inputs(view) -> None:
+    w, g = (view(part) for part in matrices(41, 43, torch.float32))
+    found = taylor_score_triton(w, g)
+    rows = torch.stack([found.row_abs, found.row_signed, found.row_square])
+    columns = torch.stack([found.column_abs, found.column_signed, found.column_square])
+    assert_equals_fp64((rows, columns, found.statistics), w, g)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
+def test_empty_matrices(shape: tuple[int, int]) -> None:
+    found = taylor_score_triton(torch.zeros(shape, device=DEVICE), torch.zeros(shape, device=DEVICE))
+    assert found.row_abs.shape == shape[:1]
+    assert found.column_abs.shape == shape[1:]
+    assert found.statistics.tolist() == [0.0, 0.0, 0.0, float("inf"), 0.0]
+
+
+def test_non_finite_gradients_are_counted_and_spread() -> None:
+    w, g = matrices(20, 40, torch.float32)
+    g[3, 7], g[18, 39], g[0, 0] = float("nan"), float("inf"), -float("inf")
+    rows, columns, statistics = kernel.taylor_score_triton(w, g, SMALL)
+    expected = taylor_score_reference(w.double(), g.double())
+    assert statistics[4] == 3
+    torch.testing.assert_close(statistics.double(), expected.statistics, rtol=1e-5, atol=0.0)
+    assert (~rows[0].isfinite()).nonzero().flatten().tolist() == [0, 3, 18]
+    assert (~columns[0].isfinite()).nonzero().flatten().tolist() == [0, 7, 39]
+
+
+def test_the_same_bits_every_time() -> None:
+    w, g = matrices(65, 130, torch.bfloat16)
+    first = kernel.taylor_score_triton(w, g, SMALL)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, kernel.taylor_score_triton(w, g, SMALL), strict=True))
+
+
+def test_wrong_arguments_are_named() -> None:
+    w, g = matrices(4, 5, torch.float32)
+    with pytest.raises(ValueError, match=r"g: has shape \(5, 4\)"):
+        taylor_score_triton(w, g.T)
+    with pytest.raises(ValueError, match=r"w: dtype torch.float64"):
+        taylor_score_triton(w.double(), g)
