@@ -133,7 +133,8 @@ def diagnose(
     config = PruneConfig(seq_len=seq_len, num_samples=num_samples, batch_size=batch_size, seed=seed)
     model, tokenizer = _load(base_model, device, dtype, trust_remote_code)
     check_context(model.config, seq_len)
-    windows = sample_windows(load_tokens(dataset, tokenizer), num_samples=num_samples, seq_len=seq_len, seed=seed)
+    tokens = load_tokens(dataset, tokenizer, vocab_size=model.config.vocab_size)
+    windows = sample_windows(tokens, num_samples=num_samples, seq_len=seq_len, seed=seed)
     engine = ImportanceEngine(model, "taylor", reduction, backend, use_gradient_checkpointing)
     with engine, progress(PROGRESS, "Calibrating", len(windows), "samples") as advance:
         for batch in batches(windows, config.batch_size):
@@ -166,7 +167,7 @@ def evaluate(
     PruneConfig(seq_len=seq_len, batch_size=batch_size, eval_samples=eval_samples)
     loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
     check_context(loaded.config, seq_len)
-    tokens = load_tokens(dataset, tokenizer, split="evaluation")
+    tokens = load_tokens(dataset, tokenizer, split="evaluation", vocab_size=loaded.config.vocab_size)
     measured = perplexity(
         loaded, tokens, seq_len=seq_len, batch_size=batch_size, max_windows=eval_samples, console=PROGRESS
     )

@@ -74,29 +74,21 @@ def perplexity(
         console: where progress is shown.
 
     Raises:
-        CalibrationError: not one whole window of text.
+        CalibrationError: not one whole window of text, or windows of fewer than two tokens, or none.
         NonFiniteError: a window's loss is NaN or infinite.
     """
-    count = len(tokens) // seq_len
-    if count == 0:
-        raise CalibrationError(f"eval_dataset: {len(tokens)} held-out tokens are less than one window of {seq_len}")
-    numbers = list(range(count))
-    rest = tokens[count * seq_len :]
-    if max_windows is not None and max_windows < count + (len(rest) >= 2):
-        chosen = min(max_windows, count)
-        numbers = [window * count // chosen for window in range(chosen)]
-        rest = rest[:0]
-    windows = tokens[: count * seq_len].reshape(count, seq_len)[numbers]
-    parts = [*batches(windows, batch_size), *([rest[None]] if len(rest) >= 2 else [])]
-    losses: list[float] = []
-    shown = progress(console or Console(quiet=True), "Measuring perplexity", len(windows), "windows")
+    numbers, parts = _windows(tokens, seq_len, batch_size, max_windows)
+    nll: list[float] = []
+    predicted = 0
+    shown = progress(console or Console(quiet=True), "Measuring perplexity", len(numbers), "windows")
     with shown as advance, _evaluation_mode(model):
         for part in parts:
-            losses += _finite(sample_losses(model, part.to(model.device)), [*numbers, count][len(losses) :])
+            losses = _finite(sample_losses(model, part.to(model.device)), numbers[len(nll) :])
+            nll += [loss * (part.shape[1] - 1) for loss in losses]
+            predicted += part.shape[0] * (part.shape[1] - 1)
             advance(len(part))
-    predicted = [seq_len - 1] * len(windows) + [len(rest) - 1] * (len(losses) - len(windows))
-    nll = math.fsum(loss * weight for loss, weight in zip(losses, predicted, strict=True)) / sum(predicted)
-    return Perplexity(_exp(nll), nll, sum(predicted), len(losses))
+    mean = math.fsum(nll) / predicted
+    return Perplexity(_exp(mean), mean, predicted, len(numbers))
 
 
 @torch.inference_mode()
@@ -147,7 +139,8 @@ def decode_throughput(
 
     def generate(model: PreTrainedModel) -> None:
         prompt = ids.to(model.device)
-        model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=options, use_cache=True)
+        # mypy takes an attribute of a mixin that it cannot follow for a submodule or a tensor.
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=options, use_cache=True)  # type: ignore[operator]
 
     return _alternate(models, generate, batch_size * new_tokens, repeats)
 
@@ -165,6 +158,24 @@ def weight_bytes_on_disk(checkpoint: str | Path) -> int | None:
     """Bytes of a checkpoint folder's safetensors files; None where there are none, e.g. for a hub id."""
     files = list(Path(checkpoint).glob("*.safetensors"))
     return sum(file.stat().st_size for file in files) if files else None
+
+
+def _windows(tokens: Tensor, seq_len: int, batch_size: int, max_windows: int | None) -> tuple[list[int], list[Tensor]]:
+    """Numbers of the windows to measure, and the windows in batches; the rest, if measured, is the last of both."""
+    for name, value, least in (("seq_len", seq_len, 2), ("max_windows", max_windows, 1)):
+        if value is not None and value < least:
+            raise CalibrationError(f"{name}: {value} is not at least {least}")
+    count = len(tokens) // seq_len
+    if count == 0:
+        raise CalibrationError(f"eval_dataset: {len(tokens)} held-out tokens are less than one window of {seq_len}")
+    whole = tokens[: count * seq_len].reshape(count, seq_len)
+    rest = tokens[count * seq_len :]
+    # A rest of one token predicts nothing.
+    if max_windows is None or max_windows > count:
+        with_rest = len(rest) >= 2
+        return list(range(count + with_rest)), [*batches(whole, batch_size), *([rest[None]] if with_rest else [])]
+    numbers = [window * count // max_windows for window in range(max_windows)]
+    return numbers, list(batches(whole[numbers], batch_size))
 
 
 def _finite(losses: Tensor, windows: list[int]) -> list[float]:

@@ -111,7 +111,7 @@ def prune(
         config.backend,
         use_gradient_checkpointing=config.use_gradient_checkpointing,
     )
-    calibration, evaluation = _tokens(tokenizer, config, calibration, evaluation)
+    calibration, evaluation = _tokens(tokenizer, config, calibration, evaluation, model.config.vocab_size)
     windows = sample_windows(calibration, num_samples=config.num_samples, seq_len=config.seq_len, seed=config.seed)
     with clock.stage("perplexity_before"):
         perplexity_before = _perplexity(model, evaluation, config, console)
@@ -225,14 +225,15 @@ def _tokens(
     config: PruneConfig,
     calibration: Tensor | None,
     evaluation: Tensor | None,
+    vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Calibration and held-out tokens, as given or from the datasets; the two never overlap."""
     held_out_in_file = evaluation is None and config.eval_dataset is None
     if evaluation is None and (config.eval_dataset is not None or (calibration is None and config.dataset is None)):
-        evaluation = load_tokens(config.eval_dataset, tokenizer, split="evaluation")
+        evaluation = load_tokens(config.eval_dataset, tokenizer, split="evaluation", vocab_size=vocab_size)
         held_out_in_file = False
     if calibration is None:
-        calibration = load_tokens(config.dataset, tokenizer)
+        calibration = load_tokens(config.dataset, tokenizer, vocab_size=vocab_size)
     if held_out_in_file or evaluation is None:
         return split_held_out(calibration, config.seq_len)
     return calibration, evaluation

@@ -28,7 +28,7 @@ def taylor_score_triton(w: Tensor, g: Tensor) -> ImportanceVectors:
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{name}: dtype {tensor.dtype} is not one of float32, bfloat16, float16")
     rows, columns, statistics = kernel.taylor_score_triton(_unit_inner_stride(w), _unit_inner_stride(g))
-    return ImportanceVectors(*rows.unbind(), *columns.unbind(), statistics)
+    return ImportanceVectors(rows[0], rows[1], rows[2], columns[0], columns[1], columns[2], statistics)
 
 
 def linear_importance_triton(x: Tensor, dy: Tensor, w: Tensor) -> ImportanceVectors:
