@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,7 +65,7 @@ _HUB = {
 _HUB_TIMEOUT = 5.0  # seconds
 # Characters in a piece of text, and pieces given to the tokenizer at once, which keeps far more than ids of each.
 _PIECE = 1 << 16
-_PIECES = 64
+_PIECES = 256
 
 
 def load_tokens(
@@ -96,17 +96,15 @@ def load_tokens(
         return _load_ids(Path(dataset), len(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size)
     if tokenizer is None:
         raise CalibrationError("dataset: the model has no tokenizer; give token ids in a .npy file")
-    separator = tokenizer.eos_token or "\n\n"
     if dataset is None:
         from gradprune.demo import embedded_text
 
-        text = embedded_text().train if split == "calibration" else embedded_text().held_out
+        tokens = encode(tokenizer, embedded_text().train if split == "calibration" else embedded_text().held_out)
     elif dataset in _HUB:
-        joint = _HUB[dataset].joint
-        text = (separator if joint is None else joint).join(_load_hub(dataset, split))
+        documents, joint = _load_hub(dataset, split), _HUB[dataset].joint
+        tokens = _encode_documents(tokenizer, documents) if joint is None else encode(tokenizer, joint.join(documents))
     else:
-        text = _read_file(dataset, separator)
-    tokens = encode(tokenizer, text)
+        tokens = _encode_documents(tokenizer, _read_file(dataset))
     if not len(tokens):
         raise CalibrationError(f"dataset: '{dataset or 'the embedded text'}' is empty")
     return tokens
@@ -208,11 +206,11 @@ def _load_ids(path: Path, vocab_size: int | None) -> Tensor:
     return torch.from_numpy(ids.astype(np.int64).reshape(-1))
 
 
-def _read_file(dataset: str, separator: str) -> str:
+def _read_file(dataset: str) -> list[str]:
     path = Path(dataset)
-    readers: dict[str, Callable[[], str]] = {
-        ".txt": lambda: path.read_text(encoding="utf-8-sig"),
-        ".jsonl": lambda: separator.join(_jsonl_texts(path)),
+    readers: dict[str, Callable[[], list[str]]] = {
+        ".txt": lambda: [path.read_text(encoding="utf-8-sig")],
+        ".jsonl": lambda: list(_jsonl_texts(path)),
     }
     if path.suffix not in readers:
         raise CalibrationError(
@@ -298,7 +296,20 @@ def _check_exists(path: Path) -> None:
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Token ids [tokens] int64 of a text of any length, piece by piece, without special tokens at the pieces' ends."""
-    pieces = list(_pieces(text))
+    return _encode_pieces(tokenizer, list(_pieces(text)))
+
+
+def _encode_documents(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Tensor:
+    """[tokens] int64, the end-of-text token between documents; a blank line where there is no such token."""
+    separator = tokenizer.eos_token
+    if not separator:
+        return encode(tokenizer, "\n\n".join(documents))
+    # As a piece of its own it is never cut.
+    pieces = chain.from_iterable((separator, *_pieces(document)) for document in documents)
+    return _encode_pieces(tokenizer, list(pieces)[1:])
+
+
+def _encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> Tensor:
     ids = [torch.empty(0, dtype=torch.int64)]
     for start in range(0, len(pieces), _PIECES):
         # Given as a list, the pieces are tokenised in parallel. Not verbose: no warning about the model's context.

@@ -1,5 +1,6 @@
 """The engine's ops by backend. The name fixes the maths; `backend` fixes only who computes it."""
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -84,8 +85,7 @@ def unavailable_reason(backend: Backend, device: str) -> str | None:
     if backend == "cpp":
         if device != "cpu":
             return "the C++ kernels work on CPU tensors"
-        built = importlib.util.find_spec("gradprune._C") is not None
-        return None if built else "the extension gradprune._C is not built (reinstall gradprune with a C++ compiler)"
+        return _extension_fault()
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed (pip install 'gradprune[triton]')"
@@ -93,6 +93,14 @@ def unavailable_reason(backend: Backend, device: str) -> str | None:
             return None
         return "it needs a CUDA device (or TRITON_INTERPRET=1, to check kernels on the CPU)"
     return "no importance op has a CUDA C++ kernel; on a GPU use 'triton'"
+
+
+def _extension_fault() -> str | None:
+    try:
+        importlib.import_module("gradprune._C")
+    except ImportError as error:
+        return f"the extension gradprune._C does not import: {error} (reinstall gradprune with a C++ compiler)"
+    return None
 
 
 def _triton_interpreted() -> bool:
