@@ -65,7 +65,7 @@ _HUB = {
 _HUB_TIMEOUT = 5.0  # seconds
 # Characters in a piece of text, and pieces given to the tokenizer at once, which keeps far more than ids of each.
 _PIECE = 1 << 16
-_PIECES = 256
+_PIECES = 64
 
 
 def load_tokens(

@@ -25,7 +25,7 @@ from gradprune.gradients.diagnosis import diagnose_gradients
 from gradprune.gradients.statistics import LayerGradients
 from gradprune.groups import GroupTable, group_costs, importance_column
 from gradprune.hgsp import Priors, modulate, removal_priors, removal_steps, similarity_priors, taylor_priors
-from gradprune.importance import ImportanceEngine, Scores
+from gradprune.importance import ImportanceEngine
 from gradprune.masks import GroupMasks
 from gradprune.models import PrunableModel, describe
 from gradprune.progress import progress
@@ -99,55 +99,33 @@ def prune(
         check_free(output, overwrite=config.overwrite, argument="output_name")
     clock = _Clock()
     view = describe(model)
-    check_context(model.config, config.seq_len)
-    constraints = Constraints.of(config, _kept_kv_groups(model, view) if config.uniform else None)
-    before_size = model_size(model)
-    check_reachable(group_costs(view), config.pruning_ratio, before_size.parameters, constraints)
-
+    size = model_size(model)
+    constraints = _check_reachable(model, view, size.parameters, config)
     engine = ImportanceEngine(
-        model,
-        config.importance_method,
-        config.reduction,
-        config.backend,
-        use_gradient_checkpointing=config.use_gradient_checkpointing,
+        model, config.importance_method, config.reduction, config.backend, config.use_gradient_checkpointing
     )
     calibration, evaluation = _tokens(tokenizer, config, calibration, evaluation, model.config.vocab_size)
     windows = sample_windows(calibration, num_samples=config.num_samples, seq_len=config.seq_len, seed=config.seed)
+
+    # Calibration comes first: where weights are broken, it names the layer, which perplexity cannot.
+    table, gradients = _score(model, view, engine, windows, config, clock, console)
     with clock.stage("perplexity_before"):
         perplexity_before = _perplexity(model, evaluation, config, console)
-    with clock.stage("calibration"):
-        scores = _calibrate(engine, windows, config, console)
-    with clock.stage("priors"):
-        priors = _priors(model, view, engine, windows[: config.prior_samples], config, console)
-    with clock.stage("scoring"):
-        table = replace(group_costs(view), importance=importance_column(scores))
-        table = modulate(table, config.temperature, config.tau, priors)
+    disk = weight_bytes_on_disk(config.base_model) if config.base_model else None
+    before = Measured(size.parameters, disk or size.bytes, perplexity_before)
     with clock.stage("selection"):
-        pruned = select(table, config.pruning_ratio, before_size.parameters, constraints)
+        pruned = select(table, config.pruning_ratio, size.parameters, constraints)
         masks = table.masks(pruned)
-    disk_before = weight_bytes_on_disk(config.base_model) if config.base_model else None
     with clock.stage("surgery"):
         cut_model = cut(model, masks, inplace=not config.measure_speed)
     with clock.stage("perplexity_after"):
-        perplexity_after = _perplexity(cut_model, evaluation, config, console)
-    speeds: dict[str, Throughput] = {}
+        size = model_size(cut_model)
+        after = Measured(size.parameters, size.bytes, _perplexity(cut_model, evaluation, config, console))
     if config.measure_speed:
         with clock.stage("speed"):
-            speeds = throughput({"dense": model, "pruned": cut_model}, seq_len=config.seq_len, seed=config.seed)
-    after_size = model_size(cut_model)
-    result = PruneResult(
-        model=cut_model,
-        config=config,
-        before=Measured(
-            before_size.parameters, disk_before or before_size.bytes, perplexity_before, speeds.get("dense")
-        ),
-        after=Measured(after_size.parameters, after_size.bytes, perplexity_after, speeds.get("pruned")),
-        table=table,
-        pruned=pruned,
-        masks=masks,
-        gradients=scores.gradients,
-        seconds=clock.seconds,
-    )
+            speed = throughput({"dense": model, "pruned": cut_model}, seq_len=config.seq_len, seed=config.seed)
+        before, after = replace(before, speed=speed["dense"]), replace(after, speed=speed["pruned"])
+    result = PruneResult(cut_model, config, before, after, table, pruned, masks, gradients, clock.seconds)
     return result if output is None else _write(result, tokenizer, output)
 
 
@@ -191,13 +169,36 @@ class _Clock:
         self.seconds[name] = round(time.perf_counter() - start, 4)
 
 
-def _calibrate(engine: ImportanceEngine, windows: Tensor, config: PruneConfig, console: Console) -> Scores:
-    if engine.method != "magnitude":
-        with engine, progress(console, "Calibrating", len(windows), "samples") as advance:
-            for batch in batches(windows, config.batch_size):
-                engine.step(batch)
-                advance(len(batch))
-    return engine.scores()
+def _check_reachable(model: PreTrainedModel, view: PrunableModel, parameters: int, config: PruneConfig) -> Constraints:
+    """The selection's constraints; raises at once what could not be done after calibration."""
+    check_context(model.config, config.seq_len)
+    constraints = Constraints.of(config, _kept_kv_groups(model, view) if config.uniform else None)
+    check_reachable(group_costs(view), config.pruning_ratio, parameters, constraints)
+    return constraints
+
+
+def _score(
+    model: PreTrainedModel,
+    view: PrunableModel,
+    engine: ImportanceEngine,
+    windows: Tensor,
+    config: PruneConfig,
+    clock: _Clock,
+    console: Console,
+) -> tuple[GroupTable, list[LayerGradients]]:
+    """Calibrate: every group with its importance, prior and score, and the gradient statistics."""
+    with clock.stage("calibration"):
+        if engine.method != "magnitude":
+            with engine, progress(console, "Calibrating", len(windows), "samples") as advance:
+                for batch in batches(windows, config.batch_size):
+                    engine.step(batch)
+                    advance(len(batch))
+        scores = engine.scores()
+    with clock.stage("priors"):
+        priors = _priors(model, view, engine, windows[: config.prior_samples], config, console)
+    with clock.stage("scoring"):
+        table = replace(group_costs(view), importance=importance_column(scores))
+        return modulate(table, config.temperature, config.tau, priors), scores.gradients
 
 
 def _priors(

@@ -127,6 +127,15 @@ def test_jsonl_documents_are_separated(tmp_path: Path) -> None:
     assert plain.decode(load_tokens(str(path), plain)) == "one\n\ntwo"
 
 
+def test_the_end_of_a_document_is_never_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_module, "_PIECE", 3)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "abcdefgh"}\n' * 9, encoding="utf-8")
+    tokens = load_tokens(str(path), TOKENIZER)
+    assert int((tokens == TOKENIZER.eos_token_id).sum()) == 8
+    assert TOKENIZER.decode(tokens) == TOKENIZER.eos_token.join(["abcdefgh"] * 9)
+
+
 @pytest.mark.parametrize(("name", "text"), [("a.txt", "wörd"), ("a.jsonl", '{"text": "wörd"}')])
 def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, text: str) -> None:
     path = tmp_path / name

@@ -26,8 +26,40 @@ def test_losses_and_gradients_equal_the_whole_logits(architecture: str, max_logi
 def test_logits_never_exist_whole() -> None:
     model, sizes = tiny_model(), []
     model.lm_head.register_forward_hook(lambda _m, _a, out: sizes.append(out.numel()))
-    sample_losses(model, tiny_ids(samples=4, tokens=9), max_logits=61 * 6).sum().backward()
+    saved: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.shape), t)[1], lambda t: t):
+        losses = sample_losses(model, tiny_ids(samples=4, tokens=9), max_logits=61 * 6)
+    assert not [shape for shape in saved if shape[-1:] == (61,)], "logits are kept for the backward pass"
+    losses.sum().backward()
     assert max(sizes) == 61 * 6
+    assert len(sizes) == 2 * 6, "each chunk is made once, and once more in the backward pass"
+
+
+@pytest.mark.parametrize("max_logits", [61 * 5, 2**24])
+def test_single_precision_is_as_good_as_its_rounding(max_logits: int) -> None:
+    ids = tiny_ids(samples=3, tokens=12)
+    exact = plain_losses(tiny_model(), ids)
+    found = sample_losses(tiny_model(dtype=torch.float32), ids, max_logits)
+    assert found.dtype == torch.float32
+    rounded = plain_losses(tiny_model(dtype=torch.float32), ids).double()
+    budget = 2 * (rounded - exact).abs().max() + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (found.double() - exact).abs().max() <= budget
+
+
+@pytest.mark.parametrize(("samples", "tokens"), [(1, 2), (1, 9), (5, 2)])
+def test_the_smallest_shapes(samples: int, tokens: int) -> None:
+    model, ids = tiny_model(), tiny_ids(samples, tokens)
+    torch.testing.assert_close(sample_losses(model, ids, 61), plain_losses(model, ids), rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("max_logits", [61 * 5, 2**24])
+def test_nothing_is_read_back_to_the_host(max_logits: int) -> None:
+    """On the meta device there is nothing to read: every synchronisation with the host raises."""
+    model = tiny_model(tied=True).to("meta")
+    losses = sample_losses(model, tiny_ids().to("meta"), max_logits)
+    assert losses.shape == (4,)
+    losses.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_half_precision_losses_are_fp32() -> None:
