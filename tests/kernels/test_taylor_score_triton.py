@@ -10,7 +10,8 @@ from gradprune.kernels.taylor_score import TaylorScoreConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = TaylorScoreConfig(ROWS=16, BLOCK_O=4, BLOCK_I=32)
-SIZES = [1, 4, 15, 16, 17, 31, 32, 33, 63, 65]
+# 1, a strip, and one less and more than it, in rows and in columns.
+ROWS, COLUMNS = [1, 15, 16, 17, 63], [1, 31, 32, 33]
 
 
 def matrices(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,9 +35,9 @@ def assert_equals_fp64(found, w: torch.Tensor, g: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", SIZES)
+@pytest.mark.parametrize("rows", ROWS)
 def test_equals_fp64_on_awkward_shapes(rows: int, dtype: torch.dtype) -> None:
-    for columns in SIZES[::3]:
+    for columns in COLUMNS:
         w, g = matrices(rows, columns, dtype)
         assert_equals_fp64(kernel.taylor_score_triton(w, g, SMALL), w, g)
 
@@ -82,7 +83,7 @@ def test_non_finite_gradients_are_counted_and_spread() -> None:
 
 
 def test_the_same_bits_every_time() -> None:
-    w, g = matrices(65, 130, torch.bfloat16)
+    w, g = matrices(33, 65, torch.bfloat16)
     first = kernel.taylor_score_triton(w, g, SMALL)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, kernel.taylor_score_triton(w, g, SMALL), strict=True))
