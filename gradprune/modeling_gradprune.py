@@ -28,20 +28,23 @@ from transformers import (
 class DroppedAttention(nn.Module):
     """An attention block that is gone: adds nothing to the residual stream.
 
-    Caches ask their first layers how many tokens they hold, so it still stores zeros of a single head.
+    Caches ask their first layers how many tokens they hold, so it still stores a single head, which nobody reads.
     """
 
     def __init__(self, head_dim: int, layer_idx: int) -> None:
-        """head_dim: width of the cached zeros; layer_idx: this layer's place in the cache."""
+        """head_dim: width of the cached head; layer_idx: this layer's place in the cache."""
         super().__init__()
         self.head_dim = head_dim
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, hidden_states: torch.Tensor, past_key_values: Any = None, cache_position: Any = None, **_: Any
+    ) -> tuple[torch.Tensor, None]:
         """hidden_states: [B, T, H]; returns zeros like it, and no attention weights."""
         if past_key_values is not None:
-            zeros = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], self.head_dim)
-            past_key_values.update(zeros, zeros, self.layer_idx)
+            # Not zeros: older static caches place tokens by cache_position and count those whose key is not zero.
+            ones = hidden_states.new_ones(hidden_states.shape[0], 1, hidden_states.shape[1], self.head_dim)
+            past_key_values.update(ones, ones, self.layer_idx, {"cache_position": cache_position})
         return torch.zeros_like(hidden_states), None
 
 
@@ -59,8 +62,10 @@ class PerLayerWidths:
     def __init__(self, config: PreTrainedConfig) -> None:
         """config: the architecture's own, with `per_layer_config`."""
         dense = homogeneous(config)
+        layers = per_layer_overrides(config)
+        check_overrides(layers)
         super().__init__(dense)
-        for index, overrides in per_layer_overrides(config).items():
+        for index, overrides in layers.items():
             layer = self.model.layers[index]
             layer_config = resolve_layer_config(dense, overrides)
             if "attention" in overrides.get("skip", ()):
@@ -77,13 +82,13 @@ class PerLayerWidths:
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         # Looks for the attention's code in the file of the class it is called on, which is the stock one's.
-        return bool(cls.__bases__[1]._can_set_attn_implementation())
+        return bool(stock_class(cls)._can_set_attn_implementation())
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """As the stock method, for the layers' own configurations too."""
         super().set_attn_implementation(*args, **kwargs)
         for layer in self.model.layers:
-            if not isinstance(layer.self_attn, DroppedAttention):
+            if hasattr(layer.self_attn, "config"):
                 layer.self_attn.config._attn_implementation = self.config._attn_implementation
 
 
@@ -123,6 +128,21 @@ for _pruned_class in PRUNED_CLASSES.values():
 def per_layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
     """`per_layer_config` by layer index, also under transformers releases that do not know the attribute."""
     return {int(index): overrides for index, overrides in (config.to_dict().get("per_layer_config") or {}).items()}
+
+
+def check_overrides(layers: dict[int, dict[str, Any]]) -> None:
+    """Refuse what `PerLayerWidths` would not apply: ignored, it would make another model than the one saved."""
+    known = {"num_key_value_heads", "num_attention_heads", "intermediate_size", "skip"}
+    for index, overrides in layers.items():
+        if unknown := sorted(set(overrides) - known) or sorted(set(overrides.get("skip", ())) - {"attention", "mlp"}):
+            raise ValueError(
+                f"per_layer_config: layer {index} has {unknown}; known are {sorted(known)} and skip's attention, mlp"
+            )
+
+
+def stock_class(pruned: type) -> Any:
+    """The architecture's own class, of which `pruned` is the variant with per-layer widths."""
+    return next(base for base in pruned.__mro__ if base.__module__.startswith("transformers.models."))
 
 
 def homogeneous(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gradprune.errors import UnsupportedArchitectureError
 from gradprune.masks import GroupMasks
 from gradprune.modeling_gradprune import (
     PRUNED_CLASSES,
-    PerLayerWidths,
     drop_attention,
     drop_mlp,
     homogeneous,
     per_layer_overrides,
     resolve_layer_config,
+    stock_class,
 )
 from gradprune.models import Block, PrunableModel, describe
 
@@ -31,7 +32,7 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
         model: a supported causal LM, pruned before or not.
         masks: what each block keeps.
         inplace: cut `model` itself, layer by layer. Otherwise it stays as it is, and the result is a new model
-            that shares every tensor that was not cut.
+            that shares the memory of every tensor that was not cut.
 
     Returns:
         The cut model: of its original class where all layers have the same widths, else of the class in
@@ -39,12 +40,14 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
 
     Raises:
         ValueError: a mask's length is not the block's number of groups.
+        UnsupportedArchitectureError: not the architecture's own causal LM class, or one that gradprune made of it.
     """
-    _check_masks(describe(model), masks)
-    if not inplace:
-        # Tensors in the memo are taken over as they are: only the modules around them are copied.
-        model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     view = describe(model)
+    _check_class(model)
+    _check_masks(view, masks)
+    if not inplace:
+        model = _sharing_copy(model)
+        view = describe(model)
     heads = _head_shape(view)
     with torch.no_grad():
         for layer, attention, mlp, kept_heads, kept_channels in zip(
@@ -56,6 +59,26 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
                 _shrink(mlp, kept_channels) if kept_channels.any() else drop_mlp(layer)
     _state_widths(model, describe(model), heads)
     return model
+
+
+def _check_class(model: PreTrainedModel) -> None:
+    """Refuse a class that cutting would replace by another, losing what it adds: a classifier's head, say."""
+    pruned = PRUNED_CLASSES[model.config.model_type]
+    # A model loaded with trust_remote_code has the class of that name from the file beside its weights.
+    if type(model) is not stock_class(pruned) and type(model).__name__ != pruned.__name__:
+        raise UnsupportedArchitectureError(
+            f"model: a {type(model).__name__} cannot be cut; load it as {stock_class(pruned).__name__}"
+        )
+
+
+def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """New modules and parameters on the same memory: converting or training one model leaves the other's dtype
+    and gradients alone.
+    """
+    # What stands in the memo is taken over as it is.
+    memo: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
+    memo |= {id(old): _parameter(old, old.detach()) for old in model.parameters()}
+    return copy.deepcopy(model, memo)
 
 
 def _check_masks(view: PrunableModel, masks: GroupMasks) -> None:
@@ -116,13 +139,21 @@ def _state_widths(model: PreTrainedModel, view: PrunableModel, heads: _HeadShape
         config.num_key_value_heads = kv_heads[0]
         config.num_attention_heads = kv_heads[0] * heads.heads_per_group
         config.intermediate_size = channels[0]
-        if isinstance(model, PerLayerWidths):
-            model.__class__ = PRUNED_CLASSES[config.model_type].__bases__[1]
+        model.__class__ = stock_class(PRUNED_CLASSES[config.model_type])
     else:
+        if not _differs_in_width(homogeneous(config), kv_heads, channels):
+            # transformers releases that do not know per_layer_config would load the stock model, with random weights
+            # for the dropped blocks. A global width that fits no layer makes them refuse.
+            config.intermediate_size = 0
         config.per_layer_config = _per_layer_config(view, kv_heads, channels, heads)
         # The same object with the class that knows per-layer widths: saving and reloading then just work.
         model.__class__ = PRUNED_CLASSES[config.model_type]
     _state_attention(model, view)
+
+
+def _differs_in_width(dense: Any, kv_heads: list[int], channels: list[int]) -> bool:
+    """Whether a block that exists has other than the global width."""
+    return not (set(kv_heads) <= {0, dense.num_key_value_heads} and set(channels) <= {0, dense.intermediate_size})
 
 
 def _per_layer_config(
@@ -131,7 +162,7 @@ def _per_layer_config(
     overrides: dict[int | str, dict[str, Any]] = {}
     for layer, (groups, width) in enumerate(zip(kv_heads, channels, strict=True)):
         skip = [name for name, count in (("attention", groups), ("mlp", width)) if count == 0]
-        # A dropped attention block keeps one head of zeros in the cache, see DroppedAttention.
+        # A dropped attention block keeps one head in the cache, see DroppedAttention.
         overrides[layer] = {"num_key_value_heads": groups or 1, "intermediate_size": width}
         if heads is not None and view.architecture.per_layer_heads:
             overrides[layer]["num_attention_heads"] = (groups or 1) * heads.heads_per_group

@@ -3,6 +3,7 @@ import logging
 import pickle
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -362,11 +363,13 @@ def test_a_hub_out_of_reach_is_told_at_once(monkeypatch: pytest.MonkeyPatch, sil
         server.bind(("127.0.0.1", 0))
         if silent:
             server.listen()
+        start = time.monotonic()
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(
             CalibrationError, match=r"'c4' needs the hub, but http://127.* cannot be reached .*HF_HUB_OFF"
         ):
             load_tokens("c4", TOKENIZER)
+    assert time.monotonic() - start < 10, "waited for longer than the limit"
 
 
 def test_without_a_tokenizer_only_ids_work() -> None:

@@ -1,7 +1,10 @@
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,6 +81,56 @@ def test_without_trust_a_pruned_model_does_not_load_wrongly(architecture: str, t
     save_checkpoint(cut(model, random_masks(model, 0.5)), None, tmp_path / "x")
     with pytest.raises((RuntimeError, ValueError, OSError)):
         AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+
+
+def test_dropped_blocks_leave_no_global_width_that_the_stock_model_would_fit(tmp_path: Path) -> None:
+    # transformers releases without per_layer_config build the stock model, and make up the weights it lacks.
+    model = tiny_model()
+    for number, kinds in enumerate((["attention"], ["mlp"], ["attention", "mlp"])):
+        masks = full_masks(model)
+        for kind in kinds:
+            getattr(masks, kind)[0][:] = False
+        save_checkpoint(cut(model, masks), None, tmp_path / str(number))
+        config = json.loads((tmp_path / str(number) / "config.json").read_text())
+        assert config["intermediate_size"] == 0
+        assert_same(load_pruned(tmp_path / str(number)), masked(model, masks))
+
+
+def by_remote_code(folder: Path, monkeypatch: pytest.MonkeyPatch, modules: Path):
+    """The model as the code beside its weights makes it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    assert not isinstance(model, PerLayerWidths)
+    return model
+
+
+def test_a_model_loaded_by_remote_code_can_be_cut_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    masks = random_masks(model, 0.7)
+    masks.attention[0][:] = False
+    save_checkpoint(cut(model, masks), None, tmp_path / "once")
+    once = by_remote_code(tmp_path / "once", monkeypatch, tmp_path / "modules")
+    twice = cut(once, random_masks(once, 0.7, seed=3))
+    twice.set_attn_implementation("eager")
+    twice.set_attn_implementation("sdpa")
+    save_checkpoint(twice, None, tmp_path / "twice")
+    assert_same(load_pruned(tmp_path / "twice"), twice)
+
+
+def test_a_model_loaded_by_remote_code_can_become_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    masks = full_masks(model)
+    masks.mlp[0][3:] = False
+    save_checkpoint(cut(model, masks), None, tmp_path / "once")
+    once = by_remote_code(tmp_path / "once", monkeypatch, tmp_path / "modules")
+    rest = full_masks(once)
+    for kept in rest.mlp[1:]:
+        kept[3:] = False
+    plain = cut(once, rest)
+    assert type(plain) is type(model)
+    save_checkpoint(plain, None, tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("*.py"))
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), plain)
 
 
 def test_the_configuration_and_tokenizer_need_no_remote_code(tmp_path: Path) -> None:
@@ -159,23 +212,78 @@ def broken_checkpoint(folder: Path, how: str) -> None:
         (folder / "config.json").unlink()
     elif how == "config is no JSON":
         (folder / "config.json").write_text("{")
-    elif how == "other shape":
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 11}))
-    elif how == "more layers":
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+
+
+def state(folder: Path, **values: object) -> None:
+    """Change values of config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def told(folder: Path) -> str:
+    """The one-line error that loading gives."""
+    with pytest.raises(CheckpointError, match=r"^base_model: ") as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("how", ["truncated", "pickled only", "no weights", "no config", "config is no JSON"])
+def test_a_broken_checkpoint_is_one_clear_error(how: str, tmp_path: Path) -> None:
+    broken_checkpoint(tmp_path / "x", how)
+    told(tmp_path / "x")
 
 
 @pytest.mark.parametrize(
-    "how", ["truncated", "pickled only", "no weights", "no config", "config is no JSON", "other shape", "more layers"]
+    ("values", "message"),
+    [
+        ({"intermediate_size": 11}, r"9 weights .* first model.layers.0.mlp.down_proj.weight: \[72, 10\] instead of"),
+        ({"num_hidden_layers": 4}, "lacks 9 weights .* first model.layers.3"),
+        ({"num_hidden_layers": 2}, "9 weights in layers that its config.json does not name, first model.layers.2"),
+        ({"per_layer_config": {"0": {"skip": ["attention"]}}}, "5 weights in layers .* first model.layers.0"),
+        ({"per_layer_config": {"0": {"skip": ["attn"]}}}, r"layer 0 has \['attn'\]"),
+        ({"per_layer_config": {"0": {"hidden_act": "relu"}}}, r"layer 0 has \['hidden_act'\]"),
+        ({"per_layer_config": {"7": {"intermediate_size": 4}}}, "7"),
+        ({"per_layer_config": [1]}, "no configuration"),
+        ({"hidden_size": "wide"}, ""),
+        ({"num_attention_heads": 0}, ""),
+        ({"hidden_act": "nope"}, "'nope'"),
+        ({"dtype": "nope"}, "'nope'"),
+    ],
 )
-def test_a_broken_checkpoint_is_one_clear_error(how: str, tmp_path: Path) -> None:
-    broken_checkpoint(tmp_path / "x", how)
-    with pytest.raises(CheckpointError, match=r"^base_model: ") as error:
+def test_a_configuration_that_does_not_fit_is_one_clear_error(values, message: str, tmp_path: Path) -> None:
+    save_checkpoint(tiny_model(), None, tmp_path / "x")
+    state(tmp_path / "x", **values)
+    assert re.search(message, told(tmp_path / "x"))
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    save_checkpoint(tiny_model(), None, tmp_path / "x")
+    state(tmp_path / "x", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UnsupportedArchitectureError, match="quantised"):
         load_model(tmp_path / "x")
-    assert "\n" not in str(error.value)
-    assert str(tmp_path / "x") in str(error.value)
+
+
+def test_a_damaged_tokenizer_is_an_error_and_a_missing_one_is_none(tmp_path: Path) -> None:
+    save_checkpoint(tiny_model(vocab=300), byte_tokenizer(), tmp_path / "x")
+    tokenizer = tmp_path / "x" / "tokenizer.json"
+    tokenizer.write_bytes(tokenizer.read_bytes()[:-50])
+    assert "the tokenizer of" in told(tmp_path / "x")
+    tokenizer.unlink()
+    assert load_model(tmp_path / "x")[1] is None
+
+
+def test_a_name_is_not_asked_for_at_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("gradprune.checkpoint.hub.ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setattr("gradprune.checkpoint.hub.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("gradprune.checkpoint.getproxies", dict)
+        start = time.monotonic()
+        with pytest.raises(CheckpointError, match=r"^base_model: .*models/nowhere"):
+            load_model("models/nowhere")
+        assert time.monotonic() - start < 5.0
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
@@ -211,6 +319,22 @@ def test_an_interrupted_write_keeps_the_old_folder(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write()
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "old"]
+
+
+def test_a_write_that_cannot_take_its_place_puts_the_old_folder_back(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "old").touch()
+    rename = Path.rename
+
+    def full(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError("no space left")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="no space left"), atomic_directory(tmp_path / "x", overwrite=True, argument="x"):
+        pass
     assert [path.name for path in tmp_path.rglob("*")] == ["x", "old"]
 
 

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURE_NAMES, GQA_RATIOS, tiny_ids, tiny_model
+from transformers import DynamicCache, LlamaForSequenceClassification, StaticCache
 
+from gradprune.errors import UnsupportedArchitectureError
 from gradprune.masks import GroupMasks
 from gradprune.modeling_gradprune import DroppedAttention, PerLayerWidths
 from gradprune.models import describe
@@ -115,6 +117,23 @@ def test_extreme_selections_and_their_cached_generation(architecture: str) -> No
         assert torch.equal(tokens, greedy(expected, ids)), name
 
 
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+@pytest.mark.parametrize(("architecture", "options"), [("llama", {}), ("mistral", {"sliding_window": 4})])
+def test_a_cache_filled_in_pieces_knows_its_length(architecture: str, options, cache_class) -> None:
+    # Outside generate the model asks the cache, and the cache its layers, for the position of the next token.
+    model = tiny_model(architecture, **options)
+    ids = tiny_ids()
+    size = {"max_cache_len": 16} if cache_class is StaticCache else {}
+    for name, masks in extreme_masks(model):
+        found = cut(model, masks)
+        cache = cache_class(config=found.config, **size)
+        with torch.no_grad():
+            pieces = [found(ids[:, i : i + 3], past_key_values=cache).logits for i in range(0, ids.shape[1], 3)]
+            whole = found(ids, use_cache=False).logits
+        assert cache.get_seq_length() == ids.shape[1], name
+        torch.testing.assert_close(torch.cat(pieces, dim=1), whole, **TOLERANCE)
+
+
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [
@@ -168,7 +187,7 @@ def test_the_attention_implementation_can_be_changed(architecture: str, implemen
     assert_same(found, expected)
 
 
-def test_the_original_stays_as_it_was_and_untouched_tensors_are_shared() -> None:
+def test_the_original_stays_as_it_was_and_untouched_memory_is_shared() -> None:
     model = tiny_model()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     config = model.config.to_dict()
@@ -176,8 +195,24 @@ def test_the_original_stays_as_it_was_and_untouched_tensors_are_shared() -> None
     assert model.config.to_dict() == config
     assert not isinstance(model, PerLayerWidths)
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
-    assert found.model.embed_tokens.weight is model.model.embed_tokens.weight
+    assert found.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert found.model.layers[0].mlp is not model.model.layers[0].mlp
+
+
+def test_converting_and_training_the_cut_model_leave_the_original_alone() -> None:
+    model = tiny_model()
+    found = cut(model, random_masks(model, 0.5))
+    found(tiny_ids()).logits.sum().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    found.half()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+def test_a_class_that_cutting_would_replace_is_refused() -> None:
+    model = tiny_model()
+    classifier = LlamaForSequenceClassification(model.config)
+    with pytest.raises(UnsupportedArchitectureError, match="LlamaForSequenceClassification cannot be cut"):
+        cut(classifier, random_masks(model, 0.5))
 
 
 def test_in_place_cuts_the_model_itself() -> None:
@@ -200,6 +235,17 @@ def test_the_parameters_removed_are_the_groups_costs() -> None:
         assert all(kept.any() for kept in (*masks.attention, *masks.mlp))
         removed = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in cut(model, masks).parameters())
         assert removed == cost
+
+
+def test_a_dropped_block_takes_its_norm_along() -> None:
+    model = tiny_model()
+    view = describe(model)
+    for kind in ("attention", "mlp"):
+        masks = full_masks(model)
+        getattr(masks, kind)[1][:] = False
+        block = getattr(view, kind)[1]
+        removed = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in cut(model, masks).parameters())
+        assert removed == block.cost * block.groups + model.config.hidden_size
 
 
 def test_equal_widths_give_the_original_class() -> None:
