@@ -151,7 +151,7 @@ def _make(folder: Path, recipe: DemoTraining, console: Console) -> None:
     )
     record = {
         "recipe": asdict(recipe),
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 3),
         "parameters": model.num_parameters(),
         "held_out_perplexity": measured.value,
         "unigram_perplexity": unigram_perplexity(train, held_out, len(tokenizer)),
