@@ -125,21 +125,18 @@ def diagnose(
     as_json: AsJson = False,
 ) -> None:
     """Show every layer's gradients, and whether they vanish."""
-    from gradprune.calibration import batches, check_context, load_tokens, sample_windows
+    from gradprune.calibration import check_context, load_tokens, sample_windows
     from gradprune.gradients.diagnosis import diagnose_gradients, diagnosis_table
     from gradprune.importance import ImportanceEngine
-    from gradprune.progress import progress
+    from gradprune.pipeline import calibrate
 
-    config = PruneConfig(seq_len=seq_len, num_samples=num_samples, batch_size=batch_size, seed=seed)
+    PruneConfig(seq_len=seq_len, num_samples=num_samples, batch_size=batch_size, seed=seed)
     model, tokenizer = _load(base_model, device, dtype, trust_remote_code)
     check_context(model.config, seq_len)
     tokens = load_tokens(dataset, tokenizer, vocab_size=model.config.vocab_size)
     windows = sample_windows(tokens, num_samples=num_samples, seq_len=seq_len, seed=seed)
     engine = ImportanceEngine(model, "taylor", reduction, backend, use_gradient_checkpointing)
-    with engine, progress(PROGRESS, "Calibrating", len(windows), "samples") as advance:
-        for batch in batches(windows, config.batch_size):
-            engine.step(batch)
-            advance(len(batch))
+    calibrate(engine, windows, batch_size, PROGRESS)
     diagnosis = diagnose_gradients(engine.scores().gradients)
     if as_json:
         _print_json({"seq_len": seq_len, **diagnosis.to_dict()})

@@ -129,6 +129,14 @@ def prune(
     return result if output is None else _write(result, tokenizer, output)
 
 
+def calibrate(engine: ImportanceEngine, windows: Tensor, batch_size: int, console: Console) -> None:
+    """Run all calibration windows [N, T] through the engine, with progress."""
+    with engine, progress(console, "Calibrating", len(windows), "samples") as advance:
+        for batch in batches(windows, batch_size):
+            engine.step(batch)
+            advance(len(batch))
+
+
 def summarize(result: PruneResult) -> dict[str, Any]:
     """The content of `analysis/summary.json`."""
     counts = zip(result.masks.attention, result.masks.mlp, strict=True)
@@ -189,10 +197,7 @@ def _score(
     """Calibrate: every group with its importance, prior and score, and the gradient statistics."""
     with clock.stage("calibration"):
         if engine.method != "magnitude":
-            with engine, progress(console, "Calibrating", len(windows), "samples") as advance:
-                for batch in batches(windows, config.batch_size):
-                    engine.step(batch)
-                    advance(len(batch))
+            calibrate(engine, windows, config.batch_size, console)
         scores = engine.scores()
     with clock.stage("priors"):
         priors = _priors(model, view, engine, windows[: config.prior_samples], config, console)
@@ -273,9 +278,10 @@ def _write(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None, outpu
         result.table.write_csv(analysis / "groups.csv", result.pruned)
         if result.gradients:
             write_json(analysis / "gradients.json", diagnose_gradients(result.gradients).to_dict())
-        write_json(analysis / "summary.json", summarize(result))
-        write_json(folder / "run.json", _run_record(result))
-        write_report(folder / "report.html", summarize(result), _run_record(result))
+        summary, record = summarize(result), _run_record(result)
+        write_json(analysis / "summary.json", summary)
+        write_json(folder / "run.json", record)
+        write_report(folder / "report.html", summary, record)
     return result
 
 

@@ -172,11 +172,6 @@ class ImportanceEngine:
         return {key: torch.cat(entry.gates).mean().item() for key, entry in self._accumulators.items()}
 
     @property
-    def losses(self) -> Tensor:
-        """[samples run], each sample's mean next-token loss."""
-        return torch.cat(self._losses) if self._losses else torch.empty(0)
-
-    @property
     def _count(self) -> int:
         """Number of gradients summed: samples, or batches."""
         return sum(len(ids) for ids in self._samples) if self.reduction == "sample" else len(self._samples)
@@ -205,7 +200,7 @@ class ImportanceEngine:
         losses = torch.cat(self._losses[since:])
         gates = {key: torch.cat(entry.gates[since:]) for key, entry in self._accumulators.items() if entry.gates}
         first = sum(len(ids) for ids in self._samples[:since])
-        raise_non_finite_loss(self._model, self._view, torch.cat(self._samples[since:]), losses, first)
+        raise_non_finite_loss(self._model, self._view, self._samples[since:], losses, first)
         unit = "sample" if self.reduction == "sample" else "batch"
         raise_non_finite_gradient(gates, unit, first if unit == "sample" else since)
         for (_, layer), entry in self._accumulators.items():

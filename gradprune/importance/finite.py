@@ -11,15 +11,15 @@ from gradprune.models import Kind, PrunableModel
 
 
 def raise_non_finite_loss(
-    model: PreTrainedModel, view: PrunableModel, samples: Tensor, losses: Tensor, first: int
+    model: PreTrainedModel, view: PrunableModel, batches: list[Tensor], losses: Tensor, first: int
 ) -> None:
     """Raise if a loss is not finite, naming the sample and the first layer whose output is not.
 
     Args:
         model, view: the model and its prunable view.
-        samples: [K, T] int64, the samples the losses belong to.
+        batches: [N, T] int64 each, the K samples the losses belong to; T may differ.
         losses: [K], each sample's loss.
-        first: number of samples[0] in the calibration set.
+        first: number of the first sample in the calibration set.
 
     Raises:
         NonFiniteError
@@ -28,7 +28,7 @@ def raise_non_finite_loss(
     if not len(bad):
         return
     index = int(bad[0])
-    layer = _first_non_finite_layer(model, view, samples[index : index + 1])
+    layer = _first_non_finite_layer(model, view, [sample for batch in batches for sample in batch][index][None])
     where = "after the last decoder layer" if layer is None else f"first in the output of layer {layer}"
     raise NonFiniteError(
         f"loss of calibration sample {first + index} is {losses[index].item()}, {where}; "

@@ -64,6 +64,16 @@ def test_any_batch_split_gives_the_same_scores(cuts: set[int], method: str) -> N
     assert_scores_close(engine.scores(), ([a.double() for a in whole.attention], [m.double() for m in whole.mlp]), 1e-6)
 
 
+def test_steps_may_have_samples_of_different_lengths() -> None:
+    model = tiny_model()
+    with ImportanceEngine(model, "fisher", backend="reference") as engine:
+        for tokens in (5, 9):
+            engine.step(tiny_ids(samples=2, tokens=tokens))
+    apart = [run_engine(model, tiny_ids(samples=2, tokens=tokens), "fisher") for tokens in (5, 9)]
+    mean = (apart[0].mlp[0] + apart[1].mlp[0]) / 2
+    torch.testing.assert_close(engine.scores().mlp[0], mean, rtol=1e-6, atol=0.0)
+
+
 def test_batch_reduction_depends_on_the_split() -> None:
     model, ids = tiny_model(), tiny_ids()
     ones = run_engine(model, ids, "fisher", "batch", batch_size=1)
