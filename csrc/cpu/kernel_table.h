@@ -14,10 +14,11 @@ enum Statistic { kSumAbs, kSumSquare, kMaxAbs, kMinAbs, kNonFinite, kStatistics 
 // Index of each sum over a row or a column: of |w g|, of w g, of w^2 g^2.
 enum Score { kAbs, kSigned, kSquare, kScores };
 
-// The largest tile. A tile's column sums (3 x 1024 floats) stay in the nearest cache while its rows stream by. More
-// rows would lengthen the fp32 sums, fewer would write more partial sums: at 128 they are 1/64 of fp32 W and G.
+// The largest tile. Memory is read fastest along whole rows, so a tile is as wide as its column sums (3 x 4096 floats)
+// fit into the second cache while its rows stream by. More rows would lengthen the fp32 sums, fewer would write more
+// partial sums: at 128 they are 1/64 of fp32 W and G.
 constexpr std::ptrdiff_t kTileRows = 128;
-constexpr std::ptrdiff_t kTileColumns = 1024;
+constexpr std::ptrdiff_t kTileColumns = 4096;
 
 // A rectangle of W and G, and where its sums go. row[s]: [rows], column[s]: [columns], of type float, or double
 // where W and G are double. statistics: [kStatistics].

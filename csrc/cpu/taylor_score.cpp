@@ -13,22 +13,31 @@ namespace {
 constexpr std::ptrdiff_t kElementsPerThread = 32768;
 // Row or column sums that one thread combines at a time in the second stage.
 constexpr std::ptrdiff_t kSumsAtOnce = 512;
+// Tiles begin at multiples of so many columns: whole steps of the widest vectors.
+constexpr std::ptrdiff_t kColumnMultiple = 64;
 
 std::ptrdiff_t divide_up(std::ptrdiff_t n, std::ptrdiff_t by) { return (n + by - 1) / by; }
+
+// The columns in as few tiles as can be, all about as wide: a narrow rest would be read slowly.
+std::ptrdiff_t tile_width(std::ptrdiff_t columns) {
+  const std::ptrdiff_t tiles = std::max<std::ptrdiff_t>(1, divide_up(columns, kTileColumns));
+  return std::max<std::ptrdiff_t>(1, divide_up(divide_up(columns, tiles), kColumnMultiple)) * kColumnMultiple;
+}
 
 // The grid of tiles over [rows, columns], and the partial sums of its tiles:
 // row sums [column tiles, kScores, rows], column sums [row tiles, kScores, columns], statistics [tiles, kStatistics].
 template <class T>
 struct Partials {
-  std::ptrdiff_t rows, columns, row_tiles, column_tiles;
+  std::ptrdiff_t rows, columns, tile_columns, row_tiles, column_tiles;
   std::unique_ptr<T[]> row_sums, column_sums;
   std::unique_ptr<double[]> statistics;
 
   Partials(std::ptrdiff_t rows, std::ptrdiff_t columns)
       : rows(rows),
         columns(columns),
+        tile_columns(tile_width(columns)),
         row_tiles(divide_up(rows, kTileRows)),
-        column_tiles(divide_up(columns, kTileColumns)),
+        column_tiles(divide_up(columns, tile_columns)),
         row_sums(new T[static_cast<std::size_t>(column_tiles * kScores * rows)]),
         column_sums(new T[static_cast<std::size_t>(row_tiles * kScores * columns)]),
         statistics(new double[static_cast<std::size_t>(tiles() * kStatistics)]) {}
@@ -51,14 +60,14 @@ template <class T>
 void score_tile(const Matrix& w, const Matrix& g, const Partials<T>& partials, std::ptrdiff_t index,
                 TaylorTileKernel kernel) {
   const std::ptrdiff_t row_tile = index / partials.column_tiles, column_tile = index % partials.column_tiles;
-  const std::ptrdiff_t row = row_tile * kTileRows, column = column_tile * kTileColumns;
+  const std::ptrdiff_t row = row_tile * kTileRows, column = column_tile * partials.tile_columns;
   TaylorTile tile;
   tile.w = offset(w.data, w.type, row * w.stride + column);
   tile.g = offset(g.data, g.type, row * g.stride + column);
   tile.w_stride = w.stride;
   tile.g_stride = g.stride;
   tile.rows = std::min(kTileRows, partials.rows - row);
-  tile.columns = std::min(kTileColumns, partials.columns - column);
+  tile.columns = std::min(partials.tile_columns, partials.columns - column);
   for (int s = 0; s < kScores; ++s) {
     tile.row[s] = partials.row_sum(column_tile, s) + row;
     tile.column[s] = partials.column_sum(row_tile, s) + column;
