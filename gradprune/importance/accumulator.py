@@ -78,8 +78,7 @@ class BlockAccumulator:
         self.first += self._fold_absolute(entry, vectors)
         self._accumulate(entry, vectors)
         if isinstance(entry, OutputLinear):
-            signed = torch.stack([_column_signed(x[n], dx[n]) for n in range(x.shape[0])])
-            self._observe_mask(entry, signed, dy.sum(1))
+            self._observe_mask(entry, _column_signed(x, dx), dy.sum(1))
 
     def _observe_batch(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
         samples = x.shape[0]
@@ -91,8 +90,8 @@ class BlockAccumulator:
         else:
             self._gradient_sums[entry.path] = gradient
         if isinstance(entry, OutputLinear):
-            signed = _column_signed(x.flatten(0, 1), dx.flatten(0, 1)) / samples
-            self._observe_mask(entry, signed[None], dy.sum((0, 1))[None] / samples)
+            signed = _column_signed(x, dx).sum(0, keepdim=True) / samples
+            self._observe_mask(entry, signed, dy.sum((0, 1))[None] / samples)
 
     def _accumulate(self, entry: InputLinear | OutputLinear, vectors: ImportanceVectors) -> None:
         if isinstance(entry, OutputLinear):
@@ -138,9 +137,9 @@ class BlockAccumulator:
 
 
 def _column_signed(x: Tensor, dx: Tensor) -> Tensor:
-    """[I], column sums of w g for x, dx: [T, I]: the sum over tokens of x * dl/dx needs no weight gradient."""
+    """[N, I], column sums of w g_n for x, dx: [N, T, I]: the sum over tokens of x * dl/dx needs no weight gradient."""
     dtype = _accumulation_dtype(x)
-    return (x.to(dtype) * dx.to(dtype)).sum(0)
+    return (x.to(dtype) * dx.to(dtype)).sum(1)
 
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:

@@ -36,7 +36,11 @@ def taylor_score_cpp(w: Tensor, g: Tensor, isa: str = "auto") -> ImportanceVecto
     dtype = torch.float64 if w.dtype == g.dtype == torch.float64 else torch.float32
     rows, columns = w.new_empty((3, w.shape[0]), dtype=dtype), w.new_empty((3, w.shape[1]), dtype=dtype)
     vectors = _vectors(rows, columns, w.new_empty(len(STATISTICS), dtype=dtype))
-    taylor_score_into(w, g, vectors, isa)
+    if (w.dtype == torch.float64) != (g.dtype == torch.float64):
+        w, g = w.to(torch.float32), g.to(torch.float32)
+    require_extension(isa)
+    outputs = [getattr(vectors, name).data_ptr() for name in ImportanceVectors.__annotations__]
+    _call(_unit_stride_rows(w), _unit_stride_rows(g), outputs, isa)
     return vectors
 
 
@@ -58,66 +62,61 @@ def linear_importance_cpp(x: Tensor, dy: Tensor, w: Tensor) -> ImportanceVectors
     """
     x, dy, w = check_tensor("x", x), check_tensor("dy", dy), check_tensor("w", w)
     _check_linear_shapes(x, dy, w)
+    require_extension()
     double = x.dtype == dy.dtype == w.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
     if not double and w.dtype == torch.float64:
         w = w.to(dtype)
-    scorer = _BlockwiseScorer(w, dtype)
-    for n in range(x.shape[0]):
-        scorer.add_sample(x[n].to(dtype), dy[n].to(dtype))
-    return scorer.total()
+    return _score_blockwise(x.to(dtype), dy.to(dtype), _unit_stride_rows(w), dtype)
 
 
-def taylor_score_into(w: Tensor, g: Tensor, out: ImportanceVectors, isa: str = "auto") -> None:
-    """`taylor_score_cpp` of checked matrices into vectors of the caller, each of them contiguous."""
-    if (w.dtype == torch.float64) != (g.dtype == torch.float64):
-        w, g = w.to(torch.float32), g.to(torch.float32)
-    require_extension(isa)
+def _call(w: Tensor, g: Tensor, outputs: list[int], isa: str) -> None:
+    """The extension's `taylor_score` of matrices it can read; outputs: the addresses of the seven results."""
     from gradprune import _C
 
-    w, g = _unit_stride_rows(w), _unit_stride_rows(g)
     _C.taylor_score(
         (w.data_ptr(), w.stride(0), dtype_code(w.dtype)),
         (g.data_ptr(), g.stride(0), dtype_code(g.dtype)),
         w.shape[0],
         w.shape[1],
-        [getattr(out, name).data_ptr() for name in ImportanceVectors.__annotations__],
+        outputs,
         torch.get_num_threads(),
         isa,
     )
 
 
-class _BlockwiseScorer:
-    """Sums of `taylor_score` over samples, a block of gradient rows at a time."""
-
-    def __init__(self, w: Tensor, dtype: torch.dtype) -> None:
-        rows, columns = w.shape
-        self._w = w
-        self._dtype = dtype
-        block = max(1, BLOCK_BYTES // (max(columns, 1) * dtype.itemsize))
-        self._starts = range(0, rows, block)
-        self._gradient = w.new_empty((min(block, rows), columns), dtype=dtype)
-        self._block_rows = w.new_empty((3, rows), dtype=dtype)
-        self._block_columns = w.new_empty((len(self._starts), 3, columns), dtype=dtype)
-        self._block_statistics = w.new_empty((len(self._starts), len(STATISTICS)), dtype=dtype)
-        self._rows = w.new_zeros((3, rows), dtype=torch.float64)
-        self._columns = w.new_zeros((3, columns), dtype=torch.float64)
-        self._statistics = torch.tensor([0.0, 0.0, 0.0, torch.inf, 0.0], dtype=torch.float64)
-
-    def add_sample(self, x: Tensor, dy: Tensor) -> None:
-        """x: [T, I], dy: [T, O] of one sample."""
-        for k, first in enumerate(self._starts):
-            w = self._w[first : first + len(self._gradient)]
-            last = first + len(w)
-            gradient = torch.mm(dy[:, first:last].T, x, out=self._gradient[: len(w)])
-            out = _vectors(self._block_rows[:, first:last], self._block_columns[k], self._block_statistics[k])
-            taylor_score_into(w, gradient, out)
-        self._rows += self._block_rows
-        self._columns += self._block_columns.sum(0, dtype=torch.float64)
-        self._statistics = merge_statistics(torch.cat([self._statistics[None], self._block_statistics.double()]))
-
-    def total(self) -> ImportanceVectors:
-        return _vectors(self._rows.to(self._dtype), self._columns.to(self._dtype), self._statistics.to(self._dtype))
+def _score_blockwise(x: Tensor, dy: Tensor, w: Tensor, dtype: torch.dtype) -> ImportanceVectors:
+    """Sums of `taylor_score` over samples, a block of rows of one sample's gradient at a time."""
+    (samples, _, columns), rows = x.shape, w.shape[0]
+    block = max(1, BLOCK_BYTES // (max(columns, 1) * dtype.itemsize))
+    starts = range(0, rows, block)
+    gradient = w.new_empty((min(block, rows), columns), dtype=dtype)
+    of_rows = w.new_empty((samples, 3, rows), dtype=dtype)
+    of_columns = w.new_empty((samples, len(starts), 3, columns), dtype=dtype)
+    statistics = w.new_empty((samples, len(starts), len(STATISTICS)), dtype=dtype)
+    row_address, column_address, statistics_address = (t.data_ptr() for t in (of_rows, of_columns, statistics))
+    size = dtype.itemsize
+    for n in range(samples):
+        for k, first in enumerate(starts):
+            part = w[first : first + block]
+            g = torch.mm(dy[n, :, first : first + block].T, x[n], out=gradient[: len(part)])
+            to_rows = row_address + (n * 3 * rows + first) * size
+            to_columns = column_address + (n * len(starts) + k) * 3 * columns * size
+            to_statistics = statistics_address + (n * len(starts) + k) * len(STATISTICS) * size
+            _call(
+                part,
+                g,
+                [to_rows + s * rows * size for s in range(3)]
+                + [to_columns + s * columns * size for s in range(3)]
+                + [to_statistics],
+                "auto",
+            )
+    nothing = torch.tensor([[0.0, 0.0, 0.0, torch.inf, 0.0]], dtype=torch.float64)
+    return _vectors(
+        of_rows.sum(0, dtype=torch.float64).to(dtype),
+        of_columns.sum((0, 1), dtype=torch.float64).to(dtype),
+        merge_statistics(torch.cat([nothing, statistics.flatten(0, 1).double()])).to(dtype),
+    )
 
 
 def _vectors(rows: Tensor, columns: Tensor, statistics: Tensor) -> ImportanceVectors:
