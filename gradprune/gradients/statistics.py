@@ -22,6 +22,18 @@ class LayerGradients:
     minimum: float
     parameter_norms: dict[str, float]
 
+    def scaled(self, scale: float) -> "LayerGradients":
+        """The statistics of the same gradients times `scale` > 0."""
+        return LayerGradients(
+            layer=self.layer,
+            mean=scale * self.mean,
+            std=scale * self.std,
+            norm=scale * self.norm,
+            maximum=scale * self.maximum,
+            minimum=scale * self.minimum,
+            parameter_norms={name: scale * norm for name, norm in self.parameter_norms.items()},
+        )
+
 
 def layer_gradients(
     layer: int, statistics: dict[str, list[float]], elements: dict[str, int], count: int

@@ -1,5 +1,6 @@
 """`ImportanceEngine`: one forward and backward pass per calibration batch, group importances at the end."""
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -10,11 +11,13 @@ from transformers import PreTrainedModel
 
 from gradprune.config import GRADIENT_METHODS, METHODS, Backend, Method, Reduction
 from gradprune.errors import ConfigError, GradPruneError, NonFiniteError
+from gradprune.gradients.repair import GradientRepair, check_gradient_fix, resolve_fix, scales_of
 from gradprune.gradients.statistics import LayerGradients, layer_gradients
 from gradprune.importance.accumulator import BlockAccumulator
 from gradprune.importance.capture import capture, checkpointed
 from gradprune.importance.finite import raise_non_finite_gradient, raise_non_finite_loss
 from gradprune.importance.ops import select_ops
+from gradprune.importance.reference import merge_statistics, scale_statistics
 from gradprune.loss import sample_losses
 from gradprune.models import Kind, describe
 
@@ -25,12 +28,15 @@ class Scores:
 
     attention: per decoder layer, [n_kv_groups] fp32 on the CPU; of length 0 where the block does not exist.
     mlp: per decoder layer, [n_channels] fp32 on the CPU, likewise.
-    gradients: per decoder layer that has a block, its gradient statistics; empty for methods without gradients.
+    gradients: per decoder layer that has a block, its gradient statistics before any repair; empty for methods
+        without gradients.
+    repair: what `gradient_fix` did to them; None for "none" and for methods without gradients.
     """
 
     attention: list[Tensor]
     mlp: list[Tensor]
     gradients: list[LayerGradients]
+    repair: GradientRepair | None = None
 
 
 class ImportanceEngine:
@@ -53,6 +59,10 @@ class ImportanceEngine:
 
     `reduction="batch"` takes the gradient of each batch's mean loss instead: |w mean_b g_b| and w^2 mean_b g_b^2;
     it keeps one accumulated gradient per weight. Deterministic; vectors are accumulated in fp64.
+
+    `gradient_fix` repairs vanishing gradients, see `gradprune.gradients.repair`. With `reduction="sample"` the
+    layers' scales are applied to the finished vectors, which is the same as scaling the gradients; with "batch" each
+    batch's gradients are scaled before they are accumulated (its norms are read on the host at the end of the step).
     """
 
     def __init__(
@@ -62,27 +72,32 @@ class ImportanceEngine:
         reduction: Reduction = "sample",
         backend: Backend = "auto",
         use_gradient_checkpointing: bool = False,
+        gradient_fix: str = "none",
     ) -> None:
         """Prepare to observe `model`, which is changed only between `__enter__` and `__exit__`.
 
         Raises:
             UnsupportedArchitectureError: the model has no description.
-            ConfigError: unknown method or reduction.
+            ConfigError: unknown method, reduction or repair.
             BackendUnavailableError: the backend asked for by name cannot run on the model's device.
         """
         if method not in METHODS:
             raise ConfigError(f"importance_method: '{method}' is unknown; choose one of {', '.join(METHODS)}")
         if reduction not in ("sample", "batch"):
             raise ConfigError(f"reduction: '{reduction}' is unknown; choose sample or batch")
+        check_gradient_fix(gradient_fix)
         self._model = model
         self._view = describe(model)
         self.method = method
         self.reduction = reduction
+        self.gradient_fix = gradient_fix
         self._checkpointing = use_gradient_checkpointing
         ops = select_ops(backend, model.device.type)
         self.backend = ops.backend
+        repaired = gradient_fix != "none"
         self._accumulators = {
-            (block.kind, block.layer): BlockAccumulator(block, reduction, ops) for block in self._view.blocks()
+            (block.kind, block.layer): BlockAccumulator(block, reduction, ops, repaired=repaired)
+            for block in self._view.blocks()
         }
         self._samples: list[Tensor] = []
         self._losses: list[Tensor] = []
@@ -135,6 +150,8 @@ class ImportanceEngine:
             losses.sum().backward()
         if input_ids.device.type == "cpu":
             self._check_finite(since=len(self._losses) - 1)
+        if self.method in GRADIENT_METHODS:
+            self._commit()
 
     def scores(self, method: Method | None = None) -> Scores:
         """The importance of every group by `method`, or by the engine's own.
@@ -150,48 +167,93 @@ class ImportanceEngine:
             raise GradPruneError(f"scores: '{method}' needs calibration; call step(input_ids) first")
         self._check_finite(since=0)
         layers = range(len(self._view.layers))
+        gradients = self.gradients()
+        repair = self._repair(gradients) if gradients and self.gradient_fix != "none" else None
+        # Batches were repaired as they came.
+        scales = repair.scales if repair and self.reduction == "sample" else [1.0] * len(layers)
         with torch.no_grad():
             return Scores(
-                attention=[self._importance("attention", layer, method) for layer in layers],
-                mlp=[self._importance("mlp", layer, method) for layer in layers],
-                gradients=self.gradients(),
+                attention=[self._importance("attention", layer, method, scales[layer]) for layer in layers],
+                mlp=[self._importance("mlp", layer, method, scales[layer]) for layer in layers],
+                gradients=gradients,
+                repair=repair,
             )
 
     def gradients(self) -> list[LayerGradients]:
-        """Gradient statistics of every decoder layer that has a block; empty without gradients."""
-        if self.method not in GRADIENT_METHODS or not self._losses:
-            return []
-        return [
-            self._layer_gradients(layer)
-            for layer in range(len(self._view.layers))
-            if any(key[1] == layer for key in self._accumulators)
-        ]
+        """Statistics of every decoder layer that has a block, before any repair; empty without gradients."""
+        return self._gradients(slice(None), self._count)
+
+    def gradients_of_step(self, step: int) -> list[LayerGradients]:
+        """The same of one step's samples (its batch) alone; steps are counted from 0."""
+        return self._gradients(slice(step, step + 1), self._gradient_counts[step])
 
     def gate_gradients(self) -> dict[tuple[Kind, int], float]:
         """Gradient of the mean loss to a gate (of value 1) on each block's output, by (kind, layer)."""
         return {key: torch.cat(entry.gates).mean().item() for key, entry in self._accumulators.items()}
 
     @property
-    def _count(self) -> int:
-        """Number of gradients summed: samples, or batches."""
-        return sum(len(ids) for ids in self._samples) if self.reduction == "sample" else len(self._samples)
+    def _gradient_counts(self) -> list[int]:
+        """Number of gradients summed in each step: its samples, or 1 batch."""
+        return [len(ids) if self.reduction == "sample" else 1 for ids in self._samples]
 
-    def _importance(self, kind: Kind, layer: int, method: Method) -> Tensor:
+    @property
+    def _count(self) -> int:
+        return sum(self._gradient_counts)
+
+    def _commit(self) -> None:
+        """Add what the step brought; with `reduction="batch"`, repaired."""
+        scales = [1.0] * len(self._view.layers)
+        if self.reduction == "batch" and self.gradient_fix != "none":
+            scales = scales_of(self.gradient_fix, self.gradients_of_step(len(self._samples) - 1), len(scales))
+        with torch.no_grad():
+            for (_, layer), accumulator in self._accumulators.items():
+                accumulator.commit(scales[layer])
+
+    def _repair(self, gradients: list[LayerGradients]) -> GradientRepair:
+        fix, layers = resolve_fix(self.gradient_fix, gradients), len(self._view.layers)
+        if self.reduction == "sample":
+            scales = scales_of(fix, gradients, layers)
+            return GradientRepair(fix, scales, [layer.scaled(scales[layer.layer]) for layer in gradients])
+        by_layer = {layer: accumulator.scales for (_, layer), accumulator in self._accumulators.items()}
+        scales = [
+            math.fsum(by_layer[layer]) / len(by_layer[layer]) if layer in by_layer else 1.0 for layer in range(layers)
+        ]
+        return GradientRepair(fix, scales, self._gradients(slice(None), self._count, by_layer))
+
+    def _importance(self, kind: Kind, layer: int, method: Method, scale: float) -> Tensor:
         accumulator = self._accumulators.get((kind, layer))
         if accumulator is None:
             return torch.empty(0)
-        return accumulator.importance(method, self._count).float().cpu()
+        return accumulator.importance(method, self._count, scale).float().cpu()
 
-    def _layer_gradients(self, layer: int) -> LayerGradients:
+    def _gradients(
+        self, steps: slice, count: int, scales: dict[int, list[float]] | None = None
+    ) -> list[LayerGradients]:
+        """Statistics over the `count` gradients of some steps, times the scales of each layer's steps."""
+        if self.method not in GRADIENT_METHODS or not self._losses:
+            return []
+        layers = sorted({layer for _, layer in self._accumulators})
+        return [
+            layer_gradients(layer, *self._statistics(layer, steps, scales[layer] if scales else None), count)
+            for layer in layers
+        ]
+
+    def _statistics(
+        self, layer: int, steps: slice, scales: list[float] | None
+    ) -> tuple[dict[str, list[float]], dict[str, int]]:
+        """The layer's statistics and number of elements by weight name."""
         statistics, elements = {}, {}
         for kind, module in (("attention", self._view.architecture.attention), ("mlp", self._view.architecture.mlp)):
             accumulator = self._accumulators.get((kind, layer))  # type: ignore[arg-type]
             if accumulator is None:
                 continue
             for entry in accumulator.block.projections:
-                statistics[f"{module}.{entry.path}"] = accumulator.statistics[entry.path].tolist()
+                of_steps = torch.stack(accumulator.statistics[entry.path][steps])
+                if scales is not None:
+                    of_steps = scale_statistics(of_steps, scales)
+                statistics[f"{module}.{entry.path}"] = merge_statistics(of_steps).tolist()
                 elements[f"{module}.{entry.path}"] = entry.linear.weight.numel()
-        return layer_gradients(layer, statistics, elements, self._count)
+        return statistics, elements
 
     def _check_finite(self, since: int) -> None:
         """Raise if any step from `since` on had a non-finite loss or gradient."""
@@ -205,5 +267,6 @@ class ImportanceEngine:
         raise_non_finite_gradient(gates, unit, first if unit == "sample" else since)
         for (_, layer), entry in self._accumulators.items():
             for path, statistics in entry.statistics.items():
-                if statistics[4] > 0:
-                    raise NonFiniteError(f"gradient: {int(statistics[4])} elements of layer {layer}'s {path} overflow")
+                overflowing = sum(int(of_step[4]) for of_step in statistics[since:])
+                if overflowing:
+                    raise NonFiniteError(f"gradient: {overflowing} elements of layer {layer}'s {path} overflow")

@@ -85,3 +85,10 @@ def merge_statistics(statistics: Tensor) -> Tensor:
             statistics[:, 4].sum(),
         ]
     )
+
+
+def scale_statistics(statistics: Tensor, scales: Sequence[float]) -> Tensor:
+    """[K, 5] statistics of K gradients, each then multiplied by its scale > 0."""
+    s = torch.tensor(scales, dtype=statistics.dtype, device=statistics.device)
+    factors = torch.stack([s, s * s, s, s, torch.ones_like(s)], dim=1)
+    return statistics * factors
