@@ -33,11 +33,22 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable; the content of `analysis/gradients.json`."""
-        return {**asdict(self), "recommendation": _ADVICE[self.verdict]}
+        return {**asdict(self), "recommendation": self.recommendation}
+
+    @property
+    def recommendation(self) -> str:
+        """What to do about it, in a few words."""
+        return _ADVICE[self.verdict]
+
+    def mark(self, layer: LayerGradients) -> str:
+        """What is wrong with one of the layers: "frozen", "vanishing (zero)", "vanishing", or nothing."""
+        if layer.mean == 0.0:
+            return "frozen" if layer.frozen else "vanishing (zero)"
+        return "vanishing" if layer.layer in self.vanishing else ""
 
     def verdict_text(self) -> str:
         """One line: ratio, verdict, recommendation, and the layers without any gradient."""
-        text = f"Gradient ratio {self.ratio:.1f}: {self.verdict}; {_ADVICE[self.verdict]}."
+        text = f"Gradient ratio {self.ratio:.1f}: {self.verdict}; {self.recommendation}."
         dead = [str(layer.layer) for layer in self.layers if layer.mean == 0.0]
         return text + (f" Without any gradient: layer {', '.join(dead)}." if dead else "")
 
@@ -69,8 +80,6 @@ def diagnosis_table(diagnosis: Diagnosis, seq_len: int) -> Table:
     largest = max(layer.mean for layer in diagnosis.layers)
     for layer in diagnosis.layers:
         ratio = largest / layer.mean if layer.mean > 0.0 else math.inf
-        mark = "vanishing" if layer.layer in diagnosis.vanishing else ""
-        table.add_row(
-            str(layer.layer), f"{layer.mean:.3e}", f"{layer.std:.3e}", f"{layer.norm:.3e}", f"{ratio:.1f}", mark
-        )
+        numbers = f"{layer.mean:.3e}", f"{layer.std:.3e}", f"{layer.norm:.3e}", f"{ratio:.1f}"
+        table.add_row(str(layer.layer), *numbers, diagnosis.mark(layer))
     return table
