@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 from rich.table import Table
@@ -46,6 +47,14 @@ class Diagnosis:
             return "frozen" if layer.frozen else "vanishing (zero)"
         return "vanishing" if layer.layer in self.vanishing else ""
 
+    def marked_layers(self) -> str:
+        """The layers by mark, as ranges: "vanishing 0-3, 7; frozen 9"; "none" without any."""
+        by_mark: dict[str, list[int]] = {}
+        for layer in self.layers:
+            if mark := self.mark(layer):
+                by_mark.setdefault(mark, []).append(layer.layer)
+        return "; ".join(f"{mark} {_ranges(indices)}" for mark, indices in by_mark.items()) or "none"
+
     def verdict_text(self) -> str:
         """One line: ratio, verdict, recommendation, and the layers without any gradient."""
         text = f"Gradient ratio {self.ratio:.1f}: {self.verdict}; {self.recommendation}."
@@ -70,6 +79,12 @@ def verdict_of(ratio: float) -> Verdict:
     if ratio < 100.0:
         return "normal"
     return "mild" if ratio <= 1000.0 else "severe"
+
+
+def _ranges(indices: list[int]) -> str:
+    """Ascending numbers, runs of them as first-last: "0-3, 7"."""
+    runs = [[index for _, index in run] for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def diagnosis_table(diagnosis: Diagnosis, seq_len: int) -> Table:

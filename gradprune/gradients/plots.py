@@ -3,10 +3,11 @@
 import math
 import textwrap
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PatchCollection
@@ -35,11 +36,12 @@ _SERIES = (
     ("#56B4E9", "P"),
     ("#000000", "X"),
 )
-_BLUE, _PALE_BLUE, _VERMILLION, _GREEN = "#0072B2", "#A6CBE3", "#D55E00", "#009E73"
+_BLUE, _PALE_BLUE, _FAINT_BLUE, _VERMILLION, _GREEN = "#0072B2", "#A6CBE3", "#E4EFF6", "#D55E00", "#009E73"
 _ABSENT: dict[str, Any] = {"facecolor": "#E8E8E8", "edgecolor": "#808080", "linewidth": 0.0, "hatch": "////"}
 _MISSING: dict[str, Any] = {"facecolor": "white", "edgecolor": "#B0B0B0", "linewidth": 0.0, "hatch": "...."}
+_NO_GRADIENT, _ZERO, _MARKED = "no gradient", "zero", "vanishing or frozen layer"
 # The smallest |g| of millions lies decades below everything else: the axis ends this far below the smallest mean.
-_DECADES_BELOW_MEAN = 3
+_DECADES_BELOW_MEAN = 2
 
 
 def distribution_figure(title: str, layers: list[LayerGradients]) -> Figure:
@@ -47,21 +49,18 @@ def distribution_figure(title: str, layers: list[LayerGradients]) -> Figure:
     figure, axes = _layer_figure(layers, "|gradient| of one weight")
     live = [layer for layer in layers if layer.mean > 0.0]
     lowest = min((layer.mean for layer in live), default=1.0) / 10.0**_DECADES_BELOW_MEAN
-    bottom, top = _log_range(axes, [v for layer in live for v in (layer.minimum, layer.maximum) if v >= lowest])
+    bottom = _log_range(axes, [v for layer in live for v in (max(layer.minimum, lowest), layer.maximum)])
     positions = [layer.layer for layer in live]
-    low = [max(layer.mean - layer.std, layer.minimum, bottom) for layer in live]
-    high = [layer.mean + layer.std for layer in live]
-    axes.vlines(positions, [max(layer.minimum, bottom) for layer in live], [layer.maximum for layer in live],
+    low = [max(layer.minimum, bottom) for layer in live]
+    axes.vlines(positions, low, [layer.maximum for layer in live],
                 color="#404040", linewidth=1.0, label="minimum to maximum", zorder=2)  # fmt: skip
-    axes.bar(positions, [h - b for h, b in zip(high, low, strict=True)], 0.7, low,
-             color=_PALE_BLUE, edgecolor=_BLUE, label="mean - std to mean + std", zorder=3)  # fmt: skip
+    _boxes(axes, [layer for layer in live if layer.mean - layer.std > layer.minimum], bottom)
+    _open_boxes(axes, [layer for layer in live if layer.mean - layer.std <= layer.minimum], bottom)
     axes.hlines([layer.mean for layer in live], [p - 0.35 for p in positions], [p + 0.35 for p in positions],
                 color=_VERMILLION, linewidth=2.0, label="mean", zorder=4)  # fmt: skip
-    cut = [layer.layer for layer in live if layer.minimum < bottom]
-    if cut:
+    if cut := [layer.layer for layer in live if layer.minimum < bottom]:
         axes.plot(cut, [bottom] * len(cut), linestyle="none", marker=7, markersize=5, color="#404040", clip_on=False,
-                  label="minimum lies lower", zorder=5)  # fmt: skip
-    axes.set_ylim(bottom, top)
+                  label="minimum lies lower, or is 0", zorder=5)  # fmt: skip
     _finish(figure, axes, title, diagnose_gradients(layers))
     return figure
 
@@ -72,13 +71,13 @@ def comparison_figure(names: list[str], steps: list[list[LayerGradients]]) -> Fi
     figure, axes = _layer_figure(pooled, "mean |gradient|")
     _log_range(axes, [layer.mean for step in steps for layer in step if layer.mean > 0.0])
     few = len(steps) <= len(_SERIES)
-    shades = ScalarMappable(Normalize(0, max(len(steps) - 1, 1)), "viridis")
+    shades = colormaps["viridis"]
     for index, (name, step) in enumerate(zip(names, steps, strict=True)):
-        color, marker = _SERIES[index] if few else (shades.to_rgba(index), ".")
+        color, marker = _SERIES[index] if few else (shades(index / (len(steps) - 1)), ".")
         label = f"step {index} ({plain(name)})" if few else None
         _line(axes, step, [layer.mean for layer in step], color=color, marker=marker, label=label)
     if not few:
-        figure.colorbar(shades, ax=axes, label="step", pad=0.01)
+        figure.colorbar(ScalarMappable(Normalize(0, len(steps) - 1), shades), ax=axes, label="step", pad=0.01)
     title = f"Mean gradient of each layer, {_count(len(steps), 'step')}"
     _finish(figure, axes, title, diagnose_gradients(pooled))
     return figure
@@ -88,9 +87,9 @@ def variance_figure(steps: list[list[LayerGradients]]) -> Figure:
     """Per layer the mean of |g|, its std over the weights within a step and the std of its mean across steps."""
     pooled = pool_steps(steps)
     figure, axes = _layer_figure(pooled, "|gradient|")
-    means = {layer.layer: [own.mean for step in steps for own in step if own.layer == layer.layer] for layer in pooled}
-    across = [float(np.std(means[layer.layer])) for layer in pooled]
-    within = [math.sqrt(max(layer.std**2 - s**2, 0.0)) for layer, s in zip(pooled, across, strict=True)]
+    entries = [[entry for step in steps for entry in step if entry.layer == layer.layer] for layer in pooled]
+    across = [float(np.std([entry.mean for entry in own])) for own in entries]
+    within = [math.sqrt(float(np.mean([entry.std**2 for entry in own]))) for own in entries]
     mean = [layer.mean for layer in pooled]
     several = len(steps) > 1
     _log_range(axes, [value for value in mean + within + across * several if value > 0.0])
@@ -111,16 +110,18 @@ def heatmap_figure(title: str, layers: list[LayerGradients]) -> Figure:
     for layer in layers:
         for name, norm in layer.parameter_norms.items():
             norms[names.index(name), layer.layer - first] = norm
-    figure = Figure(figsize=(_width(last - first + 1) + 2.0, min(2.4 + 0.28 * len(norms), 30.0)), layout="constrained")
+    height = min(max(2.4 + 0.28 * len(norms), 4.0), 30.0)
+    figure = Figure(figsize=(_width(last - first + 1) + 2.0, height), layout="constrained")
     axes = figure.add_subplot()
     values = np.log10(norms, where=norms > 0.0, out=np.full_like(norms, np.nan))
     scale = _color_scale(values)
     image = axes.imshow(values, "viridis", scale, aspect="auto", interpolation="nearest",
                         extent=(first - 0.5, last + 0.5, len(norms) - 0.5, -0.5))  # fmt: skip
-    figure.colorbar(image, ax=axes, label="log10 of the gradient's L2 norm", pad=0.01)
+    figure.colorbar(image, ax=axes, label="log10 of the gradient's L2 norm", pad=0.01, aspect=25.0,
+                    shrink=min(1.0, 8.0 / height), anchor=(0.0, 1.0))  # fmt: skip
     legend = [
-        _hatch(axes, norms == 0.0, first, "norm 0", _ABSENT),
-        _hatch(axes, np.isnan(norms), first, "no gradient", _MISSING),
+        _hatch(axes, norms == 0.0, first, _ZERO, _ABSENT),
+        _hatch(axes, np.isnan(norms), first, _NO_GRADIENT, _MISSING),
     ]
     thinned = range(0, len(names), max(1, math.ceil(len(names) / 100)))
     axes.set_yticks(thinned, [plain(names[index]) for index in thinned])
@@ -128,13 +129,14 @@ def heatmap_figure(title: str, layers: list[LayerGradients]) -> Figure:
     axes.spines[:].set_visible(False)
     axes.set_xlabel("decoder layer")
     axes.xaxis.set_major_locator(_integers(first, last))
-    _finish(figure, axes, title, diagnose_gradients(layers), [patch for patch in legend if patch], shade=False)
+    _finish(figure, axes, title, diagnose_gradients(layers), [patch for patch in legend if patch])
     return figure
 
 
 def plain(name: str) -> str:
     """A name that people chose as figure text: one short line in which matplotlib finds no formula."""
-    return textwrap.shorten(name, 40, placeholder="...").replace("$", r"\$")
+    line = " ".join(name.split())
+    return (line if len(line) <= 48 else f"{line[:45]}...").replace("$", r"\$")
 
 
 def _layer_figure(layers: list[LayerGradients], quantity: str) -> tuple[Figure, Axes]:
@@ -145,6 +147,8 @@ def _layer_figure(layers: list[LayerGradients], quantity: str) -> tuple[Figure, 
     axes.xaxis.set_major_locator(_integers(first, last))
     axes.grid(axis="y", color="#D8D8D8", linewidth=0.6)
     axes.set_axisbelow(True)
+    for index in (layer.layer for layer in layers if layer.mean == 0.0):
+        axes.axvspan(index - 0.5, index + 0.5, zorder=0, label=_NO_GRADIENT, **_ABSENT)
     return figure, axes
 
 
@@ -157,14 +161,37 @@ def _integers(first: int, last: int) -> FixedLocator | MaxNLocator:
     return FixedLocator(range(first, last + 1)) if last - first < 40 else MaxNLocator(20, integer=True)
 
 
-def _log_range(axes: Axes, values: Sequence[float]) -> tuple[float, float]:
-    """Set whole decades around the positive `values`, so that the axis always has labels; 1e-8 to 1 without any."""
-    low, high = (math.floor(math.log10(min(values))), math.log10(max(values))) if values else (-8, 0.0)
-    bottom, top = 10.0 ** max(low, -300), 10.0 ** (math.floor(high) + 1)
+def _log_range(axes: Axes, values: Sequence[float]) -> float:
+    """Set whole decades around the positive `values`, so that the axis always has labels; returns its lower end."""
+    low, high = (math.log10(min(values)), math.log10(max(values))) if values else (-8.0, -0.1)
+    # A marker on the axis itself would be cut in half.
+    bottom, top = 10.0 ** max(math.floor(low - 0.1), -300), 10.0 ** math.ceil(high + 0.1)
     axes.set_ylim(bottom, top)
     axes.yaxis.set_major_locator(LogLocator(numticks=9))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    return bottom, top
+    return bottom
+
+
+def _boxes(axes: Axes, layers: list[LayerGradients], bottom: float) -> None:
+    """Boxes from mean - std to mean + std, no lower than `bottom`."""
+    if not layers:
+        return
+    low = [max(layer.mean - layer.std, bottom) for layer in layers]
+    heights = [layer.mean + layer.std - edge for layer, edge in zip(layers, low, strict=True)]
+    axes.bar([layer.layer for layer in layers], heights, 0.7, low,
+             color=_PALE_BLUE, edgecolor=_BLUE, label="mean - std to mean + std", zorder=3)  # fmt: skip
+
+
+def _open_boxes(axes: Axes, layers: list[LayerGradients], bottom: float) -> None:
+    """Boxes of layers whose mean - std lies below the minimum: the lower half is pale and ends at the minimum."""
+    if not layers:
+        return
+    positions, mean = [layer.layer for layer in layers], [layer.mean for layer in layers]
+    low = [max(layer.minimum, bottom) for layer in layers]
+    axes.bar(positions, [m - edge for m, edge in zip(mean, low, strict=True)], 0.7, low,
+             color=_FAINT_BLUE, label="down to the minimum, where mean - std is lower", zorder=1)  # fmt: skip
+    axes.bar(positions, [layer.std for layer in layers], 0.7, mean,
+             color=_PALE_BLUE, edgecolor=_BLUE, label="mean - std to mean + std", zorder=3)  # fmt: skip
 
 
 def _line(axes: Axes, layers: list[LayerGradients], values: list[float], *, color: Any, marker: str,
@@ -175,9 +202,9 @@ def _line(axes: Axes, layers: list[LayerGradients], values: list[float], *, colo
     shown = [known.get(position, 0.0) or math.nan for position in positions]
     size = 5.0 if len(positions) <= 40 else 3.5
     axes.plot(positions, shown, color=color, marker=marker, markersize=size, linewidth=1.3, label=label)
-    zeros = [position for position, value in known.items() if value == 0.0]
-    axes.plot(zeros, [0.015] * len(zeros), linestyle="none", marker="x", color=color, markersize=size + 1.0,
-              transform=axes.get_xaxis_transform())  # fmt: skip
+    if zeros := [position for position, value in known.items() if value == 0.0]:
+        axes.plot(zeros, [0.02] * len(zeros), linestyle="none", marker="x", color=color, markersize=size + 1.0,
+                  label=_ZERO, transform=axes.get_xaxis_transform())  # fmt: skip
 
 
 def _color_scale(values: Any) -> Normalize:
@@ -204,34 +231,32 @@ def _finish(
     title: str,
     diagnosis: Diagnosis,
     extra: Sequence[Patch] = (),
-    shade: bool = True,
 ) -> None:
     """Mark vanishing, zero and frozen layers above the axes, say the verdict in the title, add the legend."""
-    handles = [*axes.get_legend_handles_labels()[0], *extra]
-    by_mark: dict[str, list[int]] = {}
-    for layer in diagnosis.layers:
-        by_mark.setdefault(diagnosis.mark(layer), []).append(layer.layer)
-    by_mark.pop("", None)
-    if shade and (absent := [layer.layer for layer in diagnosis.layers if layer.mean == 0.0]):
-        for index in absent:
-            axes.axvspan(index - 0.5, index + 0.5, zorder=0, **_ABSENT)
-        handles.append(Patch(label="no gradient", **_ABSENT))
-    marked = [index for indices in by_mark.values() for index in indices]
+    marked = [layer.layer for layer in diagnosis.layers if diagnosis.mark(layer)]
     if marked:
-        handles += axes.plot(marked, [1.02] * len(marked), linestyle="none", marker="v", color=_VERMILLION,
-                             markeredgecolor="black", markersize=6, clip_on=False, label="vanishing or frozen layer",
-                             transform=axes.get_xaxis_transform())  # fmt: skip
-    notes = "".join(f" {mark.capitalize()}: {_runs(indices)}." for mark, indices in by_mark.items())
-    width = int(figure.get_figwidth() * 10.5)
-    text = f"Ratio of the largest layer mean to the smallest {diagnosis.ratio:.1f}: {diagnosis.verdict}.{notes}"
-    axes.set_title("\n".join([title, *textwrap.wrap(text, width)]), loc="left", fontsize="medium", pad=14)
-    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize="small")
+        axes.plot(marked, [1.02] * len(marked), linestyle="none", marker="v", color=_VERMILLION,
+                  markeredgecolor="black", markersize=6, clip_on=False, label=_MARKED,
+                  transform=axes.get_xaxis_transform())  # fmt: skip
+    text = f"Gradient ratio (largest layer mean / smallest) {diagnosis.ratio:.1f}: {diagnosis.verdict}. "
+    text += f"Marked layers: {diagnosis.marked_layers()}." if marked else "No layer vanishes."
+    lines = [title, *textwrap.wrap(text, int(figure.get_figwidth() * 12.0))]
+    figure.suptitle("\n".join(lines), x=0.01, horizontalalignment="left", fontsize="medium")
+    _legend(figure, *axes.get_legend_handles_labels(), extra)
 
 
-def _runs(indices: list[int]) -> str:
-    """Ascending numbers as ranges: 0-3, 7."""
-    runs = [[index for _, index in run] for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+def _legend(figure: Figure, handles: list[Artist], labels: list[str], extra: Sequence[Patch]) -> None:
+    """Below the axes: each label once, however many artists carry it, in as many columns as fit."""
+    entries = dict(zip(labels, handles, strict=True)) | {str(patch.get_label()): patch for patch in extra}
+    if not entries:
+        return
+    ordered = sorted(entries, key=lambda label: label in (_NO_GRADIENT, _ZERO, _MARKED))
+    # A letter takes about 0.08 inch, the symbol and the gap 0.7.
+    columns = int(figure.get_figwidth() / (0.08 * max(map(len, ordered)) + 0.7))
+    figure.legend(
+        [entries[label] for label in ordered], ordered,
+        loc="outside lower left", ncols=max(1, min(columns, 4)), frameon=False, fontsize="small",
+    )  # fmt: skip
 
 
 def _count(number: int, noun: str) -> str:

@@ -159,13 +159,12 @@ def _table(diagnosis: Diagnosis) -> list[str]:
 
 def _overall(diagnosis: Diagnosis) -> str:
     """The verdict on all steps together, and the layers behind it."""
-    marks = [f"{layer.layer} ({mark})" for layer in diagnosis.layers if (mark := diagnosis.mark(layer))]
     return "\n".join(
         [
             "Overall (mean over the steps)",
             f"gradient ratio:   {diagnosis.ratio:.1f} (largest layer mean / smallest)",
             f"verdict:          {diagnosis.verdict}",
-            f"vanishing layers: {', '.join(marks) or 'none'}",
+            f"marked layers:    {diagnosis.marked_layers()}",
             f"recommendation:   {diagnosis.recommendation}",
         ]
     )
