@@ -46,7 +46,7 @@ _DECADES_BELOW_MEAN = 2
 
 def distribution_figure(title: str, layers: list[LayerGradients]) -> Figure:
     """Per layer a box from mean - std to mean + std of |g| with whiskers to its minimum and maximum."""
-    figure, axes = _layer_figure(layers, "|gradient| of one weight")
+    figure, axes = _layer_figure(layers, "|gradient|")
     live = [layer for layer in layers if layer.mean > 0.0]
     lowest = min((layer.mean for layer in live), default=1.0) / 10.0**_DECADES_BELOW_MEAN
     bottom = _log_range(axes, [v for layer in live for v in (max(layer.minimum, lowest), layer.maximum)])
@@ -141,9 +141,9 @@ def plain(name: str) -> str:
 
 def _layer_figure(layers: list[LayerGradients], quantity: str) -> tuple[Figure, Axes]:
     first, last = layers[0].layer, layers[-1].layer
-    figure = Figure(figsize=(_width(last - first + 1), 4.6), layout="constrained")
+    figure = Figure(figsize=(_width(last - first + 1), 5.0), layout="constrained")
     axes = figure.add_subplot()
-    axes.set(xlabel="decoder layer", ylabel=f"{quantity} (log scale)", yscale="log", xlim=(first - 0.6, last + 0.6))
+    axes.set(xlabel="decoder layer", ylabel=f"{quantity}, log scale", yscale="log", xlim=(first - 0.6, last + 0.6))
     axes.xaxis.set_major_locator(_integers(first, last))
     axes.grid(axis="y", color="#D8D8D8", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -189,7 +189,7 @@ def _open_boxes(axes: Axes, layers: list[LayerGradients], bottom: float) -> None
     positions, mean = [layer.layer for layer in layers], [layer.mean for layer in layers]
     low = [max(layer.minimum, bottom) for layer in layers]
     axes.bar(positions, [m - edge for m, edge in zip(mean, low, strict=True)], 0.7, low,
-             color=_FAINT_BLUE, label="down to the minimum, where mean - std is lower", zorder=1)  # fmt: skip
+             color=_FAINT_BLUE, label="mean - std is below the minimum", zorder=1)  # fmt: skip
     axes.bar(positions, [layer.std for layer in layers], 0.7, mean,
              color=_PALE_BLUE, edgecolor=_BLUE, label="mean - std to mean + std", zorder=3)  # fmt: skip
 
@@ -240,7 +240,7 @@ def _finish(
                   transform=axes.get_xaxis_transform())  # fmt: skip
     text = f"Gradient ratio (largest layer mean / smallest) {diagnosis.ratio:.1f}: {diagnosis.verdict}. "
     text += f"Marked layers: {diagnosis.marked_layers()}." if marked else "No layer vanishes."
-    lines = [title, *textwrap.wrap(text, int(figure.get_figwidth() * 12.0))]
+    lines = [title, *textwrap.wrap(text, int(figure.get_figwidth() * 13.0))]
     figure.suptitle("\n".join(lines), x=0.01, horizontalalignment="left", fontsize="medium")
     _legend(figure, *axes.get_legend_handles_labels(), extra)
 
@@ -251,8 +251,8 @@ def _legend(figure: Figure, handles: list[Artist], labels: list[str], extra: Seq
     if not entries:
         return
     ordered = sorted(entries, key=lambda label: label in (_NO_GRADIENT, _ZERO, _MARKED))
-    # A letter takes about 0.08 inch, the symbol and the gap 0.7.
-    columns = int(figure.get_figwidth() / (0.08 * max(map(len, ordered)) + 0.7))
+    # A letter takes about 0.065 inch, the symbol and the gap 0.7.
+    columns = int(figure.get_figwidth() / (0.065 * max(map(len, ordered)) + 0.7))
     figure.legend(
         [entries[label] for label in ordered], ordered,
         loc="outside lower left", ncols=max(1, min(columns, 4)), frameon=False, fontsize="small",
