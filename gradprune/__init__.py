@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from gradprune.checkpoint import load_pruned
     from gradprune.config import PruneConfig
     from gradprune.errors import GradPruneError
+    from gradprune.gradients.visualizer import GradientVisualizer
     from gradprune.importance.engine import ImportanceEngine
     from gradprune.pipeline import PruneResult, prune
 
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "GradPruneError": "gradprune.errors",
+    "GradientVisualizer": "gradprune.gradients.visualizer",
     "ImportanceEngine": "gradprune.importance.engine",
     "PruneConfig": "gradprune.config",
     "PruneResult": "gradprune.pipeline",
@@ -25,7 +27,16 @@ _HOME = {
     "prune": "gradprune.pipeline",
 }
 
-__all__ = ["GradPruneError", "ImportanceEngine", "PruneConfig", "PruneResult", "__version__", "load_pruned", "prune"]
+__all__ = [
+    "GradPruneError",
+    "GradientVisualizer",
+    "ImportanceEngine",
+    "PruneConfig",
+    "PruneResult",
+    "__version__",
+    "load_pruned",
+    "prune",
+]
 
 
 def __getattr__(name: str) -> Any:

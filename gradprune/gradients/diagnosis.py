@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 from rich.table import Table
@@ -33,11 +34,30 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable; the content of `analysis/gradients.json`."""
-        return {**asdict(self), "recommendation": _ADVICE[self.verdict]}
+        return {**asdict(self), "recommendation": self.recommendation}
+
+    @property
+    def recommendation(self) -> str:
+        """What to do about it, in a few words."""
+        return _ADVICE[self.verdict]
+
+    def mark(self, layer: LayerGradients) -> str:
+        """What is wrong with one of the layers: "frozen", "vanishing (zero)", "vanishing", or nothing."""
+        if layer.mean == 0.0:
+            return "frozen" if layer.frozen else "vanishing (zero)"
+        return "vanishing" if layer.layer in self.vanishing else ""
+
+    def marked_layers(self) -> str:
+        """The layers by mark, as ranges: "vanishing 0-3, 7; frozen 9"; "none" without any."""
+        by_mark: dict[str, list[int]] = {}
+        for layer in self.layers:
+            if mark := self.mark(layer):
+                by_mark.setdefault(mark, []).append(layer.layer)
+        return "; ".join(f"{mark} {_ranges(indices)}" for mark, indices in by_mark.items()) or "none"
 
     def verdict_text(self) -> str:
         """One line: ratio, verdict, recommendation, and the layers without any gradient."""
-        text = f"Gradient ratio {self.ratio:.1f}: {self.verdict}; {_ADVICE[self.verdict]}."
+        text = f"Gradient ratio {self.ratio:.1f}: {self.verdict}; {self.recommendation}."
         dead = [str(layer.layer) for layer in self.layers if layer.mean == 0.0]
         return text + (f" Without any gradient: layer {', '.join(dead)}." if dead else "")
 
@@ -61,6 +81,12 @@ def verdict_of(ratio: float) -> Verdict:
     return "mild" if ratio <= 1000.0 else "severe"
 
 
+def _ranges(indices: list[int]) -> str:
+    """Ascending numbers, runs of them as first-last: "0-3, 7"."""
+    runs = [[index for _, index in run] for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
 def diagnosis_table(diagnosis: Diagnosis, seq_len: int) -> Table:
     """The layers' gradients for the terminal."""
     table = Table(title=f"Gradients at {seq_len} tokens a sample", title_justify="left")
@@ -69,8 +95,6 @@ def diagnosis_table(diagnosis: Diagnosis, seq_len: int) -> Table:
     largest = max(layer.mean for layer in diagnosis.layers)
     for layer in diagnosis.layers:
         ratio = largest / layer.mean if layer.mean > 0.0 else math.inf
-        mark = "vanishing" if layer.layer in diagnosis.vanishing else ""
-        table.add_row(
-            str(layer.layer), f"{layer.mean:.3e}", f"{layer.std:.3e}", f"{layer.norm:.3e}", f"{ratio:.1f}", mark
-        )
+        numbers = f"{layer.mean:.3e}", f"{layer.std:.3e}", f"{layer.norm:.3e}", f"{ratio:.1f}"
+        table.add_row(str(layer.layer), *numbers, diagnosis.mark(layer))
     return table

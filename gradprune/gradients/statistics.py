@@ -34,6 +34,11 @@ class LayerGradients:
             parameter_norms={name: scale * norm for name, norm in self.parameter_norms.items()},
         )
 
+    @property
+    def frozen(self) -> bool:
+        """No parameter of the layer has a gradient."""
+        return not self.parameter_norms
+
 
 def layer_gradients(
     layer: int, statistics: dict[str, list[float]], elements: dict[str, int], count: int
@@ -64,3 +69,33 @@ def gradient_ratio(layers: list[LayerGradients]) -> float:
     """Largest layer mean over smallest; infinite where a layer's mean is 0."""
     means = [layer.mean for layer in layers]
     return max(means) / min(means) if min(means) > 0.0 else math.inf
+
+
+def pool_steps(steps: list[list[LayerGradients]]) -> list[LayerGradients]:
+    """One entry per layer over several steps (at least one) of equal weight, as if each step were a sample.
+
+    A layer or parameter that some steps lack is pooled over those that have it.
+    """
+    indices = sorted({layer.layer for step in steps for layer in step})
+    return [_pool_layer([layer for step in steps for layer in step if layer.layer == index]) for index in indices]
+
+
+def _pool_layer(layers: list[LayerGradients]) -> LayerGradients:
+    mean = math.fsum(layer.mean for layer in layers) / len(layers)
+    # Law of total variance: the mean of the steps' variances and the variance of their means.
+    variance = math.fsum(layer.std**2 + (layer.mean - mean) ** 2 for layer in layers) / len(layers)
+    names = dict.fromkeys(name for layer in layers for name in layer.parameter_norms)
+    norms = {name: [layer.parameter_norms[name] for layer in layers if name in layer.parameter_norms] for name in names}
+    return LayerGradients(
+        layer=layers[0].layer,
+        mean=mean,
+        std=math.sqrt(variance),
+        norm=_root_mean_square([layer.norm for layer in layers]),
+        maximum=max(layer.maximum for layer in layers),
+        minimum=min(layer.minimum for layer in layers),
+        parameter_norms={name: _root_mean_square(values) for name, values in norms.items()},
+    )
+
+
+def _root_mean_square(values: list[float]) -> float:
+    return math.sqrt(math.fsum(value * value for value in values) / len(values))
