@@ -9,12 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from gradprune.config import Backend, Dtype, Method, Prior, PruneConfig, Reduction
+from gradprune.config import (
+    Backend,
+    Dtype,
+    Method,
+    Normalize,
+    NormalizePer,
+    Prior,
+    PruneConfig,
+    Reduction,
+    Repair,
+)
 from gradprune.errors import ConfigError, GradPruneError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from gradprune.gradients.diagnosis import Diagnosis
     from gradprune.pipeline import PruneResult
 
 # typer's usage errors share this base, in releases that depend on click as in those that carry their own.
@@ -64,6 +75,22 @@ def prune(
     epsilon: Annotated[float, typer.Option(help="Drop layers that keep less than this.")] = DEFAULT.epsilon,
     prior: Annotated[Prior, typer.Option(help="What H-GSP weighs blocks by.")] = DEFAULT.prior,
     prior_samples: Annotated[int, typer.Option(help="Samples the priors are measured on.")] = DEFAULT.prior_samples,
+    fix_gradient_vanishing: Annotated[bool, typer.Option(help="Short for --gradient_fix adaptive.")] = False,
+    gradient_fix: Annotated[
+        str,
+        typer.Option(
+            help="none, adaptive, normalize, depth:linear, depth:sqrt, depth:log, a chain such as "
+            "adaptive+depth:sqrt, or auto, which follows the diagnosis."
+        ),
+    ] = DEFAULT.gradient_fix,
+    normalize_scores: Annotated[Normalize, typer.Option(help="Make layers comparable.")] = DEFAULT.normalize_scores,
+    normalize_per: Annotated[NormalizePer, typer.Option(help="Within what.")] = DEFAULT.normalize_per,
+    clip_percentile: Annotated[float, typer.Option(help="Clip scores there first.")] = DEFAULT.clip_percentile,
+    attention_factor: Annotated[float, typer.Option(help="Times the scores of KV groups.")] = DEFAULT.attention_factor,
+    collect_batches: Annotated[int, typer.Option(help="Batches in the gradient plots.")] = DEFAULT.collect_batches,
+    repair: Annotated[Repair, typer.Option(help="Re-solve the weights that stay.")] = DEFAULT.repair,
+    held_out_samples: Annotated[int, typer.Option(help="Samples it chooses on.")] = DEFAULT.held_out_samples,
+    scores: Annotated[str | None, typer.Option(help="scores.safetensors of an earlier run: no calibration.")] = None,
     freeze_first_n_layers: Annotated[int, typer.Option(help="Leave these whole.")] = DEFAULT.freeze_first_n_layers,
     freeze_last_n_layers: Annotated[int, typer.Option(help="Leave these whole.")] = DEFAULT.freeze_last_n_layers,
     max_layer_ratio: Annotated[float, typer.Option(help="Most that one layer may lose.")] = DEFAULT.max_layer_ratio,
@@ -87,6 +114,12 @@ def prune(
 ) -> None:
     """Prune a model; write a smaller checkpoint and a report."""
     options = dict(locals())
+    if options.pop("fix_gradient_vanishing"):
+        if gradient_fix not in ("none", "adaptive"):
+            raise ConfigError(
+                f"fix_gradient_vanishing: means gradient_fix 'adaptive', but '{gradient_fix}' is given too"
+            )
+        options["gradient_fix"] = "adaptive"
     model_name = Path(base_model).name if base_model else "demo"
     options["output_name"] = output_name or f"{model_name}-{importance_method}-{pruning_ratio:g}"
     _prune(PruneConfig(**options))
@@ -112,7 +145,7 @@ def demo(
 def diagnose(
     base_model: BaseModel = None,
     dataset: Dataset = None,
-    seq_len: SeqLen = 256,
+    seq_len: Annotated[str, typer.Option(help="Tokens a sample; several to compare, as 128,256,512.")] = "256",
     num_samples: NumSamples = 32,
     batch_size: BatchSize = DEFAULT.batch_size,
     seed: Seed = DEFAULT.seed,
@@ -125,24 +158,33 @@ def diagnose(
     as_json: AsJson = False,
 ) -> None:
     """Show every layer's gradients, and whether they vanish."""
-    from gradprune.calibration import check_context, load_tokens, sample_windows
-    from gradprune.gradients.diagnosis import diagnose_gradients, diagnosis_table
-    from gradprune.importance import ImportanceEngine
-    from gradprune.pipeline import calibrate
+    from gradprune.gradients.diagnosis import comparison_table, diagnosis_table, stablest
 
-    PruneConfig(seq_len=seq_len, num_samples=num_samples, batch_size=batch_size, seed=seed)
+    lengths = _lengths(seq_len)
+    PruneConfig(seq_len=min(lengths), num_samples=num_samples, batch_size=batch_size, seed=seed)
     model, tokenizer = _load(base_model, device, dtype, trust_remote_code)
-    check_context(model.config, seq_len)
-    tokens = load_tokens(dataset, tokenizer, vocab_size=model.config.vocab_size)
-    windows = sample_windows(tokens, num_samples=num_samples, seq_len=seq_len, seed=seed)
-    engine = ImportanceEngine(model, "taylor", reduction, backend, use_gradient_checkpointing)
-    calibrate(engine, windows, batch_size, PROGRESS)
-    diagnosis = diagnose_gradients(engine.scores().gradients)
+    diagnoses = _diagnoses(
+        model,
+        tokenizer,
+        lengths,
+        dataset,
+        num_samples,
+        batch_size,
+        seed,
+        reduction,
+        backend,
+        use_gradient_checkpointing,
+    )
     if as_json:
-        _print_json({"seq_len": seq_len, **diagnosis.to_dict()})
+        found = [{"seq_len": length, **diagnosis.to_dict()} for length, diagnosis in diagnoses.items()]
+        _print_json(found[0] if len(found) == 1 else {"stablest": stablest(diagnoses), "lengths": found})
         return
-    OUT.print(diagnosis_table(diagnosis, seq_len))
-    OUT.print(diagnosis.verdict_text())
+    for length, diagnosis in diagnoses.items():
+        OUT.print(diagnosis_table(diagnosis, length))
+        OUT.print(diagnosis.verdict_text())
+    if len(lengths) > 1:
+        OUT.print(comparison_table(diagnoses))
+        OUT.print(f"Stablest: {stablest(diagnoses)} tokens a sample, the smallest ratio.")
 
 
 @app.command("eval")
@@ -211,8 +253,46 @@ def _dashed(argument: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
+def _lengths(text: str) -> list[int]:
+    """The numbers of a comma-separated list, each once."""
+    try:
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise ConfigError(f"seq_len: '{text}' is not a whole number, nor several separated by commas") from None
+
+
+def _diagnoses(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    lengths: list[int],
+    dataset: str | None,
+    num_samples: int,
+    batch_size: int,
+    seed: int,
+    reduction: Reduction,
+    backend: Backend,
+    use_gradient_checkpointing: bool,
+) -> "dict[int, Diagnosis]":
+    """The model's diagnosis at each length."""
+    from gradprune.calibration import check_context, load_tokens, sample_windows
+    from gradprune.gradients.diagnosis import diagnose_gradients
+    from gradprune.importance import ImportanceEngine
+    from gradprune.pipeline import calibrate
+
+    check_context(model.config, max(lengths))
+    tokens = load_tokens(dataset, tokenizer, vocab_size=model.config.vocab_size)
+    windows = {length: sample_windows(tokens, num_samples=num_samples, seq_len=length, seed=seed) for length in lengths}
+    diagnoses = {}
+    for length in lengths:
+        engine = ImportanceEngine(model, "taylor", reduction, backend, use_gradient_checkpointing)
+        calibrate(engine, windows[length], batch_size, PROGRESS)
+        diagnoses[length] = diagnose_gradients(engine.gradients())
+    return diagnoses
+
+
 def _prune(config: PruneConfig) -> "PruneResult":
     from gradprune.checkpoint import check_free
+    from gradprune.gradients.diagnosis import diagnosis_table
     from gradprune.pipeline import prune, summarize
     from gradprune.report import layer_table, summary_table
 
@@ -220,8 +300,16 @@ def _prune(config: PruneConfig) -> "PruneResult":
     check_free(Path(config.output_dir) / config.output_name, overwrite=config.overwrite, argument="output_name")
     model, tokenizer = _load(config.base_model, config.device, config.dtype, config.trust_remote_code)
     result = prune(model, tokenizer, config, console=PROGRESS)
-    summary = summarize(result)
+    summary, gradients = summarize(result), result.gradients
+    OUT.print(diagnosis_table(gradients.before, gradients.seq_len))
+    OUT.print(gradients.before.verdict_text())
+    if gradients.repair is not None:
+        if gradients.repair.fix != "none":
+            OUT.print(diagnosis_table(gradients.after, gradients.seq_len, repaired=gradients.repair.fix))
+        OUT.print(gradients.repair_text())
     OUT.print(layer_table(summary))
+    if result.warning:
+        OUT.print(f"Warning: {result.warning}")
     OUT.print(summary_table(summary))
     OUT.print(f"Model:  {result.output}/model\nReport: {result.output}/report.html", soft_wrap=True)
     return result

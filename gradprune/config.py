@@ -11,7 +11,13 @@ Method = Literal["magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_
 Reduction = Literal["sample", "batch"]
 Prior = Literal["removal", "similarity", "taylor"]
 Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
+Normalize = Literal["none", "log", "minmax", "zscore", "sqrt"]
+NormalizePer = Literal["layer", "block"]
+Repair = Literal["none", "least_squares"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+# Repairs of vanishing gradients; several joined by "+" make one too.
+GRADIENT_FIXES = ("adaptive", "normalize", "depth:linear", "depth:sqrt", "depth:log")
 
 METHODS: tuple[str, ...] = get_args(Method)
 GRADIENT_METHODS = ("taylor", "taylor_2nd", "fisher", "group_fisher")
@@ -26,6 +32,12 @@ class PruneConfig:
     importance_method, reduction: element score and how samples are reduced, see `gradprune.importance`.
     temperature, tau, epsilon, prior, prior_samples: H-GSP, see `gradprune.hgsp`. `tau=None` is the 25th
         percentile of the layer importances; `prior_samples` calibration samples measure the priors.
+    gradient_fix: repair of vanishing gradients, see `gradprune.gradients.repair`; "auto" follows the diagnosis.
+    normalize_scores, normalize_per, clip_percentile, attention_factor: see `gradprune.normalization`.
+    repair, held_out_samples: what is done about the weights that stay, see `gradprune.repair`, and how many
+        calibration samples beyond `num_samples` its choices are made on.
+    collect_batches: how many calibration batches the gradient plots compare.
+    scores: `analysis/scores.safetensors` of an earlier run on the same model, instead of calibrating again.
     freeze_first_n_layers, freeze_last_n_layers: decoder layers left whole at either end.
     max_layer_ratio: largest fraction of one layer's prunable parameters that may go, in (0, 1].
     round_to: kept MLP width of each layer is a multiple of this.
@@ -51,6 +63,15 @@ class PruneConfig:
     epsilon: float = 0.0
     prior: Prior = "removal"
     prior_samples: int = 16
+    gradient_fix: str = "none"
+    normalize_scores: Normalize = "none"
+    normalize_per: NormalizePer = "layer"
+    clip_percentile: float = 100.0
+    attention_factor: float = 1.0
+    repair: Repair = "none"
+    held_out_samples: int = 32
+    collect_batches: int = 5
+    scores: str | None = None
     freeze_first_n_layers: int = 0
     freeze_last_n_layers: int = 0
     max_layer_ratio: float = 1.0
@@ -85,7 +106,11 @@ class PruneConfig:
             raise ConfigError(f"temperature: {self.temperature} is not a finite number of at least 0")
         if self.tau is not None and not self.tau >= 0.0:
             raise ConfigError(f"tau: {self.tau} is not at least 0 (inf is allowed)")
-        for option in ("num_samples", "batch_size", "prior_samples", "round_to"):
+        if not 50.0 < self.clip_percentile <= 100.0:
+            raise ConfigError(f"clip_percentile: {self.clip_percentile} is not above 50 and at most 100")
+        if not (math.isfinite(self.attention_factor) and self.attention_factor > 0.0):
+            raise ConfigError(f"attention_factor: {self.attention_factor} is not a finite number above 0")
+        for option in ("num_samples", "batch_size", "prior_samples", "round_to", "collect_batches", "held_out_samples"):
             _at_least(option, getattr(self, option), 1)
         _at_least("seq_len", self.seq_len, 2)
         for option in ("freeze_first_n_layers", "freeze_last_n_layers", "seed"):
@@ -97,10 +122,14 @@ class PruneConfig:
         _one_of("backend", self.backend, get_args(Backend))
         _one_of("prior", self.prior, get_args(Prior))
         _one_of("dtype", self.dtype, get_args(Dtype))
-        if self.temperature > 0.0 and self.prior == "taylor" and self.importance_method not in GRADIENT_METHODS:
+        _one_of("normalize_scores", self.normalize_scores, get_args(Normalize))
+        _one_of("normalize_per", self.normalize_per, get_args(NormalizePer))
+        _one_of("repair", self.repair, get_args(Repair))
+        check_gradient_fix(self.gradient_fix)
+        if self.gradient_fix != "none" and self.importance_method not in GRADIENT_METHODS:
             raise ConfigError(
-                f"prior: 'taylor' needs gradients, which importance_method '{self.importance_method}' does not "
-                "compute; choose prior removal or similarity"
+                f"gradient_fix: '{self.gradient_fix}' changes nothing, because importance_method "
+                f"'{self.importance_method}' uses no gradients; choose one of {', '.join(GRADIENT_METHODS)}"
             )
         if self.uniform and (self.freeze_first_n_layers or self.freeze_last_n_layers):
             raise ConfigError(
@@ -114,6 +143,22 @@ class PruneConfig:
     def to_dict(self) -> dict[str, Any]:
         """The options as a JSON-serialisable mapping, for `run.json`."""
         return asdict(self)
+
+
+def check_gradient_fix(fix: str) -> None:
+    """Accept "none", "auto", one of `GRADIENT_FIXES`, or several of these joined by "+".
+
+    Raises:
+        ConfigError: naming the part that is unknown.
+    """
+    if fix in ("none", "auto"):
+        return
+    for part in fix.split("+"):
+        if part not in GRADIENT_FIXES:
+            raise ConfigError(
+                f"gradient_fix: '{part}' in '{fix}' is unknown; choose none, auto, one of {', '.join(GRADIENT_FIXES)}, "
+                "or several of them joined by +"
+            )
 
 
 def _at_least(name: str, value: int, least: int) -> None:

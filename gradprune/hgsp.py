@@ -1,7 +1,8 @@
 """H-GSP, hierarchical global structural pruning: modulate group scores by how much a block or layer matters.
 
-score(group) = importance / cost * M with M = B^T and B = ln(1 + max(prior, 0)); T is the temperature. The prior
-is the layer's where the layer's importance is below tau (layer-dominant), else the block's (block-dominant).
+score(group) = importance / cost * M with M = B^T and B = ln(1 + max(prior, 0)); T is the temperature; importance / cost
+may have been normalised before. The prior is the layer's where the layer's importance is below tau (layer-dominant),
+else the block's (block-dominant).
 At T = 0 M is 1 and no prior is computed.
 """
 
@@ -35,18 +36,17 @@ class Priors:
 
 
 def modulate(table: GroupTable, temperature: float, tau: float | None, priors: Priors | None) -> GroupTable:
-    """The table with `prior` and `score` filled in.
+    """The table with `prior` filled in and `score` modulated.
 
     Args:
-        table: with importances.
+        table: with scores of at least 0, e.g. importance / cost.
         temperature: T >= 0.
         tau: gate on the layer's importance; 0 makes every group block-dominant, inf layer-dominant, None takes
             the 25th percentile of the layer importances.
         priors: needed where T > 0, ignored at T = 0.
     """
-    density = table.importance / table.cost
     if temperature == 0.0:
-        return replace(table, score=density)
+        return table
     assert priors is not None, "priors are needed at a temperature above 0"
     if tau is None:
         tau = float(np.percentile(list(priors.layer.values()), 25))
@@ -55,7 +55,7 @@ def modulate(table: GroupTable, temperature: float, tau: float | None, priors: P
         of_block = (table.layer == layer) & (table.kind == KINDS.index(kind))
         prior[of_block] = priors.layer[layer] if priors.layer[layer] < tau else value
     modulation = np.log1p(np.maximum(prior, 0.0)) ** temperature
-    return replace(table, prior=prior, score=density * modulation)
+    return replace(table, prior=prior, score=table.score * modulation)
 
 
 def removal_priors(

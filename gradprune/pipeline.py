@@ -1,10 +1,10 @@
-"""The whole job on a loaded model: calibrate, score, select, cut, measure, and write the results if asked."""
+"""The whole job on a loaded model: calibrate, score, select, cut, repair, measure, and write the results if asked."""
 
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import gradprune
 from gradprune.calibration import batches, check_context, load_tokens, sample_windows, split_held_out
 from gradprune.checkpoint import atomic_directory, check_free, save_checkpoint
-from gradprune.config import PruneConfig
+from gradprune.config import GRADIENT_METHODS, PruneConfig
+from gradprune.distribution import LayerPruning, pruning_distribution, pruning_warning, to_json
 from gradprune.evaluate import Perplexity, Throughput, model_size, perplexity, throughput, weight_bytes_on_disk
-from gradprune.gradients.diagnosis import diagnose_gradients
-from gradprune.gradients.statistics import LayerGradients
-from gradprune.groups import GroupTable, group_costs, importance_column
-from gradprune.hgsp import Priors, modulate, removal_priors, removal_steps, similarity_priors, taylor_priors
+from gradprune.evidence import Evidence
+from gradprune.gradients.analysis import GradientAnalysis
+from gradprune.groups import GroupTable, group_costs
+from gradprune.hgsp import Priors, removal_priors, removal_steps, similarity_priors, taylor_priors
 from gradprune.importance import ImportanceEngine
+from gradprune.masking import output_weights_restored
 from gradprune.masks import GroupMasks
 from gradprune.models import PrunableModel, describe
 from gradprune.progress import progress
+from gradprune.repair import BlockRepair, least_squares, repair_steps
 from gradprune.report import write_json, write_report
+from gradprune.scoring import Scoring, score_groups
 from gradprune.selection import Constraints, check_reachable, select
 from gradprune.surgery import cut
 
@@ -55,7 +59,8 @@ class PruneResult:
 
     model: the pruned model. before, after: what was measured.
     table, pruned: every group with its score, and whether it went.
-    masks: what each block kept. gradients: the layers' gradient statistics.
+    masks: what each block kept. gradients: the layers' gradients before and after their repair.
+    evidence: what calibration found, to score again without it. repairs: what least squares did to each block.
     seconds: wall time by stage. output: the results folder, None where nothing was written.
     """
 
@@ -66,9 +71,34 @@ class PruneResult:
     table: GroupTable
     pruned: NDArray[np.bool_]
     masks: GroupMasks
-    gradients: list[LayerGradients]
+    gradients: GradientAnalysis
+    evidence: Evidence
+    repairs: list[BlockRepair] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     output: Path | None = None
+
+    @property
+    def distribution(self) -> list[LayerPruning]:
+        """What each layer lost."""
+        return pruning_distribution(self.masks)
+
+    @property
+    def warning(self) -> str | None:
+        """Names over-pruned blocks, and what to try next."""
+        return pruning_warning(self.distribution, self.config)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Token ids of a run; none of the three shares a token with another.
+
+    calibration: [num_samples, seq_len]. held_out: [held_out_samples, seq_len], empty where nothing is chosen on them.
+    evaluation: [tokens].
+    """
+
+    calibration: Tensor
+    held_out: Tensor
+    evaluation: Tensor
 
 
 def prune(
@@ -99,34 +129,65 @@ def prune(
         check_free(output, overwrite=config.overwrite, argument="output_name")
     clock = _Clock()
     view = describe(model)
-    size = model_size(model)
-    constraints = _check_reachable(model, view, size.parameters, config)
-    engine = ImportanceEngine(
-        model, config.importance_method, config.reduction, config.backend, config.use_gradient_checkpointing
-    )
-    calibration, evaluation = _tokens(tokenizer, config, calibration, evaluation, model.config.vocab_size)
-    windows = sample_windows(calibration, num_samples=config.num_samples, seq_len=config.seq_len, seed=config.seed)
+    parameters = model_size(model).parameters
+    constraints = _check_reachable(model, view, parameters, config)
+    engine = _engine(model, config)
+    samples = draw_samples(model, tokenizer, config, calibration, evaluation)
 
     # Calibration comes first: where weights are broken, it names the layer, which perplexity cannot.
-    table, gradients = _score(model, view, engine, windows, config, clock, console)
-    with clock.stage("perplexity_before"):
-        perplexity_before = _perplexity(model, evaluation, config, console)
-    disk = weight_bytes_on_disk(config.base_model) if config.base_model else None
-    before = Measured(size.parameters, disk or size.bytes, perplexity_before)
+    evidence = gather_evidence(model, view, engine, samples, config, clock, console)
+    with clock.stage("scoring"):
+        table = score_groups(view, evidence, Scoring.of(config))
+    before = _measure_before(model, samples, config, clock, console)
     with clock.stage("selection"):
-        pruned = select(table, config.pruning_ratio, size.parameters, constraints)
+        pruned = select(table, config.pruning_ratio, parameters, constraints)
         masks = table.masks(pruned)
-    with clock.stage("surgery"):
-        cut_model = cut(model, masks, inplace=not config.measure_speed)
-    with clock.stage("perplexity_after"):
-        size = model_size(cut_model)
-        after = Measured(size.parameters, size.bytes, _perplexity(cut_model, evaluation, config, console))
-    if config.measure_speed:
-        with clock.stage("speed"):
-            speed = throughput({"dense": model, "pruned": cut_model}, seq_len=config.seq_len, seed=config.seed)
-        before, after = replace(before, speed=speed["dense"]), replace(after, speed=speed["pruned"])
-    result = PruneResult(cut_model, config, before, after, table, pruned, masks, gradients, clock.seconds)
+    cut_model, repairs = _cut_and_repair(model, view, masks, samples, config, clock, console)
+    before, after = _measure_after(model, cut_model, before, samples, config, clock, console)
+    gradients = _analysis(evidence, config, len(view.layers))
+    result = PruneResult(
+        cut_model, config, before, after, table, pruned, masks, gradients, evidence, repairs, clock.seconds
+    )
     return result if output is None else _write(result, tokenizer, output)
+
+
+def draw_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PruneConfig,
+    calibration: Tensor | None = None,
+    evaluation: Tensor | None = None,
+) -> Samples:
+    """The samples of a run, as given or from the datasets of `config`."""
+    calibration, evaluation = _tokens(tokenizer, config, calibration, evaluation, model.config.vocab_size)
+    held_out = config.held_out_samples if config.repair != "none" else 0
+    windows = sample_windows(
+        calibration, num_samples=config.num_samples + held_out, seq_len=config.seq_len, seed=config.seed
+    )
+    return Samples(windows[: config.num_samples], windows[config.num_samples :], evaluation)
+
+
+def gather_evidence(
+    model: PreTrainedModel,
+    view: PrunableModel,
+    engine: ImportanceEngine,
+    samples: Samples,
+    config: PruneConfig,
+    clock: "_Clock",
+    console: Console,
+) -> Evidence:
+    """Calibrate, or read what an earlier run found; with the priors that `config` needs."""
+    with clock.stage("calibration"):
+        if config.scores is not None:
+            evidence = Evidence.load(config.scores, model)
+        else:
+            calibrate(engine, samples.calibration, config.batch_size, console)
+            evidence = Evidence.of(engine, model, config).with_priors("taylor", taylor_priors(engine))
+    with clock.stage("priors"):
+        if config.temperature > 0.0 and config.prior not in evidence.priors:
+            priors = _priors(model, view, samples.calibration[: config.prior_samples], config, console)
+            evidence = evidence.with_priors(config.prior, priors)
+    return evidence
 
 
 def calibrate(engine: ImportanceEngine, windows: Tensor, batch_size: int, console: Console) -> None:
@@ -161,6 +222,7 @@ def summarize(result: PruneResult) -> dict[str, Any]:
             }
             for layer, (attention, mlp) in enumerate(counts)
         ],
+        "repair": [asdict(repair) for repair in result.repairs],
     }
 
 
@@ -185,39 +247,86 @@ def _check_reachable(model: PreTrainedModel, view: PrunableModel, parameters: in
     return constraints
 
 
-def _score(
+def _engine(model: PreTrainedModel, config: PruneConfig) -> ImportanceEngine:
+    """One pass serves every method, and gradients are always diagnosed: methods without any run as "taylor" here."""
+    return ImportanceEngine(
+        model,
+        config.importance_method if config.importance_method in GRADIENT_METHODS else "taylor",
+        config.reduction,
+        config.backend,
+        config.use_gradient_checkpointing,
+        # Finished vectors can be repaired at any time, batches only as they come.
+        config.gradient_fix if config.reduction == "batch" else "none",
+    )
+
+
+def _measure_before(
+    model: PreTrainedModel, samples: Samples, config: PruneConfig, clock: _Clock, console: Console
+) -> Measured:
+    with clock.stage("perplexity_before"):
+        perplexity_before = _perplexity(model, samples.evaluation, config, console)
+    size = model_size(model)
+    disk = weight_bytes_on_disk(config.base_model) if config.base_model else None
+    return Measured(size.parameters, disk or size.bytes, perplexity_before)
+
+
+def _cut_and_repair(
     model: PreTrainedModel,
     view: PrunableModel,
-    engine: ImportanceEngine,
-    windows: Tensor,
+    masks: GroupMasks,
+    samples: Samples,
     config: PruneConfig,
     clock: _Clock,
     console: Console,
-) -> tuple[GroupTable, list[LayerGradients]]:
-    """Calibrate: every group with its importance, prior and score, and the gradient statistics."""
-    with clock.stage("calibration"):
-        if engine.method != "magnitude":
-            calibrate(engine, windows, config.batch_size, console)
-        scores = engine.scores()
-    with clock.stage("priors"):
-        priors = _priors(model, view, engine, windows[: config.prior_samples], config, console)
-    with clock.stage("scoring"):
-        table = replace(group_costs(view), importance=importance_column(scores))
-        return modulate(table, config.temperature, config.tau, priors), scores.gradients
+) -> tuple[PreTrainedModel, list[BlockRepair]]:
+    """The cut model, and what least squares did to its blocks. `model` stays as it was where speed is measured."""
+    inplace = not config.measure_speed
+    repairs: list[BlockRepair] = []
+    # The weights are re-solved in the whole model, and then cut; the cut ones no longer share its memory.
+    with nullcontext() if inplace else output_weights_restored(view, masks):
+        if config.repair == "least_squares":
+            with clock.stage("repair"), progress(console, "Repairing", repair_steps(view, masks), "blocks") as advance:
+                parts = [list(batches(part, config.batch_size)) for part in (samples.calibration, samples.held_out)]
+                repairs = least_squares(model, view, masks, *parts, advance=advance)
+        with clock.stage("surgery"):
+            cut_model = cut(model, masks, inplace=inplace)
+    return cut_model, repairs
+
+
+def _measure_after(
+    model: PreTrainedModel,
+    cut_model: PreTrainedModel,
+    before: Measured,
+    samples: Samples,
+    config: PruneConfig,
+    clock: _Clock,
+    console: Console,
+) -> tuple[Measured, Measured]:
+    with clock.stage("perplexity_after"):
+        size = model_size(cut_model)
+        after = Measured(size.parameters, size.bytes, _perplexity(cut_model, samples.evaluation, config, console))
+    if not config.measure_speed:
+        return before, after
+    with clock.stage("speed"):
+        speed = throughput({"dense": model, "pruned": cut_model}, seq_len=config.seq_len, seed=config.seed)
+    return replace(before, speed=speed["dense"]), replace(after, speed=speed["pruned"])
+
+
+def _analysis(evidence: Evidence, config: PruneConfig, layers: int) -> GradientAnalysis:
+    return GradientAnalysis(
+        gradients=evidence.gradients,
+        steps=evidence.steps,
+        requested=config.gradient_fix,
+        repair=evidence.repaired(config.gradient_fix, layers),
+        seq_len=evidence.seq_len,
+        num_samples=evidence.num_samples,
+        reduction=evidence.reduction,
+    )
 
 
 def _priors(
-    model: PreTrainedModel,
-    view: PrunableModel,
-    engine: ImportanceEngine,
-    samples: Tensor,
-    config: PruneConfig,
-    console: Console,
-) -> Priors | None:
-    if config.temperature == 0.0:
-        return None
-    if config.prior == "taylor":
-        return taylor_priors(engine)
+    model: PreTrainedModel, view: PrunableModel, samples: Tensor, config: PruneConfig, console: Console
+) -> Priors:
     parts = list(batches(samples, config.batch_size))
     if config.prior == "similarity":
         with progress(console, "Measuring priors", len(parts), "batches") as advance:
@@ -276,12 +385,18 @@ def _write(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None, outpu
         analysis = folder / "analysis"
         analysis.mkdir()
         result.table.write_csv(analysis / "groups.csv", result.pruned)
-        if result.gradients:
-            write_json(analysis / "gradients.json", diagnose_gradients(result.gradients).to_dict())
+        result.evidence.save(analysis / "scores.safetensors")
+        gradients = {
+            **result.gradients.to_dict(),
+            "pruning": to_json(result.distribution),
+            "warning": result.warning,
+        }
+        write_json(analysis / "gradients.json", gradients)
+        plots = result.gradients.write_plots(folder / "gradient_analysis")
         summary, record = summarize(result), _run_record(result)
         write_json(analysis / "summary.json", summary)
         write_json(folder / "run.json", record)
-        write_report(folder / "report.html", summary, record)
+        write_report(folder / "report.html", summary, record, gradients, plots)
     return result
 
 

@@ -1,5 +1,6 @@
 """What a run leaves for people: tables on the terminal, JSON files, and a self-contained HTML report."""
 
+import base64
 import io
 import json
 from collections.abc import Sequence
@@ -27,8 +28,10 @@ _PAGE = Template("""<!DOCTYPE html>
   table { border-collapse: collapse; margin: 1rem 0; }
   th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
   th:first-child, td:first-child { text-align: left; }
-  svg { max-width: 100%; height: auto; }
+  svg, img { max-width: 100%; height: auto; }
   .scroll { overflow-x: auto; }
+  .warning { border-left: .3rem solid #D55E00; padding-left: .8rem; }
+  pre { overflow-x: auto; font-size: .8rem; }
   code { background: #f4f4f4; padding: .1rem .3rem; }
 </style>
 </head>
@@ -40,6 +43,8 @@ $measured
 <h2>What each layer keeps</h2>
 $chart
 $layers
+<h2>Gradients</h2>
+$gradients
 <h2>How it was made</h2>
 $options
 $versions
@@ -94,8 +99,16 @@ def layer_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def write_report(path: Path, summary: dict[str, Any], record: dict[str, Any]) -> None:
-    """Write one HTML file that needs no other: tables, a chart of what is kept, options and versions."""
+def write_report(
+    path: Path, summary: dict[str, Any], record: dict[str, Any], gradients: dict[str, Any], plots: Sequence[Path]
+) -> None:
+    """Write one HTML file that needs no other: tables, charts, the gradients' plots, options and versions.
+
+    Args:
+        path: the file.
+        summary, record, gradients: contents of `summary.json`, `run.json` and `gradients.json`.
+        plots: what `GradientVisualizer` wrote, images and text; embedded.
+    """
     config = record["config"]
     ratio = summary["pruning_ratio"]["achieved"]
     options = [(name, "default" if value is None else str(value)) for name, value in config.items()]
@@ -108,10 +121,45 @@ def write_report(path: Path, summary: dict[str, Any], record: dict[str, Any]) ->
         measured=_html_table(("", "dense", "pruned", "pruned / dense"), summary_rows(summary)),
         chart=_kept_chart(summary["layers"]),
         layers=_html_table(("layer", "KV groups", "kept", "MLP channels", "kept"), _layer_rows(summary)),
+        gradients=_gradient_section(gradients, plots),
         options=_html_table(("option", "value"), options),
         versions=_html_table(("package", "version"), list(record["versions"].items())),
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _gradient_section(gradients: dict[str, Any], plots: Sequence[Path]) -> str:
+    """Verdict, repair and warning; the layers before and after; the plots."""
+    before, after = gradients["before"], gradients["after"]
+    lines = [
+        f"<p>Largest layer mean of |gradient| over smallest, at {gradients['seq_len']} tokens a sample: "
+        f"{float(before['ratio']):,.1f} ({before['verdict']}; {escape(before['recommendation'])}). "
+        f"Repair: {escape(gradients['gradient_fix'])}; after it {float(after['ratio']):,.1f} ({after['verdict']}).</p>"
+    ]
+    if gradients["warning"]:
+        lines.append(f'<p class="warning">{escape(gradients["warning"])}</p>')
+    scales = gradients["scales"]
+    rows = [
+        (
+            str(b["layer"]),
+            f"{b['mean']:.3e}",
+            f"{b['std']:.3e}",
+            "1" if scales is None else f"{scales[b['layer']]:.4g}",
+            f"{a['mean']:.3e}",
+        )
+        for b, a in zip(before["layers"], after["layers"], strict=True)
+    ]
+    lines.append(_html_table(("layer", "mean |g|", "std |g|", "scale", "mean |g| after"), rows))
+    lines += [_embedded(plot) for plot in plots]
+    return "\n".join(lines)
+
+
+def _embedded(plot: Path) -> str:
+    """An image, or a text in its own words."""
+    if plot.suffix == ".txt":
+        return f"<details><summary>{plot.name}</summary><pre>{escape(plot.read_text(encoding='utf-8'))}</pre></details>"
+    image = base64.b64encode(plot.read_bytes()).decode()
+    return f'<p><img alt="{plot.stem}" src="data:image/png;base64,{image}"></p>'
 
 
 def _layer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:

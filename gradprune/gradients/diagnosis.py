@@ -87,9 +87,10 @@ def _ranges(indices: list[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def diagnosis_table(diagnosis: Diagnosis, seq_len: int) -> Table:
-    """The layers' gradients for the terminal."""
-    table = Table(title=f"Gradients at {seq_len} tokens a sample", title_justify="left")
+def diagnosis_table(diagnosis: Diagnosis, seq_len: int, *, repaired: str | None = None) -> Table:
+    """The layers' gradients for the terminal; `repaired` names the repair they are shown after."""
+    after = f" after '{repaired}'" if repaired else ""
+    table = Table(title=f"Gradients at {seq_len} tokens a sample{after}", title_justify="left")
     for column in ("layer", "grad_mean", "grad_std", "norm", "largest / this", ""):
         table.add_column(column, justify="right")
     largest = max(layer.mean for layer in diagnosis.layers)
@@ -98,3 +99,22 @@ def diagnosis_table(diagnosis: Diagnosis, seq_len: int) -> Table:
         numbers = f"{layer.mean:.3e}", f"{layer.std:.3e}", f"{layer.norm:.3e}", f"{ratio:.1f}"
         table.add_row(str(layer.layer), *numbers, diagnosis.mark(layer))
     return table
+
+
+def comparison_table(diagnoses: dict[int, Diagnosis]) -> Table:
+    """The layers' mean |g| by sequence length, side by side; the last rows are ratio and verdict."""
+    table = Table(title="grad_mean by tokens a sample", title_justify="left")
+    table.add_column("layer", justify="right")
+    for seq_len in diagnoses:
+        table.add_column(str(seq_len), justify="right")
+    for rows in zip(*(diagnosis.layers for diagnosis in diagnoses.values()), strict=True):
+        table.add_row(str(rows[0].layer), *(f"{layer.mean:.3e}" for layer in rows))
+    table.add_section()
+    table.add_row("ratio", *(f"{diagnosis.ratio:.1f}" for diagnosis in diagnoses.values()))
+    table.add_row("verdict", *(diagnosis.verdict for diagnosis in diagnoses.values()))
+    return table
+
+
+def stablest(diagnoses: dict[int, Diagnosis]) -> int:
+    """The sequence length with the smallest ratio; the shortest of equals."""
+    return min(diagnoses, key=lambda seq_len: (diagnoses[seq_len].ratio, seq_len))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median_high
 
+from gradprune.config import check_gradient_fix
 from gradprune.errors import ConfigError
 from gradprune.gradients.diagnosis import Verdict, diagnose_gradients
 from gradprune.gradients.statistics import LayerGradients
@@ -31,7 +32,6 @@ _DEPTH_WEIGHTS: dict[str, Callable[[int, int], float]] = {
     "log": lambda layer, layers: math.log(layers - layer + 1) / math.log(layers + 1) + 0.5,
 }
 DEPTH_STRATEGIES = tuple(_DEPTH_WEIGHTS)
-GRADIENT_FIXES = ("adaptive", "normalize", *(f"depth:{strategy}" for strategy in DEPTH_STRATEGIES))
 
 
 _FIX_OF_VERDICT: dict[Verdict, str] = {"normal": "none", "mild": "adaptive", "severe": "adaptive+depth:sqrt"}
@@ -51,24 +51,8 @@ class GradientRepair:
     after: list[LayerGradients]
 
 
-def check_gradient_fix(fix: str) -> None:
-    """Accept "none", "auto", one of `GRADIENT_FIXES`, or several of these joined by "+".
-
-    Raises:
-        ConfigError: naming the part that is unknown.
-    """
-    if fix in ("none", "auto"):
-        return
-    for part in fix.split("+"):
-        if part not in GRADIENT_FIXES:
-            raise ConfigError(
-                f"gradient_fix: '{part}' in '{fix}' is unknown; choose none, auto, one of {', '.join(GRADIENT_FIXES)}, "
-                "or several of them joined by +"
-            )
-
-
 def layer_scales(fix: str, norms: LayerNorms) -> list[float]:
-    """One scale a layer for the fix "none", one of `GRADIENT_FIXES`, or a chain of them.
+    """One scale a layer for the fix "none", one of `gradprune.config.GRADIENT_FIXES`, or a chain of them.
 
     Args:
         fix: the repair.

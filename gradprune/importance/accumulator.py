@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from gradprune.config import Method, Reduction
+from gradprune.config import Reduction
 from gradprune.importance.capture import Observer
 from gradprune.importance.ops import Ops
 from gradprune.importance.vectors import ImportanceVectors
@@ -78,19 +78,17 @@ class BlockAccumulator:
         self.input_square += x.to(_accumulation_dtype(x)).square().sum(0)
         self.tokens += x.shape[0]
 
-    def importance(self, method: Method, count: int, scale: float = 1.0) -> Tensor:
-        """[groups] fp64, the importance of every group after `count` samples (batches), gradients times `scale`."""
-        if method == "magnitude":
+    def part(self, name: str, count: int) -> Tensor:
+        """[groups] fp64, one of `gradprune.importance.methods.PARTS` after `count` samples (batches)."""
+        if name == "magnitude":
             return self._folded_weights(None)
-        if method == "wanda":
+        if name == "wanda":
             return self._folded_weights((self.input_square / self.tokens).sqrt())
-        if method == "group_fisher":
-            return scale**2 * self.mask_square / count
-        second = scale**2 * self.second / count
-        if method == "fisher":
-            return 0.5 * second
-        first = self.first / count if self._reduction == "sample" else self._first_of_mean_gradient(count)
-        return scale * first if method == "taylor" else scale * first + 0.5 * second
+        if name == "group_fisher":
+            return self.mask_square / count
+        if name == "fisher":
+            return 0.5 * self.second / count
+        return self.first / count if self._reduction == "sample" else self._first_of_mean_gradient(count)
 
     def _observer(self, entry: InputLinear | OutputLinear) -> Observer:
         if self._reduction == "sample":

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradprune.config import GRADIENT_METHODS, METHODS, Backend, Method, Reduction
+from gradprune.config import GRADIENT_METHODS, METHODS, Backend, Method, Reduction, check_gradient_fix
 from gradprune.errors import ConfigError, GradPruneError, NonFiniteError
-from gradprune.gradients.repair import GradientRepair, check_gradient_fix, resolve_fix, scales_of
+from gradprune.gradients.repair import GradientRepair, resolve_fix, scales_of
 from gradprune.gradients.statistics import LayerGradients, layer_gradients
 from gradprune.importance.accumulator import BlockAccumulator
 from gradprune.importance.capture import capture, checkpointed
 from gradprune.importance.finite import raise_non_finite_gradient, raise_non_finite_loss
+from gradprune.importance.methods import importance
 from gradprune.importance.ops import select_ops
 from gradprune.importance.reference import merge_statistics, scale_statistics
 from gradprune.loss import sample_losses
@@ -179,6 +180,15 @@ class ImportanceEngine:
                 repair=repair,
             )
 
+    def part(self, name: str) -> dict[tuple[Kind, int], Tensor]:
+        """[groups] fp64 on the CPU by (kind, layer): one of `gradprune.importance.methods.PARTS`, before any repair.
+
+        With `reduction="batch"` the batches have been repaired as they came.
+        """
+        count = self._count
+        with torch.no_grad():
+            return {key: accumulator.part(name, count).cpu() for key, accumulator in self._accumulators.items()}
+
     def gradients(self) -> list[LayerGradients]:
         """Statistics of every decoder layer that has a block, before any repair; empty without gradients."""
         return self._gradients(slice(None), self._count)
@@ -224,7 +234,8 @@ class ImportanceEngine:
         accumulator = self._accumulators.get((kind, layer))
         if accumulator is None:
             return torch.empty(0)
-        return accumulator.importance(method, self._count, scale).float().cpu()
+        count = self._count
+        return importance(method, lambda name: accumulator.part(name, count), scale).float().cpu()  # type: ignore[no-any-return]
 
     def _gradients(
         self, steps: slice, count: int, scales: dict[int, list[float]] | None = None
