@@ -92,6 +92,15 @@ def test_layers_without_parameters_are_left_out() -> None:
     assert [layer.layer for layer in gradients_of_model(model)] == [0, 2]
 
 
+def test_parameters_without_elements_are_left_out() -> None:
+    model = tiny_model()
+    model.model.layers[0].register_parameter("empty", nn.Parameter(torch.empty(0)))
+    model.model.layers[0].empty.grad = torch.empty(0)
+    first = gradients_of_model(backward(model))[0]
+    assert first.minimum < first.maximum
+    assert "empty" not in first.parameter_norms
+
+
 def test_no_gradient_anywhere_is_an_error() -> None:
     model = tiny_model()
     with pytest.raises(GradPruneError, match=r"none of the 3 decoder layers has a \.grad; call loss\.backward\(\)"):

@@ -212,6 +212,16 @@ def test_the_heatmap_shows_log10_norms_and_hatches_zero_and_missing() -> None:
     assert marked(axes) == [0, 1]
 
 
+def test_equal_norms_lie_in_the_middle_of_the_color_scale() -> None:
+    layers = [LayerGradients(index, 1.0, 0.0, 1.0, 1.0, 1.0, {"w": 1e-2}) for index in range(3)]
+    assert heatmap_figure("title", layers).axes[0].images[0].get_clim() == (-2.5, -1.5)
+
+
+def test_no_marker_lies_on_the_axis() -> None:
+    bottom, top = comparison_figure(["only"], [[layer(0, 1e-8), layer(1, 1e-4)]]).axes[0].get_ylim()
+    assert (bottom, top) == pytest.approx((1e-9, 1e-3))
+
+
 def test_the_comparison_has_a_line_a_step_and_crosses_for_zeros() -> None:
     steps = [[layer(0, 1e-4), layer(1, 1e-3)], [layer(0, 0.0), layer(1, 2e-3)], [layer(1, 3e-3)]]
     figure = comparison_figure(["first", "second", "third"], steps)

@@ -46,6 +46,7 @@ def test_experts_of_a_layer_do_not_win() -> None:
 
 def test_the_longest_list_wins_then_the_larger() -> None:
     short, long = (nn.ModuleList(Layer() for _ in range(length)) for length in (3, 5))
+    short.append(Layer(experts=99))
     assert find_decoder_layers(model_of(vision=short, text=long)) is long
     wide = nn.ModuleList(Layer(experts=1) for _ in range(5))
     assert find_decoder_layers(model_of(encoder=long, decoder=wide)) is wide
