@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from gradprune.checkpoint import load_pruned
     from gradprune.config import PruneConfig
     from gradprune.errors import GradPruneError
+    from gradprune.gradients.in_place import (
+        adaptive_gradient_scaling,
+        normalize_gradients_per_layer,
+        weight_gradients_by_depth,
+    )
     from gradprune.gradients.visualizer import GradientVisualizer
     from gradprune.importance.engine import ImportanceEngine
     from gradprune.pipeline import PruneResult, prune
@@ -23,8 +28,11 @@ _HOME = {
     "ImportanceEngine": "gradprune.importance.engine",
     "PruneConfig": "gradprune.config",
     "PruneResult": "gradprune.pipeline",
+    "adaptive_gradient_scaling": "gradprune.gradients.in_place",
     "load_pruned": "gradprune.checkpoint",
+    "normalize_gradients_per_layer": "gradprune.gradients.in_place",
     "prune": "gradprune.pipeline",
+    "weight_gradients_by_depth": "gradprune.gradients.in_place",
 }
 
 __all__ = [
@@ -34,8 +42,11 @@ __all__ = [
     "PruneConfig",
     "PruneResult",
     "__version__",
+    "adaptive_gradient_scaling",
     "load_pruned",
+    "normalize_gradients_per_layer",
     "prune",
+    "weight_gradients_by_depth",
 ]
 
 

@@ -68,7 +68,7 @@ class PruneConfig:
     normalize_per: NormalizePer = "layer"
     clip_percentile: float = 100.0
     attention_factor: float = 1.0
-    repair: Repair = "none"
+    repair: Repair = "least_squares"
     held_out_samples: int = 32
     collect_batches: int = 5
     scores: str | None = None

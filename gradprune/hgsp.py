@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from gradprune.groups import KINDS, GroupTable
 from gradprune.importance import ImportanceEngine
-from gradprune.loss import sample_losses
+from gradprune.loss import mean_loss, sample_losses
 from gradprune.models import Kind, PrunableModel
 
 
@@ -71,11 +71,11 @@ def removal_priors(
     modules: dict[int, list[nn.Module]] = {}
     for block in view.blocks():
         modules.setdefault(block.layer, []).append(block.module)
-    dense = _mean_loss(model, batches)
+    dense = mean_loss(model, batches)
 
     def without(removed: list[nn.Module]) -> float:
         with _silenced(removed):
-            loss = _mean_loss(model, batches)
+            loss = mean_loss(model, batches)
         advance()
         return loss - dense
 
@@ -125,12 +125,6 @@ def taylor_priors(engine: ImportanceEngine) -> Priors:
         block={key: abs(gradient) for key, gradient in gates.items()},
         layer={layer: abs(gradient) for layer, gradient in layers.items()},
     )
-
-
-@torch.no_grad()
-def _mean_loss(model: PreTrainedModel, batches: list[Tensor]) -> float:
-    losses = [sample_losses(model, batch.to(model.device)) for batch in batches]
-    return torch.cat(losses).double().mean().item()
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Each sample's own loss, so that its gradient stands by itself in the sum."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,6 +39,13 @@ def sample_losses(model: PreTrainedModel, input_ids: Tensor, max_logits: int = M
         )
     samples, tokens = input_ids.shape
     return nll.view(samples, tokens - 1).mean(1)
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, batches: Sequence[Tensor]) -> float:
+    """Mean of l_n over the samples of all batches [N, T], in nats a token."""
+    losses = [sample_losses(model, batch.to(model.device)) for batch in batches]
+    return torch.cat(losses).double().mean().item()
 
 
 def _token_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

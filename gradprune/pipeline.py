@@ -92,7 +92,8 @@ class PruneResult:
 class Samples:
     """Token ids of a run; none of the three shares a token with another.
 
-    calibration: [num_samples, seq_len]. held_out: [held_out_samples, seq_len], empty where nothing is chosen on them.
+    calibration: [num_samples, seq_len]. held_out: [at most held_out_samples, seq_len], none where nothing is chosen
+        on them.
     evaluation: [tokens].
     """
 
@@ -160,7 +161,9 @@ def draw_samples(
 ) -> Samples:
     """The samples of a run, as given or from the datasets of `config`."""
     calibration, evaluation = _tokens(tokenizer, config, calibration, evaluation, model.config.vocab_size)
-    held_out = config.held_out_samples if config.repair != "none" else 0
+    # As many held-out samples as the text has left over.
+    spare = max(0, len(calibration) // config.seq_len - config.num_samples)
+    held_out = min(config.held_out_samples, spare) if config.repair != "none" else 0
     windows = sample_windows(
         calibration, num_samples=config.num_samples + held_out, seq_len=config.seq_len, seed=config.seed
     )
@@ -285,7 +288,7 @@ def _cut_and_repair(
     # The weights are re-solved in the whole model, and then cut; the cut ones no longer share its memory.
     with nullcontext() if inplace else output_weights_restored(view, masks):
         if config.repair == "least_squares":
-            with clock.stage("repair"), progress(console, "Repairing", repair_steps(view, masks), "blocks") as advance:
+            with clock.stage("repair"), progress(console, "Repairing", repair_steps(view), "blocks") as advance:
                 parts = [list(batches(part, config.batch_size)) for part in (samples.calibration, samples.held_out)]
                 repairs = least_squares(model, view, masks, *parts, advance=advance)
         with clock.stage("surgery"):

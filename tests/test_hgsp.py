@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,14 @@ from gradprune.groups import KINDS
 from gradprune.hgsp import Priors, modulate, removal_priors, removal_steps, similarity_priors, taylor_priors
 from gradprune.importance import ImportanceEngine
 from gradprune.models import describe
+from gradprune.normalization import Normalization, normalized_scores
+
+
+def scored_table():
+    """With importance per parameter as score, as `modulate` takes it."""
+    table = make_table()
+    return replace(table, score=normalized_scores(table, Normalization()))
+
 
 PRIORS = Priors(
     block={(kind, layer): 0.1 * (layer + 1) + (0.05 if kind == "mlp" else 0.0) for layer in range(4) for kind in KINDS},
@@ -28,7 +37,7 @@ def prior_of(tau: float | None, layer: int, kind: str) -> float:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("tau", [0.0, 2.0, 2.5, math.inf, None])
 def test_scores_follow_the_formula(temperature: float, tau: float | None) -> None:
-    table = modulate(make_table(), temperature, tau, PRIORS)
+    table = modulate(scored_table(), temperature, tau, PRIORS)
     for row in range(len(table)):
         prior = prior_of(tau, int(table.layer[row]), KINDS[table.kind[row]])
         expected = table.importance[row] / table.cost[row] * math.log(1.0 + prior) ** temperature
@@ -37,14 +46,14 @@ def test_scores_follow_the_formula(temperature: float, tau: float | None) -> Non
 
 
 def test_temperature_0_needs_no_priors() -> None:
-    table = modulate(make_table(), 0.0, None, None)
+    table = modulate(scored_table(), 0.0, None, None)
     np.testing.assert_array_equal(table.score, table.importance / table.cost)
     assert np.isnan(table.prior).all()
 
 
 def test_a_negative_prior_counts_as_zero() -> None:
     negative = Priors(block=dict.fromkeys(PRIORS.block, -1.0), layer=dict.fromkeys(range(4), -1.0))
-    assert (modulate(make_table(), 1.0, 0.0, negative).score == 0.0).all()
+    assert (modulate(scored_table(), 1.0, 0.0, negative).score == 0.0).all()
 
 
 def mean_loss(model, ids) -> float:

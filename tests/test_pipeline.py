@@ -71,14 +71,18 @@ def test_the_results_folder_holds_what_the_documentation_says(tmp_path: Path) ->
     assert len(summary["layers"]) == 3
     assert summary["bytes_on_disk"]["after"] == (folder / "model" / "model.safetensors").stat().st_size
     gradients = json.loads((folder / "analysis" / "gradients.json").read_text())
-    assert [layer["layer"] for layer in gradients["layers"]] == [0, 1, 2]
-    assert gradients["verdict"] == "normal"
+    assert [layer["layer"] for layer in gradients["before"]["layers"]] == [0, 1, 2]
+    assert gradients["verdict"] == {"before": "normal", "after": "normal"}
+    assert gradients["pruning"][2].keys() == {"layer", "attention_pruned", "mlp_pruned"}
+    plots = ["grad_comparison.png", "grad_dist_batch0.png", "grad_heatmap_batch0.png", "gradient_report.txt"]
+    assert sorted(path.name for path in (folder / "gradient_analysis").iterdir()) == [*plots, "layer_variance.png"]
     record = json.loads((folder / "run.json").read_text())
     assert record["config"]["temperature"] == 1.0
     assert set(record["versions"]) >= {"gradprune", "torch", "transformers", "python"}
     report = (folder / "report.html").read_text()
     assert "<svg" in report
     assert f"{result.after.parameters:,}" in report
+    assert report.count("data:image/png;base64,") == 4
     assert not re.search(r"""(src|href)=["']?(http|/|\.)|@import|url\(http""", report), "the report needs no other file"
     reloaded = load_pruned(folder / "model")
     ids = tiny_ids()
@@ -88,7 +92,13 @@ def test_the_results_folder_holds_what_the_documentation_says(tmp_path: Path) ->
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         run(tiny_model(dtype=torch.float32), output_dir=str(tmp_path), output_name=name, temperature=1.0)
-    for file in ("model/model.safetensors", "model/config.json", "analysis/groups.csv", "analysis/gradients.json"):
+    for file in (
+        "model/model.safetensors",
+        "model/config.json",
+        "analysis/groups.csv",
+        "analysis/gradients.json",
+        "analysis/scores.safetensors",
+    ):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
@@ -143,7 +153,12 @@ def test_what_cannot_be_done_is_told_before_anything_runs(options, error, messag
         ({"num_samples": 0}, "num_samples: 0"),
         ({"seq_len": 1}, "seq_len: 1"),
         ({"output_name": "../x"}, "output_name: '../x'"),
-        ({"prior": "taylor", "temperature": 1.0, "importance_method": "wanda"}, "prior: 'taylor' needs gradients"),
+        ({"gradient_fix": "adaptve"}, "gradient_fix: 'adaptve' in 'adaptve' is unknown; choose none, auto"),
+        ({"gradient_fix": "adaptive+none"}, r"gradient_fix: 'none' in 'adaptive\+none'"),
+        ({"gradient_fix": "adaptive", "importance_method": "wanda"}, "uses no gradients"),
+        ({"clip_percentile": 50.0}, "clip_percentile: 50.0"),
+        ({"attention_factor": 0.0}, "attention_factor: 0.0"),
+        ({"normalize_scores": "log2"}, "normalize_scores: 'log2'"),
         ({"uniform": True, "freeze_last_n_layers": 1}, "uniform: cannot be combined"),
     ],
 )

@@ -4,18 +4,19 @@ import math
 
 from torch import Tensor, nn
 
+from gradprune.config import Backend
 from gradprune.errors import GradPruneError, NonFiniteError
+from gradprune.gradients.ops import grad_stats
 from gradprune.gradients.statistics import LayerGradients, layer_gradients
-from gradprune.importance.reference import grad_stats_reference
 from gradprune.models.decoder_layers import find_decoder_layers
 
 
-def gradients_of_model(model: nn.Module) -> list[LayerGradients]:
+def gradients_of_model(model: nn.Module, backend: Backend = "auto") -> list[LayerGradients]:
     """Statistics of each decoder layer over all its parameters that have a `.grad`: weights, biases and norms.
 
     Weights go by the name of their module ("self_attn.q_proj"), as in the engine's statistics; other parameters by
     their own ("self_attn.q_proj.bias"). A layer without any `.grad` has mean 0 and no names; a layer without
-    parameters is left out. Sums are in fp32, in fp64 for fp64 gradients. Deterministic.
+    parameters is left out. `backend` computes the statistics, in fp32 (fp64 for fp64 gradients). Deterministic.
 
     Raises:
         GradPruneError: no parameter of any decoder layer has a `.grad`.
@@ -29,7 +30,9 @@ def gradients_of_model(model: nn.Module) -> list[LayerGradients]:
             f"gradients: none of the {len(layers)} decoder layers has a .grad; call loss.backward() first, "
             "and read the gradients before optimizer.zero_grad()"
         )
-    return [_layer_gradients(index, own) for index, own in gradients.items()]
+    # One call for all of them.
+    found = iter(grad_stats([gradient for own in gradients.values() for gradient in own.values()], backend).tolist())
+    return [_layer_gradients(index, own, {name: next(found) for name in own}) for index, own in gradients.items()]
 
 
 def _gradients_of_layer(layer: nn.Module) -> dict[str, Tensor]:
@@ -40,12 +43,12 @@ def _gradients_of_layer(layer: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _layer_gradients(index: int, gradients: dict[str, Tensor]) -> LayerGradients:
+def _layer_gradients(index: int, gradients: dict[str, Tensor], of_parameters: dict[str, list[float]]) -> LayerGradients:
     if not gradients:
         return LayerGradients(index, mean=0.0, std=0.0, norm=0.0, maximum=0.0, minimum=0.0, parameter_norms={})
     statistics, elements = {}, {}
     for name, gradient in gradients.items():
-        values = grad_stats_reference(gradient).tolist()
+        values = of_parameters[name]
         if values[4] > 0:
             raise NonFiniteError(
                 f"gradient: {int(values[4])} of {gradient.numel()} elements of layer {index}'s {name} are NaN or "

@@ -85,7 +85,7 @@ def unavailable_reason(backend: Backend, device: str) -> str | None:
     if backend == "cpp":
         if device != "cpu":
             return "the C++ kernels work on CPU tensors"
-        return _extension_fault()
+        return extension_fault()
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed (pip install 'gradprune[triton]')"
@@ -95,7 +95,8 @@ def unavailable_reason(backend: Backend, device: str) -> str | None:
     return "no importance op has a CUDA C++ kernel; on a GPU use 'triton'"
 
 
-def _extension_fault() -> str | None:
+def extension_fault() -> str | None:
+    """Why the C++ kernels cannot run here, or None if they can."""
     try:
         importlib.import_module("gradprune._C")
     except ImportError as error:
