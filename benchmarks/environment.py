@@ -61,7 +61,9 @@ def cpu_name() -> str:
     information = Path("/proc/cpuinfo")
     if information.is_file():
         fields = dict(
-            (part.strip() for part in line.split(":", 1)) for line in information.read_text().splitlines() if ":" in line
+            (part.strip() for part in line.split(":", 1))
+            for line in information.read_text().splitlines()
+            if ":" in line
         )
         model, flags = fields.get("model name", model), fields.get("flags", "")
     isa = next((name for name in ("avx512f", "avx2") if name in flags.split()), "")

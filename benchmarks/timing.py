@@ -128,9 +128,7 @@ def _fault(provider: Provider, make_inputs: Callable[[int], tuple[Any, ...]]) ->
     return None if fault is None else f"wrong result: {fault}"
 
 
-def _cold_inputs(
-    make_inputs: Callable[[int], tuple[Any, ...]], input_bytes: int, device: str
-) -> list[tuple[Any, ...]]:
+def _cold_inputs(make_inputs: Callable[[int], tuple[Any, ...]], input_bytes: int, device: str) -> list[tuple[Any, ...]]:
     if device == "cuda":
         return [make_inputs(0)]
     # Twice the cache: when a set's turn comes again, nothing of it is left.

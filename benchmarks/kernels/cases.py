@@ -28,9 +28,7 @@ def matrices(device: str, size: str) -> list[Case]:
     if size == "toy":
         return [Case(" ".join(name), (shape,), dtype) for name, shape in _TOY.items() for dtype in ("fp32", "bf16")]
     if device == "cuda":
-        names = {
-            (model, part): (model, part) in _GPU_COMPILED for model, weights in MODELS.items() for part in weights
-        }
+        names = {(model, part): (model, part) in _GPU_COMPILED for model, weights in MODELS.items() for part in weights}
     else:
         names = dict(_CPU)
     if size == "quick":
@@ -47,15 +45,14 @@ def token_counts(device: str, size: str) -> list[Case]:
     """Weights with the samples whose gradient is formed, for ops that form it."""
     if size == "toy":
         return [Case("toy", ((24, 40),), dtype, samples=2, tokens=8) for dtype in ("fp32", "bf16")]
+    tokens = (128, 512, 2048)
+    weights = [("Llama-3-8B", "q"), ("Llama-3-8B", "k"), ("awkward", "odd")]
     if device == "cuda":
-        weights, tokens, samples = [("Llama-3-8B", "q"), ("Llama-3-8B", "down"), ("Qwen2.5-7B", "gate")], (128, 512, 2048), 4
-        weights += [("Llama-3-70B", "gate"), ("awkward", "odd")]
-    else:
-        weights, tokens, samples = [("Llama-3-8B", "k"), ("Llama-3-8B", "q"), ("awkward", "odd")], (128, 512, 2048), 1
+        weights += [("Llama-3-8B", "down"), ("Qwen2.5-7B", "gate"), ("Llama-3-70B", "gate")]
     if size == "quick":
         weights, tokens = weights[:1], (128, 512)
     return [
-        Case(f"{model} {part}", (MODELS[model][part],), dtype, samples=samples, tokens=count)
+        Case(f"{model} {part}", (MODELS[model][part],), dtype, samples=4 if device == "cuda" else 1, tokens=count)
         for dtype in (("bf16", "fp32", "fp16") if size == "full" else ("bf16", "fp32"))
         for model, part in weights
         for count in tokens

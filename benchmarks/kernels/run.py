@@ -44,7 +44,9 @@ def _benchmark(op: Op, case: Case, size: str, deadline: Deadline, options: Names
     """Measure one case, print its table, append its records."""
     say(f"{op.name} {case.label} [{case.text}] {case.dtype} on {options.device}")
     if size != "toy" and not deadline.allows(_PREPARATION + _SECONDS[size]):
-        append(_record(op, case, "all", options.device, error="skipped: the time for this run was used up"), options.output)
+        append(
+            _record(op, case, "all", options.device, error="skipped: the time for this run was used up"), options.output
+        )
         return
     providers = op.providers(case, options.device)
     found = measure(
@@ -61,9 +63,7 @@ def _benchmark(op: Op, case: Case, size: str, deadline: Deadline, options: Names
     free(options.device)
 
 
-def records(
-    op: Op, case: Case, providers: Sequence[Provider], found: dict[str, Timing], device: str
-) -> list[Record]:
+def records(op: Op, case: Case, providers: Sequence[Provider], found: dict[str, Timing], device: str) -> list[Record]:
     """One record a provider, each related to the fastest floor."""
     floors = [found[provider.name].p50 for provider in providers if provider.floor]
     floor = min((value for value in floors if value is not None), default=None)
