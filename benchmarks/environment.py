@@ -88,7 +88,17 @@ def revision() -> str:
         commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
         # Results are written while benchmarks run, and measure nothing.
         changed = _output(
-            "git", "-C", str(ROOT), "status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results", ":!*.md"
+            "git",
+            "-C",
+            str(ROOT),
+            "status",
+            "--porcelain",
+            "-uno",
+            "--",
+            ".",
+            ":!benchmarks/results",
+            ":!benchmarks/plots",
+            ":!*.md",
         )
     except (OSError, subprocess.SubprocessError):
         return f"sources-{sources_hash()}"

@@ -5,6 +5,7 @@ turn takes the next of several input sets, together larger than the last-level c
 overwritten before each turn, and events time the turn alone.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -113,6 +114,7 @@ def first_line(error: BaseException) -> str:
 
 def free(device: str) -> None:
     """Give cached memory back, so that one provider's garbage is not another's shortage."""
+    gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 

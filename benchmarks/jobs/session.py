@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.jobs.calibrators import Calibrator, Outcome, calibrators
 from benchmarks.jobs.models import Load, build, samples
-from benchmarks.timing import first_line, out_of_memory
+from benchmarks.timing import first_line, free, out_of_memory
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Session:
         batches = samples(self._model, load)
         cuda = self._model.device.type == "cuda"
         if cuda:
-            torch.cuda.empty_cache()
+            free("cuda")
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
             held = torch.cuda.memory_allocated()
