@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from benchmarks.jobs.session import Session, Task, TurnError, Worker
 from benchmarks.kernels import run as kernels
 from benchmarks.quality import methods
 from benchmarks.quality.peer import uniform_masks, without_grouped_queries
-from benchmarks.results import Record, read
+from benchmarks.results import read
 from gradprune.models import describe
 
 TOY = ("--toy", "--output")
@@ -144,7 +143,7 @@ def test_a_worker_that_hangs_or_dies_is_an_error() -> None:
         assert worker.turn(Load(2, 8, 2)).seconds > 0.0
         os.kill(worker._process.pid, signal.SIGKILL)
         worker._process.join(10.0)
-        with pytest.raises(TurnError, match="exit code -9|255|is gone"):
+        with pytest.raises(TurnError, match=r"exit code -9|exit code 255|is gone"):
             worker.turn(Load(2, 8, 2))
     finally:
         worker.close()
@@ -174,5 +173,3 @@ def test_every_step_is_a_module_with_a_command_line() -> None:
         with pytest.raises(SystemExit) as exit_info:
             module.main(["--device", "abacus"])
         assert exit_info.value.code == 2
-    assert isinstance(Record, type)
-    assert sys.modules["benchmarks"]
