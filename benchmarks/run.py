@@ -32,10 +32,10 @@ class Step:
 
 
 STEPS = (
-    Step("benchmarks.kernels.run", "kernel", 0.32, 0.32),
-    Step("benchmarks.jobs.calibration", "job", 0.30, 0.50),
+    Step("benchmarks.kernels.run", "kernel", 0.31, 0.32),
+    Step("benchmarks.jobs.calibration", "job", 0.29, 0.50),
     Step("benchmarks.jobs.growth", "job", 0.12, 0.08),
-    Step("benchmarks.jobs.score_select_cut", "job", 0.03, 0.0),
+    Step("benchmarks.jobs.score_select_cut", "job", 0.05, 0.0),
     Step("benchmarks.inference.speed", "inference", 0.09, 0.10),
     Step("benchmarks.quality.methods", "quality", 0.14, 0.0),
 )

@@ -28,7 +28,7 @@ class Provider:
     """Someone who does the work.
 
     run: called with the fields of one input set; returns its result.
-    check: given that result and fresh inputs like those it was made of, what is wrong with it, or None.
+    check: given a result and the inputs it was made of, what is wrong with it, or None; always the same inputs.
     floor: it does not do the work, but what the work costs at least (a copy, a plain GEMM).
     """
 
@@ -90,11 +90,13 @@ def measure(
         result too.
     """
     faults: dict[str, str] = {}
+    inputs = make_inputs(0)
     for provider in providers:
-        fault = _fault(provider, make_inputs)
+        fault = _fault(provider, inputs)
         if fault is not None:
             say(f"{provider.name}: {fault}")
             faults[provider.name] = fault
+    del inputs
     right = [provider for provider in providers if provider.name not in faults]
     found = {name: Timing.failed(fault) for name, fault in faults.items()}
     if right:
@@ -119,15 +121,21 @@ def free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _fault(provider: Provider, make_inputs: Callable[[int], tuple[Any, ...]]) -> str | None:
+def _fault(provider: Provider, inputs: tuple[Any, ...]) -> str | None:
     """What keeps a provider from being timed. Two calls: the first may compile, the second is the one checked."""
     try:
-        provider.run(*make_inputs(0))
-        result = provider.run(*make_inputs(0))
-        fault = provider.check(result, make_inputs(0))
+        provider.run(*_clone(inputs))
+        fault = provider.check(provider.run(*_clone(inputs)), inputs)
     except Exception as error:  # whatever a peer or a compiler raises is its result, and is recorded
         return f"out of memory: {first_line(error)}" if out_of_memory(error) else first_line(error)
     return None if fault is None else f"wrong result: {fault}"
+
+
+def _clone(inputs: Any) -> Any:
+    """A copy, as an op may work in place."""
+    if isinstance(inputs, torch.Tensor):
+        return inputs.clone()
+    return type(inputs)(_clone(value) for value in inputs)
 
 
 def _cold_inputs(make_inputs: Callable[[int], tuple[Any, ...]], input_bytes: int, device: str) -> list[tuple[Any, ...]]:

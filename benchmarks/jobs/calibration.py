@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from benchmarks.jobs.calibrators import Calibrator, calibrators, engine_scores
 from benchmarks.jobs.models import Load, build, samples
-from benchmarks.jobs.session import Session, Task, Turn, TurnError, Worker
+from benchmarks.jobs.session import TIMEOUT, Session, Task, Turn, TurnError, Worker
 from benchmarks.options import listed, parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
@@ -48,7 +48,7 @@ class Job:
 
 
 TOY = [Job("toy", Load(4, 16, 2), repeats=2, seconds=0.0)]
-QUICK = [Job("28M", Load(4, 128, 2), repeats=2)]
+QUICK = [Job("3M", Load(4, 128, 2), repeats=3)]
 CPU = [
     Job("3M", Load(4, 128, 2), repeats=7),
     Job("28M", Load(4, 128, 2), repeats=5, seconds=60.0),
@@ -97,7 +97,7 @@ def _benchmark(job: Job, deadline: Deadline, options: Namespace) -> None:
     free(options.device)
     everyone = [one for one in calibrators(_backends(options.device)) if _takes_part(one, job, options)]
     with _sessions(job, everyone, options.device) as sessions:
-        errors = _check(job, everyone, sessions, options.device)
+        errors = _check(job, everyone, sessions, deadline, options.device)
         turns = _alternate(job, sessions, errors, deadline)
     _record(job, everyone, turns, errors, options)
 
@@ -143,14 +143,18 @@ def _sessions(job: Job, everyone: Sequence[Calibrator], device: str) -> Iterator
 
 
 def _check(
-    job: Job, everyone: Sequence[Calibrator], sessions: dict[str, Session | Worker], device: str
+    job: Job,
+    everyone: Sequence[Calibrator],
+    sessions: dict[str, Session | Worker],
+    deadline: Deadline,
+    device: str,
 ) -> dict[str, str]:
     """What is wrong with whom; they are not timed."""
     expected = None if job.gigabytes > 100.0 else _expected(job, device)
     errors = {}
     for one in everyone:
         try:
-            found = sessions[one.name].scores(job.load)
+            found = sessions[one.name].scores(job.load, _timeout(deadline))
         except TurnError as error:
             errors[one.name] = str(error)
         else:
@@ -204,10 +208,21 @@ def _alternate(
             if name in errors:
                 continue
             try:
-                turns[name].append(session.turn(job.load))
+                turns[name].append(session.turn(job.load, _timeout(deadline)))
             except TurnError as error:
                 errors[name] = str(error)
     return turns
+
+
+def _timeout(deadline: Deadline) -> float:
+    """Seconds that a turn may take.
+
+    Raises:
+        TurnError: there is no time left.
+    """
+    if not deadline.allows(0.0):
+        raise TurnError("skipped: the time for this run was used up")
+    return min(TIMEOUT, deadline.left)
 
 
 def _record(

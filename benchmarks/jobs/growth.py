@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from benchmarks.jobs.calibrators import calibrators
 from benchmarks.jobs.models import Load, build
-from benchmarks.jobs.session import Session, Task, Turn, TurnError, Worker
+from benchmarks.jobs.session import TIMEOUT, Session, Task, Turn, TurnError, Worker
 from benchmarks.options import parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
@@ -41,7 +41,7 @@ def series_of(device: str, size: str) -> list[Series]:
         models, at, tokens = ("110M", "1B", "8B"), "1B", (256, 512, 1024, 2048)
     samples = (1, 2, 4, 8)
     if size == "quick":
-        models, tokens, samples = models[:2], tokens[:2], samples[:2]
+        models, at, tokens, samples = models[:2], models[0], tokens[:2], samples[:2]
     return [
         Series("tokens", tuple((at, Load(1, count, 1)) for count in tokens)),
         Series("samples", tuple((at, Load(count, tokens[0], 1)) for count in samples)),
@@ -89,7 +89,7 @@ def _measure(series: Series, dtype: str, deadline: Deadline, options: Namespace)
                 sessions, model_parameters = _open(names, backend, model_name, dtype, options.device)
                 loaded = model_name
             x = {"tokens": load.tokens, "samples": load.samples, "parameters": model_parameters}[series.axis]
-            for name, turns in _turns(sessions, load).items():
+            for name, turns in _turns(sessions, load, deadline).items():
                 timing = Timing.of([turn.seconds for turn in turns]) if turns else Timing.failed("it could not run")
                 peak = max((turn.peak_memory for turn in turns), default=None)
                 _append(series.axis, name, model_name, load, x, timing, peak, dtype, options)
@@ -120,16 +120,19 @@ def _close(sessions: dict[str, Session | Worker]) -> None:
     sessions.clear()
 
 
-def _turns(sessions: dict[str, Session | Worker], load: Load, repeats: int = 3) -> dict[str, list[Turn]]:
+def _turns(
+    sessions: dict[str, Session | Worker], load: Load, deadline: Deadline, repeats: int = 3
+) -> dict[str, list[Turn]]:
     """Turns by name, in alternation, after an untimed batch."""
     turns: dict[str, list[Turn]] = {name: [] for name in sessions}
     for repeat in range(1 + repeats):
         for name, session in sessions.items():
             try:
+                timeout = min(TIMEOUT, max(deadline.left, 1.0))
                 if repeat == 0:
-                    session.scores(load)
+                    session.scores(load, timeout)
                 else:
-                    turns[name].append(session.turn(load))
+                    turns[name].append(session.turn(load, timeout))
             except TurnError as error:
                 say(f"    {name}: {error}")
     return turns

@@ -22,6 +22,10 @@ from benchmarks.jobs.models import Load, build, samples
 from benchmarks.timing import first_line, free, out_of_memory
 
 
+# Seconds that a worker may take for a turn, its start included.
+TIMEOUT = 120.0
+
+
 @dataclass(frozen=True)
 class Task:
     """What a worker is to do: `provider` of `calibrators(backends)` on a random Llama of `size`."""
@@ -57,15 +61,15 @@ class Session:
         self._recompute = recompute
         self._held = _resident_bytes()
 
-    def scores(self, load: Load) -> dict[str, Tensor]:
-        """Scores of the load's first batch, which is the warm-up too.
+    def scores(self, load: Load, _timeout: float = TIMEOUT) -> dict[str, Tensor]:
+        """Scores of the load's first batch, which is the warm-up too. In this process nothing can be ended in time.
 
         Raises:
             TurnError: it cannot.
         """
         return self._run(samples(self._model, load)[:1]).scores
 
-    def turn(self, load: Load) -> Turn:
+    def turn(self, load: Load, _timeout: float = TIMEOUT) -> Turn:
         """One whole calibration.
 
         Raises:
@@ -114,11 +118,11 @@ class Worker:
         self._process.start()
         theirs.close()
 
-    def scores(self, load: Load, timeout: float = 120.0) -> dict[str, Tensor]:
+    def scores(self, load: Load, timeout: float = TIMEOUT) -> dict[str, Tensor]:
         """As `Session.scores`."""
         return {name: torch.tensor(values) for name, values in self._ask("scores", load, timeout).items()}
 
-    def turn(self, load: Load, timeout: float = 120.0) -> Turn:
+    def turn(self, load: Load, timeout: float = TIMEOUT) -> Turn:
         """As `Session.turn`."""
         found: Turn = self._ask("turn", load, timeout)
         return found

@@ -17,7 +17,6 @@ _CPU = {
     ("Llama-3-8B", "down"): False,
     ("Qwen2.5-7B", "q"): False,
     ("awkward", "odd"): True,
-    ("awkward", "flat"): False,
 }
 _GPU_COMPILED = {("Llama-3-8B", "q"), ("Llama-3-8B", "down"), ("Llama-3-70B", "gate"), ("awkward", "odd")}
 _TOY = {("toy", "small"): (48, 80), ("toy", "odd"): (33, 17)}
@@ -32,7 +31,7 @@ def matrices(device: str, size: str) -> list[Case]:
     else:
         names = dict(_CPU)
     if size == "quick":
-        names = {("Llama-3-8B", "q"): True, ("awkward", "odd"): False}
+        names = {("Llama-3-8B", "k"): True, ("awkward", "odd"): False}
     dtypes = ("fp32", "bf16") if size == "quick" else ("bf16", "fp32", "fp16")
     return [
         Case(f"{model} {part}", (MODELS[model][part],), dtype, compiled=compiled)
@@ -45,17 +44,17 @@ def token_counts(device: str, size: str) -> list[Case]:
     """Weights with the samples whose gradient is formed, for ops that form it."""
     if size == "toy":
         return [Case("toy", ((24, 40),), dtype, samples=2, tokens=8) for dtype in ("fp32", "bf16")]
-    tokens = (128, 512, 2048)
-    weights = [("Llama-3-8B", "q"), ("Llama-3-8B", "k"), ("awkward", "odd")]
+    tokens = {("Llama-3-8B", "q"): (128, 512, 2048), ("awkward", "odd"): (512,)}
     if device == "cuda":
-        weights += [("Llama-3-8B", "down"), ("Qwen2.5-7B", "gate"), ("Llama-3-70B", "gate")]
+        names = [("Llama-3-8B", "k"), ("Llama-3-8B", "down"), ("Qwen2.5-7B", "gate"), ("Llama-3-70B", "gate")]
+        tokens |= dict.fromkeys(names, (128, 512, 2048))
     if size == "quick":
-        weights, tokens = weights[:1], (128, 512)
+        tokens = {("Llama-3-8B", "k"): (128, 512)}
     return [
         Case(f"{model} {part}", (MODELS[model][part],), dtype, samples=4 if device == "cuda" else 1, tokens=count)
         for dtype in (("bf16", "fp32", "fp16") if size == "full" else ("bf16", "fp32"))
-        for model, part in weights
-        for count in tokens
+        for (model, part), counts in tokens.items()
+        for count in counts
     ]
 
 
@@ -70,7 +69,8 @@ def gradient_lists(device: str, size: str) -> list[Case]:
     if device == "cuda" and size == "full":
         cases["Llama-3-70B layer"] = _layer(8192, 1024, 28672)
         cases["Qwen2.5-0.5B, all 24 layers"] = _layer(896, 128, 4864) * 24
-    return [Case(label, shapes, dtype) for dtype in ("bf16", "fp32", "fp16") for label, shapes in cases.items()]
+    dtypes = ("bf16", "fp32", "fp16") if size == "full" else ("fp32", "bf16")
+    return [Case(label, shapes, dtype) for dtype in dtypes for label, shapes in cases.items()]
 
 
 def _layer(hidden: int, key_value: int, channels: int) -> tuple[tuple[int, ...], ...]:

@@ -1,5 +1,6 @@
 """grad_stats: eager tensor by tensor, `torch._foreach_*`, our backends; the floor is a copy of the same bytes."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,21 +35,22 @@ def _foreach(grads: list[Tensor], *_buffers: Tensor) -> Tensor:
     return torch.stack([torch.stack(list(column)) for column in columns], 1)
 
 
-def _check(found: Tensor, inputs: tuple[Any, ...]) -> str | None:
+def _check(found: Tensor, inputs: tuple[Any, ...], tolerance: float = 2e-5) -> str | None:
+    """The tolerance is relative, of sums of millions in fp32; the count, whose scale is 0 here, must be exact."""
     expected = torch.stack([grad_stats_reference(grad.double()) for grad in inputs[0]])
     if found.shape != expected.shape:
         return f"has shape {tuple(found.shape)}, not {tuple(expected.shape)}"
     difference = (found.double().to(expected.device) - expected).abs()
-    # fp32 sums of millions of elements; the count, whose scale is 0 here, must be exact.
-    wrong = ~(difference <= 2e-5 * expected)
-    return f"{int(wrong.sum())} of {wrong.numel()} statistics are off by more than 2e-5" if wrong.any() else None
+    wrong = ~(difference <= tolerance * expected)
+    return f"{int(wrong.sum())} of {wrong.numel()} statistics are off by more than {tolerance}" if wrong.any() else None
 
 
 def _providers(case: Case, device: str) -> list[Provider]:
     return [
         Provider("copy", copy_buffer, copied, floor=True),
         Provider("eager", _eager, _check),
-        Provider("foreach", _foreach, _check),
+        # On the CPU PyTorch's norm adds one element after the other in fp32, and is that much off.
+        Provider("foreach", _foreach, partial(_check, tolerance=5e-3)),
         *gradient_backends("grad_stats", lambda op, grads, *_buffers: op(grads), _check, device),
     ]
 
