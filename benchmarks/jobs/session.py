@@ -21,7 +21,6 @@ from benchmarks.jobs.calibrators import Calibrator, Outcome, calibrators
 from benchmarks.jobs.models import Load, build, samples
 from benchmarks.timing import first_line, free, out_of_memory
 
-
 # Seconds that a worker may take for a turn, its start included.
 TIMEOUT = 120.0
 
@@ -109,7 +108,7 @@ class Worker:
     """A provider in a process of its own; raises `TurnError` for all that goes wrong there."""
 
     def __init__(self, task: Task) -> None:
-        """Start the process; it loads the model meanwhile."""
+        """Start the process and wait for it to have loaded the model: many at once would be in each other's way."""
         # Its server imports the libraries once, before any thread is there, and forks a process a worker.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, "torch_pruning"])
@@ -117,6 +116,14 @@ class Worker:
         self._process = context.Process(target=serve, args=(task, theirs), daemon=True)
         self._process.start()
         theirs.close()
+        try:
+            if self._connection.poll(TIMEOUT):
+                self._connection.recv()
+            else:
+                self._process.kill()
+        except (EOFError, OSError):
+            # It died; whoever asks it for something is told.
+            self._process.join(10.0)
 
     def scores(self, load: Load, timeout: float = TIMEOUT) -> dict[str, Tensor]:
         """As `Session.scores`."""
@@ -164,6 +171,7 @@ def serve(task: Task, connection: Connection) -> None:
         "scores": lambda load: {name: values.tolist() for name, values in session.scores(load).items()},
         "turn": session.turn,
     }
+    connection.send("ready")
     while True:
         try:
             what, load = connection.recv()
