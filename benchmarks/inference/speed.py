@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models = {"dense": dense, **{f"round_to {width}": pruned(dense, width) for width in setting.rounded_to}}
     for batch in BATCHES:
         for phase in ("prefill", "decode"):
-            if not deadline.allows(5.0):
+            if not deadline.allows(1.0):
                 say(f"inference, {phase}, batch {batch}: the time for this run is used up")
                 continue
             _benchmark(phase, batch, models, setting, options)

@@ -81,7 +81,7 @@ def _measure(series: Series, dtype: str, deadline: Deadline, options: Namespace)
         for model_name, load in series.points:
             # The last point took about a quarter of this one's time.
             before = sum(4.0 * points[-1][1] for points in found.values() if points)
-            if not deadline.allows(before + 5.0):
+            if not deadline.allows(before + 2.0):
                 say("    the time for this run is used up")
                 break
             if model_name != loaded:
