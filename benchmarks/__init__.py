@@ -1,1 +1,1 @@
-"""What is timed against what."""
+"""What is measured against what. `python -m benchmarks.run` measures, `python -m benchmarks.report` shows."""

@@ -1,19 +1,21 @@
-"""Seconds from the end of the backward pass to a cut model: scoring, selecting, cutting; by number of layers.
+"""From the end of the backward pass to a cut model: scoring, selecting, cutting; by number of layers.
 
-    python -m benchmarks.jobs.score_select_cut
+    python -m benchmarks.jobs.score_select_cut [--layers 4,8,16,32] [--quick]
 
-The model is a randomly initialised Llama: hidden 512, 8 heads, intermediate 2048, vocabulary 16384; 50M parameters
-at 8 layers. Each number is the median of --repeats.
+The model is a randomly initialised Llama: hidden 512, 8 heads, intermediate 1408, vocabulary 4096.
 """
 
-import statistics
 import time
-from argparse import ArgumentParser
+from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from benchmarks.jobs.models import Load, build, samples
+from benchmarks.options import listed, parse, parser
+from benchmarks.progress import Deadline, say
+from benchmarks.results import append, record
+from benchmarks.timing import Timing
 from gradprune.evaluate import model_size
 from gradprune.groups import group_costs, importance_column
 from gradprune.hgsp import modulate
@@ -22,43 +24,47 @@ from gradprune.models import describe
 from gradprune.selection import Constraints, select
 from gradprune.surgery import cut
 
+STEPS = ("score", "select", "cut")
 
-def main() -> None:
-    """Measure each depth and print a table."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=lambda text: [int(part) for part in text.split(",")], default=[4, 8, 16, 32])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--pruning_ratio", type=float, default=0.2)
-    options = parser.parse_args()
-    print("layers  parameters  score ms  select ms  cut ms  total ms")
-    for layers in options.layers:
-        model = llama(layers)
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure each depth, one record a step and one of all."""
+    made = parser(__doc__)
+    made.add_argument("--layers", type=listed(int), default=None)
+    made.add_argument("--repeats", type=int, default=5)
+    made.add_argument("--pruning_ratio", type=float, default=0.2)
+    options = parse(made, arguments)
+    deadline = Deadline(options.seconds)
+    size = "toy" if options.toy else "28M"
+    for layers in options.layers or ([2] if options.toy else [4, 8] if options.quick else [4, 8, 16, 32]):
+        if not deadline.allows(0.0):
+            say("score_select_cut: the time for this run is used up")
+            return
+        model = build(size, options.device, layers=layers)
         engine = calibrated(model)
         runs = [job(model, engine, options.pruning_ratio) for _ in range(options.repeats)]
-        score, chosen, surgery = (1e3 * statistics.median(column) for column in zip(*runs, strict=True))
-        total = score + chosen + surgery
-        size = model_size(model).parameters
-        print(f"{layers:6d}  {size / 1e6:9.1f}M  {score:8.1f}  {chosen:9.1f}  {surgery:6.1f}  {total:8.1f}", flush=True)
-
-
-def llama(layers: int) -> LlamaForCausalLM:
-    """The model."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=16384,
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    return LlamaForCausalLM(config).eval()
+        parameters = model_size(model).parameters
+        for step, seconds in zip((*STEPS, "all"), zip(*(((*run, sum(run))) for run in runs), strict=True), strict=True):
+            timing = Timing.of(seconds)
+            extra = {"layers": layers, "parameters": parameters, "step": step}
+            found = record(
+                "job",
+                "score, select, cut",
+                f"gradprune {step}",
+                f"Llama {size}, {layers} layers",
+                "fp32",
+                options.device,
+                extra=extra,
+                **timing.values(),
+            )
+            append(found, options.output)
+            say(f"score_select_cut, {layers} layers, {parameters / 1e6:.1f} M parameters: {step} {timing.p50:.1f} ms")
 
 
 def calibrated(model: LlamaForCausalLM) -> ImportanceEngine:
-    """An engine after one batch of 4 samples of 128 tokens."""
+    """An engine after one batch."""
     with ImportanceEngine(model, "taylor_2nd") as engine:
-        engine.step(torch.randint(16384, (4, 128), generator=torch.Generator().manual_seed(0)))
+        engine.step(samples(model, Load(2, 64, 2))[0])
     return engine
 
 

@@ -1,0 +1,138 @@
+"""Tokens per second and memory of dense against pruned models, by what their widths are rounded to.
+
+    python -m benchmarks.inference.speed [--device cuda] [--quick]
+
+Random weights, 30 % removed by magnitude; the models alternate. Prefill is a forward pass over a prompt; decoding is
+greedy generation with a KV cache, its prompt included.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from benchmarks.jobs.models import build
+from benchmarks.options import parse, parser
+from benchmarks.progress import Deadline, say
+from benchmarks.results import append, record
+from gradprune.evaluate import Throughput, decode_throughput, model_size, throughput
+from gradprune.groups import group_costs, importance_column
+from gradprune.hgsp import modulate
+from gradprune.importance import ImportanceEngine
+from gradprune.models import describe
+from gradprune.selection import Constraints, select
+from gradprune.surgery import cut
+
+RATIO = 0.3
+ROUNDED_TO = (1, 8, 64, 128)
+BATCHES = (1, 8)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The model and the lengths."""
+
+    size: str
+    dtype: str
+    layers: int | None
+    prompt: int
+    new_tokens: int
+    repeats: int
+    rounded_to: tuple[int, ...] = ROUNDED_TO
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure prefill and decoding at each batch size."""
+    options = parse(parser(__doc__), arguments)
+    logging.set_verbosity_error()
+    setting = _setting(options)
+    deadline = Deadline(options.seconds)
+    dense = build(setting.size, options.device, setting.dtype, setting.layers)
+    models = {"dense": dense, **{f"round_to {width}": pruned(dense, width) for width in setting.rounded_to}}
+    for batch in BATCHES:
+        for phase in ("prefill", "decode"):
+            if not deadline.allows(1.0):
+                say(f"inference, {phase}, batch {batch}: the time for this run is used up")
+                continue
+            _benchmark(phase, batch, models, setting, options)
+
+
+def pruned(model: PreTrainedModel, round_to: int) -> PreTrainedModel:
+    """`model` without `RATIO` of its parameters, by magnitude, with MLP widths that are multiples of `round_to`."""
+    scores = ImportanceEngine(model, "magnitude").scores()
+    table = modulate(replace(group_costs(describe(model)), importance=importance_column(scores)), 0.0, None, None)
+    chosen = select(table, RATIO, model_size(model).parameters, Constraints(round_to=round_to))
+    return cut(model, table.masks(chosen))
+
+
+def _setting(options: Namespace) -> Setting:
+    if options.toy:
+        return Setting("toy", "fp32", None, prompt=4, new_tokens=2, repeats=1, rounded_to=(1, 8))
+    if options.device == "cuda":
+        # Eight layers of the 8B shape: its matrices at a quarter of its memory and time.
+        return Setting("8B", "bf16", 8, prompt=512, new_tokens=16 if options.quick else 64, repeats=5)
+    if options.quick:
+        return Setting("28M", "fp32", None, prompt=64, new_tokens=4, repeats=2)
+    return Setting("110M", "fp32", None, prompt=128, new_tokens=8, repeats=3)
+
+
+def _benchmark(
+    phase: str, batch: int, models: dict[str, PreTrainedModel], setting: Setting, options: Namespace
+) -> None:
+    if phase == "prefill":
+        found = throughput(models, seq_len=setting.prompt, seed=0, batch_size=batch, repeats=setting.repeats)
+        tokens, text = batch * setting.prompt, f"{setting.prompt} tokens"
+    else:
+        found = decode_throughput(
+            models,
+            prompt_len=setting.prompt,
+            new_tokens=setting.new_tokens,
+            seed=0,
+            batch_size=batch,
+            repeats=setting.repeats,
+        )
+        tokens, text = batch * setting.new_tokens, f"{setting.prompt} + {setting.new_tokens} tokens"
+    for name, rate in found.items():
+        made = record(
+            "inference",
+            phase,
+            name,
+            f"Llama {setting.size}, {setting.layers or 'all'} layers, batch {batch}, {text}",
+            setting.dtype,
+            options.device,
+            **_milliseconds(rate, tokens),
+            repeats=setting.repeats,
+            peak_memory=_peak_memory(models[name], options.device, batch, setting.prompt),
+            extra={
+                "tokens_per_s": rate.p50,
+                "batch": batch,
+                "parameters": model_size(models[name]).parameters,
+                "weight_bytes": model_size(models[name]).bytes,
+                "ratio": 0.0 if name == "dense" else RATIO,
+            },
+        )
+        append(made, options.output)
+        say(f"inference, {phase}, batch {batch}, {name:13s} {rate.p50:10.1f} tokens/s")
+
+
+def _milliseconds(rate: Throughput, tokens: int) -> dict[str, float]:
+    """The slow rate is the long time."""
+    return {"ms_p20": 1e3 * tokens / rate.p80, "ms_p50": 1e3 * tokens / rate.p50, "ms_p80": 1e3 * tokens / rate.p20}
+
+
+@torch.inference_mode()
+def _peak_memory(model: PreTrainedModel, device: str, batch: int, tokens: int) -> int | None:
+    """Bytes that a forward pass with its KV cache needs above the weights; only a GPU's are counted."""
+    if device != "cuda":
+        return None
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model(input_ids=torch.zeros(batch, tokens, dtype=torch.int64, device=device), use_cache=True)
+    return torch.cuda.max_memory_allocated() - held
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Calibration and importance of a whole model: time and peak memory, everyone alternating in one run.
+
+    python -m benchmarks.jobs.calibration [--sizes 3M,28M] [--device cuda] [--quick]
+
+Each provider first scores one batch, which is checked against the reference; then all take turns. Peak memory is what
+a provider needs above the loaded model: of its own process on the CPU, as PyTorch counts it on a GPU.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from benchmarks.jobs.calibrators import Calibrator, calibrators, engine_scores
+from benchmarks.jobs.models import Load, build, samples
+from benchmarks.jobs.session import TIMEOUT, Session, Task, Turn, TurnError, Worker
+from benchmarks.options import listed, parse, parser
+from benchmarks.progress import Deadline, say
+from benchmarks.results import append, record
+from benchmarks.timing import Timing, free
+from gradprune.config import Backend
+from gradprune.importance.ops import unavailable_reason
+from gradprune.models import describe
+
+FLOOR = "plain"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, a load, and how often everyone's turn comes. only: of these providers; empty is everyone.
+
+    seconds: about what it takes, to tell whether there is time. gigabytes: GPU memory without which it is pointless.
+    """
+
+    size: str
+    load: Load
+    repeats: int
+    dtype: str = "fp32"
+    recompute: bool = False
+    only: tuple[str, ...] = ()
+    seconds: float = 20.0
+    gigabytes: float = 0.0
+
+
+TOY = [Job("toy", Load(4, 16, 2), repeats=2, seconds=0.0)]
+QUICK = [Job("3M", Load(4, 128, 2), repeats=3)]
+CPU = [
+    Job("3M", Load(4, 128, 2), repeats=7),
+    Job("28M", Load(4, 128, 2), repeats=5, seconds=60.0),
+    Job("110M", Load(4, 128, 2), repeats=3, seconds=120.0),
+]
+_OURS_ON_GPU = "gradprune triton"
+_TORCH_PRUNING = ("torch-pruning GroupTaylor", "torch-pruning GroupHessian")
+_OTHERS_ON_GPU = (_OURS_ON_GPU, "gradprune reference", "gradprune cuda", FLOOR, "naive", "torch.func")
+GPU_QUICK = [Job("1B", Load(4, 512, 2), repeats=3, dtype="bf16", recompute=True)]
+GPU = [
+    Job("8B", Load(4, 2048, 2), 3, "bf16", True, _OTHERS_ON_GPU, seconds=60.0, gigabytes=24.0),
+    Job("70B", Load(2, 512, 1), 1, "bf16", True, (_OURS_ON_GPU, FLOOR), seconds=40.0, gigabytes=134.0),
+    # Apart and after what matters more, because in this process a graph that does not end cannot be ended alone.
+    Job("8B", Load(4, 1024, 2), 2, "bf16", True, (_OURS_ON_GPU, FLOOR, *_TORCH_PRUNING), seconds=60.0, gigabytes=24.0),
+    Job("8B", Load(128, 2048, 2), 1, "bf16", True, (_OURS_ON_GPU, FLOOR), seconds=130.0, gigabytes=24.0),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the jobs of the device, or those of the sizes asked for."""
+    made = parser(__doc__)
+    made.add_argument("--sizes", type=listed(str), default=None, help="of the jobs' models")
+    made.add_argument("--providers", type=listed(str), default=None, help="who takes part; everyone by default")
+    options = parse(made, arguments)
+    logging.set_verbosity_error()
+    deadline = Deadline(options.seconds)
+    for job in _jobs(options):
+        _benchmark(job, deadline, options)
+
+
+def _jobs(options: Namespace) -> list[Job]:
+    if options.toy:
+        return TOY
+    full, quick = (GPU, GPU_QUICK) if options.device == "cuda" else (CPU, QUICK)
+    jobs = quick if options.quick else full
+    return [job for job in jobs if options.sizes is None or job.size in options.sizes]
+
+
+def _benchmark(job: Job, deadline: Deadline, options: Namespace) -> None:
+    say(f"calibration of the {job.size} Llama, {job.load.text}, {job.dtype} on {options.device}")
+    fault = _obstacle(job, deadline, options.device)
+    if fault is not None:
+        say(f"    {fault}")
+        append(record("job", "calibration", "all", _shape(job), job.dtype, options.device, error=fault), options.output)
+        return
+    free(options.device)
+    everyone = [one for one in calibrators(_backends(options.device)) if _takes_part(one, job, options)]
+    with _sessions(job, everyone, options.device) as sessions:
+        errors = _check(job, everyone, sessions, deadline, options.device)
+        turns = _alternate(job, sessions, errors, deadline)
+    _record(job, everyone, turns, errors, options)
+
+
+def _obstacle(job: Job, deadline: Deadline, device: str) -> str | None:
+    if not deadline.allows(job.seconds):
+        return f"skipped: about {job.seconds:.0f} s are needed, {max(deadline.left, 0.0):.0f} s are left"
+    if device == "cuda":
+        gigabytes = torch.cuda.get_device_properties(0).total_memory / 2**30
+        if gigabytes < job.gigabytes:
+            return f"skipped: about {job.gigabytes:.0f} GiB of GPU memory are needed, there are {gigabytes:.0f}"
+    return None
+
+
+def _takes_part(one: Calibrator, job: Job, options: Namespace) -> bool:
+    return (not job.only or one.name in job.only) and (options.providers is None or one.name in options.providers)
+
+
+def _backends(device: str) -> tuple[str, ...]:
+    """Ours that run here; on the CPU Triton is its interpreter."""
+    return tuple(
+        backend
+        for backend in get_args(Backend)
+        if backend != "auto"
+        and not (backend == "triton" and device == "cpu")
+        and unavailable_reason(backend, device) is None
+    )
+
+
+@contextmanager
+def _sessions(job: Job, everyone: Sequence[Calibrator], device: str) -> Iterator[dict[str, Session | Worker]]:
+    """By name: processes of their own on the CPU; on a GPU in this one, sharing a model."""
+    sessions: dict[str, Session | Worker] = {}
+    try:
+        model = build(job.size, device, job.dtype) if device == "cuda" else None
+        for one in everyone:
+            task = Task(one.name, _backends(device), job.size, job.dtype, job.recompute, torch.get_num_threads())
+            sessions[one.name] = Worker(task) if model is None else Session(one, model, job.recompute)
+        yield sessions
+    finally:
+        for session in sessions.values():
+            session.close()
+
+
+def _check(
+    job: Job,
+    everyone: Sequence[Calibrator],
+    sessions: dict[str, Session | Worker],
+    deadline: Deadline,
+    device: str,
+) -> dict[str, str]:
+    """What is wrong with whom; they are not timed."""
+    expected = None if job.gigabytes > 100.0 else _expected(job, device)
+    errors = {}
+    for one in everyone:
+        try:
+            found = sessions[one.name].scores(job.load, _timeout(deadline))
+        except TurnError as error:
+            errors[one.name] = str(error)
+        else:
+            fault = None if expected is None or one.reduction is None else _fault(found, expected[one.reduction], job)
+            if fault is not None:
+                errors[one.name] = f"wrong result: {fault}"
+        say(f"    {one.name}: {errors.get(one.name, 'right, or nothing to check')}")
+    return errors
+
+
+def _expected(job: Job, device: str) -> dict[str, dict[str, Tensor]]:
+    """By what a calibrator can be checked with: the reference's scores of the first batch."""
+    model = build(job.size, device, job.dtype)
+    batch = samples(model, job.load)[:1]
+    by_sample, by_batch = (
+        engine_scores(model, batch, "reference", reduction, job.recompute) for reduction in ("sample", "batch")
+    )
+    sizes = [(block.kind, block.groups) for block in describe(model).blocks()]
+    parts = zip(sizes, by_batch["taylor"].split([groups for _, groups in sizes]), strict=True)
+    # Torch-Pruning divides a layer's channels by their mean.
+    channels = [part / part.mean() for (kind, _), part in parts if kind == "mlp"]
+    return {"sample": by_sample, "batch": by_batch, "mlp": {"taylor": torch.cat(channels)}}
+
+
+def _fault(found: dict[str, Tensor], expected: dict[str, Tensor], job: Job) -> str | None:
+    """Relative error in norm; bf16's gradients carry its rounding."""
+    allowed = 1e-3 if job.dtype == "fp32" else 5e-2
+    for method, have in found.items():
+        want = expected[method]
+        if have.shape != want.shape:
+            return f"{method} has {len(have)} scores, not {len(want)}"
+        error = float((have.double() - want.double()).norm() / want.double().norm())
+        # Written so that NaN fails.
+        if not error <= allowed:
+            return f"{method} differs from the reference by {error:.1e}; {allowed:.1e} is allowed"
+    return None if found else "there are no scores"
+
+
+def _alternate(
+    job: Job, sessions: dict[str, Session | Worker], errors: dict[str, str], deadline: Deadline
+) -> dict[str, list[Turn]]:
+    """Turns by provider. One that fails has no further turn, and its error is added to `errors`."""
+    turns: dict[str, list[Turn]] = {name: [] for name in sessions}
+    for repeat in range(job.repeats):
+        # A repeat takes about as long as the one before.
+        last = sum(of_one[-1].seconds for of_one in turns.values() if of_one)
+        if repeat and not deadline.allows(last):
+            say(f"    {repeat} of {job.repeats} repeats; the time for this run is used up")
+            break
+        for name, session in sessions.items():
+            if name in errors:
+                continue
+            try:
+                turns[name].append(session.turn(job.load, _timeout(deadline)))
+            except TurnError as error:
+                errors[name] = str(error)
+    return turns
+
+
+def _timeout(deadline: Deadline) -> float:
+    """Seconds that a turn may take.
+
+    Raises:
+        TurnError: there is no time left.
+    """
+    if not deadline.allows(0.0):
+        raise TurnError("skipped: the time for this run was used up")
+    return min(TIMEOUT, deadline.left)
+
+
+def _record(
+    job: Job, everyone: Sequence[Calibrator], turns: dict[str, list[Turn]], errors: dict[str, str], options: Namespace
+) -> None:
+    timings = {
+        one.name: Timing.failed(errors[one.name])
+        if one.name in errors
+        else Timing.of([turn.seconds for turn in turns[one.name]])
+        for one in everyone
+    }
+    floor = timings[FLOOR].p50 if FLOOR in timings else None
+    for one in everyone:
+        timing, of_one = timings[one.name], turns[one.name]
+        peak = max((turn.peak_memory for turn in of_one), default=None) if timing.p50 else None
+        made = record(
+            "job",
+            "calibration",
+            one.name,
+            _shape(job),
+            job.dtype,
+            options.device,
+            percent_of_floor=None if floor is None or timing.p50 is None else 100.0 * floor / timing.p50,
+            peak_memory=peak,
+            extra={
+                "samples": job.load.samples,
+                "tokens": job.load.tokens,
+                "batch": job.load.batch,
+                "recompute": job.recompute,
+                "attention": one.attention,
+                **{f"{part}_ms": 1e3 * of_one[-1].parts[part] for part in (of_one[-1].parts if of_one else ())},
+            },
+            **timing.values(),
+        )
+        append(made, options.output)
+        shown = f"{timing.p50:10.1f} ms {peak / 2**20:9.1f} MiB" if timing.p50 and peak is not None else timing.error
+        say(f"    {one.name:28s} {shown}")
+
+
+def _shape(job: Job) -> str:
+    return f"Llama {job.size}, {job.load.text}"
+
+
+if __name__ == "__main__":
+    main()

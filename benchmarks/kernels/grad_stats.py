@@ -1,0 +1,62 @@
+"""grad_stats: eager tensor by tensor, `torch._foreach_*`, our backends; the floor is a copy of the same bytes."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.cases import gradient_lists
+from benchmarks.kernels.gradient_inputs import copy_buffer, gradients_and_buffers
+from benchmarks.kernels.op import Case, Op
+from benchmarks.kernels.providers import copied, gradient_backends
+from benchmarks.timing import Provider
+from gradprune.importance.reference import grad_stats_reference
+
+
+def _inputs(case: Case, number: int, device: str) -> tuple[Any, ...]:
+    # The gradients are only read; half of their bytes read and half written are as many.
+    return gradients_and_buffers(case, number, device, 0.5)
+
+
+def _eager(grads: list[Tensor], *_buffers: Tensor) -> Tensor:
+    return torch.stack([grad_stats_reference(grad) for grad in grads])
+
+
+def _foreach(grads: list[Tensor], *_buffers: Tensor) -> Tensor:
+    """What PyTorch has for lists of tensors: three norms; the minimum and the count are not among it.
+
+    Right for finite gradients only: a non-finite element enters the norms.
+    """
+    total, norm, largest = (torch._foreach_norm(grads, order, torch.float32) for order in (1, 2, torch.inf))
+    smallest = [grad.abs().min().float() for grad in grads]
+    bad = [(~grad.isfinite()).sum().float() for grad in grads]
+    columns = (total, [value * value for value in norm], largest, smallest, bad)
+    return torch.stack([torch.stack(list(column)) for column in columns], 1)
+
+
+def _check(found: Tensor, inputs: tuple[Any, ...], tolerance: float = 2e-5) -> str | None:
+    """The tolerance is relative, of sums of millions in fp32; the count, whose scale is 0 here, must be exact."""
+    expected = torch.stack([grad_stats_reference(grad.double()) for grad in inputs[0]])
+    if found.shape != expected.shape:
+        return f"has shape {tuple(found.shape)}, not {tuple(expected.shape)}"
+    difference = (found.double().to(expected.device) - expected).abs()
+    wrong = ~(difference <= tolerance * expected)
+    return f"{int(wrong.sum())} of {wrong.numel()} statistics are off by more than {tolerance}" if wrong.any() else None
+
+
+def _providers(case: Case, device: str) -> list[Provider]:
+    return [
+        Provider("copy", copy_buffer, copied, floor=True),
+        Provider("eager", _eager, _check),
+        # On the CPU PyTorch's norm adds one element after the other in fp32, and is that much off.
+        Provider("foreach", _foreach, partial(_check, tolerance=5e-3)),
+        *gradient_backends("grad_stats", lambda op, grads, *_buffers: op(grads), _check, device),
+    ]
+
+
+def _bytes(case: Case) -> int:
+    return case.elements * case.itemsize
+
+
+OP = Op("grad_stats", gradient_lists, _inputs, _providers, moved_bytes=_bytes, input_bytes=_bytes)

@@ -1,0 +1,53 @@
+"""linear_importance: eager, our backends; the floor is the plain weight gradient, one GEMM over all samples' tokens.
+
+The floor does less: it sums over the samples before anything is squared, and scores nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.cases import token_counts
+from benchmarks.kernels.op import DTYPES, Case, Op
+from benchmarks.kernels.providers import importance_backends, unchecked
+from benchmarks.kernels.vectors import vectors_check
+from benchmarks.timing import Provider
+from gradprune.importance.reference import linear_importance_reference
+
+
+def _inputs(case: Case, number: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = case.shapes[0]
+    x = case.random((case.samples, case.tokens, columns), 3 * number, device)
+    dy = case.random((case.samples, case.tokens, rows), 3 * number + 1, device)
+    return x, dy, case.random((rows, columns), 3 * number + 2, device)
+
+
+def _weight_gradient(x: Tensor, dy: Tensor, _w: Tensor) -> Tensor:
+    return torch.mm(dy.flatten(0, 1).T, x.flatten(0, 1))
+
+
+def _weight_gradient_fp32(x: Tensor, dy: Tensor, w: Tensor) -> Tensor:
+    return _weight_gradient(x.float(), dy.float(), w)
+
+
+def _providers(case: Case, device: str) -> list[Provider]:
+    dtype = DTYPES[case.dtype]
+    # A gradient may be rounded to the inputs' type before it is scored: by half a unit in the last place.
+    check = vectors_check(linear_importance_reference, torch.finfo(dtype).eps / 2)
+    providers = [Provider("torch.mm", _weight_gradient, unchecked, floor=True)]
+    if device == "cpu" and dtype != torch.float32:
+        # CPUs without matrix instructions for 16-bit types multiply faster in fp32; the floor is the faster of both.
+        providers.append(Provider("torch.mm in fp32", _weight_gradient_fp32, unchecked, floor=True))
+    providers.append(Provider("eager", linear_importance_reference, check))
+    return providers + importance_backends(lambda ops: ops.linear_importance, check, device)
+
+
+def _bytes(case: Case) -> int:
+    rows, columns = case.shapes[0]
+    return (case.elements + case.samples * case.tokens * (rows + columns)) * case.itemsize
+
+
+def _flops(case: Case) -> int:
+    return 2 * case.samples * case.tokens * case.elements
+
+
+OP = Op("linear_importance", token_counts, _inputs, _providers, moved_bytes=_bytes, input_bytes=_bytes, flops=_flops)

@@ -1,0 +1,63 @@
+"""Providers that several ops share: copies as floors, torch.compile, our backends."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import Provider
+from gradprune.config import Backend
+from gradprune.importance.ops import Ops, select_ops, unavailable_reason
+
+Check = Callable[[Any, tuple[Any, ...]], str | None]
+
+
+def unchecked(_result: Any, _inputs: tuple[Any, ...]) -> None:
+    """The check of a floor, whose result is no result of the op."""
+
+
+def copied(result: tuple[Tensor, Tensor], _inputs: tuple[Any, ...]) -> str | None:
+    """The check of a copy, which returns (to, source)."""
+    to, source = result
+    return None if torch.equal(to, source) else "the copy differs from what was copied"
+
+
+def compiled(function: Callable[..., Any], check: Check, device: str) -> Provider:
+    """`function` under torch.compile: one graph, this very shape, on a GPU with its kernels autotuned."""
+    torch._dynamo.reset()
+    mode = "max-autotune-no-cudagraphs" if device == "cuda" else None
+    return Provider("torch.compile", torch.compile(function, fullgraph=True, dynamic=False, mode=mode), check)
+
+
+def importance_backends(op: Callable[[Ops], Callable[..., Any]], check: Check, device: str) -> list[Provider]:
+    """Every backend of ours with a kernel for the importance ops on `device`; the reference is the eager provider."""
+    found = []
+    for backend in get_args(Backend):
+        # Triton on the CPU is its interpreter.
+        if backend in ("auto", "reference") or (backend == "triton" and device == "cpu"):
+            continue
+        if unavailable_reason(backend, device) is None:
+            found.append(Provider(f"gradprune {backend}", op(select_ops(backend, device)), check))
+    return found
+
+
+def gradient_backends(name: str, adapt: Callable[..., Any], check: Check, device: str) -> list[Provider]:
+    """Every backend of ours for `gradprune.gradients.ops.<name>` on `device`.
+
+    adapt: called with (op, *inputs), where op is the function with its backend chosen.
+    """
+    backends = ("cpp",) if device == "cpu" else ("triton", "cuda")
+    found = [(backend, _gradient_op(name, backend)) for backend in backends]
+    return [Provider(f"gradprune {backend}", partial(adapt, op), check) for backend, op in found if op is not None]
+
+
+def _gradient_op(name: str, backend: str) -> Callable[..., Any] | None:
+    try:
+        from gradprune.gradients import ops
+    except ImportError:
+        from gradprune.gradients import cpp
+
+        return getattr(cpp, f"{name}_cpp") if backend == "cpp" else None
+    return partial(getattr(ops, name), backend=backend)

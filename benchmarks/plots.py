@@ -1,0 +1,114 @@
+"""Plots of results as SVG files: the same records make the same bytes."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.results import Record
+
+# Ours, then the floor in grey, then everyone else.
+_OURS, _FLOOR, _OTHERS = "#c1272d", "#777777", ("#0000a7", "#eecc16", "#008176", "#b35806", "#5e3c99")
+
+
+def kernel_plot(records: Sequence[Record], path: Path) -> None:
+    """Rate against size, a panel an element type; the floor is a line.
+
+    Args:
+        records: of one op on one hardware.
+        path: of the SVG file.
+    """
+    dtypes = sorted({found.dtype for found in records})
+    figure, axes = _figure(len(dtypes))
+    bound_by_arithmetic = any(found.tflops is not None for found in records)
+    for axis, dtype in zip(axes, dtypes, strict=True):
+        points = defaultdict(list)
+        for found in records:
+            rate = found.tflops if bound_by_arithmetic else found.gb_per_s
+            size = found.flops if bound_by_arithmetic else found.bytes
+            if found.dtype == dtype and rate is not None and size is not None:
+                points[found.provider, bool(found.extra.get("floor"))].append((size, rate))
+        others = iter(_OTHERS * 3)
+        for (provider, floor), values in sorted(points.items()):
+            x, y = zip(*sorted(values), strict=True)
+            ours = provider.startswith("gradprune")
+            color = _FLOOR if floor else _OURS if ours else next(others)
+            axis.plot(x, y, "-" if floor else "o", color=color, label=provider, markersize=5 if ours else 4)
+        axis.set(xscale="log", title=dtype, xlabel="operations" if bound_by_arithmetic else "bytes")
+        axis.set_ylim(bottom=0.0)
+    _finish(figure, axes, "TFLOP/s" if bound_by_arithmetic else "GB/s", path)
+
+
+def quality_plot(records: Sequence[Record], path: Path) -> None:
+    """Mean perplexity against parameters kept, a line a provider, with and without H-GSP in panels.
+
+    Args:
+        records: of one model on one hardware.
+        path: of the SVG file.
+    """
+    panels = {"without H-GSP": "T=1", "with H-GSP (T=1)": "T=0"}
+    figure, axes = _figure(len(panels))
+    for axis, (title, left_out) in zip(axes, panels.items(), strict=True):
+        _quality_panel(axis, [found for found in records if not found.provider.endswith(left_out)])
+        axis.set(title=title, xlabel="parameters kept", yscale="log")
+        axis.invert_xaxis()
+    _finish(figure, axes, "perplexity", path)
+
+
+def growth_plot(records: Sequence[Record], path: Path) -> None:
+    """Milliseconds and bytes against the axis of growth, on logarithmic scales.
+
+    Args:
+        records: of one axis on one hardware.
+        path: of the SVG file.
+    """
+    figure, axes = _figure(2)
+    for axis, (title, value_of) in zip(
+        axes, {"ms": lambda r: r.ms_p50, "peak MiB": lambda r: (r.peak_memory or 0) / 2**20}.items(), strict=True
+    ):
+        points = defaultdict(list)
+        for found in records:
+            if value_of(found):
+                points[found.provider].append((found.extra["x"], value_of(found)))
+        for provider, values in sorted(points.items()):
+            x, y = zip(*sorted(values), strict=True)
+            axis.plot(x, y, "o-", color=_OURS if provider.startswith("gradprune") else _FLOOR, label=provider)
+        axis.set(xscale="log", yscale="log", title=title, xlabel=records[0].extra["axis"])
+    _finish(figure, axes, "", path)
+
+
+def _quality_panel(axis: Axes, records: Sequence[Record]) -> None:
+    values = defaultdict(lambda: defaultdict(list))
+    for found in records:
+        if found.provider != "dense":
+            values[found.provider][found.extra["ratio"]].append((found.extra["kept"], found.extra["perplexity"]))
+    dense = [found.extra["perplexity"] for found in records if found.provider == "dense"]
+    for number, (provider, by_ratio) in enumerate(sorted(values.items())):
+        points = [tuple(map(fmean, zip(*pairs, strict=True))) for _, pairs in sorted(by_ratio.items())]
+        points = [(1.0, dense[0]), *points] if dense else points
+        x, y = zip(*points, strict=True)
+        peer = not provider.startswith("gradprune")
+        color = "black" if peer else (_OURS, *_OTHERS)[number % 6]
+        axis.plot(x, y, "--" if peer else "o-", color=color, label=provider.removeprefix("gradprune "), markersize=3)
+
+
+def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+    # A Figure of its own knows no global state and needs no display.
+    figure = Figure(figsize=(4.2 * panels, 3.4), layout="constrained")
+    axes = [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
+    return figure, axes
+
+
+def _finish(figure: Figure, axes: Sequence[Axes], label: str, path: Path) -> None:
+    axes[0].set_ylabel(label)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=6)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context({"svg.hashsalt": "gradprune"}):
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

@@ -1,0 +1,152 @@
+"""Results: one schema, one JSON object a line, appended and never rewritten."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.environment import Environment, environment
+
+Kind = Literal["kernel", "job", "quality", "inference"]
+KINDS: tuple[Kind, ...] = ("kernel", "job", "quality", "inference")
+FOLDER = Path(__file__).resolve().parent / "results"
+
+
+class InterpreterTimingError(Exception):
+    """A Triton kernel was timed under its interpreter, which says nothing about its speed."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One provider's result at one piece of work.
+
+    run: which run of a benchmark it belongs to; ratios are taken within one run only.
+    name: the op or job. provider: who did it. shape: of what, e.g. "4096x14336". dtype: e.g. "bf16".
+    ms_p20, ms_p50, ms_p80: milliseconds, percentiles of `repeats` measurements; None where nothing was timed.
+    bytes, flops: that the work needs at least. gb_per_s, tflops: these over the median time.
+    percent_of_floor: the floor's median time over this one's, times 100; the floor was timed in the same run.
+    peak_memory: bytes above what was held before the work began.
+    error: why there is no timing: out of memory, a wrong result, a timeout, no such package.
+    extra: what only this benchmark has.
+    """
+
+    kind: Kind
+    name: str
+    provider: str
+    shape: str
+    dtype: str
+    environment: Environment
+    run: str
+    ms_p20: float | None = None
+    ms_p50: float | None = None
+    ms_p80: float | None = None
+    repeats: int = 0
+    bytes: int | None = None
+    flops: int | None = None
+    gb_per_s: float | None = None
+    tflops: float | None = None
+    percent_of_floor: float | None = None
+    peak_memory: int | None = None
+    error: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Reject an unknown kind.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if self.kind not in KINDS:
+            raise ValueError(f"kind: '{self.kind}' is none of {', '.join(KINDS)}")
+
+    @property
+    def work(self) -> tuple[str, ...]:
+        """What was to be done and on which hardware: records with the same are comparable."""
+        return (self.environment.hardware, self.kind, self.name, self.shape, self.dtype)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """`work` and who did it."""
+        return (*self.work, self.provider)
+
+    def to_json(self) -> str:
+        """One line; the environment's fields stand beside the record's own."""
+        values = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name != "environment"}
+        return json.dumps({**values, **asdict(self.environment)})
+
+    @classmethod
+    def from_json(cls, line: str) -> "Record":
+        """The record of one line.
+
+        Raises:
+            ValueError: not a record of this schema.
+        """
+        try:
+            values = json.loads(line)
+            of_environment = {spec.name: values.pop(spec.name) for spec in fields(Environment)}
+            return cls(environment=Environment(**of_environment), **values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a record of this schema ({error}): {line[:80]}") from error
+
+
+def record(kind: Kind, name: str, provider: str, shape: str, dtype: str, device: str, **values: Any) -> Record:
+    """A record of this run on this machine."""
+    return Record(kind, name, provider, shape, dtype, environment(device), run_id(), **values)
+
+
+@cache
+def run_id() -> str:
+    """When this process began to measure, UTC; with its number, so that two at a time differ."""
+    return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{os.getpid()}"
+
+
+def append(found: Record, folder: Path) -> Path:
+    """Append a record to its hardware's and kind's file in `folder`; returns the file.
+
+    Raises:
+        InterpreterTimingError: a timing of Triton under its interpreter.
+    """
+    if found.ms_p50 is not None and "triton" in found.provider and os.environ.get("TRITON_INTERPRET") == "1":
+        raise InterpreterTimingError(
+            f"{found.name} by {found.provider} was timed under TRITON_INTERPRET=1; that is no performance result"
+        )
+    hardware = re.sub(r"[^a-z0-9]+", "-", found.environment.hardware.lower()).strip("-")
+    file = folder / f"{hardware}-{found.kind}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(found.to_json() + "\n")
+    return file
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a file, or of all `.jsonl` files of a folder, in the order they were written.
+
+    Raises:
+        ValueError: a line is not a record; names the file and the line.
+        FileNotFoundError: there is no such file or folder.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there are no results at '{path}'")
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    return [found for file in files for found in _read_file(file)]
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """Of each piece of work the records of its last run only, in order."""
+    by_work: dict[tuple[str, ...], list[Record]] = {}
+    for found in records:
+        by_work.setdefault(found.work, []).append(found)
+    return [found for group in by_work.values() for found in group if found.run == group[-1].run]
+
+
+def _read_file(file: Path) -> Iterator[Record]:
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            yield Record.from_json(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}") from error

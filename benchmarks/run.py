@@ -1,0 +1,94 @@
+"""Every benchmark, one after the other, each in a process of its own and within its share of the time.
+
+python -m benchmarks.run [--quick] [--device cpu|cuda] [--seconds 840]
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.options import parse, parser
+from benchmarks.progress import Deadline, say
+from benchmarks.results import append, record
+
+_DEFAULT_SECONDS = {("cpu", False): 840.0, ("cpu", True): 170.0, ("cuda", False): 480.0, ("cuda", True): 165.0}
+# Beyond its share, to end the case that it is at; and what is kept back at the end, for the last one to do so.
+_GRACE, _RESERVE = 20.0, 6.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A benchmark's module and its shares of the time on a CPU and on a GPU; without a share it is left out."""
+
+    module: str
+    kind: Literal["kernel", "job", "quality", "inference"]
+    cpu: float
+    cuda: float
+
+
+STEPS = (
+    Step("benchmarks.kernels.run", "kernel", 0.31, 0.32),
+    Step("benchmarks.jobs.calibration", "job", 0.29, 0.50),
+    Step("benchmarks.jobs.growth", "job", 0.12, 0.08),
+    Step("benchmarks.jobs.score_select_cut", "job", 0.05, 0.0),
+    Step("benchmarks.inference.speed", "inference", 0.09, 0.10),
+    Step("benchmarks.quality.methods", "quality", 0.14, 0.0),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the steps; 1 if one failed."""
+    options = parse(parser(__doc__), arguments)
+    deadline = Deadline(options.seconds or _DEFAULT_SECONDS[options.device, options.quick])
+    steps = [(step, getattr(step, options.device)) for step in STEPS]
+    steps = [(step, share) for step, share in steps if share]
+    failed = 0
+    while steps:
+        # What earlier steps left over is shared out among those that follow.
+        step, share = steps[0]
+        seconds = (deadline.left - _RESERVE) * share / sum(other for _, other in steps)
+        failed |= not _run(step, seconds, deadline, options)
+        steps = steps[1:]
+    say(f"done; the results are in {options.output}; python -m benchmarks.report shows them")
+    return int(failed)
+
+
+def _run(step: Step, seconds: float, deadline: Deadline, options: Namespace) -> bool:
+    """Whether the step ran to its end."""
+    if seconds <= 0.0:
+        _record_failure(step, "skipped: the time for this run was used up", options)
+        return True
+    say(f"{step.module}, {seconds:.0f} s")
+    command = [sys.executable, "-m", step.module, "--device", options.device, "--output", str(options.output)]
+    command += [
+        "--seconds",
+        f"{seconds:.0f}",
+        *(["--quick"] if options.quick else []),
+        *(["--toy"] if options.toy else []),
+    ]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        code = process.wait(max(min(seconds + _GRACE, deadline.left), 1.0))
+    except subprocess.TimeoutExpired:
+        # With the processes that it started.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        _record_failure(step, f"timeout: not done {_GRACE:.0f} s after its {seconds:.0f} s", options)
+        return False
+    if code != 0:
+        _record_failure(step, f"failed with exit code {code}", options)
+    return code == 0
+
+
+def _record_failure(step: Step, error: str, options: Namespace) -> None:
+    say(f"{step.module}: {error}")
+    append(record(step.kind, step.module, "all", "", "", options.device, error=error), options.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Results as Markdown tables. Every number comes from a record."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+from typing import TypeVar
+
+from benchmarks.jobs.growth import exponent
+from benchmarks.results import Record
+
+Key = TypeVar("Key")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def grouped(records: Iterable[Record], key: Callable[[Record], Key]) -> dict[Key, list[Record]]:
+    """Records by a key, in the order of their first."""
+    groups: dict[Key, list[Record]] = defaultdict(list)
+    for found in records:
+        groups[key(found)].append(found)
+    return dict(groups)
+
+
+def kernel_table(records: Sequence[Record]) -> str:
+    """One op: a row a provider and case."""
+    rows = []
+    for found in records:
+        rate = found.tflops if found.tflops is not None else found.gb_per_s
+        rows.append(
+            [
+                f"{found.extra.get('label', '')} {found.shape} {found.dtype}".strip(),
+                found.provider,
+                *_times(found),
+                _number(rate, ".2f" if found.tflops is not None else ".1f"),
+                _number(found.percent_of_floor, ".0f"),
+            ]
+        )
+    unit = "TFLOP/s" if any(found.tflops is not None for found in records) else "GB/s"
+    return table(["case", "provider", "p20 ms", "p50 ms", "p80 ms", unit, "% of floor"], rows)
+
+
+def calibration_table(records: Sequence[Record]) -> str:
+    """A row a provider and model, beside the plain pass of the same run."""
+    rows = []
+    for group in grouped(records, lambda found: found.work).values():
+        plain = next((found for found in group if found.provider == "plain"), None)
+        for found in group:
+            rows.append(
+                [
+                    f"{found.shape}, {found.dtype}",
+                    found.provider,
+                    *_times(found),
+                    ratio(found.ms_p50, plain and plain.ms_p50),
+                    _number(found.peak_memory, ".1f", 2**20),
+                    ratio(found.peak_memory, plain and plain.peak_memory),
+                ]
+            )
+    return table(["job", "provider", "p20 ms", "p50 ms", "p80 ms", "x plain", "peak MiB", "x plain's peak"], rows)
+
+
+def growth_table(records: Sequence[Record]) -> str:
+    """A row an axis and provider: the fitted exponents, and between which points."""
+    rows = []
+    for (axis, provider), group in grouped(records, lambda found: (found.extra["axis"], found.provider)).items():
+        points = sorted((found.extra["x"], found.ms_p50, found.peak_memory or 0) for found in group if found.ms_p50)
+        if not points:
+            continue
+        x, time, memory = zip(*points, strict=True)
+        span = f"{x[0]:,} to {x[-1]:,}"
+        rows.append([f"{axis}, {span}", provider, f"{exponent(x, time):.2f}", f"{exponent(x, memory):.2f}"])
+    return table(["axis", "provider", "time's exponent", "memory's exponent"], rows)
+
+
+def timing_table(records: Sequence[Record]) -> str:
+    """A row a record: what, who, how long."""
+    return table(
+        ["job", "step", "p20 ms", "p50 ms", "p80 ms"],
+        [[found.shape, found.provider, *_times(found)] for found in records],
+    )
+
+
+def quality_table(records: Sequence[Record]) -> str:
+    """One model: a row a provider, a column a ratio; mean over seeds, lowest to highest."""
+    ratios = sorted({found.extra["ratio"] for found in records if found.provider != "dense"})
+    rows = []
+    for provider, group in grouped(records, lambda found: found.provider).items():
+        if provider != "dense":
+            rows.append([provider, *(_spread([f for f in group if f.extra["ratio"] == ratio]) for ratio in ratios)])
+    return table(["provider", *(f"{ratio:.0%} removed" for ratio in ratios)], rows)
+
+
+def inference_table(records: Sequence[Record]) -> str:
+    """A row a model and setting, beside the dense model of the same run."""
+    rows = []
+    for group in grouped(records, lambda found: found.work).values():
+        dense = next((found for found in group if found.provider == "dense"), None)
+        for found in group:
+            speed = found.extra.get("tokens_per_s")
+            rows.append(
+                [
+                    f"{found.name}, {found.shape}, {found.dtype}",
+                    found.provider,
+                    _number(found.extra.get("parameters"), ".1f", 1e6),
+                    _number(found.extra.get("weight_bytes"), ".1f", 2**20),
+                    _number(speed, ".1f") if speed else (found.error or "-"),
+                    ratio(speed, dense and dense.extra.get("tokens_per_s")),
+                ]
+            )
+    return table(["setting", "model", "M parameters", "weights MiB", "tokens/s", "x dense"], rows)
+
+
+def ratio(value: float | None, base: float | None) -> str:
+    """value / base, or "-" where one is missing."""
+    return f"{value / base:.2f}" if value is not None and base else "-"
+
+
+def _times(found: Record) -> list[str]:
+    """The three percentiles, or why there are none."""
+    if found.ms_p50 is None:
+        return [(found.error or "not measured").replace("|", "/"), "", ""]
+    return [f"{value:.3f}" if value < 100 else f"{value:.0f}" for value in (found.ms_p20, found.ms_p50, found.ms_p80)]
+
+
+def _number(value: float | None, style: str, unit: float = 1.0) -> str:
+    return "-" if value is None else format(value / unit, style)
+
+
+def _spread(records: Sequence[Record]) -> str:
+    values = [found.extra["perplexity"] for found in records]
+    if not values:
+        return "-"
+    return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"

@@ -1,0 +1,175 @@
+"""Every benchmark runs, at toy sizes, and records what it says it measures."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_ids, tiny_model
+
+from benchmarks import run as everything
+from benchmarks.inference import speed
+from benchmarks.jobs import calibration, growth, score_select_cut
+from benchmarks.jobs.calibrators import Calibrator, Outcome
+from benchmarks.jobs.models import Load, build
+from benchmarks.jobs.session import Session, Task, TurnError, Worker
+from benchmarks.kernels import run as kernels
+from benchmarks.quality import methods
+from benchmarks.quality.peer import uniform_masks, without_grouped_queries
+from benchmarks.results import read
+from gradprune.models import describe
+
+TOY = ("--toy", "--output")
+
+
+def test_kernels(tmp_path: Path) -> None:
+    kernels.main([*TOY, str(tmp_path)])
+    found = read(tmp_path)
+    assert {record.name for record in found} == set(kernels.OPS)
+    assert [record.error for record in found if record.error] == []
+    assert all(record.percent_of_floor is not None for record in found)
+
+
+def test_calibration_has_everyone_right_and_measured(tmp_path: Path) -> None:
+    calibration.main([*TOY, str(tmp_path)])
+    found = {record.provider: record for record in read(tmp_path)}
+    ours = ["gradprune reference", "gradprune cpp"]
+    assert [*found] == [*ours, "plain", "naive", *calibration._TORCH_PRUNING, "torch.func"]
+    for provider, record in found.items():
+        if record.error is not None:
+            assert provider.startswith("torch-pruning"), record.error
+            assert "torch_pruning" in record.error
+        else:
+            assert record.repeats == 2
+            assert record.peak_memory is not None
+    assert found["plain"].percent_of_floor == pytest.approx(100.0)
+
+
+def test_growth(tmp_path: Path) -> None:
+    growth.main([*TOY, str(tmp_path)])
+    found = read(tmp_path)
+    assert [(record.provider, record.extra["x"]) for record in found] == [
+        ("gradprune cpp", 1), ("plain", 1), ("gradprune cpp", 2), ("plain", 2)
+    ]  # fmt: skip
+    assert all(record.ms_p50 is not None and record.peak_memory is not None for record in found)
+
+
+def test_score_select_cut(tmp_path: Path) -> None:
+    score_select_cut.main([*TOY, str(tmp_path), "--repeats", "1"])
+    found = {record.extra["step"]: record.ms_p50 for record in read(tmp_path)}
+    assert [*found] == ["score", "select", "cut", "all"]
+    assert found["all"] == pytest.approx(found["score"] + found["select"] + found["cut"])
+
+
+def test_inference(tmp_path: Path) -> None:
+    speed.main([*TOY, str(tmp_path)])
+    found = read(tmp_path)
+    assert {(record.name, record.extra["batch"]) for record in found} == {
+        (phase, batch) for phase in ("prefill", "decode") for batch in (1, 8)
+    }
+    parameters = {record.provider: record.extra["parameters"] for record in found}
+    assert parameters["round_to 1"] <= parameters["round_to 8"] < parameters["dense"]
+
+
+def test_quality(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny_model(kv_heads=4, ratio=1, channels=16, dtype=torch.float32).save_pretrained(folder)
+    for name in ("calibration", "evaluation"):
+        np.save(tmp_path / f"{name}.npy", tiny_ids(samples=16, tokens=9).flatten().numpy())
+    texts = ["--dataset", str(tmp_path / "calibration.npy"), "--eval_dataset", str(tmp_path / "evaluation.npy")]
+    sizes = ["--seq_len", "8", "--ratios", "0.2", "--temperatures", "0,1"]
+    methods.main([*TOY, str(tmp_path / "results"), "--base_model", str(folder), *texts, *sizes])
+    found = read(tmp_path / "results")
+    providers = [record.provider for record in found]
+    assert "gradprune group_fisher T=1" in providers
+    assert len(providers) in (13, 14)  # the dense model, six methods at two temperatures, the peer where installed
+    assert all(record.extra["perplexity"] > 1.0 and record.extra["kept"] >= 0.8 for record in found)
+
+
+def test_repeating_kv_heads_changes_no_logit() -> None:
+    model = tiny_model(kv_heads=3, ratio=2)
+    repeated = without_grouped_queries(model)
+    assert repeated.config.num_key_value_heads == 6
+    ids = tiny_ids()
+    torch.testing.assert_close(repeated(ids).logits, model(ids).logits, rtol=1e-12, atol=1e-12)
+
+
+def test_the_peers_choice_is_uniform_and_within_the_budget() -> None:
+    model = build("toy")
+    view = describe(model)
+    heads = [torch.rand(4) for _ in view.layers]
+    channels = [torch.rand(48) for _ in view.layers]
+    budget = sum(block.groups * block.cost for block in view.blocks()) // 3
+    masks = uniform_masks(model, heads, channels, budget)
+    removed = 0
+    for kept, scores, blocks in ((masks.attention, heads, view.attention), (masks.mlp, channels, view.mlp)):
+        assert len({int(mask.sum()) for mask in kept}) == 1
+        for mask, values, block in zip(kept, scores, blocks, strict=True):
+            removed += int((~mask).sum()) * block.cost
+            assert values[~mask].max() < values[mask].min()
+    assert budget - len(view.layers) * view.mlp[0].cost < removed <= budget
+
+
+def test_a_deadline_in_the_past_is_recorded(tmp_path: Path) -> None:
+    kernels.main(["--quick", "--seconds", "0", "--ops", "grad_stats", "--output", str(tmp_path)])
+    assert {record.error for record in read(tmp_path)} == {"skipped: the time for this run was used up"}
+
+
+def test_wrong_scores_are_not_timed() -> None:
+    job = calibration.TOY[0]
+    expected = {"sample": {"taylor": torch.ones(5)}}
+    ours = Calibrator("ours", lambda *_: Outcome({"taylor": torch.ones(5)}), "sample")
+    wrong = Calibrator("wrong", lambda *_: Outcome({"taylor": torch.full((5,), 1.01)}), "sample")
+    model = build("toy")
+    for one, fault in ((ours, False), (wrong, True)):
+        scores = Session(one, model, recompute=False).scores(job.load)
+        assert (calibration._fault(scores, expected["sample"], job) is not None) is fault
+    assert calibration._fault({"taylor": torch.full((5,), torch.nan)}, expected["sample"], job) is not None
+
+
+def test_a_worker_that_hangs_or_dies_is_an_error() -> None:
+    task = Task("plain", ("reference",), "toy", "fp32", recompute=False, threads=1)
+    worker = Worker(task)
+    try:
+        with pytest.raises(TurnError, match="timeout: not done after 0 s"):
+            worker.turn(Load(2, 8, 2), timeout=0.0)
+    finally:
+        worker.close()
+    worker = Worker(task)
+    try:
+        assert worker.turn(Load(2, 8, 2)).seconds > 0.0
+        os.kill(worker._process.pid, signal.SIGKILL)
+        worker._process.join(10.0)
+        with pytest.raises(TurnError, match=r"exit code -9|exit code 255|is gone"):
+            worker.turn(Load(2, 8, 2))
+    finally:
+        worker.close()
+
+
+def test_everything_runs_in_order_and_failures_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "stand_ins"
+    folder.mkdir()
+    for name, code in (("works", 0), ("fails", 3)):
+        text = f"import json, sys\njson.dump(sys.argv, open({str(tmp_path / name)!r}, 'w'))\nsys.exit({code})"
+        (folder / f"{name}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    steps = (everything.Step("fails", "job", 0.5, 0.5), everything.Step("works", "job", 0.25, 0.0))
+    monkeypatch.setattr(everything, "STEPS", steps)
+    assert everything.main(["--quick", "--seconds", "120", "--output", str(tmp_path / "results")]) == 1
+    arguments = json.loads((tmp_path / "works").read_text())
+    assert arguments[-1] == "--quick"
+    # It gets what the first left over.
+    assert float(arguments[arguments.index("--seconds") + 1]) > 60.0
+    (failure,) = read(tmp_path / "results")
+    assert (failure.name, failure.error) == ("fails", "failed with exit code 3")
+
+
+def test_every_step_is_a_module_with_a_command_line() -> None:
+    for step in everything.STEPS:
+        module = __import__(step.module, fromlist=["main"])
+        with pytest.raises(SystemExit) as exit_info:
+            module.main(["--device", "abacus"])
+        assert exit_info.value.code == 2

@@ -1,0 +1,134 @@
+"""Providers take turns; who is wrong is not timed."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.op import Case
+from benchmarks.kernels.run import OPS, records
+from benchmarks.timing import Provider, Timing, measure
+
+
+class Log:
+    """Providers that note their calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+
+    def provider(self, name: str, fault: str | None = None, error: Exception | None = None) -> Provider:
+        def run(number: Tensor) -> Tensor:
+            if error is not None:
+                raise error
+            self.calls.append((name, int(number)))
+            return number
+
+        return Provider(name, run, lambda _result, _inputs: fault)
+
+
+def inputs(number: int) -> tuple[Tensor]:
+    return (torch.tensor(number),)
+
+
+def run(providers: list[Provider], repeats: int = 4, input_bytes: int = 1 << 40) -> dict[str, Timing]:
+    return measure(providers, inputs, input_bytes, device="cpu", repeats=repeats, seconds=60.0)
+
+
+def test_every_repeat_gives_each_provider_a_turn() -> None:
+    log = Log()
+    found = run([log.provider("a"), log.provider("b"), log.provider("c")])
+    timed = [name for name, _ in log.calls[6:]]  # two checks each come first
+    assert timed == ["a", "b", "c"] * 4
+    assert all(timing.repeats == 4 and timing.p20 <= timing.p50 <= timing.p80 for timing in found.values())
+
+
+def test_every_turn_takes_the_next_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.timing.last_level_cache_bytes", lambda: 1000)
+    log = Log()
+    run([log.provider("a"), log.provider("b")], repeats=6, input_bytes=500)
+    turns = [number for _, number in log.calls[4:]]
+    # Five sets of 500 bytes are more than twice the cache.
+    assert turns == [turn % 5 for turn in range(12)]
+
+
+def test_a_wrong_result_is_not_timed() -> None:
+    log = Log()
+    found = run([log.provider("right"), log.provider("wrong", fault="it is off by 1")])
+    assert found["wrong"] == Timing(None, None, None, 0, "wrong result: it is off by 1")
+    assert found["right"].repeats == 4
+    assert log.calls.count(("wrong", 0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "out of memory: OutOfMemoryError: CUDA out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: RuntimeError"),
+        (ValueError("no"), "ValueError: no"),
+    ],
+)
+def test_a_failure_is_a_result(error: Exception, expected: str) -> None:
+    log = Log()
+    found = run([log.provider("fails", error=error), log.provider("works")])
+    assert found["fails"].error.startswith(expected)
+    assert found["fails"].p50 is None
+    assert found["works"].p50 is not None
+
+
+def test_no_repeat_begins_after_the_time_is_up() -> None:
+    log = Log()
+    measure([log.provider("a")], inputs, 1 << 40, device="cpu", repeats=100, seconds=0.0)
+    assert len(log.calls) == 2 + 3
+
+
+def toy_case(op: str, dtype: str = "fp32") -> Case:
+    return next(case for case in OPS[op].cases("cpu", "toy") if case.dtype == dtype)
+
+
+def corrupted(result: Any) -> Any:
+    """A result that is a little wrong."""
+    if isinstance(result, Tensor):
+        return result * 1.01
+    if isinstance(result, list):
+        return [result[0] * 1.01, *result[1:]]
+    return replace(result, row_abs=result.row_abs * 1.05)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", list(OPS))
+def test_each_ops_check_passes_what_is_right_and_refuses_what_is_not(name: str, dtype: str) -> None:
+    op, case = OPS[name], toy_case(name, dtype)
+    providers = [provider for provider in op.providers(case, "cpu") if not provider.floor]
+    assert {"eager", "gradprune cpp"} <= {provider.name for provider in providers}
+    for provider in providers:
+        broken = replace(provider, run=breaking(provider.run))
+        found = measure(
+            [replace(provider, name="right"), replace(broken, name="wrong")],
+            lambda number: op.inputs(case, number, "cpu"),
+            op.input_bytes(case),
+            device="cpu",
+            repeats=1,
+            seconds=0.0,
+        )
+        assert found["right"].error is None, provider.name
+        assert found["wrong"].error.startswith("wrong result"), provider.name
+
+
+def breaking(run: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *values: corrupted(run(*values))
+
+
+def test_rates_relate_to_the_fastest_floor() -> None:
+    op, case = OPS["taylor_score"], toy_case("taylor_score")
+    providers = [
+        Provider(name, print, lambda *_: None, floor=name.startswith("floor")) for name in ("floor 1", "floor 2", "us")
+    ]
+    times = {"floor 1": 4.0, "floor 2": 2.0, "us": 8.0}
+    found = records(op, case, providers, {name: Timing(t, t, t, 3) for name, t in times.items()}, "cpu")
+    assert [made.percent_of_floor for made in found] == [50.0, 100.0, 25.0]
+    moved = 2 * case.elements * 4
+    assert found[2].gb_per_s == pytest.approx(moved / 8e-3 / 1e9)
+    assert found[2].bytes == moved
