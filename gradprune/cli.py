@@ -12,7 +12,7 @@ from rich.console import Console
 from gradprune.config import (
     Backend,
     Dtype,
-    Method,
+    MethodOption,
     Normalize,
     NormalizePer,
     Prior,
@@ -67,7 +67,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 def prune(
     base_model: BaseModel = None,
     pruning_ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = DEFAULT.pruning_ratio,
-    importance_method: Annotated[Method, typer.Option(help="How groups are scored.")] = DEFAULT.importance_method,
+    importance_method: Annotated[
+        MethodOption, typer.Option(help="How groups are scored; auto searches.")
+    ] = DEFAULT.importance_method,
     reduction: ReductionOption = DEFAULT.reduction,
     backend: BackendOption = DEFAULT.backend,
     temperature: Annotated[float, typer.Option(help="H-GSP temperature T; 0 is off.")] = DEFAULT.temperature,
@@ -91,6 +93,7 @@ def prune(
     repair: Annotated[Repair, typer.Option(help="Re-solve the weights that stay.")] = DEFAULT.repair,
     held_out_samples: Annotated[int, typer.Option(help="Samples it chooses on.")] = DEFAULT.held_out_samples,
     scores: Annotated[str | None, typer.Option(help="scores.safetensors of an earlier run: no calibration.")] = None,
+    search_minutes: Annotated[float, typer.Option(help="Time for auto.")] = DEFAULT.search_minutes,
     freeze_first_n_layers: Annotated[int, typer.Option(help="Leave these whole.")] = DEFAULT.freeze_first_n_layers,
     freeze_last_n_layers: Annotated[int, typer.Option(help="Leave these whole.")] = DEFAULT.freeze_last_n_layers,
     max_layer_ratio: Annotated[float, typer.Option(help="Most that one layer may lose.")] = DEFAULT.max_layer_ratio,
@@ -123,6 +126,39 @@ def prune(
     model_name = Path(base_model).name if base_model else "demo"
     options["output_name"] = output_name or f"{model_name}-{importance_method}-{pruning_ratio:g}"
     _prune(PruneConfig(**options))
+
+
+@app.command()
+def search(
+    base_model: BaseModel = None,
+    pruning_ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = DEFAULT.pruning_ratio,
+    search_minutes: Annotated[
+        float, typer.Option(help="Stop after; decide with what was seen.")
+    ] = DEFAULT.search_minutes,
+    scores: Annotated[str | None, typer.Option(help="scores.safetensors of an earlier run: no calibration.")] = None,
+    repair: Annotated[Repair, typer.Option(help="Re-solve the weights that stay.")] = DEFAULT.repair,
+    dataset: Dataset = None,
+    eval_dataset: Annotated[str | None, typer.Option(help="Held-out text; default the end of --dataset.")] = None,
+    num_samples: NumSamples = DEFAULT.num_samples,
+    held_out_samples: Annotated[int, typer.Option(help="Samples it chooses on.")] = DEFAULT.held_out_samples,
+    seq_len: SeqLen = DEFAULT.seq_len,
+    batch_size: BatchSize = DEFAULT.batch_size,
+    eval_samples: Annotated[int | None, typer.Option(help="Windows for perplexity; default all.")] = None,
+    seed: Seed = DEFAULT.seed,
+    backend: BackendOption = DEFAULT.backend,
+    use_gradient_checkpointing: Checkpointing = DEFAULT.use_gradient_checkpointing,
+    device: Device = DEFAULT.device,
+    dtype: DtypeOption = DEFAULT.dtype,
+    trust_remote_code: TrustRemoteCode = False,
+    output_dir: Annotated[str, typer.Option(help="Where results folders go.")] = DEFAULT.output_dir,
+    output_name: Annotated[str | None, typer.Option(help="Results folder; default names model and ratio.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing results folder.")] = False,
+) -> None:
+    """Find the scoring with the least held-out loss, and prune with it."""
+    options = dict(locals())
+    model_name = Path(base_model).name if base_model else "demo"
+    options["output_name"] = output_name or f"{model_name}-search-{pruning_ratio:g}"
+    _prune(PruneConfig(importance_method="auto", **options))
 
 
 @app.command()
@@ -295,6 +331,7 @@ def _prune(config: PruneConfig) -> "PruneResult":
     from gradprune.gradients.diagnosis import diagnosis_table
     from gradprune.pipeline import prune, summarize
     from gradprune.report import layer_table, summary_table
+    from gradprune.search import command_line, search_table
 
     assert config.output_name is not None
     check_free(Path(config.output_dir) / config.output_name, overwrite=config.overwrite, argument="output_name")
@@ -307,6 +344,9 @@ def _prune(config: PruneConfig) -> "PruneResult":
         if gradients.repair.fix != "none":
             OUT.print(diagnosis_table(gradients.after, gradients.seq_len, repaired=gradients.repair.fix))
         OUT.print(gradients.repair_text())
+    if result.search is not None:
+        OUT.print(search_table(result.search))
+        OUT.print(f"Chosen: {command_line(result.config)}", soft_wrap=True)
     OUT.print(layer_table(summary))
     if result.warning:
         OUT.print(f"Warning: {result.warning}")

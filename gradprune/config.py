@@ -1,13 +1,15 @@
 """`PruneConfig`: every option of a pruning run, validated once, here."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gradprune.errors import ConfigError
 
 Method = Literal["magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher"]
+# "auto" searches, see `gradprune.search`.
+MethodOption = Literal["auto", "magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher"]
 Reduction = Literal["sample", "batch"]
 Prior = Literal["removal", "similarity", "taylor"]
 Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
@@ -19,7 +21,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 # Repairs of vanishing gradients; several joined by "+" make one too.
 GRADIENT_FIXES = ("adaptive", "normalize", "depth:linear", "depth:sqrt", "depth:log")
 
-METHODS: tuple[str, ...] = get_args(Method)
+METHODS: tuple[Method, ...] = get_args(Method)
 GRADIENT_METHODS = ("taylor", "taylor_2nd", "fisher", "group_fisher")
 
 
@@ -37,6 +39,7 @@ class PruneConfig:
     repair, held_out_samples: what is done about the weights that stay, see `gradprune.repair`, and how many
         calibration samples beyond `num_samples` its choices are made on.
     collect_batches: how many calibration batches the gradient plots compare.
+    search_minutes: what importance_method "auto" may take; it then decides with what it has seen.
     scores: `analysis/scores.safetensors` of an earlier run on the same model, instead of calibrating again.
     freeze_first_n_layers, freeze_last_n_layers: decoder layers left whole at either end.
     max_layer_ratio: largest fraction of one layer's prunable parameters that may go, in (0, 1].
@@ -55,7 +58,7 @@ class PruneConfig:
     output_dir: str = "results"
     overwrite: bool = False
     pruning_ratio: float = 0.2
-    importance_method: Method = "group_fisher"
+    importance_method: MethodOption = "group_fisher"
     reduction: Reduction = "sample"
     backend: Backend = "auto"
     temperature: float = 0.0
@@ -72,6 +75,7 @@ class PruneConfig:
     held_out_samples: int = 32
     collect_batches: int = 5
     scores: str | None = None
+    search_minutes: float = 30.0
     freeze_first_n_layers: int = 0
     freeze_last_n_layers: int = 0
     max_layer_ratio: float = 1.0
@@ -117,7 +121,9 @@ class PruneConfig:
             _at_least(option, getattr(self, option), 0)
         if self.eval_samples is not None:
             _at_least("eval_samples", self.eval_samples, 1)
-        _one_of("importance_method", self.importance_method, METHODS)
+        if not self.search_minutes > 0.0:
+            raise ConfigError(f"search_minutes: {self.search_minutes} is not above 0")
+        _one_of("importance_method", self.importance_method, get_args(MethodOption))
         _one_of("reduction", self.reduction, get_args(Reduction))
         _one_of("backend", self.backend, get_args(Backend))
         _one_of("prior", self.prior, get_args(Prior))
@@ -126,7 +132,9 @@ class PruneConfig:
         _one_of("normalize_per", self.normalize_per, get_args(NormalizePer))
         _one_of("repair", self.repair, get_args(Repair))
         check_gradient_fix(self.gradient_fix)
-        if self.gradient_fix != "none" and self.importance_method not in GRADIENT_METHODS:
+        if self.importance_method == "auto":
+            self._check_left_to_search()
+        elif self.gradient_fix != "none" and self.importance_method not in GRADIENT_METHODS:
             raise ConfigError(
                 f"gradient_fix: '{self.gradient_fix}' changes nothing, because importance_method "
                 f"'{self.importance_method}' uses no gradients; choose one of {', '.join(GRADIENT_METHODS)}"
@@ -139,6 +147,16 @@ class PruneConfig:
         name = self.output_name
         if name is not None and (name in ("", ".", "..") or Path(name).name != name):
             raise ConfigError(f"output_name: '{name}' is not a plain folder name; put its parent in output_dir")
+
+    def _check_left_to_search(self) -> None:
+        """What "auto" decides cannot be given too."""
+        default = {field.name: field.default for field in fields(self)}
+        decided = ("temperature", "tau", "gradient_fix", "normalize_scores", "normalize_per", "attention_factor")
+        for option in decided:
+            if self.reduction == "batch" and option == "gradient_fix":
+                continue
+            if getattr(self, option) != default[option]:
+                raise ConfigError(f"{option}: importance_method 'auto' chooses it; leave it out, or name a method")
 
     def to_dict(self) -> dict[str, Any]:
         """The options as a JSON-serialisable mapping, for `run.json`."""

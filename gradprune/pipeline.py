@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import gradprune
 from gradprune.calibration import batches, check_context, load_tokens, sample_windows, split_held_out
 from gradprune.checkpoint import atomic_directory, check_free, save_checkpoint
-from gradprune.config import GRADIENT_METHODS, PruneConfig
+from gradprune.config import PruneConfig
 from gradprune.distribution import LayerPruning, pruning_distribution, pruning_warning, to_json
+from gradprune.errors import CalibrationError
 from gradprune.evaluate import Perplexity, Throughput, model_size, perplexity, throughput, weight_bytes_on_disk
 from gradprune.evidence import Evidence
 from gradprune.gradients.analysis import GradientAnalysis
@@ -34,6 +35,7 @@ from gradprune.progress import progress
 from gradprune.repair import BlockRepair, least_squares, repair_steps
 from gradprune.report import write_json, write_report
 from gradprune.scoring import Scoring, score_groups
+from gradprune.search import SearchResult, search, search_to_dict, with_scoring
 from gradprune.selection import Constraints, check_reachable, select
 from gradprune.surgery import cut
 
@@ -61,6 +63,7 @@ class PruneResult:
     table, pruned: every group with its score, and whether it went.
     masks: what each block kept. gradients: the layers' gradients before and after their repair.
     evidence: what calibration found, to score again without it. repairs: what least squares did to each block.
+    search: what was tried where importance_method was "auto"; `config` then has what it chose.
     seconds: wall time by stage. output: the results folder, None where nothing was written.
     """
 
@@ -74,6 +77,7 @@ class PruneResult:
     gradients: GradientAnalysis
     evidence: Evidence
     repairs: list[BlockRepair] = field(default_factory=list)
+    search: SearchResult | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     output: Path | None = None
 
@@ -137,6 +141,10 @@ def prune(
 
     # Calibration comes first: where weights are broken, it names the layer, which perplexity cannot.
     evidence = gather_evidence(model, view, engine, samples, config, clock, console)
+    found = None
+    if config.importance_method == "auto":
+        found = _search(model, view, evidence, config, constraints, samples, clock, console)
+        config = with_scoring(config, found.winner.scoring)
     with clock.stage("scoring"):
         table = score_groups(view, evidence, Scoring.of(config))
     before = _measure_before(model, samples, config, clock, console)
@@ -147,7 +155,7 @@ def prune(
     before, after = _measure_after(model, cut_model, before, samples, config, clock, console)
     gradients = _analysis(evidence, config, len(view.layers))
     result = PruneResult(
-        cut_model, config, before, after, table, pruned, masks, gradients, evidence, repairs, clock.seconds
+        cut_model, config, before, after, table, pruned, masks, gradients, evidence, repairs, found, clock.seconds
     )
     return result if output is None else _write(result, tokenizer, output)
 
@@ -163,7 +171,12 @@ def draw_samples(
     calibration, evaluation = _tokens(tokenizer, config, calibration, evaluation, model.config.vocab_size)
     # As many held-out samples as the text has left over.
     spare = max(0, len(calibration) // config.seq_len - config.num_samples)
-    held_out = min(config.held_out_samples, spare) if config.repair != "none" else 0
+    chooses = config.repair != "none" or config.importance_method == "auto"
+    held_out = min(config.held_out_samples, spare) if chooses else 0
+    if config.importance_method == "auto" and not held_out:
+        raise CalibrationError(
+            f"num_samples: {config.num_samples} samples leave no text to search on; give more text, or fewer samples"
+        )
     windows = sample_windows(
         calibration, num_samples=config.num_samples + held_out, seq_len=config.seq_len, seed=config.seed
     )
@@ -187,7 +200,8 @@ def gather_evidence(
             calibrate(engine, samples.calibration, config.batch_size, console)
             evidence = Evidence.of(engine, model, config).with_priors("taylor", taylor_priors(engine))
     with clock.stage("priors"):
-        if config.temperature > 0.0 and config.prior not in evidence.priors:
+        needed = config.temperature > 0.0 or config.importance_method == "auto"
+        if needed and config.prior not in evidence.priors:
             priors = _priors(model, view, samples.calibration[: config.prior_samples], config, console)
             evidence = evidence.with_priors(config.prior, priors)
     return evidence
@@ -251,16 +265,42 @@ def _check_reachable(model: PreTrainedModel, view: PrunableModel, parameters: in
 
 
 def _engine(model: PreTrainedModel, config: PruneConfig) -> ImportanceEngine:
-    """One pass serves every method, and gradients are always diagnosed: methods without any run as "taylor" here."""
+    """One pass with gradients serves every method, and the diagnosis."""
     return ImportanceEngine(
         model,
-        config.importance_method if config.importance_method in GRADIENT_METHODS else "taylor",
+        "taylor",
         config.reduction,
         config.backend,
         config.use_gradient_checkpointing,
         # Finished vectors can be repaired at any time, batches only as they come.
         config.gradient_fix if config.reduction == "batch" else "none",
     )
+
+
+def _search(
+    model: PreTrainedModel,
+    view: PrunableModel,
+    evidence: Evidence,
+    config: PruneConfig,
+    constraints: Constraints,
+    samples: Samples,
+    clock: _Clock,
+    console: Console,
+) -> SearchResult:
+    parameters = model_size(model).parameters
+    # The number of steps is an upper bound: selections that come twice are tried once.
+    with clock.stage("search"), progress(console, "Searching", 1, "trials") as advance:
+        return search(
+            model,
+            view,
+            evidence,
+            config,
+            constraints,
+            parameters,
+            samples.calibration,
+            samples.held_out,
+            lambda done, total: advance(1, total=total),
+        )
 
 
 def _measure_before(
@@ -395,11 +435,13 @@ def _write(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None, outpu
             "warning": result.warning,
         }
         write_json(analysis / "gradients.json", gradients)
+        if result.search is not None:
+            write_json(analysis / "search.json", search_to_dict(result.search, result.config))
         plots = result.gradients.write_plots(folder / "gradient_analysis")
         summary, record = summarize(result), _run_record(result)
         write_json(analysis / "summary.json", summary)
         write_json(folder / "run.json", record)
-        write_report(folder / "report.html", summary, record, gradients, plots)
+        write_report(folder / "report.html", summary, record, gradients, plots, result.search)
     return result
 
 

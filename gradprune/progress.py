@@ -33,7 +33,8 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(console: Console, description: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
-    """Show a progress bar while the body runs; yields `advance(steps=1)`. It goes if the body raises.
+    """Show a progress bar while the body runs; yields `advance(steps=1, total=None)`, which may correct the
+    total. It goes if the body raises.
 
     Args:
         console: where it is drawn; nothing is where that is not a terminal.
@@ -54,8 +55,8 @@ def progress(console: Console, description: str, total: int, unit: str) -> Itera
     with bar:
         task = bar.add_task(description, total=total, unit=unit)
 
-        def advance(steps: int = 1) -> None:
-            bar.update(task, advance=steps)
+        def advance(steps: int = 1, total: int | None = None) -> None:
+            bar.update(task, advance=steps, total=total)
 
         try:
             yield advance

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
+from gradprune.search import SearchResult, describe_scoring
+
 # Okabe and Ito's colours stay apart for colour-blind readers.
 COLORS = {"attention": "#0072B2", "mlp": "#E69F00"}
 
@@ -45,6 +47,7 @@ $chart
 $layers
 <h2>Gradients</h2>
 $gradients
+$search
 <h2>How it was made</h2>
 $options
 $versions
@@ -100,7 +103,12 @@ def layer_table(summary: dict[str, Any]) -> Table:
 
 
 def write_report(
-    path: Path, summary: dict[str, Any], record: dict[str, Any], gradients: dict[str, Any], plots: Sequence[Path]
+    path: Path,
+    summary: dict[str, Any],
+    record: dict[str, Any],
+    gradients: dict[str, Any],
+    plots: Sequence[Path],
+    search: SearchResult | None = None,
 ) -> None:
     """Write one HTML file that needs no other: tables, charts, the gradients' plots, options and versions.
 
@@ -108,6 +116,7 @@ def write_report(
         path: the file.
         summary, record, gradients: contents of `summary.json`, `run.json` and `gradients.json`.
         plots: what `GradientVisualizer` wrote, images and text; embedded.
+        search: what was tried, if anything was.
     """
     config = record["config"]
     ratio = summary["pruning_ratio"]["achieved"]
@@ -122,6 +131,7 @@ def write_report(
         chart=_kept_chart(summary["layers"]),
         layers=_html_table(("layer", "KV groups", "kept", "MLP channels", "kept"), _layer_rows(summary)),
         gradients=_gradient_section(gradients, plots),
+        search="" if search is None else _search_section(search),
         options=_html_table(("option", "value"), options),
         versions=_html_table(("package", "version"), list(record["versions"].items())),
     )
@@ -152,6 +162,26 @@ def _gradient_section(gradients: dict[str, Any], plots: Sequence[Path]) -> str:
     lines.append(_html_table(("layer", "mean |g|", "std |g|", "scale", "mean |g| after"), rows))
     lines += [_embedded(plot) for plot in plots]
     return "\n".join(lines)
+
+
+def _search_section(search: SearchResult) -> str:
+    """The last round's trials as a chart and a table."""
+    last = [trial for trial in search.trials if trial.repaired == search.winner.repaired]
+    last = [trial for trial in last if trial.samples == search.winner.samples][:25]
+    names = [describe_scoring(trial.scoring) for trial in last]
+    figure = Figure(figsize=(8.0, 0.8 + 0.25 * len(last)), layout="constrained")
+    axes = figure.add_subplot()
+    colors = [COLORS["attention"] if trial.fixed else COLORS["mlp"] for trial in last]
+    axes.scatter([trial.loss for trial in last], range(len(last)), c=colors)
+    axes.set_yticks(range(len(last)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="held-out loss, nats a token (blue: fixed settings)")
+    axes.grid(axis="x", alpha=0.4)
+    rows = [
+        (str(rank), name, f"{trial.loss:.4f}") for rank, (name, trial) in enumerate(zip(names, last, strict=True), 1)
+    ]
+    lead = f"<p>{search.candidates} different selections; the last round, {search.winner.samples} held-out samples:</p>"
+    return "<h2>Search</h2>" + lead + _svg(figure) + _html_table(("rank", "setting", "held-out loss"), rows)
 
 
 def _embedded(plot: Path) -> str:

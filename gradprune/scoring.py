@@ -25,7 +25,8 @@ class Scoring:
 
     @classmethod
     def of(cls, config: PruneConfig) -> "Scoring":
-        """The scoring among a run's options."""
+        """The scoring among a run's options; "auto" has been resolved."""
+        assert config.importance_method != "auto"
         return cls(
             config.importance_method,
             config.gradient_fix,

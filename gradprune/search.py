@@ -1,0 +1,323 @@
+"""Search: choose the scoring by held-out loss instead of guessing it.
+
+One calibration pass has left the evidence for every method, so a candidate costs no more than masking groups and a
+few forward passes. Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): all candidates on few held-out
+calibration samples, the best quarter on four times as many, and the last ones on all of them, repaired as they will be
+if repair is asked for. The fixed settings, every method without and with plain H-GSP, always reach the last round, so
+that the result is never worse than the best of them. The evaluation text is never looked at.
+"""
+
+import itertools
+import math
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gradprune.calibration import batches
+from gradprune.config import GRADIENT_METHODS, METHODS, Method, Normalize, PruneConfig
+from gradprune.evidence import Evidence
+from gradprune.loss import mean_loss
+from gradprune.masking import masked, output_weights_restored
+from gradprune.masks import GroupMasks
+from gradprune.models import PrunableModel
+from gradprune.normalization import Normalization
+from gradprune.repair import BLENDS, least_squares
+from gradprune.scoring import Scoring, score_groups
+from gradprune.selection import Constraints, select
+
+# What is tried; a candidate is one of each.
+TEMPERATURES: tuple[tuple[float, float | None], ...] = ((0.0, None), (0.5, 0.0), (1.0, 0.0), (1.0, math.inf))
+FIXES = ("none", "adaptive")
+NORMALIZATIONS: tuple[Normalize, ...] = ("none", "log")
+ATTENTION_FACTORS = (0.5, 1.0, 2.0, 4.0)
+
+_KEPT = 4  # of so many candidates, one goes on to the next round
+_FINALISTS = 8
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate with its loss in the last round it reached.
+
+    loss: mean held-out loss in nats a token, over `samples` samples. repaired: with the repair of the run.
+    fixed: one of the fixed settings.
+    """
+
+    scoring: Scoring
+    loss: float
+    samples: int
+    repaired: bool
+    fixed: bool
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    trials: the last round by loss, then the earlier rounds, latest first, each by loss.
+    candidates: how many different selections were tried. cut_short: time ran out before the last round was over.
+    """
+
+    trials: list[Trial]
+    candidates: int
+    cut_short: bool
+
+    @property
+    def winner(self) -> Trial:
+        """The candidate with the least loss in the last round."""
+        return self.trials[0]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    scoring: Scoring
+    masks: GroupMasks
+    fixed: bool
+
+
+def search(
+    model: PreTrainedModel,
+    view: PrunableModel,
+    evidence: Evidence,
+    config: PruneConfig,
+    constraints: Constraints,
+    parameters: int,
+    samples: Tensor,
+    held_out: Tensor,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> SearchResult:
+    """Find the scoring with the least held-out loss at the ratio of `config`.
+
+    Args:
+        model, view: the model, which is as it was afterwards, and its prunable view.
+        evidence: of its calibration, with the priors of `config.prior`.
+        config: ratio, batch size, repair and `search_minutes`.
+        constraints, parameters: of the selection.
+        samples: [N, T] calibration samples, for the repair.
+        held_out: [M, T] others, M > 0, on which losses are measured.
+        advance: told (evaluations done, evaluations planned).
+
+    Deterministic, unless `search_minutes` cuts it short: then the latest complete round decides. The first round is
+    always completed.
+    """
+    deadline = time.monotonic() + 60.0 * config.search_minutes
+    pool = list(_candidates(view, evidence, config, constraints, parameters))
+    repaired = config.repair != "none"
+    progress = _Progress(_planned(pool, len(held_out), repaired), advance)
+    rounds: list[list[Trial]] = []
+    alive = pool
+    for size in _round_sizes(len(held_out)):
+        parts = list(batches(held_out[:size], config.batch_size))
+        trials = _play(
+            alive, deadline if rounds else math.inf, progress, partial(_masked_loss, model, view, parts), size, False
+        )
+        if trials is None:
+            return _result(rounds, pool, cut_short=True)
+        rounds.append(_ranked(trials))
+        alive = _survivors(alive, rounds[-1])
+    if not repaired:
+        return _result(rounds, pool, cut_short=False)
+    loss = partial(_repaired_loss, model, view, list(batches(samples, config.batch_size)), parts)
+    last = _play(alive, deadline, progress, loss, len(held_out), True)
+    if last is not None:
+        rounds.append(_ranked(last))
+    return _result(rounds, pool, cut_short=last is None)
+
+
+def with_scoring(config: PruneConfig, scoring: Scoring) -> PruneConfig:
+    """`config` with the options of `scoring`."""
+    return replace(
+        config,
+        importance_method=scoring.method,
+        gradient_fix=scoring.gradient_fix,
+        normalize_scores=scoring.normalization.method,
+        normalize_per=scoring.normalization.per,
+        clip_percentile=scoring.normalization.clip_percentile,
+        attention_factor=scoring.normalization.attention_factor,
+        temperature=scoring.temperature,
+        tau=scoring.tau,
+    )
+
+
+def command_line(config: PruneConfig) -> str:
+    """The exact `gradprune prune` command of a configuration: every option that is not at its default."""
+    default = PruneConfig()
+    words = ["gradprune", "prune"]
+    for name, value in config.to_dict().items():
+        if value == getattr(default, name) or value is None:
+            continue
+        words += [f"--{name}"] if value is True else [f"--no_{name}"] if value is False else [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def search_to_dict(result: SearchResult, config: PruneConfig) -> dict[str, Any]:
+    """The content of `analysis/search.json`; `config` is that of the winner."""
+    return {
+        "candidates": result.candidates,
+        "cut_short": result.cut_short,
+        "command": command_line(config),
+        "trials": [
+            {"rank": rank, "setting": describe_scoring(trial.scoring), **asdict(trial)}
+            for rank, trial in enumerate(result.trials, start=1)
+        ],
+    }
+
+
+def search_table(result: SearchResult, rows: int = 15) -> Table:
+    """The best trials for the terminal; a fixed setting is every method without and with plain H-GSP."""
+    table = Table(title=f"Search: best of {result.candidates} selections", title_justify="left")
+    for column in ("rank", "held-out loss", "samples", "setting"):
+        table.add_column(column, justify="left" if column == "setting" else "right")
+    for rank, trial in enumerate(result.trials[:rows], start=1):
+        mark = " (fixed)" if trial.fixed else ""
+        table.add_row(str(rank), f"{trial.loss:.4f}", str(trial.samples), describe_scoring(trial.scoring) + mark)
+    return table
+
+
+def describe_scoring(scoring: Scoring) -> str:
+    """A few words: what differs from plain scoring."""
+    parts: list[str] = [scoring.method]
+    if scoring.temperature > 0.0:
+        tau = "25th percentile" if scoring.tau is None else f"{scoring.tau:g}"
+        parts.append(f"T={scoring.temperature:g} tau={tau}")
+    if scoring.gradient_fix != "none":
+        parts.append(scoring.gradient_fix)
+    if scoring.normalization.method != "none":
+        parts.append(scoring.normalization.method)
+    if scoring.normalization.attention_factor != 1.0:
+        parts.append(f"attention x{scoring.normalization.attention_factor:g}")
+    return ", ".join(parts)
+
+
+def _candidates(
+    view: PrunableModel, evidence: Evidence, config: PruneConfig, constraints: Constraints, parameters: int
+) -> Iterator[_Candidate]:
+    """Every scoring of the space that selects something new; the fixed settings come first."""
+    seen: set[bytes] = set()
+    plain = (TEMPERATURES[0], TEMPERATURES[2])
+    fixed = [_scoring(config, method, temperature) for method in METHODS for temperature in plain]
+    for number, scoring in enumerate(itertools.chain(fixed, _space(config, evidence))):
+        table = score_groups(view, evidence, scoring)
+        pruned = select(table, config.pruning_ratio, parameters, constraints)
+        key = np.packbits(pruned).tobytes()
+        if key in seen:
+            continue
+        seen.add(key)
+        yield _Candidate(scoring, table.masks(pruned), fixed=number < len(fixed))
+
+
+def _space(config: PruneConfig, evidence: Evidence) -> Iterator[Scoring]:
+    # Batches were repaired, or not, as they came.
+    fixes = FIXES if evidence.reduction == "sample" else ("none" if evidence.repair is None else evidence.repair.fix,)
+    for method, temperature, fix, normalize, factor in itertools.product(
+        METHODS, TEMPERATURES, fixes, NORMALIZATIONS, ATTENTION_FACTORS
+    ):
+        if fix != fixes[0] and method not in GRADIENT_METHODS:
+            continue
+        yield _scoring(config, method, temperature, fix, Normalization(normalize, attention_factor=factor))
+
+
+def _scoring(
+    config: PruneConfig,
+    method: Method,
+    temperature: tuple[float, float | None],
+    fix: str = "none",
+    normalization: Normalization | None = None,
+) -> Scoring:
+    return Scoring(method, fix, normalization or Normalization(), *temperature, config.prior)
+
+
+def _round_sizes(held_out: int) -> list[int]:
+    """Held-out samples in each round before the last, e.g. 2, 8, 32."""
+    sizes = [held_out]
+    while sizes[0] // _KEPT >= 2:
+        sizes.insert(0, sizes[0] // _KEPT)
+    return sizes
+
+
+def _survivors(alive: list[_Candidate], ranked: list[Trial]) -> list[_Candidate]:
+    """The best quarter, at least the finalists, and all fixed settings."""
+    count = max(_FINALISTS, len(alive) // _KEPT)
+    best = {trial.scoring for trial in ranked[:count]}
+    return [candidate for candidate in alive if candidate.fixed or candidate.scoring in best]
+
+
+def _planned(pool: list[_Candidate], held_out: int, repaired: bool) -> int:
+    """An upper bound of the evaluations."""
+    fixed, count, total = sum(c.fixed for c in pool), len(pool), 0
+    for _ in _round_sizes(held_out):
+        total += count
+        count = min(count, max(_FINALISTS, count // _KEPT) + fixed)
+    return total + count * repaired
+
+
+@dataclass
+class _Progress:
+    total: int
+    tell: Callable[[int, int], None]
+    done: int = 0
+
+    def step(self) -> None:
+        self.done += 1
+        self.tell(self.done, self.total)
+
+
+def _play(
+    alive: list[_Candidate],
+    deadline: float,
+    progress: _Progress,
+    loss: Callable[[_Candidate], float],
+    samples: int,
+    repaired: bool,
+) -> list[Trial] | None:
+    """One round; None where time ran out."""
+    trials = []
+    for candidate in alive:
+        if time.monotonic() > deadline:
+            return None
+        trials.append(Trial(candidate.scoring, loss(candidate), samples, repaired, candidate.fixed))
+        progress.step()
+    return trials
+
+
+def _masked_loss(
+    model: PreTrainedModel, view: PrunableModel, held_out: Sequence[Tensor], candidate: _Candidate
+) -> float:
+    with masked(view, candidate.masks):
+        return mean_loss(model, held_out)
+
+
+def _repaired_loss(
+    model: PreTrainedModel,
+    view: PrunableModel,
+    samples: Sequence[Tensor],
+    held_out: Sequence[Tensor],
+    candidate: _Candidate,
+) -> float:
+    with output_weights_restored(view, candidate.masks):
+        # One blend for all: half the time, and they stay comparable.
+        least_squares(model, view, candidate.masks, samples, held_out, blends=BLENDS[-1:])
+        return mean_loss(model, held_out)
+
+
+def _ranked(trials: list[Trial]) -> list[Trial]:
+    """By loss, least first, NaN last; equals in the order they came."""
+    return sorted(trials, key=lambda trial: math.inf if math.isnan(trial.loss) else trial.loss)
+
+
+def _result(rounds: list[list[Trial]], pool: list[_Candidate], *, cut_short: bool) -> SearchResult:
+    seen: set[Scoring] = set()
+    trials = []
+    for trial in itertools.chain.from_iterable(reversed(rounds)):
+        if trial.scoring not in seen:
+            seen.add(trial.scoring)
+            trials.append(trial)
+    return SearchResult(trials, len(pool), cut_short)
