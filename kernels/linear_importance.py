@@ -1,4 +1,4 @@
-"""`linear_importance`: a linear layer's weight gradient, one sample at a time, scored in registers and never written."""
+"""`linear_importance`: each sample's weight gradient of a linear layer, scored in registers and never written."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ from gradprune.kernels.taylor_score import merged_statistics
 class LinearImportanceConfig:
     """How the gradient [O, I] is cut up.
 
-    A program forms tiles of BLOCK_O x BLOCK_I, BLOCK_T tokens a step; GROUP_O rows of tiles are walked column by column,
-    so that programs running at the same time read the same tokens from the L2 cache.
+    A program forms tiles of BLOCK_O x BLOCK_I, BLOCK_T tokens a step; GROUP_O rows of tiles are walked column by
+    column, so that programs running at the same time share their inputs in the L2 cache.
 
     ONE_SAMPLE: a program takes one sample's tile. Otherwise it takes one tile of all samples in turn and sums over them
     in registers: W is read once and the columns are reduced once, but it keeps four fp32 tiles where one sample needs
@@ -81,6 +81,16 @@ def _store_sums(tile, row_ptrs, column_ptrs, in_rows, in_columns):
 
 
 @triton.jit
+def _store_statistics(base, sum_abs, sum_square, max_abs, min_abs, bad, in_rows):
+    """A tile's statistics from those of its rows; the first three are 0 beyond the matrix."""
+    tl.store(base, tl.sum(sum_abs, 0))
+    tl.store(base + 1, tl.sum(sum_square, 0))
+    tl.store(base + 2, tl.max(max_abs, 0))
+    tl.store(base + 3, tl.min(tl.where(in_rows, min_abs, float("inf")), 0))
+    tl.store(base + 4, tl.sum(tl.where(in_rows, bad, 0.0), 0))
+
+
+@triton.jit
 def _linear_importance_kernel(
     x_ptr,
     dy_ptr,
@@ -102,17 +112,17 @@ def _linear_importance_kernel(
     BLOCK_T: tl.constexpr,
     GROUP_O: tl.constexpr,
     ONE_SAMPLE: tl.constexpr,
-    HAS_BEYOND: tl.constexpr,
+    HAS_I_TAIL: tl.constexpr,
 ):
     """One tile of g_n = dy_n^T x_n, of sample program_id(1) or of every sample in turn; scored, not written.
 
-    X [N, T, I], dY [N, T, O] and W [O, I] have unit inner strides. The sums over samples of |w g_n|, w g_n and w^2 g_n^2
-    are |w|, w and w^2 times those of |g_n|, g_n and g_n^2. fp32 accumulation, fixed order, no atomics.
+    X [N, T, I], dY [N, T, O] and W [O, I] have unit inner strides. The sums over samples of |w g_n|, w g_n and
+    w^2 g_n^2 are |w|, w and w^2 times those of |g_n|, g_n and g_n^2. fp32 accumulation, fixed order, no atomics.
 
     rows_ptr: [parts, columns of tiles, 3, O] fp32; the tile's sums over its columns of |w g|, w g, w^2 g^2.
     columns_ptr: [parts, rows of tiles, 3, I] fp32; the tile's sums over its rows.
     statistics_ptr: [parts, tiles, 5] fp32: sum|g|, sum g^2, max|g|, min|g|, non-finite count.
-    A part is one sample, or all of them. HAS_BEYOND: I is no multiple of BLOCK_I, and the last tiles reach beyond it.
+    A part is one sample, or all of them. HAS_I_TAIL: I is no multiple of BLOCK_I, and the last tiles reach beyond it.
     """
     tile_o, tile_i = _tile_of_program(O, I, BLOCK_O, BLOCK_I, GROUP_O)
     part = tl.program_id(1).to(tl.int64)
@@ -136,7 +146,7 @@ def _linear_importance_kernel(
             BLOCK_O, BLOCK_I, BLOCK_T,
         )  # fmt: skip
         magnitude = tl.abs(g)
-        if HAS_BEYOND:
+        if HAS_I_TAIL:
             magnitude = tl.where(in_columns[None, :], magnitude, float("inf"))
         finite = magnitude < float("inf")  # false for NaN too
         clean = tl.where(finite, magnitude, 0.0)
@@ -154,7 +164,8 @@ def _linear_importance_kernel(
 
     # Beyond the matrix w is 0 and g is 0, or NaN where all of its row or column inside is non-finite.
     inside = in_rows[:, None] & in_columns[None, :]
-    w = tl.load(w_ptr + rows.to(tl.int64)[:, None] * stride_wo + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    w_ptrs = w_ptr + rows.to(tl.int64)[:, None] * stride_wo + columns[None, :]
+    w = tl.load(w_ptrs, mask=inside, other=0.0).to(tl.float32)
     row_ptrs = rows_ptr + (part * tl.cdiv(I, BLOCK_I) + tile_i) * 3 * O + rows
     column_ptrs = columns_ptr + (part * tl.cdiv(O, BLOCK_O) + tile_o) * 3 * I + columns
     if ONE_SAMPLE:
@@ -168,17 +179,15 @@ def _linear_importance_kernel(
         # An element that was ever non-finite has a non-finite signed sum; its row and column are to show it.
         spread = tl.abs(signed)
         finite = spread < float("inf")
-        _store_sums(tl.abs(w) * tl.where(finite, absolute, spread), row_ptrs, column_ptrs, in_rows, in_columns)
-        _store_sums(w * w * tl.where(finite, square, spread), row_ptrs + 2 * O, column_ptrs + 2 * I, in_rows, in_columns)
+        absolute = tl.abs(w) * tl.where(finite, absolute, spread)
+        square = w * w * tl.where(finite, square, spread)
+        _store_sums(absolute, row_ptrs, column_ptrs, in_rows, in_columns)
         _store_sums(w * signed, row_ptrs + O, column_ptrs + I, in_rows, in_columns)
-    statistics_base = statistics_ptr + (part * tl.num_programs(0) + tl.program_id(0)) * 5
-    tl.store(statistics_base, tl.sum(sum_abs, 0))
-    tl.store(statistics_base + 1, tl.sum(sum_square, 0))
-    tl.store(statistics_base + 2, tl.max(max_abs, 0))
-    tl.store(statistics_base + 3, tl.min(tl.where(in_rows, min_abs, float("inf")), 0))
+        _store_sums(square, row_ptrs + 2 * O, column_ptrs + 2 * I, in_rows, in_columns)
     # The columns beyond I were counted too, once a sample.
     beyond = samples * tl.maximum((tile_i + 1) * BLOCK_I - I, 0)
-    tl.store(statistics_base + 4, tl.sum(tl.where(in_rows, bad - beyond, 0.0), 0))
+    statistics_base = statistics_ptr + (part * tl.num_programs(0) + tl.program_id(0)) * 5
+    _store_statistics(statistics_base, sum_abs, sum_square, max_abs, min_abs, bad - beyond, in_rows)
 
 
 # Every one compiles without spilled registers for sm_80 and sm_90. None has been timed on a GPU.
@@ -192,8 +201,8 @@ _HALF_RAGGED = LinearImportanceConfig(BLOCK_O=64, BLOCK_I=128, BLOCK_T=32, ONE_S
 def config_for(N: int, T: int, O: int, I: int, dtype: torch.dtype) -> LinearImportanceConfig:  # noqa: E741
     """The configuration for N samples of T tokens and a gradient [O, I], inputs of `dtype`.
 
-    Long samples pay for reducing each of them; short ones do not, and are summed in registers. Widths that 16 does not
-    divide are read element by element, which takes registers from the tiles.
+    Where samples are long, larger tiles save more reads of the inputs than reducing each sample costs; short ones are
+    summed in registers first. Widths that 16 does not divide are read element by element, which takes registers.
     """
     ragged = bool(O % 16 or I % 16)
     if dtype == torch.float32:
@@ -256,7 +265,7 @@ def linear_importance_triton(
             BLOCK_T=config.BLOCK_T,
             GROUP_O=config.GROUP_O,
             ONE_SAMPLE=config.ONE_SAMPLE,
-            HAS_BEYOND=width % config.BLOCK_I != 0,
+            HAS_I_TAIL=width % config.BLOCK_I != 0,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

@@ -42,12 +42,12 @@ def compile_linear_importance(dtype: str) -> None:
     for shape in SHAPES:
         config = config_for(*shape, DTYPES[dtype])
         variants[config, shape[3] % config.BLOCK_I != 0, shape[3] % 16 == 0] = None
-    for config, has_beyond, aligned in variants:
-        constants = dataclasses.asdict(config) | {"HAS_BEYOND": has_beyond}
+    for config, has_i_tail, aligned in variants:
+        constants = dataclasses.asdict(config) | {"HAS_I_TAIL": has_i_tail}
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
         samples = "one_sample" if config.ONE_SAMPLE else "all_samples"
         widths = "multiple_of_16" if aligned else "ragged"
-        name = f"linear_importance {config.BLOCK_O}x{config.BLOCK_I}x{config.BLOCK_T} {samples} {widths} {has_beyond=}"
+        name = f"linear_importance {config.BLOCK_O}x{config.BLOCK_I}x{config.BLOCK_T} {samples} {widths} {has_i_tail=}"
         types = dict.fromkeys(("x_ptr", "dy_ptr", "w_ptr"), f"*{dtype}")
         compile_kernel(name, _linear_importance_kernel, dtype, types, constants, options, aligned)
 
@@ -57,11 +57,11 @@ def compile_kernel(
 ) -> None:
     """types: of the arguments that are not fp32 pointers, int32 sizes or int64 strides.
 
-    aligned: every number and pointer is a multiple of 16, and the compiler knows.
+    aligned: every pointer, size and stride but N is a multiple of 16, and the compiler knows.
     """
     signature = {name: types.get(name) or _argument_type(name, constants) for name in kernel.arg_names}
-    numbers = [index for index, kind in enumerate(signature.values()) if kind != "constexpr"]
-    attributes = {(index,): [["tt.divisibility", 16]] for index in numbers if aligned and kernel.arg_names[index] != "N"}
+    known = [i for i, name in enumerate(signature) if aligned and signature[name] != "constexpr" and name != "N"]
+    attributes = {(index,): [["tt.divisibility", 16]] for index in known}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     for capability in (80, 90):
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
