@@ -132,11 +132,11 @@ def taylor_score_triton(w: Tensor, g: Tensor, config: TaylorScoreConfig | None =
             BLOCK_I=config.BLOCK_I,
             num_warps=config.num_warps,
         )
-    return rows.sum(0), columns.sum(0), _merged(statistics)
+    return rows.sum(0), columns.sum(0), merged_statistics(statistics)
 
 
-def _merged(statistics: Tensor) -> Tensor:
-    """[programs, 5] to [5]."""
+def merged_statistics(statistics: Tensor) -> Tensor:
+    """[programs, 5] statistics of parts of a gradient to the [5] of the whole."""
     if not len(statistics):
         return statistics.new_tensor([0.0, 0.0, 0.0, float("inf"), 0.0])
     total = statistics.sum(0)

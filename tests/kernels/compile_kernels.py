@@ -3,33 +3,79 @@
 Run as a program, because Triton compiles only where its interpreter is off, which is chosen at import.
 """
 
+import dataclasses
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gradprune.kernels.linear_importance import _linear_importance_kernel, config_for
 from gradprune.kernels.taylor_score import TaylorScoreConfig, _taylor_score_kernel
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# N, T, O, I: long samples, short ones, a width that tiles reach beyond, one that 16 does not divide.
+SHAPES = ((8, 2048, 4096, 4096), (8, 128, 4096, 4096), (8, 128, 4096, 4112), (8, 128, 4095, 4097))
 
 
 def main() -> None:
+    for dtype in DTYPES:
+        compile_taylor_score(dtype)
+        compile_linear_importance(dtype)
+
+
+def compile_taylor_score(dtype: str) -> None:
     config = TaylorScoreConfig()
     tiles = {"ROWS": config.ROWS, "BLOCK_O": config.BLOCK_O, "BLOCK_I": config.BLOCK_I}
-    for dtype in ("bf16", "fp16", "fp32"):
-        signature = {
-            "w_ptr": f"*{dtype}", "g_ptr": f"*{dtype}", "rows_ptr": "*fp32", "columns_ptr": "*fp32",
-            "statistics_ptr": "*fp32", "O": "i32", "I": "i32", "stride_wo": "i64", "stride_go": "i64",
-            **dict.fromkeys(tiles, "constexpr"),
-        }  # fmt: skip
-        source = ASTSource(fn=_taylor_score_kernel, signature=signature, constexprs=tiles)
-        for capability in (80, 90):
-            target = GPUTarget("cuda", capability, 32)
-            compiled = triton.compile(source, target=target, options={"num_warps": config.num_warps})
-            print("taylor_score", dtype, f"sm_{capability}", resource_usage(compiled.asm["cubin"]))
+    types = dict.fromkeys(("w_ptr", "g_ptr"), f"*{dtype}")
+    compile_kernel("taylor_score", _taylor_score_kernel, dtype, types, tiles, {"num_warps": config.num_warps}, False)
+
+
+def compile_linear_importance(dtype: str) -> None:
+    """Every configuration that `config_for` chooses, as a launch would specialise it."""
+    variants = {}
+    for shape in SHAPES:
+        config = config_for(*shape, DTYPES[dtype])
+        variants[config, shape[3] % config.BLOCK_I != 0, shape[3] % 16 == 0] = None
+    for config, has_i_tail, aligned in variants:
+        constants = dataclasses.asdict(config) | {"HAS_I_TAIL": has_i_tail}
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+        samples = "one_sample" if config.ONE_SAMPLE else "all_samples"
+        widths = "multiple_of_16" if aligned else "ragged"
+        name = f"linear_importance {config.BLOCK_O}x{config.BLOCK_I}x{config.BLOCK_T} {samples} {widths} {has_i_tail=}"
+        types = dict.fromkeys(("x_ptr", "dy_ptr", "w_ptr"), f"*{dtype}")
+        compile_kernel(name, _linear_importance_kernel, dtype, types, constants, options, aligned)
+
+
+def compile_kernel(
+    name: str, kernel, dtype: str, types: dict[str, str], constants: dict, options: dict, aligned: bool
+) -> None:
+    """types: of the arguments that are not fp32 pointers, int32 sizes or int64 strides.
+
+    aligned: every pointer, size and stride but N is a multiple of 16, and the compiler knows.
+    """
+    signature = {name: types.get(name) or _argument_type(name, constants) for name in kernel.arg_names}
+    known = [i for i, name in enumerate(signature) if aligned and signature[name] != "constexpr" and name != "N"]
+    attributes = {(index,): [["tt.divisibility", 16]] for index in known}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    for capability in (80, 90):
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        matrix = "wgmma" if "wgmma.mma_async" in compiled.asm["ptx"] else "no wgmma"
+        used = f"{resource_usage(compiled.asm['cubin'])} {compiled.metadata.shared} bytes shared"
+        print(name, dtype, f"sm_{capability}", used, matrix)
+
+
+def _argument_type(name: str, constants: dict) -> str:
+    if name in constants:
+        return "constexpr"
+    if name.endswith("_ptr"):
+        return "*fp32"
+    return "i64" if name.startswith("stride") else "i32"
 
 
 def resource_usage(cubin: bytes) -> str:

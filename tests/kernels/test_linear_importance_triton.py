@@ -1,0 +1,225 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed: its kernels are NOT tested here")
+
+from gradprune.importance.reference import linear_importance_reference
+from gradprune.importance.triton import linear_importance_triton
+from gradprune.kernels import linear_importance as kernel
+from gradprune.kernels.linear_importance import LinearImportanceConfig, config_for
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ALL_SAMPLES = LinearImportanceConfig(BLOCK_O=16, BLOCK_I=32, BLOCK_T=16, GROUP_O=2, num_warps=4)
+CONFIGS = [ALL_SAMPLES, replace(ALL_SAMPLES, ONE_SAMPLE=True)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# 1, a block, one less and more than it, and several blocks, of each size in turn: N, T, O, I.
+SHAPES = [
+    *((2, tokens, 18, 35) for tokens in (1, 15, 16, 17, 63)),
+    *((2, 9, rows, 35) for rows in (1, 15, 16, 17, 63)),
+    *((2, 9, 18, columns) for columns in (1, 31, 32, 33, 63, 64)),
+    *((samples, 20, 49, 70) for samples in (1, 3)),
+    (2, 16, 32, 64),
+]
+
+both_configs = pytest.mark.parametrize("config", CONFIGS, ids=["all_samples", "one_sample"])
+
+
+def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """x, dy and w of shape N, T, O, I."""
+    samples, tokens, rows, columns = shape
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (samples, tokens, columns), (samples, tokens, rows), (rows, columns)
+    x, dy, w = (torch.randn(shape, generator=generator).to(dtype).to(DEVICE) for shape in shapes)
+    return x, dy, w
+
+
+def assert_equals_fp64(found, x: Tensor, dy: Tensor, w: Tensor) -> None:
+    """Against sums over fp64 gradients, with every rounding of the fp32 computation bounded.
+
+    A gradient is a sum of T products: off by at most (T + 1) ulps of the sum of their magnitudes, `noise`. Sums of n
+    such terms are off by their noise and by n + 5 ulps of their magnitudes. An ulp is 2^-23: tensor cores truncate.
+    """
+    rows, columns, statistics = (part.double().cpu() for part in found)
+    x, dy, w = (tensor.double().cpu() for tensor in (x, dy, w))
+    ulp, count = 2.0**-23, x.shape[0] * max(*w.shape) + 5
+    g = torch.einsum("nto,nti->noi", dy, x)
+    noise = torch.einsum("nto,nti->noi", dy.abs(), x.abs()) * (x.shape[1] + 1) * ulp
+    largest = g.abs() + noise
+    terms = (((w * g).abs(), w.abs() * noise), (w * g, w.abs() * noise), ((w * g) ** 2, w**2 * (largest**2 - g**2)))
+    for dim, sums in ((2, rows), (1, columns)):
+        for k, (term, error) in enumerate(terms):
+            bound = (error + count * ulp * (term.abs() + error)).sum((0, dim))
+            assert ((sums[k] - term.sum((0, dim))).abs() <= bound).all(), (dim, k)
+    every = g.numel() * ulp
+    sum_abs, sum_square, max_abs, min_abs, bad = statistics
+    assert (sum_abs - g.abs().sum()).abs() <= noise.sum() + every * largest.sum()
+    assert (sum_square - g.square().sum()).abs() <= (largest**2 - g**2).sum() + every * largest.square().sum()
+    assert (max_abs - g.abs().max()).abs() <= noise.max()
+    assert (min_abs - g.abs().min()).abs() <= noise.max()
+    assert bad == 0
+
+
+@both_configs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_fp64_on_awkward_shapes(shape: tuple[int, int, int, int], dtype: torch.dtype, config) -> None:
+    x, dy, w = tensors(shape, dtype)
+    assert_equals_fp64(kernel.linear_importance_triton(x, dy, w, config), x, dy, w)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 70, 33, 130), (2, 70, 160, 64), (1, 70, 160, 64)])
+def test_the_shipped_configurations_equal_fp64(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    x, dy, w = tensors(shape, dtype)
+    assert_equals_fp64(kernel.linear_importance_triton(x, dy, w), x, dy, w)
+
+
+@both_configs
+def test_memory_around_the_tensors_is_neither_read_nor_written(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views into NaN; what the kernel leaves unwritten of its scratch is NaN; behind the scratch lie canaries."""
+    buffers = []
+
+    def guarded(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        size = torch.Size(shape).numel()
+        buffer = torch.full((size + 64,), 12345.0, dtype=dtype, device=device)
+        buffer[32 : 32 + size] = float("nan")
+        buffers.append(buffer)
+        return buffer[32 : 32 + size].view(shape)
+
+    x, dy, w = tensors((2, 19, 21, 43), torch.float32)
+    views = []
+    for tensor in (x, dy, w):
+        surrounded = torch.full([size + 9 for size in tensor.shape], float("nan"), device=DEVICE)
+        view = surrounded[tuple(slice(4, 4 + size) for size in tensor.shape)]
+        views.append(view.copy_(tensor))
+    monkeypatch.setattr(torch, "empty", guarded)
+    found = kernel.linear_importance_triton(*views, config)
+    monkeypatch.undo()
+    assert_equals_fp64(found, x, dy, w)
+    assert len(buffers) == 3
+    assert all((buffer[:32] == 12345.0).all() and (buffer[-32:] == 12345.0).all() for buffer in buffers)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t[..., 3:20],
+        lambda t: t[..., ::2, :],
+        lambda t: t[..., 5:, 1:30],
+        lambda t: t[..., ::2],
+        lambda t: t.transpose(-2, -1).contiguous().transpose(-2, -1),
+    ],
+    ids=["columns", "every_second_row", "corner", "every_second_column", "transposed"],
+)
+def test_strided_and_transposed_inputs(view) -> None:
+    x, dy, w = (view(torch.randn(size, generator=torch.Generator().manual_seed(1), device="cpu").to(DEVICE))
+                for size in ((2, 31, 31), (2, 31, 31), (31, 31)))  # fmt: skip
+    w = w[:1].expand(dy.shape[2], x.shape[2])  # rows that lie on each other
+    found = linear_importance_triton(x, dy, w)
+    rows = torch.stack([found.row_abs, found.row_signed, found.row_square])
+    columns = torch.stack([found.column_abs, found.column_signed, found.column_square])
+    assert_equals_fp64((rows, columns, found.statistics), x, dy, w)
+
+
+@both_configs
+def test_samples_are_not_summed_before_they_are_scored(config) -> None:
+    x, dy, w = tensors((1, 10, 18, 35), torch.float32)
+    one = kernel.linear_importance_triton(x, dy, w, config)
+    opposite = kernel.linear_importance_triton(x.repeat(2, 1, 1), torch.cat([dy, -dy]), w, config)
+    for alone, both in zip(one[:2], opposite[:2], strict=True):
+        torch.testing.assert_close(both[0], 2 * alone[0], rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(both[2], 2 * alone[2], rtol=1e-6, atol=0.0)
+        assert (both[1].abs() <= 1e-6 * both[0]).all()
+
+
+@both_configs
+def test_non_finite_gradients_are_counted_and_spread(config) -> None:
+    """One token of a sample makes element (row, column) overflow and no other."""
+    x, dy, w = tensors((3, 20, 20, 40), torch.float32)
+    for sample, token, row, column, huge in ((0, 19, 3, 7, 1e30), (2, 0, 18, 39, -1e30), (1, 5, 3, 7, -1e30)):
+        x[sample, token], dy[sample, token] = 0.0, 0.0
+        x[sample, token, column], dy[sample, token, row] = abs(huge), huge
+    rows, columns, statistics = kernel.linear_importance_triton(x, dy, w, config)
+    expected = linear_importance_reference(x, dy, w)
+    assert statistics[4] == 3
+    torch.testing.assert_close(statistics, expected.statistics, rtol=1e-4, atol=0.0)
+    for k in range(3):
+        assert (~rows[k].isfinite()).nonzero().flatten().tolist() == [3, 18]
+        assert (~columns[k].isfinite()).nonzero().flatten().tolist() == [7, 39]
+
+
+@both_configs
+def test_tiles_beyond_the_matrix_are_not_counted(config) -> None:
+    """An infinite input makes a row NaN as far as the tile reaches, an infinite gradient a column."""
+    x, dy, w = tensors((2, 5, 20, 40), torch.float32)
+    dy[0, 3, 19], x[1, 2, 39] = float("inf"), float("nan")
+    rows, columns, statistics = kernel.linear_importance_triton(x, dy, w, config)
+    assert statistics[4] == 40 + 20
+    expected = linear_importance_reference(x, dy, w)
+    torch.testing.assert_close(statistics, expected.statistics, rtol=1e-4, atol=0.0)
+    assert not rows.isfinite().any()
+    assert not columns.isfinite().any()
+
+
+@both_configs
+def test_the_same_bits_every_time(config) -> None:
+    x, dy, w = tensors((3, 33, 33, 65), torch.bfloat16)
+    first = kernel.linear_importance_triton(x, dy, w, config)
+    for _ in range(3):
+        again = kernel.linear_importance_triton(x, dy, w, config)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_the_order_of_tiles_changes_nothing(group: int) -> None:
+    x, dy, w = tensors((1, 5, 80, 100), torch.float32)
+    one, two = (kernel.linear_importance_triton(x, dy, w, replace(ALL_SAMPLES, GROUP_O=g)) for g in (2, group))
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[1], two[1])
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5, 6), (2, 4, 0, 6), (2, 4, 5, 0)])
+def test_empty_tensors(shape: tuple[int, int, int, int]) -> None:
+    found = linear_importance_triton(*tensors(shape, torch.float32))
+    assert found.row_abs.tolist() == [0.0] * shape[2]
+    assert found.column_square.tolist() == [0.0] * shape[3]
+    assert found.statistics.tolist() == [0.0, 0.0, 0.0, float("inf"), 0.0]
+
+
+def test_samples_without_tokens_have_zero_gradients() -> None:
+    found = linear_importance_triton(*tensors((2, 0, 5, 6), torch.float32))
+    assert found.row_abs.tolist() == [0.0] * 5
+    assert found.statistics.tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.float32)])
+def test_inputs_of_two_dtypes_are_multiplied_in_the_wider(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    x, dy, w = tensors((2, 5, 6, 7), torch.float32)
+    x, dy, w = x.to(dtypes[0]), dy.to(dtypes[1]), w.bfloat16()
+    found = linear_importance_triton(x, dy, w)
+    expected = linear_importance_reference(x.double(), dy.double(), w.double())
+    torch.testing.assert_close(found.row_abs.double(), expected.row_abs, rtol=1e-5, atol=0.0)
+
+
+def test_short_samples_are_summed_in_registers() -> None:
+    assert not config_for(2, 511, 4096, 4096, torch.bfloat16).ONE_SAMPLE
+    for shape in ((1, 128, 4096, 4096), (2, 512, 4096, 4096), (2, 128, 4096, 4096 + 16), (2, 128, 4096, 4097)):
+        assert config_for(*shape, torch.bfloat16).ONE_SAMPLE
+    assert config_for(2, 128, 4096, 4096, torch.float32).ONE_SAMPLE
+
+
+def test_wrong_arguments_are_named() -> None:
+    x, dy, w = tensors((2, 3, 4, 5), torch.float32)
+    with pytest.raises(ValueError, match=r"x: has shape \(3, 5\)"):
+        linear_importance_triton(x[0], dy, w)
+    with pytest.raises(ValueError, match=r"dy: has shape \(2, 2, 4\)"):
+        linear_importance_triton(x, dy[:, 1:], w)
+    with pytest.raises(ValueError, match=r"dy: has shape \(1, 3, 4\)"):
+        linear_importance_triton(x, dy[1:], w)
+    with pytest.raises(ValueError, match=r"w: has shape \(5, 4\); dy and x make it \(4, 5\)"):
+        linear_importance_triton(x, dy, w.T)
+    with pytest.raises(ValueError, match=r"dy: dtype torch.float64"):
+        linear_importance_triton(x, dy.double(), w)
