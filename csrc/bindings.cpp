@@ -18,6 +18,9 @@
 #include "cpu/isa.h"
 #include "cpu/scale_gradients.h"
 #include "cpu/taylor_score.h"
+#if defined(GRADPRUNE_CUDA)
+#include "cuda/gradients.h"
+#endif
 
 namespace py = pybind11;
 
@@ -119,6 +122,35 @@ void scale_gradients_binding(const std::vector<GradientArgument>& arguments, con
   scale_gradients(gradients, scales, threads, isa);
 }
 
+#if defined(GRADPRUNE_CUDA)
+template <class T>
+T* device_pointer(std::uintptr_t address, std::int64_t count, const char* message) {
+  return static_cast<T*>(pointer(address, count, message));
+}
+
+void check_cuda(const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string("CUDA: ") + error);
+}
+
+void grad_stats_cuda_binding(std::uintptr_t runs, std::int64_t count, std::uintptr_t first_run, std::int64_t gradients,
+                             std::uintptr_t parts, std::uintptr_t out, std::uintptr_t stream) {
+  require(count >= 0 && gradients >= 0, "count, gradients: must not be negative");
+  check_cuda(grad_stats_cuda(device_pointer<const CudaRun>(runs, count, "runs: null address"), count,
+                             device_pointer<const std::int64_t>(first_run, gradients, "first_run: null address"),
+                             gradients, device_pointer<double>(parts, count, "parts: null address"),
+                             device_pointer<double>(out, gradients, "out: null address"),
+                             reinterpret_cast<void*>(stream)));
+}
+
+void scale_gradients_cuda_binding(std::uintptr_t runs, std::int64_t count, std::uintptr_t scales,
+                                  std::uintptr_t stream) {
+  require(count >= 0, "count: must not be negative");
+  check_cuda(scale_gradients_cuda(device_pointer<const CudaRun>(runs, count, "runs: null address"), count,
+                                  device_pointer<const double>(scales, count, "scales: null address"),
+                                  reinterpret_cast<void*>(stream)));
+}
+#endif
+
 py::dict build_info() {
   py::dict info;
   py::list isas;
@@ -159,6 +191,13 @@ PYBIND11_MODULE(_C, m) {
         "Statistics of gradients, (address, elements, type) each, into out: address of [K, 5] fp64.");
   m.def("scale_gradients", &scale_gradients_binding, py::arg("gradients"), py::arg("scales"), py::arg("threads"),
         py::arg("isa") = "auto", "Gradients, (address, elements, type) each, times their scales, in place.");
+#if defined(GRADPRUNE_CUDA)
+  m.def("grad_stats_cuda", &grad_stats_cuda_binding, py::arg("runs"), py::arg("count"), py::arg("first_run"),
+        py::arg("gradients"), py::arg("parts"), py::arg("out"), py::arg("stream"),
+        "Statistics of gradients on a CUDA device, by addresses in its memory; see cuda/gradients.h.");
+  m.def("scale_gradients_cuda", &scale_gradients_cuda_binding, py::arg("runs"), py::arg("count"), py::arg("scales"),
+        py::arg("stream"), "Gradients on a CUDA device times their scales, in place; see cuda/gradients.h.");
+#endif
   m.def("build_info", &build_info,
         "isa: used by 'auto'; isas: available; openmp, cuda: built in; compiler: its version.");
 }

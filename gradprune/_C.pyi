@@ -38,3 +38,9 @@ def scale_gradients(
 
 def build_info() -> BuildInfo:
     """What this build has, and what of it this CPU can run."""
+
+# Only where `build_info()["cuda"]`.
+def grad_stats_cuda(
+    runs: int, count: int, first_run: int, gradients: int, parts: int, out: int, stream: int
+) -> None: ...
+def scale_gradients_cuda(runs: int, count: int, scales: int, stream: int) -> None: ...

@@ -9,11 +9,15 @@ from rich.table import Table
 
 import gradprune
 from gradprune.config import Backend
+from gradprune.gradients import ops as gradient_ops
 from gradprune.importance.ops import unavailable_reason
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and, per backend and kind of device, None where it works or why it does not."""
+    """Versions, devices and, per backend and kind of device, None where it works or why it does not.
+
+    backends: of the importance ops. gradient_backends: of the in-place repairs of `.grad`.
+    """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     backends: list[Backend] = [backend for backend in get_args(Backend) if backend != "auto"]
     return {
@@ -24,6 +28,10 @@ def environment() -> dict[str, Any]:
         },
         "backends": {
             device: {backend: unavailable_reason(backend, device) for backend in backends} for device in devices
+        },
+        "gradient_backends": {
+            device: {backend: gradient_ops.unavailable_reason(backend, device) for backend in backends}
+            for device in devices
         },
     }
 
@@ -37,9 +45,10 @@ def environment_table(found: dict[str, Any]) -> Table:
         table.add_row(name, version or "not installed")
     for name, description in found["devices"].items():
         table.add_row(name, description)
-    for device, backends in found["backends"].items():
-        for backend, reason in backends.items():
-            table.add_row(f"{backend} on {device}", "works" if reason is None else f"no: {reason}")
+    for key, what in (("backends", ""), ("gradient_backends", ", in-place repairs")):
+        for device, backends in found[key].items():
+            for backend, reason in backends.items():
+                table.add_row(f"{backend} on {device}{what}", "works" if reason is None else f"no: {reason}")
     return table
 
 

@@ -1,7 +1,7 @@
 """`GroupTable`: every prunable group of a model as columns, in the order (layer, kind, index)."""
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +86,8 @@ def group_costs(view: PrunableModel) -> GroupTable:
     )
 
 
-def importance_column(scores: Scores) -> NDArray[np.float64]:
-    """The importances of `scores` in the table's order.
+def scored_groups(view: PrunableModel, scores: Scores) -> GroupTable:
+    """The table of an engine's scores: importances, and importance per parameter as score.
 
     Raises:
         NonFiniteError: an importance is NaN or infinite; names the first such group.
@@ -99,4 +99,5 @@ def importance_column(scores: Scores) -> NDArray[np.float64]:
             if len(bad):
                 raise NonFiniteError(f"importance of {kind} group {int(bad[0])} of layer {layer} is not finite")
             columns.append(values.double().numpy())
-    return np.concatenate(columns)
+    table, importance = group_costs(view), np.concatenate(columns)
+    return replace(table, importance=importance, score=importance / table.cost)

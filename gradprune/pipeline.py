@@ -28,6 +28,7 @@ from gradprune.gradients.analysis import GradientAnalysis
 from gradprune.groups import GroupTable, group_costs
 from gradprune.hgsp import Priors, removal_priors, removal_steps, similarity_priors, taylor_priors
 from gradprune.importance import ImportanceEngine
+from gradprune.importance.ops import select_ops
 from gradprune.masking import output_weights_restored
 from gradprune.masks import GroupMasks
 from gradprune.models import PrunableModel, describe
@@ -132,15 +133,15 @@ def prune(
     output = Path(config.output_dir) / config.output_name if config.output_name else None
     if output is not None:
         check_free(output, overwrite=config.overwrite, argument="output_name")
-    clock = _Clock()
+    clock = Clock()
     view = describe(model)
     parameters = model_size(model).parameters
     constraints = _check_reachable(model, view, parameters, config)
-    engine = _engine(model, config)
+    select_ops(config.backend, model.device.type)
     samples = draw_samples(model, tokenizer, config, calibration, evaluation)
 
     # Calibration comes first: where weights are broken, it names the layer, which perplexity cannot.
-    evidence = gather_evidence(model, view, engine, samples, config, clock, console)
+    evidence = gather_evidence(model, view, samples, config, clock, console)
     found = None
     if config.importance_method == "auto":
         found = _search(model, view, evidence, config, constraints, samples, clock, console)
@@ -186,17 +187,18 @@ def draw_samples(
 def gather_evidence(
     model: PreTrainedModel,
     view: PrunableModel,
-    engine: ImportanceEngine,
     samples: Samples,
     config: PruneConfig,
-    clock: "_Clock",
-    console: Console,
+    clock: "Clock | None" = None,
+    console: Console = QUIET,
 ) -> Evidence:
     """Calibrate, or read what an earlier run found; with the priors that `config` needs."""
+    clock = clock or Clock()
     with clock.stage("calibration"):
         if config.scores is not None:
             evidence = Evidence.load(config.scores, model)
         else:
+            engine = _engine(model, config)
             calibrate(engine, samples.calibration, config.batch_size, console)
             evidence = Evidence.of(engine, model, config).with_priors("taylor", taylor_priors(engine))
     with clock.stage("priors"):
@@ -243,14 +245,16 @@ def summarize(result: PruneResult) -> dict[str, Any]:
     }
 
 
-class _Clock:
+class Clock:
     """Wall seconds by stage, in the order the stages ran."""
 
     def __init__(self) -> None:
+        """No stage yet."""
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Time the body as stage `name`."""
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 4)
@@ -284,7 +288,7 @@ def _search(
     config: PruneConfig,
     constraints: Constraints,
     samples: Samples,
-    clock: _Clock,
+    clock: Clock,
     console: Console,
 ) -> SearchResult:
     parameters = model_size(model).parameters
@@ -304,7 +308,7 @@ def _search(
 
 
 def _measure_before(
-    model: PreTrainedModel, samples: Samples, config: PruneConfig, clock: _Clock, console: Console
+    model: PreTrainedModel, samples: Samples, config: PruneConfig, clock: Clock, console: Console
 ) -> Measured:
     with clock.stage("perplexity_before"):
         perplexity_before = _perplexity(model, samples.evaluation, config, console)
@@ -319,7 +323,7 @@ def _cut_and_repair(
     masks: GroupMasks,
     samples: Samples,
     config: PruneConfig,
-    clock: _Clock,
+    clock: Clock,
     console: Console,
 ) -> tuple[PreTrainedModel, list[BlockRepair]]:
     """The cut model, and what least squares did to its blocks. `model` stays as it was where speed is measured."""
@@ -342,7 +346,7 @@ def _measure_after(
     before: Measured,
     samples: Samples,
     config: PruneConfig,
-    clock: _Clock,
+    clock: Clock,
     console: Console,
 ) -> tuple[Measured, Measured]:
     with clock.stage("perplexity_after"):

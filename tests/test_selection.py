@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 
 from gradprune.config import PruneConfig
 from gradprune.errors import ConfigError, NonFiniteError, SelectionError
-from gradprune.groups import KINDS, GroupTable, group_costs, importance_column
+from gradprune.groups import KINDS, GroupTable, group_costs, scored_groups
 from gradprune.importance import Scores
 from gradprune.models import describe
 from gradprune.selection import Constraints, select
@@ -193,13 +193,14 @@ def test_a_nan_importance_is_named() -> None:
     model = tiny_model()
     import torch
 
-    scores = Scores([torch.ones(3)] * 3, [torch.ones(10)] * 3, [])
+    scores = Scores([torch.ones(3)] * 3, [torch.full((10,), 6.0)] * 3, [])
+    table = scored_groups(describe(model), scores)
+    assert len(table) == len(group_costs(describe(model)))
+    assert (table.score * table.cost == table.importance).all()
+    assert table.importance[3] == 6.0
     scores.mlp[1] = torch.tensor([1.0] * 4 + [float("nan")] * 6)
-    assert len(importance_column(Scores([torch.ones(3)] * 3, [torch.ones(10)] * 3, []))) == len(
-        group_costs(describe(model))
-    )
     with pytest.raises(NonFiniteError, match="mlp group 4 of layer 1"):
-        importance_column(scores)
+        scored_groups(describe(model), scores)
 
 
 @settings(deadline=None)

@@ -8,7 +8,7 @@ greedy generation with a KV cache, its prompt included.
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -19,8 +19,7 @@ from benchmarks.options import parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
 from gradprune.evaluate import Throughput, decode_throughput, model_size, throughput
-from gradprune.groups import group_costs, importance_column
-from gradprune.hgsp import modulate
+from gradprune.groups import scored_groups
 from gradprune.importance import ImportanceEngine
 from gradprune.models import describe
 from gradprune.selection import Constraints, select
@@ -63,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def pruned(model: PreTrainedModel, round_to: int) -> PreTrainedModel:
     """`model` without `RATIO` of its parameters, by magnitude, with MLP widths that are multiples of `round_to`."""
     scores = ImportanceEngine(model, "magnitude").scores()
-    table = modulate(replace(group_costs(describe(model)), importance=importance_column(scores)), 0.0, None, None)
+    table = scored_groups(describe(model), scores)
     chosen = select(table, RATIO, model_size(model).parameters, Constraints(round_to=round_to))
     return cut(model, table.masks(chosen))
 

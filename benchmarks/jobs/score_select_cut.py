@@ -7,7 +7,6 @@ The model is a randomly initialised Llama: hidden 512, 8 heads, intermediate 140
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 from transformers import LlamaForCausalLM
 
@@ -17,8 +16,7 @@ from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
 from benchmarks.timing import Timing
 from gradprune.evaluate import model_size
-from gradprune.groups import group_costs, importance_column
-from gradprune.hgsp import modulate
+from gradprune.groups import scored_groups
 from gradprune.importance import ImportanceEngine
 from gradprune.models import describe
 from gradprune.selection import Constraints, select
@@ -71,8 +69,7 @@ def calibrated(model: LlamaForCausalLM) -> ImportanceEngine:
 def job(model: LlamaForCausalLM, engine: ImportanceEngine, ratio: float) -> tuple[float, float, float]:
     """Seconds of scoring, selecting and cutting (into a new model that shares what is not cut)."""
     start = time.perf_counter()
-    table = replace(group_costs(describe(model)), importance=importance_column(engine.scores()))
-    table = modulate(table, 0.0, None, None)
+    table = scored_groups(describe(model), engine.scores())
     scored = time.perf_counter()
     masks = table.masks(select(table, ratio, model_size(model).parameters, Constraints()))
     selected = time.perf_counter()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.timing import Provider
 from gradprune.config import Backend
+from gradprune.gradients import ops
 from gradprune.importance.ops import Ops, select_ops, unavailable_reason
 
 Check = Callable[[Any, tuple[Any, ...]], str | None]
@@ -48,16 +49,9 @@ def gradient_backends(name: str, adapt: Callable[..., Any], check: Check, device
 
     adapt: called with (op, *inputs), where op is the function with its backend chosen.
     """
-    backends = ("cpp",) if device == "cpu" else ("triton", "cuda")
-    found = [(backend, _gradient_op(name, backend)) for backend in backends]
-    return [Provider(f"gradprune {backend}", partial(adapt, op), check) for backend, op in found if op is not None]
-
-
-def _gradient_op(name: str, backend: str) -> Callable[..., Any] | None:
-    try:
-        from gradprune.gradients import ops
-    except ImportError:
-        from gradprune.gradients import cpp
-
-        return getattr(cpp, f"{name}_cpp") if backend == "cpp" else None
-    return partial(getattr(ops, name), backend=backend)
+    op = getattr(ops, name)
+    return [
+        Provider(f"gradprune {backend}", partial(adapt, partial(op, backend=backend)), check)
+        for backend in get_args(Backend)
+        if backend not in ("auto", "reference") and ops.unavailable_reason(backend, device) is None
+    ]

@@ -1,4 +1,4 @@
-"""Perplexity by importance method and ratio, with and without H-GSP, and by Torch-Pruning's choice.
+"""Perplexity by importance method and ratio, with and without H-GSP and repair, and by Torch-Pruning's choice.
 
     python -m benchmarks.quality.methods [--base_model MODEL --dataset TEXT --eval_dataset TEXT] [--eval_samples N]
 
@@ -22,21 +22,22 @@ from benchmarks.progress import Deadline, say
 from benchmarks.quality.peer import torch_pruning_scores, uniform_masks, without_grouped_queries
 from benchmarks.results import append, record
 from benchmarks.timing import first_line
-from gradprune.calibration import batches, load_tokens, sample_windows
+from gradprune.calibration import batches, load_tokens
 from gradprune.checkpoint import load_model
-from gradprune.config import METHODS
+from gradprune.config import METHODS, PruneConfig
 from gradprune.demo import demo_model_path
 from gradprune.evaluate import model_size, perplexity
-from gradprune.groups import group_costs, importance_column
-from gradprune.hgsp import modulate, removal_priors
-from gradprune.importance import ImportanceEngine
+from gradprune.masking import output_weights_restored
 from gradprune.masks import GroupMasks
 from gradprune.models import describe
+from gradprune.pipeline import Samples, draw_samples, gather_evidence
+from gradprune.repair import least_squares
+from gradprune.scoring import Scoring, score_groups
+from gradprune.search import search
 from gradprune.selection import Constraints, select
 from gradprune.surgery import cut
 
 PEER = "torch-pruning GroupTaylor"
-_PRIOR_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--temperatures", type=listed(float), default=None)
     made.add_argument("--num_samples", type=int, default=None)
     made.add_argument("--seq_len", type=int, default=128)
+    made.add_argument("--search", action="store_true", help="search too, which takes minutes a ratio and seed")
     made.add_argument("--eval_samples", type=int, default=64, help="windows to measure; 0 measures the whole text")
     options = _with_defaults(parse(made, arguments))
     logging.set_verbosity_error()
@@ -107,41 +109,57 @@ def _load(base_model: str, dataset: str | None, eval_dataset: str | None, device
     return Subject(Path(base_model).name, model, load_tokens(dataset, tokenizer), evaluation)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A provider's selection, and whether what stays is re-solved by least squares."""
+
+    provider: str
+    ratio: float
+    masks: GroupMasks
+    repaired: bool = False
+
+
 def _measure_seed(subject: Subject, seed: int, dense: float, deadline: Deadline, options: Namespace) -> bool:
     """Every method, temperature and ratio from one calibration; False if time ran out on the way."""
-    model, parameters = subject.model, model_size(subject.model).parameters
-    windows = sample_windows(
-        subject.calibration, num_samples=options.num_samples, seq_len=options.seq_len, seed=seed
-    ).to(model.device)
-    for provider, ratio, masks in _choices(model, windows, parameters, options):
+    model, view = subject.model, describe(subject.model)
+    config = PruneConfig(num_samples=options.num_samples, seq_len=options.seq_len, seed=seed, held_out_samples=32)
+    samples = draw_samples(model, None, config, subject.calibration, subject.evaluation)
+    parts = [list(batches(part, config.batch_size)) for part in (samples.calibration, samples.held_out)]
+    for choice in _choices(model, samples, config, options):
         if not deadline.allows(0.0):
             return False
-        pruned = cut(model, masks)
-        _append(subject, provider, ratio, seed, pruned, dense, _perplexity(pruned, subject, options), options)
+        with output_weights_restored(view, choice.masks):
+            if choice.repaired:
+                least_squares(model, view, choice.masks, *parts)
+            pruned = cut(model, choice.masks)
+        value = _perplexity(pruned, subject, options)
+        _append(subject, choice.provider, choice.ratio, seed, pruned, dense, value, options)
     return True
 
 
-def _choices(
-    model: PreTrainedModel, windows: Tensor, parameters: int, options: Namespace
-) -> Iterator[tuple[str, float, GroupMasks]]:
-    """(provider, ratio, what is kept), ratio by ratio, so that each is complete before the next."""
-    view = describe(model)
-    with ImportanceEngine(model, "taylor") as engine:
-        for batch in batches(windows, 8):
-            engine.step(batch)
-    priors = None
-    if any(options.temperatures):
-        priors = removal_priors(model, view, [windows[:_PRIOR_SAMPLES]], lambda: None)
-    columns = {method: importance_column(engine.scores(method)) for method in METHODS}
-    peer = _peer_scores(model, windows)
+def _choices(model: PreTrainedModel, samples: Samples, config: PruneConfig, options: Namespace) -> Iterator[Choice]:
+    """Ratio by ratio, so that each is complete before the next."""
+    view, parameters = describe(model), model_size(model).parameters
+    evidence = gather_evidence(model, view, samples, replace(config, importance_method="auto"))
+    peer = _peer_scores(model, samples.calibration)
     for ratio in options.ratios:
         for temperature in options.temperatures:
-            for method, importance in columns.items():
-                table = modulate(replace(group_costs(view), importance=importance), temperature, 0.0, priors)
-                chosen = select(table, ratio, parameters, Constraints())
-                yield f"gradprune {method} T={temperature:g}", ratio, table.masks(chosen)
+            for method in METHODS:
+                table = score_groups(view, evidence, Scoring(method, temperature=temperature, tau=0.0))
+                masks = table.masks(select(table, ratio, parameters, Constraints()))
+                for repaired in (False, True):
+                    name = f"gradprune {method} T={temperature:g}" + (" + least squares" if repaired else "")
+                    yield Choice(name, ratio, masks, repaired)
+        if options.search:
+            ours = replace(config, importance_method="auto", pruning_ratio=ratio, search_minutes=60.0)
+            found = search(
+                model, view, evidence, ours, Constraints(), parameters, samples.calibration, samples.held_out
+            )
+            table = score_groups(view, evidence, found.winner.scoring)
+            masks = table.masks(select(table, ratio, parameters, Constraints()))
+            yield Choice("gradprune search + least squares", ratio, masks, repaired=True)
         if peer is not None:
-            yield PEER, ratio, uniform_masks(model, *peer, int(ratio * parameters))
+            yield Choice(PEER, ratio, uniform_masks(model, *peer, int(ratio * parameters)))
 
 
 def _peer_scores(model: PreTrainedModel, windows: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:

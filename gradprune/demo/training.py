@@ -65,13 +65,21 @@ def train_model(
         CalibrationError: less text than one window.
         NonFiniteError: the loss diverged.
     """
+    model = random_model(recipe, vocab_size, eos_token_id)
+    fit(model, recipe, tokens, console)
+    return model
+
+
+def fit(model: LlamaForCausalLM, recipe: DemoTraining, tokens: Tensor, console: Console) -> None:
+    """Train the parameters of `model` that require a gradient; arguments and errors as of `train_model`."""
     if len(tokens) <= recipe.seq_len:
         raise CalibrationError(f"seq_len: {recipe.seq_len} is not below the {len(tokens)} tokens of training text")
-    model = _random_model(recipe, vocab_size, eos_token_id)
     model.train()
-    matrices = [parameter for parameter in model.get_decoder().layers.parameters() if parameter.ndim == 2]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    of_layers = {id(parameter) for parameter in model.get_decoder().layers.parameters()}
+    matrices = [parameter for parameter in trained if parameter.ndim == 2 and id(parameter) in of_layers]
     chosen = {id(parameter) for parameter in matrices}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    others = [parameter for parameter in trained if id(parameter) not in chosen]
     muon = Muon(matrices, weight_decay=recipe.weight_decay)
     adam = torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     with _one_thread(), _bar(console, recipe.steps) as show:
@@ -87,7 +95,6 @@ def train_model(
             model.zero_grad(set_to_none=True)
             show(loss.item())
     model.eval()
-    return model
 
 
 class Muon:
@@ -152,7 +159,8 @@ def warmup_cosine(step: int, warmup: int, steps: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def _random_model(recipe: DemoTraining, vocab_size: int, eos_token_id: int) -> LlamaForCausalLM:
+def random_model(recipe: DemoTraining, vocab_size: int, eos_token_id: int) -> LlamaForCausalLM:
+    """The Llama of a recipe with random weights."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=recipe.hidden_size,

@@ -32,9 +32,9 @@ def grad_stats_cpp(grads: Sequence[Tensor], isa: str = "auto") -> Tensor:
     from gradprune import _C
 
     # Held here, so that copies live until the call returns.
-    dense = [_dense(check_tensor(f"grads[{k}]", grad)) for k, grad in enumerate(grads)]
-    out = torch.empty(len(dense), 5, dtype=torch.float64)
-    _C.grad_stats(_table(dense), out.data_ptr(), torch.get_num_threads(), isa)
+    packed = [dense(check_tensor(f"grads[{k}]", grad)) for k, grad in enumerate(grads)]
+    out = torch.empty(len(packed), 5, dtype=torch.float64)
+    _C.grad_stats(_table(packed), out.data_ptr(), torch.get_num_threads(), isa)
     return out
 
 
@@ -63,9 +63,9 @@ def scale_gradients_cpp(grads: Sequence[Tensor], scales: Sequence[float], isa: s
     for k, grad in enumerate(checked):
         if any(stride == 0 and size > 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)):
             raise ValueError(f"grads[{k}]: is expanded, its elements share memory; pass a clone")
-    dense = [_dense(grad) for grad in checked]
-    _C.scale_gradients(_table(dense), [float(scale) for scale in scales], torch.get_num_threads(), isa)
-    for grad, scaled, scale in zip(checked, dense, scales, strict=True):
+    packed = [dense(grad) for grad in checked]
+    _C.scale_gradients(_table(packed), [float(scale) for scale in scales], torch.get_num_threads(), isa)
+    for grad, scaled, scale in zip(checked, packed, scales, strict=True):
         if scale == 1.0:
             continue
         if grad.data_ptr() != scaled.data_ptr():
@@ -123,7 +123,7 @@ def check_tensor(name: str, tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
     """`tensor` itself if it fills its memory without gaps, in whatever order of dimensions; else a copy."""
     sizes = [(stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     expected = 1

@@ -10,6 +10,7 @@ from torch import Tensor
 from gradprune.config import Backend
 from gradprune.errors import BackendUnavailableError
 from gradprune.gradients.cpp import grad_stats_cpp, scale_gradients_cpp
+from gradprune.gradients.cuda import built_with_cuda, grad_stats_cuda, scale_gradients_cuda
 from gradprune.importance.ops import extension_fault
 from gradprune.importance.reference import grad_stats_reference
 
@@ -29,10 +30,13 @@ def grad_stats(grads: Sequence[Tensor], backend: Backend = "auto") -> Tensor:
     Raises:
         BackendUnavailableError: the backend asked for cannot run here.
     """
-    if _select(backend, _device(grads)) == "cpp":
-        return grad_stats_cpp(grads)
+    chosen = _select(backend, _device(grads))
     if not grads:
         return torch.empty(0, 5, dtype=torch.float64)
+    if chosen == "cpp":
+        return grad_stats_cpp(grads)
+    if chosen == "cuda":
+        return grad_stats_cuda(grads)
     return torch.stack([grad_stats_reference(grad).double() for grad in grads])
 
 
@@ -50,13 +54,35 @@ def scale_gradients(grads: Sequence[Tensor], scales: Sequence[float], backend: B
     """
     if len(grads) != len(scales):
         raise ValueError(f"scales: has {len(scales)} entries for {len(grads)} gradients; one for each is needed")
-    if _select(backend, _device(grads)) == "cpp":
-        scale_gradients_cpp(grads, scales)
+    chosen = _select(backend, _device(grads))
+    if not grads:
         return
-    with torch.no_grad():
-        for grad, scale in zip(grads, scales, strict=True):
-            if scale != 1.0:
-                grad.mul_(scale)
+    if chosen == "cpp":
+        scale_gradients_cpp(grads, scales)
+    elif chosen == "cuda":
+        scale_gradients_cuda(grads, scales)
+    else:
+        _scale_gradients_reference(grads, scales)
+
+
+def unavailable_reason(backend: Backend, device: str) -> str | None:
+    """Why `backend` cannot run the gradient ops on `device`, or None if it can."""
+    if backend in ("reference", "auto"):
+        return None
+    if backend == "cpp":
+        return "the C++ kernels work on CPU tensors" if device != "cpu" else extension_fault()
+    if backend == "cuda":
+        if device != "cuda":
+            return "the CUDA kernels work on CUDA tensors"
+        return None if built_with_cuda() else "the extension was built without a CUDA compiler"
+    return "the gradient ops have no Triton kernel"
+
+
+@torch.no_grad()
+def _scale_gradients_reference(grads: Sequence[Tensor], scales: Sequence[float]) -> None:
+    for grad, scale in zip(grads, scales, strict=True):
+        if scale != 1.0:
+            grad.mul_(scale)
 
 
 def _device(grads: Sequence[Tensor]) -> str:
@@ -64,22 +90,13 @@ def _device(grads: Sequence[Tensor]) -> str:
 
 
 @cache
-def _select(backend: Backend, device: str) -> str:
-    """ "cpp" or "reference"; only "auto" falls back, and logs why once."""
-    if backend == "reference":
-        return backend
-    reason = _fault(backend, device)
+def _select(backend: Backend, device: str) -> Backend:
+    """The backend to use; only "auto" falls back, and logs why once."""
+    wanted: Backend = backend if backend != "auto" else "cuda" if device == "cuda" else "cpp"
+    reason = unavailable_reason(wanted, device)
     if reason is None:
-        return "cpp"
+        return wanted
     if backend != "auto":
         raise BackendUnavailableError(f"backend: '{backend}' cannot run on {device}: {reason}")
-    logger.info("backend 'auto' uses 'reference' on %s: %s", device, reason)
+    logger.info("backend 'auto' uses 'reference' on %s: '%s' cannot run: %s", device, wanted, reason)
     return "reference"
-
-
-def _fault(backend: Backend, device: str) -> str | None:
-    if backend == "triton":
-        return "the gradient ops have no Triton kernel"
-    if backend == "cuda":
-        return "this build has no CUDA kernel of the gradient ops"
-    return "the C++ kernels work on CPU tensors" if device != "cpu" else extension_fault()
