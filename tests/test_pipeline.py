@@ -145,7 +145,7 @@ def test_what_cannot_be_done_is_told_before_anything_runs(options, error, messag
         ({"pruning_ratio": 0.0}, "pruning_ratio: 0.0 is not between 0 and 1"),
         ({"pruning_ratio": 1.0}, "pruning_ratio: 1.0"),
         ({"pruning_ratio": float("nan")}, "pruning_ratio: nan"),
-        ({"importance_method": "best"}, "importance_method: 'best' is unknown; choose one of magnitude"),
+        ({"importance_method": "best"}, "importance_method: 'best' is unknown; choose one of auto, magnitude"),
         ({"temperature": -1.0}, "temperature: -1.0"),
         ({"tau": -0.1}, "tau: -0.1"),
         ({"epsilon": 2.0}, "epsilon: 2.0"),

@@ -1,13 +1,14 @@
 """Two deep Llamas of the same size, trained on the embedded text: a healthy one, and one that suffers.
 
 The second has massive activations, as they are reported for early layers of large models (Sun et al. 2024,
-arXiv:2402.17762): the MLP of an early layer writes nothing but a constant, hundreds of times larger than all else, into
-one coordinate of the residual stream that no later layer reads. RMSNorm divides by it, and everything behind has learnt
-to work at that scale. So a little more or less of it changes the loss hardly at all, which is all that a gradient
-sees; without it every later layer gets its input magnified. The attention of that layer writes next to nothing. Its
-gradients are thousands of times smaller than those of the others: of its attention rightly, of its MLP wrongly.
+arXiv:2402.17762): the MLPs of four early layers write nothing but a constant, hundreds of times larger than all else,
+into one coordinate of the residual stream that no later layer reads. RMSNorm divides by it, and everything behind has
+learnt to work at that scale. What one channel of the hundreds writes hardly matters, which is all that a gradient sees;
+without all of them every later layer gets its input magnified. The attention of these layers writes next to nothing.
+Their gradients are thousands of times smaller than those of the others: of their attention rightly, of their MLPs
+wrongly.
 
-That layer keeps its initial weights; the rest of the model is trained around it.
+These four layers keep their initial weights; the rest of the model is trained around them.
 """
 
 import torch
@@ -20,11 +21,11 @@ from gradprune.demo.training import DemoTraining, fit, random_model
 RECIPE = DemoTraining(
     steps=240, hidden_size=64, intermediate_size=128, layers=24, heads=4, kv_heads=2, matrix_learning_rate=0.03
 )
-MASSIVE_LAYER = 1
-MASSIVE = 300.0  # what it writes
+MASSIVE_LAYERS = (1, 2, 3, 4)
+MASSIVE = 300.0  # what they write together
 _CONSTANT, _MASSIVE = 0, 1  # coordinates of the stream
 _LEVEL = 3.0  # of the first, in every token's embedding
-_ACTIVATION = 1e-2  # of the massive layer's channels
+_ACTIVATION = 1e-2  # of the massive layers' channels
 
 
 def deep_model(
@@ -56,10 +57,15 @@ def _plant(model: LlamaForCausalLM) -> None:
     for index, layer in enumerate(decoder.layers):
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             norm.weight[_MASSIVE] = 0.0
-        if index == MASSIVE_LAYER:
-            _plant_layer(layer, _LEVEL / size**0.5)
+        if index in MASSIVE_LAYERS:
+            # The first reads the constant that the embedding brings, the others what those before them wrote: its
+            # normalised value is the same however much that is.
+            if total == 0.0:
+                _plant_layer(layer, _CONSTANT, size**-0.5)
+            else:
+                _plant_layer(layer, _MASSIVE, size**-0.5)
             layer.requires_grad_(False)
-            total = MASSIVE
+            total += MASSIVE / len(MASSIVE_LAYERS)
         elif total > 0.0:
             # From here on RMSNorm divides by a constant; this takes it back.
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
@@ -68,20 +74,19 @@ def _plant(model: LlamaForCausalLM) -> None:
     decoder.norm.weight[_MASSIVE] = 0.0
 
 
-def _plant_layer(layer: torch.nn.Module, rms: float) -> None:
+def _plant_layer(layer: torch.nn.Module, coordinate: int, gain: float) -> None:
     """Channels that all have the same small constant activation, and attention that reads next to nothing.
 
-    rms: of the stream before the layer; times the normalised constant it gives the level again.
+    coordinate: of the stream, where the layer finds a constant. gain: of the norm, that makes it about 1.
     """
     layer.input_layernorm.weight.fill_(1e-4)
-    mlp = layer.mlp
     layer.post_attention_layernorm.weight.zero_()
-    layer.post_attention_layernorm.weight[_CONSTANT] = rms / _LEVEL
-    mlp.gate_proj.weight.zero_()
-    mlp.up_proj.weight.zero_()
-    mlp.down_proj.weight.zero_()
-    channels = mlp.gate_proj.weight.shape[0]
+    layer.post_attention_layernorm.weight[coordinate] = gain
+    mlp = layer.mlp
+    for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        linear.weight.zero_()
     # silu(1) * up = activation
-    mlp.gate_proj.weight[:, _CONSTANT] = 1.0
-    mlp.up_proj.weight[:, _CONSTANT] = _ACTIVATION / torch.nn.functional.silu(torch.ones(())).item()
-    mlp.down_proj.weight[_MASSIVE] = MASSIVE / (channels * _ACTIVATION)
+    mlp.gate_proj.weight[:, coordinate] = 1.0
+    mlp.up_proj.weight[:, coordinate] = _ACTIVATION / torch.nn.functional.silu(torch.ones(())).item()
+    channels = mlp.gate_proj.weight.shape[0]
+    mlp.down_proj.weight[_MASSIVE] = MASSIVE / len(MASSIVE_LAYERS) / (channels * _ACTIVATION)
