@@ -3,8 +3,9 @@
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 # typer's usage errors share this base, in releases that depend on click as in those that carry their own.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+_Number = TypeVar("_Number", int, float)
 
 DEFAULT = PruneConfig()
 OUT = Console()
@@ -66,7 +69,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 @app.command()
 def prune(
     base_model: BaseModel = None,
-    pruning_ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = DEFAULT.pruning_ratio,
+    pruning_ratio: Annotated[
+        str, typer.Option(help="Fraction of the parameters to remove; several as 0.1,0.2,0.3 from one calibration.")
+    ] = f"{DEFAULT.pruning_ratio:g}",
     importance_method: Annotated[
         MethodOption, typer.Option(help="How groups are scored; auto searches.")
     ] = DEFAULT.importance_method,
@@ -123,9 +128,14 @@ def prune(
                 f"fix_gradient_vanishing: means gradient_fix 'adaptive', but '{gradient_fix}' is given too"
             )
         options["gradient_fix"] = "adaptive"
+    ratios = _numbers("pruning_ratio", pruning_ratio, float)
     model_name = Path(base_model).name if base_model else "demo"
-    options["output_name"] = output_name or f"{model_name}-{importance_method}-{pruning_ratio:g}"
-    _prune(PruneConfig(**options))
+    options["pruning_ratio"] = ratios[0]
+    options["output_name"] = output_name or f"{model_name}-{importance_method}-{'-'.join(f'{r:g}' for r in ratios)}"
+    if len(ratios) == 1:
+        _prune(PruneConfig(**options))
+    else:
+        _prune_ratios(PruneConfig(**options), sorted(ratios))
 
 
 @app.command()
@@ -196,7 +206,7 @@ def diagnose(
     """Show every layer's gradients, and whether they vanish."""
     from gradprune.gradients.diagnosis import comparison_table, diagnosis_table, stablest
 
-    lengths = _lengths(seq_len)
+    lengths = _numbers("seq_len", seq_len, int)
     PruneConfig(seq_len=min(lengths), num_samples=num_samples, batch_size=batch_size, seed=seed)
     model, tokenizer = _load(base_model, device, dtype, trust_remote_code)
     diagnoses = _diagnoses(
@@ -289,12 +299,13 @@ def _dashed(argument: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def _lengths(text: str) -> list[int]:
+def _numbers(option: str, text: str, kind: type[_Number]) -> list[_Number]:
     """The numbers of a comma-separated list, each once."""
     try:
-        return list(dict.fromkeys(int(part) for part in text.split(",")))
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
     except ValueError:
-        raise ConfigError(f"seq_len: '{text}' is not a whole number, nor several separated by commas") from None
+        what = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{option}: '{text}' is not {what}, nor several separated by commas") from None
 
 
 def _diagnoses(
@@ -327,15 +338,12 @@ def _diagnoses(
 
 
 def _prune(config: PruneConfig) -> "PruneResult":
-    from gradprune.checkpoint import check_free
     from gradprune.gradients.diagnosis import diagnosis_table
     from gradprune.pipeline import prune, summarize
     from gradprune.report import layer_table, summary_table
     from gradprune.search import command_line, search_table
 
-    assert config.output_name is not None
-    check_free(Path(config.output_dir) / config.output_name, overwrite=config.overwrite, argument="output_name")
-    model, tokenizer = _load(config.base_model, config.device, config.dtype, config.trust_remote_code)
+    model, tokenizer = _load_free(config)
     result = prune(model, tokenizer, config, console=PROGRESS)
     summary, gradients = summarize(result), result.gradients
     OUT.print(diagnosis_table(gradients.before, gradients.seq_len))
@@ -353,6 +361,31 @@ def _prune(config: PruneConfig) -> "PruneResult":
     OUT.print(summary_table(summary))
     OUT.print(f"Model:  {result.output}/model\nReport: {result.output}/report.html", soft_wrap=True)
     return result
+
+
+def _prune_ratios(config: PruneConfig, ratios: list[float]) -> None:
+    from gradprune.pipeline import prune_ratios, summarize
+    from gradprune.report import curve_table
+
+    for ratio in ratios:
+        replace(config, pruning_ratio=ratio)  # refuses one out of range before anything is loaded
+    model, tokenizer = _load_free(config)
+    results = prune_ratios(model, tokenizer, config, ratios, console=PROGRESS)
+    OUT.print(curve_table([summarize(result) for result in results]))
+    for result in results:
+        if result.warning:
+            OUT.print(f"Warning, at {result.config.pruning_ratio:g}: {result.warning}")
+    OUT.print(f"Models: {results[0].output.parent}/*/model", soft_wrap=True)  # type: ignore[union-attr]
+    OUT.print(f"Report: {results[0].output.parent}/report.html", soft_wrap=True)  # type: ignore[union-attr]
+
+
+def _load_free(config: PruneConfig) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
+    """Load the model of a run whose results folder may be written."""
+    from gradprune.checkpoint import check_free
+
+    assert config.output_name is not None
+    check_free(Path(config.output_dir) / config.output_name, overwrite=config.overwrite, argument="output_name")
+    return _load(config.base_model, config.device, config.dtype, config.trust_remote_code)
 
 
 def _load(

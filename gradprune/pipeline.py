@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from gradprune.masks import GroupMasks
 from gradprune.models import PrunableModel, describe
 from gradprune.progress import progress
 from gradprune.repair import BlockRepair, least_squares, repair_steps
-from gradprune.report import write_json, write_report
+from gradprune.report import write_curve_report, write_json, write_report
 from gradprune.scoring import Scoring, score_groups
 from gradprune.search import SearchResult, search, search_to_dict, with_scoring
 from gradprune.selection import Constraints, check_reachable, select
@@ -159,6 +159,48 @@ def prune(
         cut_model, config, before, after, table, pruned, masks, gradients, evidence, repairs, found, clock.seconds
     )
     return result if output is None else _write(result, tokenizer, output)
+
+
+def prune_ratios(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PruneConfig,
+    ratios: Sequence[float],
+    *,
+    console: Console = QUIET,
+) -> list[PruneResult]:
+    """Prune one model at several ratios from one calibration.
+
+    Args:
+        model: stays as it is, whatever `config.measure_speed` says.
+        tokenizer, console: as for `prune`.
+        config: with `output_name`; each ratio's results go to a folder of its name in that folder, beside
+            `report.html`, which has the curve of perplexity against size. `pruning_ratio` is not read.
+        ratios: ascending, each once.
+
+    Raises:
+        GradPruneError: as `prune`, and before anything is calibrated where one of the ratios cannot be reached.
+    """
+    assert config.output_name is not None
+    output = Path(config.output_dir) / config.output_name
+    check_free(output, overwrite=config.overwrite, argument="output_name")
+    configs = [replace(config, pruning_ratio=ratio, measure_speed=True) for ratio in ratios]
+    view, parameters = describe(model), model_size(model).parameters
+    for each in configs:
+        _check_reachable(model, view, parameters, each)
+    results = []
+    with atomic_directory(output, overwrite=config.overwrite, argument="output_name") as folder:
+        scores = config.scores
+        for each in configs:
+            name = f"{each.pruning_ratio:g}"
+            result = prune(model, tokenizer, replace(each, output_name=None, scores=scores), console=console)
+            recorded = replace(result.config, output_name=config.output_name, scores=config.scores)
+            result = _write(replace(result, config=recorded), tokenizer, folder / name)
+            # The first run calibrates for all.
+            scores = scores or str(folder / name / "analysis" / "scores.safetensors")
+            results.append(replace(result, output=output / name))
+        write_curve_report(folder / "report.html", [summarize(result) for result in results])
+    return results
 
 
 def draw_samples(

@@ -19,13 +19,7 @@ from gradprune.search import SearchResult, describe_scoring
 # Okabe and Ito's colours stay apart for colour-blind readers.
 COLORS = {"attention": "#0072B2", "mlp": "#E69F00"}
 
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
+_STYLE = """
   body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
   table { border-collapse: collapse; margin: 1rem 0; }
   th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
@@ -35,7 +29,35 @@ _PAGE = Template("""<!DOCTYPE html>
   .warning { border-left: .3rem solid #D55E00; padding-left: .8rem; }
   pre { overflow-x: auto; font-size: .8rem; }
   code { background: #f4f4f4; padding: .1rem .3rem; }
-</style>
+"""
+_CURVE_HEADER = ("ratio", "parameters", "perplexity", "tokens per second")
+
+_CURVE_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>gradprune: several ratios</title>
+<style>$style</style>
+</head>
+<body>
+<h1>gradprune: several ratios</h1>
+$chart
+$table
+<p>Each ratio's own report:</p>
+<ul>$links</ul>
+</body>
+</html>
+""")
+
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+$style</style>
 </head>
 <body>
 <h1>$title</h1>
@@ -122,6 +144,7 @@ def write_report(
     ratio = summary["pruning_ratio"]["achieved"]
     options = [(name, "default" if value is None else str(value)) for name, value in config.items()]
     page = _PAGE.substitute(
+        style=_STYLE,
         title=escape(f"gradprune: {Path(config['base_model'] or 'the model').name} pruned by {ratio:.1%}"),
         lead=escape(
             f"{config['importance_method']} importance over {config['num_samples']} samples of "
@@ -134,6 +157,44 @@ def write_report(
         search="" if search is None else _search_section(search),
         options=_html_table(("option", "value"), options),
         versions=_html_table(("package", "version"), list(record["versions"].items())),
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def curve_rows(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """(ratio, parameters, perplexity, tokens per second) as text: the dense model, then one row a ratio."""
+    first = summaries[0]
+    rows = [("dense", first, "before")] + [(f"{s['pruning_ratio']['requested']:g}", s, "after") for s in summaries]
+    cells = [(name, s["parameters"][k], s["perplexity"][k], s["tokens_per_second"][k]) for name, s, k in rows]
+    return [
+        (name, f"{parameters:,}", f"{perplexity:.3f}", f"{speed:,.0f}" if speed else "-")
+        for name, parameters, perplexity, speed in cells
+    ]
+
+
+def curve_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    """The ratios side by side, for the terminal."""
+    table = Table(title="Perplexity against size", title_justify="left")
+    for column in _CURVE_HEADER:
+        table.add_column(column, justify="right")
+    for row in curve_rows(summaries):
+        table.add_row(*row)
+    return table
+
+
+def write_curve_report(path: Path, summaries: Sequence[dict[str, Any]]) -> None:
+    """Write one HTML file: perplexity against size over several ratios, linking to each ratio's own report."""
+    sizes = [summaries[0]["parameters"]["before"], *(s["parameters"]["after"] for s in summaries)]
+    values = [summaries[0]["perplexity"]["before"], *(s["perplexity"]["after"] for s in summaries)]
+    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(sizes, values, marker="o", color=COLORS["attention"])
+    axes.set(xlabel="parameters", ylabel="perplexity (log scale)", yscale="log")
+    axes.grid(alpha=0.4)
+    links = [f"{s['pruning_ratio']['requested']:g}" for s in summaries]
+    items = "".join(f'<li><a href="{name}/report.html">{name}</a></li>' for name in links)
+    page = _CURVE_PAGE.substitute(
+        style=_STYLE, chart=_svg(figure), table=_html_table(_CURVE_HEADER, curve_rows(summaries)), links=items
     )
     path.write_text(page, encoding="utf-8")
 

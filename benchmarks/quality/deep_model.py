@@ -1,92 +1,85 @@
-"""Two deep Llamas of the same size, trained on the embedded text: a healthy one, and one that suffers.
+"""A deep healthy Llama, trained on the embedded text, and one of the same function that pruning harms.
 
-The second has massive activations, as they are reported for early layers of large models (Sun et al. 2024,
-arXiv:2402.17762): the MLPs of four early layers write nothing but a constant, hundreds of times larger than all else,
-into one coordinate of the residual stream that no later layer reads. RMSNorm divides by it, and everything behind has
-learnt to work at that scale. What one channel of the hundreds writes hardly matters, which is all that a gradient sees;
-without all of them every later layer gets its input magnified. The attention of these layers writes next to nothing.
-Their gradients are thousands of times smaller than those of the others: of their attention rightly, of their MLPs
-wrongly.
+The second is made from the first by two steps that change no output:
 
-These four layers keep their initial weights; the rest of the model is trained around them.
+- In the first layer every MLP channel is split into many equal ones that write a part each. Removing one costs next to
+  nothing, which is all that a gradient sees; removing all of them costs what the whole channel did.
+- In the first layers the gains of the norms are made smaller and the weights behind them larger. That makes all
+  gradients there thousands of times smaller and leaves every w g as it was: the ratio points at the layers, and is no
+  damage itself.
 """
+
+import copy
 
 import torch
 from rich.console import Console
-from torch import Tensor
-from transformers import LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedModel
 
-from gradprune.demo.training import DemoTraining, fit, random_model
+from gradprune.demo.training import DemoTraining, train_model
+from gradprune.masks import GroupMasks
+from gradprune.surgery import cut
 
 RECIPE = DemoTraining(
     steps=240, hidden_size=64, intermediate_size=128, layers=24, heads=4, kv_heads=2, matrix_learning_rate=0.03
 )
-MASSIVE_LAYERS = (1, 2, 3, 4)
-MASSIVE = 300.0  # what they write together
-_CONSTANT, _MASSIVE = 0, 1  # coordinates of the stream
-_LEVEL = 3.0  # of the first, in every token's embedding
-_ACTIVATION = 1e-2  # of the massive layers' channels
+SPLIT_LAYER = 0
+COPIES = 32
+SHRUNK_LAYERS = (0, 1, 2)
+SHRINK = 4000.0  # of the gradients
 
 
-def deep_model(
-    tokens: Tensor, vocab_size: int, eos_token_id: int, console: Console, *, massive: bool
-) -> LlamaForCausalLM:
-    """Train one of the two.
+def healthy_model(tokens: Tensor, vocab_size: int, eos_token_id: int, console: Console) -> LlamaForCausalLM:
+    """Train it; two minutes on one core.
 
     Args:
         tokens: [tokens] int64 of training text.
         vocab_size, eos_token_id: the tokenizer's.
         console: where progress is shown.
-        massive: the one that suffers.
     """
-    model = random_model(RECIPE, vocab_size, eos_token_id)
-    if massive:
-        _plant(model)
-    fit(model, RECIPE, tokens, console)
-    model.requires_grad_(True)
+    return train_model(RECIPE, tokens, vocab_size=vocab_size, eos_token_id=eos_token_id, console=console)
+
+
+@torch.no_grad()
+def suffering_model(healthy: LlamaForCausalLM) -> PreTrainedModel:
+    """The other one; computes the same, and its first layer is wider."""
+    model = with_split_channels(healthy, SPLIT_LAYER, COPIES)
+    for index in SHRUNK_LAYERS:
+        shrink_gradients(model.model.layers[index], SHRINK)
     return model
 
 
 @torch.no_grad()
-def _plant(model: LlamaForCausalLM) -> None:
-    decoder = model.model
-    size = model.config.hidden_size
-    decoder.embed_tokens.weight[:, _CONSTANT] = _LEVEL
-    decoder.embed_tokens.weight[:, _MASSIVE] = 0.0
-    total = 0.0
-    for index, layer in enumerate(decoder.layers):
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            norm.weight[_MASSIVE] = 0.0
-        if index in MASSIVE_LAYERS:
-            # The first reads the constant that the embedding brings, the others what those before them wrote: its
-            # normalised value is the same however much that is.
-            if total == 0.0:
-                _plant_layer(layer, _CONSTANT, size**-0.5)
-            else:
-                _plant_layer(layer, _MASSIVE, size**-0.5)
-            layer.requires_grad_(False)
-            total += MASSIVE / len(MASSIVE_LAYERS)
-        elif total > 0.0:
-            # From here on RMSNorm divides by a constant; this takes it back.
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                norm.weight *= total / size**0.5
-    decoder.norm.weight *= total / size**0.5
-    decoder.norm.weight[_MASSIVE] = 0.0
+def shrink_gradients(layer: nn.Module, factor: float) -> None:
+    """Reparametrise a decoder layer: all its weights' gradients become smaller by `factor` or more; w g is the same."""
+    attention, mlp = layer.self_attn, layer.mlp
+    layer.input_layernorm.weight /= factor**2
+    attention.q_proj.weight *= factor**2
+    attention.k_proj.weight *= factor**2
+    attention.v_proj.weight *= factor
+    attention.o_proj.weight *= factor
+    layer.post_attention_layernorm.weight /= factor**2
+    mlp.gate_proj.weight *= factor**2
+    mlp.up_proj.weight *= factor
+    mlp.down_proj.weight *= factor
 
 
-def _plant_layer(layer: torch.nn.Module, coordinate: int, gain: float) -> None:
-    """Channels that all have the same small constant activation, and attention that reads next to nothing.
-
-    coordinate: of the stream, where the layer finds a constant. gain: of the norm, that makes it about 1.
-    """
-    layer.input_layernorm.weight.fill_(1e-4)
-    layer.post_attention_layernorm.weight.zero_()
-    layer.post_attention_layernorm.weight[coordinate] = gain
-    mlp = layer.mlp
-    for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-        linear.weight.zero_()
-    # silu(1) * up = activation
-    mlp.gate_proj.weight[:, coordinate] = 1.0
-    mlp.up_proj.weight[:, coordinate] = _ACTIVATION / torch.nn.functional.silu(torch.ones(())).item()
-    channels = mlp.gate_proj.weight.shape[0]
-    mlp.down_proj.weight[_MASSIVE] = MASSIVE / len(MASSIVE_LAYERS) / (channels * _ACTIVATION)
+@torch.no_grad()
+def with_split_channels(narrow: LlamaForCausalLM, split: int, copies: int) -> PreTrainedModel:
+    """The same function with each channel of layer `split` as `copies` equal ones that write a part each."""
+    config = copy.deepcopy(narrow.config)
+    width = config.intermediate_size
+    config.intermediate_size = copies * width
+    model = LlamaForCausalLM(config).eval()
+    state = narrow.state_dict()
+    for name, weight in state.items():
+        if ".mlp.down_proj" in name:
+            state[name] = weight.repeat(1, copies) / (copies if f".layers.{split}." in name else 1)
+        elif ".mlp." in name:
+            state[name] = weight.repeat(copies, 1)
+    model.load_state_dict(state)
+    # The other layers keep the first of the copies, which is the whole channel.
+    channels = torch.arange(copies * width)
+    kept = tuple(channels < width * (copies if k == split else 1) for k in range(config.num_hidden_layers))
+    heads = tuple(torch.ones(config.num_key_value_heads, dtype=torch.bool) for _ in kept)
+    return cut(model, GroupMasks(attention=heads, mlp=kept), inplace=True)
