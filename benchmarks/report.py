@@ -147,11 +147,21 @@ def _inference(records: Sequence[Record], _folder: Path) -> str:
     return f"### Inference\n\n{tables.inference_table(records)}"
 
 
+def _vanishing(records: Sequence[Record], _folder: Path) -> str:
+    lead = (
+        f"Two deep models of the same function pruned by {records[0].shape} with `{records[0].extra['method']}`, "
+        "without least squares: one healthy, one whose first layer looks unimportant to gradients "
+        "(`benchmarks/quality/deep_model.py`). Ratio: largest layer mean of the gradients over the smallest."
+    )
+    return f"### Vanishing gradients and their repairs\n\n{lead}\n\n{tables.vanishing_table(records)}"
+
+
 _SECTIONS: dict[str, Callable[[Sequence[Record], Path], str]] = {
     "kernel": _kernels,
     "job": _jobs,
     "quality": _quality,
     "inference": _inference,
+    "vanishing": _vanishing,
 }
 
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from benchmarks.environment import Environment, environment
 
-Kind = Literal["kernel", "job", "quality", "inference"]
-KINDS: tuple[Kind, ...] = ("kernel", "job", "quality", "inference")
+Kind = Literal["kernel", "job", "quality", "inference", "vanishing"]
+KINDS: tuple[Kind, ...] = ("kernel", "job", "quality", "inference", "vanishing")
 FOLDER = Path(__file__).resolve().parent / "results"
 
 

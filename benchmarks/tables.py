@@ -134,3 +134,33 @@ def _spread(records: Sequence[Record]) -> str:
     if not values:
         return "-"
     return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def vanishing_table(records: Sequence[Record]) -> str:
+    """A row a model, temperature and repair."""
+    rows = [
+        [
+            found.name,
+            f"{found.extra['temperature']:g}",
+            found.extra["gradient_fix"],
+            f"{found.extra['gradient_ratio_before']:,.0f}",
+            f"{found.extra['gradient_ratio_after']:,.0f}",
+            f"{found.extra['first_mlp_pruned']:.0%}",
+            str(found.extra["over_pruned_blocks"]),
+            f"{found.extra['perplexity_dense']:.2f}",
+            f"{found.extra['perplexity']:.2f}",
+        ]
+        for found in records
+    ]
+    header = [
+        "model",
+        "T",
+        "repair",
+        "ratio before",
+        "after",
+        "first MLP loses",
+        "over-pruned blocks",
+        "dense",
+        "pruned",
+    ]
+    return table(header, rows)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import sys
@@ -12,16 +13,24 @@ import pytest
 from gradprune.cli import main
 from gradprune.demo import demo_model_path, embedded_text
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README, GUIDE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/gradient-vanishing.md"))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+def commands(text: str) -> list[list[str]]:
+    lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith("gradprune ")]
+
+
+def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as exit_info, contextlib.redirect_stdout(io.StringIO()):
+        main()
+    assert exit_info.value.code == 0, arguments
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +46,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_command_runs_as_printed(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
-    assert len(commands()) == 5
-    for arguments in commands():
-        monkeypatch.setattr(sys, "argv", arguments)
-        with pytest.raises(SystemExit) as exit_info, contextlib.redirect_stdout(io.StringIO()):
-            main()
-        assert exit_info.value.code == 0, arguments
+    assert len(commands(README)) == 7
+    for arguments in commands(README):
+        # The search is bounded here, as anyone may bound it.
+        run(arguments + (["--search_minutes", "0.05"] if "search" in arguments else []), monkeypatch)
     assert (workplace / "results" / "test" / "model" / "model.safetensors").is_file()
     assert (workplace / "results" / "mine" / "report.html").is_file()
 
@@ -52,12 +59,31 @@ def test_every_program_runs_as_printed(workplace: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     if not (workplace / "results" / "test").exists():
         pytest.skip("needs the model that the README's commands make")
-    assert len(blocks("python")) == 3
-    for program in blocks("python"):
+    assert len(blocks(README, "python")) == 3
+    for program in blocks(README, "python"):
         exec(compile(program, "README.md", "exec"), {})
 
 
+def test_the_guide_runs_as_printed(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = workplace / "guide"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert len(commands(GUIDE)) == 7
+    for arguments in commands(GUIDE):
+        # With fewer samples, so that seven runs are quick; everything else as printed.
+        few = ["--num_samples", "16", *(["--search_minutes", "0.05"] if "search" in arguments else [])]
+        run(arguments + (few if arguments[1] != "diagnose" else few[:2]), monkeypatch)
+    found = [
+        json.loads((folder / "results" / name / "analysis" / "gradients.json").read_text())["ratio"]
+        for name in ("test", "test_fixed")
+    ]
+    assert found[0]["before"] == found[0]["after"] == found[1]["before"]
+    assert found[1]["after"] < found[1]["before"]
+    for program in blocks(GUIDE, "python"):
+        exec(compile(program, "gradient-vanishing.md", "exec"), {})
+    assert (folder / "gradient_analysis" / "layer_variance.png").is_file()
+
+
 def test_every_file_the_readme_names_exists() -> None:
-    root = Path(__file__).resolve().parents[1]
     for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (root / target).exists(), target
+        assert target.startswith("http") or (ROOT / target).exists(), target
