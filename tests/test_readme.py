@@ -26,6 +26,13 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith("gradprune ")]
 
 
+def bounds(command: str) -> list[str]:
+    """As printed, but with fewer samples, so that all of them are quick."""
+    few = {"eval": ["--eval_samples", "8"], "diagnose": ["--num_samples", "8"], "info": []}
+    pruning = ["--num_samples", "16", "--eval_samples", "8", "--held_out_samples", "4"]
+    return few.get(command, pruning + (["--search_minutes", "0.05"] if command == "search" else []))
+
+
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as exit_info, contextlib.redirect_stdout(io.StringIO()):
@@ -48,8 +55,7 @@ def test_every_command_runs_as_printed(workplace: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(workplace)
     assert len(commands(README)) == 7
     for arguments in commands(README):
-        # The search is bounded here, as anyone may bound it.
-        run(arguments + (["--search_minutes", "0.05"] if "search" in arguments else []), monkeypatch)
+        run(arguments + bounds(arguments[1]), monkeypatch)
     assert (workplace / "results" / "test" / "model" / "model.safetensors").is_file()
     assert (workplace / "results" / "mine" / "report.html").is_file()
 
@@ -70,9 +76,7 @@ def test_the_guide_runs_as_printed(workplace: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(folder)
     assert len(commands(GUIDE)) == 7
     for arguments in commands(GUIDE):
-        # With fewer samples, so that seven runs are quick; everything else as printed.
-        few = ["--num_samples", "16", *(["--search_minutes", "0.05"] if "search" in arguments else [])]
-        run(arguments + (few if arguments[1] != "diagnose" else few[:2]), monkeypatch)
+        run(arguments + bounds(arguments[1]), monkeypatch)
     found = [
         json.loads((folder / "results" / name / "analysis" / "gradients.json").read_text())["ratio"]
         for name in ("test", "test_fixed")
