@@ -148,11 +148,7 @@ def _inference(records: Sequence[Record], _folder: Path) -> str:
 
 
 def _vanishing(records: Sequence[Record], _folder: Path) -> str:
-    lead = (
-        f"Two deep models of the same function pruned by {records[0].shape} with `{records[0].extra['method']}`, "
-        "without least squares: one healthy, one whose first layer looks unimportant to gradients "
-        "(`benchmarks/quality/deep_model.py`). Ratio: largest layer mean of the gradients over the smallest."
-    )
+    lead = tables.VANISHING.format(records[0].shape)
     return f"### Vanishing gradients and their repairs\n\n{lead}\n\n{tables.vanishing_table(records)}"
 
 

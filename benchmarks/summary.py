@@ -15,7 +15,7 @@ def summary(records: Sequence[Record]) -> str:
     parts = []
     for hardware, of_one in tables.grouped(records, lambda found: found.environment.hardware).items():
         revisions = ", ".join(sorted({f"`{found.environment.revision}`" for found in of_one}))
-        sections = [made(of_one) for made in (_ops, _calibration, _inference, _quality)]
+        sections = [made(of_one) for made in (_ops, _calibration, _inference, _quality, _vanishing)]
         text = "\n\n".join(section for section in sections if section)
         if text:
             parts.append(f"On {hardware} (torch {of_one[0].environment.torch}; revision {revisions}):\n\n{text}")
@@ -94,7 +94,8 @@ def _inference(records: Sequence[Record]) -> str:
 def _quality(records: Sequence[Record]) -> str:
     """By model the mean perplexity of every provider and ratio, the lowest of a ratio in bold."""
     parts = []
-    measured = [found for found in records if "perplexity" in found.extra and found.provider != "dense"]
+    measured = [found for found in records if found.kind == "quality" and found.provider != "dense"]
+    measured = [found for found in measured if "perplexity" in found.extra]
     for model, group in tables.grouped(measured, lambda found: found.name).items():
         ratios = sorted({found.extra["ratio"] for found in group})
         means = {
@@ -113,6 +114,12 @@ def _quality(records: Sequence[Record]) -> str:
         header = [f"{model}, dense {group[0].extra['perplexity_dense']:.2f}", *(f"{r:.0%} removed" for r in ratios)]
         parts.append(f"{_QUALITY.format(seeds)}\n\n{tables.table(header, rows)}")
     return "\n\n".join(parts)
+
+
+def _vanishing(records: Sequence[Record]) -> str:
+    """Repairs of vanishing gradients, where they help and where they harm."""
+    chosen = [found for found in records if found.kind == "vanishing"]
+    return f"{tables.VANISHING.format(chosen[0].shape)}\n\n{tables.vanishing_table(chosen)}" if chosen else ""
 
 
 def _by_temperature(records: Sequence[Record]) -> dict[str, list[str]]:

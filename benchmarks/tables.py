@@ -136,6 +136,13 @@ def _spread(records: Sequence[Record]) -> str:
     return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
+VANISHING = (
+    "Repairs of vanishing gradients on two deep models of the same function, pruned by {} without least squares: one "
+    "healthy, one whose first layer looks unimportant to gradients (`benchmarks/quality/deep_model.py`). Ratio: largest "
+    "layer mean of the gradients over the smallest. T is the H-GSP temperature."
+)
+
+
 def vanishing_table(records: Sequence[Record]) -> str:
     """A row a model, temperature and repair."""
     rows = [

@@ -148,8 +148,8 @@ def _choices(model: PreTrainedModel, samples: Samples, config: PruneConfig, opti
                 table = score_groups(view, evidence, Scoring(method, temperature=temperature, tau=0.0))
                 masks = table.masks(select(table, ratio, parameters, Constraints()))
                 for repaired in (False, True):
-                    name = f"gradprune {method} T={temperature:g}" + (" + least squares" if repaired else "")
-                    yield Choice(name, ratio, masks, repaired)
+                    name = f"gradprune {method}" + (" + least squares" if repaired else "")
+                    yield Choice(f"{name} T={temperature:g}", ratio, masks, repaired)
         if options.search:
             ours = replace(config, importance_method="auto", pruning_ratio=ratio, search_minutes=60.0)
             found = search(
