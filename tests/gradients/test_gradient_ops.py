@@ -80,6 +80,13 @@ def test_scaling_is_seen_by_autograd(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_scale_1_touches_nothing(backend: str) -> None:
+    grads = [torch.ones(4), torch.ones(4)]
+    scale_gradients(grads, [1.0, 2.0], backend)
+    assert [grad._version for grad in grads] == [0, 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_refuses_what_it_cannot_scale(backend: str) -> None:
     with pytest.raises(ValueError, match="scales: has 1 entries for 2 gradients"):
         scale_gradients([torch.ones(1), torch.ones(1)], [1.0], backend)
