@@ -138,8 +138,8 @@ def _spread(records: Sequence[Record]) -> str:
 
 VANISHING = (
     "Repairs of vanishing gradients on two deep models of the same function, pruned by {} without least squares: one "
-    "healthy, one whose first layer looks unimportant to gradients (`benchmarks/quality/deep_model.py`). Ratio: largest "
-    "layer mean of the gradients over the smallest. T is the H-GSP temperature."
+    "healthy, one whose first layer looks unimportant to gradients (`benchmarks/quality/deep_model.py`). Ratio: "
+    "largest layer mean of the gradients over the smallest. T is the H-GSP temperature."
 )
 
 

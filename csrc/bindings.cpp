@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -18,8 +19,10 @@
 #include "cpu/isa.h"
 #include "cpu/scale_gradients.h"
 #include "cpu/taylor_score.h"
+
 #if defined(GRADPRUNE_CUDA)
-#include "cuda/gradients.h"
+#include "cuda/grad_stats.h"
+#include "cuda/scale_gradients.h"
 #endif
 
 namespace py = pybind11;
@@ -123,31 +126,30 @@ void scale_gradients_binding(const std::vector<GradientArgument>& arguments, con
 }
 
 #if defined(GRADPRUNE_CUDA)
-template <class T>
-T* device_pointer(std::uintptr_t address, std::int64_t count, const char* message) {
-  return static_cast<T*>(pointer(address, count, message));
+using ChunksArgument = std::tuple<std::uintptr_t, std::int64_t>;  // address, rows
+
+ChunkTable parse_chunks(const ChunksArgument& argument) {
+  const auto [address, count] = argument;
+  require(count >= 0 && count <= std::numeric_limits<std::int32_t>::max(), "chunks: must be 0 to 2^31 - 1");
+  return {static_cast<const Chunk*>(pointer(address, count, "chunks: null address")), count};
 }
 
-void check_cuda(const char* error) {
-  if (error != nullptr) throw std::runtime_error(std::string("CUDA: ") + error);
-}
-
-void grad_stats_cuda_binding(std::uintptr_t runs, std::int64_t count, std::uintptr_t first_run, std::int64_t gradients,
+void grad_stats_cuda_binding(const ChunksArgument& chunks, std::uintptr_t first_chunks, std::int64_t gradients,
                              std::uintptr_t parts, std::uintptr_t out, std::uintptr_t stream) {
-  require(count >= 0 && gradients >= 0, "count, gradients: must not be negative");
-  check_cuda(grad_stats_cuda(device_pointer<const CudaRun>(runs, count, "runs: null address"), count,
-                             device_pointer<const std::int64_t>(first_run, gradients, "first_run: null address"),
-                             gradients, device_pointer<double>(parts, count, "parts: null address"),
-                             device_pointer<double>(out, gradients, "out: null address"),
-                             reinterpret_cast<void*>(stream)));
+  require(gradients >= 0 && gradients <= std::numeric_limits<std::int32_t>::max(), "gradients: must be 0 to 2^31 - 1");
+  const ChunkTable table = parse_chunks(chunks);
+  const auto* first = static_cast<const std::int64_t*>(pointer(first_chunks, gradients, "first_chunks: null address"));
+  auto* scratch = static_cast<double*>(pointer(parts, table.count, "parts: null address"));
+  auto* statistics = static_cast<double*>(pointer(out, gradients, "out: null address"));
+  py::gil_scoped_release release;
+  grad_stats_cuda(table, first, gradients, scratch, statistics, reinterpret_cast<Stream>(stream));
 }
 
-void scale_gradients_cuda_binding(std::uintptr_t runs, std::int64_t count, std::uintptr_t scales,
-                                  std::uintptr_t stream) {
-  require(count >= 0, "count: must not be negative");
-  check_cuda(scale_gradients_cuda(device_pointer<const CudaRun>(runs, count, "runs: null address"), count,
-                                  device_pointer<const double>(scales, count, "scales: null address"),
-                                  reinterpret_cast<void*>(stream)));
+void scale_gradients_cuda_binding(const ChunksArgument& chunks, std::uintptr_t scales, std::uintptr_t stream) {
+  const ChunkTable table = parse_chunks(chunks);
+  const auto* factors = static_cast<const double*>(pointer(scales, table.count, "scales: null address"));
+  py::gil_scoped_release release;
+  scale_gradients_cuda(table, factors, reinterpret_cast<Stream>(stream));
 }
 #endif
 
@@ -192,11 +194,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("scale_gradients", &scale_gradients_binding, py::arg("gradients"), py::arg("scales"), py::arg("threads"),
         py::arg("isa") = "auto", "Gradients, (address, elements, type) each, times their scales, in place.");
 #if defined(GRADPRUNE_CUDA)
-  m.def("grad_stats_cuda", &grad_stats_cuda_binding, py::arg("runs"), py::arg("count"), py::arg("first_run"),
-        py::arg("gradients"), py::arg("parts"), py::arg("out"), py::arg("stream"),
-        "Statistics of gradients on a CUDA device, by addresses in its memory; see cuda/gradients.h.");
-  m.def("scale_gradients_cuda", &scale_gradients_cuda_binding, py::arg("runs"), py::arg("count"), py::arg("scales"),
-        py::arg("stream"), "Gradients on a CUDA device times their scales, in place; see cuda/gradients.h.");
+  m.def("grad_stats_cuda", &grad_stats_cuda_binding, py::arg("chunks"), py::arg("first_chunks"), py::arg("gradients"),
+        py::arg("parts"), py::arg("out"), py::arg("stream"),
+        "Statistics of gradients on the current device into out: [gradients, 5] fp64. chunks: (address, rows) of an "
+        "int64 table of address, elements, type, gradient; first_chunks: address of [gradients + 1] int64; parts: of "
+        "[rows, 5] fp64 scratch. All on the device. Asynchronous on the stream.");
+  m.def("scale_gradients_cuda", &scale_gradients_cuda_binding, py::arg("chunks"), py::arg("scales"),
+        py::arg("stream"),
+        "Gradients on the current device times their scales, in place. chunks: as for grad_stats_cuda; scales: address "
+        "of [gradients] fp64. All on the device. Asynchronous on the stream.");
+  m.def("cuda_fault", &cuda_fault, "Why the CUDA kernels cannot run on the current device, or None.");
 #endif
   m.def("build_info", &build_info,
         "isa: used by 'auto'; isas: available; openmp, cuda: built in; compiler: its version.");

@@ -36,11 +36,16 @@ def scale_gradients(
 ) -> None:
     """gradients: (address, elements, type) each, scaled in place."""
 
+def grad_stats_cuda(
+    chunks: tuple[int, int], first_chunks: int, gradients: int, parts: int, out: int, stream: int
+) -> None:
+    """Only where `build_info()["cuda"]`. chunks: (address, rows) of a table on the device; see `gradients.cuda`."""
+
+def scale_gradients_cuda(chunks: tuple[int, int], scales: int, stream: int) -> None:
+    """Only where `build_info()["cuda"]`. chunks as above; scales: address of [gradients] fp64 on the device."""
+
+def cuda_fault() -> str | None:
+    """Only where `build_info()["cuda"]`. Why the CUDA kernels cannot run on the current device, or None."""
+
 def build_info() -> BuildInfo:
     """What this build has, and what of it this CPU can run."""
-
-# Only where `build_info()["cuda"]`.
-def grad_stats_cuda(
-    runs: int, count: int, first_run: int, gradients: int, parts: int, out: int, stream: int
-) -> None: ...
-def scale_gradients_cuda(runs: int, count: int, scales: int, stream: int) -> None: ...

@@ -9,14 +9,14 @@ from rich.table import Table
 
 import gradprune
 from gradprune.config import Backend
-from gradprune.gradients import ops as gradient_ops
+from gradprune.gradients.ops import gradient_ops_fault
 from gradprune.importance.ops import unavailable_reason
 
 
 def environment() -> dict[str, Any]:
     """Versions, devices and, per backend and kind of device, None where it works or why it does not.
 
-    backends: of the importance ops. gradient_backends: of the in-place repairs of `.grad`.
+    `backends`: of the importance ops, those that `--backend` chooses among; `gradient_backends`: of the gradient ops.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     backends: list[Backend] = [backend for backend in get_args(Backend) if backend != "auto"]
@@ -30,8 +30,7 @@ def environment() -> dict[str, Any]:
             device: {backend: unavailable_reason(backend, device) for backend in backends} for device in devices
         },
         "gradient_backends": {
-            device: {backend: gradient_ops.unavailable_reason(backend, device) for backend in backends}
-            for device in devices
+            device: {backend: gradient_ops_fault(backend, device) for backend in backends} for device in devices
         },
     }
 
@@ -45,10 +44,10 @@ def environment_table(found: dict[str, Any]) -> Table:
         table.add_row(name, version or "not installed")
     for name, description in found["devices"].items():
         table.add_row(name, description)
-    for key, what in (("backends", ""), ("gradient_backends", ", in-place repairs")):
+    for ops, key in (("importance", "backends"), ("gradients", "gradient_backends")):
         for device, backends in found[key].items():
             for backend, reason in backends.items():
-                table.add_row(f"{backend} on {device}{what}", "works" if reason is None else f"no: {reason}")
+                table.add_row(f"{ops}: {backend} on {device}", "works" if reason is None else f"no: {reason}")
     return table
 
 

@@ -156,6 +156,8 @@ def test_info_says_why_a_backend_does_not_work(gradprune) -> None:
     assert code == 0
     assert found["backends"]["cpu"]["reference"] is None
     assert found["backends"]["cpu"]["cuda"]
+    assert found["gradient_backends"]["cpu"]["reference"] is None
+    assert "no gradient op has a Triton kernel" in found["gradient_backends"]["cpu"]["triton"]
     assert found["versions"]["torch"]
     assert gradprune("info")[0] == 0
 

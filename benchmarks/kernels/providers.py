@@ -53,5 +53,5 @@ def gradient_backends(name: str, adapt: Callable[..., Any], check: Check, device
     return [
         Provider(f"gradprune {backend}", partial(adapt, partial(op, backend=backend)), check)
         for backend in get_args(Backend)
-        if backend not in ("auto", "reference") and ops.unavailable_reason(backend, device) is None
+        if backend not in ("auto", "reference") and ops.gradient_ops_fault(backend, device) is None
     ]

@@ -32,9 +32,9 @@ def grad_stats_cpp(grads: Sequence[Tensor], isa: str = "auto") -> Tensor:
     from gradprune import _C
 
     # Held here, so that copies live until the call returns.
-    packed = [dense(check_tensor(f"grads[{k}]", grad)) for k, grad in enumerate(grads)]
-    out = torch.empty(len(packed), 5, dtype=torch.float64)
-    _C.grad_stats(_table(packed), out.data_ptr(), torch.get_num_threads(), isa)
+    grads = dense(check_grads(grads))
+    out = torch.empty(len(grads), 5, dtype=torch.float64)
+    _C.grad_stats(_table(grads), out.data_ptr(), torch.get_num_threads(), isa)
     return out
 
 
@@ -54,24 +54,13 @@ def scale_gradients_cpp(grads: Sequence[Tensor], scales: Sequence[float], isa: s
         BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
         ValueError: a gradient is not a floating-point CPU tensor, or overlaps itself, or the lengths differ.
     """
-    if len(grads) != len(scales):
-        raise ValueError(f"scales: has {len(scales)} entries for {len(grads)} gradients; one for each is needed")
     require_extension(isa)
     from gradprune import _C
 
-    checked = [check_tensor(f"grads[{k}]", grad) for k, grad in enumerate(grads)]
-    for k, grad in enumerate(checked):
-        if any(stride == 0 and size > 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)):
-            raise ValueError(f"grads[{k}]: is expanded, its elements share memory; pass a clone")
-    packed = [dense(grad) for grad in checked]
-    _C.scale_gradients(_table(packed), [float(scale) for scale in scales], torch.get_num_threads(), isa)
-    for grad, scaled, scale in zip(checked, packed, scales, strict=True):
-        if scale == 1.0:
-            continue
-        if grad.data_ptr() != scaled.data_ptr():
-            grad.copy_(scaled)
-        # The version counter tells autograd of a change in place that it cannot see.
-        torch.autograd.graph.increment_version(grad)
+    checked = check_scaling(grads, scales)
+    scaled = dense(checked)
+    _C.scale_gradients(_table(scaled), [float(scale) for scale in scales], torch.get_num_threads(), isa)
+    finish_scaling(checked, scaled, scales)
 
 
 @cache
@@ -110,28 +99,65 @@ def dtype_code(dtype: torch.dtype) -> int:
     return codes[dtype]
 
 
-def check_tensor(name: str, tensor: Tensor) -> Tensor:
-    """`tensor` detached, if the C++ ops can read it.
+def check_tensor(name: str, tensor: Tensor, device: str = "cpu") -> Tensor:
+    """`tensor` detached, if the C++ ops (of `device` "cuda": the CUDA ops) can read it.
 
     Raises:
-        ValueError: it is not a dense CPU tensor of fp32, bf16, fp16 or fp64; names the argument.
+        ValueError: it is not a strided tensor of fp32, bf16, fp16 or fp64 on `device`; names the argument.
     """
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        raise ValueError(f"{name}: is {tensor.layout} on {tensor.device}; the C++ ops work on strided CPU tensors")
+    if tensor.device.type != device or tensor.layout != torch.strided:
+        ops, where = ("CUDA", "CUDA") if device == "cuda" else ("C++", "CPU")
+        raise ValueError(
+            f"{name}: is {tensor.layout} on {tensor.device}; the {ops} ops work on strided {where} tensors"
+        )
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"{name}: dtype {tensor.dtype} is not one of float32, bfloat16, float16, float64")
     return tensor.detach()
 
 
-def dense(tensor: Tensor) -> Tensor:
-    """`tensor` itself if it fills its memory without gaps, in whatever order of dimensions; else a copy."""
+def check_grads(grads: Sequence[Tensor], device: str = "cpu") -> list[Tensor]:
+    """`check_tensor` of each gradient."""
+    return [check_tensor(f"grads[{k}]", grad, device) for k, grad in enumerate(grads)]
+
+
+def check_scaling(grads: Sequence[Tensor], scales: Sequence[float], device: str = "cpu") -> list[Tensor]:
+    """`check_tensor` of each gradient, to be scaled in place.
+
+    Raises:
+        ValueError: as `check_tensor`; or a gradient overlaps itself, or the lengths differ.
+    """
+    if len(grads) != len(scales):
+        raise ValueError(f"scales: has {len(scales)} entries for {len(grads)} gradients; one for each is needed")
+    checked = check_grads(grads, device)
+    for k, grad in enumerate(checked):
+        if any(stride == 0 and size > 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)):
+            raise ValueError(f"grads[{k}]: is expanded, its elements share memory; pass a clone")
+    return checked
+
+
+def finish_scaling(grads: Sequence[Tensor], scaled: Sequence[Tensor], scales: Sequence[float]) -> None:
+    """Copy back what was scaled in a copy, and tell autograd of a change in place that it cannot see."""
+    for grad, dense_grad, scale in zip(grads, scaled, scales, strict=True):
+        if scale == 1.0:
+            continue
+        if grad.data_ptr() != dense_grad.data_ptr():
+            grad.copy_(dense_grad)
+        torch.autograd.graph.increment_version(grad)
+
+
+def dense(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor itself if it fills its memory without gaps, in whatever order of dimensions; else a copy."""
+    return [tensor if _is_dense(tensor) else tensor.contiguous() for tensor in tensors]
+
+
+def _is_dense(tensor: Tensor) -> bool:
     sizes = [(stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     expected = 1
     for stride, size in sorted(sizes):
         if stride != expected:
-            return tensor.contiguous()
+            return False
         expected *= size
-    return tensor
+    return True
 
 
 def _table(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:

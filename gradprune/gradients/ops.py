@@ -1,102 +1,96 @@
-"""The gradient ops by backend: statistics and scaling of all gradients of a model, in one call each."""
+"""The gradient ops by backend. The name fixes the maths; `backend` fixes only who computes it."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
-import torch
 from torch import Tensor
 
+from gradprune.backends import choose_backend, cpp_fault, cuda_fault
 from gradprune.config import Backend
-from gradprune.errors import BackendUnavailableError
-from gradprune.gradients.cpp import grad_stats_cpp, scale_gradients_cpp
-from gradprune.gradients.cuda import built_with_cuda, grad_stats_cuda, scale_gradients_cuda
-from gradprune.importance.ops import extension_fault
-from gradprune.importance.reference import grad_stats_reference
+from gradprune.gradients.reference import grad_stats_reference, scale_gradients_reference
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class GradientOps:
+    """One backend's implementation of every gradient op."""
+
+    backend: str
+    grad_stats: Callable[[Sequence[Tensor]], Tensor]
+    scale_gradients: Callable[[Sequence[Tensor], Sequence[float]], None]
 
 
 def grad_stats(grads: Sequence[Tensor], backend: Backend = "auto") -> Tensor:
-    """Statistics of each gradient.
+    """Statistics of each gradient, from one read of all of them.
 
     Args:
-        grads: K tensors of any shape on one device, floating point.
-        backend: who computes it; "auto" takes the fastest that runs on their device.
+        grads: K floating-point tensors of any shape on one device.
+        backend: who computes it; "auto" takes the fastest that runs on the gradients' device.
 
     Returns:
-        [K, 5] fp64: sum|g|, sum g^2, max|g|, min|g|, number of non-finite elements (in none of the other four).
+        [K, 5] fp64 on the gradients' device: sum|g|, sum g^2, max|g|, min|g|, number of non-finite elements (which
+        enter none of the other four). An empty gradient has max|g| = 0 and min|g| = inf.
 
     Raises:
         BackendUnavailableError: the backend asked for cannot run here.
+        ValueError: the gradients are not on one device, or `backend` cannot read one of them.
     """
-    chosen = _select(backend, _device(grads))
-    if not grads:
-        return torch.empty(0, 5, dtype=torch.float64)
-    if chosen == "cpp":
-        return grad_stats_cpp(grads)
-    if chosen == "cuda":
-        return grad_stats_cuda(grads)
-    return torch.stack([grad_stats_reference(grad).double() for grad in grads])
+    return select_gradient_ops(backend, _device(grads, backend)).grad_stats(grads)
 
 
 def scale_gradients(grads: Sequence[Tensor], scales: Sequence[float], backend: Backend = "auto") -> None:
-    """grads[k] <- grads[k] * scales[k], in place.
+    """grads[k] <- grads[k] * scales[k], in place; a gradient whose scale is 1 is not touched.
 
     Args:
-        grads: K tensors of any shape on one device, floating point, that share no memory.
-        scales: K numbers; a gradient whose scale is 1 is not touched.
-        backend: who computes it; "auto" takes the fastest that runs on their device.
+        grads: K floating-point tensors of any shape on one device, that share no memory.
+        scales: K numbers.
+        backend: who computes it; "auto" takes the fastest that runs on the gradients' device.
 
     Raises:
         BackendUnavailableError: the backend asked for cannot run here.
-        ValueError: the lengths differ.
+        ValueError: the lengths differ, the gradients are not on one device, or `backend` cannot scale one of them.
     """
-    if len(grads) != len(scales):
-        raise ValueError(f"scales: has {len(scales)} entries for {len(grads)} gradients; one for each is needed")
-    chosen = _select(backend, _device(grads))
-    if not grads:
-        return
-    if chosen == "cpp":
-        scale_gradients_cpp(grads, scales)
-    elif chosen == "cuda":
-        scale_gradients_cuda(grads, scales)
-    else:
-        _scale_gradients_reference(grads, scales)
-
-
-def unavailable_reason(backend: Backend, device: str) -> str | None:
-    """Why `backend` cannot run the gradient ops on `device`, or None if it can."""
-    if backend in ("reference", "auto"):
-        return None
-    if backend == "cpp":
-        return "the C++ kernels work on CPU tensors" if device != "cpu" else extension_fault()
-    if backend == "cuda":
-        if device != "cuda":
-            return "the CUDA kernels work on CUDA tensors"
-        return None if built_with_cuda() else "the extension was built without a CUDA compiler"
-    return "the gradient ops have no Triton kernel"
-
-
-@torch.no_grad()
-def _scale_gradients_reference(grads: Sequence[Tensor], scales: Sequence[float]) -> None:
-    for grad, scale in zip(grads, scales, strict=True):
-        if scale != 1.0:
-            grad.mul_(scale)
-
-
-def _device(grads: Sequence[Tensor]) -> str:
-    return grads[0].device.type if grads else "cpu"
+    select_gradient_ops(backend, _device(grads, backend)).scale_gradients(grads, scales)
 
 
 @cache
-def _select(backend: Backend, device: str) -> Backend:
-    """The backend to use; only "auto" falls back, and logs why once."""
-    wanted: Backend = backend if backend != "auto" else "cuda" if device == "cuda" else "cpp"
-    reason = unavailable_reason(wanted, device)
-    if reason is None:
-        return wanted
-    if backend != "auto":
-        raise BackendUnavailableError(f"backend: '{backend}' cannot run on {device}: {reason}")
-    logger.info("backend 'auto' uses 'reference' on %s: '%s' cannot run: %s", device, wanted, reason)
-    return "reference"
+def select_gradient_ops(backend: Backend, device: str) -> GradientOps:
+    """The gradient ops of `backend` for tensors on `device` ("cpu", "cuda", ...).
+
+    Only "auto" falls back, and logs why once; a backend asked for by name is used or refused.
+
+    Raises:
+        BackendUnavailableError: with the reason.
+    """
+    return _load(choose_backend(backend, device, "cuda" if device == "cuda" else "cpp", gradient_ops_fault))
+
+
+def gradient_ops_fault(backend: Backend, device: str) -> str | None:
+    """Why `backend` cannot run the gradient ops on `device`, or None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpp":
+        return cpp_fault(device)
+    if backend == "cuda":
+        return cuda_fault(device)
+    return "no gradient op has a Triton kernel; on a GPU use 'cuda'"
+
+
+def _device(grads: Sequence[Tensor], backend: Backend) -> str:
+    """The type of the gradients' device; with no gradients, one that `backend` works on."""
+    devices = {grad.device for grad in grads}
+    if len(devices) > 1:
+        raise ValueError(f"grads: are on {', '.join(sorted(map(str, devices)))}; one call, one device")
+    return devices.pop().type if devices else ("cuda" if backend == "cuda" else "cpu")
+
+
+def _load(backend: str) -> GradientOps:
+    if backend == "reference":
+        return GradientOps(backend, grad_stats_reference, scale_gradients_reference)
+    if backend == "cpp":
+        from gradprune.gradients.cpp import grad_stats_cpp, scale_gradients_cpp
+
+        return GradientOps(backend, grad_stats_cpp, scale_gradients_cpp)
+    from gradprune.gradients.cuda import grad_stats_cuda, scale_gradients_cuda
+
+    return GradientOps(backend, grad_stats_cuda, scale_gradients_cuda)

@@ -1,21 +1,15 @@
 """The engine's ops by backend. The name fixes the maths; `backend` fixes only who computes it."""
 
-import importlib
-import importlib.util
-import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 from torch import Tensor
 
+from gradprune.backends import choose_backend, cpp_fault, triton_fault
 from gradprune.config import Backend
-from gradprune.errors import BackendUnavailableError
 from gradprune.importance.reference import linear_importance_reference, taylor_score_reference
 from gradprune.importance.vectors import ImportanceVectors
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,17 +59,7 @@ def select_ops(backend: Backend, device: str) -> Ops:
     Raises:
         BackendUnavailableError: with the reason.
     """
-    if backend != "auto":
-        reason = unavailable_reason(backend, device)
-        if reason is not None:
-            raise BackendUnavailableError(f"backend: '{backend}' cannot run on {device}: {reason}")
-        return _load(backend)
-    preferred: Backend = "triton" if device == "cuda" else "cpp"
-    reason = unavailable_reason(preferred, device)
-    if reason is None:
-        return _load(preferred)
-    logger.info("backend 'auto' uses 'reference' on %s: '%s' cannot run: %s", device, preferred, reason)
-    return _load("reference")
+    return _load(choose_backend(backend, device, "triton" if device == "cuda" else "cpp", unavailable_reason))
 
 
 def unavailable_reason(backend: Backend, device: str) -> str | None:
@@ -83,29 +67,10 @@ def unavailable_reason(backend: Backend, device: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "cpp":
-        if device != "cpu":
-            return "the C++ kernels work on CPU tensors"
-        return extension_fault()
+        return cpp_fault(device)
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed (pip install 'gradprune[triton]')"
-        if device == "cuda" or _triton_interpreted():
-            return None
-        return "it needs a CUDA device (or TRITON_INTERPRET=1, to check kernels on the CPU)"
+        return triton_fault(device)
     return "no importance op has a CUDA C++ kernel; on a GPU use 'triton'"
-
-
-def extension_fault() -> str | None:
-    """Why the C++ kernels cannot run here, or None if they can."""
-    try:
-        importlib.import_module("gradprune._C")
-    except ImportError as error:
-        return f"the extension gradprune._C does not import: {error} (reinstall gradprune with a C++ compiler)"
-    return None
-
-
-def _triton_interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _load(backend: str) -> Ops:

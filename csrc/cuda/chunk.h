@@ -1,0 +1,120 @@
+// Chunks of gradients, and which elements of a chunk each thread of its block has. Runs on the host too, for tests.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/element_type.h"
+
+#if defined(__CUDACC__)
+#define GRADPRUNE_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define GRADPRUNE_HOST_DEVICE inline
+#endif
+
+namespace gradprune {
+
+// Threads of a block; every chunk has a block of its own. Part of the order of summation: changing it changes bits.
+constexpr int kBlockThreads = 256;
+
+constexpr int kVectorBytes = 16;  // the widest load of one thread
+
+// A row of the caller's table: `count` consecutive elements of gradient `index`, aligned to their own size.
+struct Chunk {
+  std::int64_t address, count, type, index;
+};
+static_assert(sizeof(Chunk) == 4 * sizeof(std::int64_t), "a row of the [chunks, 4] int64 table");
+
+GRADPRUNE_HOST_DEVICE float widen(float x) { return x; }
+GRADPRUNE_HOST_DEVICE double widen(double x) { return x; }
+GRADPRUNE_HOST_DEVICE float widen(__half x) { return __half2float(x); }
+GRADPRUNE_HOST_DEVICE float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// Round to nearest even.
+GRADPRUNE_HOST_DEVICE void narrow(float x, float& to) { to = x; }
+GRADPRUNE_HOST_DEVICE void narrow(double x, double& to) { to = x; }
+GRADPRUNE_HOST_DEVICE void narrow(float x, __half& to) { to = __float2half_rn(x); }
+GRADPRUNE_HOST_DEVICE void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
+
+template <class E>
+constexpr int kVectorElements = kVectorBytes / static_cast<int>(sizeof(E));
+
+template <class E>
+GRADPRUNE_HOST_DEVICE bool is_aligned(const E* at) { return reinterpret_cast<std::uintptr_t>(at) % kVectorBytes == 0; }
+
+// The elements of [at, at + count) before the first multiple of kVectorBytes.
+template <class E>
+GRADPRUNE_HOST_DEVICE std::int64_t elements_before_boundary(const E* at, std::int64_t count) {
+  const std::uintptr_t past = reinterpret_cast<std::uintptr_t>(at) % kVectorBytes;
+  const std::int64_t elements = static_cast<std::int64_t>((kVectorBytes - past) % kVectorBytes / sizeof(E));
+  return elements < count ? elements : count;
+}
+
+// N elements that one thread has at a time; in one access if they fill an aligned vector.
+template <class E, int N>
+struct Lanes {
+  E lane[N];
+
+  template <bool ALIGNED>
+  static GRADPRUNE_HOST_DEVICE Lanes load(const E* from) {
+    Lanes lanes;
+    if constexpr (ALIGNED && N == kVectorElements<E>) {
+      const uint4 bits = *reinterpret_cast<const uint4*>(from);
+      memcpy(lanes.lane, &bits, kVectorBytes);
+    } else {
+      for (int k = 0; k < N; ++k) lanes.lane[k] = from[k];
+    }
+    return lanes;
+  }
+
+  template <bool ALIGNED>
+  GRADPRUNE_HOST_DEVICE void store(E* to) const {
+    if constexpr (ALIGNED && N == kVectorElements<E>) {
+      uint4 bits;
+      memcpy(&bits, lane, kVectorBytes);
+      *reinterpret_cast<uint4*>(to) = bits;
+    } else {
+      for (int k = 0; k < N; ++k) to[k] = lane[k];
+    }
+  }
+};
+
+// Calls visit(Lanes, address of the first) for the elements of [first, first + count) that `thread` has: whole vectors
+// first, then at most one element of the tail. Which they are, and their order, does not depend on the alignment.
+template <bool ALIGNED, class E, class Visit>
+GRADPRUNE_HOST_DEVICE void for_each_of_thread(E* first, std::int64_t count, int thread, Visit&& visit) {
+  using Element = std::remove_const_t<E>;
+  constexpr int kWidth = kVectorElements<Element>;
+  constexpr int kBatch = 4;  // loads in flight
+  constexpr std::int64_t kStep = static_cast<std::int64_t>(kBlockThreads) * kWidth;
+  const std::int64_t whole = count / kWidth * kWidth;
+  std::int64_t i = static_cast<std::int64_t>(thread) * kWidth;
+  for (; i + (kBatch - 1) * kStep < whole; i += kBatch * kStep) {
+    Lanes<Element, kWidth> batch[kBatch];
+    for (int k = 0; k < kBatch; ++k) batch[k] = Lanes<Element, kWidth>::template load<ALIGNED>(first + i + k * kStep);
+    for (int k = 0; k < kBatch; ++k) visit(batch[k], first + i + k * kStep);
+  }
+  for (; i < whole; i += kStep) visit(Lanes<Element, kWidth>::template load<ALIGNED>(first + i), first + i);
+  if (whole + thread < count) {
+    E* last = first + whole + thread;
+    visit(Lanes<Element, 1>::template load<ALIGNED>(last), last);
+  }
+}
+
+// Calls f with the chunk's first element, as a pointer to its type.
+template <class F>
+GRADPRUNE_HOST_DEVICE void with_elements(const Chunk& chunk, F&& f) {
+  void* address = reinterpret_cast<void*>(chunk.address);
+  switch (static_cast<ElementType>(chunk.type)) {
+    case ElementType::Float32: return f(static_cast<float*>(address));
+    case ElementType::BFloat16: return f(static_cast<__nv_bfloat16*>(address));
+    case ElementType::Float16: return f(static_cast<__half*>(address));
+    case ElementType::Float64: return f(static_cast<double*>(address));
+  }
+}
+
+}  // namespace gradprune

@@ -1,0 +1,22 @@
+// The arguments that all launches have. Includes nothing of CUDA, so that the bindings compile without it.
+#pragma once
+
+#include <cstdint>
+
+namespace gradprune {
+
+struct Chunk;  // cuda/chunk.h
+
+// [count, 4] int64 on the device: address, number of elements, element type, index of the gradient. The chunks of a
+// gradient follow each other.
+struct ChunkTable {
+  const Chunk* chunks;
+  std::int64_t count;
+};
+
+using Stream = void*;  // a cudaStream_t
+
+// Why the kernels cannot run on the current device, or null if they can.
+const char* cuda_fault();
+
+}  // namespace gradprune
