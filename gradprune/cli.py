@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from gradprune.config import (
+    METHODS,
     Backend,
     Dtype,
     MethodOption,
@@ -73,7 +74,8 @@ def prune(
         str, typer.Option(help="Fraction of the parameters to remove; several as 0.1,0.2,0.3 from one calibration.")
     ] = f"{DEFAULT.pruning_ratio:g}",
     importance_method: Annotated[
-        MethodOption, typer.Option(help="How groups are scored; auto searches.")
+        MethodOption,
+        typer.Option(metavar="METHOD", help=f"How groups are scored: {', '.join(METHODS)}, or auto, which searches."),
     ] = DEFAULT.importance_method,
     reduction: ReductionOption = DEFAULT.reduction,
     backend: BackendOption = DEFAULT.backend,

@@ -79,7 +79,7 @@ def test_the_default_output_name_tells_what_it_is(gradprune, model_folder: Path,
     ("arguments", "message"),
     [
         (["--pruning_ratio", "1.5"], "pruning_ratio: 1.5 is not between 0 and 1"),
-        (["--pruning_ratio", "much"], "Invalid value for '--pruning-ratio'"),
+        (["--pruning_ratio", "much"], "pruning_ratio: 'much' is not a number"),
         (["--pruning_ratio", "0.95"], "pruning_ratio: 0.95 cannot be reached"),
         (["--importance_method", "best"], "'best' is not one of"),
         (["--no_such_option"], "No such option"),
