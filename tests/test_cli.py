@@ -40,6 +40,7 @@ def gradprune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Ca
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["gradprune", *map(str, arguments)])
+        capsys.readouterr()  # what the fixtures printed
         with pytest.raises(SystemExit) as exit_info:
             main()
         captured = capsys.readouterr()
