@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/gradprune demo
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 # Measures into benchmarks/results and shows it: under 15 minutes on two cores, under 3 with QUICK=1.
 bench: $(VENV)/.installed-bench

@@ -1,10 +1,12 @@
 """Shared fixtures, and the loud skip of what this machine does not have."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging
 
 # Without a GPU Triton's kernels run in its interpreter, which is chosen when triton is imported.
 if not torch.cuda.is_available():
@@ -28,6 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test may ask the network for anything."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _same_verbosity() -> Iterator[None]:
+    """Commands quieten transformers; the next test hears it again."""
+    level = logging.get_verbosity()
+    yield
+    logging.set_verbosity(level)
 
 
 @pytest.fixture(scope="session")
