@@ -17,6 +17,7 @@
 
 #include "cpu/grad_stats.h"
 #include "cpu/isa.h"
+#include "cpu/linear_importance.h"
 #include "cpu/scale_gradients.h"
 #include "cpu/taylor_score.h"
 
@@ -69,6 +70,9 @@ void* pointer(std::uintptr_t address, std::ptrdiff_t count, const char* message)
 }
 
 using MatrixArgument = std::tuple<std::uintptr_t, std::ptrdiff_t, int>;  // address, row stride, element type
+// Address, strides between samples and tokens, element type.
+using ActivationsArgument = std::tuple<std::uintptr_t, std::ptrdiff_t, std::ptrdiff_t, int>;
+using OutputAddresses = std::array<std::uintptr_t, 2 * kScores + 1>;
 using GradientArgument = std::tuple<std::uintptr_t, std::ptrdiff_t, int>;  // address, number of elements, element type
 
 Matrix parse_matrix(const char* name, const MatrixArgument& argument, std::ptrdiff_t elements) {
@@ -76,22 +80,49 @@ Matrix parse_matrix(const char* name, const MatrixArgument& argument, std::ptrdi
   return {pointer(address, elements, "w, g: null address"), stride, parse_type(name, code)};
 }
 
-void taylor_score_binding(const MatrixArgument& w_argument, const MatrixArgument& g_argument, std::ptrdiff_t rows,
-                          std::ptrdiff_t columns, const std::array<std::uintptr_t, 7>& addresses, int threads,
-                          const std::string& isa_argument) {
-  require(rows >= 0 && columns >= 0, "rows, columns: must not be negative");
-  require(threads >= 1, "threads: must be at least 1");
-  const Matrix w = parse_matrix("w", w_argument, rows * columns), g = parse_matrix("g", g_argument, rows * columns);
-  require(taylor_score_supports(w.type, g.type), "w, g: both must be fp64, or neither");
-  const Isa isa = parse_isa(isa_argument);
+Activations parse_activations(const char* name, const ActivationsArgument& argument, std::ptrdiff_t elements) {
+  const auto [address, sample_stride, token_stride, code] = argument;
+  return {pointer(address, elements, "x, dy: null address"), sample_stride, token_stride, parse_type(name, code)};
+}
+
+TaylorOutputs parse_outputs(const OutputAddresses& addresses, std::ptrdiff_t rows, std::ptrdiff_t columns) {
   TaylorOutputs outputs;
   for (int s = 0; s < kScores; ++s) {
     outputs.row[s] = pointer(addresses[s], rows, "outputs: null address");
     outputs.column[s] = pointer(addresses[kScores + s], columns, "outputs: null address");
   }
   outputs.statistics = pointer(addresses[2 * kScores], kStatistics, "outputs: null address");
+  return outputs;
+}
+
+void taylor_score_binding(const MatrixArgument& w_argument, const MatrixArgument& g_argument, std::ptrdiff_t rows,
+                          std::ptrdiff_t columns, const OutputAddresses& addresses, int threads,
+                          const std::string& isa_argument) {
+  require(rows >= 0 && columns >= 0, "rows, columns: must not be negative");
+  require(threads >= 1, "threads: must be at least 1");
+  const Matrix w = parse_matrix("w", w_argument, rows * columns), g = parse_matrix("g", g_argument, rows * columns);
+  require(taylor_score_supports(w.type, g.type), "w, g: both must be fp64, or neither");
+  const Isa isa = parse_isa(isa_argument);
+  const TaylorOutputs outputs = parse_outputs(addresses, rows, columns);
   py::gil_scoped_release release;
   taylor_score(w, g, rows, columns, outputs, threads, isa);
+}
+
+void linear_importance_binding(const ActivationsArgument& x_argument, const ActivationsArgument& dy_argument,
+                               const MatrixArgument& w_argument, const std::array<std::ptrdiff_t, 4>& sizes,
+                               const OutputAddresses& addresses, int threads, const std::string& isa_argument) {
+  const auto [samples, tokens, rows, columns] = sizes;
+  require(samples >= 0 && tokens >= 0 && rows >= 0 && columns >= 0, "sizes: must not be negative");
+  require(threads >= 1, "threads: must be at least 1");
+  const Activations x = parse_activations("x", x_argument, samples * tokens * columns);
+  const Activations dy = parse_activations("dy", dy_argument, samples * tokens * rows);
+  const Matrix w = parse_matrix("w", w_argument, rows * columns);
+  require(taylor_score_supports(w.type, x.type) && taylor_score_supports(w.type, dy.type),
+          "x, dy, w: all must be fp64, or none");
+  const Isa isa = parse_isa(isa_argument);
+  const TaylorOutputs outputs = parse_outputs(addresses, rows, columns);
+  py::gil_scoped_release release;
+  linear_importance(x, dy, w, {samples, tokens, rows, columns}, outputs, threads, isa);
 }
 
 std::vector<Gradient> parse_gradients(const std::vector<GradientArgument>& arguments) {
@@ -188,6 +219,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("outputs"), py::arg("threads"), py::arg("isa") = "auto",
         "Sums of a weight times its gradient. w, g: (address, row stride, type). outputs: addresses of row_abs, "
         "row_signed, row_square, column_abs, column_signed, column_square, statistics.");
+  m.def("linear_importance", &linear_importance_binding, py::arg("x"), py::arg("dy"), py::arg("w"), py::arg("sizes"),
+        py::arg("outputs"), py::arg("threads"), py::arg("isa") = "auto",
+        "taylor_score of each sample's weight gradient, summed. x, dy: (address, sample stride, token stride, type); "
+        "w, outputs: as taylor_score's; sizes: samples, tokens, rows, columns.");
   m.def("grad_stats", &grad_stats_binding, py::arg("gradients"), py::arg("out"), py::arg("threads"),
         py::arg("isa") = "auto",
         "Statistics of gradients, (address, elements, type) each, into out: address of [K, 5] fp64.");

@@ -28,6 +28,17 @@ def taylor_score(
 ) -> None:
     """w, g: (address, row stride in elements, type). outputs: 7 addresses, in the order of `ImportanceVectors`."""
 
+def linear_importance(
+    x: tuple[int, int, int, int],
+    dy: tuple[int, int, int, int],
+    w: tuple[int, int, int],
+    sizes: tuple[int, int, int, int],
+    outputs: Sequence[int],
+    threads: int,
+    isa: str = "auto",
+) -> None:
+    """x, dy: (address, strides between samples and tokens, type). sizes: samples, tokens, rows, columns."""
+
 def grad_stats(gradients: Sequence[tuple[int, int, int]], out: int, threads: int, isa: str = "auto") -> None:
     """gradients: (address, elements, type) each. out: address of [K, 5] fp64."""
 

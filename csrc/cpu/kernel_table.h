@@ -32,6 +32,20 @@ struct TaylorTile {
   double* statistics;
 };
 
+// Panels [rows / panel rows, tokens, panel rows] of dY and likewise of X, and where their product g [rows, columns]
+// goes. rows, columns: multiples of a panel's. All float, or all double.
+struct GradientTile {
+  const void* dy;
+  const void* x;
+  void* g;
+  std::ptrdiff_t stride;  // between rows of g, in elements
+  std::ptrdiff_t rows, columns, tokens;
+};
+
+// The `valid` columns from `from` on of a matrix [tokens, ...] into a panel, which is filled up with zeros.
+using PackKernel = void (*)(const void* from, std::ptrdiff_t stride, std::ptrdiff_t tokens, std::ptrdiff_t valid,
+                            void* panel);
+using GradientTileKernel = void (*)(const GradientTile& tile);
 using TaylorTileKernel = void (*)(const TaylorTile& tile);
 using GradStatsKernel = void (*)(const void* g, std::ptrdiff_t count, double* statistics);
 using ScaleKernel = void (*)(void* g, std::ptrdiff_t count, double scale);
@@ -40,6 +54,9 @@ struct KernelTable {
   TaylorTileKernel taylor_tile[kElementTypes][kElementTypes];  // by element type of W, of G; null if unsupported
   GradStatsKernel grad_stats[kElementTypes];
   ScaleKernel scale[kElementTypes];
+  int panel_rows, panel_bytes;               // of dY: so many columns; of X: so many bytes of float or double
+  PackKernel pack_dy[kElementTypes], pack_x[kElementTypes];
+  GradientTileKernel gradient_tile[2];       // in float, in double
 };
 
 const KernelTable& scalar_kernels();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/gradient_kernels.h"
+#include "cpu/gradient_tile_kernel.h"
 #include "cpu/taylor_score_kernel.h"
 
 namespace gradprune {
@@ -19,6 +20,11 @@ constexpr KernelTable make_kernel_table() {
        {nullptr, nullptr, nullptr, taylor_tile<double, double, BYTES>}},
       {grad_stats<float, BYTES>, grad_stats<B, BYTES>, grad_stats<H, BYTES>, grad_stats<double, BYTES>},
       {scale<float, BYTES>, scale<B, BYTES>, scale<H, BYTES>, scale<double, BYTES>},
+      rows_of_panel(BYTES),
+      kVectorsOfPanel * BYTES,
+      {pack_dy<float, BYTES>, pack_dy<B, BYTES>, pack_dy<H, BYTES>, pack_dy<double, BYTES>},
+      {pack_x<float, BYTES>, pack_x<B, BYTES>, pack_x<H, BYTES>, pack_x<double, BYTES>},
+      {gradient_tile<float, BYTES>, gradient_tile<double, BYTES>},
   };
 }
 

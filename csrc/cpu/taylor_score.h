@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#include "cpu/kernel_table.h"
+#include "cpu/tile_sums.h"
 
 namespace gradprune {
 
@@ -12,13 +12,6 @@ struct Matrix {
   const void* data;
   std::ptrdiff_t stride;  // between rows, in elements
   ElementType type;
-};
-
-// row[s]: [rows], column[s]: [columns], statistics: [kStatistics]; float, or double where W and G are double.
-struct TaylorOutputs {
-  void* row[kScores];
-  void* column[kScores];
-  void* statistics;
 };
 
 // True if W and G of these types can be scored together: both fp64, or neither.

@@ -63,11 +63,8 @@ struct Vector {
 
   Value value;
 
-  static GRADPRUNE_INLINE Vector broadcast(T x) {
-    Vector all;
-    for (int k = 0; k < N; ++k) all.value[k] = x;
-    return all;
-  }
+  // x - 0 is x, of either zero too; a loop over the lanes would not become one broadcast.
+  static GRADPRUNE_INLINE Vector broadcast(T x) { return {x - Value{}}; }
   static GRADPRUNE_INLINE Vector zero() { return {Value{}}; }
   static GRADPRUNE_INLINE Vector load(const T* from) { return {load_bytes<Value>(from)}; }
   GRADPRUNE_INLINE void store(T* to) const { std::memcpy(to, &value, sizeof(value)); }

@@ -1,4 +1,4 @@
-"""taylor_score and linear_importance in C++ against sums in 80-bit floating point.
+"""taylor_score in C++ against sums in 80-bit floating point.
 
 Tolerance. Within a tile, T (fp32, or fp64 for fp64) adds up at most 128 rows, or 4096 columns over at least 2 lanes
 (fp64 in 16 bytes; 4 for fp32) with at most 31 left over, then combines tiles in fp64. So a term passes through at most
@@ -7,23 +7,21 @@ L = min(n, 2048 + 31 + 8) roundings of relative size u (2^-24, 2^-53), the produ
     |computed - exact| <= (L + 4) u sum |term|
 """
 
-from dataclasses import fields
-
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from exact_sums import DTYPES, NAMES, GuardedOutputs, equal_bits, exact, random_tensor
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from gradprune.errors import BackendUnavailableError
 from gradprune.gradients.cpp import dtype_code, require_extension
-from gradprune.importance.cpp import linear_importance_cpp, taylor_score_cpp
+from gradprune.importance.cpp import taylor_score_cpp
 from gradprune.importance.vectors import ImportanceVectors
 
 pytest.importorskip("gradprune._C", reason="the extension is not built")
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIZES = [1, 63, 127, 128, 129]
 SHAPES = [(o, i) for o in SIZES for i in SIZES] + [
     (3, 1023),
@@ -35,16 +33,6 @@ SHAPES = [(o, i) for o in SIZES for i in SIZES] + [
     (5, 9000),
     (2, 140_000),
 ]
-NAMES = [field.name for field in fields(ImportanceVectors)]
-CANARY = 12345.0
-
-
-def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def _exact(tensor: Tensor) -> np.ndarray:
-    return tensor.double().numpy().astype(np.longdouble)
 
 
 def _assert_scores(vectors: ImportanceVectors, product: np.ndarray, unit: float, extra: float = 0.0) -> None:
@@ -53,7 +41,7 @@ def _assert_scores(vectors: ImportanceVectors, product: np.ndarray, unit: float,
     for axis, kind in ((1, "row"), (0, "column")):
         roundings = min(product.shape[axis], 2087) + 4
         for name, term in terms.items():
-            found = _exact(getattr(vectors, f"{kind}_{name}"))
+            found = exact(getattr(vectors, f"{kind}_{name}"))
             error = np.abs(found - term.sum(axis))
             bound = (roundings * unit + 2 * extra) * np.abs(term).sum(axis)
             assert found.shape == error.shape == bound.shape
@@ -61,14 +49,14 @@ def _assert_scores(vectors: ImportanceVectors, product: np.ndarray, unit: float,
 
 
 def _assert_statistics(statistics: Tensor, g: Tensor, unit: float) -> None:
-    magnitude = np.abs(_exact(g)).reshape(-1)
+    magnitude = np.abs(exact(g)).reshape(-1)
     magnitude = magnitude[np.isfinite(magnitude)]
     roundings = min(g.numel(), 2087 * 2) + 4
-    for found, exact in (
+    for found, expected in (
         (statistics[0].item(), magnitude.sum()),
         (statistics[1].item(), (magnitude * magnitude).sum()),
     ):
-        assert abs(found - exact) <= roundings * unit * exact
+        assert abs(found - expected) <= roundings * unit * expected
     assert statistics[2].item() == (magnitude.max() if magnitude.size else 0.0)
     assert statistics[3].item() == (magnitude.min() if magnitude.size else np.inf)
     assert statistics[4].item() == g.numel() - magnitude.size
@@ -84,31 +72,26 @@ def _assert_correct(w: Tensor, g: Tensor, isa: str = "auto") -> None:
         w, g = w.float(), g.float()
     expected = torch.float64 if unit == 2.0**-53 else torch.float32
     assert {getattr(vectors, name).dtype for name in NAMES} == {expected}
-    _assert_scores(vectors, _exact(w) * _exact(g), unit)
+    _assert_scores(vectors, exact(w) * exact(g), unit)
     _assert_statistics(vectors.statistics, g, unit)
-
-
-def _equal(a: ImportanceVectors, b: ImportanceVectors) -> bool:
-    """Equal bits: NaN equals NaN."""
-    return all(getattr(a, n).numpy().tobytes() == getattr(b, n).numpy().tobytes() for n in NAMES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_exact_sums(shape: tuple[int, int], dtype: torch.dtype, isa: str):
-    _assert_correct(_random(shape, dtype, 0), _random(shape, dtype, 1), isa)
+    _assert_correct(random_tensor(shape, dtype, 0), random_tensor(shape, dtype, 1), isa)
 
 
 @pytest.mark.parametrize("g_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("w_dtype", DTYPES, ids=str)
 def test_mixed_dtypes(w_dtype: torch.dtype, g_dtype: torch.dtype, isa: str):
-    _assert_correct(_random((130, 1100), w_dtype, 2), _random((130, 1100), g_dtype, 3), isa)
+    _assert_correct(random_tensor((130, 1100), w_dtype, 2), random_tensor((130, 1100), g_dtype, 3), isa)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 0), (0, 65), (65, 0)], ids=str)
 def test_empty(shape: tuple[int, int], dtype: torch.dtype, isa: str):
-    vectors = taylor_score_cpp(_random(shape, dtype, 0), _random(shape, dtype, 1), isa)
+    vectors = taylor_score_cpp(random_tensor(shape, dtype, 0), random_tensor(shape, dtype, 1), isa)
     assert [len(getattr(vectors, n)) for n in NAMES] == [shape[0]] * 3 + [shape[1]] * 3 + [5]
     assert all(not getattr(vectors, n).any() for n in NAMES[:6])
     assert vectors.statistics.tolist() == [0.0, 0.0, 0.0, float("inf"), 0.0]
@@ -116,11 +99,11 @@ def test_empty(shape: tuple[int, int], dtype: torch.dtype, isa: str):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(dtype: torch.dtype, isa: str):
-    w, g = _random((200, 300), dtype, 4), _random((300, 200), dtype, 5)
+    w, g = random_tensor((200, 300), dtype, 4), random_tensor((300, 200), dtype, 5)
     whole = taylor_score_cpp(w, g.T.contiguous(), isa)
-    assert _equal(taylor_score_cpp(w, g.T, isa), whole)  # a transposed gradient
+    assert equal_bits(taylor_score_cpp(w, g.T, isa), whole)  # a transposed gradient
     rows = taylor_score_cpp(w[::2, 3:131], g.T[::2, 3:131], isa)  # a row stride, and unaligned rows
-    assert _equal(rows, taylor_score_cpp(w[::2, 3:131].clone(), g.T[::2, 3:131].clone(), isa))
+    assert equal_bits(rows, taylor_score_cpp(w[::2, 3:131].clone(), g.T[::2, 3:131].clone(), isa))
     _assert_correct(w[::2, 3:131], g.T[::2, 3:131], isa)
     _assert_correct(w[:, ::3], g.T[:, ::3], isa)  # elements of a row apart
     _assert_correct(w[:1].expand(70, 300), g.T[:70], isa)  # a row stride of zero
@@ -143,7 +126,7 @@ def test_every_half_precision_value(isa: str):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [(0, 0), (5, 63), (128, 1040), (129, 1041)], ids=str)
 def test_non_finite_gradient(place: tuple[int, int], value: float, dtype: torch.dtype, isa: str):
-    w, g = _random((130, 1042), dtype, 6), _random((130, 1042), dtype, 7)
+    w, g = random_tensor((130, 1042), dtype, 6), random_tensor((130, 1042), dtype, 7)
     clean = taylor_score_cpp(w, g, isa)
     row, column = place
     g[place] = value
@@ -159,7 +142,7 @@ def test_non_finite_gradient(place: tuple[int, int], value: float, dtype: torch.
 
 
 def test_non_finite_weight_leaves_statistics(isa: str):
-    w, g = _random((9, 100), torch.float32, 8), _random((9, 100), torch.float32, 9)
+    w, g = random_tensor((9, 100), torch.float32, 8), random_tensor((9, 100), torch.float32, 9)
     clean = taylor_score_cpp(w, g, isa).statistics
     w[4, 50] = float("nan")
     vectors = taylor_score_cpp(w, g, isa)
@@ -183,39 +166,32 @@ def test_all_non_finite_and_overflowing_sums(isa: str):
 def test_writes_all_of_its_outputs_and_nothing_else(shape: tuple[int, int], dtype: torch.dtype, isa: str):
     from gradprune import _C
 
-    w, g = _random(shape, dtype, 10), _random(shape, dtype, 11)
-    out_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    sizes = [shape[0]] * 3 + [shape[1]] * 3 + [5]
-    buffers = [torch.full((size + 32,), CANARY, dtype=out_dtype) for size in sizes]
-    for buffer, size in zip(buffers, sizes, strict=True):
-        buffer[16 : 16 + size] = float("nan")
-    addresses = [buffer[16:].data_ptr() for buffer in buffers]
+    w, g = random_tensor(shape, dtype, 10), random_tensor(shape, dtype, 11)
+    outputs = GuardedOutputs(*shape, torch.float64 if dtype == torch.float64 else torch.float32)
     code = dtype_code(dtype)
-    _C.taylor_score(
-        (w.data_ptr(), w.stride(0), code), (g.data_ptr(), g.stride(0), code), *shape, addresses, threads=2, isa=isa
-    )
-    expected = taylor_score_cpp(w, g, isa)
-    for name, buffer, size in zip(NAMES, buffers, sizes, strict=True):
-        assert torch.equal(buffer[16 : 16 + size], getattr(expected, name))
-        assert (buffer[:16] == CANARY).all()
-        assert (buffer[16 + size :] == CANARY).all()
+    w_argument, g_argument = (w.data_ptr(), w.stride(0), code), (g.data_ptr(), g.stride(0), code)
+    _C.taylor_score(w_argument, g_argument, *shape, outputs.addresses, threads=2, isa=isa)
+    outputs.assert_written(taylor_score_cpp(w, g, isa))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("restore_threads")
 def test_same_bits_over_repeats_and_threads(dtype: torch.dtype, isa: str):
-    w, g = _random((700, 1500), dtype, 12), _random((700, 1500), dtype, 13)
+    w, g = random_tensor((700, 1500), dtype, 12), random_tensor((700, 1500), dtype, 13)
     torch.set_num_threads(1)
     first = taylor_score_cpp(w, g, isa)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        assert all(_equal(taylor_score_cpp(w, g, isa), first) for _ in range(20))
+        assert all(equal_bits(taylor_score_cpp(w, g, isa), first) for _ in range(20))
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.integers(1, 300), columns=st.integers(1, 200), exponent=st.integers(-8, 8), seed=st.integers(0, 999))
 def test_invariants(isa: str, rows: int, columns: int, exponent: int, seed: int):
-    w, g = _random((rows, columns), torch.float32, seed), _random((rows, columns), torch.float32, seed + 1000)
+    w, g = (
+        random_tensor((rows, columns), torch.float32, seed),
+        random_tensor((rows, columns), torch.float32, seed + 1000),
+    )
     vectors = taylor_score_cpp(w, g, isa)
     # A power of two scales exactly: s |w g|, s^2 (w g)^2.
     scaled, s = taylor_score_cpp(w, g * 2.0**exponent, isa), 2.0**exponent
@@ -230,37 +206,6 @@ def test_invariants(isa: str, rows: int, columns: int, exponent: int, seed: int)
     assert torch.equal(permuted.statistics[2:], vectors.statistics[2:])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("block_bytes", [4 << 20, 4096])
-def test_linear_importance(dtype: torch.dtype, block_bytes: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("gradprune.importance.cpp.BLOCK_BYTES", block_bytes)
-    x, dy, w = _random((3, 17, 130), dtype, 14), _random((3, 17, 65), dtype, 15), _random((65, 130), dtype, 16)
-    found = linear_importance_cpp(x, dy, w)
-    unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
-    gradients = [_exact(dy[n]).T @ _exact(x[n]) for n in range(3)]
-    # |fl(g) - g| <= T u sum_t |dy x|, an absolute error: compare with sums of |w| |dy|^T |x| in place of |w g|.
-    products = [np.abs(_exact(w)) * (np.abs(_exact(dy[n])).T @ np.abs(_exact(x[n]))) for n in range(3)]
-    for axis, kind in ((1, "row"), (0, "column")):
-        steps = (min(w.shape[axis], 2087) + 17 + 4) * unit
-        exact = {"abs": np.abs, "signed": lambda p: p, "square": np.square}
-        for name, score in exact.items():
-            total = sum(score(_exact(w) * g).sum(axis) for g in gradients)
-            size = sum((p * p if name == "square" else p).sum(axis) for p in products)
-            error = np.abs(_exact(getattr(found, f"{kind}_{name}")) - total)
-            assert (error <= (2 if name == "square" else 1) * steps * size).all(), (kind, name)
-    magnitude = np.abs(np.stack(gradients))
-    size = sum((np.abs(_exact(dy[n])).T @ np.abs(_exact(x[n]))) for n in range(3))
-    assert abs(found.statistics[0].item() - magnitude.sum()) <= 600 * unit * size.sum()
-    assert abs(found.statistics[2].item() - magnitude.max()) <= 18 * unit * size.max()
-    assert found.statistics[4].item() == 0
-
-
-def test_linear_importance_of_no_samples():
-    found = linear_importance_cpp(torch.empty(0, 4, 6), torch.empty(0, 4, 5), torch.randn(5, 6))
-    assert not any(getattr(found, name).any() for name in NAMES[:6])
-    assert found.statistics.tolist() == [0.0, 0.0, 0.0, float("inf"), 0.0]
-
-
 def test_refuses_what_it_cannot_do():
     w = torch.randn(3, 4)
     with pytest.raises(ValueError, match=r"g: has shape \(4, 3\)"):
@@ -273,10 +218,6 @@ def test_refuses_what_it_cannot_do():
         taylor_score_cpp(w.to("meta"), w)
     with pytest.raises(ValueError, match=r"isa: 'sse' is none of auto"):
         taylor_score_cpp(w, w, isa="sse")
-    with pytest.raises(ValueError, match=r"dy: has shape \(2, 5, 4\); \(2, 5, 3\) is needed"):
-        linear_importance_cpp(torch.randn(2, 5, 4), torch.randn(2, 5, 4), w)
-    with pytest.raises(ValueError, match=r"x: has shape \(2, 5, 3\)"):
-        linear_importance_cpp(torch.randn(2, 5, 3), torch.randn(2, 5, 3), w)
 
 
 def test_missing_extension_and_instruction_set(monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,90 @@
+// A tile of one sample's weight gradient G = dY^T X. Internal linkage, as vector.h.
+//
+// X [tokens, columns] and dY [tokens, rows] are first packed into panels: a panel holds a few neighbouring columns of
+// its matrix, token after token, filled up with zeros. A panel of dY times one of X stays in registers over the tokens.
+#pragma once
+
+#include "cpu/element_io.h"
+#include "cpu/kernel_table.h"
+
+namespace gradprune {
+namespace {
+
+// So many rows of G times two vectors of columns fill the registers, and leave room for what they are made of.
+constexpr int rows_of_panel(int bytes) { return bytes == 64 ? 12 : 6; }
+constexpr int kVectorsOfPanel = 2;
+// Tokens at a time, so that a panel of X stays in the nearest cache and a tile's panels of dY in the next.
+constexpr std::ptrdiff_t kTokensAtOnce = 256;
+
+// The `valid` columns from `from` on of [tokens, ...] into a panel [tokens, WIDTH], filled up with zeros.
+template <class E, int N, int WIDTH>
+GRADPRUNE_INLINE void pack_panel(const E* from, std::ptrdiff_t stride, std::ptrdiff_t tokens, std::ptrdiff_t valid,
+                                 typename Accumulation<E>::type* panel) {
+  constexpr int kWhole = WIDTH / N * N;
+  for (std::ptrdiff_t t = 0; t < tokens; ++t, from += stride, panel += WIDTH) {
+    if (valid == WIDTH) {
+      for (int k = 0; k < kWhole; k += N) load_elements<N>(from + k).store(panel + k);
+      for (int k = kWhole; k < WIDTH; ++k) load_elements<1>(from + k).store(panel + k);
+    } else {
+      for (int k = 0; k < WIDTH; ++k) panel[k] = k < valid ? load_elements<1>(from + k).value[0] : 0;
+    }
+  }
+}
+
+template <class E, int BYTES>
+void pack_dy(const void* from, std::ptrdiff_t stride, std::ptrdiff_t tokens, std::ptrdiff_t valid, void* panel) {
+  using T = typename Accumulation<E>::type;
+  // Rows of a panel are fewer than a vector's lanes, or no multiple of them.
+  constexpr int N = 2;
+  pack_panel<E, N, rows_of_panel(BYTES)>(static_cast<const E*>(from), stride, tokens, valid, static_cast<T*>(panel));
+}
+
+template <class E, int BYTES>
+void pack_x(const void* from, std::ptrdiff_t stride, std::ptrdiff_t tokens, std::ptrdiff_t valid, void* panel) {
+  using T = typename Accumulation<E>::type;
+  constexpr int N = BYTES / static_cast<int>(sizeof(T));
+  pack_panel<E, N, kVectorsOfPanel * N>(static_cast<const E*>(from), stride, tokens, valid, static_cast<T*>(panel));
+}
+
+// g[r][c] (+)= sum over tokens of dy[t][r] x[t][c], for one panel of each.
+template <class V, int ROWS>
+GRADPRUNE_INLINE void multiply_panels(const typename V::T* dy, const typename V::T* x, std::ptrdiff_t tokens,
+                                      typename V::T* g, std::ptrdiff_t stride, bool add) {
+  constexpr int N = V::kLanes;
+  V sum[ROWS][kVectorsOfPanel];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < kVectorsOfPanel; ++v) sum[r][v] = add ? V::load(g + r * stride + v * N) : V::zero();
+  for (std::ptrdiff_t t = 0; t < tokens; ++t, dy += ROWS, x += kVectorsOfPanel * N) {
+    V columns[kVectorsOfPanel];
+    for (int v = 0; v < kVectorsOfPanel; ++v) columns[v] = V::load(x + v * N);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const V row = V::broadcast(dy[r]);
+      for (int v = 0; v < kVectorsOfPanel; ++v) sum[r][v] = multiply_add(row, columns[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < kVectorsOfPanel; ++v) sum[r][v].store(g + r * stride + v * N);
+}
+
+template <class T, int BYTES>
+void gradient_tile(const GradientTile& tile) {
+  constexpr int N = BYTES / static_cast<int>(sizeof(T)), ROWS = rows_of_panel(BYTES), COLUMNS = kVectorsOfPanel * N;
+  const T* dy = static_cast<const T*>(tile.dy);
+  const T* x = static_cast<const T*>(tile.x);
+  T* g = static_cast<T*>(tile.g);
+  std::ptrdiff_t first = 0;
+  do {  // once at least: without tokens G is zero
+    const std::ptrdiff_t tokens = tile.tokens - first < kTokensAtOnce ? tile.tokens - first : kTokensAtOnce;
+    for (std::ptrdiff_t c = 0; c < tile.columns; c += COLUMNS)
+      for (std::ptrdiff_t r = 0; r < tile.rows; r += ROWS)
+        multiply_panels<Vector<T, N>, ROWS>(dy + r * tile.tokens + first * ROWS, x + c * tile.tokens + first * COLUMNS,
+                                            tokens, g + r * tile.stride + c, tile.stride, first > 0);
+    first += kTokensAtOnce;
+  } while (first < tile.tokens);
+}
+
+}  // namespace
+}  // namespace gradprune
