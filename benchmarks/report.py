@@ -47,7 +47,8 @@ Made by `python -m benchmarks.report` from the records in [results](results); no
   this project compute every sample's own scores, the others those of batches, except `GroupHessianImportance`, which
   is not checked: its accumulator keeps only the last sample.
 - Peak memory is what is needed above the loaded model: on the CPU resident memory of a process of its own, on a GPU
-  `torch.cuda.max_memory_allocated`.
+  `torch.cuda.max_memory_allocated`. `forward` makes the loss and its graph and goes no further: its peak is that of the
+  activations, and what others need beyond it is shown beside the size of the weights.
 - Quality: Torch-Pruning gets the same samples; its lowest groups of each layer go, by its default, and are cut by
   this project's surgery, up to the same number of removed parameters.
 """

@@ -7,7 +7,7 @@ from benchmarks import tables
 from benchmarks.results import Record
 
 _QUALITY = "Held-out perplexity, mean of {} seed(s); where there are two figures, without / with H-GSP:"
-_PEERS = ("torch-pruning GroupTaylor", "torch-pruning GroupHessian", "naive", "torch.func")
+_PEERS = ("plain", "torch-pruning GroupTaylor", "torch-pruning GroupHessian", "naive", "torch.func")
 
 
 def summary(records: Sequence[Record]) -> str:
@@ -50,28 +50,27 @@ def _ops(records: Sequence[Record]) -> str:
 
 
 def _calibration(records: Sequence[Record]) -> str:
-    """By model: the best of ours beside the plain pass, and how much everyone else takes of time and memory."""
+    """By model the best of ours, then everyone's time and memory beside it."""
     rows = []
     jobs = [found for found in records if found.kind == "job" and found.name == "calibration"]
     for shape, group in tables.grouped(jobs, lambda found: found.shape).items():
         ours = _best_of_ours(group)
         if ours is None:
             continue
-        for peer in ("plain", *_PEERS):
-            found = next((one for one in group if one.provider == peer), None)
-            if found is None:
-                continue
+        for found in (ours, *(one for peer in _PEERS for one in group if one.provider == peer)):
             rows.append(
                 [
                     f"{shape}, {ours.dtype}",
-                    peer,
-                    tables.ratio(ours.ms_p50, found.ms_p50) if found.ms_p50 else (found.error or "-").split(":")[0],
-                    tables.ratio(ours.peak_memory, found.peak_memory),
+                    found.provider,
+                    tables.ratio(found.ms_p50, ours.ms_p50) if found.ms_p50 else (found.error or "-").split(":")[0],
+                    tables.ratio(found.peak_memory, ours.peak_memory),
+                    tables.above_activations(found, group),
                 ]
             )
     if not rows:
         return ""
-    return tables.table(["calibration and importance", "beside", "our time / theirs", "our peak memory / theirs"], rows)
+    header = ["calibration and importance", "who", "time, x ours", "peak memory, x ours"]
+    return tables.table([*header, "beyond activations, of the weights"], rows)
 
 
 def _inference(records: Sequence[Record]) -> str:

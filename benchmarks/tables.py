@@ -57,9 +57,19 @@ def calibration_table(records: Sequence[Record]) -> str:
                     ratio(found.ms_p50, plain and plain.ms_p50),
                     _number(found.peak_memory, ".1f", 2**20),
                     ratio(found.peak_memory, plain and plain.peak_memory),
+                    above_activations(found, group),
                 ]
             )
-    return table(["job", "provider", "p20 ms", "p50 ms", "p80 ms", "x plain", "peak MiB", "x plain's peak"], rows)
+    header = ["job", "provider", "p20 ms", "p50 ms", "p80 ms", "x plain", "peak MiB", "x plain's peak"]
+    return table([*header, "above activations, of the weights"], rows)
+
+
+def above_activations(found: Record, group: Sequence[Record]) -> str:
+    """Peak memory beyond that of the forward pass of the same run, beside the model's weights."""
+    forward = next((one for one in group if one.provider == "forward"), None)
+    if forward is None or forward.peak_memory is None or found.peak_memory is None:
+        return "-"
+    return f"{(found.peak_memory - forward.peak_memory) / found.extra['weight_bytes']:.1%}"
 
 
 def growth_table(records: Sequence[Record]) -> str:

@@ -75,7 +75,7 @@ def _setting(options: Namespace) -> Setting:
         return Setting("8B", "bf16", 8, prompt=512, new_tokens=16 if options.quick else 64, repeats=5)
     if options.quick:
         return Setting("28M", "fp32", None, prompt=64, new_tokens=4, repeats=2)
-    return Setting("110M", "fp32", None, prompt=128, new_tokens=8, repeats=3)
+    return Setting("110M", "fp32", None, prompt=64, new_tokens=8, repeats=3)
 
 
 def _benchmark(

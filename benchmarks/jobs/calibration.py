@@ -3,7 +3,8 @@
     python -m benchmarks.jobs.calibration [--sizes 3M,28M] [--device cuda] [--quick]
 
 Each provider first scores one batch, which is checked against the reference; then all take turns. Peak memory is what
-a provider needs above the loaded model: of its own process on the CPU, as PyTorch counts it on a GPU.
+a provider needs above the loaded model: of its own process on the CPU, as PyTorch counts it on a GPU. `forward` shows
+how much of it are activations; it takes no part where these are recomputed.
 """
 
 from argparse import Namespace
@@ -24,6 +25,7 @@ from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
 from benchmarks.timing import Timing, free
 from gradprune.config import Backend
+from gradprune.evaluate import model_size
 from gradprune.importance.ops import unavailable_reason
 from gradprune.models import describe
 
@@ -48,11 +50,11 @@ class Job:
 
 
 TOY = [Job("toy", Load(4, 16, 2), repeats=2, seconds=0.0)]
-QUICK = [Job("3M", Load(4, 128, 2), repeats=3)]
+QUICK = [Job("3M", Load(4, 128, 4), repeats=3)]
 CPU = [
-    Job("3M", Load(4, 128, 2), repeats=7),
-    Job("28M", Load(4, 128, 2), repeats=5, seconds=60.0),
-    Job("110M", Load(4, 128, 2), repeats=3, seconds=120.0),
+    Job("3M", Load(4, 128, 4), repeats=9),
+    Job("28M", Load(4, 128, 4), repeats=9, seconds=60.0),
+    Job("110M", Load(4, 128, 4), repeats=3, seconds=100.0),
 ]
 _OURS_ON_GPU = "gradprune triton"
 _TORCH_PRUNING = ("torch-pruning GroupTaylor", "torch-pruning GroupHessian")
@@ -113,6 +115,8 @@ def _obstacle(job: Job, deadline: Deadline, device: str) -> str | None:
 
 
 def _takes_part(one: Calibrator, job: Job, options: Namespace) -> bool:
+    if one.name == "forward" and job.recompute:
+        return False
     return (not job.only or one.name in job.only) and (options.providers is None or one.name in options.providers)
 
 
@@ -235,6 +239,7 @@ def _record(
         for one in everyone
     }
     floor = timings[FLOOR].p50 if FLOOR in timings else None
+    weights = model_size(build(job.size, "meta", job.dtype)).bytes
     for one in everyone:
         timing, of_one = timings[one.name], turns[one.name]
         peak = max((turn.peak_memory for turn in of_one), default=None) if timing.p50 else None
@@ -253,6 +258,7 @@ def _record(
                 "batch": job.load.batch,
                 "recompute": job.recompute,
                 "attention": one.attention,
+                "weight_bytes": weights,
                 **{f"{part}_ms": 1e3 * of_one[-1].parts[part] for part in (of_one[-1].parts if of_one else ())},
             },
             **timing.values(),

@@ -50,6 +50,7 @@ def calibrators(backends: Sequence[str]) -> list[Calibrator]:
     """Everyone: this project by backend, then what people would use instead."""
     return [
         *(Calibrator(f"gradprune {backend}", partial(_ours, backend), "sample") for backend in backends),
+        Calibrator("forward", _forward, None),
         Calibrator("plain", _plain, None),
         Calibrator("naive", _naive, "batch"),
         Calibrator("torch-pruning GroupTaylor", _group_taylor, "mlp", "eager"),
@@ -72,6 +73,13 @@ def engine_scores(
 
 def _ours(backend: str, model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -> Outcome:
     return Outcome(engine_scores(model, batches, backend, "sample", recompute))
+
+
+def _forward(model: PreTrainedModel, batches: Sequence[Tensor], _recompute: bool) -> Outcome:
+    """The loss and its graph, never gone through: the activations, which every method with gradients has to hold."""
+    for ids in batches:
+        model(input_ids=ids, labels=ids, use_cache=False)
+    return Outcome()
 
 
 def _plain(model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -> Outcome:

@@ -20,9 +20,10 @@ def fixture_records() -> list[Record]:
             rates = {"gb_per_s": 20.0 / milliseconds, "percent_of_floor": 200.0 / milliseconds, "bytes": 1000}
             records.append(made("kernel", "taylor_score", provider, milliseconds, dtype=dtype, extra=extra, **rates))
     records.append(made("kernel", "grad_stats", "all", error="skipped: the time for this run was used up"))
-    for provider, milliseconds, peak in (("plain", 100.0, 400), ("gradprune cpp", 107.0, 200), ("naive", 160.0, 900)):
-        shape = "Llama 3M, 4x128 tokens by 2"
-        records.append(made("job", "calibration", provider, milliseconds, shape=shape, peak_memory=peak << 20))
+    jobs = [("forward", 30.0, 190), ("plain", 100.0, 400), ("gradprune cpp", 107.0, 200), ("naive", 160.0, 900)]
+    for provider, milliseconds, peak in jobs:
+        shape, memory = "Llama 3M, 4x128 tokens by 2", {"peak_memory": peak << 20, "extra": {"weight_bytes": 400 << 20}}
+        records.append(made("job", "calibration", provider, milliseconds, shape=shape, **memory))
     records.append(made("job", "calibration", "torch-pruning GroupTaylor", shape=shape, error="out of memory: x | y"))
     for x in (1, 2, 4):
         extra = {"axis": "samples", "x": x}
@@ -70,7 +71,7 @@ def test_the_report_shows_the_records(results: Path, tmp_path: Path) -> None:
     folder, readme = rebuild(results, tmp_path / "report")
     report = (folder / "README.md").read_text()
     assert "| Llama-3-8B q 4x8 fp32 | gradprune cpp | 2.250 | 2.500 | 3.000 | 8.0 | 80 |" in report
-    assert "| gradprune cpp | 96.300 | 107 | 128 | 1.07 | 200.0 | 0.50 |" in report
+    assert "| gradprune cpp | 96.300 | 107 | 128 | 1.07 | 200.0 | 0.50 | 2.5% |" in report
     assert "out of memory: x / y" in report
     assert "| samples, 1 to 4 | plain | 1.00 | 0.00 |" in report
     assert "7.50 (7.00 to 8.00)" in report
@@ -80,8 +81,9 @@ def test_the_report_shows_the_records(results: Path, tmp_path: Path) -> None:
         assert f"plots/{image.name}" in report
     section = readme.read_text().split(BEGIN)[1].split(END)[0]
     assert "80 % | 20.00 |" in section
-    assert "| naive | 0.67 | 0.22 |" in section
-    assert "| torch-pruning GroupTaylor | out of memory | - |" in section
+    assert "| gradprune cpp | 1.00 | 1.00 | 2.5% |" in section
+    assert "| naive | 1.50 | 4.50 | 177.5% |" in section
+    assert "| torch-pruning GroupTaylor | out of memory | - | - |" in section
     assert "| gradprune taylor | 7.50 / **7.00** |" in section
 
 
