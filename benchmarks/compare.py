@@ -5,7 +5,6 @@
 A and B are each a file or folder of results, or the beginning of a revision whose results lie in benchmarks/results.
 """
 
-import statistics
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,20 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compare(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
-    """Every metric that both sides have, of the latest run of each; several records of one key are averaged."""
+    """Every metric that both sides have, of the latest run of each."""
     sides = [_values(latest(side)) for side in (before, after)]
     return [Change(key, metric, value, sides[1][key, metric]) for (key, metric), value in sides[0].items()
             if (key, metric) in sides[1]]  # fmt: skip
 
 
 def _values(records: Sequence[Record]) -> dict[tuple[tuple[str, ...], str], float]:
-    collected: dict[tuple[tuple[str, ...], str], list[float]] = {}
-    for found in records:
-        for metric, value_of in _METRICS:
-            value = value_of(found)
-            if value is not None:
-                collected.setdefault((found.key, metric), []).append(value)
-    return {key: statistics.fmean(values) for key, values in collected.items()}
+    values = ((found.key, metric, value_of(found)) for found in records for metric, value_of in _METRICS)
+    return {(key, metric): value for key, metric, value in values if value is not None}
 
 
 def _keys(records: Sequence[Record]) -> set[tuple[str, ...]]:

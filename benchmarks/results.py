@@ -71,8 +71,9 @@ class Record:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """`work` and who did it."""
-        return (*self.work, self.provider)
+        """`work`, who did it and, where chance has a part in the result, the seed."""
+        seed = [f"seed {self.extra['seed']}"] if "seed" in self.extra else []
+        return (*self.work, self.provider, *seed)
 
     def to_json(self) -> str:
         """One line; the environment's fields stand beside the record's own."""
@@ -137,10 +138,14 @@ def read(path: Path) -> list[Record]:
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """Of each piece of work the records of its last run only, in order."""
+    """Of each piece of work the records of its last run only, in order.
+
+    Times are comparable within a run only. Perplexities do not depend on the run, and a table of them is measured in
+    parts: there it is the last run of each provider and seed.
+    """
     by_work: dict[tuple[str, ...], list[Record]] = {}
     for found in records:
-        by_work.setdefault(found.work, []).append(found)
+        by_work.setdefault(found.key if found.kind == "quality" else found.work, []).append(found)
     return [found for group in by_work.values() for found in group if found.run == group[-1].run]
 
 

@@ -26,10 +26,12 @@ def test_memory_and_perplexity_are_compared_too() -> None:
     before = made("job", "calibration", "naive", 1.0, peak_memory=100)
     after = made("job", "calibration", "naive", 1.0, peak_memory=120)
     assert [(c.metric, c.flag) for c in compare([before], [after])] == [("ms", ""), ("peak bytes", "WORSE")]
-    seeds = [made("quality", "demo", "taylor", extra={"perplexity": value, "seed": value}) for value in (8.0, 12.0)]
-    worse = made("quality", "demo", "taylor", extra={"perplexity": 13.0, "seed": 0})
+    seeds = [
+        made("quality", "demo", "taylor", extra={"perplexity": value, "seed": int(value)}) for value in (8.0, 12.0)
+    ]
+    worse = made("quality", "demo", "taylor", extra={"perplexity": 13.0, "seed": 12})
     (change,) = compare(seeds, [worse])
-    assert change.before == 10.0
+    assert (change.before, change.after, change.key[-1]) == (12.0, 13.0, "seed 12")
     assert change.flag == "WORSE"
 
 

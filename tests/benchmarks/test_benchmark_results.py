@@ -83,6 +83,15 @@ def test_the_latest_run_of_each_piece_of_work() -> None:
     assert latest([*old, new]) == [new, old[2]]
 
 
+def test_perplexities_of_several_runs_make_one_table() -> None:
+    def quality(provider: str, seed: int, run: str) -> Record:
+        return made("quality", "demo", provider, shape="20%", run=run, extra={"seed": seed, "perplexity": 7.0})
+
+    first = [quality("taylor", 0, "first"), quality("taylor", 1, "first"), quality("fisher", 0, "first")]
+    again = quality("taylor", 0, "second")
+    assert latest([*first, again]) == [again, *first[1:]]
+
+
 def test_the_environment_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     found = environment("cpu")
     assert found.hardware
