@@ -46,9 +46,11 @@ Made by `python -m benchmarks.report` from the records in [results](results); no
   warm-up; on a GPU, where recomputation of activations is on, it is on for all but `torch.func`. `torch.func` and
   this project compute every sample's own scores, the others those of batches, except `GroupHessianImportance`, which
   is not checked: its accumulator keeps only the last sample.
-- Peak memory is what is needed above the loaded model: on the CPU resident memory of a process of its own, on a GPU
-  `torch.cuda.max_memory_allocated`. `forward` makes the loss and its graph and goes no further: its peak is that of the
-  activations, and what others need beyond it is shown beside the size of the weights.
+- Peak memory is what tensors need above the loaded model: on a GPU `torch.cuda.max_memory_allocated`, on the CPU the
+  resident memory of a process of its own, with every tensor from 64 KiB on a mapping of its own (glibc's
+  `M_MMAP_THRESHOLD`). What glibc's heap holds of freed tensors beside that, in the timed turns, stands in the last
+  column. `forward` makes the loss and its graph and goes no further: its peak is that of the activations, and what
+  others need beyond it is shown beside the size of the weights. Growth is shown with the heap's slack.
 - Quality: Torch-Pruning gets the same samples; its lowest groups of each layer go, by its default, and are cut by
   this project's surgery, up to the same number of removed parameters.
 """

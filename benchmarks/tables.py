@@ -58,10 +58,11 @@ def calibration_table(records: Sequence[Record]) -> str:
                     _number(found.peak_memory, ".1f", 2**20),
                     ratio(found.peak_memory, plain and plain.peak_memory),
                     above_activations(found, group),
+                    _number(found.extra.get("peak_resident"), ".1f", 2**20),
                 ]
             )
     header = ["job", "provider", "p20 ms", "p50 ms", "p80 ms", "x plain", "peak MiB", "x plain's peak"]
-    return table([*header, "above activations, of the weights"], rows)
+    return table([*header, "above activations, of the weights", "with the heap's slack, MiB"], rows)
 
 
 def above_activations(found: Record, group: Sequence[Record]) -> str:

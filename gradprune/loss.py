@@ -1,6 +1,7 @@
 """Each sample's own loss, so that its gradient stands by itself in the sum."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,19 +9,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-# Logits of 2^24 elements take 64 MiB in fp32; larger ones are made, and remade in the backward pass, by chunks.
-MAX_LOGITS = 2**24
+# Logits exist for so many tokens at once that they have 2^20 elements, 4 MiB in fp32; but for as many as make reading
+# the vocabulary projection's weight worth while.
+LOGITS, MIN_TOKENS = 2**20, 256
 
 
-def sample_losses(model: PreTrainedModel, input_ids: Tensor, max_logits: int = MAX_LOGITS) -> Tensor:
+def sample_losses(model: PreTrainedModel, input_ids: Tensor, chunk: int | None = None) -> Tensor:
     """l_n, the mean next-token negative log-likelihood of each sample; differentiable.
 
-    The vocabulary projection runs over chunks of tokens, so that the logits never exist whole.
+    The vocabulary projection runs over chunks of tokens, so that the logits never exist whole. Where it is frozen, the
+    gradient of its input is made in the same go; otherwise a chunk's logits are made again in the backward pass.
 
     Args:
         model: a causal LM whose logits are its output embedding of the decoder's last hidden state.
         input_ids: [N, T] int64 on the model's device, T >= 2.
-        max_logits: most elements of logits that exist at once (one token's at least).
+        chunk: tokens whose logits exist at once; by default as many as have 2^20 elements, at least 256.
 
     Returns:
         [N] nats a token; fp32, fp64 for an fp64 model.
@@ -28,8 +31,10 @@ def sample_losses(model: PreTrainedModel, input_ids: Tensor, max_logits: int = M
     hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     hidden, targets = hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
-    chunk = max(1, max_logits // head.weight.shape[0])
-    if len(targets) <= chunk:
+    chunk = chunk or max(MIN_TOKENS, LOGITS // head.weight.shape[0])
+    if hidden.requires_grad and not any(weight.requires_grad for weight in head.parameters()):
+        nll: Tensor = _FrozenHeadNll.apply(hidden, targets, head, chunk)  # type: ignore[no-untyped-call]
+    elif len(targets) <= chunk:
         nll = _token_nll(head, hidden, targets)
     else:
         parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
@@ -53,3 +58,34 @@ def _token_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     logits = head(hidden)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits, targets, reduction="none")
+
+
+class _FrozenHeadNll(torch.autograd.Function):
+    """`_token_nll` whose input's gradient is made with it: a token's loss depends on its own hidden state only.
+
+    So the backward pass needs d nll / d hidden, [K, H], in place of logits [K, vocabulary] or of making them again.
+    With p = softmax(logits): d nll / d logits = p, less 1 at the target.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module, chunk: int) -> Tensor:
+        gradient = torch.empty_like(hidden)
+        nll = []
+        for h, t, into in zip(hidden.split(chunk), targets[:, None].split(chunk), gradient.split(chunk), strict=True):
+            with torch.enable_grad():
+                leaf = h.detach().requires_grad_()
+                logits = head(leaf)
+            exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            log_p = F.log_softmax(logits.detach(), dim=1, dtype=exact)
+            nll.append(-log_p.gather(1, t))
+            # In place, as this is the largest tensor there is.
+            d_logits = log_p.exp_().scatter_(1, t, torch.expm1(-nll[-1]))
+            into.copy_(torch.autograd.grad(logits, leaf, d_logits.to(logits.dtype))[0])
+            del logits, log_p, d_logits
+        ctx.save_for_backward(gradient)
+        return torch.cat(nll)[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None

@@ -3,14 +3,14 @@
     python -m benchmarks.jobs.calibration [--sizes 3M,28M] [--device cuda] [--quick]
 
 Each provider first scores one batch, which is checked against the reference; then all take turns. Peak memory is what
-a provider needs above the loaded model: of its own process on the CPU, as PyTorch counts it on a GPU. `forward` shows
-how much of it are activations; it takes no part where these are recomputed.
+a provider's tensors need above the loaded model: on the CPU in a process of their own, on a GPU as PyTorch counts it.
+`forward` shows how much of it are activations; it takes no part where these are recomputed.
 """
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
@@ -101,7 +101,8 @@ def _benchmark(job: Job, deadline: Deadline, options: Namespace) -> None:
     with _sessions(job, everyone, options.device) as sessions:
         errors = _check(job, everyone, sessions, deadline, options.device)
         turns = _alternate(job, sessions, errors, deadline)
-    _record(job, everyone, turns, errors, options)
+    held = {name: _held_memory(job, name, of_one, deadline, options.device) for name, of_one in turns.items()}
+    _record(job, everyone, turns, held, errors, options)
 
 
 def _obstacle(job: Job, deadline: Deadline, device: str) -> str | None:
@@ -138,12 +139,15 @@ def _sessions(job: Job, everyone: Sequence[Calibrator], device: str) -> Iterator
     try:
         model = build(job.size, device, job.dtype) if device == "cuda" else None
         for one in everyone:
-            task = Task(one.name, _backends(device), job.size, job.dtype, job.recompute, torch.get_num_threads())
-            sessions[one.name] = Worker(task) if model is None else Session(one, model, job.recompute)
+            sessions[one.name] = Worker(_task(job, one.name)) if model is None else Session(one, model, job.recompute)
         yield sessions
     finally:
         for session in sessions.values():
             session.close()
+
+
+def _task(job: Job, provider: str) -> Task:
+    return Task(provider, _backends("cpu"), job.size, job.dtype, job.recompute, torch.get_num_threads())
 
 
 def _check(
@@ -218,6 +222,22 @@ def _alternate(
     return turns
 
 
+def _held_memory(job: Job, name: str, turns: Sequence[Turn], deadline: Deadline, device: str) -> int | None:
+    """Bytes of tensors at the peak; None without a turn, or without the time for another."""
+    if not turns or device != "cpu":
+        return max((turn.peak_memory for turn in turns), default=None)
+    # With the model to make first, and slower than the turns before.
+    if not deadline.allows(3.0 * turns[-1].seconds):
+        return None
+    worker = Worker(replace(_task(job, name), mapped=True))
+    try:
+        return worker.turn(job.load, _timeout(deadline)).peak_memory
+    except TurnError:
+        return None
+    finally:
+        worker.close()
+
+
 def _timeout(deadline: Deadline) -> float:
     """Seconds that a turn may take.
 
@@ -230,7 +250,12 @@ def _timeout(deadline: Deadline) -> float:
 
 
 def _record(
-    job: Job, everyone: Sequence[Calibrator], turns: dict[str, list[Turn]], errors: dict[str, str], options: Namespace
+    job: Job,
+    everyone: Sequence[Calibrator],
+    turns: dict[str, list[Turn]],
+    held: dict[str, int | None],
+    errors: dict[str, str],
+    options: Namespace,
 ) -> None:
     timings = {
         one.name: Timing.failed(errors[one.name])
@@ -241,8 +266,7 @@ def _record(
     floor = timings[FLOOR].p50 if FLOOR in timings else None
     weights = model_size(build(job.size, "meta", job.dtype)).bytes
     for one in everyone:
-        timing, of_one = timings[one.name], turns[one.name]
-        peak = max((turn.peak_memory for turn in of_one), default=None) if timing.p50 else None
+        timing, of_one, peak = timings[one.name], turns[one.name], held[one.name]
         made = record(
             "job",
             "calibration",
@@ -253,6 +277,7 @@ def _record(
             percent_of_floor=None if floor is None or timing.p50 is None else 100.0 * floor / timing.p50,
             peak_memory=peak,
             extra={
+                "peak_resident": max((turn.peak_memory for turn in of_one), default=None),
                 "samples": job.load.samples,
                 "tokens": job.load.tokens,
                 "batch": job.load.batch,

@@ -4,6 +4,7 @@
 one in a process of its own, for the CPU: peak resident memory is a process's, and a peer that hangs can be ended.
 """
 
+import ctypes
 import multiprocessing
 import resource
 import time
@@ -23,11 +24,17 @@ from benchmarks.timing import first_line, free, out_of_memory
 
 # Seconds that a worker may take for a turn, its start included.
 TIMEOUT = 120.0
+# From so many bytes on tensors are mapped one by one, where that is asked for; and mallopt's name for the parameter.
+_MAPPED_BYTES, _M_MMAP_THRESHOLD = 64 << 10, -3
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is to do: `provider` of `calibrators(backends)` on a random Llama of `size`."""
+    """What a worker is to do: `provider` of `calibrators(backends)` on a random Llama of `size`.
+
+    mapped: every larger tensor is a mapping of its own, so that resident memory is that of tensors. Otherwise the C
+        library's heap returns freed ones late, or not at all where others lie above them. Slower: not to be timed.
+    """
 
     provider: str
     backends: tuple[str, ...]
@@ -35,11 +42,15 @@ class Task:
     dtype: str
     recompute: bool
     threads: int
+    mapped: bool = False
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One calibration: its seconds, bytes above the loaded model at the peak, what else the provider tells."""
+    """One calibration: its seconds, bytes above the loaded model at the peak, what else the provider tells.
+
+    peak_memory: of tensors on a GPU; resident on the CPU, so with what the heap keeps of freed tensors (see `Task`).
+    """
 
     seconds: float
     peak_memory: int
@@ -163,6 +174,8 @@ class Worker:
 def serve(task: Task, connection: Connection) -> None:
     """A worker's process: answer ("scores" | "turn", load) until the other end closes."""
     torch.set_num_threads(task.threads)
+    if task.mapped:
+        _map_tensors()
     calibrator = next(one for one in calibrators(task.backends) if one.name == task.provider)
     failure = _warm_libraries(calibrator)
     session = Session(calibrator, build(task.size, dtype=task.dtype), task.recompute)
@@ -209,6 +222,13 @@ def _reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
+
+
+def _map_tensors() -> None:
+    """From now on, where the C library can."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
 
 
 def _status(field: str) -> int | None:
