@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
 
 from benchmarks.kernels.op import DTYPES
 
@@ -49,9 +50,15 @@ def build(size: str, device: str = "cpu", dtype: str = "fp32", layers: int | Non
         max_position_embeddings=8192,
         **shape,
     )
+    # transformers' own initialisation draws every weight twice.
+    with torch.device(device), no_init_weights():
+        model = LlamaForCausalLM._from_config(config, dtype=DTYPES[dtype]).eval()
+    model.tie_weights()
     torch.manual_seed(0)
-    with torch.device(device):
-        return LlamaForCausalLM._from_config(config, dtype=DTYPES[dtype]).eval()
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            torch.nn.init.normal_(weight, std=config.initializer_range)
+    return model
 
 
 def samples(model: LlamaForCausalLM, load: Load) -> list[Tensor]:
