@@ -4,8 +4,9 @@
 //   row[kSigned][o] = sum_i  w g         column[kSigned][i] = sum_o  w g
 //   row[kSquare][o] = sum_i (w g)^2      column[kSquare][i] = sum_o (w g)^2
 //
-// Rows are taken in pairs, columns in steps of two vectors. The row sums of a pair stay in registers; the column sums
-// stay in the nearest cache, read and written once a pair.
+// Two or three rows are taken at once, columns in steps of two vectors. Row sums stay in registers; column sums stay in
+// the nearest cache, read and written once for these rows. The rows lie a half or a third of the tile apart: each is
+// then followed by its neighbour, and a tile as wide as its matrix is read in two or three unbroken runs.
 #pragma once
 
 #include "cpu/statistics_kernel.h"
@@ -13,7 +14,12 @@
 namespace gradprune {
 namespace {
 
-constexpr int kRowsAtOnce = 2;
+// As many as the registers have room for. More would be more runs at once, which memory serves more slowly.
+constexpr int rows_at_once(int bytes) { return bytes == 64 ? 3 : 2; }
+constexpr int kCacheLine = 64;
+// A run is fetched so many bytes of W ahead: what a hardware prefetcher leaves behind at every page, and at every row
+// where the tile is narrower than its matrix.
+constexpr int kFetchedAhead = 1024;
 
 // How a vector h of 2 N columns is read: in order, or, where W and G both allow it, in the quicker order they share.
 template <class W, class G, int N>
@@ -39,24 +45,34 @@ struct RowSums {
   }
 };
 
-// ROWS rows of a tile. Copied into locals, so that a store to a column sum cannot be thought to change a pointer.
+// ROWS rows of a tile from `row` on, `apart` rows apart. Copied into locals, so that a store to a column sum cannot be
+// thought to change a pointer.
 template <class W, class G, int ROWS>
 struct RowPointers {
   const W* w[ROWS];
   const G* g[ROWS];
 
-  GRADPRUNE_INLINE RowPointers(const TaylorTile& tile, std::ptrdiff_t row) {
+  GRADPRUNE_INLINE RowPointers(const TaylorTile& tile, std::ptrdiff_t row, std::ptrdiff_t apart) {
     for (int r = 0; r < ROWS; ++r) {
-      w[r] = static_cast<const W*>(tile.w) + (row + r) * tile.w_stride;
-      g[r] = static_cast<const G*>(tile.g) + (row + r) * tile.g_stride;
+      w[r] = static_cast<const W*>(tile.w) + (row + r * apart) * tile.w_stride;
+      g[r] = static_cast<const G*>(tile.g) + (row + r * apart) * tile.g_stride;
     }
   }
 
+  // Every cache line of COLUMNS columns from `column` on.
+  template <int COLUMNS>
   GRADPRUNE_INLINE void prefetch(std::ptrdiff_t column) const {
     for (int r = 0; r < ROWS; ++r) {
-      __builtin_prefetch(w[r] + column, 0, 2);
-      __builtin_prefetch(g[r] + column, 0, 2);
+      prefetch_lines<COLUMNS>(w[r] + column);
+      prefetch_lines<COLUMNS>(g[r] + column);
     }
+  }
+
+ private:
+  template <int COUNT, class E>
+  static GRADPRUNE_INLINE void prefetch_lines(const E* from) {
+    constexpr int kElements = kCacheLine / static_cast<int>(sizeof(E));
+    for (int k = 0; k < COUNT; k += kElements) __builtin_prefetch(from + k, 0, 3);
   }
 };
 
@@ -85,23 +101,26 @@ GRADPRUNE_INLINE void accumulate(const RowPointers<W, G, ROWS>& at, std::ptrdiff
   statistics.add(g);
 }
 
-// Rows row .. row + ROWS - 1 of the tile.
+// ROWS rows of the tile, from `row` on and `apart` rows apart. `next`: the first of those that come then.
 template <class T, class W, class G, int N, int ROWS>
-GRADPRUNE_INLINE void taylor_rows(const TaylorTile& tile, std::ptrdiff_t row, T* sums) {
+GRADPRUNE_INLINE void taylor_rows(const TaylorTile& tile, std::ptrdiff_t row, std::ptrdiff_t apart,
+                                  std::ptrdiff_t next, T* sums) {
   using Layout = StepLayout<W, G, N>;
   using Pointers = RowPointers<W, G, ROWS>;
   RowSums<Vector<T, N>, ROWS> wide;
   RowSums<Vector<T, 1>, ROWS> narrow;
   RunStatistics<T, N> statistics;
-  const Pointers at(tile, row);
-  // The next rows are fetched column by column: a hardware prefetcher starts anew on every row.
-  const Pointers next(tile, row + 2 * ROWS <= tile.rows ? row + ROWS : row);
+  constexpr std::ptrdiff_t kAhead = kFetchedAhead / static_cast<int>(sizeof(W));
+  const Pointers at(tile, row, apart), then(tile, next, apart);
   const auto first = [](const auto* x) { return Layout::load(x, 0); };
   const auto second = [](const auto* x) { return Layout::load(x, 1); };
   const auto single = [](const auto* x) { return load_elements<1>(x); };
   std::ptrdiff_t i = 0;
   for (; i + 2 * N <= tile.columns; i += 2 * N) {
-    next.prefetch(i);
+    if (i + kAhead < tile.columns)
+      at.template prefetch<2 * N>(i + kAhead);
+    else
+      then.template prefetch<2 * N>(i + kAhead < 2 * tile.columns ? i + kAhead - tile.columns : i);
     accumulate(at, i, first, sums + kScores * i, wide, statistics.wide);
     accumulate(at, i, second, sums + kScores * (i + N), wide, statistics.wide);
   }
@@ -109,7 +128,7 @@ GRADPRUNE_INLINE void taylor_rows(const TaylorTile& tile, std::ptrdiff_t row, T*
 
   for (int s = 0; s < kScores; ++s)
     for (int r = 0; r < ROWS; ++r)
-      static_cast<T*>(tile.row[s])[row + r] = reduce(wide.sum[s][r], Add{}) + narrow.sum[s][r].value[0];
+      static_cast<T*>(tile.row[s])[row + r * apart] = reduce(wide.sum[s][r], Add{}) + narrow.sum[s][r].value[0];
   if (!statistics.merge_if_finite(tile.statistics))
     for (const G* g : at.g) masked_statistics(g, tile.columns, tile.statistics);
 }
@@ -140,9 +159,12 @@ void taylor_tile(const TaylorTile& tile) {
   constexpr int N = BYTES / static_cast<int>(sizeof(T));
   alignas(BYTES) T sums[kScores * kTileColumns];
   std::memset(sums, 0, sizeof(T) * kScores * static_cast<std::size_t>(tile.columns));
-  std::ptrdiff_t row = 0;
-  for (; row + kRowsAtOnce <= tile.rows; row += kRowsAtOnce) taylor_rows<T, W, G, N, kRowsAtOnce>(tile, row, sums);
-  for (; row < tile.rows; ++row) taylor_rows<T, W, G, N, 1>(tile, row, sums);
+  constexpr int ROWS = rows_at_once(BYTES);
+  const std::ptrdiff_t apart = tile.rows / ROWS, last = tile.rows - 1;
+  for (std::ptrdiff_t row = 0; row < apart; ++row)
+    taylor_rows<T, W, G, N, ROWS>(tile, row, apart, row + 1 < apart ? row + 1 : row, sums);
+  for (std::ptrdiff_t row = apart * ROWS; row <= last; ++row)
+    taylor_rows<T, W, G, N, 1>(tile, row, 0, row < last ? row + 1 : row, sums);
   store_column_sums<T, N, StepLayout<W, G, N>::kInterleaved>(sums, tile);
 }
 
