@@ -42,10 +42,10 @@ Made by `python -m benchmarks.report` from the records in [results](results); no
 - Calibration: `plain` is forward and `loss.backward()`; `naive` keeps gradients and a second buffer of g², scores
   eagerly and reads statistics with `.item()`; Torch-Pruning runs its `GroupTaylorImportance` and
   `GroupHessianImportance` as its documentation shows, with eager attention, because it traces no other, and its time
-  includes its graph (also recorded alone); `torch.func` is `vmap(grad)` over the prunable weights. All after a
-  warm-up; on a GPU, where recomputation of activations is on, it is on for all but `torch.func`. `torch.func` and
-  this project compute every sample's own scores, the others those of batches, except `GroupHessianImportance`, which
-  is not checked: its accumulator keeps only the last sample.
+  includes its graph (also recorded alone); `torch.func` is `vmap(grad)` over the prunable weights. `recomputing` is
+  this project with `use_gradient_checkpointing`. All after a warm-up; on a GPU, where recomputation of activations is
+  on, it is on for all but `torch.func`. `torch.func` and this project compute every sample's own scores, the others
+  those of batches, except `GroupHessianImportance`, which is not checked: its accumulator keeps only the last sample.
 - Peak memory is what tensors need above the loaded model: on a GPU `torch.cuda.max_memory_allocated`, on the CPU the
   resident memory of a process of its own, with every tensor from 64 KiB on a mapping of its own (glibc's
   `M_MMAP_THRESHOLD`). What glibc's heap holds of freed tensors beside that, in the timed turns, stands in the last

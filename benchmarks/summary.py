@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from benchmarks import tables
+from benchmarks.jobs.calibrators import RECOMPUTING
 from benchmarks.results import Record
 
 _QUALITY = "Held-out perplexity, mean of {} seed(s); where there are two figures, without / with H-GSP:"
@@ -57,7 +58,8 @@ def _calibration(records: Sequence[Record]) -> str:
         ours = _best_of_ours(group)
         if ours is None:
             continue
-        for found in (ours, *(one for peer in _PEERS for one in group if one.provider == peer)):
+        others = (f"{ours.provider}{RECOMPUTING}", *_PEERS)
+        for found in (ours, *(one for other in others for one in group if one.provider == other)):
             rows.append(
                 [
                     f"{shape}, {ours.dtype}",

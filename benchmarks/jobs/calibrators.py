@@ -22,6 +22,9 @@ from gradprune.importance.capture import checkpointed
 from gradprune.importance.engine import Scores
 from gradprune.models import Block, describe
 
+# Behind the name of who recomputes activations where the job does not ask everyone to.
+RECOMPUTING = " recomputing"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -50,6 +53,11 @@ def calibrators(backends: Sequence[str]) -> list[Calibrator]:
     """Everyone: this project by backend, then what people would use instead."""
     return [
         *(Calibrator(f"gradprune {backend}", partial(_ours, backend), "sample") for backend in backends),
+        *(
+            Calibrator(f"gradprune {backend}{RECOMPUTING}", partial(_ours_recomputing, backend), "sample")
+            for backend in backends
+            if backend != "reference"
+        ),
         Calibrator("forward", _forward, None),
         Calibrator("plain", _plain, None),
         Calibrator("naive", _naive, "batch"),
@@ -73,6 +81,11 @@ def engine_scores(
 
 def _ours(backend: str, model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -> Outcome:
     return Outcome(engine_scores(model, batches, backend, "sample", recompute))
+
+
+def _ours_recomputing(backend: str, model: PreTrainedModel, batches: Sequence[Tensor], _recompute: bool) -> Outcome:
+    """With `use_gradient_checkpointing`: less memory for a second forward pass."""
+    return _ours(backend, model, batches, True)
 
 
 def _forward(model: PreTrainedModel, batches: Sequence[Tensor], _recompute: bool) -> Outcome:

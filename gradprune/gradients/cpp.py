@@ -151,6 +151,8 @@ def dense(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _is_dense(tensor: Tensor) -> bool:
+    if tensor.is_contiguous():
+        return True
     sizes = [(stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     expected = 1
     for stride, size in sorted(sizes):

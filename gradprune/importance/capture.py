@@ -73,7 +73,9 @@ def checkpointed(layers: nn.ModuleList) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_forward_replaced(layer, partial(checkpoint, layer.forward, use_reentrant=False)))
+            # Dropout is off: no generator's state is kept for when a layer runs again.
+            recomputed = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            stack.enter_context(_forward_replaced(layer, recomputed))
         yield
 
 
