@@ -12,8 +12,8 @@ from pathlib import Path
 
 from benchmarks import plots, tables
 from benchmarks.environment import ROOT
-from benchmarks.results import FOLDER, Record, latest, read
-from benchmarks.summary import summary
+from benchmarks.results import ANY_HARDWARE, FOLDER, Record, latest, read
+from benchmarks.summary import by_hardware, summary
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -74,8 +74,8 @@ def report(records: Sequence[Record], plots_folder: Path) -> str:
     for old in plots_folder.glob("*.svg"):
         old.unlink()
     parts = [_HOW]
-    for hardware, of_one in tables.grouped(records, lambda found: found.environment.hardware).items():
-        parts.append(f"## {hardware}\n\n{_environments(of_one)}")
+    for hardware, of_one in by_hardware(records).items():
+        parts.append(f"## {hardware.capitalize() if hardware == ANY_HARDWARE else hardware}\n\n{_environments(of_one)}")
         for kind, section in _SECTIONS.items():
             chosen = [found for found in of_one if found.kind == kind]
             if chosen:
@@ -166,7 +166,8 @@ _SECTIONS: dict[str, Callable[[Sequence[Record], Path], str]] = {
 
 def _plot(draw: Callable[[Sequence[Record], Path], None], records: Sequence[Record], folder: Path, name: str) -> str:
     """Draw, and return the Markdown that shows it."""
-    file = re.sub(r"[^a-z0-9]+", "-", f"{name} {records[0].environment.hardware}".lower()).strip("-") + ".svg"
+    hardware = records[0].hardware.removesuffix(ANY_HARDWARE)
+    file = re.sub(r"[^a-z0-9]+", "-", f"{name} {hardware}".lower()).strip("-") + ".svg"
     draw(records, folder / file)
     return f"![{name}]({folder.name}/{file})\n\n"
 

@@ -14,6 +14,7 @@ from benchmarks.environment import Environment, environment
 
 Kind = Literal["kernel", "job", "quality", "inference", "vanishing"]
 KINDS: tuple[Kind, ...] = ("kernel", "job", "quality", "inference", "vanishing")
+ANY_HARDWARE = "any hardware"
 FOLDER = Path(__file__).resolve().parent / "results"
 
 
@@ -65,9 +66,14 @@ class Record:
             raise ValueError(f"kind: '{self.kind}' is none of {', '.join(KINDS)}")
 
     @property
+    def hardware(self) -> str:
+        """What the result depends on; a perplexity does not depend on it."""
+        return ANY_HARDWARE if self.kind in ("quality", "vanishing") else self.environment.hardware
+
+    @property
     def work(self) -> tuple[str, ...]:
         """What was to be done and on which hardware: records with the same are comparable."""
-        return (self.environment.hardware, self.kind, self.name, self.shape, self.dtype)
+        return (self.hardware, self.kind, self.name, self.shape, self.dtype)
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -146,7 +152,9 @@ def latest(records: Iterable[Record]) -> list[Record]:
     by_work: dict[tuple[str, ...], list[Record]] = {}
     for found in records:
         by_work.setdefault(found.key if found.kind == "quality" else found.work, []).append(found)
-    return [found for group in by_work.values() for found in group if found.run == group[-1].run]
+    # A run is named by when it began.
+    last = {key: max(found.run for found in group) for key, group in by_work.items()}
+    return [found for key, group in by_work.items() for found in group if found.run == last[key]]
 
 
 def _read_file(file: Path) -> Iterator[Record]:

@@ -5,7 +5,7 @@ from statistics import fmean
 
 from benchmarks import tables
 from benchmarks.jobs.calibrators import RECOMPUTING
-from benchmarks.results import Record
+from benchmarks.results import ANY_HARDWARE, Record
 
 _QUALITY = "Held-out perplexity, mean of {} seed(s); where there are two figures, without / with H-GSP:"
 _PEERS = ("plain", "torch-pruning GroupTaylor", "torch-pruning GroupHessian", "naive", "torch.func")
@@ -14,7 +14,7 @@ _PEERS = ("plain", "torch-pruning GroupTaylor", "torch-pruning GroupHessian", "n
 def summary(records: Sequence[Record]) -> str:
     """The section's text: by hardware the ops, the calibration and inference; then quality by model."""
     parts = []
-    for hardware, of_one in tables.grouped(records, lambda found: found.environment.hardware).items():
+    for hardware, of_one in by_hardware(records).items():
         revisions = ", ".join(sorted({f"`{found.environment.revision}`" for found in of_one}))
         sections = [made(of_one) for made in (_ops, _calibration, _inference, _quality, _vanishing)]
         text = "\n\n".join(section for section in sections if section)
@@ -24,8 +24,17 @@ def summary(records: Sequence[Record]) -> str:
     return "\n\n".join([*parts, link] if parts else ["Nothing has been measured yet.", link])
 
 
+def by_hardware(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records by what they depend on; those that do not depend on hardware come last."""
+    groups = tables.grouped(records, lambda found: found.hardware)
+    return dict(sorted(groups.items(), key=lambda group: group[0] == ANY_HARDWARE))
+
+
 def _ops(records: Sequence[Record]) -> str:
-    """By op and element type the largest case: the best of ours beside the floor, eager and torch.compile."""
+    """By op and element type one case, the best of ours beside the floor, eager and torch.compile.
+
+    The largest of those that torch.compile took part in; without any, the largest.
+    """
     rows = []
     kernels = [found for found in records if found.kind == "kernel"]
     for (name, dtype), group in tables.grouped(kernels, lambda found: (found.name, found.dtype)).items():
@@ -34,7 +43,9 @@ def _ops(records: Sequence[Record]) -> str:
         timed = [(case, ours) for case, ours in timed if ours is not None]
         if not timed:
             continue
-        case, ours = max(timed, key=lambda pair: pair[1].flops or pair[1].bytes or 0)
+        case, ours = max(
+            timed, key=lambda pair: (_time(pair[0], "torch.compile") is not None, pair[1].flops or pair[1].bytes or 0)
+        )
         rows.append(
             [
                 f"`{name}` {dtype}, {ours.extra.get('label', '')} {ours.shape}",
@@ -46,7 +57,7 @@ def _ops(records: Sequence[Record]) -> str:
         )
     if not rows:
         return ""
-    header = ["op, largest case", "backend", "rate", "of floor", "x eager", "x torch.compile", "x foreach"]
+    header = ["op", "backend", "rate", "of floor", "x eager", "x torch.compile", "x foreach"]
     return tables.table(header, rows)
 
 

@@ -66,11 +66,12 @@ def calibration_table(records: Sequence[Record]) -> str:
 
 
 def above_activations(found: Record, group: Sequence[Record]) -> str:
-    """Peak memory beyond that of the forward pass of the same run, beside the model's weights."""
+    """Peak memory beyond that of the forward pass of the same run, beside the model's weights; "none" where it is less."""
     forward = next((one for one in group if one.provider == "forward"), None)
     if forward is None or forward.peak_memory is None or found.peak_memory is None:
         return "-"
-    return f"{(found.peak_memory - forward.peak_memory) / found.extra['weight_bytes']:.1%}"
+    beyond = (found.peak_memory - forward.peak_memory) / found.extra["weight_bytes"]
+    return f"{beyond:.1%}" if beyond > 0.0 else "none"
 
 
 def growth_table(records: Sequence[Record]) -> str:

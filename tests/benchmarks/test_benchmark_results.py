@@ -80,7 +80,7 @@ def test_no_timing_of_triton_under_its_interpreter(tmp_path: Path, monkeypatch: 
 def test_the_latest_run_of_each_piece_of_work() -> None:
     old = [made("kernel", "a", "eager", 1.0), made("kernel", "a", "copy", 1.0), made("kernel", "b", "eager", 1.0)]
     new = made("kernel", "a", "eager", 2.0, run="second")
-    assert latest([*old, new]) == [new, old[2]]
+    assert latest([new, *old]) == [new, old[2]]
 
 
 def test_perplexities_of_several_runs_make_one_table() -> None:
@@ -90,6 +90,8 @@ def test_perplexities_of_several_runs_make_one_table() -> None:
     first = [quality("taylor", 0, "first"), quality("taylor", 1, "first"), quality("fisher", 0, "first")]
     again = quality("taylor", 0, "second")
     assert latest([*first, again]) == [again, *first[1:]]
+    elsewhere = replace(again, run="third", environment=replace(MACHINE, hardware="another CPU"))
+    assert latest([*first, again, elsewhere]) == [elsewhere, *first[1:]]
 
 
 def test_the_environment_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
