@@ -66,7 +66,7 @@ def calibration_table(records: Sequence[Record]) -> str:
 
 
 def above_activations(found: Record, group: Sequence[Record]) -> str:
-    """Peak memory beyond that of the forward pass of the same run, beside the model's weights; "none" where it is less."""
+    """Peak memory beyond that of the forward pass of the same run, of the model's weights; "none" if less."""
     forward = next((one for one in group if one.provider == "forward"), None)
     if forward is None or forward.peak_memory is None or found.peak_memory is None:
         return "-"

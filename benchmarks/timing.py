@@ -23,6 +23,13 @@ _MIN_REPEATS = 3
 _MOST_SETS = 256
 
 
+# So long the cores are kept busy before a turn on the CPU: what the turn before left behind, freed memory that goes
+# back to the system or threads that fell asleep, is then not timed.
+_SETTLING_SECONDS = 0.01
+# Large enough for all threads, small enough for a core's own cache.
+_BUSYWORK = torch.ones(1 << 16)
+
+
 @dataclass(frozen=True)
 class Provider:
     """Someone who does the work.
@@ -175,9 +182,16 @@ def _flusher(device: str) -> Iterator[Callable[[], object]]:
 
 
 def _cpu_seconds(run: Callable[..., Any], inputs: tuple[Any, ...], _flush: Callable[[], object]) -> float:
+    _settle()
     start = time.perf_counter()
     run(*inputs)
     return time.perf_counter() - start
+
+
+def _settle() -> None:
+    end = time.perf_counter() + _SETTLING_SECONDS
+    while time.perf_counter() < end:
+        _BUSYWORK.mul_(1.0)
 
 
 def _cuda_seconds(run: Callable[..., Any], inputs: tuple[Any, ...], flush: Callable[[], object]) -> float:
