@@ -23,11 +23,7 @@ _MIN_REPEATS = 3
 _MOST_SETS = 256
 
 
-# So long the cores are kept busy before a turn on the CPU: what the turn before left behind, freed memory that goes
-# back to the system or threads that fell asleep, is then not timed.
 _SETTLING_SECONDS = 0.01
-# Large enough for all threads, small enough for a core's own cache.
-_BUSYWORK = torch.ones(1 << 16)
 
 
 @dataclass(frozen=True)
@@ -159,45 +155,50 @@ def _alternate(
     times: dict[str, list[float]] = {provider.name: [] for provider in providers}
     clock = _cuda_seconds if device == "cuda" else _cpu_seconds
     turn = 0
-    with _flusher(device) as flush:
+    with _preparation(device) as prepare:
         start = time.perf_counter()
         for repeat in range(repeats):
             if repeat >= _MIN_REPEATS and time.perf_counter() - start > seconds:
                 break
             for provider in providers:
                 if not times[provider.name] or times[provider.name][0] < seconds:
-                    times[provider.name].append(clock(provider.run, inputs[turn % len(inputs)], flush))
+                    times[provider.name].append(clock(provider.run, inputs[turn % len(inputs)], prepare))
                     turn += 1
     return {name: Timing.of(values) for name, values in times.items()}
 
 
 @contextmanager
-def _flusher(device: str) -> Iterator[Callable[[], object]]:
-    """A function that overwrites the GPU's L2 cache."""
-    if device != "cuda":
-        yield lambda: None
+def _preparation(device: str) -> Iterator[Callable[[], object]]:
+    """What comes before each turn: on a GPU the L2 cache is overwritten, on the CPU all cores are kept busy a while.
+
+    So what the turn before left behind on a CPU, freed memory on its way back to the system or threads that fell
+    asleep, is not timed.
+    """
+    if device == "cuda":
+        yield torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_
         return
-    buffer = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    yield buffer.zero_
+    # Large enough for all threads, small enough for a core's own cache.
+    numbers = torch.ones(1 << 16)
+
+    def settle() -> None:
+        end = time.perf_counter() + _SETTLING_SECONDS
+        while time.perf_counter() < end:
+            numbers.mul_(1.0)
+
+    yield settle
 
 
-def _cpu_seconds(run: Callable[..., Any], inputs: tuple[Any, ...], _flush: Callable[[], object]) -> float:
-    _settle()
+def _cpu_seconds(run: Callable[..., Any], inputs: tuple[Any, ...], prepare: Callable[[], object]) -> float:
+    prepare()
     start = time.perf_counter()
     run(*inputs)
     return time.perf_counter() - start
 
 
-def _settle() -> None:
-    end = time.perf_counter() + _SETTLING_SECONDS
-    while time.perf_counter() < end:
-        _BUSYWORK.mul_(1.0)
-
-
-def _cuda_seconds(run: Callable[..., Any], inputs: tuple[Any, ...], flush: Callable[[], object]) -> float:
+def _cuda_seconds(run: Callable[..., Any], inputs: tuple[Any, ...], prepare: Callable[[], object]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # The flush also keeps the GPU busy while the host enqueues the run: its launches are not part of the time.
-    flush()
+    # This also keeps the GPU busy while the host enqueues the run: its launches are not part of the time.
+    prepare()
     start.record()
     run(*inputs)
     end.record()

@@ -1,6 +1,7 @@
 """Providers take turns; who is wrong is not timed."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -83,6 +84,7 @@ def test_a_failure_is_a_result(error: Exception, expected: str) -> None:
 def test_no_repeat_begins_after_the_time_is_up(turn: float, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three are made all the same, unless one alone needs that long."""
     clock = count(step=turn)  # whoever asks makes it advance: twice a turn, and once between turns from the third on
+    monkeypatch.setattr("benchmarks.timing._preparation", lambda _device: nullcontext(lambda: None))
     monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: next(clock))
     log = Log()
     measure([log.provider("a")], inputs, 1 << 40, device="cpu", repeats=100, seconds=1.0)
