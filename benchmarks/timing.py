@@ -169,21 +169,20 @@ def _alternate(
 
 @contextmanager
 def _preparation(device: str) -> Iterator[Callable[[], object]]:
-    """What comes before each turn: on a GPU the L2 cache is overwritten, on the CPU all cores are kept busy a while.
+    """What comes before each turn: on a GPU the L2 cache is overwritten, on a CPU all cores read other memory a while.
 
-    So what the turn before left behind on a CPU, freed memory on its way back to the system or threads that fell
-    asleep, is not timed.
+    So what the turn before left behind on a CPU is not timed: results in the cache that are yet to be written to
+    memory, freed memory on its way back to the system, threads that fell asleep.
     """
     if device == "cuda":
         yield torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_
         return
-    # Large enough for all threads, small enough for a core's own cache.
-    numbers = torch.ones(1 << 16)
+    numbers = torch.ones(2 * last_level_cache_bytes() // 4)
 
     def settle() -> None:
         end = time.perf_counter() + _SETTLING_SECONDS
         while time.perf_counter() < end:
-            numbers.mul_(1.0)
+            numbers.sum()
 
     yield settle
 
