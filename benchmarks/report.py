@@ -33,8 +33,8 @@ Made by `python -m benchmarks.report` from the records in [results](results); no
 - A result is checked against the reference first; a wrong one is recorded as an error and not timed. Running out of
   memory, or of time, is a result too. Nothing is timed under Triton's interpreter.
 - Ops: on the CPU every turn takes the next of several input sets that together exceed the last-level cache, after all
-  cores read other memory for 10 ms; on a GPU the L2 cache is overwritten before each turn and events time the turn. GB/s
-  counts the bytes that must be moved at least.
+  cores read other memory for 10 ms; on a GPU the L2 cache is overwritten before each turn and events time the turn.
+  GB/s counts the bytes that must be moved at least.
 - The floor is a copy of as many bytes, or for `linear_importance` the plain weight gradient as one `torch.mm` (on the
   CPU in the inputs' type and in fp32, whichever is faster).
 - torch.compile: `fullgraph=True`, this very shape, on a GPU `max-autotune-no-cudagraphs`; compiled before the first

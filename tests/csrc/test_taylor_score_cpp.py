@@ -7,6 +7,8 @@ L = min(n, 2048 + 31 + 8) roundings of relative size u (2^-24, 2^-53), the produ
     |computed - exact| <= (L + 4) u sum |term|
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -232,3 +234,13 @@ def test_missing_extension_and_instruction_set(monkeypatch: pytest.MonkeyPatch):
     require_extension.cache_clear()
     with pytest.raises(BackendUnavailableError, match="backend: 'cpp' cannot run"):
         taylor_score_cpp(torch.ones(1, 1), torch.ones(1, 1))
+
+
+def test_calls_from_several_threads_do_not_meet():
+    pairs = [(random_tensor((700, 900), torch.float32, 2 * k), random_tensor((700, 900), torch.float32, 2 * k + 1))
+             for k in range(8)]  # fmt: skip
+    alone = [taylor_score_cpp(w, g) for w, g in pairs]
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(20):
+            together = threads.map(lambda pair: taylor_score_cpp(*pair), pairs)
+            assert all(map(equal_bits, alone, together))
