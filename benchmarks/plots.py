@@ -8,11 +8,14 @@ from statistics import fmean
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from benchmarks.results import Record
 
 # Ours, then the floor in grey, then everyone else.
-_OURS, _FLOOR, _OTHERS = "#c1272d", "#777777", ("#0000a7", "#eecc16", "#008176", "#b35806", "#5e3c99")
+_OURS, _FLOOR, _OTHERS = "#c1272d", "#777777", ("#0000a7", "#eecc16", "#008176", "#b35806", "#5e3c99", "#c77cba")
+# Sizes of the kernels' work are shown in these units.
+_MEGA, _GIGA = 1e6, 1e9
 
 
 def kernel_plot(records: Sequence[Record], path: Path) -> None:
@@ -31,6 +34,7 @@ def kernel_plot(records: Sequence[Record], path: Path) -> None:
             rate = found.tflops if bound_by_arithmetic else found.gb_per_s
             size = found.flops if bound_by_arithmetic else found.bytes
             if found.dtype == dtype and rate is not None and size is not None:
+                size /= _GIGA if bound_by_arithmetic else _MEGA
                 points[found.provider, bool(found.extra.get("floor"))].append((size, rate))
         others = iter(_OTHERS * 3)
         for (provider, floor), values in sorted(points.items()):
@@ -38,7 +42,10 @@ def kernel_plot(records: Sequence[Record], path: Path) -> None:
             ours = provider.startswith("gradprune")
             color = _FLOOR if floor else _OURS if ours else next(others)
             axis.plot(x, y, "-" if floor else "o", color=color, label=provider, markersize=5 if ours else 4)
-        axis.set(xscale="log", title=dtype, xlabel="operations" if bound_by_arithmetic else "bytes")
+        axis.set(xscale="log", title=dtype, xlabel="GFLOP" if bound_by_arithmetic else "MB")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_ylim(bottom=0.0)
     _finish(figure, axes, "TFLOP/s" if bound_by_arithmetic else "GB/s", path)
 
@@ -56,7 +63,8 @@ def quality_plot(records: Sequence[Record], path: Path) -> None:
         _quality_panel(axis, [found for found in records if not found.provider.endswith(left_out)])
         axis.set(title=title, xlabel="parameters kept", yscale="log")
         axis.invert_xaxis()
-    _finish(figure, axes, "perplexity", path)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=6)
+    _finish(figure, axes, "perplexity", path, legends=False)
 
 
 def growth_plot(records: Sequence[Record], path: Path) -> None:
@@ -82,18 +90,25 @@ def growth_plot(records: Sequence[Record], path: Path) -> None:
 
 
 def _quality_panel(axis: Axes, records: Sequence[Record]) -> None:
+    """A colour a method, dotted where nothing is repaired; others are black."""
     values = defaultdict(lambda: defaultdict(list))
     for found in records:
         if found.provider != "dense":
             values[found.provider][found.extra["ratio"]].append((found.extra["kept"], found.extra["perplexity"]))
     dense = [found.extra["perplexity"] for found in records if found.provider == "dense"]
-    for number, (provider, by_ratio) in enumerate(sorted(values.items())):
+    colors: dict[str, str] = {}
+    for provider, by_ratio in sorted(values.items()):
         points = [tuple(map(fmean, zip(*pairs, strict=True))) for _, pairs in sorted(by_ratio.items())]
         points = [(1.0, dense[0]), *points] if dense else points
         x, y = zip(*points, strict=True)
-        peer = not provider.startswith("gradprune")
-        color = "black" if peer else (_OURS, *_OTHERS)[number % 6]
-        axis.plot(x, y, "--" if peer else "o-", color=color, label=provider.removeprefix("gradprune "), markersize=3)
+        label = provider.removeprefix("gradprune ").split(" T=")[0]
+        method, *repair = label.split(" + ")
+        if provider.startswith("gradprune"):
+            color = _OURS if method == "search" else colors.setdefault(method, _OTHERS[len(colors) % len(_OTHERS)])
+            style = "o-" if repair else "o:"
+        else:
+            color, style = "black", "--"
+        axis.plot(x, y, style, color=color, label=label, markersize=3)
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
@@ -103,11 +118,11 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _finish(figure: Figure, axes: Sequence[Axes], label: str, path: Path) -> None:
+def _finish(figure: Figure, axes: Sequence[Axes], label: str, path: Path, *, legends: bool = True) -> None:
     axes[0].set_ylabel(label)
     for axis in axes:
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
+        if legends and axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=6)
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"svg.hashsalt": "gradprune"}):
