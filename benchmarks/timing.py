@@ -23,6 +23,7 @@ _MIN_REPEATS = 3
 _MOST_SETS = 256
 
 
+# Before a turn on the CPU; see _preparation.
 _SETTLING_SECONDS = 0.01
 
 

@@ -16,8 +16,8 @@ enum Score { kAbs, kSigned, kSquare, kScores };
 
 // The largest tile. Memory is read fastest along whole rows, so a tile is as wide as its column sums (3 x 4096 floats)
 // fit into the second cache while its rows stream by. More rows would lengthen the fp32 sums, fewer would write more
-// partial sums: at 126, whole multiples of the rows taken at once, they are 1/63 of fp32 W and G.
-constexpr std::ptrdiff_t kTileRows = 126;
+// partial sums: at 120, a multiple of the rows taken at once, they are 1/60 of fp32 W and G.
+constexpr std::ptrdiff_t kTileRows = 120;
 constexpr std::ptrdiff_t kTileColumns = 4096;
 
 // A rectangle of W and G, and where its sums go. row[s]: [rows], column[s]: [columns], of type float, or double

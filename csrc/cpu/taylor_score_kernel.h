@@ -4,9 +4,9 @@
 //   row[kSigned][o] = sum_i  w g         column[kSigned][i] = sum_o  w g
 //   row[kSquare][o] = sum_i (w g)^2      column[kSquare][i] = sum_o (w g)^2
 //
-// Two or three rows are taken at once, columns in steps of two vectors. Row sums stay in registers; column sums stay in
-// the nearest cache, read and written once for these rows. The rows lie a half or a third of the tile apart: each is
-// then followed by its neighbour, and a tile as wide as its matrix is read in two or three unbroken runs.
+// Two to four rows are taken at once, columns in steps of two vectors. Row sums stay in registers; column sums stay in
+// the nearest cache, read and written once for these rows. The rows lie a half, a third or a quarter of the tile apart:
+// each is then followed by its neighbour, and a tile as wide as its matrix is read in so many unbroken runs.
 #pragma once
 
 #include "cpu/statistics_kernel.h"
@@ -14,8 +14,13 @@
 namespace gradprune {
 namespace {
 
-// As many as the registers have room for. More would be more runs at once, which memory serves more slowly.
-constexpr int rows_at_once(int bytes) { return bytes == 64 ? 3 : 2; }
+// As many as the registers of 64 or fewer bytes have room for; not the fourth of wider elements, since memory serves
+// more runs at once more slowly.
+template <class W, class G>
+constexpr int rows_at_once(int bytes) {
+  if (bytes < 64) return 2;
+  return sizeof(W) + sizeof(G) == 4 ? 4 : 3;
+}
 constexpr int kCacheLine = 64;
 // A run is fetched so many bytes of W ahead: what a hardware prefetcher leaves behind at every page, and at every row
 // where the tile is narrower than its matrix.
@@ -159,7 +164,7 @@ void taylor_tile(const TaylorTile& tile) {
   constexpr int N = BYTES / static_cast<int>(sizeof(T));
   alignas(BYTES) T sums[kScores * kTileColumns];
   std::memset(sums, 0, sizeof(T) * kScores * static_cast<std::size_t>(tile.columns));
-  constexpr int ROWS = rows_at_once(BYTES);
+  constexpr int ROWS = rows_at_once<W, G>(BYTES);
   const std::ptrdiff_t apart = tile.rows / ROWS, last = tile.rows - 1;
   for (std::ptrdiff_t row = 0; row < apart; ++row)
     taylor_rows<T, W, G, N, ROWS>(tile, row, apart, row + 1 < apart ? row + 1 : row, sums);

@@ -1,6 +1,6 @@
 """taylor_score in C++ against sums in 80-bit floating point.
 
-Tolerance. Within a tile, T (fp32, or fp64 for fp64) adds up at most 126 rows, or 4096 columns over at least 2 lanes
+Tolerance. Within a tile, T (fp32, or fp64 for fp64) adds up at most 120 rows, or 4096 columns over at least 2 lanes
 (fp64 in 16 bytes; 4 for fp32) with at most 31 left over, then combines tiles in fp64. So a term passes through at most
 L = min(n, 2048 + 31 + 8) roundings of relative size u (2^-24, 2^-53), the product, its square and the result add 4:
 
@@ -24,7 +24,7 @@ from gradprune.importance.vectors import ImportanceVectors
 
 pytest.importorskip("gradprune._C", reason="the extension is not built")
 
-SIZES = [1, 2, 63, 125, 126, 127, 129]
+SIZES = [1, 2, 3, 63, 119, 120, 121, 127]
 SHAPES = [(o, i) for o in SIZES for i in SIZES] + [
     (3, 1023),
     (2, 1024),
@@ -126,7 +126,7 @@ def test_every_half_precision_value(isa: str):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("place", [(0, 0), (5, 63), (125, 1040), (129, 1041)], ids=str)
+@pytest.mark.parametrize("place", [(0, 0), (5, 63), (119, 1040), (129, 1041)], ids=str)
 def test_non_finite_gradient(place: tuple[int, int], value: float, dtype: torch.dtype, isa: str):
     w, g = random_tensor((130, 1042), dtype, 6), random_tensor((130, 1042), dtype, 7)
     clean = taylor_score_cpp(w, g, isa)
