@@ -17,8 +17,8 @@ def taylor_score_cpp(w: Tensor, g: Tensor, isa: str = "auto") -> ImportanceVecto
         isa: instruction set, "auto" or one of `_C.build_info()["isas"]`. Results differ between them by rounding.
 
     Sums of at most 120 rows and 4096 columns in fp32, over those in fp64 (all fp64 where both are fp64).
-    Deterministic: the same bits for any number of threads. The calling thread keeps the memory of the tiles' sums, about
-    1/40 of W in fp32, for its next call.
+    Deterministic: the same bits for any number of threads. The calling thread keeps the memory of the tiles' sums for
+    its next call: 1/40 of W in fp32.
 
     Raises:
         BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
