@@ -14,8 +14,8 @@
 namespace gradprune {
 namespace {
 
-// As many as the registers of 64 or fewer bytes have room for; not the fourth of wider elements, since memory serves
-// more runs at once more slowly.
+// With 32 registers, of 64 bytes, there is room for four, with 16 for two. Where elements have more than 16 bits it is
+// three: memory serves more runs at once more slowly.
 template <class W, class G>
 constexpr int rows_at_once(int bytes) {
   if (bytes < 64) return 2;
@@ -116,16 +116,17 @@ GRADPRUNE_INLINE void taylor_rows(const TaylorTile& tile, std::ptrdiff_t row, st
   RowSums<Vector<T, 1>, ROWS> narrow;
   RunStatistics<T, N> statistics;
   constexpr std::ptrdiff_t kAhead = kFetchedAhead / static_cast<int>(sizeof(W));
+  const std::ptrdiff_t ahead = kAhead < tile.columns ? kAhead : tile.columns;
   const Pointers at(tile, row, apart), then(tile, next, apart);
   const auto first = [](const auto* x) { return Layout::load(x, 0); };
   const auto second = [](const auto* x) { return Layout::load(x, 1); };
   const auto single = [](const auto* x) { return load_elements<1>(x); };
   std::ptrdiff_t i = 0;
   for (; i + 2 * N <= tile.columns; i += 2 * N) {
-    if (i + kAhead < tile.columns)
-      at.template prefetch<2 * N>(i + kAhead);
+    if (i + ahead < tile.columns)
+      at.template prefetch<2 * N>(i + ahead);
     else
-      then.template prefetch<2 * N>(i + kAhead < 2 * tile.columns ? i + kAhead - tile.columns : i);
+      then.template prefetch<2 * N>(i + ahead - tile.columns);
     accumulate(at, i, first, sums + kScores * i, wide, statistics.wide);
     accumulate(at, i, second, sums + kScores * (i + N), wide, statistics.wide);
   }
