@@ -21,8 +21,6 @@ _FLUSH_BYTES = 256 << 20
 _MIN_REPEATS = 3
 # Tiny inputs would need very many sets; where they do not fill the cache, the fixed costs of a call are what is timed.
 _MOST_SETS = 256
-
-
 # Before a turn on the CPU; see _preparation.
 _SETTLING_SECONDS = 0.01
 
