@@ -7,32 +7,33 @@ Triton, a compiler or the network.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gradprune.version import __version__
+
 if TYPE_CHECKING:
-    from gradprune.checkpoint import load_pruned
+    from gradprune.calibration.engine import ImportanceEngine
+    from gradprune.checkpoint.load import load_pruned
     from gradprune.config import PruneConfig
     from gradprune.errors import GradPruneError
-    from gradprune.gradients.in_place import (
+    from gradprune.pipeline import prune
+    from gradprune.report.visualizer import GradientVisualizer
+    from gradprune.result import PruneResult
+    from gradprune.vanishing.in_place import (
         adaptive_gradient_scaling,
         normalize_gradients_per_layer,
         weight_gradients_by_depth,
     )
-    from gradprune.gradients.visualizer import GradientVisualizer
-    from gradprune.importance.engine import ImportanceEngine
-    from gradprune.pipeline import PruneResult, prune
-
-__version__ = "0.1.0"
 
 _HOME = {
     "GradPruneError": "gradprune.errors",
-    "GradientVisualizer": "gradprune.gradients.visualizer",
-    "ImportanceEngine": "gradprune.importance.engine",
+    "GradientVisualizer": "gradprune.report.visualizer",
+    "ImportanceEngine": "gradprune.calibration.engine",
     "PruneConfig": "gradprune.config",
-    "PruneResult": "gradprune.pipeline",
-    "adaptive_gradient_scaling": "gradprune.gradients.in_place",
+    "PruneResult": "gradprune.result",
+    "adaptive_gradient_scaling": "gradprune.vanishing.in_place",
     "load_pruned": "gradprune.checkpoint",
-    "normalize_gradients_per_layer": "gradprune.gradients.in_place",
+    "normalize_gradients_per_layer": "gradprune.vanishing.in_place",
     "prune": "gradprune.pipeline",
-    "weight_gradients_by_depth": "gradprune.gradients.in_place",
+    "weight_gradients_by_depth": "gradprune.vanishing.in_place",
 }
 
 __all__ = [

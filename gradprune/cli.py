@@ -27,8 +27,8 @@ from gradprune.errors import ConfigError, GradPruneError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from gradprune.gradients.diagnosis import Diagnosis
-    from gradprune.pipeline import PruneResult
+    from gradprune.result import PruneResult
+    from gradprune.vanishing.diagnosis import Diagnosis
 
 # typer's usage errors share this base, in releases that depend on click as in those that carry their own.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -206,7 +206,8 @@ def diagnose(
     as_json: AsJson = False,
 ) -> None:
     """Show every layer's gradients, and whether they vanish."""
-    from gradprune.gradients.diagnosis import comparison_table, diagnosis_table, stablest
+    from gradprune.report.tables import comparison_table, diagnosis_table
+    from gradprune.vanishing.diagnosis import stablest
 
     lengths = _numbers("seq_len", seq_len, int)
     PruneConfig(seq_len=min(lengths), num_samples=num_samples, batch_size=batch_size, seed=seed)
@@ -248,8 +249,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a checkpoint's perplexity on held-out text."""
-    from gradprune.calibration import check_context, load_tokens
-    from gradprune.evaluate import model_size, perplexity
+    from gradprune.data.sources import load_tokens
+    from gradprune.data.windows import check_context
+    from gradprune.evaluation.perplexity import perplexity
+    from gradprune.evaluation.size import model_size
 
     PruneConfig(seq_len=seq_len, batch_size=batch_size, eval_samples=eval_samples)
     loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
@@ -268,7 +271,8 @@ def evaluate(
 @app.command()
 def info(as_json: AsJson = False) -> None:
     """Show versions, devices, and which backends work here."""
-    from gradprune.environment import environment, environment_table
+    from gradprune.environment import environment
+    from gradprune.report.tables import environment_table
 
     if as_json:
         _print_json(environment())
@@ -323,10 +327,11 @@ def _diagnoses(
     use_gradient_checkpointing: bool,
 ) -> "dict[int, Diagnosis]":
     """The model's diagnosis at each length."""
-    from gradprune.calibration import check_context, load_tokens, sample_windows
-    from gradprune.gradients.diagnosis import diagnose_gradients
-    from gradprune.importance import ImportanceEngine
-    from gradprune.pipeline import calibrate
+    from gradprune.calibration.engine import ImportanceEngine
+    from gradprune.calibration.gather import calibrate
+    from gradprune.data.sources import load_tokens
+    from gradprune.data.windows import check_context, sample_windows
+    from gradprune.vanishing.diagnosis import diagnose_gradients
 
     check_context(model.config, max(lengths))
     tokens = load_tokens(dataset, tokenizer, vocab_size=model.config.vocab_size)
@@ -340,10 +345,10 @@ def _diagnoses(
 
 
 def _prune(config: PruneConfig) -> "PruneResult":
-    from gradprune.gradients.diagnosis import diagnosis_table
-    from gradprune.pipeline import prune, summarize
-    from gradprune.report import layer_table, summary_table
-    from gradprune.search import command_line, search_table
+    from gradprune.config import command_line
+    from gradprune.pipeline import prune
+    from gradprune.report.folder import summarize
+    from gradprune.report.tables import diagnosis_table, layer_table, search_table, summary_table
 
     model, tokenizer = _load_free(config)
     result = prune(model, tokenizer, config, console=PROGRESS)
@@ -366,8 +371,9 @@ def _prune(config: PruneConfig) -> "PruneResult":
 
 
 def _prune_ratios(config: PruneConfig, ratios: list[float]) -> None:
-    from gradprune.pipeline import prune_ratios, summarize
-    from gradprune.report import curve_table
+    from gradprune.pipeline import prune_ratios
+    from gradprune.report.folder import summarize
+    from gradprune.report.tables import curve_table
 
     for ratio in ratios:
         replace(config, pruning_ratio=ratio)  # refuses one out of range before anything is loaded
@@ -383,7 +389,7 @@ def _prune_ratios(config: PruneConfig, ratios: list[float]) -> None:
 
 def _load_free(config: PruneConfig) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
     """Load the model of a run whose results folder may be written."""
-    from gradprune.checkpoint import check_free
+    from gradprune.checkpoint.atomic import check_free
 
     assert config.output_name is not None
     check_free(Path(config.output_dir) / config.output_name, overwrite=config.overwrite, argument="output_name")
@@ -396,7 +402,7 @@ def _load(
     import torch
     from transformers.utils import logging
 
-    from gradprune.checkpoint import load_model
+    from gradprune.checkpoint.load import load_model
     from gradprune.demo import demo_model_path
 
     logging.set_verbosity_error()
@@ -412,6 +418,6 @@ def _load(
 
 
 def _print_json(content: Any) -> None:
-    from gradprune.report import json_text
+    from gradprune.report.strict_json import json_text
 
     print(json_text(content))

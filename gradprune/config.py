@@ -1,6 +1,7 @@
 """`PruneConfig`: every option of a pruning run, validated once, here."""
 
 import math
+import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,13 +32,13 @@ class PruneConfig:
 
     base_model: path or hub id; None uses the embedded demo model (command line only).
     pruning_ratio: fraction of all the model's parameters to remove, in (0, 1).
-    importance_method, reduction: element score and how samples are reduced, see `gradprune.importance`.
-    temperature, tau, epsilon, prior, prior_samples: H-GSP, see `gradprune.hgsp`. `tau=None` is the 25th
+    importance_method, reduction: element score and how samples are reduced, see `gradprune.calibration.methods`.
+    temperature, tau, epsilon, prior, prior_samples: H-GSP, see `gradprune.scoring.hgsp`. `tau=None` is the 25th
         percentile of the layer importances; `prior_samples` calibration samples measure the priors.
-    gradient_fix: repair of vanishing gradients, see `gradprune.gradients.repair`; "auto" follows the diagnosis.
-    normalize_scores, normalize_per, clip_percentile, attention_factor: see `gradprune.normalization`.
-    repair, held_out_samples: what is done about the weights that stay, see `gradprune.repair`, and how many
-        calibration samples beyond `num_samples` its choices are made on.
+    gradient_fix: repair of vanishing gradients, see `gradprune.vanishing.scaling`; "auto" follows the diagnosis.
+    normalize_scores, normalize_per, clip_percentile, attention_factor: see `gradprune.scoring.normalization`.
+    repair, held_out_samples: what is done about the weights that stay, see `gradprune.surgery.least_squares`, and how
+        many calibration samples beyond `num_samples` its choices are made on.
     collect_batches: how many calibration batches the gradient plots compare.
     search_minutes: what importance_method "auto" may take; it then decides with what it has seen.
     scores: `analysis/scores.safetensors` of an earlier run on the same model, instead of calibrating again.
@@ -45,7 +46,7 @@ class PruneConfig:
     max_layer_ratio: largest fraction of one layer's prunable parameters that may go, in (0, 1].
     round_to: kept MLP width of each layer is a multiple of this.
     uniform: all layers keep the same widths, so that the result is a plain checkpoint.
-    dataset, eval_dataset: text for calibration and for perplexity, see `gradprune.calibration`; without
+    dataset, eval_dataset: text for calibration and for perplexity, see `gradprune.data.sources`; without
         `eval_dataset` the end of `dataset` is held out.
     num_samples, seq_len, batch_size, seed: calibration samples of `seq_len` tokens, drawn without replacement.
     eval_samples: perplexity is measured on at most this many windows of `seq_len` tokens; None means all.
@@ -187,3 +188,14 @@ def _at_least(name: str, value: int, least: int) -> None:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name}: '{value}' is unknown; choose one of {', '.join(allowed)}")
+
+
+def command_line(config: PruneConfig) -> str:
+    """The exact `gradprune prune` command of a configuration: every option that is not at its default."""
+    default = PruneConfig()
+    words = ["gradprune", "prune"]
+    for name, value in config.to_dict().items():
+        if value == getattr(default, name) or value is None:
+            continue
+        words += [f"--{name}"] if value is True else [f"--no_{name}"] if value is False else [f"--{name}", str(value)]
+    return shlex.join(words)

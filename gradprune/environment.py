@@ -5,12 +5,10 @@ import platform
 from typing import Any, get_args
 
 import torch
-from rich.table import Table
 
-import gradprune
 from gradprune.config import Backend
-from gradprune.gradients.ops import gradient_ops_fault
-from gradprune.importance.ops import unavailable_reason
+from gradprune.ops.dispatch import gradient_ops_fault, unavailable_reason
+from gradprune.version import __version__
 
 
 def environment() -> dict[str, Any]:
@@ -21,7 +19,7 @@ def environment() -> dict[str, Any]:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     backends: list[Backend] = [backend for backend in get_args(Backend) if backend != "auto"]
     return {
-        "versions": {"gradprune": gradprune.__version__, "python": platform.python_version(), **_versions()},
+        "versions": {"gradprune": __version__, "python": platform.python_version(), **_versions()},
         "devices": {
             "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
             **{f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())},
@@ -33,22 +31,6 @@ def environment() -> dict[str, Any]:
             device: {backend: gradient_ops_fault(backend, device) for backend in backends} for device in devices
         },
     }
-
-
-def environment_table(found: dict[str, Any]) -> Table:
-    """The environment for the terminal."""
-    table = Table(show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, version in found["versions"].items():
-        table.add_row(name, version or "not installed")
-    for name, description in found["devices"].items():
-        table.add_row(name, description)
-    for ops, key in (("importance", "backends"), ("gradients", "gradient_backends")):
-        for device, backends in found[key].items():
-            for backend, reason in backends.items():
-                table.add_row(f"{ops}: {backend} on {device}", "works" if reason is None else f"no: {reason}")
-    return table
 
 
 def _versions() -> dict[str, str | None]:

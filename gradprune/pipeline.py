@@ -1,110 +1,38 @@
 """The whole job on a loaded model: calibrate, score, select, cut, repair, measure, and write the results if asked."""
 
-import platform
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-import transformers
-from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import gradprune
-from gradprune.calibration import batches, check_context, load_tokens, sample_windows, split_held_out
-from gradprune.checkpoint import atomic_directory, check_free, save_checkpoint
+from gradprune.calibration.evidence import Evidence
+from gradprune.calibration.gather import gather_evidence
+from gradprune.checkpoint.atomic import atomic_directory, check_free
 from gradprune.config import PruneConfig
-from gradprune.distribution import LayerPruning, pruning_distribution, pruning_warning, to_json
-from gradprune.errors import CalibrationError
-from gradprune.evaluate import Perplexity, Throughput, model_size, perplexity, throughput, weight_bytes_on_disk
-from gradprune.evidence import Evidence
-from gradprune.gradients.analysis import GradientAnalysis
-from gradprune.groups import GroupTable, group_costs
-from gradprune.hgsp import Priors, removal_priors, removal_steps, similarity_priors, taylor_priors
-from gradprune.importance import ImportanceEngine
-from gradprune.importance.ops import select_ops
-from gradprune.masking import output_weights_restored
-from gradprune.masks import GroupMasks
+from gradprune.data.samples import Samples, draw_samples
+from gradprune.data.windows import batches, check_context
+from gradprune.evaluation.perplexity import Perplexity, perplexity
+from gradprune.evaluation.size import model_size, weight_bytes_on_disk
+from gradprune.evaluation.speed import throughput
 from gradprune.models import PrunableModel, describe
-from gradprune.progress import progress
-from gradprune.repair import BlockRepair, least_squares, repair_steps
-from gradprune.report import write_curve_report, write_json, write_report
-from gradprune.scoring import Scoring, score_groups
-from gradprune.search import SearchResult, search, search_to_dict, with_scoring
-from gradprune.selection import Constraints, check_reachable, select
-from gradprune.surgery import cut
-
-QUIET = Console(quiet=True)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A model before or after pruning.
-
-    parameters: tied ones counted once. bytes_on_disk: of the weights' files, of the tensors where there is none.
-    """
-
-    parameters: int
-    bytes_on_disk: int
-    perplexity: Perplexity
-    speed: Throughput | None = None
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """What a pruning run gives.
-
-    model: the pruned model. before, after: what was measured.
-    table, pruned: every group with its score, and whether it went.
-    masks: what each block kept. gradients: the layers' gradients before and after their repair.
-    evidence: what calibration found, to score again without it. repairs: what least squares did to each block.
-    search: what was tried where importance_method was "auto"; `config` then has what it chose.
-    seconds: wall time by stage. output: the results folder, None where nothing was written.
-    """
-
-    model: PreTrainedModel
-    config: PruneConfig
-    before: Measured
-    after: Measured
-    table: GroupTable
-    pruned: NDArray[np.bool_]
-    masks: GroupMasks
-    gradients: GradientAnalysis
-    evidence: Evidence
-    repairs: list[BlockRepair] = field(default_factory=list)
-    search: SearchResult | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    output: Path | None = None
-
-    @property
-    def distribution(self) -> list[LayerPruning]:
-        """What each layer lost."""
-        return pruning_distribution(self.masks)
-
-    @property
-    def warning(self) -> str | None:
-        """Names over-pruned blocks, and what to try next."""
-        return pruning_warning(self.distribution, self.config)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Token ids of a run; none of the three shares a token with another.
-
-    calibration: [num_samples, seq_len]. held_out: [at most held_out_samples, seq_len], none where nothing is chosen
-        on them.
-    evaluation: [tokens].
-    """
-
-    calibration: Tensor
-    held_out: Tensor
-    evaluation: Tensor
+from gradprune.models.masks import GroupMasks
+from gradprune.ops.dispatch import select_ops
+from gradprune.progress import QUIET, Clock, progress
+from gradprune.report.folder import summarize, write_results
+from gradprune.report.html import write_curve_report
+from gradprune.result import Measured, PruneResult
+from gradprune.scoring.scoring import Scoring, score_groups
+from gradprune.scoring.selection import Constraints, check_reachable, select
+from gradprune.scoring.table import group_costs
+from gradprune.search import SearchResult, search, with_scoring
+from gradprune.surgery.cut import cut
+from gradprune.surgery.least_squares import BlockRepair, least_squares, repair_steps
+from gradprune.surgery.masking import output_weights_restored
+from gradprune.vanishing.analysis import GradientAnalysis
 
 
 def prune(
@@ -158,7 +86,7 @@ def prune(
     result = PruneResult(
         cut_model, config, before, after, table, pruned, masks, gradients, evidence, repairs, found, clock.seconds
     )
-    return result if output is None else _write(result, tokenizer, output)
+    return result if output is None else write_results(result, tokenizer, output)
 
 
 def prune_ratios(
@@ -195,111 +123,12 @@ def prune_ratios(
             name = f"{each.pruning_ratio:g}"
             result = prune(model, tokenizer, replace(each, output_name=None, scores=scores), console=console)
             recorded = replace(result.config, output_name=config.output_name, scores=config.scores)
-            result = _write(replace(result, config=recorded), tokenizer, folder / name)
+            result = write_results(replace(result, config=recorded), tokenizer, folder / name)
             # The first run calibrates for all.
             scores = scores or str(folder / name / "analysis" / "scores.safetensors")
             results.append(replace(result, output=output / name))
         write_curve_report(folder / "report.html", [summarize(result) for result in results])
     return results
-
-
-def draw_samples(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    config: PruneConfig,
-    calibration: Tensor | None = None,
-    evaluation: Tensor | None = None,
-) -> Samples:
-    """The samples of a run, as given or from the datasets of `config`."""
-    calibration, evaluation = _tokens(tokenizer, config, calibration, evaluation, model.config.vocab_size)
-    # As many held-out samples as the text has left over.
-    spare = max(0, len(calibration) // config.seq_len - config.num_samples)
-    chooses = config.repair != "none" or config.importance_method == "auto"
-    held_out = min(config.held_out_samples, spare) if chooses else 0
-    if config.importance_method == "auto" and not held_out:
-        raise CalibrationError(
-            f"num_samples: {config.num_samples} samples leave no text to search on; give more text, or fewer samples"
-        )
-    windows = sample_windows(
-        calibration, num_samples=config.num_samples + held_out, seq_len=config.seq_len, seed=config.seed
-    )
-    return Samples(windows[: config.num_samples], windows[config.num_samples :], evaluation)
-
-
-def gather_evidence(
-    model: PreTrainedModel,
-    view: PrunableModel,
-    samples: Samples,
-    config: PruneConfig,
-    clock: "Clock | None" = None,
-    console: Console = QUIET,
-) -> Evidence:
-    """Calibrate, or read what an earlier run found; with the priors that `config` needs."""
-    clock = clock or Clock()
-    with clock.stage("calibration"):
-        if config.scores is not None:
-            evidence = Evidence.load(config.scores, model)
-        else:
-            engine = _engine(model, config)
-            calibrate(engine, samples.calibration, config.batch_size, console)
-            evidence = Evidence.of(engine, model, config).with_priors("taylor", taylor_priors(engine))
-    with clock.stage("priors"):
-        needed = config.temperature > 0.0 or config.importance_method == "auto"
-        if needed and config.prior not in evidence.priors:
-            priors = _priors(model, view, samples.calibration[: config.prior_samples], config, console)
-            evidence = evidence.with_priors(config.prior, priors)
-    return evidence
-
-
-def calibrate(engine: ImportanceEngine, windows: Tensor, batch_size: int, console: Console) -> None:
-    """Run all calibration windows [N, T] through the engine, with progress."""
-    with engine, progress(console, "Calibrating", len(windows), "samples") as advance:
-        for batch in batches(windows, batch_size):
-            engine.step(batch)
-            advance(len(batch))
-
-
-def summarize(result: PruneResult) -> dict[str, Any]:
-    """The content of `analysis/summary.json`."""
-    counts = zip(result.masks.attention, result.masks.mlp, strict=True)
-    pairs = {
-        "parameters": (result.before.parameters, result.after.parameters),
-        "perplexity": (result.before.perplexity.value, result.after.perplexity.value),
-        "bytes_on_disk": (result.before.bytes_on_disk, result.after.bytes_on_disk),
-        "tokens_per_second": tuple(m.speed.p50 if m.speed else None for m in (result.before, result.after)),
-    }
-    return {
-        **{name: {"before": before, "after": after} for name, (before, after) in pairs.items()},
-        "pruning_ratio": {
-            "requested": result.config.pruning_ratio,
-            "achieved": 1.0 - result.after.parameters / result.before.parameters,
-        },
-        "evaluation_tokens": result.before.perplexity.tokens,
-        "layers": [
-            {
-                "layer": layer,
-                "attention": {"groups": len(attention), "kept": int(attention.sum())},
-                "mlp": {"channels": len(mlp), "kept": int(mlp.sum())},
-            }
-            for layer, (attention, mlp) in enumerate(counts)
-        ],
-        "repair": [asdict(repair) for repair in result.repairs],
-    }
-
-
-class Clock:
-    """Wall seconds by stage, in the order the stages ran."""
-
-    def __init__(self) -> None:
-        """No stage yet."""
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time the body as stage `name`."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 4)
 
 
 def _check_reachable(model: PreTrainedModel, view: PrunableModel, parameters: int, config: PruneConfig) -> Constraints:
@@ -308,19 +137,6 @@ def _check_reachable(model: PreTrainedModel, view: PrunableModel, parameters: in
     constraints = Constraints.of(config, _kept_kv_groups(model, view) if config.uniform else None)
     check_reachable(group_costs(view), config.pruning_ratio, parameters, constraints)
     return constraints
-
-
-def _engine(model: PreTrainedModel, config: PruneConfig) -> ImportanceEngine:
-    """One pass with gradients serves every method, and the diagnosis."""
-    return ImportanceEngine(
-        model,
-        "taylor",
-        config.reduction,
-        config.backend,
-        config.use_gradient_checkpointing,
-        # Finished vectors can be repaired at any time, batches only as they come.
-        config.gradient_fix if config.reduction == "batch" else "none",
-    )
 
 
 def _search(
@@ -413,36 +229,6 @@ def _analysis(evidence: Evidence, config: PruneConfig, layers: int) -> GradientA
     )
 
 
-def _priors(
-    model: PreTrainedModel, view: PrunableModel, samples: Tensor, config: PruneConfig, console: Console
-) -> Priors:
-    parts = list(batches(samples, config.batch_size))
-    if config.prior == "similarity":
-        with progress(console, "Measuring priors", len(parts), "batches") as advance:
-            return similarity_priors(model, view, parts, advance)
-    with progress(console, "Measuring priors", removal_steps(view), "losses") as advance:
-        return removal_priors(model, view, parts, advance)
-
-
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase | None,
-    config: PruneConfig,
-    calibration: Tensor | None,
-    evaluation: Tensor | None,
-    vocab_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Calibration and held-out tokens, as given or from the datasets; the two never overlap."""
-    held_out_in_file = evaluation is None and config.eval_dataset is None
-    if evaluation is None and (config.eval_dataset is not None or (calibration is None and config.dataset is None)):
-        evaluation = load_tokens(config.eval_dataset, tokenizer, split="evaluation", vocab_size=vocab_size)
-        held_out_in_file = False
-    if calibration is None:
-        calibration = load_tokens(config.dataset, tokenizer, vocab_size=vocab_size)
-    if held_out_in_file or evaluation is None:
-        return split_held_out(calibration, config.seq_len)
-    return calibration, evaluation
-
-
 def _perplexity(model: PreTrainedModel, tokens: Tensor, config: PruneConfig, console: Console) -> Perplexity:
     return perplexity(
         model,
@@ -461,47 +247,3 @@ def _kept_kv_groups(model: PreTrainedModel, view: PrunableModel) -> frozenset[in
         return None
     hidden = model.config.hidden_size
     return frozenset(n for n in range(1, first.groups + 1) if hidden % (n * first.heads_per_group) == 0)
-
-
-def _write(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None, output: Path) -> PruneResult:
-    """Write the results folder: all of it or, if interrupted, nothing."""
-    with atomic_directory(output, overwrite=result.config.overwrite, argument="output_name") as folder:
-        save_checkpoint(result.model, tokenizer, folder / "model")
-        on_disk = weight_bytes_on_disk(folder / "model")
-        result = replace(
-            result, after=replace(result.after, bytes_on_disk=on_disk or result.after.bytes_on_disk), output=output
-        )
-        analysis = folder / "analysis"
-        analysis.mkdir()
-        result.table.write_csv(analysis / "groups.csv", result.pruned)
-        result.evidence.save(analysis / "scores.safetensors")
-        gradients = {
-            **result.gradients.to_dict(),
-            "pruning": to_json(result.distribution),
-            "warning": result.warning,
-        }
-        write_json(analysis / "gradients.json", gradients)
-        if result.search is not None:
-            write_json(analysis / "search.json", search_to_dict(result.search, result.config))
-        plots = result.gradients.write_plots(folder / "gradient_analysis")
-        summary, record = summarize(result), _run_record(result)
-        write_json(analysis / "summary.json", summary)
-        write_json(folder / "run.json", record)
-        write_report(folder / "report.html", summary, record, gradients, plots, result.search)
-    return result
-
-
-def _run_record(result: PruneResult) -> dict[str, Any]:
-    """The content of `run.json`: what ran, with which versions, for how long."""
-    return {
-        "config": result.config.to_dict(),
-        "versions": {
-            "gradprune": gradprune.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "device": str(result.model.device),
-        "seed": result.config.seed,
-        "seconds": result.seconds,
-    }

@@ -1,5 +1,6 @@
 """Progress bars for long work: what, how far, at which rate, and how long it still takes."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -64,3 +65,21 @@ def progress(console: Console, description: str, total: int, unit: str) -> Itera
             # An interrupted bar goes, so that the error stands alone.
             bar.live.transient = True
             raise
+
+
+QUIET = Console(quiet=True)
+
+
+class Clock:
+    """Wall seconds by stage, in the order the stages ran."""
+
+    def __init__(self) -> None:
+        """No stage yet."""
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the body as stage `name`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 4)

@@ -9,29 +9,26 @@ that the result is never worse than the best of them. The evaluation text is nev
 
 import itertools
 import math
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradprune.calibration import batches
+from gradprune.calibration.evidence import Evidence
 from gradprune.config import GRADIENT_METHODS, METHODS, Method, Normalize, PruneConfig
-from gradprune.evidence import Evidence
-from gradprune.loss import mean_loss
-from gradprune.masking import masked, output_weights_restored
-from gradprune.masks import GroupMasks
+from gradprune.data.windows import batches
 from gradprune.models import PrunableModel
-from gradprune.normalization import Normalization
-from gradprune.repair import BLENDS, least_squares
-from gradprune.scoring import Scoring, score_groups
-from gradprune.selection import Constraints, select
+from gradprune.models.loss import mean_loss
+from gradprune.models.masks import GroupMasks
+from gradprune.scoring.normalization import Normalization
+from gradprune.scoring.scoring import Scoring, score_groups
+from gradprune.scoring.selection import Constraints, select
+from gradprune.surgery.least_squares import BLENDS, least_squares
+from gradprune.surgery.masking import masked, output_weights_restored
 
 # What is tried; a candidate is one of each.
 TEMPERATURES: tuple[tuple[float, float | None], ...] = ((0.0, None), (0.5, 0.0), (1.0, 0.0), (1.0, math.inf))
@@ -145,56 +142,6 @@ def with_scoring(config: PruneConfig, scoring: Scoring) -> PruneConfig:
         temperature=scoring.temperature,
         tau=scoring.tau,
     )
-
-
-def command_line(config: PruneConfig) -> str:
-    """The exact `gradprune prune` command of a configuration: every option that is not at its default."""
-    default = PruneConfig()
-    words = ["gradprune", "prune"]
-    for name, value in config.to_dict().items():
-        if value == getattr(default, name) or value is None:
-            continue
-        words += [f"--{name}"] if value is True else [f"--no_{name}"] if value is False else [f"--{name}", str(value)]
-    return shlex.join(words)
-
-
-def search_to_dict(result: SearchResult, config: PruneConfig) -> dict[str, Any]:
-    """The content of `analysis/search.json`; `config` is that of the winner."""
-    return {
-        "candidates": result.candidates,
-        "cut_short": result.cut_short,
-        "command": command_line(config),
-        "trials": [
-            {"rank": rank, "setting": describe_scoring(trial.scoring), **asdict(trial)}
-            for rank, trial in enumerate(result.trials, start=1)
-        ],
-    }
-
-
-def search_table(result: SearchResult, rows: int = 15) -> Table:
-    """The best trials for the terminal; a fixed setting is every method without and with plain H-GSP."""
-    table = Table(title=f"Search: best of {result.candidates} selections", title_justify="left")
-    for column in ("rank", "held-out loss", "samples", "setting"):
-        table.add_column(column, justify="left" if column == "setting" else "right")
-    for rank, trial in enumerate(result.trials[:rows], start=1):
-        mark = " (fixed)" if trial.fixed else ""
-        table.add_row(str(rank), f"{trial.loss:.4f}", str(trial.samples), describe_scoring(trial.scoring) + mark)
-    return table
-
-
-def describe_scoring(scoring: Scoring) -> str:
-    """A few words: what differs from plain scoring."""
-    parts: list[str] = [scoring.method]
-    if scoring.temperature > 0.0:
-        tau = "25th percentile" if scoring.tau is None else f"{scoring.tau:g}"
-        parts.append(f"T={scoring.temperature:g} tau={tau}")
-    if scoring.gradient_fix != "none":
-        parts.append(scoring.gradient_fix)
-    if scoring.normalization.method != "none":
-        parts.append(scoring.normalization.method)
-    if scoring.normalization.attention_factor != 1.0:
-        parts.append(f"attention x{scoring.normalization.attention_factor:g}")
-    return ", ".join(parts)
 
 
 def _candidates(

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import tiny_model
 
-from gradprune.checkpoint import save_checkpoint
+from gradprune.checkpoint.save import save_checkpoint
 from gradprune.cli import main
 from gradprune.demo.model import byte_tokenizer
+from helpers.tiny_models import tiny_model
 
 QUICK = ["--num_samples", "8", "--seq_len", "16", "--batch_size", "4"]
 

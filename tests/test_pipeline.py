@@ -4,20 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
 from gradprune import PruneConfig, load_pruned, prune
 from gradprune.errors import CalibrationError, CheckpointError, ConfigError, GradPruneError, SelectionError
-from gradprune.groups import group_costs
 from gradprune.models import describe
-
-TOKENS = tiny_ids(samples=1, tokens=2000).flatten()
-
-
-def run(model, **options):
-    defaults = {"pruning_ratio": 0.2, "num_samples": 8, "seq_len": 16, "batch_size": 4, "backend": "reference"}
-    config = PruneConfig(**{**defaults, **options})
-    return prune(model, None, config, calibration=TOKENS[:1500], evaluation=TOKENS[1500:])
+from gradprune.scoring.table import group_costs
+from helpers.pipeline_runs import run
+from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
 
 def parameters(model) -> int:
@@ -180,7 +173,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gradprune.pipeline.write_report", interrupted)
+    monkeypatch.setattr("gradprune.report.folder.write_report", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_model(), output_dir=str(tmp_path), output_name="x")
     assert not list(tmp_path.iterdir())

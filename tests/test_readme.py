@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from gradprune.cli import main
-from gradprune.demo import demo_model_path, embedded_text
+from gradprune.data.embedded import embedded_text
+from gradprune.demo import demo_model_path
 
 ROOT = Path(__file__).resolve().parents[1]
 README, GUIDE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/gradient-vanishing.md"))

@@ -3,19 +3,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pipeline import run
-from tiny_models import tiny_model
 
 from gradprune import PruneConfig
-from gradprune.calibration import batches
 from gradprune.cli import app
+from gradprune.config import command_line
+from gradprune.data.windows import batches
 from gradprune.errors import CalibrationError, ConfigError
-from gradprune.loss import mean_loss
-from gradprune.masking import masked
 from gradprune.models import describe
-from gradprune.scoring import Scoring, score_groups
-from gradprune.search import command_line, describe_scoring, with_scoring
-from gradprune.selection import Constraints, select
+from gradprune.models.loss import mean_loss
+from gradprune.report.tables import describe_scoring
+from gradprune.scoring.scoring import Scoring, score_groups
+from gradprune.scoring.selection import Constraints, select
+from gradprune.search import with_scoring
+from gradprune.surgery.masking import masked
+from helpers.pipeline_runs import run
+from helpers.tiny_models import tiny_model
 
 
 def found(model=None, **options):
@@ -30,7 +32,7 @@ def test_the_winner_is_no_worse_than_any_fixed_setting() -> None:
     view = describe(model)
     from test_pipeline import TOKENS
 
-    from gradprune.pipeline import draw_samples
+    from gradprune.data.samples import draw_samples
 
     samples = draw_samples(model, None, result.config, TOKENS[:1500], TOKENS[1500:])
     assert samples.held_out.shape == (0, 16)  # repair is off, and nothing is searched any more

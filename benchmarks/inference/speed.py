@@ -18,12 +18,13 @@ from benchmarks.jobs.models import build
 from benchmarks.options import parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
-from gradprune.evaluate import Throughput, decode_throughput, model_size, throughput
-from gradprune.groups import scored_groups
-from gradprune.importance import ImportanceEngine
+from gradprune.calibration.engine import ImportanceEngine
+from gradprune.evaluation.size import model_size
+from gradprune.evaluation.speed import Throughput, decode_throughput, throughput
 from gradprune.models import describe
-from gradprune.selection import Constraints, select
-from gradprune.surgery import cut
+from gradprune.scoring.selection import Constraints, select
+from gradprune.scoring.table import scored_groups
+from gradprune.surgery.cut import cut
 
 RATIO = 0.3
 ROUNDED_TO = (1, 8, 64, 128)

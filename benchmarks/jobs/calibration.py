@@ -25,9 +25,9 @@ from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
 from benchmarks.timing import Timing, free
 from gradprune.config import Backend
-from gradprune.evaluate import model_size
-from gradprune.importance.ops import unavailable_reason
+from gradprune.evaluation.size import model_size
 from gradprune.models import describe
+from gradprune.ops.dispatch import unavailable_reason
 
 FLOOR, _GROUP_TAYLOR = "plain", "torch-pruning GroupTaylor"
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gradprune import ImportanceEngine
-from gradprune.importance.capture import checkpointed
-from gradprune.importance.engine import Scores
+from gradprune.calibration.capture import checkpointed
+from gradprune.calibration.engine import Scores
 from gradprune.models import Block, describe
 
 # Behind the name of who recomputes activations where the job does not ask everyone to.

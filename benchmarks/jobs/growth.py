@@ -21,7 +21,7 @@ from benchmarks.options import parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
 from benchmarks.timing import Timing
-from gradprune.evaluate import model_size
+from gradprune.evaluation.size import model_size
 
 
 @dataclass(frozen=True)

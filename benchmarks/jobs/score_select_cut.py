@@ -15,12 +15,12 @@ from benchmarks.options import listed, parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
 from benchmarks.timing import Timing
-from gradprune.evaluate import model_size
-from gradprune.groups import scored_groups
-from gradprune.importance import ImportanceEngine
+from gradprune.calibration.engine import ImportanceEngine
+from gradprune.evaluation.size import model_size
 from gradprune.models import describe
-from gradprune.selection import Constraints, select
-from gradprune.surgery import cut
+from gradprune.scoring.selection import Constraints, select
+from gradprune.scoring.table import scored_groups
+from gradprune.surgery.cut import cut
 
 STEPS = ("score", "select", "cut")
 

@@ -11,7 +11,7 @@ from benchmarks.kernels.gradient_inputs import copy_buffer, gradients_and_buffer
 from benchmarks.kernels.op import Case, Op
 from benchmarks.kernels.providers import copied, gradient_backends
 from benchmarks.timing import Provider
-from gradprune.importance.reference import grad_stats_reference
+from gradprune.ops.reference import grad_stats_reference
 
 
 def _inputs(case: Case, number: int, device: str) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from benchmarks.kernels.op import DTYPES, Case, Op
 from benchmarks.kernels.providers import importance_backends, unchecked
 from benchmarks.kernels.vectors import vectors_check
 from benchmarks.timing import Provider
-from gradprune.importance.reference import linear_importance_reference
+from gradprune.ops.reference import linear_importance_reference
 
 
 def _inputs(case: Case, number: int, device: str) -> tuple[Tensor, Tensor, Tensor]:

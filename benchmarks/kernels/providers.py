@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Provider
+from gradprune import ops
 from gradprune.config import Backend
-from gradprune.gradients import ops
-from gradprune.importance.ops import Ops, select_ops, unavailable_reason
+from gradprune.ops.dispatch import Ops, gradient_ops_fault, select_ops, unavailable_reason
 
 Check = Callable[[Any, tuple[Any, ...]], str | None]
 
@@ -45,7 +45,7 @@ def importance_backends(op: Callable[[Ops], Callable[..., Any]], check: Check, d
 
 
 def gradient_backends(name: str, adapt: Callable[..., Any], check: Check, device: str) -> list[Provider]:
-    """Every backend of ours for `gradprune.gradients.ops.<name>` on `device`.
+    """Every backend of ours for `gradprune.ops.<name>` on `device`.
 
     adapt: called with (op, *inputs), where op is the function with its backend chosen.
     """
@@ -53,5 +53,5 @@ def gradient_backends(name: str, adapt: Callable[..., Any], check: Check, device
     return [
         Provider(f"gradprune {backend}", partial(adapt, partial(op, backend=backend)), check)
         for backend in get_args(Backend)
-        if backend not in ("auto", "reference") and ops.gradient_ops_fault(backend, device) is None
+        if backend not in ("auto", "reference") and gradient_ops_fault(backend, device) is None
     ]

@@ -7,7 +7,7 @@ from benchmarks.kernels.op import Case, Op
 from benchmarks.kernels.providers import compiled, copied, importance_backends
 from benchmarks.kernels.vectors import vectors_check
 from benchmarks.timing import Provider
-from gradprune.importance.reference import taylor_score_reference
+from gradprune.ops.reference import taylor_score_reference
 
 
 def _inputs(case: Case, number: int, device: str) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradprune.importance.vectors import ImportanceVectors
+from gradprune.ops.vectors import ImportanceVectors
 
 _FP32_SUM = 1e-5
 

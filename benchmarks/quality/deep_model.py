@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from gradprune.demo.training import DemoTraining, train_model
-from gradprune.masks import GroupMasks
-from gradprune.surgery import cut
+from gradprune.models.masks import GroupMasks
+from gradprune.surgery.cut import cut
 
 RECIPE = DemoTraining(
     steps=240, hidden_size=64, intermediate_size=128, layers=24, heads=4, kv_heads=2, matrix_learning_rate=0.03

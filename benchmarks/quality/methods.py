@@ -23,20 +23,23 @@ from benchmarks.progress import Deadline, say
 from benchmarks.quality.peer import torch_pruning_scores, uniform_masks, without_grouped_queries
 from benchmarks.results import append, record
 from benchmarks.timing import first_line
-from gradprune.calibration import batches, load_tokens
-from gradprune.checkpoint import load_model
+from gradprune.calibration.gather import gather_evidence
+from gradprune.checkpoint.load import load_model
 from gradprune.config import METHODS, PruneConfig
+from gradprune.data.samples import Samples, draw_samples
+from gradprune.data.sources import load_tokens
+from gradprune.data.windows import batches
 from gradprune.demo import demo_model_path
-from gradprune.evaluate import model_size, perplexity
-from gradprune.masking import output_weights_restored
-from gradprune.masks import GroupMasks
+from gradprune.evaluation.perplexity import perplexity
+from gradprune.evaluation.size import model_size
 from gradprune.models import describe
-from gradprune.pipeline import Samples, draw_samples, gather_evidence
-from gradprune.repair import least_squares
-from gradprune.scoring import Scoring, score_groups
+from gradprune.models.masks import GroupMasks
+from gradprune.scoring.scoring import Scoring, score_groups
+from gradprune.scoring.selection import Constraints, select
 from gradprune.search import search
-from gradprune.selection import Constraints, select
-from gradprune.surgery import cut
+from gradprune.surgery.cut import cut
+from gradprune.surgery.least_squares import least_squares
+from gradprune.surgery.masking import output_weights_restored
 
 PEER = "torch-pruning GroupTaylor"
 

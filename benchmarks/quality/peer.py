@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from gradprune.masks import GroupMasks
 from gradprune.models import Block, describe
+from gradprune.models.masks import GroupMasks
 
 
 def without_grouped_queries(model: LlamaForCausalLM) -> LlamaForCausalLM:

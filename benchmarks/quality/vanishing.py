@@ -14,18 +14,21 @@ from benchmarks.options import parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.quality.deep_model import SPLIT_LAYER, healthy_model, suffering_model
 from benchmarks.results import append, record
-from gradprune.calibration import encode
+from gradprune.calibration.gather import gather_evidence
 from gradprune.config import PruneConfig
-from gradprune.demo.corpus import embedded_text
+from gradprune.data.embedded import embedded_text
+from gradprune.data.samples import draw_samples
+from gradprune.data.tokenize import encode
 from gradprune.demo.model import byte_tokenizer
-from gradprune.distribution import over_pruned, pruning_distribution
-from gradprune.evaluate import model_size, perplexity
-from gradprune.gradients.diagnosis import diagnose_gradients
+from gradprune.evaluation.perplexity import perplexity
+from gradprune.evaluation.size import model_size
 from gradprune.models import describe
-from gradprune.pipeline import QUIET, draw_samples, gather_evidence
-from gradprune.scoring import Scoring, score_groups
-from gradprune.selection import Constraints, select
-from gradprune.surgery import cut
+from gradprune.progress import QUIET
+from gradprune.scoring.over_pruning import over_pruned, pruning_distribution
+from gradprune.scoring.scoring import Scoring, score_groups
+from gradprune.scoring.selection import Constraints, select
+from gradprune.surgery.cut import cut
+from gradprune.vanishing.diagnosis import diagnose_gradients
 
 FIXES = ("none", "adaptive", "normalize", "depth:sqrt", "adaptive+depth:sqrt")
 METHOD = "taylor_2nd"

@@ -8,7 +8,7 @@
 
 namespace gradprune {
 
-// Index of each statistic of a gradient; the order is that of gradprune.importance.vectors.STATISTICS.
+// Index of each statistic of a gradient; the order is that of gradprune.ops.vectors.STATISTICS.
 enum Statistic { kSumAbs, kSumSquare, kMaxAbs, kMinAbs, kNonFinite, kStatistics };
 
 // Index of each sum over a row or a column: of |w g|, of w g, of w^2 g^2.

@@ -1,6 +1,6 @@
 """The embedded default: text that every Python installation carries, and a small model trained on it."""
 
-from gradprune.demo.corpus import EmbeddedText, embedded_text
+from gradprune.data.embedded import EmbeddedText, embedded_text
 from gradprune.demo.model import byte_tokenizer, demo_model_path, unigram_perplexity
 from gradprune.demo.training import DemoTraining
 

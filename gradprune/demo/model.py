@@ -22,12 +22,12 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import gradprune
-from gradprune.calibration import encode
-from gradprune.checkpoint import atomic_directory
-from gradprune.demo.corpus import embedded_text
+from gradprune.checkpoint.atomic import atomic_directory
+from gradprune.data.embedded import embedded_text
+from gradprune.data.tokenize import encode
 from gradprune.demo.training import DemoTraining, train_model
 from gradprune.errors import CheckpointError
-from gradprune.evaluate import perplexity
+from gradprune.evaluation.perplexity import perplexity
 
 # Part of the cache folder's name: raise it whenever the recipe or the text changes.
 RECIPE = 2

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradprune.errors import CalibrationError, NonFiniteError
-from gradprune.loss import sample_losses
+from gradprune.models.loss import sample_losses
 
 
 @dataclass(frozen=True)

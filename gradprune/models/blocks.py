@@ -200,3 +200,6 @@ def _linear(module: nn.Module, path: str, layer: int) -> nn.Linear:
             "gradprune prunes plain floating-point nn.Linear layers (load the model unquantised, merge adapters)"
         )
     return linear
+
+
+KINDS: tuple[Kind, Kind] = ("attention", "mlp")

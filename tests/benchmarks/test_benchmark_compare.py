@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from benchmark_records import made
 
 from benchmarks.compare import compare, main
 from benchmarks.results import Record, append
+from helpers.benchmark_records import made
 
 
 def timed(milliseconds: float, provider: str = "gradprune cpp", **values: object) -> Record:

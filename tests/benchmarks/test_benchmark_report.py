@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from benchmark_records import made
 
 from benchmarks.jobs.growth import exponent
 from benchmarks.report import BEGIN, END, main, replace_section
 from benchmarks.results import Record, append
+from helpers.benchmark_records import made
 
 README = f"# A project\n\nBefore.\n\n{BEGIN}\nold figures\n{END}\n\nAfter.\n"
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from benchmark_records import MACHINE, made
 
 from benchmarks.environment import environment, revision, sources_hash
 from benchmarks.results import InterpreterTimingError, Record, append, latest, read
+from helpers.benchmark_records import MACHINE, made
 
 
 def full_record() -> Record:

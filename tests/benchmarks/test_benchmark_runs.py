@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_ids, tiny_model
 
 from benchmarks import run as everything
 from benchmarks.inference import speed
@@ -21,6 +20,7 @@ from benchmarks.quality import methods
 from benchmarks.quality.peer import uniform_masks, without_grouped_queries
 from benchmarks.results import read
 from gradprune.models import describe
+from helpers.tiny_models import tiny_ids, tiny_model
 
 TOY = ("--toy", "--output")
 

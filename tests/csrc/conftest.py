@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradprune.gradients.cpp import ISAS
+from gradprune.ops.extension import ISAS
 
 
 @pytest.fixture(params=ISAS[1:])

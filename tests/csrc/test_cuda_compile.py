@@ -2,7 +2,8 @@ import re
 from pathlib import Path
 
 import pytest
-from cuda_compiler import CSRC, nvcc
+
+from helpers.cuda_compiler import CSRC, nvcc
 
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_compiler import nvcc
 from torch import Tensor
 
-from gradprune.backends import cuda_fault
-from gradprune.gradients.cuda import CHUNK_ELEMENTS, chunk_rows, grad_stats_cuda, scale_gradients_cuda
+from gradprune.ops.backends import cuda_fault
+from gradprune.ops.cuda import CHUNK_ELEMENTS, chunk_rows, grad_stats_cuda, scale_gradients_cuda
+from helpers.cuda_compiler import nvcc
 
 pytest.importorskip("gradprune._C", reason="the extension is not built")
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from gradprune.gradients.cpp import dtype_code, scale_gradients_cpp
+from gradprune.ops.cpp import scale_gradients_cpp
+from gradprune.ops.extension import dtype_code
 
 pytest.importorskip("gradprune._C", reason="the extension is not built")
 

@@ -13,14 +13,14 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from exact_sums import DTYPES, NAMES, GuardedOutputs, equal_bits, exact, random_tensor
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from gradprune.errors import BackendUnavailableError
-from gradprune.gradients.cpp import dtype_code, require_extension
-from gradprune.importance.cpp import taylor_score_cpp
-from gradprune.importance.vectors import ImportanceVectors
+from gradprune.ops.cpp import taylor_score_cpp
+from gradprune.ops.extension import dtype_code, require_extension
+from gradprune.ops.vectors import ImportanceVectors
+from helpers.exact_sums import DTYPES, NAMES, GuardedOutputs, equal_bits, exact, random_tensor
 
 pytest.importorskip("gradprune._C", reason="the extension is not built")
 

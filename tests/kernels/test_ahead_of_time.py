@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed: its kernels are N
 def test_every_kernel_compiles_for_sm_80_and_sm_90_without_spills(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    program = Path(__file__).with_name("compile_kernels.py")
+    program = Path(__file__).resolve().parents[1] / "helpers" / "compile_kernels.py"
     run = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()

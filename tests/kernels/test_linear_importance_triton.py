@@ -6,10 +6,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are NOT tested here")
 
-from gradprune.importance.reference import linear_importance_reference
-from gradprune.importance.triton import linear_importance_triton
 from gradprune.kernels import linear_importance as kernel
 from gradprune.kernels.linear_importance import LinearImportanceConfig, config_for
+from gradprune.ops.reference import linear_importance_reference
+from gradprune.ops.triton import linear_importance_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL_SAMPLES = LinearImportanceConfig(BLOCK_O=16, BLOCK_I=32, BLOCK_T=16, GROUP_O=2, num_warps=4)

@@ -3,10 +3,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are NOT tested here")
 
-from gradprune.importance.reference import taylor_score_reference
-from gradprune.importance.triton import taylor_score_triton
 from gradprune.kernels import taylor_score as kernel
 from gradprune.kernels.taylor_score import TaylorScoreConfig
+from gradprune.ops.reference import taylor_score_reference
+from gradprune.ops.triton import taylor_score_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = TaylorScoreConfig(ROWS=16, BLOCK_O=4, BLOCK_I=32)

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from tiny_models import ARCHITECTURE_NAMES, tiny_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
 
 from gradprune.errors import UnsupportedArchitectureError
 from gradprune.models.decoder_layers import find_decoder_layers
+from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_model
 
 
 class Layer(nn.Module):

@@ -1,0 +1,1 @@
+"""Windows to evidence: one backward pass a batch, and what it leaves."""

@@ -1,0 +1,105 @@
+"""Capture: run a model's prunable linear layers so that their weight gradients are never kept.
+
+Inside `capture(...)` each prunable `nn.Linear` runs an autograd function that returns only the input
+gradient and hands what the weight gradient would be made of to an observer. Every parameter is frozen, so
+the backward pass computes no other weight gradient either and leaves no `.grad` anywhere.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from gradprune.models.modes import frozen
+
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+"""Called in the backward pass with x: [N, T, I], dy: [N, T, O] and dx: [N, T, I] of one linear layer."""
+
+
+class _ObservedLinear(torch.autograd.Function):
+    """y = x W^T + b whose backward returns dx = dy W and shows (x, dy, dx) to an observer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, observer: Observer) -> Tensor:
+        # x itself is saved, not an autocast copy, so that layers with the same input keep it once.
+        ctx.save_for_backward(x, weight)
+        ctx.observer = observer
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        x, weight = ctx.saved_tensors
+        dx = dy @ weight.to(dy.dtype)
+        ctx.observer(x.to(dy.dtype), dy, dx)
+        return dx.to(x.dtype), None, None, None
+
+
+def _observed_forward(linear: nn.Linear, observer: Observer, x: Tensor) -> Tensor:
+    output: Tensor = _ObservedLinear.apply(x, linear.weight, linear.bias, observer)  # type: ignore[no-untyped-call]
+    return output
+
+
+@contextmanager
+def capture(model: PreTrainedModel, observers: dict[nn.Linear, Observer]) -> Iterator[None]:
+    """Observe the backward pass of `model`'s linear layers; everything is as before on exit, whatever happened.
+
+    While it is active all parameters are frozen, dropout is off, and the input embeddings' output requires a
+    gradient, so that the backward pass runs through the whole model.
+
+    Args:
+        model: a causal LM.
+        observers: for each linear layer to observe, what to call in its backward pass.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        stack.enter_context(_evaluating(model))
+        embedding = model.get_input_embeddings()
+        handle = embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+        stack.callback(handle.remove)
+        for linear, observer in observers.items():
+            stack.enter_context(_forward_replaced(linear, partial(_observed_forward, linear, observer)))
+        yield
+
+
+@contextmanager
+def checkpointed(layers: nn.ModuleList) -> Iterator[None]:
+    """Recompute each decoder layer in the backward pass instead of keeping its activations.
+
+    Works in evaluation mode, where transformers' own switch does nothing.
+    """
+    with ExitStack() as stack:
+        for layer in layers:
+            # Dropout is off: no generator's state is kept for when a layer runs again.
+            recomputed = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            stack.enter_context(_forward_replaced(layer, recomputed))
+        yield
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    # An instance attribute hides the class's forward; deleting it brings that back.
+    replaced = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if replaced is not None:
+            module.forward = replaced
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

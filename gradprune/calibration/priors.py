@@ -1,0 +1,175 @@
+"""H-GSP, hierarchical global structural pruning: modulate group scores by how much a block or layer matters.
+
+score(group) = importance / cost * M with M = B^T and B = ln(1 + max(prior, 0)); T is the temperature; importance / cost
+may have been normalised before. The prior is the layer's where the layer's importance is below tau (layer-dominant),
+else the block's (block-dominant).
+At T = 0 M is 1 and no prior is computed.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gradprune.calibration.engine import ImportanceEngine
+from gradprune.models import Kind, PrunableModel
+from gradprune.models.loss import mean_loss, sample_losses
+
+
+@dataclass(frozen=True)
+class Priors:
+    """How much each block and each layer matters.
+
+    block: by (kind, layer), for every existing block.
+    layer: by layer, for every layer with a block.
+    """
+
+    block: dict[tuple[Kind, int], float]
+    layer: dict[int, float]
+
+
+def removal_priors(
+    model: PreTrainedModel, view: PrunableModel, batches: list[Tensor], advance: Callable[[], None]
+) -> Priors:
+    """Loss without the block (layer) minus loss, in nats a token: its output is zeroed, nothing is cut.
+
+    Args:
+        model, view: the model and its prunable view.
+        batches: [N, T] int64 each, the samples the loss is measured on.
+        advance: called after each of the `removal_steps(view)` measurements.
+    """
+    modules: dict[int, list[nn.Module]] = {}
+    for block in view.blocks():
+        modules.setdefault(block.layer, []).append(block.module)
+    dense = mean_loss(model, batches)
+
+    def without(removed: list[nn.Module]) -> float:
+        with _silenced(removed):
+            loss = mean_loss(model, batches)
+        advance()
+        return loss - dense
+
+    return Priors(
+        block={(block.kind, block.layer): without([block.module]) for block in view.blocks()},
+        layer={layer: without(removed) for layer, removed in modules.items()},
+    )
+
+
+def removal_steps(view: PrunableModel) -> int:
+    """How many losses `removal_priors` measures after the dense one."""
+    blocks = list(view.blocks())
+    return len(blocks) + len({block.layer for block in blocks})
+
+
+def similarity_priors(
+    model: PreTrainedModel, view: PrunableModel, batches: list[Tensor], advance: Callable[[], None]
+) -> Priors:
+    """1 - mean cosine, over tokens, of the residual stream before and after the block (layer).
+
+    Args:
+        model, view: the model and its prunable view.
+        batches: [N, T] int64 each.
+        advance: called after each batch.
+    """
+    probe = _ResidualProbe(view)
+    with probe.attached(), torch.no_grad():
+        for batch in batches:
+            sample_losses(model, batch.to(model.device))
+            advance()
+    return Priors(
+        block={(block.kind, block.layer): probe.distance(block.kind, block.layer) for block in view.blocks()},
+        layer={block.layer: probe.distance("layer", block.layer) for block in view.blocks()},
+    )
+
+
+def taylor_priors(engine: ImportanceEngine) -> Priors:
+    """|gradient of the mean loss to a gate of value 1 on the block's (layer's) output|.
+
+    The gradient of a gate shared by a layer's blocks is the sum of theirs. Free: the engine has them already.
+    """
+    gates = engine.gate_gradients()
+    layers: dict[int, float] = {}
+    for (_, layer), gradient in gates.items():
+        layers[layer] = layers.get(layer, 0.0) + gradient
+    return Priors(
+        block={key: abs(gradient) for key, gradient in gates.items()},
+        layer={layer: abs(gradient) for layer, gradient in layers.items()},
+    )
+
+
+@contextmanager
+def _silenced(modules: list[nn.Module]) -> Iterator[None]:
+    """Make the modules' outputs zero."""
+
+    def zero(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+    handles = [module.register_forward_hook(zero) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _ResidualProbe:
+    """Cosines of the residual stream before and after each block and layer, summed over tokens."""
+
+    def __init__(self, view: PrunableModel) -> None:
+        self._view = view
+        self._cosines: dict[tuple[str, int], Tensor] = {}
+        self._tokens: dict[tuple[str, int], int] = {}
+        self._input: Tensor | None = None
+        self._middle: Tensor | None = None
+
+    def distance(self, part: str, layer: int) -> float:
+        """1 - mean cosine across part "attention", "mlp" or "layer" of a layer."""
+        return 1.0 - self._cosines[part, layer].item() / self._tokens[part, layer]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        handles = []
+        for index, layer in enumerate(self._view.layers):
+            attention = self._view.attention[index]
+            handles.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
+            if attention is not None:
+                handles.append(attention.module.register_forward_hook(self._after_attention(index)))
+            handles.append(layer.register_forward_hook(self._after_layer(index)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._input = args[0] if args else kwargs["hidden_states"]
+        self._middle = self._input
+
+    def _after_attention(self, layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            assert self._input is not None
+            self._middle = self._input + (output[0] if isinstance(output, tuple) else output)
+            self._add("attention", layer, self._input, self._middle)
+
+        return hook
+
+    def _after_layer(self, layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            assert self._input is not None
+            assert self._middle is not None
+            after = output[0] if isinstance(output, tuple) else output
+            self._add("mlp", layer, self._middle, after)
+            self._add("layer", layer, self._input, after)
+
+        return hook
+
+    def _add(self, part: str, layer: int, before: Tensor, after: Tensor) -> None:
+        cosine = F.cosine_similarity(before.double(), after.double(), dim=-1)
+        key = (part, layer)
+        self._cosines[key] = self._cosines.get(key, torch.zeros((), device=cosine.device)) + cosine.sum()
+        self._tokens[key] = self._tokens.get(key, 0) + cosine.numel()

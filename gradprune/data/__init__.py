@@ -1,0 +1,1 @@
+"""Text to windows: datasets, tokenising, sampling."""

@@ -1,0 +1,67 @@
+"""A run's samples: what it calibrates on, chooses on and is measured on; the three share no token."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gradprune.config import PruneConfig
+from gradprune.data.sources import load_tokens
+from gradprune.data.windows import sample_windows, split_held_out
+from gradprune.errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Token ids of a run; none of the three shares a token with another.
+
+    calibration: [num_samples, seq_len]. held_out: [at most held_out_samples, seq_len], none where nothing is chosen
+        on them.
+    evaluation: [tokens].
+    """
+
+    calibration: Tensor
+    held_out: Tensor
+    evaluation: Tensor
+
+
+def draw_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PruneConfig,
+    calibration: Tensor | None = None,
+    evaluation: Tensor | None = None,
+) -> Samples:
+    """The samples of a run, as given or from the datasets of `config`."""
+    calibration, evaluation = _tokens(tokenizer, config, calibration, evaluation, model.config.vocab_size)
+    # As many held-out samples as the text has left over.
+    spare = max(0, len(calibration) // config.seq_len - config.num_samples)
+    chooses = config.repair != "none" or config.importance_method == "auto"
+    held_out = min(config.held_out_samples, spare) if chooses else 0
+    if config.importance_method == "auto" and not held_out:
+        raise CalibrationError(
+            f"num_samples: {config.num_samples} samples leave no text to search on; give more text, or fewer samples"
+        )
+    windows = sample_windows(
+        calibration, num_samples=config.num_samples + held_out, seq_len=config.seq_len, seed=config.seed
+    )
+    return Samples(windows[: config.num_samples], windows[config.num_samples :], evaluation)
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PruneConfig,
+    calibration: Tensor | None,
+    evaluation: Tensor | None,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Calibration and held-out tokens, as given or from the datasets; the two never overlap."""
+    held_out_in_file = evaluation is None and config.eval_dataset is None
+    if evaluation is None and (config.eval_dataset is not None or (calibration is None and config.dataset is None)):
+        evaluation = load_tokens(config.eval_dataset, tokenizer, split="evaluation", vocab_size=vocab_size)
+        held_out_in_file = False
+    if calibration is None:
+        calibration = load_tokens(config.dataset, tokenizer, vocab_size=vocab_size)
+    if held_out_in_file or evaluation is None:
+        return split_held_out(calibration, config.seq_len)
+    return calibration, evaluation

@@ -1,0 +1,49 @@
+"""Tokenising text of any length, piece by piece."""
+
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+# Characters in a piece of text, and pieces given to the tokenizer at once, which keeps far more than ids of each.
+_PIECE = 1 << 16
+_PIECES = 64
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Token ids [tokens] int64 of a text of any length, piece by piece, without special tokens at the pieces' ends."""
+    return _encode_pieces(tokenizer, list(_pieces(text)))
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Tensor:
+    """[tokens] int64, the end-of-text token between documents; a blank line where there is no such token."""
+    separator = tokenizer.eos_token
+    if not separator:
+        return encode(tokenizer, "\n\n".join(documents))
+    # As a piece of its own it is never cut.
+    pieces = chain.from_iterable((separator, *_pieces(document)) for document in documents)
+    return _encode_pieces(tokenizer, list(pieces)[1:])
+
+
+def _encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> Tensor:
+    ids = [torch.empty(0, dtype=torch.int64)]
+    for start in range(0, len(pieces), _PIECES):
+        # Given as a list, the pieces are tokenised in parallel. Not verbose: no warning about the model's context.
+        encoded = tokenizer(pieces[start : start + _PIECES], add_special_tokens=False, verbose=False)["input_ids"]
+        ids += [torch.tensor(piece, dtype=torch.int64) for piece in encoded]
+    return torch.cat(ids)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a text after a line's end, where there is none for long before a space, else anywhere."""
+    start = 0
+    while start < len(text):
+        limit = start + 2 * _PIECE
+        end = text.find("\n", start + _PIECE, limit) + 1
+        if not end:
+            space = text.rfind(" ", start + 1, limit)
+            end = len(text) if limit >= len(text) else space if space > 0 else limit
+        yield text[start:end]
+        start = end

@@ -1,0 +1,84 @@
+"""From one stream of token ids to windows, samples and batches."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from gradprune.errors import CalibrationError
+
+
+def split_held_out(tokens: Tensor, seq_len: int, fraction: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Cut a stream into calibration tokens and, its end, held-out tokens; the two share none.
+
+    Args:
+        tokens: [tokens] int64.
+        seq_len: the held-out part has at least one window of so many tokens.
+        fraction: of the tokens to hold out, between 0 and 1.
+
+    Returns:
+        calibration, evaluation: [tokens] int64 each, views of `tokens`.
+
+    Raises:
+        CalibrationError: too short for one window of each, or `fraction` is out of its domain.
+    """
+    if not 0.0 < fraction < 1.0:
+        raise CalibrationError(f"fraction: {fraction} is not between 0 and 1 (both excluded)")
+    held_out = max(int(len(tokens) * fraction), seq_len)
+    if len(tokens) < held_out + seq_len:
+        raise CalibrationError(
+            f"dataset: {len(tokens)} tokens are too few to calibrate and to hold out a window of {seq_len} tokens for "
+            "perplexity; give more text, a smaller seq_len, or an eval_dataset"
+        )
+    return tokens[:-held_out], tokens[-held_out:]
+
+
+def sample_windows(tokens: Tensor, *, num_samples: int, seq_len: int, seed: int) -> Tensor:
+    """Draw windows of consecutive tokens, without replacement and without overlap.
+
+    Args:
+        tokens: [tokens] int64.
+        num_samples, seq_len: how many windows of how many tokens, at least 1 each.
+        seed: the same seed draws the same windows.
+
+    Returns:
+        [num_samples, seq_len] int64.
+
+    Raises:
+        CalibrationError: too little text; says how much there is, how much is needed and how many windows fit.
+    """
+    for name, value in (("num_samples", num_samples), ("seq_len", seq_len)):
+        if value < 1:
+            raise CalibrationError(f"{name}: {value} is not at least 1")
+    if not len(tokens):
+        raise CalibrationError("dataset: it is empty, there is no token to draw samples from")
+    available = len(tokens) // seq_len
+    if available < num_samples:
+        fits = f"num_samples can be {available} at most" if available else "not one fits"
+        raise CalibrationError(
+            f"num_samples: {num_samples} samples of {seq_len} tokens need {num_samples * seq_len:,} tokens, but the "
+            f"dataset has {len(tokens):,}: {fits}; give more text, or fewer or shorter samples"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    offset = int(torch.randint(len(tokens) - available * seq_len + 1, (), generator=generator))
+    windows = tokens[offset : offset + available * seq_len].reshape(available, seq_len)
+    return windows[torch.randperm(available, generator=generator)[:num_samples]]
+
+
+def batches(windows: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """Split windows [N, T] into consecutive batches [<= batch_size, T]."""
+    yield from windows.split(batch_size)
+
+
+def check_context(config: PreTrainedConfig, seq_len: int) -> None:
+    """Raise if a sequence is longer than the model's context.
+
+    Raises:
+        CalibrationError: naming both lengths.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and seq_len > longest:
+        raise CalibrationError(
+            f"seq_len: {seq_len} is longer than the model's context of {longest} tokens (max_position_embeddings)"
+        )

@@ -1,0 +1,102 @@
+"""What a model is worth and what it costs: perplexity, parameters, bytes, tokens per second."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gradprune.data.windows import batches
+from gradprune.errors import CalibrationError, NonFiniteError
+from gradprune.models.loss import sample_losses
+from gradprune.models.modes import evaluation_mode
+from gradprune.progress import progress
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood, over `tokens` predicted tokens in `windows` windows.
+
+    value: the perplexity, inf where it is too large for a float. nll: nats a token, finite.
+    """
+
+    value: float
+    nll: float
+    tokens: int
+    windows: int
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    seq_len: int,
+    batch_size: int,
+    max_windows: int | None = None,
+    console: Console | None = None,
+) -> Perplexity:
+    """exp(total negative log-likelihood / predicted tokens), over consecutive windows that do not overlap.
+
+    A rest of at least two tokens is a shorter window of its own. The total is accumulated in fp64.
+
+    Args:
+        model: a causal LM; measured in evaluation mode, and left in the mode it was in.
+        tokens: [tokens] int64, held-out text.
+        seq_len: tokens a window, of which all but the first are predicted.
+        batch_size: windows a forward pass; changes nothing but memory and speed.
+        max_windows: measure only so many whole windows, spread evenly over the text; None measures all, and the rest.
+        console: where progress is shown.
+
+    Raises:
+        CalibrationError: not one whole window of text, or windows of fewer than two tokens, or none.
+        NonFiniteError: a window's loss is NaN or infinite.
+    """
+    numbers, parts = _windows(tokens, seq_len, batch_size, max_windows)
+    nll: list[float] = []
+    predicted = 0
+    shown = progress(console or Console(quiet=True), "Measuring perplexity", len(numbers), "windows")
+    with shown as advance, evaluation_mode(model):
+        for part in parts:
+            losses = _finite(sample_losses(model, part.to(model.device)), numbers[len(nll) :])
+            nll += [loss * (part.shape[1] - 1) for loss in losses]
+            predicted += part.shape[0] * (part.shape[1] - 1)
+            advance(len(part))
+    mean = math.fsum(nll) / predicted
+    return Perplexity(_exp(mean), mean, predicted, len(numbers))
+
+
+def _windows(tokens: Tensor, seq_len: int, batch_size: int, max_windows: int | None) -> tuple[list[int], list[Tensor]]:
+    """Numbers of the windows to measure, and the windows in batches; the rest, if measured, is the last of both."""
+    for name, value, least in (("seq_len", seq_len, 2), ("max_windows", max_windows, 1)):
+        if value is not None and value < least:
+            raise CalibrationError(f"{name}: {value} is not at least {least}")
+    count = len(tokens) // seq_len
+    if count == 0:
+        raise CalibrationError(f"eval_dataset: {len(tokens)} held-out tokens are less than one window of {seq_len}")
+    whole = tokens[: count * seq_len].reshape(count, seq_len)
+    rest = tokens[count * seq_len :]
+    # A rest of one token predicts nothing.
+    if max_windows is None or max_windows > count:
+        with_rest = len(rest) >= 2
+        return list(range(count + with_rest)), [*batches(whole, batch_size), *([rest[None]] if with_rest else [])]
+    numbers = [window * count // max_windows for window in range(max_windows)]
+    return numbers, list(batches(whole[numbers], batch_size))
+
+
+def _finite(losses: Tensor, windows: list[int]) -> list[float]:
+    """The losses [N] of windows of these numbers (the first N of them), on the host."""
+    values: list[float] = losses.tolist()
+    for window, value in zip(windows, values, strict=False):
+        if not math.isfinite(value):
+            raise NonFiniteError(f"loss of evaluation window {window} is {value}")
+    return values
+
+
+def _exp(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf

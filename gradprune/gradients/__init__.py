@@ -1,1 +1,0 @@
-"""Gradient statistics per decoder layer."""

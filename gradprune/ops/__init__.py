@@ -1,0 +1,9 @@
+"""The ops: from weights, gradients and activations to a few vectors, by whichever backend runs here.
+
+from gradprune.ops import linear_importance, taylor_score
+"""
+
+from gradprune.ops.dispatch import grad_stats, linear_importance, scale_gradients, taylor_score
+from gradprune.ops.vectors import ImportanceVectors
+
+__all__ = ["ImportanceVectors", "grad_stats", "linear_importance", "scale_gradients", "taylor_score"]

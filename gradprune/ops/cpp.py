@@ -1,0 +1,169 @@
+"""The importance ops in C++, for CPU tensors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradprune.ops.extension import (
+    check_grads,
+    check_scaling,
+    check_tensor,
+    dense,
+    dtype_code,
+    finish_scaling,
+    require_extension,
+)
+from gradprune.ops.vectors import STATISTICS, ImportanceVectors
+
+
+def taylor_score_cpp(w: Tensor, g: Tensor, isa: str = "auto") -> ImportanceVectors:
+    """Row and column sums of |w g|, w g and w^2 g^2, and the statistics of g, from one read of each.
+
+    Args:
+        w: [O, I] CPU tensor, fp32, bf16, fp16 or fp64, the weight.
+        g: [O, I] the same, of any of these types, its gradient. A tensor whose elements do not follow each other
+            along a row is copied, and so is the fp64 one of a pair of which only one is.
+        isa: instruction set, "auto" or one of `_C.build_info()["isas"]`. Results differ between them by rounding.
+
+    Sums of at most 120 rows and 4096 columns in fp32, over those in fp64 (all fp64 where both are fp64).
+    Deterministic: the same bits for any number of threads. The calling thread keeps the memory of the tiles' sums for
+    its next call: 1/40 of W in fp32.
+
+    Raises:
+        BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
+        ValueError: a tensor is not a floating-point CPU matrix, or the shapes differ; names it.
+    """
+    w, g = check_tensor("w", w), check_tensor("g", g)
+    if w.ndim != 2:
+        raise ValueError(f"w: has shape {tuple(w.shape)}; a matrix [O, I] is needed")
+    if g.shape != w.shape:
+        raise ValueError(f"g: has shape {tuple(g.shape)}; w has {tuple(w.shape)}, and both must be the same")
+    dtype = torch.float64 if w.dtype == g.dtype == torch.float64 else torch.float32
+    if (w.dtype == torch.float64) != (g.dtype == torch.float64):
+        w, g = w.to(torch.float32), g.to(torch.float32)
+    w, g = _unit_stride(w), _unit_stride(g)
+    require_extension(isa)
+    from gradprune import _C
+
+    vectors, addresses = _outputs(w, dtype)
+    _C.taylor_score(_matrix(w), _matrix(g), w.shape[0], w.shape[1], addresses, torch.get_num_threads(), isa)
+    return vectors
+
+
+def linear_importance_cpp(x: Tensor, dy: Tensor, w: Tensor, isa: str = "auto") -> ImportanceVectors:
+    """`taylor_score` of each sample's weight gradient g_n = dy_n^T x_n of a linear layer, summed over samples.
+
+    Args:
+        x: [N, T, I] CPU tensor, fp32, bf16, fp16 or fp64, the layer's input.
+        dy: [N, T, O] the same, the gradient of each sample's loss at the layer's output.
+        w: [O, I] the same, the weight. Where not all are fp64, one that is is rounded to fp32.
+        isa: as for `taylor_score_cpp`.
+
+    The gradient is formed in fp32 (fp64 where all are fp64), a tile at a time, and scored in the cache of the core
+    that made it. Beside it only one sample's x and dy are held once more. Sums over tiles and samples are in fp64.
+    Deterministic: the same bits for any number of threads.
+
+    Raises:
+        BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
+        ValueError: a tensor is not a floating-point CPU tensor, or the shapes do not fit; names it.
+    """
+    x, dy, w = check_tensor("x", x), check_tensor("dy", dy), check_tensor("w", w)
+    _check_linear_shapes(x, dy, w)
+    require_extension(isa)
+    from gradprune import _C
+
+    dtype = torch.float64 if x.dtype == dy.dtype == w.dtype == torch.float64 else torch.float32
+    if dtype == torch.float32:
+        x, dy, w = (t.to(dtype) if t.dtype == torch.float64 else t for t in (x, dy, w))
+    x, dy, w = _unit_stride(x), _unit_stride(dy), _unit_stride(w)
+    vectors, addresses = _outputs(w, dtype)
+    sizes = (x.shape[0], x.shape[1], w.shape[0], w.shape[1])
+    _C.linear_importance(_activations(x), _activations(dy), _matrix(w), sizes, addresses, torch.get_num_threads(), isa)
+    return vectors
+
+
+def _outputs(w: Tensor, dtype: torch.dtype) -> tuple[ImportanceVectors, list[int]]:
+    """Vectors for the extension to write, of a weight [O, I], and their addresses."""
+    rows, columns = w.new_empty((3, w.shape[0]), dtype=dtype), w.new_empty((3, w.shape[1]), dtype=dtype)
+    outputs = [*rows, *columns, w.new_empty(len(STATISTICS), dtype=dtype)]
+    return ImportanceVectors(*outputs), [output.data_ptr() for output in outputs]
+
+
+def _matrix(matrix: Tensor) -> tuple[int, int, int]:
+    return matrix.data_ptr(), matrix.stride(0), dtype_code(matrix.dtype)
+
+
+def _activations(tensor: Tensor) -> tuple[int, int, int, int]:
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1), dtype_code(tensor.dtype)
+
+
+def _check_linear_shapes(x: Tensor, dy: Tensor, w: Tensor) -> None:
+    if w.ndim != 2:
+        raise ValueError(f"w: has shape {tuple(w.shape)}; a matrix [O, I] is needed")
+    if x.ndim != 3 or x.shape[2] != w.shape[1]:
+        raise ValueError(f"x: has shape {tuple(x.shape)}; [N, T, {w.shape[1]}] is needed, for w {tuple(w.shape)}")
+    if dy.shape != (*x.shape[:2], w.shape[0]):
+        raise ValueError(f"dy: has shape {tuple(dy.shape)}; {(*x.shape[:2], w.shape[0])} is needed")
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    """`tensor` itself where its last dimension's elements follow each other, else a copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def grad_stats_cpp(grads: Sequence[Tensor], isa: str = "auto") -> Tensor:
+    """Statistics of each gradient, all of them in one call that reads every element once.
+
+    Args:
+        grads: K CPU tensors of any shape and strides, fp32, bf16, fp16 or fp64. One that does not fill its memory
+            without gaps is copied.
+        isa: instruction set, "auto" or one of `_C.build_info()["isas"]`.
+
+    Returns:
+        [K, 5] fp64: sum|g|, sum g^2, max|g|, min|g|, number of non-finite elements (which enter none of the other
+        four). An empty gradient has max|g| = 0 and min|g| = inf. Sums of 4096 elements in fp32 (fp64 for fp64), over
+        those in fp64. The same bits for any number of threads.
+
+    Raises:
+        BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
+        ValueError: a gradient is not a floating-point CPU tensor; names it.
+    """
+    require_extension(isa)
+    from gradprune import _C
+
+    # Held here, so that copies live until the call returns.
+    grads = dense(check_grads(grads))
+    out = torch.empty(len(grads), 5, dtype=torch.float64)
+    _C.grad_stats(_table(grads), out.data_ptr(), torch.get_num_threads(), isa)
+    return out
+
+
+def scale_gradients_cpp(grads: Sequence[Tensor], scales: Sequence[float], isa: str = "auto") -> None:
+    """grads[k] <- grads[k] * scales[k], in place, all of them in one call.
+
+    Args:
+        grads: K CPU tensors of any shape and strides, fp32, bf16, fp16 or fp64, that share no memory. One that does
+            not fill its memory without gaps goes through a copy.
+        scales: K numbers. A gradient whose scale is 1 is not touched.
+        isa: instruction set, "auto" or one of `_C.build_info()["isas"]`.
+
+    The product is formed in fp32 with the scale in fp32 (fp64 for fp64), then rounded to nearest even: the same bits
+    as `grad.mul_(scale)`, for any number of threads.
+
+    Raises:
+        BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
+        ValueError: a gradient is not a floating-point CPU tensor, or overlaps itself, or the lengths differ.
+    """
+    require_extension(isa)
+    from gradprune import _C
+
+    checked = check_scaling(grads, scales)
+    scaled = dense(checked)
+    _C.scale_gradients(_table(scaled), [float(scale) for scale in scales], torch.get_num_threads(), isa)
+    finish_scaling(checked, scaled, scales)
+
+
+def _table(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    codes = {dtype: dtype_code(dtype) for dtype in {tensor.dtype for tensor in tensors}}
+    return [(tensor.data_ptr(), tensor.numel(), codes[tensor.dtype]) for tensor in tensors]

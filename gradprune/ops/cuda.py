@@ -1,0 +1,126 @@
+"""The gradient ops in CUDA, for CUDA tensors: every gradient of a model in one launch, without a wait for the GPU."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradprune.errors import BackendUnavailableError
+from gradprune.ops.backends import cuda_fault
+from gradprune.ops.extension import check_grads, check_scaling, dense, dtype_code, finish_scaling
+
+# A block of the GPU works on a chunk. Long enough that its reduction vanishes beside its loads, short enough that few
+# chunks wait while the last ones run. The chunks fix the order of summation, so this number does not follow the GPU.
+CHUNK_ELEMENTS = 32768
+
+
+def grad_stats_cuda(grads: Sequence[Tensor]) -> Tensor:
+    """Statistics of each gradient, all of them in one launch that reads every element once, and one that combines.
+
+    Args:
+        grads: K tensors of any shape and strides on one CUDA device, fp32, bf16, fp16 or fp64. One that does not fill
+            its memory without gaps is copied.
+
+    Returns:
+        [K, 5] fp64 on that device, without waiting for it: sum|g|, sum g^2, max|g|, min|g|, number of non-finite
+        elements (which enter none of the other four). An empty gradient has max|g| = 0 and min|g| = inf. Sums of 128
+        elements in fp32 (fp64 for fp64), over those in fp64. Deterministic: the same bits at any alignment and on any
+        GPU.
+
+    Raises:
+        BackendUnavailableError: the extension is not built with CUDA, or cannot run on this GPU.
+        ValueError: a gradient is not a floating-point CUDA tensor, or is not on the first one's device; names it.
+    """
+    _require_cuda()
+    from gradprune import _C
+
+    checked = check_grads(grads, "cuda")
+    if not checked:
+        return torch.empty(0, 5, dtype=torch.float64, device="cuda")
+    device = _common_device(checked)
+    with torch.cuda.device(device):
+        tensors = dense(checked)
+        rows, first = chunk_rows(tensors)
+        chunks, first_chunks = _to_device(rows, first, device)
+        parts = torch.empty(len(rows), 5, dtype=torch.float64, device=device)
+        out = torch.empty(len(tensors), 5, dtype=torch.float64, device=device)
+        _C.grad_stats_cuda(
+            (chunks.data_ptr(), len(rows)), first_chunks.data_ptr(), len(tensors), parts.data_ptr(), out.data_ptr(),
+            torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+    return out
+
+
+def scale_gradients_cuda(grads: Sequence[Tensor], scales: Sequence[float]) -> None:
+    """grads[k] <- grads[k] * scales[k], in place, all of them in one launch, without waiting for the GPU.
+
+    Args:
+        grads: K tensors of any shape and strides on one CUDA device, fp32, bf16, fp16 or fp64, that share no memory.
+            One that does not fill its memory without gaps goes through a copy.
+        scales: K numbers. A gradient whose scale is 1 is not touched.
+
+    The product is formed in fp32 with the scale in fp32 (fp64 for fp64), then rounded to nearest even: the same bits
+    as `grad.mul_(scale)`.
+
+    Raises:
+        BackendUnavailableError: the extension is not built with CUDA, or cannot run on this GPU.
+        ValueError: a gradient is not a floating-point CUDA tensor, is not on the first one's device, or overlaps
+            itself, or the lengths differ.
+    """
+    _require_cuda()
+    from gradprune import _C
+
+    checked = check_scaling(grads, scales, "cuda")
+    if not checked:
+        return
+    device = _common_device(checked)
+    with torch.cuda.device(device):
+        scaled = dense(checked)
+        rows, _ = chunk_rows(scaled)
+        # float64 travels as the int64 of the same bits, so that one copy takes all.
+        factors = torch.tensor([float(scale) for scale in scales], dtype=torch.float64).view(torch.int64)
+        chunks, device_scales = _to_device(rows, factors, device)
+        _C.scale_gradients_cuda(
+            (chunks.data_ptr(), len(rows)), device_scales.data_ptr(), torch.cuda.current_stream().cuda_stream
+        )
+        finish_scaling(checked, scaled, scales)
+
+
+def chunk_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The table of chunks that the kernels work through.
+
+    Returns:
+        [chunks, 4] int64 of address, number of elements, element type code, index of the tensor; and [K + 1] int64,
+        the row at which each tensor's chunks begin, and the number of rows.
+    """
+    codes = {dtype: dtype_code(dtype) for dtype in {tensor.dtype for tensor in tensors}}
+    columns = [(t.data_ptr(), t.numel(), codes[t.dtype], t.element_size()) for t in tensors]
+    address, elements, code, size = torch.tensor(columns, dtype=torch.int64).reshape(-1, 4).unbind(1)
+    chunks = (elements + CHUNK_ELEMENTS - 1) // CHUNK_ELEMENTS
+    first = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)])
+    index = torch.repeat_interleave(chunks)
+    start = (torch.arange(len(index)) - first[index]) * CHUNK_ELEMENTS
+    count = (elements[index] - start).clamp(max=CHUNK_ELEMENTS)
+    return torch.stack([address[index] + start * size[index], count, code[index], index], 1), first
+
+
+def _to_device(rows: Tensor, numbers: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both int64 tensors on `device`, flat, by one copy on the current stream from pinned memory.
+
+    PyTorch gives pinned memory to someone else only after the copies that read it are done.
+    """
+    packed = torch.cat([rows.reshape(-1), numbers]).pin_memory().to(device, non_blocking=True)
+    return packed[: rows.numel()], packed[rows.numel() :]
+
+
+def _require_cuda() -> None:
+    fault = cuda_fault("cuda")
+    if fault is not None:
+        raise BackendUnavailableError(f"backend: 'cuda' cannot run: {fault}")
+
+
+def _common_device(grads: Sequence[Tensor]) -> torch.device:
+    for k, grad in enumerate(grads):
+        if grad.device != grads[0].device:
+            raise ValueError(f"grads[{k}]: is on {grad.device}, grads[0] on {grads[0].device}; one call, one device")
+    return grads[0].device

@@ -1,0 +1,65 @@
+"""The importance ops by Triton kernels, for CUDA tensors (for CPU tensors under Triton's interpreter)."""
+
+import torch
+from torch import Tensor
+
+from gradprune.kernels import linear_importance as linear_kernel
+from gradprune.kernels import taylor_score as taylor_kernel
+from gradprune.ops.vectors import ImportanceVectors
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def taylor_score_triton(w: Tensor, g: Tensor) -> ImportanceVectors:
+    """Row and column sums of |w g|, w g and w^2 g^2, and the statistics of g, from one read of each.
+
+    Args:
+        w: [O, I] fp32, bf16 or fp16, the weight; copied where its inner stride is not 1.
+        g: [O, I] the same, its gradient.
+
+    Accumulates in fp32 and in fixed order: the same bits every time.
+
+    Raises:
+        ValueError: not a matrix, shapes that differ, or an unsupported dtype; names the argument.
+    """
+    for name, tensor in (("w", w), ("g", g)):
+        if tensor.ndim != 2 or tensor.shape != w.shape:
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; w and g are matrices of one shape [O, I]")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name}: dtype {tensor.dtype} is not one of float32, bfloat16, float16")
+    rows, columns, statistics = taylor_kernel.taylor_score_triton(_unit_inner_stride(w), _unit_inner_stride(g))
+    return ImportanceVectors(rows[0], rows[1], rows[2], columns[0], columns[1], columns[2], statistics)
+
+
+def linear_importance_triton(x: Tensor, dy: Tensor, w: Tensor) -> ImportanceVectors:
+    """`taylor_score` of each sample's weight gradient g_n = dy_n^T x_n of a linear layer, summed over samples.
+
+    Args:
+        x: [N, T, I] fp32, bf16 or fp16, the layer's input.
+        dy: [N, T, O] the same, the gradient of each sample's loss at the layer's output. Where its dtype is not x's,
+            both are converted to the wider one (bf16 and fp16: to fp32).
+        w: [O, I] the same, of any of these types, the weight.
+
+    One kernel multiplies and scores; a gradient is never written to memory. A tensor whose inner stride is not 1 is
+    copied. Accumulates in fp32 and in fixed order: the same bits every time.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unsupported dtype; names the argument.
+    """
+    for name, tensor, ndim in (("x", x, 3), ("dy", dy, 3), ("w", w, 2)):
+        if tensor.ndim != ndim:
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; x is [N, T, I], dy [N, T, O] and w [O, I]")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name}: dtype {tensor.dtype} is not one of float32, bfloat16, float16")
+    if dy.shape[:2] != x.shape[:2]:
+        raise ValueError(f"dy: has shape {tuple(dy.shape)}; its samples and tokens must be x's, {tuple(x.shape[:2])}")
+    if w.shape != (dy.shape[2], x.shape[2]):
+        raise ValueError(f"w: has shape {tuple(w.shape)}; dy and x make it {(dy.shape[2], x.shape[2])}")
+    dtype = torch.promote_types(x.dtype, dy.dtype)
+    x, dy, w = (_unit_inner_stride(tensor) for tensor in (x.to(dtype), dy.to(dtype), w))
+    rows, columns, statistics = linear_kernel.linear_importance_triton(x, dy, w)
+    return ImportanceVectors(rows[0], rows[1], rows[2], columns[0], columns[1], columns[2], statistics)
+
+
+def _unit_inner_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,0 +1,107 @@
+"""The results folder: what a run leaves, and where it stands."""
+
+import platform
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from gradprune.checkpoint.atomic import atomic_directory
+from gradprune.checkpoint.save import save_checkpoint
+from gradprune.config import PruneConfig, command_line
+from gradprune.evaluation.size import weight_bytes_on_disk
+from gradprune.report.html import write_report
+from gradprune.report.strict_json import write_json
+from gradprune.report.tables import describe_scoring
+from gradprune.result import PruneResult
+from gradprune.scoring.over_pruning import to_json
+from gradprune.search import SearchResult
+from gradprune.version import __version__
+
+
+def summarize(result: PruneResult) -> dict[str, Any]:
+    """The content of `analysis/summary.json`."""
+    counts = zip(result.masks.attention, result.masks.mlp, strict=True)
+    pairs = {
+        "parameters": (result.before.parameters, result.after.parameters),
+        "perplexity": (result.before.perplexity.value, result.after.perplexity.value),
+        "bytes_on_disk": (result.before.bytes_on_disk, result.after.bytes_on_disk),
+        "tokens_per_second": tuple(m.speed.p50 if m.speed else None for m in (result.before, result.after)),
+    }
+    return {
+        **{name: {"before": before, "after": after} for name, (before, after) in pairs.items()},
+        "pruning_ratio": {
+            "requested": result.config.pruning_ratio,
+            "achieved": 1.0 - result.after.parameters / result.before.parameters,
+        },
+        "evaluation_tokens": result.before.perplexity.tokens,
+        "layers": [
+            {
+                "layer": layer,
+                "attention": {"groups": len(attention), "kept": int(attention.sum())},
+                "mlp": {"channels": len(mlp), "kept": int(mlp.sum())},
+            }
+            for layer, (attention, mlp) in enumerate(counts)
+        ],
+        "repair": [asdict(repair) for repair in result.repairs],
+    }
+
+
+def write_results(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None, output: Path) -> PruneResult:
+    """Write the results folder: all of it or, if interrupted, nothing."""
+    with atomic_directory(output, overwrite=result.config.overwrite, argument="output_name") as folder:
+        save_checkpoint(result.model, tokenizer, folder / "model")
+        on_disk = weight_bytes_on_disk(folder / "model")
+        result = replace(
+            result, after=replace(result.after, bytes_on_disk=on_disk or result.after.bytes_on_disk), output=output
+        )
+        analysis = folder / "analysis"
+        analysis.mkdir()
+        result.table.write_csv(analysis / "groups.csv", result.pruned)
+        result.evidence.save(analysis / "scores.safetensors")
+        gradients = {
+            **result.gradients.to_dict(),
+            "pruning": to_json(result.distribution),
+            "warning": result.warning,
+        }
+        write_json(analysis / "gradients.json", gradients)
+        if result.search is not None:
+            write_json(analysis / "search.json", search_to_dict(result.search, result.config))
+        plots = result.gradients.write_plots(folder / "gradient_analysis")
+        summary, record = summarize(result), _run_record(result)
+        write_json(analysis / "summary.json", summary)
+        write_json(folder / "run.json", record)
+        write_report(folder / "report.html", summary, record, gradients, plots, result.search)
+    return result
+
+
+def _run_record(result: PruneResult) -> dict[str, Any]:
+    """The content of `run.json`: what ran, with which versions, for how long."""
+    return {
+        "config": result.config.to_dict(),
+        "versions": {
+            "gradprune": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": str(result.model.device),
+        "seed": result.config.seed,
+        "seconds": result.seconds,
+    }
+
+
+def search_to_dict(result: SearchResult, config: PruneConfig) -> dict[str, Any]:
+    """The content of `analysis/search.json`; `config` is that of the winner."""
+    return {
+        "candidates": result.candidates,
+        "cut_short": result.cut_short,
+        "command": command_line(config),
+        "trials": [
+            {"rank": rank, "setting": describe_scoring(trial.scoring), **asdict(trial)}
+            for rank, trial in enumerate(result.trials, start=1)
+        ],
+    }

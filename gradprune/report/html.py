@@ -1,0 +1,186 @@
+"""What a run leaves for people: tables on the terminal, JSON files, and a self-contained HTML report."""
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from gradprune.report.charts import COLORS, kept_chart, svg
+from gradprune.report.rows import CURVE_HEADER, curve_rows, layer_rows, summary_rows
+from gradprune.report.tables import describe_scoring
+from gradprune.search import SearchResult
+
+_STYLE = """
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
+  table { border-collapse: collapse; margin: 1rem 0; }
+  th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
+  th:first-child, td:first-child { text-align: left; }
+  svg, img { max-width: 100%; height: auto; }
+  .scroll { overflow-x: auto; }
+  .warning { border-left: .3rem solid #D55E00; padding-left: .8rem; }
+  pre { overflow-x: auto; font-size: .8rem; }
+  code { background: #f4f4f4; padding: .1rem .3rem; }
+"""
+
+_CURVE_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>gradprune: several ratios</title>
+<style>$style</style>
+</head>
+<body>
+<h1>gradprune: several ratios</h1>
+$chart
+$table
+<p>Each ratio's own report:</p>
+<ul>$links</ul>
+</body>
+</html>
+""")
+
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+$style</style>
+</head>
+<body>
+<h1>$title</h1>
+<p>$lead</p>
+<h2>Before and after</h2>
+$measured
+<h2>What each layer keeps</h2>
+$chart
+$layers
+<h2>Gradients</h2>
+$gradients
+$search
+<h2>How it was made</h2>
+$options
+$versions
+</body>
+</html>
+""")
+
+
+def write_report(
+    path: Path,
+    summary: dict[str, Any],
+    record: dict[str, Any],
+    gradients: dict[str, Any],
+    plots: Sequence[Path],
+    search: SearchResult | None = None,
+) -> None:
+    """Write one HTML file that needs no other: tables, charts, the gradients' plots, options and versions.
+
+    Args:
+        path: the file.
+        summary, record, gradients: contents of `summary.json`, `run.json` and `gradients.json`.
+        plots: what `GradientVisualizer` wrote, images and text; embedded.
+        search: what was tried, if anything was.
+    """
+    config = record["config"]
+    ratio = summary["pruning_ratio"]["achieved"]
+    options = [(name, "default" if value is None else str(value)) for name, value in config.items()]
+    page = _PAGE.substitute(
+        style=_STYLE,
+        title=escape(f"gradprune: {Path(config['base_model'] or 'the model').name} pruned by {ratio:.1%}"),
+        lead=escape(
+            f"{config['importance_method']} importance over {config['num_samples']} samples of "
+            f"{config['seq_len']} tokens; perplexity on {summary['evaluation_tokens']:,} held-out tokens."
+        ),
+        measured=_html_table(("", "dense", "pruned", "pruned / dense"), summary_rows(summary)),
+        chart=kept_chart(summary["layers"]),
+        layers=_html_table(("layer", "KV groups", "kept", "MLP channels", "kept"), layer_rows(summary)),
+        gradients=_gradient_section(gradients, plots),
+        search="" if search is None else _search_section(search),
+        options=_html_table(("option", "value"), options),
+        versions=_html_table(("package", "version"), list(record["versions"].items())),
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def write_curve_report(path: Path, summaries: Sequence[dict[str, Any]]) -> None:
+    """Write one HTML file: perplexity against size over several ratios, linking to each ratio's own report."""
+    sizes = [summaries[0]["parameters"]["before"], *(s["parameters"]["after"] for s in summaries)]
+    values = [summaries[0]["perplexity"]["before"], *(s["perplexity"]["after"] for s in summaries)]
+    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(sizes, values, marker="o", color=COLORS["attention"])
+    axes.set(xlabel="parameters", ylabel="perplexity (log scale)", yscale="log")
+    axes.grid(alpha=0.4)
+    links = [f"{s['pruning_ratio']['requested']:g}" for s in summaries]
+    items = "".join(f'<li><a href="{name}/report.html">{name}</a></li>' for name in links)
+    page = _CURVE_PAGE.substitute(
+        style=_STYLE, chart=svg(figure), table=_html_table(CURVE_HEADER, curve_rows(summaries)), links=items
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _gradient_section(gradients: dict[str, Any], plots: Sequence[Path]) -> str:
+    """Verdict, repair and warning; the layers before and after; the plots."""
+    before, after = gradients["before"], gradients["after"]
+    lines = [
+        f"<p>Largest layer mean of |gradient| over smallest, at {gradients['seq_len']} tokens a sample: "
+        f"{float(before['ratio']):,.1f} ({before['verdict']}; {escape(before['recommendation'])}). "
+        f"Repair: {escape(gradients['gradient_fix'])}; after it {float(after['ratio']):,.1f} ({after['verdict']}).</p>"
+    ]
+    if gradients["warning"]:
+        lines.append(f'<p class="warning">{escape(gradients["warning"])}</p>')
+    scales = gradients["scales"]
+    rows = [
+        (
+            str(b["layer"]),
+            f"{b['mean']:.3e}",
+            f"{b['std']:.3e}",
+            "1" if scales is None else f"{scales[b['layer']]:.4g}",
+            f"{a['mean']:.3e}",
+        )
+        for b, a in zip(before["layers"], after["layers"], strict=True)
+    ]
+    lines.append(_html_table(("layer", "mean |g|", "std |g|", "scale", "mean |g| after"), rows))
+    lines += [_embedded(plot) for plot in plots]
+    return "\n".join(lines)
+
+
+def _search_section(search: SearchResult) -> str:
+    """The last round's trials as a chart and a table."""
+    last = [trial for trial in search.trials if trial.repaired == search.winner.repaired]
+    last = [trial for trial in last if trial.samples == search.winner.samples][:25]
+    names = [describe_scoring(trial.scoring) for trial in last]
+    figure = Figure(figsize=(8.0, 0.8 + 0.25 * len(last)), layout="constrained")
+    axes = figure.add_subplot()
+    colors = [COLORS["attention"] if trial.fixed else COLORS["mlp"] for trial in last]
+    axes.scatter([trial.loss for trial in last], range(len(last)), c=colors)
+    axes.set_yticks(range(len(last)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="held-out loss, nats a token (blue: fixed settings)")
+    axes.grid(axis="x", alpha=0.4)
+    rows = [
+        (str(rank), name, f"{trial.loss:.4f}") for rank, (name, trial) in enumerate(zip(names, last, strict=True), 1)
+    ]
+    lead = f"<p>{search.candidates} different selections; the last round, {search.winner.samples} held-out samples:</p>"
+    return "<h2>Search</h2>" + lead + svg(figure) + _html_table(("rank", "setting", "held-out loss"), rows)
+
+
+def _embedded(plot: Path) -> str:
+    """An image, or a text in its own words."""
+    if plot.suffix == ".txt":
+        return f"<details><summary>{plot.name}</summary><pre>{escape(plot.read_text(encoding='utf-8'))}</pre></details>"
+    image = base64.b64encode(plot.read_bytes()).decode()
+    return f'<p><img alt="{plot.stem}" src="data:image/png;base64,{image}"></p>'
+
+
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in header)]
+    lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    return '<div class="scroll"><table>' + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table></div>"

@@ -1,0 +1,44 @@
+"""What tables show, as text: the same rows for the terminal and for HTML."""
+
+from collections.abc import Sequence
+from typing import Any
+
+CURVE_HEADER = ("ratio", "parameters", "perplexity", "tokens per second")
+
+
+def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(quantity, before, after, change) as text, for every quantity of `summary.json` that was measured."""
+    named = [
+        ("parameters", "parameters", "{:,.0f}"),
+        ("perplexity", "perplexity", "{:.3f}"),
+        ("bytes on disk", "bytes_on_disk", "{:,.0f}"),
+        ("tokens per second", "tokens_per_second", "{:,.0f}"),
+    ]
+    rows = []
+    for name, key, style in named:
+        before, after = summary[key]["before"], summary[key]["after"]
+        if before is not None and after is not None:
+            rows.append((name, style.format(before), style.format(after), f"{after / before:.3f}x"))
+    return rows
+
+
+def curve_rows(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """(ratio, parameters, perplexity, tokens per second) as text: the dense model, then one row a ratio."""
+    first = summaries[0]
+    rows = [("dense", first, "before")] + [(f"{s['pruning_ratio']['requested']:g}", s, "after") for s in summaries]
+    cells = [(name, s["parameters"][k], s["perplexity"][k], s["tokens_per_second"][k]) for name, s, k in rows]
+    return [
+        (name, f"{parameters:,}", f"{perplexity:.3f}", f"{speed:,.0f}" if speed else "-")
+        for name, parameters, perplexity, speed in cells
+    ]
+
+
+def layer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """(layer, groups kept, their fraction, channels kept, their fraction) as text, one row per layer."""
+    rows = []
+    for layer in summary["layers"]:
+        cells = [str(layer["layer"])]
+        for total, part in (("groups", layer["attention"]), ("channels", layer["mlp"])):
+            cells += [f"{part['kept']} of {part[total]}", f"{part['kept'] / part[total]:.0%}" if part[total] else "-"]
+        rows.append(tuple(cells))
+    return rows

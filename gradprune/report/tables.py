@@ -1,0 +1,112 @@
+"""Tables for the terminal."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from gradprune.report.rows import CURVE_HEADER, curve_rows, layer_rows, summary_rows
+from gradprune.scoring.scoring import Scoring
+from gradprune.search import SearchResult
+from gradprune.vanishing.diagnosis import Diagnosis
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """The before-and-after table for the terminal."""
+    table = Table(title="Dense and pruned", title_justify="left")
+    for column in ("", "dense", "pruned", "pruned / dense"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in summary_rows(summary):
+        table.add_row(*row)
+    return table
+
+
+def layer_table(summary: dict[str, Any]) -> Table:
+    """What each layer keeps, for the terminal."""
+    table = Table(title="Kept per layer", title_justify="left")
+    for column in ("layer", "KV groups", "", "MLP channels", ""):
+        table.add_column(column, justify="right")
+    for row in layer_rows(summary):
+        table.add_row(*row)
+    return table
+
+
+def curve_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    """The ratios side by side, for the terminal."""
+    table = Table(title="Perplexity against size", title_justify="left")
+    for column in CURVE_HEADER:
+        table.add_column(column, justify="right")
+    for row in curve_rows(summaries):
+        table.add_row(*row)
+    return table
+
+
+def diagnosis_table(diagnosis: Diagnosis, seq_len: int, *, repaired: str | None = None) -> Table:
+    """The layers' gradients for the terminal; `repaired` names the repair they are shown after."""
+    after = f" after '{repaired}'" if repaired else ""
+    table = Table(title=f"Gradients at {seq_len} tokens a sample{after}", title_justify="left")
+    for column in ("layer", "grad_mean", "grad_std", "norm", "largest / this", ""):
+        table.add_column(column, justify="right")
+    largest = max(layer.mean for layer in diagnosis.layers)
+    for layer in diagnosis.layers:
+        ratio = largest / layer.mean if layer.mean > 0.0 else math.inf
+        numbers = f"{layer.mean:.3e}", f"{layer.std:.3e}", f"{layer.norm:.3e}", f"{ratio:.1f}"
+        table.add_row(str(layer.layer), *numbers, diagnosis.mark(layer))
+    return table
+
+
+def comparison_table(diagnoses: dict[int, Diagnosis]) -> Table:
+    """The layers' mean |g| by sequence length, side by side; the last rows are ratio and verdict."""
+    table = Table(title="grad_mean by tokens a sample", title_justify="left")
+    table.add_column("layer", justify="right")
+    for seq_len in diagnoses:
+        table.add_column(str(seq_len), justify="right")
+    for rows in zip(*(diagnosis.layers for diagnosis in diagnoses.values()), strict=True):
+        table.add_row(str(rows[0].layer), *(f"{layer.mean:.3e}" for layer in rows))
+    table.add_section()
+    table.add_row("ratio", *(f"{diagnosis.ratio:.1f}" for diagnosis in diagnoses.values()))
+    table.add_row("verdict", *(diagnosis.verdict for diagnosis in diagnoses.values()))
+    return table
+
+
+def search_table(result: SearchResult, rows: int = 15) -> Table:
+    """The best trials for the terminal; a fixed setting is every method without and with plain H-GSP."""
+    table = Table(title=f"Search: best of {result.candidates} selections", title_justify="left")
+    for column in ("rank", "held-out loss", "samples", "setting"):
+        table.add_column(column, justify="left" if column == "setting" else "right")
+    for rank, trial in enumerate(result.trials[:rows], start=1):
+        mark = " (fixed)" if trial.fixed else ""
+        table.add_row(str(rank), f"{trial.loss:.4f}", str(trial.samples), describe_scoring(trial.scoring) + mark)
+    return table
+
+
+def describe_scoring(scoring: Scoring) -> str:
+    """A few words: what differs from plain scoring."""
+    parts: list[str] = [scoring.method]
+    if scoring.temperature > 0.0:
+        tau = "25th percentile" if scoring.tau is None else f"{scoring.tau:g}"
+        parts.append(f"T={scoring.temperature:g} tau={tau}")
+    if scoring.gradient_fix != "none":
+        parts.append(scoring.gradient_fix)
+    if scoring.normalization.method != "none":
+        parts.append(scoring.normalization.method)
+    if scoring.normalization.attention_factor != 1.0:
+        parts.append(f"attention x{scoring.normalization.attention_factor:g}")
+    return ", ".join(parts)
+
+
+def environment_table(found: dict[str, Any]) -> Table:
+    """The environment for the terminal."""
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, version in found["versions"].items():
+        table.add_row(name, version or "not installed")
+    for name, description in found["devices"].items():
+        table.add_row(name, description)
+    for ops, key in (("importance", "backends"), ("gradients", "gradient_backends")):
+        for device, backends in found[key].items():
+            for backend, reason in backends.items():
+                table.add_row(f"{ops}: {backend} on {device}", "works" if reason is None else f"no: {reason}")
+    return table

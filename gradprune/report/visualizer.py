@@ -1,0 +1,163 @@
+"""`GradientVisualizer`: plots and a text report of the gradients of a model's decoder layers."""
+
+import math
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+
+from matplotlib import style
+from matplotlib.figure import Figure
+from torch import nn
+
+from gradprune.errors import ConfigError, GradPruneError, NonFiniteError
+from gradprune.report.plots import STYLE, comparison_figure, distribution_figure, heatmap_figure, plain, variance_figure
+from gradprune.vanishing.diagnosis import Diagnosis, diagnose_gradients
+from gradprune.vanishing.from_model import gradients_of_model
+from gradprune.vanishing.statistics import LayerGradients, pool_steps
+
+
+class GradientVisualizer:
+    """Collects the gradient statistics of training or calibration steps, and writes plots and a report.
+
+        visualizer = GradientVisualizer("gradient_analysis")
+        loss.backward()
+        visualizer.collect_gradients(model, "batch_0")
+        visualizer.write_all()
+
+    Only statistics are kept: a few numbers per parameter and step. Each writing method returns the path it wrote;
+    the same statistics give the same bytes. Without any collected step they raise `GradPruneError`, with a
+    `step_idx` out of range `ConfigError`.
+    """
+
+    def __init__(self, output_dir: str | PathLike[str] = "gradient_analysis") -> None:
+        """Files go to `output_dir`, which is created when the first one is written.
+
+        Raises:
+            ConfigError: `output_dir` exists and is no folder.
+        """
+        self.output_dir = Path(output_dir)
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise ConfigError(f"output_dir: {self.output_dir} exists and is not a folder")
+        self._names: list[str] = []
+        self._steps: list[list[LayerGradients]] = []
+
+    def collect_gradients(self, model: nn.Module, step_name: str = "batch_0") -> None:
+        """Read the `.grad` of every decoder layer's parameters; call it after `loss.backward()`.
+
+        Raises:
+            GradPruneError: no parameter of a decoder layer has a `.grad`.
+            NonFiniteError: a gradient is NaN or infinite; naming the parameter.
+            UnsupportedArchitectureError: no decoder layers found.
+        """
+        self.collect_statistics(gradients_of_model(model), step_name)
+
+    def collect_statistics(self, layers: list[LayerGradients], step_name: str = "batch_0") -> None:
+        """Take statistics as they are, such as `ImportanceEngine.scores().gradients`.
+
+        Raises:
+            GradPruneError: `layers` is empty.
+            NonFiniteError: a statistic is NaN or infinite; naming the layer.
+        """
+        if not layers:
+            raise GradPruneError(
+                f"layers: step '{step_name}' has no layer statistics; methods without gradients collect none"
+            )
+        for layer in layers:
+            numbers = (layer.mean, layer.std, layer.norm, layer.maximum, layer.minimum, *layer.parameter_norms.values())
+            if not all(map(math.isfinite, numbers)):
+                raise NonFiniteError(f"layers: the gradient statistics of layer {layer.layer} are NaN or infinite")
+        self._names.append(step_name)
+        self._steps.append(sorted(layers, key=lambda layer: layer.layer))
+
+    def plot_gradient_distribution(self, step_idx: int = 0) -> Path:
+        """Minimum, mean - std, mean, mean + std and maximum of |g| per layer of one step."""
+        layers = self._step(step_idx)
+        title = f"Distribution of |gradient| in each layer, step {step_idx} ({plain(self._names[step_idx])})"
+        return self._write(f"grad_dist_batch{step_idx}.png", lambda: distribution_figure(title, layers))
+
+    def plot_gradient_heatmap(self, step_idx: int = 0) -> Path:
+        """log10 of the L2 norm of each parameter's gradient, by layer and name, of one step."""
+        layers = self._step(step_idx)
+        title = f"Gradient norm of each parameter, step {step_idx} ({plain(self._names[step_idx])})"
+        return self._write(f"grad_heatmap_batch{step_idx}.png", lambda: heatmap_figure(title, layers))
+
+    def plot_gradient_comparison(self) -> Path:
+        """The layers' mean |g|, one line for each collected step."""
+        self._require_steps()
+        return self._write("grad_comparison.png", lambda: comparison_figure(self._names, self._steps))
+
+    def plot_layer_variance(self) -> Path:
+        """Mean of |g| per layer, its std over the weights within a step, and the std of its mean across steps."""
+        self._require_steps()
+        return self._write("layer_variance.png", lambda: variance_figure(self._steps))
+
+    def generate_report(self) -> Path:
+        """Every step's table of layers and verdict, then the verdict on the mean over steps, as plain text."""
+        self._require_steps()
+        parts = [f"Gradient analysis of {len(self._steps)} step{'s' if len(self._steps) > 1 else ''}"]
+        for index, (name, layers) in enumerate(zip(self._names, self._steps, strict=True)):
+            diagnosis = diagnose_gradients(layers)
+            parts.append("\n".join([f"Step {index}: {name}", *_table(diagnosis), diagnosis.verdict_text()]))
+        parts.append(_overall(diagnose_gradients(pool_steps(self._steps))))
+        path = self._path("gradient_report.txt")
+        path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        return path
+
+    def write_all(self) -> list[Path]:
+        """All four plots, those of a single step for step 0, and the report."""
+        return [
+            self.plot_gradient_distribution(),
+            self.plot_gradient_heatmap(),
+            self.plot_gradient_comparison(),
+            self.plot_layer_variance(),
+            self.generate_report(),
+        ]
+
+    def _require_steps(self) -> None:
+        if not self._steps:
+            raise GradPruneError(
+                "no gradients collected; call collect_gradients(model) after loss.backward(), "
+                "or collect_statistics(engine.scores().gradients)"
+            )
+
+    def _step(self, step_idx: int) -> list[LayerGradients]:
+        self._require_steps()
+        if not 0 <= step_idx < len(self._steps):
+            raise ConfigError(
+                f"step_idx: {step_idx} is out of range; the collected steps are "
+                + ", ".join(f"{index} ({name})" for index, name in enumerate(self._names))
+            )
+        return self._steps[step_idx]
+
+    def _write(self, name: str, draw: Callable[[], Figure]) -> Path:
+        path = self._path(name)
+        with style.context(STYLE):
+            draw().savefig(path, dpi=120, metadata={"Software": None})
+        return path
+
+    def _path(self, name: str) -> Path:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        return self.output_dir / name
+
+
+def _table(diagnosis: Diagnosis) -> list[str]:
+    lines = [f"{'layer':>5}  {'grad_mean':>10}  {'grad_std':>10}  {'largest / this':>14}"]
+    largest = max(layer.mean for layer in diagnosis.layers)
+    for layer in diagnosis.layers:
+        ratio = largest / layer.mean if layer.mean > 0.0 else math.inf
+        numbers = f"{layer.layer:>5}  {layer.mean:>10.3e}  {layer.std:>10.3e}  {ratio:>14.1f}"
+        lines.append(f"{numbers}  {diagnosis.mark(layer)}".rstrip())
+    return lines
+
+
+def _overall(diagnosis: Diagnosis) -> str:
+    """The verdict on all steps together, and the layers behind it."""
+    return "\n".join(
+        [
+            "Overall (mean over the steps)",
+            f"gradient ratio:   {diagnosis.ratio:.1f} (largest layer mean / smallest)",
+            f"verdict:          {diagnosis.verdict}",
+            f"marked layers:    {diagnosis.marked_layers()}",
+            f"recommendation:   {diagnosis.recommendation}",
+        ]
+    )

@@ -1,0 +1,69 @@
+"""What a pruning run gives: `PruneResult`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from gradprune.calibration.evidence import Evidence
+from gradprune.config import PruneConfig
+from gradprune.evaluation.perplexity import Perplexity
+from gradprune.evaluation.speed import Throughput
+from gradprune.models.masks import GroupMasks
+from gradprune.scoring.over_pruning import LayerPruning, pruning_distribution, pruning_warning
+from gradprune.scoring.table import GroupTable
+from gradprune.search import SearchResult
+from gradprune.surgery.least_squares import BlockRepair
+from gradprune.vanishing.analysis import GradientAnalysis
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model before or after pruning.
+
+    parameters: tied ones counted once. bytes_on_disk: of the weights' files, of the tensors where there is none.
+    """
+
+    parameters: int
+    bytes_on_disk: int
+    perplexity: Perplexity
+    speed: Throughput | None = None
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What a pruning run gives.
+
+    model: the pruned model. before, after: what was measured.
+    table, pruned: every group with its score, and whether it went.
+    masks: what each block kept. gradients: the layers' gradients before and after their repair.
+    evidence: what calibration found, to score again without it. repairs: what least squares did to each block.
+    search: what was tried where importance_method was "auto"; `config` then has what it chose.
+    seconds: wall time by stage. output: the results folder, None where nothing was written.
+    """
+
+    model: PreTrainedModel
+    config: PruneConfig
+    before: Measured
+    after: Measured
+    table: GroupTable
+    pruned: NDArray[np.bool_]
+    masks: GroupMasks
+    gradients: GradientAnalysis
+    evidence: Evidence
+    repairs: list[BlockRepair] = field(default_factory=list)
+    search: SearchResult | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    output: Path | None = None
+
+    @property
+    def distribution(self) -> list[LayerPruning]:
+        """What each layer lost."""
+        return pruning_distribution(self.masks)
+
+    @property
+    def warning(self) -> str | None:
+        """Names over-pruned blocks, and what to try next."""
+        return pruning_warning(self.distribution, self.config)

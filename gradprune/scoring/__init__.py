@@ -1,0 +1,1 @@
+"""Evidence to masks: which groups go. No model is run."""

@@ -1,0 +1,82 @@
+"""Score normalisation: make the scores of different layers comparable, as an alternative to repairing gradients.
+
+A score is a group's importance per parameter. Within each layer (block), with x its scores:
+
+- `none`: x;
+- `log`: ln(1 + x / mean);
+- `sqrt`: sqrt(x / mean);
+- `minmax`: (x - min) / (max - min);
+- `zscore`: (x - mean) / std, moved up by the least of the whole model so that H-GSP meets no negative score.
+
+Before that, scores may be clipped to a percentile of their layer (block) and its mirror image (99: also to the first),
+so that single outliers do not set the scale. A layer (block) whose scores are all equal gets 0 from `minmax` and
+`zscore`; one whose mean is 0 keeps its zeros.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradprune.config import Normalize, NormalizePer
+from gradprune.models.blocks import KINDS
+from gradprune.scoring.table import GroupTable
+
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """How scores are normalised; `PruneConfig` describes the same options.
+
+    attention_factor: what the scores of KV groups are multiplied by at the end, to balance them against channels.
+    """
+
+    method: Normalize = "none"
+    per: NormalizePer = "layer"
+    clip_percentile: float = 100.0
+    attention_factor: float = 1.0
+
+
+def normalized_scores(table: GroupTable, normalization: Normalization) -> Scores:
+    """[len(table)] fp64: importance per parameter, clipped and normalised; none of them negative.
+
+    Args:
+        table: with importances.
+        normalization: how.
+    """
+    scores: Scores = table.importance / table.cost
+    unit = table.layer if normalization.per == "layer" else table.layer * len(KINDS) + table.kind
+    for value in np.unique(unit):
+        rows = unit == value
+        scores[rows] = _METHODS[normalization.method](_clipped(scores[rows], normalization.clip_percentile))
+    if normalization.method == "zscore":
+        scores -= scores.min()
+    scores[table.kind == KINDS.index("attention")] *= normalization.attention_factor
+    return scores
+
+
+def _clipped(x: Scores, percentile: float) -> Scores:
+    if percentile == 100.0:
+        return x
+    lowest, highest = np.percentile(x, (100.0 - percentile, percentile))
+    return x.clip(lowest, highest)
+
+
+def _relative(x: Scores) -> Scores:
+    mean = x.mean()
+    return x / mean if mean > 0.0 else x
+
+
+def _spread(x: Scores, centre: np.float64, width: np.float64) -> Scores:
+    return (x - centre) / width if width > 0.0 else np.zeros_like(x)
+
+
+_METHODS: dict[Normalize, Callable[[Scores], Scores]] = {
+    "none": lambda x: x,
+    "log": lambda x: np.log1p(_relative(x)),
+    "sqrt": lambda x: np.sqrt(_relative(x)),
+    "minmax": lambda x: _spread(x, x.min(), x.max() - x.min()),
+    "zscore": lambda x: _spread(x, x.mean(), x.std()),
+}

@@ -1,0 +1,67 @@
+"""Where a selection prunes: the fraction that each block loses, and a warning where some lose nearly everything."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from gradprune.config import GRADIENT_METHODS, PruneConfig
+from gradprune.models.masks import GroupMasks
+
+# A block that loses more is over-pruned where another loses less than the second.
+_MOST, _LEAST = 0.9, 0.1
+
+
+@dataclass(frozen=True)
+class LayerPruning:
+    """Fractions of a layer's KV groups and MLP channels that were removed; None where the block did not exist."""
+
+    layer: int
+    attention: float | None
+    mlp: float | None
+
+
+def pruning_distribution(masks: GroupMasks) -> list[LayerPruning]:
+    """What each layer loses."""
+    pairs = zip(masks.attention, masks.mlp, strict=True)
+    return [LayerPruning(layer, *(_pruned(kept) for kept in pair)) for layer, pair in enumerate(pairs)]
+
+
+def over_pruned(distribution: list[LayerPruning]) -> list[str]:
+    """The blocks that lose over 90 % while another loses under 10 %, as "layer 3 mlp (99%)"."""
+    blocks = [
+        (f"layer {layer.layer} {kind}", fraction)
+        for layer in distribution
+        for kind, fraction in (("attention", layer.attention), ("mlp", layer.mlp))
+        if fraction is not None
+    ]
+    if not any(fraction < _LEAST for _, fraction in blocks):
+        return []
+    return [f"{name} ({fraction:.0%})" for name, fraction in blocks if fraction > _MOST]
+
+
+def pruning_warning(distribution: list[LayerPruning], config: PruneConfig) -> str | None:
+    """Names over-pruned blocks and what to try next; None where there are none."""
+    blocks = over_pruned(distribution)
+    if not blocks:
+        return None
+    return f"Over-pruned while other blocks lose under {_LEAST:.0%}: {', '.join(blocks)}. {_next_step(config)}"
+
+
+def to_json(distribution: list[LayerPruning]) -> list[dict[str, Any]]:
+    """For `analysis/gradients.json`."""
+    return [{"layer": d.layer, "attention_pruned": d.attention, "mlp_pruned": d.mlp} for d in distribution]
+
+
+def _next_step(config: PruneConfig) -> str:
+    """The next rung: H-GSP, then adaptive scaling with it, then depth weighting too, then limits."""
+    if config.temperature == 0.0:
+        return "Try --temperature 1 --tau 0."
+    if config.importance_method in GRADIENT_METHODS:
+        if config.gradient_fix == "none":
+            return "Try --gradient_fix adaptive."
+        if "depth" not in config.gradient_fix:
+            return "Try --gradient_fix adaptive+depth:sqrt."
+    return "Try --max_layer_ratio 0.5, or --freeze_first_n_layers."
+
+
+def _pruned(kept: Any) -> float | None:
+    return 1.0 - float(kept.double().mean()) if len(kept) else None

@@ -1,0 +1,102 @@
+"""`GroupTable`: every prunable group of a model as columns, in the order (layer, kind, index)."""
+
+import csv
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gradprune.calibration.engine import Scores
+from gradprune.errors import NonFiniteError
+from gradprune.models import PrunableModel
+from gradprune.models.blocks import KINDS
+from gradprune.models.masks import GroupMasks
+
+
+@dataclass(frozen=True)
+class GroupTable:
+    """One row a group; all columns have the same length.
+
+    layer, index: int64. kind: int64, index into `KINDS`. cost: int64, parameters removed with the group.
+    importance: float64, as the engine gives it.
+    prior: float64, the H-GSP prior of the group's block or layer; NaN at temperature 0, which uses none.
+    score: float64, importance / cost * modulation: what selection sorts by.
+    layers: number of decoder layers of the model.
+    """
+
+    layer: NDArray[np.int64]
+    kind: NDArray[np.int64]
+    index: NDArray[np.int64]
+    cost: NDArray[np.int64]
+    importance: NDArray[np.float64]
+    prior: NDArray[np.float64]
+    score: NDArray[np.float64]
+    layers: int
+
+    def __len__(self) -> int:
+        """Number of groups."""
+        return len(self.layer)
+
+    def masks(self, pruned: NDArray[np.bool_]) -> GroupMasks:
+        """What each block keeps when the groups of `pruned` ([len] bool) are removed."""
+        kept = {
+            (kind, layer): torch.from_numpy(~pruned[(self.kind == kind) & (self.layer == layer)])
+            for kind in range(len(KINDS))
+            for layer in range(self.layers)
+        }
+        attention, mlp = (tuple(kept[kind, layer] for layer in range(self.layers)) for kind in range(len(KINDS)))
+        return GroupMasks(attention=attention, mlp=mlp)
+
+    def write_csv(self, path: Path, pruned: NDArray[np.bool_]) -> None:
+        """Write `layer,kind,index,importance,cost,prior,score,pruned`; numbers round-trip, no prior is empty."""
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["layer", "kind", "index", "importance", "cost", "prior", "score", "pruned"])
+            columns = (
+                self.layer.tolist(),
+                [KINDS[kind] for kind in self.kind],
+                self.index.tolist(),
+                self.importance.tolist(),
+                self.cost.tolist(),
+                ["" if np.isnan(prior) else prior for prior in self.prior.tolist()],
+                self.score.tolist(),
+                pruned.astype(int).tolist(),
+            )
+            writer.writerows(zip(*columns, strict=True))
+
+
+def group_costs(view: PrunableModel) -> GroupTable:
+    """The table of a model's groups before calibration: importances and scores are zero."""
+    blocks = [(pair[kind], kind) for pair in zip(view.attention, view.mlp, strict=True) for kind in range(len(KINDS))]
+    existing = [(block, kind) for block, kind in blocks if block is not None]
+    sizes = [block.groups for block, _ in existing]
+    empty = np.zeros(sum(sizes))
+    return GroupTable(
+        layer=np.repeat(np.array([block.layer for block, _ in existing], np.int64), sizes),
+        kind=np.repeat(np.array([kind for _, kind in existing], np.int64), sizes),
+        index=np.concatenate([np.arange(size, dtype=np.int64) for size in sizes]),
+        cost=np.repeat(np.array([block.cost for block, _ in existing], np.int64), sizes),
+        importance=empty,
+        prior=np.full(len(empty), np.nan),
+        score=empty.copy(),
+        layers=len(view.layers),
+    )
+
+
+def scored_groups(view: PrunableModel, scores: Scores) -> GroupTable:
+    """The table of an engine's scores: importances, and importance per parameter as score.
+
+    Raises:
+        NonFiniteError: an importance is NaN or infinite; names the first such group.
+    """
+    columns = []
+    for layer, pair in enumerate(zip(scores.attention, scores.mlp, strict=True)):
+        for kind, values in zip(KINDS, pair, strict=True):
+            bad = (~values.isfinite()).nonzero()
+            if len(bad):
+                raise NonFiniteError(f"importance of {kind} group {int(bad[0])} of layer {layer} is not finite")
+            columns.append(values.double().numpy())
+    table, importance = group_costs(view), np.concatenate(columns)
+    return replace(table, importance=importance, score=importance / table.cost)

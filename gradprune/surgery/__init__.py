@@ -1,0 +1,1 @@
+"""Masks to a smaller model: masking, re-solving the weights that stay, cutting."""

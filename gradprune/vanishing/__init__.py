@@ -1,0 +1,1 @@
+"""How the layers' gradients differ, and scales that even them out."""

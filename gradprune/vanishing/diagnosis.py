@@ -1,0 +1,89 @@
+"""Gradient-vanishing diagnosis: the ratio of layer means, the verdict, what to do about it."""
+
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+from gradprune.vanishing.statistics import LayerGradients, gradient_ratio
+
+Verdict = Literal["normal", "mild", "severe"]
+
+_ADVICE: dict[Verdict, str] = {
+    "normal": "no repair is needed",
+    "mild": "scale the layers' gradients adaptively",
+    "severe": "scale the layers' gradients adaptively, then weight them by depth",
+}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The gradients of a model's layers, judged.
+
+    ratio: largest layer mean of |g| over the smallest; infinite where one is 0.
+    verdict: "normal" below 100, "mild" from 100 to 1000, "severe" above.
+    vanishing: layers whose mean is over 100 times smaller than the largest.
+    """
+
+    layers: list[LayerGradients]
+    ratio: float
+    verdict: Verdict
+    vanishing: list[int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable; the content of `analysis/gradients.json`."""
+        return {**asdict(self), "recommendation": self.recommendation}
+
+    @property
+    def recommendation(self) -> str:
+        """What to do about it, in a few words."""
+        return _ADVICE[self.verdict]
+
+    def mark(self, layer: LayerGradients) -> str:
+        """What is wrong with one of the layers: "frozen", "vanishing (zero)", "vanishing", or nothing."""
+        if layer.mean == 0.0:
+            return "frozen" if layer.frozen else "vanishing (zero)"
+        return "vanishing" if layer.layer in self.vanishing else ""
+
+    def marked_layers(self) -> str:
+        """The layers by mark, as ranges: "vanishing 0-3, 7; frozen 9"; "none" without any."""
+        by_mark: dict[str, list[int]] = {}
+        for layer in self.layers:
+            if mark := self.mark(layer):
+                by_mark.setdefault(mark, []).append(layer.layer)
+        return "; ".join(f"{mark} {_ranges(indices)}" for mark, indices in by_mark.items()) or "none"
+
+    def verdict_text(self) -> str:
+        """One line: ratio, verdict, recommendation, and the layers without any gradient."""
+        text = f"Gradient ratio {self.ratio:.1f}: {self.verdict}; {self.recommendation}."
+        dead = [str(layer.layer) for layer in self.layers if layer.mean == 0.0]
+        return text + (f" Without any gradient: layer {', '.join(dead)}." if dead else "")
+
+
+def diagnose_gradients(layers: list[LayerGradients]) -> Diagnosis:
+    """Judge the gradient statistics of a model's decoder layers (at least one)."""
+    ratio = gradient_ratio(layers)
+    largest = max(layer.mean for layer in layers)
+    return Diagnosis(
+        layers=layers,
+        ratio=ratio,
+        verdict=verdict_of(ratio),
+        vanishing=[layer.layer for layer in layers if layer.mean * 100.0 < largest],
+    )
+
+
+def verdict_of(ratio: float) -> Verdict:
+    """Below 100 normal, up to and including 1000 mild, above severe."""
+    if ratio < 100.0:
+        return "normal"
+    return "mild" if ratio <= 1000.0 else "severe"
+
+
+def _ranges(indices: list[int]) -> str:
+    """Ascending numbers, runs of them as first-last: "0-3, 7"."""
+    runs = [[index for _, index in run] for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def stablest(diagnoses: dict[int, Diagnosis]) -> int:
+    """The sequence length with the smallest ratio; the shortest of equals."""
+    return min(diagnoses, key=lambda seq_len: (diagnoses[seq_len].ratio, seq_len))

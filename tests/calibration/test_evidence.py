@@ -1,0 +1,86 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from gradprune.calibration.evidence import Evidence
+from gradprune.calibration.methods import PARTS
+from gradprune.errors import CheckpointError, ConfigError
+from helpers.pipeline_runs import run
+from helpers.tiny_models import tiny_model
+
+SAME = ("model/model.safetensors", "model/config.json", "analysis/groups.csv", "analysis/scores.safetensors")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 1.0, "tau": 0.0},
+        {"importance_method": "taylor_2nd", "gradient_fix": "adaptive+depth:sqrt"},
+        {"importance_method": "wanda", "normalize_scores": "log", "repair": "none"},
+        {"importance_method": "taylor", "reduction": "batch", "gradient_fix": "normalize"},
+        {"prior": "taylor", "temperature": 0.5},
+    ],
+)
+def test_scores_of_a_file_give_the_bytes_of_the_full_run(options, tmp_path: Path) -> None:
+    full = {"output_dir": str(tmp_path), **options}
+    run(tiny_model(dtype=torch.float32), output_name="first", pruning_ratio=0.3, **full)
+    run(tiny_model(dtype=torch.float32), output_name="full", pruning_ratio=0.1, **full)
+    scores = str(tmp_path / "first" / "analysis" / "scores.safetensors")
+    run(tiny_model(dtype=torch.float32), output_name="reused", pruning_ratio=0.1, scores=scores, **full)
+    for file in SAME:
+        assert (tmp_path / "full" / file).read_bytes() == (tmp_path / "reused" / file).read_bytes(), file
+    gradients = [json.loads((tmp_path / n / "analysis" / "gradients.json").read_text()) for n in ("full", "reused")]
+    assert gradients[0] == gradients[1]
+
+
+def test_scores_of_one_method_serve_every_other(tmp_path: Path) -> None:
+    run(tiny_model(dtype=torch.float32), output_name="a", output_dir=str(tmp_path), importance_method="magnitude")
+    scores = str(tmp_path / "a" / "analysis" / "scores.safetensors")
+    for method in ("magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher"):
+        full = run(tiny_model(dtype=torch.float32), importance_method=method)
+        reused = run(tiny_model(dtype=torch.float32), importance_method=method, scores=scores)
+        np.testing.assert_array_equal(full.table.score, reused.table.score)
+
+
+def test_the_file_holds_one_vector_a_part(tmp_path: Path) -> None:
+    result = run(tiny_model(), output_name="a", output_dir=str(tmp_path))
+    found = load_file(tmp_path / "a" / "analysis" / "scores.safetensors")
+    assert sorted(found) == sorted(PARTS)
+    assert all(vector.shape == (len(result.table),) and vector.dtype == np.float64 for vector in found.values())
+
+
+def test_another_models_scores_are_refused(tmp_path: Path) -> None:
+    run(tiny_model(), output_name="a", output_dir=str(tmp_path))
+    scores = tmp_path / "a" / "analysis" / "scores.safetensors"
+    with pytest.raises(CheckpointError, match=r"was measured on another model than this one"):
+        run(tiny_model(seed=1), scores=str(scores))
+    with pytest.raises(CheckpointError, match=r"scores: there is no file"):
+        run(tiny_model(), scores=str(tmp_path / "nothing"))
+    scores.write_bytes(scores.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"is not a whole scores.safetensors"):
+        run(tiny_model(), scores=str(scores))
+
+
+def test_batches_cannot_be_repaired_afterwards(tmp_path: Path) -> None:
+    options = {"importance_method": "taylor", "reduction": "batch"}
+    run(tiny_model(), output_name="a", output_dir=str(tmp_path), gradient_fix="adaptive", **options)
+    scores = str(tmp_path / "a" / "analysis" / "scores.safetensors")
+    with pytest.raises(ConfigError, match=r"gradient_fix: 'normalize' needs another calibration; .* had 'adaptive'"):
+        run(tiny_model(), scores=scores, gradient_fix="normalize", **options)
+
+
+def test_a_saved_file_reads_back_equal(tmp_path: Path) -> None:
+    model = tiny_model()
+    evidence = run(model, temperature=1.0).evidence
+    evidence.save(tmp_path / "scores.safetensors")
+    again = Evidence.load(tmp_path / "scores.safetensors", model)
+    assert again.priors == evidence.priors
+    assert again.gradients == evidence.gradients
+    assert again.steps == evidence.steps
+    for name in PARTS:
+        np.testing.assert_array_equal(again.parts[name], evidence.parts[name])

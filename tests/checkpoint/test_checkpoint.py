@@ -1,0 +1,353 @@
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from gradprune import load_pruned
+from gradprune.checkpoint.atomic import atomic_directory
+from gradprune.checkpoint.load import load_model
+from gradprune.checkpoint.save import save_checkpoint
+from gradprune.demo import byte_tokenizer
+from gradprune.errors import CheckpointError, UnsupportedArchitectureError
+from gradprune.models.modeling_gradprune import PerLayerWidths
+from gradprune.surgery.cut import cut
+from helpers.cut_models import assert_same, extreme_masks, full_masks, greedy, masked, random_masks
+from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
+
+# Runs where gradprune cannot be imported; prints what the reloaded model computes.
+FRESH = """
+import sys
+sys.modules["gradprune"] = None
+import torch
+from transformers import AutoModelForCausalLM
+folders, ids = sys.argv[2:], torch.load(sys.argv[1])
+for folder in folders:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        logits = model(ids).logits
+    tokens = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    torch.save((logits, tokens), folder + ".out")
+    model.save_pretrained(folder + ".again")
+    again = AutoModelForCausalLM.from_pretrained(folder + ".again", trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, logits)
+    half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+    assert half(ids).logits.isfinite().all()
+"""
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_a_reloaded_model_computes_the_same(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture)
+    for number, (_, masks) in enumerate([("random", random_masks(model, 0.5)), *extreme_masks(model)]):
+        folder = tmp_path / str(number)
+        save_checkpoint(cut(model, masks), None, folder)
+        found, expected = load_pruned(folder), masked(model, masks)
+        assert_same(found, expected)
+        assert torch.equal(greedy(found, tiny_ids(2)), greedy(expected, tiny_ids(2), cached=False))
+
+
+def test_fresh_environment_without_gradprune(tmp_path: Path) -> None:
+    ids, folders, expected = tiny_ids(2), [], []
+    torch.save(ids, tmp_path / "ids.pt")
+    for architecture in ARCHITECTURE_NAMES:
+        model = tiny_model(architecture)
+        masks = random_masks(model, 0.5)
+        masks.attention[0][:] = False
+        masks.mlp[2][:] = False
+        folder = tmp_path / architecture
+        save_checkpoint(cut(model, masks), None, folder)
+        folders.append(str(folder))
+        expected.append(masked(model, masks))
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "ids.pt"), *folders]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
+    for folder, model in zip(folders, expected, strict=True):
+        logits, tokens = torch.load(folder + ".out")
+        with torch.no_grad():
+            torch.testing.assert_close(logits, model(ids).logits, rtol=1e-9, atol=1e-11)
+        assert torch.equal(tokens, greedy(model, ids, steps=6))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_without_trust_a_pruned_model_does_not_load_wrongly(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture)
+    save_checkpoint(cut(model, random_masks(model, 0.5)), None, tmp_path / "x")
+    with pytest.raises((RuntimeError, ValueError, OSError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+
+
+def test_dropped_blocks_leave_no_global_width_that_the_stock_model_would_fit(tmp_path: Path) -> None:
+    # transformers releases without per_layer_config build the stock model, and make up the weights it lacks.
+    model = tiny_model()
+    for number, kinds in enumerate((["attention"], ["mlp"], ["attention", "mlp"])):
+        masks = full_masks(model)
+        for kind in kinds:
+            getattr(masks, kind)[0][:] = False
+        save_checkpoint(cut(model, masks), None, tmp_path / str(number))
+        config = json.loads((tmp_path / str(number) / "config.json").read_text())
+        assert config["intermediate_size"] == 0
+        assert_same(load_pruned(tmp_path / str(number)), masked(model, masks))
+
+
+def by_remote_code(folder: Path, monkeypatch: pytest.MonkeyPatch, modules: Path):
+    """The model as the code beside its weights makes it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    assert not isinstance(model, PerLayerWidths)
+    return model
+
+
+def test_a_model_loaded_by_remote_code_can_be_cut_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    masks = random_masks(model, 0.7)
+    masks.attention[0][:] = False
+    save_checkpoint(cut(model, masks), None, tmp_path / "once")
+    once = by_remote_code(tmp_path / "once", monkeypatch, tmp_path / "modules")
+    twice = cut(once, random_masks(once, 0.7, seed=3))
+    twice.set_attn_implementation("eager")
+    twice.set_attn_implementation("sdpa")
+    save_checkpoint(twice, None, tmp_path / "twice")
+    assert_same(load_pruned(tmp_path / "twice"), twice)
+
+
+def test_a_model_loaded_by_remote_code_can_become_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    masks = full_masks(model)
+    masks.mlp[0][3:] = False
+    save_checkpoint(cut(model, masks), None, tmp_path / "once")
+    once = by_remote_code(tmp_path / "once", monkeypatch, tmp_path / "modules")
+    rest = full_masks(once)
+    for kept in rest.mlp[1:]:
+        kept[3:] = False
+    plain = cut(once, rest)
+    assert type(plain) is type(model)
+    save_checkpoint(plain, None, tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("*.py"))
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), plain)
+
+
+def test_the_configuration_and_tokenizer_need_no_remote_code(tmp_path: Path) -> None:
+    model = tiny_model(vocab=300)
+    save_checkpoint(cut(model, random_masks(model, 0.5)), byte_tokenizer(), tmp_path / "x")
+    assert AutoConfig.from_pretrained(tmp_path / "x").model_type == "llama"
+    assert AutoTokenizer.from_pretrained(tmp_path / "x").decode([5, 6])
+
+
+def test_per_layer_config_states_the_widths(tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    masks = full_masks(model)
+    masks.attention[0][:] = False
+    masks.attention[1][0] = False
+    masks.mlp[1][:7] = False
+    masks.mlp[2][:] = False
+    save_checkpoint(cut(model, masks), None, tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    layers = {int(index): overrides for index, overrides in config["per_layer_config"].items()}
+    assert layers[0]["skip"] == ["attention"]
+    assert (layers[1]["num_key_value_heads"], layers[1]["num_attention_heads"]) == (2, 4)
+    assert layers[1]["intermediate_size"] == 3
+    assert layers[2]["skip"] == ["mlp"]
+    assert (config["num_key_value_heads"], config["intermediate_size"], config["head_dim"]) == (3, 10, 4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_uniform_widths_load_without_custom_code(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture, kv_heads=4, ratio=2)
+    masks = full_masks(model)
+    for attention, mlp in zip(masks.attention, masks.mlp, strict=True):
+        attention[:2] = False
+        mlp[4:] = False
+    save_checkpoint(cut(model, masks), None, tmp_path / "x")
+    assert not list((tmp_path / "x").glob("*.py"))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    assert type(found) is type(model)
+    assert_same(found, masked(model, masks))
+
+
+def test_only_safetensors_are_written(tmp_path: Path) -> None:
+    model = tiny_model()
+    save_checkpoint(cut(model, random_masks(model, 0.5)), None, tmp_path / "x")
+    names = {path.name for path in (tmp_path / "x").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "modeling_gradprune.py"}
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        model = tiny_model()
+        save_checkpoint(cut(model, random_masks(model, 0.5)), None, tmp_path / name)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_a_dense_checkpoint_with_its_tokenizer(tmp_path: Path) -> None:
+    model = tiny_model(vocab=300)
+    save_checkpoint(model, byte_tokenizer(), tmp_path / "x")
+    found, tokenizer = load_model(tmp_path / "x")
+    assert not isinstance(found, PerLayerWidths)
+    assert not found.training
+    assert_same(found, model)
+    assert tokenizer is not None
+    assert tokenizer.decode(tokenizer("héllo").input_ids) == "héllo"
+    assert load_model(tmp_path / "x", dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+def broken_checkpoint(folder: Path, how: str) -> None:
+    save_checkpoint(tiny_model(), None, folder)
+    weights = folder / "model.safetensors"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-50])
+    elif how == "pickled only":
+        weights.unlink()
+        torch.save({}, folder / "pytorch_model.bin")
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "config is no JSON":
+        (folder / "config.json").write_text("{")
+
+
+def state(folder: Path, **values: object) -> None:
+    """Change values of config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def told(folder: Path) -> str:
+    """The one-line error that loading gives."""
+    with pytest.raises(CheckpointError, match=r"^base_model: ") as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("how", ["truncated", "pickled only", "no weights", "no config", "config is no JSON"])
+def test_a_broken_checkpoint_is_one_clear_error(how: str, tmp_path: Path) -> None:
+    broken_checkpoint(tmp_path / "x", how)
+    told(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"intermediate_size": 11}, r"9 weights .* first model.layers.0.mlp.down_proj.weight: \[72, 10\] instead of"),
+        ({"num_hidden_layers": 4}, "lacks 9 weights .* first model.layers.3"),
+        ({"num_hidden_layers": 2}, "9 weights in layers that its config.json does not name, first model.layers.2"),
+        ({"per_layer_config": {"0": {"skip": ["attention"]}}}, "5 weights in layers .* first model.layers.0"),
+        ({"per_layer_config": {"0": {"skip": ["attn"]}}}, r"layer 0 has \['attn'\]"),
+        ({"per_layer_config": {"0": {"hidden_act": "relu"}}}, r"layer 0 has \['hidden_act'\]"),
+        ({"per_layer_config": {"7": {"intermediate_size": 4}}}, "7"),
+        ({"per_layer_config": [1]}, "no configuration"),
+        ({"hidden_size": "wide"}, ""),
+        ({"num_attention_heads": 0}, ""),
+        ({"hidden_act": "nope"}, "'nope'"),
+        ({"dtype": "nope"}, "'nope'"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_one_clear_error(values, message: str, tmp_path: Path) -> None:
+    save_checkpoint(tiny_model(), None, tmp_path / "x")
+    state(tmp_path / "x", **values)
+    assert re.search(message, told(tmp_path / "x"))
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    save_checkpoint(tiny_model(), None, tmp_path / "x")
+    state(tmp_path / "x", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UnsupportedArchitectureError, match="quantised"):
+        load_model(tmp_path / "x")
+
+
+def test_a_damaged_tokenizer_is_an_error_and_a_missing_one_is_none(tmp_path: Path) -> None:
+    save_checkpoint(tiny_model(vocab=300), byte_tokenizer(), tmp_path / "x")
+    tokenizer = tmp_path / "x" / "tokenizer.json"
+    tokenizer.write_bytes(tokenizer.read_bytes()[:-50])
+    assert "the tokenizer of" in told(tmp_path / "x")
+    tokenizer.unlink()
+    assert load_model(tmp_path / "x")[1] is None
+
+
+def test_a_name_is_not_asked_for_at_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("gradprune.checkpoint.load.hub.ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setattr("gradprune.checkpoint.load.hub.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("gradprune.checkpoint.load.getproxies", dict)
+        start = time.monotonic()
+        with pytest.raises(CheckpointError, match=r"^base_model: .*models/nowhere"):
+            load_model("models/nowhere")
+        assert time.monotonic() - start < 5.0
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
+def test_a_path_that_is_not_there_is_told_at_once(name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"base_model: .* is not a folder"):
+        load_model(name)
+
+
+def test_an_unsupported_architecture_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(UnsupportedArchitectureError, match=r"'gpt2'.*llama, mistral, phi3, qwen2, qwen3"):
+        load_model(tmp_path)
+
+
+def test_an_existing_folder_is_kept_unless_asked(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "mine").write_text("precious")
+    with pytest.raises(CheckpointError, match=r"directory: .* exists"):
+        save_checkpoint(tiny_model(), None, tmp_path / "x")
+    save_checkpoint(tiny_model(), None, tmp_path / "x", overwrite=True)
+    assert not (tmp_path / "x" / "mine").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_an_interrupted_write_keeps_the_old_folder(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "old").touch()
+
+    def write() -> None:
+        with atomic_directory(tmp_path / "x", overwrite=True, argument="x") as folder:
+            (folder / "new").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "old"]
+
+
+def test_a_write_that_cannot_take_its_place_puts_the_old_folder_back(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "old").touch()
+    rename = Path.rename
+
+    def full(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError("no space left")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="no space left"), atomic_directory(tmp_path / "x", overwrite=True, argument="x"):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "old"]
+
+
+def test_a_killed_write_leaves_nothing_under_the_name(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from gradprune.checkpoint import atomic_directory\n"
+        "with atomic_directory(Path(sys.argv[1]), overwrite=False, argument='x') as folder:\n"
+        "    (folder / 'config.json').write_text('{}')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], check=False)
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,46 @@
+import torch
+
+from gradprune import PruneConfig
+from gradprune.models.masks import GroupMasks
+from gradprune.scoring.over_pruning import over_pruned, pruning_distribution, pruning_warning
+
+
+def masks(mlp_kept: list[int], channels: int = 100) -> GroupMasks:
+    kept = tuple(torch.arange(channels) < count for count in mlp_kept)
+    return GroupMasks(attention=tuple(torch.ones(2, dtype=torch.bool) for _ in mlp_kept), mlp=kept)
+
+
+def test_a_block_over_90_percent_is_named_where_others_are_under_10() -> None:
+    found = pruning_distribution(masks([100, 9, 10, 95]))
+    assert found[1].mlp == 0.91
+    assert over_pruned(found) == ["layer 1 mlp (91%)"]
+
+
+def test_no_warning_where_all_lose_alike() -> None:
+    uniform = GroupMasks(
+        attention=tuple(torch.tensor([True, False]) for _ in range(2)),
+        mlp=tuple(torch.arange(100) < 5 for _ in range(2)),
+    )
+    assert over_pruned(pruning_distribution(uniform)) == []
+    assert pruning_warning(pruning_distribution(uniform), PruneConfig()) is None
+
+
+def test_a_block_that_did_not_exist_is_left_out() -> None:
+    found = pruning_distribution(GroupMasks(attention=(torch.empty(0, dtype=torch.bool),), mlp=(torch.ones(3) > 0,)))
+    assert found[0].attention is None
+    assert over_pruned(found) == []
+
+
+def test_the_advice_climbs() -> None:
+    distribution = pruning_distribution(masks([100, 1]))
+    steps = [
+        ({}, "Try --temperature 1 --tau 0."),
+        ({"temperature": 1.0}, "Try --gradient_fix adaptive."),
+        ({"temperature": 1.0, "gradient_fix": "adaptive"}, "Try --gradient_fix adaptive+depth:sqrt."),
+        ({"temperature": 1.0, "gradient_fix": "adaptive+depth:sqrt"}, "--max_layer_ratio 0.5"),
+        ({"temperature": 1.0, "importance_method": "wanda"}, "--max_layer_ratio 0.5"),
+    ]
+    for options, advice in steps:
+        warning = pruning_warning(distribution, PruneConfig(**options))
+        assert advice in warning
+        assert "layer 1 mlp (99%)" in warning

@@ -1,0 +1,202 @@
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradprune.calibration.engine import Scores
+from gradprune.config import PruneConfig
+from gradprune.errors import ConfigError, NonFiniteError, SelectionError
+from gradprune.models import describe
+from gradprune.models.blocks import KINDS
+from gradprune.scoring.selection import Constraints, select
+from gradprune.scoring.table import GroupTable, group_costs, scored_groups
+from helpers.tables import ATTENTION_COST, MLP_COST, make_table
+from helpers.tiny_models import tiny_model
+
+
+def widths(table: GroupTable, pruned: np.ndarray, kind: str) -> list[int]:
+    of_kind = table.kind == KINDS.index(kind)
+    return [int((~pruned[of_kind & (table.layer == layer)]).sum()) for layer in range(table.layers)]
+
+
+def greedy(table: GroupTable, budget: float) -> np.ndarray:
+    """The rule as it is written: sort by score, take what fits, skip what does not."""
+    pruned, spent = np.zeros(len(table), bool), 0
+    rows = range(len(table))
+    for row in sorted(rows, key=lambda r: (table.score[r], table.layer[r], table.kind[r], table.index[r])):
+        if spent + table.cost[row] <= budget:
+            pruned[row] = True
+            spent += table.cost[row]
+    return pruned
+
+
+@given(ratio=st.floats(0.01, 0.95), seed=st.integers(0, 100), ties=st.booleans())
+def test_equals_the_plain_greedy_rule(ratio: float, seed: int, ties: bool) -> None:
+    table = make_table(seed=seed)
+    if ties:
+        table = dataclasses.replace(table, score=np.floor(table.score / 7))
+    parameters = int(table.cost.sum())
+    pruned = select(table, ratio, parameters, Constraints())
+    np.testing.assert_array_equal(pruned, greedy(table, ratio * parameters))
+
+
+@given(
+    ratio=st.floats(0.02, 0.6),
+    seed=st.integers(0, 20),
+    limit=st.sampled_from([1.0, 0.8]),
+    round_to=st.sampled_from([1, 2, 4, 5]),
+    uniform=st.booleans(),
+)
+def test_the_budget_is_kept_and_nearly_used(
+    ratio: float, seed: int, limit: float, round_to: int, uniform: bool
+) -> None:
+    table = make_table(seed=seed)
+    parameters = int(table.cost.sum())
+    constraints = Constraints(max_layer_ratio=limit, round_to=round_to, uniform=uniform)
+    try:
+        pruned = select(table, ratio, parameters, constraints)
+    except SelectionError:
+        # Only where what may go at all is less than the budget.
+        assert limit < 1.0 or uniform
+        assert ratio > 0.4
+        return
+    removed = int(table.cost[pruned].sum())
+    assert removed <= ratio * parameters
+    for layer in range(table.layers):
+        of_layer = table.layer == layer
+        assert table.cost[of_layer & pruned].sum() <= limit * table.cost[of_layer].sum() + 1e-9 or uniform
+    # What is left of the budget is less than the largest unit, unless a layer's limit stands in the way.
+    unit = max(ATTENTION_COST, MLP_COST * round_to) * (table.layers if uniform else 1)
+    assert limit < 1.0 or uniform or ratio * parameters - removed < unit
+
+
+@pytest.mark.parametrize("round_to", [2, 4, 5, 8])
+def test_round_to_makes_every_kept_width_a_multiple(round_to: int) -> None:
+    table = make_table(channels=37)
+    pruned = select(table, 0.3, int(table.cost.sum()), Constraints(round_to=round_to))
+    kept = widths(table, pruned, "mlp")
+    # A layer that lost nothing keeps its own width.
+    assert all(width % round_to == 0 or width == 37 for width in kept)
+    assert len(set(kept)) > 1
+
+
+def test_round_to_takes_the_lowest_channels_of_a_layer() -> None:
+    table = make_table(channels=37)
+    pruned = select(table, 0.3, int(table.cost.sum()), Constraints(round_to=8))
+    for layer in range(table.layers):
+        channels = (table.layer == layer) & (table.kind == 1)
+        if pruned[channels].any() and not pruned[channels].all():
+            assert table.score[channels & pruned].max() < table.score[channels & ~pruned].min()
+
+
+def test_uniform_keeps_the_same_widths_everywhere() -> None:
+    table = make_table(heads=4, channels=24)
+    pruned = select(table, 0.35, int(table.cost.sum()), Constraints(uniform=True, round_to=4))
+    heads, channels = set(widths(table, pruned, "attention")), set(widths(table, pruned, "mlp"))
+    assert len(heads) == len(channels) == 1
+    assert heads.pop() >= 1
+    assert channels.pop() % 4 == 0
+
+
+def test_uniform_keeps_only_head_counts_the_architecture_can_state() -> None:
+    table = make_table(heads=8, channels=24)
+    for ratio in (0.2, 0.4, 0.6, 0.8):
+        constraints = Constraints(uniform=True, kept_kv_groups=frozenset({1, 2, 4, 8}))
+        pruned = select(table, ratio, int(table.cost.sum()), constraints)
+        assert set(widths(table, pruned, "attention")) <= {1, 2, 4, 8}
+
+
+def test_frozen_layers_stay_whole() -> None:
+    table = make_table()
+    pruned = select(table, 0.4, int(table.cost.sum()), Constraints(freeze_first_n_layers=1, freeze_last_n_layers=1))
+    assert not pruned[(table.layer == 0) | (table.layer == 3)].any()
+    assert pruned.any()
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.51])
+def test_a_ratio_the_freezes_forbid_says_what_is_possible(ratio: float) -> None:
+    table = make_table()
+    with pytest.raises(SelectionError, match=rf"pruning_ratio: {ratio} cannot be reached.*0\.5000 of the model"):
+        select(table, ratio, int(table.cost.sum()), Constraints(freeze_first_n_layers=2))
+
+
+def test_something_always_stays() -> None:
+    table = make_table()
+    with pytest.raises(SelectionError, match="cannot be reached"):
+        select(table, 0.5, int(table.cost.sum()) * 2, Constraints())
+
+
+def test_whole_blocks_may_go() -> None:
+    table = make_table()
+    score = np.where((table.layer == 1) & (table.kind == 0), -1.0, table.score)
+    pruned = select(dataclasses.replace(table, score=score), 0.3, int(table.cost.sum()), Constraints())
+    assert widths(table, pruned, "attention")[1] == 0
+
+
+def test_epsilon_drops_thin_layers_whole() -> None:
+    table = make_table(layers=3, heads=2, channels=10)
+    score = np.where(table.layer == 1, table.score - 1000.0, table.score)
+    table = dataclasses.replace(table, score=score)
+    most_of_layer_1 = 0.9 * table.cost[table.layer == 1].sum() / table.cost.sum()
+    parameters = int(table.cost.sum())
+    kept = select(table, most_of_layer_1, parameters, Constraints(epsilon=0.0))
+    dropped = select(table, most_of_layer_1, parameters, Constraints(epsilon=0.6))
+    assert not kept[table.layer == 1].all()
+    assert dropped[table.layer == 1].all()
+    np.testing.assert_array_equal(kept[table.layer != 1], dropped[table.layer != 1])
+
+
+def test_uniform_needs_layers_of_one_width() -> None:
+    table = make_table()
+    uneven = dataclasses.replace(
+        table,
+        **{f.name: getattr(table, f.name)[1:] for f in dataclasses.fields(table) if f.name != "layers"},
+    )
+    with pytest.raises(ConfigError, match=r"uniform: .* attention widths: \[2, 3\]"):
+        select(uneven, 0.2, int(table.cost.sum()), Constraints(uniform=True))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3"])
+def test_costs_are_the_parameters_removed(architecture: str) -> None:
+    model = tiny_model(architecture, kv_heads=2, ratio=3, channels=5)
+    config = model.config
+    table = group_costs(describe(model))
+    bias = 1 if architecture == "qwen2" else 0
+    attention = (3 + 1 + 1) * 4 * (config.hidden_size + bias) + 3 * 4 * config.hidden_size
+    assert set(table.cost[table.kind == 0]) == {attention}
+    assert set(table.cost[table.kind == 1]) == {3 * config.hidden_size}
+    assert len(table) == 3 * (2 + 5)
+
+
+def test_a_nan_importance_is_named() -> None:
+    model = tiny_model()
+    import torch
+
+    scores = Scores([torch.ones(3)] * 3, [torch.full((10,), 6.0)] * 3, [])
+    table = scored_groups(describe(model), scores)
+    assert len(table) == len(group_costs(describe(model)))
+    assert (table.score * table.cost == table.importance).all()
+    assert table.importance[3] == 6.0
+    scores.mlp[1] = torch.tensor([1.0] * 4 + [float("nan")] * 6)
+    with pytest.raises(NonFiniteError, match="mlp group 4 of layer 1"):
+        scored_groups(describe(model), scores)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 3))
+def test_selection_is_linear_in_the_number_of_groups(seed: int) -> None:
+    """A 7B model has 350 thousand groups; a quadratic rule would take minutes."""
+    table = make_table(layers=32, heads=32, channels=3000, seed=seed)
+    start = time.perf_counter()
+    select(table, 0.3, int(table.cost.sum()), Constraints())
+    assert time.perf_counter() - start < 5.0
+
+
+def test_constraints_come_from_the_config() -> None:
+    config = PruneConfig(round_to=8, max_layer_ratio=0.5, epsilon=0.1, freeze_first_n_layers=2)
+    constraints = Constraints.of(config)
+    assert (constraints.round_to, constraints.max_layer_ratio) == (8, 0.5)
+    assert (constraints.epsilon, constraints.freeze_first_n_layers) == (0.1, 2)

@@ -1,0 +1,211 @@
+"""Least squares against independent fp64 maths, and what it may never do."""
+
+import numpy as np
+import pytest
+import torch
+
+from gradprune.errors import NonFiniteError
+from gradprune.models import describe
+from gradprune.models.loss import mean_loss
+from gradprune.models.masks import GroupMasks
+from gradprune.surgery.cut import cut
+from gradprune.surgery.least_squares import BLENDS, least_squares, repair_steps
+from gradprune.surgery.masking import masked, masks_by_block, output_weights_restored
+from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
+
+
+def random_masks(view, seed: int = 0, keep: float = 0.6) -> GroupMasks:
+    generator = torch.Generator().manual_seed(seed)
+
+    def kept(block):
+        if block is None:
+            return torch.empty(0, dtype=torch.bool)
+        chosen = torch.rand(block.groups, generator=generator) < keep
+        chosen[0] = True
+        return chosen
+
+    return GroupMasks(attention=tuple(map(kept, view.attention)), mlp=tuple(map(kept, view.mlp)))
+
+
+def only(view, layer: int, kind: str, kept: torch.Tensor) -> GroupMasks:
+    """Masks that prune a single block."""
+    full = (
+        [torch.ones(b.groups, dtype=torch.bool) for b in view.attention],
+        [torch.ones(b.groups, dtype=torch.bool) for b in view.mlp],
+    )
+    full[kind == "mlp"][layer] = kept
+    return GroupMasks(attention=tuple(full[0]), mlp=tuple(full[1]))
+
+
+def inputs_of(model, linear, ids) -> torch.Tensor:
+    found = []
+    handle = linear.register_forward_pre_hook(lambda _m, args: found.append(args[0].detach().flatten(0, -2)))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    handle.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_one_block_equals_an_independent_lstsq(architecture: str, kind: str) -> None:
+    """argmin ||W x - W' x_K||^2 + ridge ||W' - W_K||^2 as one stacked system, by numpy's SVD."""
+    model, ids = tiny_model(architecture, kv_heads=3, channels=10), tiny_ids(samples=6)
+    view = describe(model)
+    block = (view.attention if kind == "attention" else view.mlp)[1]
+    kept = torch.arange(block.groups) % 3 != 1
+    x = inputs_of(model, block.output.linear, ids).numpy()
+    w = block.output.linear.weight.detach().numpy().copy()
+    k = block.output.columns_of(kept.nonzero().flatten()).numpy()
+    ridge = 0.1 * np.mean((x[:, k] ** 2).sum(0))
+    left = np.concatenate([x[:, k], np.sqrt(ridge) * np.eye(len(k))])
+    right = np.concatenate([x @ w.T, np.sqrt(ridge) * w[:, k].T])
+    expected = np.linalg.lstsq(left, right, rcond=None)[0].T
+    least_squares(model, view, only(view, 1, kind, kept), [ids], [], blends=(0.0,), ridges=(0.1,))
+    found = block.output.linear.weight.detach().numpy()
+    np.testing.assert_allclose(found[:, k], expected, rtol=1e-9, atol=1e-12)
+    assert not np.delete(found, k, axis=1).any()
+
+
+def test_removed_channels_that_are_combinations_of_kept_ones_cost_nothing() -> None:
+    model, ids = tiny_model(channels=10), tiny_ids(samples=6)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            # Channels 7 to 9 are twice, three times and minus channels 0 to 2: up scales, gate is the same.
+            layer.mlp.gate_proj.weight[7:] = layer.mlp.gate_proj.weight[:3]
+            layer.mlp.up_proj.weight[7:] = layer.mlp.up_proj.weight[:3] * torch.tensor([[2.0], [3.0], [-1.0]])
+        dense = model(ids).logits
+    view = describe(model)
+    kept = torch.arange(10) < 7
+    masks = GroupMasks(
+        attention=tuple(torch.ones(b.groups, dtype=torch.bool) for b in view.attention), mlp=(kept, kept, kept)
+    )
+    with masked(view, masks), torch.no_grad():
+        assert (model(ids).logits - dense).abs().max() > 1e-3
+    least_squares(model, view, masks, [ids], [], ridges=(1e-12,))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, dense, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_block_is_worse_on_the_calibration_data(seed: int, blend: float) -> None:
+    model, ids = tiny_model(seed=seed, channels=12, dtype=torch.float32), tiny_ids(samples=6, seed=seed)
+    view = describe(model)
+    repairs = least_squares(model, view, random_masks(view, seed), [ids], [], blends=(blend,))
+    assert repairs
+    assert all(repair.error <= repair.error_before for repair in repairs)
+    assert any(repair.error < 0.99 * repair.error_before for repair in repairs)
+
+
+def test_blocks_are_solved_in_order_on_the_model_repaired_so_far() -> None:
+    """The second layer's solution fits the inputs it gets behind the repaired first layer, not the dense ones."""
+    model, ids = tiny_model(channels=10), tiny_ids(samples=6)
+    view, twin = describe(model), tiny_model(channels=10)
+    masks = random_masks(view, 3)
+    least_squares(model, view, masks, [ids], [], blends=(0.0,), ridges=(0.1,))
+    twin_view = describe(twin)
+    for (block, kept), solved in zip(masks_by_block(twin_view, masks), view.blocks(), strict=True):
+        linear = block.output.linear
+        if not kept.all():
+            x = inputs_of(twin, linear, ids)
+            k = block.output.columns_of(kept.nonzero().flatten())
+            gram = x.T @ x
+            unit = gram[k][:, k].diagonal().mean()
+            right = linear.weight.detach() @ gram[:, k] + 0.1 * unit * linear.weight.detach()[:, k]
+            expected = torch.linalg.solve(gram[k][:, k] + 0.1 * unit * torch.eye(len(k)).double(), right.T).T
+            torch.testing.assert_close(solved.output.linear.weight.detach()[:, k], expected, rtol=1e-8, atol=1e-10)
+            with torch.no_grad():
+                linear.weight.zero_()
+                linear.weight[:, k] = expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_a_blend_brings_the_loss_closer_than_pruning_alone(architecture: str) -> None:
+    model, ids = tiny_model(architecture, channels=24, dtype=torch.float32), tiny_ids(samples=24, tokens=12)
+    view, batches = describe(model), list(ids.split(8))
+    masks = random_masks(view, 1)
+    with torch.no_grad():
+        dense = model(ids).logits
+        with masked(view, masks):
+            pruned = (model(ids).logits - dense).square().mean()
+        for blend in BLENDS:
+            with output_weights_restored(view, masks):
+                least_squares(model, view, masks, batches, [], blends=(blend,))
+                assert (model(ids).logits - dense).square().mean() < 0.9 * pruned
+
+
+def test_the_blend_with_the_least_held_out_loss_is_kept() -> None:
+    model, ids = tiny_model(channels=16, dtype=torch.float32), tiny_ids(samples=16)
+    view, samples, held_out = describe(model), [ids[:8]], [ids[8:]]
+    masks = random_masks(view, 2)
+    losses = {}
+    for blend in BLENDS:
+        with output_weights_restored(view, masks):
+            least_squares(model, view, masks, samples, held_out, blends=(blend,))
+            losses[blend] = mean_loss(model, held_out)
+    with output_weights_restored(view, masks):
+        repairs = least_squares(model, view, masks, samples, held_out)
+        assert mean_loss(model, held_out) == min(losses.values())
+        assert {repair.blend for repair in repairs} == {min(losses, key=losses.get)}
+
+
+def test_the_cut_model_computes_what_the_repaired_one_does() -> None:
+    model, ids = tiny_model("qwen2", channels=12), tiny_ids()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    view = describe(model)
+    masks = random_masks(view, 4, keep=0.5)
+    with output_weights_restored(view, masks):
+        least_squares(model, view, masks, [ids], [])
+        repaired = model(ids).logits.detach()
+        pruned = cut(model, masks)
+    torch.testing.assert_close(pruned(ids).logits, repaired, rtol=1e-9, atol=1e-10)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_blocks_that_keep_everything_or_nothing_are_left_alone() -> None:
+    model, ids = tiny_model(), tiny_ids()
+    view = describe(model)
+    masks = only(view, 1, "mlp", torch.zeros(10, dtype=torch.bool))
+    steps = []
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert least_squares(model, view, masks, [ids], [ids], advance=lambda: steps.append(1)) == []
+    assert len(steps) == repair_steps(view)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
+    assert changed == {"model.layers.1.mlp.down_proj.weight"}
+    assert not view.mlp[1].output.linear.weight.any()
+
+
+def test_bf16_weights_are_rounded_once() -> None:
+    model = tiny_model(channels=16, dtype=torch.float32)
+    ids = tiny_ids(samples=8)
+    low = tiny_model(channels=16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for a, b in zip(model.parameters(), low.parameters(), strict=True):
+            a.copy_(b)
+    for each in (model, low):
+        view = describe(each)
+        least_squares(each, view, random_masks(view, 5), [ids], [], blends=(0.0,), ridges=(0.1,))
+    assert low.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
+    a, b = (each.model.layers[0].mlp.down_proj.weight.float() for each in (model, low))
+    torch.testing.assert_close(b, a, rtol=0.1, atol=0.03)
+
+
+def test_constant_inputs_that_do_not_factor_are_solved_with_more_ridge() -> None:
+    model, ids = tiny_model(channels=10), tiny_ids()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.zero_()  # every input of down_proj is 0
+    view = describe(model)
+    before = view.mlp[0].output.linear.weight.detach().clone()
+    kept = torch.arange(10) < 6
+    least_squares(model, view, only(view, 0, "mlp", kept), [ids], [], ridges=(0.0,))
+    assert torch.equal(view.mlp[0].output.linear.weight[:, :6], before[:, :6])
+
+
+def test_a_nan_input_is_named() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    view = describe(model)
+    with pytest.raises(NonFiniteError, match=r"layer 1's down_proj is not finite"):
+        least_squares(model, view, only(view, 1, "mlp", torch.arange(10) < 6), [tiny_ids()], [])
