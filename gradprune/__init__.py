@@ -30,7 +30,7 @@ _HOME = {
     "PruneConfig": "gradprune.config",
     "PruneResult": "gradprune.result",
     "adaptive_gradient_scaling": "gradprune.vanishing.in_place",
-    "load_pruned": "gradprune.checkpoint",
+    "load_pruned": "gradprune.checkpoint.load",
     "normalize_gradients_per_layer": "gradprune.vanishing.in_place",
     "prune": "gradprune.pipeline",
     "weight_gradients_by_depth": "gradprune.vanishing.in_place",

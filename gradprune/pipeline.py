@@ -20,6 +20,7 @@ from gradprune.evaluation.size import model_size, weight_bytes_on_disk
 from gradprune.evaluation.speed import throughput
 from gradprune.models import PrunableModel, describe
 from gradprune.models.masks import GroupMasks
+from gradprune.models.widths import plain_widths
 from gradprune.ops.dispatch import select_ops
 from gradprune.progress import QUIET, Clock, progress
 from gradprune.report.folder import summarize, write_results
@@ -27,7 +28,7 @@ from gradprune.report.html import write_curve_report
 from gradprune.result import Measured, PruneResult
 from gradprune.scoring.scoring import Scoring, score_groups
 from gradprune.scoring.selection import Constraints, check_reachable, select
-from gradprune.scoring.table import group_costs
+from gradprune.scoring.table import empty_table
 from gradprune.search import SearchResult, search, with_scoring
 from gradprune.surgery.cut import cut
 from gradprune.surgery.least_squares import BlockRepair, least_squares, repair_steps
@@ -134,8 +135,8 @@ def prune_ratios(
 def _check_reachable(model: PreTrainedModel, view: PrunableModel, parameters: int, config: PruneConfig) -> Constraints:
     """The selection's constraints; raises at once what could not be done after calibration."""
     check_context(model.config, config.seq_len)
-    constraints = Constraints.of(config, _kept_kv_groups(model, view) if config.uniform else None)
-    check_reachable(group_costs(view), config.pruning_ratio, parameters, constraints)
+    constraints = Constraints.of(config, plain_widths(view))
+    check_reachable(empty_table(view), config.pruning_ratio, parameters, constraints)
     return constraints
 
 
@@ -238,12 +239,3 @@ def _perplexity(model: PreTrainedModel, tokens: Tensor, config: PruneConfig, con
         max_windows=config.eval_samples,
         console=console,
     )
-
-
-def _kept_kv_groups(model: PreTrainedModel, view: PrunableModel) -> frozenset[int] | None:
-    """The numbers of KV groups that a plain checkpoint of this architecture can state; None for any."""
-    first = view.attention[0]
-    if not view.architecture.heads_divide_hidden or first is None:
-        return None
-    hidden = model.config.hidden_size
-    return frozenset(n for n in range(1, first.groups + 1) if hidden % (n * first.heads_per_group) == 0)

@@ -185,7 +185,7 @@ def _expected(job: Job, device: str) -> dict[str, dict[str, Tensor]]:
     by_sample, by_batch = (
         engine_scores(model, batch, "reference", reduction, job.recompute) for reduction in ("sample", "batch")
     )
-    sizes = [(block.kind, block.groups) for block in describe(model).blocks()]
+    sizes = [(block.kind.name, block.groups) for block in describe(model).blocks]
     parts = zip(sizes, by_batch["taylor"].split([groups for _, groups in sizes]), strict=True)
     # Torch-Pruning divides a layer's channels by their mean.
     channels = [part / part.mean() for (kind, _), part in parts if kind == "mlp"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +106,7 @@ def _plain(model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -
 
 def _naive(model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -> Outcome:
     """Gradients of batches kept whole, a buffer of g^2 beside them, eager scores, statistics by `.item()`."""
-    blocks = list(describe(model).blocks())
+    blocks = describe(model).blocks
     weights = [entry.linear.weight for block in blocks for entry in block.projections]
     squares = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
     first = _zeros(blocks)
@@ -182,7 +182,7 @@ def _torch_pruning(model: PreTrainedModel, ids: Tensor, importance: Callable[...
 
 def _per_sample(model: PreTrainedModel, batches: Sequence[Tensor], _recompute: bool) -> Outcome:
     """`torch.func.vmap(grad)`: every sample's gradient of the prunable weights at once, then the exact sums."""
-    blocks = list(describe(model).blocks())
+    blocks = describe(model).blocks
     prunable = {entry.linear.weight for block in blocks for entry in block.projections}
     weights = {name: value for name, value in model.named_parameters() if value in prunable}
     names = {value: name for name, value in weights.items()}
@@ -250,5 +250,4 @@ def _means(first: list[Tensor], second: list[Tensor], count: int) -> dict[str, T
 
 def _column(scores: Scores) -> Tensor:
     """[groups], in the order of the model's blocks."""
-    pairs: list[Any] = [part for pair in zip(scores.attention, scores.mlp, strict=True) for part in pair]
-    return torch.cat(pairs)
+    return torch.cat([*scores.importance.values()])

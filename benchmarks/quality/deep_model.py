@@ -82,4 +82,4 @@ def with_split_channels(narrow: LlamaForCausalLM, split: int, copies: int) -> Pr
     channels = torch.arange(copies * width)
     kept = tuple(channels < width * (copies if k == split else 1) for k in range(config.num_hidden_layers))
     heads = tuple(torch.ones(config.num_key_value_heads, dtype=torch.bool) for _ in kept)
-    return cut(model, GroupMasks(attention=heads, mlp=kept), inplace=True)
+    return cut(model, GroupMasks.of_layers(attention=heads, mlp=kept), inplace=True)

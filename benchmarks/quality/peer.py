@@ -71,12 +71,12 @@ def torch_pruning_scores(model: PreTrainedModel, batches: Sequence[Tensor]) -> t
 def uniform_masks(model: PreTrainedModel, heads: list[Tensor], channels: list[Tensor], budget: int) -> GroupMasks:
     """Keep what scores highest in each layer: the same number in all, removing at most `budget` parameters."""
     view = describe(model)
-    attention, mlp = (_first(blocks) for blocks in (view.attention, view.mlp))
+    attention, mlp = (_first(view.of_kind(kind)) for kind in ("attention", "mlp"))
     of_layer = budget // len(view.layers)
     share = of_layer / (attention.groups * attention.cost + mlp.groups * mlp.cost)
     lost_heads = min(int(share * attention.groups), attention.groups - 1)
     lost_channels = min((of_layer - lost_heads * attention.cost) // mlp.cost, mlp.groups - 1)
-    return GroupMasks(
+    return GroupMasks.of_layers(
         attention=tuple(_without_lowest(scores, lost_heads) for scores in heads),
         mlp=tuple(_without_lowest(scores, lost_channels) for scores in channels),
     )

@@ -79,7 +79,7 @@ def _measure(name: str, model: PreTrainedModel, tokens, held_out, deadline: Dead
                 "gradient_fix": fix,
                 "gradient_ratio_before": before,
                 "gradient_ratio_after": after,
-                "first_mlp_pruned": distribution[SPLIT_LAYER].mlp,
+                "first_mlp_pruned": distribution[SPLIT_LAYER].pruned["mlp"],
                 "over_pruned_blocks": len(over_pruned(distribution)),
                 "perplexity": quality(cut(model, masks)),
                 "perplexity_dense": dense,

@@ -15,8 +15,9 @@ from gradprune.calibration.finite import raise_non_finite_gradient, raise_non_fi
 from gradprune.calibration.methods import importance
 from gradprune.config import GRADIENT_METHODS, METHODS, Backend, Method, Reduction, check_gradient_fix
 from gradprune.errors import ConfigError, GradPruneError, NonFiniteError
-from gradprune.models import Kind, describe
+from gradprune.models import BlockKey, describe
 from gradprune.models.loss import sample_losses
+from gradprune.models.masks import per_layer
 from gradprune.ops.dispatch import select_ops
 from gradprune.ops.reference import merge_statistics, scale_statistics
 from gradprune.vanishing.scaling import GradientRepair, resolve_fix, scales_of
@@ -27,17 +28,26 @@ from gradprune.vanishing.statistics import LayerGradients, layer_gradients
 class Scores:
     """Group importances of a model.
 
-    attention: per decoder layer, [n_kv_groups] fp32 on the CPU; of length 0 where the block does not exist.
-    mlp: per decoder layer, [n_channels] fp32 on the CPU, likewise.
+    importance: by block, [groups] fp32 on the CPU. layers: number of decoder layers.
     gradients: per decoder layer that has a block, its gradient statistics before any repair; empty for methods
         without gradients.
     repair: what `gradient_fix` did to them; None for "none" and for methods without gradients.
     """
 
-    attention: list[Tensor]
-    mlp: list[Tensor]
+    importance: dict[BlockKey, Tensor]
+    layers: int
     gradients: list[LayerGradients]
     repair: GradientRepair | None = None
+
+    @property
+    def attention(self) -> list[Tensor]:
+        """Per decoder layer, [n_kv_groups]; of length 0 where there is no attention block."""
+        return per_layer(self.importance, "attention", self.layers, torch.float32)
+
+    @property
+    def mlp(self) -> list[Tensor]:
+        """Per decoder layer, [n_channels]; of length 0 where there is no MLP block."""
+        return per_layer(self.importance, "mlp", self.layers, torch.float32)
 
 
 class ImportanceEngine:
@@ -97,8 +107,7 @@ class ImportanceEngine:
         self.backend = ops.backend
         repaired = gradient_fix != "none"
         self._accumulators = {
-            (block.kind, block.layer): BlockAccumulator(block, reduction, ops, repaired=repaired)
-            for block in self._view.blocks()
+            block.key: BlockAccumulator(block, reduction, ops, repaired=repaired) for block in self._view.blocks
         }
         self._samples: list[Tensor] = []
         self._losses: list[Tensor] = []
@@ -167,21 +176,21 @@ class ImportanceEngine:
         if method != "magnitude" and not self._losses:
             raise GradPruneError(f"scores: '{method}' needs calibration; call step(input_ids) first")
         self._check_finite(since=0)
-        layers = range(len(self._view.layers))
+        layers = len(self._view.layers)
         gradients = self.gradients()
         repair = self._repair(gradients) if gradients and self.gradient_fix != "none" else None
         # Batches were repaired as they came.
-        scales = repair.scales if repair and self.reduction == "sample" else [1.0] * len(layers)
+        scales = repair.scales if repair and self.reduction == "sample" else [1.0] * layers
         with torch.no_grad():
             return Scores(
-                attention=[self._importance("attention", layer, method, scales[layer]) for layer in layers],
-                mlp=[self._importance("mlp", layer, method, scales[layer]) for layer in layers],
+                importance={key: self._importance(key, method, scales[key.layer]) for key in self._accumulators},
+                layers=layers,
                 gradients=gradients,
                 repair=repair,
             )
 
-    def part(self, name: str) -> dict[tuple[Kind, int], Tensor]:
-        """[groups] fp64 on the CPU by (kind, layer): one of `gradprune.calibration.methods.PARTS`, before any repair.
+    def part(self, name: str) -> dict[BlockKey, Tensor]:
+        """[groups] fp64 on the CPU by block: one of `gradprune.calibration.methods.PARTS`, before any repair.
 
         With `reduction="batch"` the batches have been repaired as they came.
         """
@@ -197,8 +206,8 @@ class ImportanceEngine:
         """The same of one step's samples (its batch) alone; steps are counted from 0."""
         return self._gradients(slice(step, step + 1), self._gradient_counts[step])
 
-    def gate_gradients(self) -> dict[tuple[Kind, int], float]:
-        """Gradient of the mean loss to a gate (of value 1) on each block's output, by (kind, layer)."""
+    def gate_gradients(self) -> dict[BlockKey, float]:
+        """Gradient of the mean loss to a gate (of value 1) on each block's output, by block."""
         return {key: torch.cat(entry.gates).mean().item() for key, entry in self._accumulators.items()}
 
     @property
@@ -216,25 +225,22 @@ class ImportanceEngine:
         if self.reduction == "batch" and self.gradient_fix != "none":
             scales = scales_of(self.gradient_fix, self.gradients_of_step(len(self._samples) - 1), len(scales))
         with torch.no_grad():
-            for (_, layer), accumulator in self._accumulators.items():
-                accumulator.commit(scales[layer])
+            for key, accumulator in self._accumulators.items():
+                accumulator.commit(scales[key.layer])
 
     def _repair(self, gradients: list[LayerGradients]) -> GradientRepair:
         fix, layers = resolve_fix(self.gradient_fix, gradients), len(self._view.layers)
         if self.reduction == "sample":
             scales = scales_of(fix, gradients, layers)
             return GradientRepair(fix, scales, [layer.scaled(scales[layer.layer]) for layer in gradients])
-        by_layer = {layer: accumulator.scales for (_, layer), accumulator in self._accumulators.items()}
+        by_layer = {key.layer: accumulator.scales for key, accumulator in self._accumulators.items()}
         scales = [
             math.fsum(by_layer[layer]) / len(by_layer[layer]) if layer in by_layer else 1.0 for layer in range(layers)
         ]
         return GradientRepair(fix, scales, self._gradients(slice(None), self._count, by_layer))
 
-    def _importance(self, kind: Kind, layer: int, method: Method, scale: float) -> Tensor:
-        accumulator = self._accumulators.get((kind, layer))
-        if accumulator is None:
-            return torch.empty(0)
-        count = self._count
+    def _importance(self, key: BlockKey, method: Method, scale: float) -> Tensor:
+        accumulator, count = self._accumulators[key], self._count
         return importance(method, lambda name: accumulator.part(name, count), scale).float().cpu()  # type: ignore[no-any-return]
 
     def _gradients(
@@ -243,7 +249,7 @@ class ImportanceEngine:
         """Statistics over the `count` gradients of some steps, times the scales of each layer's steps."""
         if self.method not in GRADIENT_METHODS or not self._losses:
             return []
-        layers = sorted({layer for _, layer in self._accumulators})
+        layers = sorted({key.layer for key in self._accumulators})
         return [
             layer_gradients(layer, *self._statistics(layer, steps, scales[layer] if scales else None), count)
             for layer in layers
@@ -254,16 +260,13 @@ class ImportanceEngine:
     ) -> tuple[dict[str, list[float]], dict[str, int]]:
         """The layer's statistics and number of elements by weight name."""
         statistics, elements = {}, {}
-        for kind, module in (("attention", self._view.architecture.attention), ("mlp", self._view.architecture.mlp)):
-            accumulator = self._accumulators.get((kind, layer))  # type: ignore[arg-type]
-            if accumulator is None:
-                continue
-            for entry in accumulator.block.projections:
-                of_steps = torch.stack(accumulator.statistics[entry.path][steps])
+        for block in self._view.of_layer(layer):
+            for entry in block.projections:
+                of_steps = torch.stack(self._accumulators[block.key].statistics[entry.path][steps])
                 if scales is not None:
                     of_steps = scale_statistics(of_steps, scales)
-                statistics[f"{module}.{entry.path}"] = merge_statistics(of_steps).tolist()
-                elements[f"{module}.{entry.path}"] = entry.linear.weight.numel()
+                statistics[f"{block.path}.{entry.path}"] = merge_statistics(of_steps).tolist()
+                elements[f"{block.path}.{entry.path}"] = entry.linear.weight.numel()
         return statistics, elements
 
     def _check_finite(self, since: int) -> None:
@@ -276,8 +279,8 @@ class ImportanceEngine:
         raise_non_finite_loss(self._model, self._view, self._samples[since:], losses, first)
         unit = "sample" if self.reduction == "sample" else "batch"
         raise_non_finite_gradient(gates, unit, first if unit == "sample" else since)
-        for (_, layer), entry in self._accumulators.items():
+        for key, entry in self._accumulators.items():
             for path, statistics in entry.statistics.items():
                 overflowing = sum(int(of_step[4]) for of_step in statistics[since:])
                 if overflowing:
-                    raise NonFiniteError(f"gradient: {overflowing} elements of layer {layer}'s {path} overflow")
+                    raise NonFiniteError(f"gradient: {overflowing} elements of layer {key.layer}'s {path} overflow")

@@ -21,8 +21,7 @@ from gradprune.calibration.methods import PARTS, importance
 from gradprune.calibration.priors import Priors
 from gradprune.config import Method, Prior, PruneConfig, Reduction
 from gradprune.errors import CheckpointError, ConfigError, NonFiniteError
-from gradprune.models import describe
-from gradprune.models.blocks import KINDS
+from gradprune.models import BlockKey, describe
 from gradprune.vanishing.scaling import GradientRepair, resolve_fix, scales_of
 from gradprune.vanishing.statistics import LayerGradients
 
@@ -133,29 +132,26 @@ class Evidence:
 def fingerprint(model: PreTrainedModel) -> str:
     """A digest of the prunable layers' shapes and of some of each one's weights."""
     digest = hashlib.sha256(str(model.config.model_type).encode())
-    for block in describe(model).blocks():
+    for block in describe(model).blocks:
         for entry in block.projections:
             weight = entry.linear.weight.detach()
-            digest.update(f"{block.kind} {block.layer} {entry.path} {tuple(weight.shape)}".encode())
+            digest.update(f"{block.kind.name} {block.layer} {entry.path} {tuple(weight.shape)}".encode())
             digest.update(weight[:: max(1, len(weight) // 8), :64].double().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def _column(engine: ImportanceEngine, part: str) -> NDArray[np.float64]:
     blocks = engine.part(part)
-    layers = sorted({layer for _, layer in blocks})
-    for (kind, layer), values in blocks.items():
+    for (layer, kind), values in blocks.items():
         bad = (~values.isfinite()).nonzero()
         if len(bad):
             raise NonFiniteError(f"importance ({part}) of {kind} group {int(bad[0])} of layer {layer} is not finite")
-    return np.concatenate(
-        [blocks[kind, layer].numpy() for layer in layers for kind in KINDS if (kind, layer) in blocks]
-    )
+    return np.concatenate([values.numpy() for values in blocks.values()])
 
 
 def _priors_to_json(priors: Priors) -> dict[str, Any]:
     return {
-        "block": [[kind, layer, value] for (kind, layer), value in priors.block.items()],
+        "block": [[kind, layer, value] for (layer, kind), value in priors.block.items()],
         "layer": [[layer, value] for layer, value in priors.layer.items()],
     }
 
@@ -166,7 +162,7 @@ def _from_json(record: dict[str, Any], parts: dict[str, NDArray[np.float64]]) ->
     repair = record.pop("repair")
     priors = {
         name: Priors(
-            block={(kind, layer): value for kind, layer, value in found["block"]},
+            block={BlockKey(layer, kind): value for kind, layer, value in found["block"]},
             layer=dict(found["layer"]),
         )
         for name, found in record.pop("priors").items()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gradprune.errors import NonFiniteError
-from gradprune.models import Kind, PrunableModel
+from gradprune.models import BlockKey, PrunableModel
 
 
 def raise_non_finite_loss(
@@ -36,11 +36,11 @@ def raise_non_finite_loss(
     )
 
 
-def raise_non_finite_gradient(gates: dict[tuple[Kind, int], Tensor], unit: str, first: int) -> None:
+def raise_non_finite_gradient(gates: dict[BlockKey, Tensor], unit: str, first: int) -> None:
     """Raise if a block's gradient is not finite, naming the sample (batch) and the layer it arose in.
 
     Args:
-        gates: per (kind, layer), [K]: the gradient of a gate on the block's output, by sample or by batch.
+        gates: per block, [K]: the gradient of a gate on the block's output, by sample or by batch.
         unit: "sample" or "batch".
         first: number of entry 0 in the calibration set.
 
@@ -48,7 +48,7 @@ def raise_non_finite_gradient(gates: dict[tuple[Kind, int], Tensor], unit: str, 
         NonFiniteError
     """
     # The backward pass meets the last block first, so the last bad block is where it arose.
-    for (kind, layer), values in reversed(gates.items()):
+    for (layer, kind), values in reversed(gates.items()):
         bad = (~values.isfinite()).nonzero()
         if len(bad):
             raise NonFiniteError(

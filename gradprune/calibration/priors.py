@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gradprune.calibration.engine import ImportanceEngine
-from gradprune.models import Kind, PrunableModel
+from gradprune.models import Block, BlockKey, PrunableModel
 from gradprune.models.loss import mean_loss, sample_losses
 
 
@@ -25,11 +25,11 @@ from gradprune.models.loss import mean_loss, sample_losses
 class Priors:
     """How much each block and each layer matters.
 
-    block: by (kind, layer), for every existing block.
+    block: for every existing block.
     layer: by layer, for every layer with a block.
     """
 
-    block: dict[tuple[Kind, int], float]
+    block: dict[BlockKey, float]
     layer: dict[int, float]
 
 
@@ -44,7 +44,7 @@ def removal_priors(
         advance: called after each of the `removal_steps(view)` measurements.
     """
     modules: dict[int, list[nn.Module]] = {}
-    for block in view.blocks():
+    for block in view.blocks:
         modules.setdefault(block.layer, []).append(block.module)
     dense = mean_loss(model, batches)
 
@@ -55,15 +55,14 @@ def removal_priors(
         return loss - dense
 
     return Priors(
-        block={(block.kind, block.layer): without([block.module]) for block in view.blocks()},
+        block={block.key: without([block.module]) for block in view.blocks},
         layer={layer: without(removed) for layer, removed in modules.items()},
     )
 
 
 def removal_steps(view: PrunableModel) -> int:
     """How many losses `removal_priors` measures after the dense one."""
-    blocks = list(view.blocks())
-    return len(blocks) + len({block.layer for block in blocks})
+    return len(view.blocks) + len({block.layer for block in view.blocks})
 
 
 def similarity_priors(
@@ -82,8 +81,8 @@ def similarity_priors(
             sample_losses(model, batch.to(model.device))
             advance()
     return Priors(
-        block={(block.kind, block.layer): probe.distance(block.kind, block.layer) for block in view.blocks()},
-        layer={block.layer: probe.distance("layer", block.layer) for block in view.blocks()},
+        block={block.key: probe.distance(block.key) for block in view.blocks},
+        layer={block.layer: probe.distance(block.layer) for block in view.blocks},
     )
 
 
@@ -94,8 +93,8 @@ def taylor_priors(engine: ImportanceEngine) -> Priors:
     """
     gates = engine.gate_gradients()
     layers: dict[int, float] = {}
-    for (_, layer), gradient in gates.items():
-        layers[layer] = layers.get(layer, 0.0) + gradient
+    for key, gradient in gates.items():
+        layers[key.layer] = layers.get(key.layer, 0.0) + gradient
     return Priors(
         block={key: abs(gradient) for key, gradient in gates.items()},
         layer={layer: abs(gradient) for layer, gradient in layers.items()},
@@ -122,24 +121,22 @@ class _ResidualProbe:
 
     def __init__(self, view: PrunableModel) -> None:
         self._view = view
-        self._cosines: dict[tuple[str, int], Tensor] = {}
-        self._tokens: dict[tuple[str, int], int] = {}
+        self._cosines: dict[BlockKey | int, Tensor] = {}
+        self._tokens: dict[BlockKey | int, int] = {}
         self._input: Tensor | None = None
-        self._middle: Tensor | None = None
+        self._stream: Tensor | None = None
 
-    def distance(self, part: str, layer: int) -> float:
-        """1 - mean cosine across part "attention", "mlp" or "layer" of a layer."""
-        return 1.0 - self._cosines[part, layer].item() / self._tokens[part, layer]
+    def distance(self, of: BlockKey | int) -> float:
+        """1 - mean cosine across a block, or across the layer of that index."""
+        return 1.0 - self._cosines[of].item() / self._tokens[of]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         handles = []
         for index, layer in enumerate(self._view.layers):
-            attention = self._view.attention[index]
             handles.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
-            if attention is not None:
-                handles.append(attention.module.register_forward_hook(self._after_attention(index)))
             handles.append(layer.register_forward_hook(self._after_layer(index)))
+        handles += [block.module.register_forward_hook(self._after_block(block)) for block in self._view.blocks]
         try:
             yield
         finally:
@@ -148,28 +145,25 @@ class _ResidualProbe:
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._input = args[0] if args else kwargs["hidden_states"]
-        self._middle = self._input
+        self._stream = self._input
 
-    def _after_attention(self, layer: int) -> Callable[..., None]:
+    def _after_block(self, block: Block) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            assert self._input is not None
-            self._middle = self._input + (output[0] if isinstance(output, tuple) else output)
-            self._add("attention", layer, self._input, self._middle)
+            assert self._stream is not None
+            after = self._stream + (output[0] if isinstance(output, tuple) else output)
+            self._add(block.key, self._stream, after)
+            self._stream = after
 
         return hook
 
     def _after_layer(self, layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             assert self._input is not None
-            assert self._middle is not None
-            after = output[0] if isinstance(output, tuple) else output
-            self._add("mlp", layer, self._middle, after)
-            self._add("layer", layer, self._input, after)
+            self._add(layer, self._input, output[0] if isinstance(output, tuple) else output)
 
         return hook
 
-    def _add(self, part: str, layer: int, before: Tensor, after: Tensor) -> None:
+    def _add(self, of: BlockKey | int, before: Tensor, after: Tensor) -> None:
         cosine = F.cosine_similarity(before.double(), after.double(), dim=-1)
-        key = (part, layer)
-        self._cosines[key] = self._cosines.get(key, torch.zeros((), device=cosine.device)) + cosine.sum()
-        self._tokens[key] = self._tokens.get(key, 0) + cosine.numel()
+        self._cosines[of] = self._cosines.get(of, torch.zeros((), device=cosine.device)) + cosine.sum()
+        self._tokens[of] = self._tokens.get(of, 0) + cosine.numel()

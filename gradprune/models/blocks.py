@@ -1,17 +1,16 @@
-"""Views of a loaded model's prunable blocks: which rows and columns of which weights form each group."""
+"""The prunable blocks of a loaded model: which rows and columns of which weights form each group."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gradprune.errors import UnsupportedArchitectureError
-from gradprune.models.architecture import ARCHITECTURES, Architecture, InputProjection
-
-Kind = Literal["attention", "mlp"]
+from gradprune.models.architecture import ARCHITECTURES, Architecture, BlockLayout
+from gradprune.models.kinds import KINDS, BlockKey, Kind
 
 
 @dataclass(frozen=True)
@@ -62,20 +61,28 @@ class OutputLinear:
 
 @dataclass(frozen=True)
 class Block:
-    """One attention or MLP block of a decoder layer, with `groups` prunable groups.
+    """One block of a decoder layer, with `groups` prunable groups.
 
+    path: the block's attribute in the decoder layer; module: what is there.
+    inputs, output: its projections, whose rows and columns belong to groups.
     cost: parameters removed with one group, biases included.
-    head_dim: width of an attention head; 1 in an MLP.
+    head_dim: width of an attention head; 1 where a group is a single channel.
     """
 
     kind: Kind
     layer: int
+    path: str
     module: nn.Module
     inputs: tuple[InputLinear, ...]
     output: OutputLinear
     groups: int
     cost: int
     head_dim: int
+
+    @property
+    def key(self) -> BlockKey:
+        """Names the block in mappings."""
+        return BlockKey(self.layer, self.kind.name)
 
     @property
     def heads_per_group(self) -> int:
@@ -90,20 +97,35 @@ class Block:
 
 @dataclass(frozen=True)
 class PrunableModel:
-    """The prunable view of a model: its architecture, decoder layers, and per layer its blocks.
+    """A model and its prunable blocks. Cutting or replacing a block makes it stale: `describe` the model again.
 
-    A block that an earlier pruning removed is None.
+    blocks: the existing ones in the order in which they add to the residual stream; blocks that an earlier pruning
+        removed are not among them.
     """
 
+    model: PreTrainedModel
     architecture: Architecture
     layers: nn.ModuleList
-    attention: list[Block | None]
-    mlp: list[Block | None]
+    blocks: tuple[Block, ...]
 
-    def blocks(self) -> Iterator[Block]:
-        """All existing blocks in the order the data passes them: attention 0, mlp 0, attention 1, ..."""
-        for pair in zip(self.attention, self.mlp, strict=True):
-            yield from (block for block in pair if block is not None)
+    def of_layer(self, layer: int) -> tuple[Block, ...]:
+        """The existing blocks of one decoder layer, in order."""
+        return tuple(block for block in self.blocks if block.layer == layer)
+
+    def of_kind(self, kind: str) -> list[Block | None]:
+        """Per decoder layer, its block of the kind of that name; None where it does not exist."""
+        found = {block.layer: block for block in self.blocks if block.kind.name == kind}
+        return [found.get(layer) for layer in range(len(self.layers))]
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the whole model, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
 
 
 def supported_architectures() -> str:
@@ -126,70 +148,72 @@ def describe(model: PreTrainedModel) -> PrunableModel:
         )
     layers = model.get_submodule(architecture.layers)
     assert isinstance(layers, nn.ModuleList)
-    return PrunableModel(
-        architecture,
-        layers,
-        [_attention_block(architecture, layer, index) for index, layer in enumerate(layers)],
-        [_mlp_block(architecture, layer, index) for index, layer in enumerate(layers)],
-    )
+    return PrunableModel(model, architecture, layers, tuple(_blocks(architecture, layers)))
 
 
-def _attention_block(architecture: Architecture, layer: nn.Module, index: int) -> Block | None:
-    module = layer.get_submodule(architecture.attention)
-    if not hasattr(module, architecture.attention_output):
-        return None
-    output = _linear(module, architecture.attention_output, index)
-    linears = [_linear(module, projection.path, index) for projection in architecture.attention_inputs]
-    head_dim = int(getattr(module, "head_dim"))  # noqa: B009 - nn.Module's __getattr__ is typed Tensor | Module
-    heads = output.in_features // head_dim
-    kv_heads = (sum(linear.out_features for linear in linears) // head_dim - heads) // 2
-    rows = {"q": heads // kv_heads * head_dim, "k": head_dim, "v": head_dim}
-    return _block(
-        "attention",
-        index,
-        module,
-        architecture.attention_inputs,
-        linears,
-        rows,
-        architecture.attention_output,
-        kv_heads,
-    )
+def _blocks(architecture: Architecture, layers: nn.ModuleList) -> Iterator[Block]:
+    for index, layer in enumerate(layers):
+        for layout in architecture.blocks:
+            module = layer.get_submodule(layout.module)
+            # What stands in for a removed block has no projections.
+            if hasattr(module, layout.output):
+                yield _block(layout, module, index)
 
 
-def _mlp_block(architecture: Architecture, layer: nn.Module, index: int) -> Block | None:
-    module = layer.get_submodule(architecture.mlp)
-    if not hasattr(module, architecture.mlp_output):
-        return None
-    output = _linear(module, architecture.mlp_output, index)
-    linears = [_linear(module, projection.path, index) for projection in architecture.mlp_inputs]
-    rows = {"gate": 1, "up": 1}
-    return _block(
-        "mlp", index, module, architecture.mlp_inputs, linears, rows, architecture.mlp_output, output.in_features
-    )
-
-
-def _block(
-    kind: Kind,
-    layer: int,
-    module: nn.Module,
-    projections: tuple[InputProjection, ...],
-    linears: list[nn.Linear],
-    rows: dict[str, int],
-    output_path: str,
-    groups: int,
-) -> Block:
-    output = _linear(module, output_path, layer)
+def _block(layout: BlockLayout, module: nn.Module, layer: int) -> Block:
+    output = _linear(module, layout.output, layer)
+    linears = [_linear(module, projection.path, layer) for projection in layout.inputs]
+    shape = _GROUP_SHAPES[layout.kind](module, linears, output)
+    columns = output.in_features // shape.groups
     inputs = []
-    cost = output.weight.shape[0] * (output.in_features // groups)
-    for projection, linear in zip(projections, linears, strict=True):
+    cost = output.out_features * columns
+    for projection, linear in zip(layout.inputs, linears, strict=True):
         parts, offset = [], 0
         for name in projection.parts:
-            parts.append(Part(offset, rows[name]))
-            offset += rows[name] * groups
+            parts.append(Part(offset, shape.rows[name]))
+            offset += shape.rows[name] * shape.groups
         inputs.append(InputLinear(projection.path, linear, tuple(parts)))
         cost += sum(part.rows for part in parts) * (linear.in_features + (linear.bias is not None))
-    output_linear = OutputLinear(output_path, output, output.in_features // groups)
-    return Block(kind, layer, module, tuple(inputs), output_linear, groups, cost, rows.get("k", 1))
+    return Block(
+        _KINDS[layout.kind],
+        layer,
+        layout.module,
+        module,
+        tuple(inputs),
+        OutputLinear(layout.output, output, columns),
+        shape.groups,
+        cost,
+        shape.head_dim,
+    )
+
+
+@dataclass(frozen=True)
+class _GroupShape:
+    """groups: of the block. rows: of one group, by part of the input projections. head_dim: as in `Block`."""
+
+    groups: int
+    rows: dict[str, int]
+    head_dim: int
+
+
+def _kv_groups(module: nn.Module, inputs: list[nn.Linear], output: nn.Linear) -> _GroupShape:
+    """A group is a KV head with its query heads."""
+    head_dim = int(getattr(module, "head_dim"))  # noqa: B009 - nn.Module's __getattr__ is typed Tensor | Module
+    heads = output.in_features // head_dim
+    kv_heads = (sum(linear.out_features for linear in inputs) // head_dim - heads) // 2
+    return _GroupShape(kv_heads, {"q": heads // kv_heads * head_dim, "k": head_dim, "v": head_dim}, head_dim)
+
+
+def _channels(_module: nn.Module, _inputs: list[nn.Linear], output: nn.Linear) -> _GroupShape:
+    """A group is one intermediate channel."""
+    return _GroupShape(output.in_features, {"gate": 1, "up": 1}, 1)
+
+
+_KINDS: dict[str, Kind] = {kind.name: kind for kind in KINDS}
+_GROUP_SHAPES: dict[str, Callable[[nn.Module, list[nn.Linear], nn.Linear], _GroupShape]] = {
+    "attention": _kv_groups,
+    "mlp": _channels,
+}
 
 
 def _linear(module: nn.Module, path: str, layer: int) -> nn.Linear:
@@ -200,6 +224,3 @@ def _linear(module: nn.Module, path: str, layer: int) -> nn.Linear:
             "gradprune prunes plain floating-point nn.Linear layers (load the model unquantised, merge adapters)"
         )
     return linear
-
-
-KINDS: tuple[Kind, Kind] = ("attention", "mlp")

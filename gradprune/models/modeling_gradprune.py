@@ -1,17 +1,18 @@
 """Causal language models whose decoder layers differ in width, as gradprune writes them.
 
-This file stands beside the weights of a pruned checkpoint and needs only torch and transformers:
+This file is saved beside the weights of a pruned checkpoint and needs only torch and transformers:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-`config.json` has transformers' `per_layer_config`: a map from layer index to what differs from the model's
-global values: `num_key_value_heads`, `num_attention_heads` (left out where the architecture's configuration class
-does not accept it there: it is then `num_key_value_heads` times the model's own ratio), `intermediate_size`,
-and `skip`, a list with "attention" or "mlp" for a block that is gone and passes the residual stream through.
+`config.json` uses transformers' `per_layer_config`, which maps a layer's index to the values that differ from the
+model's global ones: `num_key_value_heads`; `num_attention_heads` (left out where the architecture's configuration class
+does not accept it per layer, and then `num_key_value_heads` times the model's ratio); `intermediate_size`; and `skip`,
+the names of the blocks ("attention", "mlp") that are gone, past which the residual stream is unchanged.
 """
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,11 +29,11 @@ from transformers import (
 class DroppedAttention(nn.Module):
     """An attention block that is gone: adds nothing to the residual stream.
 
-    Caches ask their first layers how many tokens they hold, so it still stores a single head, which nobody reads.
+    It still caches one head, never read, because a cache asks its first layers how many tokens it holds.
     """
 
     def __init__(self, head_dim: int, layer_idx: int) -> None:
-        """head_dim: width of the cached head; layer_idx: this layer's place in the cache."""
+        """head_dim: width of the cached head; layer_idx: the layer's index in the cache."""
         super().__init__()
         self.head_dim = head_dim
         self.layer_idx = layer_idx
@@ -42,7 +43,7 @@ class DroppedAttention(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """hidden_states: [B, T, H]; returns zeros like it, and no attention weights."""
         if past_key_values is not None:
-            # Not zeros: older static caches place tokens by cache_position and count those whose key is not zero.
+            # Ones, because older static caches count the tokens whose key is not zero.
             ones = hidden_states.new_ones(hidden_states.shape[0], 1, hidden_states.shape[1], self.head_dim)
             past_key_values.update(ones, ones, self.layer_idx, {"cache_position": cache_position})
         return torch.zeros_like(hidden_states), None
@@ -56,8 +57,38 @@ class DroppedMLP(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
+class BlockPlace(NamedTuple):
+    """Where a kind of block is in a decoder layer of every class below.
+
+    module, norm: attributes of the layer, the norm being the one before the block.
+    rebuild: from the stock module, the layer's configuration and the layer's index, the module at its own width.
+    stand_in: from the stock module, what takes its place where the block is gone.
+    """
+
+    module: str
+    norm: str
+    rebuild: Callable[[Any, PreTrainedConfig, int], nn.Module]
+    stand_in: Callable[[Any], nn.Module]
+
+
+BLOCKS: dict[str, BlockPlace] = {
+    "attention": BlockPlace(
+        "self_attn",
+        "input_layernorm",
+        rebuild=lambda stock, config, index: type(stock)(config, index),
+        stand_in=lambda stock: DroppedAttention(stock.head_dim, stock.layer_idx),
+    ),
+    "mlp": BlockPlace(
+        "mlp",
+        "post_attention_layernorm",
+        rebuild=lambda stock, config, _index: type(stock)(config),
+        stand_in=lambda _stock: DroppedMLP(),
+    ),
+}
+
+
 class PerLayerWidths:
-    """Mixin for a stock `...ForCausalLM` class: builds each decoder layer at the widths its configuration gives it."""
+    """Mixin for a stock `...ForCausalLM` class: builds each decoder layer at its own widths."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         """config: the architecture's own, with `per_layer_config`."""
@@ -66,26 +97,23 @@ class PerLayerWidths:
         check_overrides(layers)
         super().__init__(dense)
         for index, overrides in layers.items():
-            layer = self.model.layers[index]
             layer_config = resolve_layer_config(dense, overrides)
-            if "attention" in overrides.get("skip", ()):
-                drop_attention(layer)
-            else:
-                layer.self_attn = type(layer.self_attn)(layer_config, index)
-            if "mlp" in overrides.get("skip", ()):
-                drop_mlp(layer)
-            else:
-                layer.mlp = type(layer.mlp)(layer_config)
+            for kind, place in BLOCKS.items():
+                if kind in overrides.get("skip", ()):
+                    drop_block(self.model.layers[index], kind)
+                else:
+                    stock = getattr(self.model.layers[index], place.module)
+                    setattr(self.model.layers[index], place.module, place.rebuild(stock, layer_config, index))
         config._attn_implementation = dense._attn_implementation
         self.config = self.model.config = config
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        # Looks for the attention's code in the file of the class it is called on, which is the stock one's.
+        # The stock method reads the source file of the class it is called on, so it is called on the stock class.
         return bool(stock_class(cls)._can_set_attn_implementation())
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """As the stock method, for the layers' own configurations too."""
+        """The stock method, applied to the layers' own configurations too."""
         super().set_attn_implementation(*args, **kwargs)
         for layer in self.model.layers:
             if hasattr(layer.self_attn, "config"):
@@ -126,22 +154,23 @@ for _pruned_class in PRUNED_CLASSES.values():
 
 
 def per_layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
-    """`per_layer_config` by layer index, also under transformers releases that do not know the attribute."""
+    """`per_layer_config` by layer index, in transformers releases that do not know the attribute too."""
     return {int(index): overrides for index, overrides in (config.to_dict().get("per_layer_config") or {}).items()}
 
 
 def check_overrides(layers: dict[int, dict[str, Any]]) -> None:
-    """Refuse what `PerLayerWidths` would not apply: ignored, it would make another model than the one saved."""
+    """Refuse overrides that `PerLayerWidths` does not apply: ignoring them would load a different model."""
     known = {"num_key_value_heads", "num_attention_heads", "intermediate_size", "skip"}
     for index, overrides in layers.items():
-        if unknown := sorted(set(overrides) - known) or sorted(set(overrides.get("skip", ())) - {"attention", "mlp"}):
+        if unknown := sorted(set(overrides) - known) or sorted(set(overrides.get("skip", ())) - set(BLOCKS)):
             raise ValueError(
-                f"per_layer_config: layer {index} has {unknown}; known are {sorted(known)} and skip's attention, mlp"
+                f"per_layer_config: layer {index} has {unknown}; known are {sorted(known)} "
+                f"and skip's {', '.join(BLOCKS)}"
             )
 
 
 def stock_class(pruned: type) -> Any:
-    """The architecture's own class, of which `pruned` is the variant with per-layer widths."""
+    """The architecture's own class, which `pruned` extends by per-layer widths."""
     return next(base for base in pruned.__mro__ if base.__module__.startswith("transformers.models."))
 
 
@@ -162,13 +191,8 @@ def resolve_layer_config(dense: PreTrainedConfig, overrides: dict[str, Any]) -> 
     return config
 
 
-def drop_attention(layer: nn.Module) -> None:
-    """Remove a decoder layer's attention block and the norm before it."""
-    layer.self_attn = DroppedAttention(layer.self_attn.head_dim, layer.self_attn.layer_idx)
-    layer.input_layernorm = nn.Identity()
-
-
-def drop_mlp(layer: nn.Module) -> None:
-    """Remove a decoder layer's MLP block and the norm before it."""
-    layer.mlp = DroppedMLP()
-    layer.post_attention_layernorm = nn.Identity()
+def drop_block(layer: nn.Module, kind: str) -> None:
+    """Remove a decoder layer's block of that kind (a key of `BLOCKS`) and the norm before it."""
+    place = BLOCKS[kind]
+    setattr(layer, place.module, place.stand_in(getattr(layer, place.module)))
+    setattr(layer, place.norm, nn.Identity())

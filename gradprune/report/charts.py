@@ -7,22 +7,29 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's colours stay apart for colour-blind readers.
-COLORS = {"attention": "#0072B2", "mlp": "#E69F00"}
+from gradprune.models import KINDS
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
 
 def kept_chart(layers: list[dict[str, Any]]) -> str:
-    """An SVG bar chart of the fraction of KV groups and MLP channels that each layer keeps."""
+    """An SVG bar chart of the fraction of its groups that each layer's blocks keep.
+
+    layers: as in `summary.json`.
+    """
     figure = Figure(figsize=(min(max(6.0, 0.35 * len(layers)), 16.0), 3.2), layout="constrained")
     axes = figure.add_subplot()
-    positions = range(len(layers))
-    for shift, name, total in ((-0.2, "attention", "groups"), (0.2, "mlp", "channels")):
-        kept = [layer[name]["kept"] / layer[name][total] if layer[name][total] else 0.0 for layer in layers]
-        label = {"attention": "attention (KV groups)", "mlp": "MLP (channels)"}[name]
-        axes.bar([position + shift for position in positions], kept, 0.4, label=label, color=COLORS[name])
+    width = 0.8 / len(KINDS)
+    for number, (kind, color) in enumerate(zip(KINDS, COLORS[: len(KINDS)], strict=True)):
+        blocks = [layer[kind.name] for layer in layers]
+        kept = [block["kept"] / block[kind.unit] if block[kind.unit] else 0.0 for block in blocks]
+        shift = (number - (len(KINDS) - 1) / 2) * width
+        positions = [position + shift for position in range(len(layers))]
+        axes.bar(positions, kept, width, label=kind.legend, color=color)
     axes.set(xlabel="decoder layer", ylabel="fraction kept", ylim=(0.0, 1.0), xlim=(-0.6, len(layers) - 0.4))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(KINDS), frameon=False)
     return svg(figure)
 
 

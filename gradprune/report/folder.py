@@ -13,6 +13,8 @@ from gradprune.checkpoint.atomic import atomic_directory
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.config import PruneConfig, command_line
 from gradprune.evaluation.size import weight_bytes_on_disk
+from gradprune.models import KINDS, BlockKey
+from gradprune.models.masks import GroupMasks
 from gradprune.report.html import write_report
 from gradprune.report.strict_json import write_json
 from gradprune.report.tables import describe_scoring
@@ -24,7 +26,6 @@ from gradprune.version import __version__
 
 def summarize(result: PruneResult) -> dict[str, Any]:
     """The content of `analysis/summary.json`."""
-    counts = zip(result.masks.attention, result.masks.mlp, strict=True)
     pairs = {
         "parameters": (result.before.parameters, result.after.parameters),
         "perplexity": (result.before.perplexity.value, result.after.perplexity.value),
@@ -38,16 +39,19 @@ def summarize(result: PruneResult) -> dict[str, Any]:
             "achieved": 1.0 - result.after.parameters / result.before.parameters,
         },
         "evaluation_tokens": result.before.perplexity.tokens,
-        "layers": [
-            {
-                "layer": layer,
-                "attention": {"groups": len(attention), "kept": int(attention.sum())},
-                "mlp": {"channels": len(mlp), "kept": int(mlp.sum())},
-            }
-            for layer, (attention, mlp) in enumerate(counts)
-        ],
+        "layers": [_layer_summary(result.masks, layer) for layer in range(result.masks.layers)],
         "repair": [asdict(repair) for repair in result.repairs],
     }
+
+
+def _layer_summary(masks: GroupMasks, layer: int) -> dict[str, Any]:
+    """What each kind of block had and keeps; zeros where the layer has no such block."""
+    summary: dict[str, Any] = {"layer": layer}
+    for kind in KINDS:
+        key = BlockKey(layer, kind.name)
+        kept = masks[key] if key in masks else torch.empty(0)
+        summary[kind.name] = {kind.unit: len(kept), "kept": int(kept.sum())}
+    return summary
 
 
 def write_results(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None, output: Path) -> PruneResult:

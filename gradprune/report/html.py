@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from gradprune.models import KINDS
 from gradprune.report.charts import COLORS, kept_chart, svg
 from gradprune.report.rows import CURVE_HEADER, curve_rows, layer_rows, summary_rows
 from gradprune.report.tables import describe_scoring
@@ -100,7 +101,7 @@ def write_report(
         ),
         measured=_html_table(("", "dense", "pruned", "pruned / dense"), summary_rows(summary)),
         chart=kept_chart(summary["layers"]),
-        layers=_html_table(("layer", "KV groups", "kept", "MLP channels", "kept"), layer_rows(summary)),
+        layers=_html_table(("layer", *(cell for kind in KINDS for cell in (kind.groups, "kept"))), layer_rows(summary)),
         gradients=_gradient_section(gradients, plots),
         search="" if search is None else _search_section(search),
         options=_html_table(("option", "value"), options),
@@ -115,7 +116,7 @@ def write_curve_report(path: Path, summaries: Sequence[dict[str, Any]]) -> None:
     values = [summaries[0]["perplexity"]["before"], *(s["perplexity"]["after"] for s in summaries)]
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(sizes, values, marker="o", color=COLORS["attention"])
+    axes.plot(sizes, values, marker="o", color=COLORS[0])
     axes.set(xlabel="parameters", ylabel="perplexity (log scale)", yscale="log")
     axes.grid(alpha=0.4)
     links = [f"{s['pruning_ratio']['requested']:g}" for s in summaries]
@@ -159,7 +160,7 @@ def _search_section(search: SearchResult) -> str:
     names = [describe_scoring(trial.scoring) for trial in last]
     figure = Figure(figsize=(8.0, 0.8 + 0.25 * len(last)), layout="constrained")
     axes = figure.add_subplot()
-    colors = [COLORS["attention"] if trial.fixed else COLORS["mlp"] for trial in last]
+    colors = [COLORS[0] if trial.fixed else COLORS[1] for trial in last]
     axes.scatter([trial.loss for trial in last], range(len(last)), c=colors)
     axes.set_yticks(range(len(last)), names, fontsize=8)
     axes.invert_yaxis()

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from gradprune.models import KINDS
+
 CURVE_HEADER = ("ratio", "parameters", "perplexity", "tokens per second")
 
 
@@ -34,11 +36,12 @@ def curve_rows(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def layer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """(layer, groups kept, their fraction, channels kept, their fraction) as text, one row per layer."""
+    """(layer, then per kind of block its groups kept and their fraction) as text, one row per layer."""
     rows = []
     for layer in summary["layers"]:
         cells = [str(layer["layer"])]
-        for total, part in (("groups", layer["attention"]), ("channels", layer["mlp"])):
-            cells += [f"{part['kept']} of {part[total]}", f"{part['kept'] / part[total]:.0%}" if part[total] else "-"]
+        for kind in KINDS:
+            kept, groups = layer[kind.name]["kept"], layer[kind.name][kind.unit]
+            cells += [f"{kept} of {groups}", f"{kept / groups:.0%}" if groups else "-"]
         rows.append(tuple(cells))
     return rows

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from gradprune.models import KINDS
 from gradprune.report.rows import CURVE_HEADER, curve_rows, layer_rows, summary_rows
 from gradprune.scoring.scoring import Scoring
 from gradprune.search import SearchResult
@@ -25,7 +26,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
 def layer_table(summary: dict[str, Any]) -> Table:
     """What each layer keeps, for the terminal."""
     table = Table(title="Kept per layer", title_justify="left")
-    for column in ("layer", "KV groups", "", "MLP channels", ""):
+    for column in ("layer", *(cell for kind in KINDS for cell in (kind.groups, ""))):
         table.add_column(column, justify="right")
     for row in layer_rows(summary):
         table.add_row(*row)

@@ -1,11 +1,15 @@
-"""TODO"""
+"""H-GSP, hierarchical global structural pruning: modulate group scores by how much their block or layer matters.
+
+score(group) = importance / cost * M with M = B^T and B = ln(1 + max(prior, 0)); T is the temperature, and
+importance / cost may have been normalised before. The prior is the layer's where the layer's importance is below tau
+(layer-dominant), else the block's (block-dominant). At T = 0, M = 1 and no prior is needed.
+"""
 
 from dataclasses import replace
 
 import numpy as np
 
 from gradprune.calibration.priors import Priors
-from gradprune.models.blocks import KINDS
 from gradprune.scoring.table import GroupTable
 
 
@@ -25,8 +29,8 @@ def modulate(table: GroupTable, temperature: float, tau: float | None, priors: P
     if tau is None:
         tau = float(np.percentile(list(priors.layer.values()), 25))
     prior = np.empty(len(table))
-    for (kind, layer), value in priors.block.items():
-        of_block = (table.layer == layer) & (table.kind == KINDS.index(kind))
-        prior[of_block] = priors.layer[layer] if priors.layer[layer] < tau else value
+    for key, rows in table.blocks():
+        of_layer = priors.layer[key.layer]
+        prior[rows] = of_layer if of_layer < tau else priors.block[key]
     modulation = np.log1p(np.maximum(prior, 0.0)) ** temperature
     return replace(table, prior=prior, score=table.score * modulation)

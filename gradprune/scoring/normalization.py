@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprune.config import Normalize, NormalizePer
-from gradprune.models.blocks import KINDS
+from gradprune.models import KINDS
 from gradprune.scoring.table import GroupTable
 
 Scores = NDArray[np.float64]
@@ -53,7 +53,9 @@ def normalized_scores(table: GroupTable, normalization: Normalization) -> Scores
         scores[rows] = _METHODS[normalization.method](_clipped(scores[rows], normalization.clip_percentile))
     if normalization.method == "zscore":
         scores -= scores.min()
-    scores[table.kind == KINDS.index("attention")] *= normalization.attention_factor
+    for number, kind in enumerate(KINDS):
+        if kind.factor is not None:
+            scores[table.kind == number] *= getattr(normalization, kind.factor)
     return scores
 
 

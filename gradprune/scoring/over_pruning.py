@@ -1,28 +1,35 @@
-"""Where a selection prunes: the fraction that each block loses, and a warning where some lose nearly everything."""
+"""Over-pruning: the fraction of its groups that each block loses, and a warning where some lose nearly all."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from gradprune.config import GRADIENT_METHODS, PruneConfig
+from gradprune.models import KINDS, BlockKey
 from gradprune.models.masks import GroupMasks
 
-# A block that loses more is over-pruned where another loses less than the second.
+# A block is over-pruned that loses more than _MOST while another loses less than _LEAST.
 _MOST, _LEAST = 0.9, 0.1
 
 
 @dataclass(frozen=True)
 class LayerPruning:
-    """Fractions of a layer's KV groups and MLP channels that were removed; None where the block did not exist."""
+    """What a decoder layer loses.
+
+    pruned: by the names of all kinds, the fraction of the block's groups that were removed; None where the layer has
+        no such block.
+    """
 
     layer: int
-    attention: float | None
-    mlp: float | None
+    pruned: dict[str, float | None]
 
 
 def pruning_distribution(masks: GroupMasks) -> list[LayerPruning]:
     """What each layer loses."""
-    pairs = zip(masks.attention, masks.mlp, strict=True)
-    return [LayerPruning(layer, *(_pruned(kept) for kept in pair)) for layer, pair in enumerate(pairs)]
+    lost = {key: 1.0 - float(masks[key].double().mean()) for key in masks}
+    return [
+        LayerPruning(layer, {kind.name: lost.get(BlockKey(layer, kind.name)) for kind in KINDS})
+        for layer in range(masks.layers)
+    ]
 
 
 def over_pruned(distribution: list[LayerPruning]) -> list[str]:
@@ -30,7 +37,7 @@ def over_pruned(distribution: list[LayerPruning]) -> list[str]:
     blocks = [
         (f"layer {layer.layer} {kind}", fraction)
         for layer in distribution
-        for kind, fraction in (("attention", layer.attention), ("mlp", layer.mlp))
+        for kind, fraction in layer.pruned.items()
         if fraction is not None
     ]
     if not any(fraction < _LEAST for _, fraction in blocks):
@@ -48,7 +55,10 @@ def pruning_warning(distribution: list[LayerPruning], config: PruneConfig) -> st
 
 def to_json(distribution: list[LayerPruning]) -> list[dict[str, Any]]:
     """For `analysis/gradients.json`."""
-    return [{"layer": d.layer, "attention_pruned": d.attention, "mlp_pruned": d.mlp} for d in distribution]
+    return [
+        {"layer": layer.layer, **{f"{kind}_pruned": fraction for kind, fraction in layer.pruned.items()}}
+        for layer in distribution
+    ]
 
 
 def _next_step(config: PruneConfig) -> str:
@@ -61,7 +71,3 @@ def _next_step(config: PruneConfig) -> str:
         if "depth" not in config.gradient_fix:
             return "Try --gradient_fix adaptive+depth:sqrt."
     return "Try --max_layer_ratio 0.5, or --freeze_first_n_layers."
-
-
-def _pruned(kept: Any) -> float | None:
-    return 1.0 - float(kept.double().mean()) if len(kept) else None

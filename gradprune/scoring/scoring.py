@@ -10,7 +10,7 @@ from gradprune.config import Method, Prior, PruneConfig
 from gradprune.models import PrunableModel
 from gradprune.scoring.hgsp import modulate
 from gradprune.scoring.normalization import Normalization, normalized_scores
-from gradprune.scoring.table import GroupTable, group_costs
+from gradprune.scoring.table import GroupTable, empty_table
 from gradprune.vanishing.scaling import GradientRepair
 
 _PLAIN = Normalization()
@@ -57,12 +57,12 @@ def score_groups(view: PrunableModel, evidence: Evidence, scoring: Scoring) -> G
     repair = evidence.repaired(scoring.gradient_fix, len(view.layers))
     # Batches were repaired as they came.
     scales = group_scales(view, repair if evidence.reduction == "sample" else None)
-    table = replace(group_costs(view), importance=evidence.importance(scoring.method, scales))
+    table = replace(empty_table(view), importance=evidence.importance(scoring.method, scales))
     table = replace(table, score=normalized_scores(table, scoring.normalization))
     return modulate(table, scoring.temperature, scoring.tau, evidence.priors.get(scoring.prior))
 
 
 def group_scales(view: PrunableModel, repair: GradientRepair | None) -> NDArray[np.float64]:
     """[groups] fp64, the scale of each group's layer."""
-    table = group_costs(view)
+    table = empty_table(view)
     return np.ones(len(table)) if repair is None else np.array(repair.scales)[table.layer]

@@ -8,23 +8,26 @@ the next multiple, or the groups of the same rank in every layer. A chunk's scor
 the chunks of one chain go in order.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradprune.config import PruneConfig
 from gradprune.errors import ConfigError, SelectionError
-from gradprune.models.blocks import KINDS
+from gradprune.models import KINDS
 from gradprune.scoring.table import GroupTable
+
+_ROUNDED = {kind.name for kind in KINDS if kind.rounded}
 
 
 @dataclass(frozen=True)
 class Constraints:
     """What limits the selection; `PruneConfig` has the same names.
 
-    kept_kv_groups: under `uniform`, the numbers of kept KV groups that the architecture's configuration accepts;
-        None accepts any.
+    plain_widths: under `uniform`, by kind the numbers of kept groups that the architecture's configuration accepts,
+        see `gradprune.models.widths.plain_widths`; a kind that is not there accepts any.
     """
 
     freeze_first_n_layers: int = 0
@@ -33,10 +36,10 @@ class Constraints:
     round_to: int = 1
     uniform: bool = False
     epsilon: float = 0.0
-    kept_kv_groups: frozenset[int] | None = None
+    plain_widths: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: PruneConfig, kept_kv_groups: frozenset[int] | None = None) -> "Constraints":
+    def of(cls, config: PruneConfig, plain_widths: Mapping[str, frozenset[int]] | None = None) -> "Constraints":
         """The constraints among a run's options."""
         return cls(
             config.freeze_first_n_layers,
@@ -45,7 +48,7 @@ class Constraints:
             config.round_to,
             config.uniform,
             config.epsilon,
-            kept_kv_groups,
+            plain_widths or {},
         )
 
 
@@ -139,18 +142,18 @@ def _chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
     chain: list[int] = []
     owner: list[int] = []
     first, last = constraints.freeze_first_n_layers, table.layers - constraints.freeze_last_n_layers
-    for block, (layer, kind, rows) in enumerate(_blocks(table)):
-        if not first <= layer < last:
+    for block, (key, rows) in enumerate(table.blocks()):
+        if not first <= key.layer < last:
             continue
         width = rows.stop - rows.start
         number = np.arange(width)
-        if KINDS[kind] == "mlp" and constraints.round_to > 1:
+        if _step(key.kind, constraints) > 1:
             # The first chunk is the remainder: without it the width is a multiple already.
             number = (_ranks(table.score[rows]) + -width % constraints.round_to) // constraints.round_to
         of_group[rows] = len(chain) + number
         count = int(number.max()) + 1
         chain += [block] * count
-        owner += [layer] * count
+        owner += [key.layer] * count
     return _Chunks(of_group, chain, owner)
 
 
@@ -158,31 +161,25 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
     """Chunks of the same ranks in every layer; at least one group of each kind stays in each layer."""
     of_group = np.full(len(table), -1, np.int64)
     chain: list[int] = []
-    for kind, name in enumerate(KINDS):
-        blocks = [rows for _, of_kind, rows in _blocks(table) if of_kind == kind]
+    for number_of_kind, kind in enumerate(KINDS):
+        blocks = [rows for key, rows in table.blocks() if key.kind == kind.name]
         widths = sorted({rows.stop - rows.start for rows in blocks})
         if len(widths) != 1 or len(blocks) != table.layers:
-            raise ConfigError(f"uniform: the layers of this model already differ in their {name} widths: {widths}")
+            raise ConfigError(f"uniform: the layers of this model already differ in their {kind.name} widths: {widths}")
         width = widths[0]
-        if name == "mlp":
-            kept = list(range(constraints.round_to, width, constraints.round_to))
-        else:
-            kept = sorted((constraints.kept_kv_groups or frozenset(range(1, width))) & frozenset(range(1, width)))
-        ends = np.array([width - count for count in reversed(kept)], np.int64)
+        step = _step(kind.name, constraints)
+        kept = set(range(step, width, step)) & constraints.plain_widths.get(kind.name, frozenset(range(width)))
+        ends = np.array(sorted(width - count for count in kept), np.int64)
         for rows in blocks:
             number = np.searchsorted(ends, _ranks(table.score[rows]), side="right")
             of_group[rows] = np.where(number < len(ends), len(chain) + number, -1)
-        chain += [kind] * len(ends)
+        chain += [number_of_kind] * len(ends)
     return _Chunks(of_group, chain, owner=[0] * len(chain))
 
 
-def _blocks(table: GroupTable) -> list[tuple[int, int, slice]]:
-    """Each block's layer, kind and rows; a block's rows are consecutive."""
-    keys, starts, counts = np.unique(table.layer * len(KINDS) + table.kind, return_index=True, return_counts=True)
-    return [
-        (int(key) // len(KINDS), int(key) % len(KINDS), slice(int(start), int(start + count)))
-        for key, start, count in zip(keys, starts, counts, strict=True)
-    ]
+def _step(kind: str, constraints: Constraints) -> int:
+    """A block of that kind keeps a multiple of this many groups."""
+    return constraints.round_to if kind in _ROUNDED else 1
 
 
 def _ranks(scores: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -200,13 +197,10 @@ def _limits(table: GroupTable, constraints: Constraints) -> NDArray[np.float64]:
 
 
 def _drop_thin_layers(table: GroupTable, pruned: NDArray[np.bool_], epsilon: float) -> None:
-    """Remove whole each layer whose mean of attention-kept and MLP-kept fractions is below epsilon."""
-    for layer in range(table.layers):
-        of_layer = table.layer == layer
-        kept = [
-            1.0 - pruned[of_layer & (table.kind == kind)].mean()
-            for kind in range(len(KINDS))
-            if (of_layer & (table.kind == kind)).any()
-        ]
-        if kept and np.mean(kept) < epsilon:
-            pruned[of_layer] = True
+    """Remove whole each layer whose mean over its blocks of the fraction kept is below epsilon."""
+    kept: dict[int, list[float]] = {}
+    for key, rows in table.blocks():
+        kept.setdefault(key.layer, []).append(1.0 - pruned[rows].mean())
+    for layer, fractions in kept.items():
+        if np.mean(fractions) < epsilon:
+            pruned[table.layer == layer] = True

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from gradprune.calibration.engine import Scores
 from gradprune.errors import NonFiniteError
-from gradprune.models import PrunableModel
-from gradprune.models.blocks import KINDS
+from gradprune.models import KINDS, BlockKey, PrunableModel
+from gradprune.models.kinds import KIND_NAMES
 from gradprune.models.masks import GroupMasks
 
 
 @dataclass(frozen=True)
 class GroupTable:
-    """One row a group; all columns have the same length.
+    """One row per group; all columns have the same length.
 
     layer, index: int64. kind: int64, index into `KINDS`. cost: int64, parameters removed with the group.
     importance: float64, as the engine gives it.
@@ -39,15 +39,17 @@ class GroupTable:
         """Number of groups."""
         return len(self.layer)
 
+    def blocks(self) -> list[tuple[BlockKey, slice]]:
+        """Each block with its rows, which are consecutive."""
+        numbers, starts, counts = np.unique(self.layer * len(KINDS) + self.kind, return_index=True, return_counts=True)
+        return [
+            (BlockKey(number // len(KINDS), KIND_NAMES[number % len(KINDS)]), slice(start, start + count))
+            for number, start, count in zip(numbers.tolist(), starts.tolist(), counts.tolist(), strict=True)
+        ]
+
     def masks(self, pruned: NDArray[np.bool_]) -> GroupMasks:
         """What each block keeps when the groups of `pruned` ([len] bool) are removed."""
-        kept = {
-            (kind, layer): torch.from_numpy(~pruned[(self.kind == kind) & (self.layer == layer)])
-            for kind in range(len(KINDS))
-            for layer in range(self.layers)
-        }
-        attention, mlp = (tuple(kept[kind, layer] for layer in range(self.layers)) for kind in range(len(KINDS)))
-        return GroupMasks(attention=attention, mlp=mlp)
+        return GroupMasks({key: torch.from_numpy(~pruned[rows]) for key, rows in self.blocks()}, self.layers)
 
     def write_csv(self, path: Path, pruned: NDArray[np.bool_]) -> None:
         """Write `layer,kind,index,importance,cost,prior,score,pruned`; numbers round-trip, no prior is empty."""
@@ -56,7 +58,7 @@ class GroupTable:
             writer.writerow(["layer", "kind", "index", "importance", "cost", "prior", "score", "pruned"])
             columns = (
                 self.layer.tolist(),
-                [KINDS[kind] for kind in self.kind],
+                [KIND_NAMES[kind] for kind in self.kind],
                 self.index.tolist(),
                 self.importance.tolist(),
                 self.cost.tolist(),
@@ -67,17 +69,15 @@ class GroupTable:
             writer.writerows(zip(*columns, strict=True))
 
 
-def group_costs(view: PrunableModel) -> GroupTable:
+def empty_table(view: PrunableModel) -> GroupTable:
     """The table of a model's groups before calibration: importances and scores are zero."""
-    blocks = [(pair[kind], kind) for pair in zip(view.attention, view.mlp, strict=True) for kind in range(len(KINDS))]
-    existing = [(block, kind) for block, kind in blocks if block is not None]
-    sizes = [block.groups for block, _ in existing]
+    sizes = [block.groups for block in view.blocks]
     empty = np.zeros(sum(sizes))
     return GroupTable(
-        layer=np.repeat(np.array([block.layer for block, _ in existing], np.int64), sizes),
-        kind=np.repeat(np.array([kind for _, kind in existing], np.int64), sizes),
+        layer=np.repeat(np.array([block.layer for block in view.blocks], np.int64), sizes),
+        kind=np.repeat(np.array([KINDS.index(block.kind) for block in view.blocks], np.int64), sizes),
         index=np.concatenate([np.arange(size, dtype=np.int64) for size in sizes]),
-        cost=np.repeat(np.array([block.cost for block, _ in existing], np.int64), sizes),
+        cost=np.repeat(np.array([block.cost for block in view.blocks], np.int64), sizes),
         importance=empty,
         prior=np.full(len(empty), np.nan),
         score=empty.copy(),
@@ -92,11 +92,13 @@ def scored_groups(view: PrunableModel, scores: Scores) -> GroupTable:
         NonFiniteError: an importance is NaN or infinite; names the first such group.
     """
     columns = []
-    for layer, pair in enumerate(zip(scores.attention, scores.mlp, strict=True)):
-        for kind, values in zip(KINDS, pair, strict=True):
-            bad = (~values.isfinite()).nonzero()
-            if len(bad):
-                raise NonFiniteError(f"importance of {kind} group {int(bad[0])} of layer {layer} is not finite")
-            columns.append(values.double().numpy())
-    table, importance = group_costs(view), np.concatenate(columns)
+    for block in view.blocks:
+        values = scores.importance[block.key]
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            raise NonFiniteError(
+                f"importance of {block.kind.name} group {int(bad[0])} of layer {block.layer} is not finite"
+            )
+        columns.append(values.double().numpy())
+    table, importance = empty_table(view), np.concatenate(columns)
     return replace(table, importance=importance, score=importance / table.cost)

@@ -1,8 +1,6 @@
-"""Surgery: cut the groups that selection chose out of the weights, and state the new widths in the configuration."""
+"""Surgery: cut the pruned groups out of the weights, and write the new widths into the configuration."""
 
 import copy
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +9,8 @@ from transformers import PreTrainedModel
 from gradprune.errors import UnsupportedArchitectureError
 from gradprune.models import Block, PrunableModel, describe
 from gradprune.models.masks import GroupMasks
-from gradprune.models.modeling_gradprune import (
-    PRUNED_CLASSES,
-    drop_attention,
-    drop_mlp,
-    homogeneous,
-    per_layer_overrides,
-    resolve_layer_config,
-    stock_class,
-)
+from gradprune.models.modeling_gradprune import PRUNED_CLASSES, drop_block, stock_class
+from gradprune.models.widths import state_widths
 
 
 def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> PreTrainedModel:
@@ -48,16 +39,14 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
     if not inplace:
         model = _sharing_copy(model)
         view = describe(model)
-    heads = _head_shape(view)
     with torch.no_grad():
-        for layer, attention, mlp, kept_heads, kept_channels in zip(
-            view.layers, view.attention, view.mlp, masks.attention, masks.mlp, strict=True
-        ):
-            if attention is not None:
-                _shrink(attention, kept_heads) if kept_heads.any() else drop_attention(layer)
-            if mlp is not None:
-                _shrink(mlp, kept_channels) if kept_channels.any() else drop_mlp(layer)
-    _state_widths(model, describe(model), heads)
+        for block in view.blocks:
+            kept = masks[block]
+            if kept.any():
+                _shrink(block, kept)
+            else:
+                drop_block(view.layers[block.layer], block.kind.name)
+    state_widths(describe(model), before=view)
     return model
 
 
@@ -82,11 +71,14 @@ def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _check_masks(view: PrunableModel, masks: GroupMasks) -> None:
-    for name, blocks, kept in (("attention", view.attention, masks.attention), ("mlp", view.mlp, masks.mlp)):
-        expected = [block.groups if block else 0 for block in blocks]
-        given = [len(mask) for mask in kept]
-        if expected != given:
-            raise ValueError(f"masks.{name}: has lengths {given}, but the model's blocks have {expected} groups")
+    expected = {block.key: block.groups for block in view.blocks}
+    given = {key: len(masks[key]) for key in masks}
+    for key in sorted(expected.keys() | given.keys()):
+        if expected.get(key, 0) != given.get(key, 0):
+            raise ValueError(
+                f"masks: layer {key.layer} {key.kind} has {given.get(key, 0)} entries, "
+                f"but the model's block has {expected.get(key, 0)} groups"
+            )
 
 
 def _shrink(block: Block, kept: Tensor) -> None:
@@ -108,83 +100,3 @@ def _shrink(block: Block, kept: Tensor) -> None:
 
 def _parameter(old: Tensor, new: Tensor) -> nn.Parameter:
     return nn.Parameter(new, requires_grad=old.requires_grad)
-
-
-@dataclass(frozen=True)
-class _HeadShape:
-    """What all attention blocks of a model have in common, and keep."""
-
-    head_dim: int
-    heads_per_group: int
-
-
-def _head_shape(view: PrunableModel) -> _HeadShape | None:
-    """None where no attention block is left."""
-    block = next((block for block in view.attention if block is not None), None)
-    return None if block is None else _HeadShape(block.head_dim, block.heads_per_group)
-
-
-def _state_widths(model: PreTrainedModel, view: PrunableModel, heads: _HeadShape | None) -> None:
-    """Make class, configuration and the attention modules' attributes agree with the weights."""
-    kv_heads = [block.groups if block else 0 for block in view.attention]
-    channels = [block.groups if block else 0 for block in view.mlp]
-    config = model.config
-    config.__dict__.pop("auto_map", None)
-    if heads is not None:
-        config.head_dim = heads.head_dim
-    uniform = len(set(kv_heads)) == len(set(channels)) == 1 and kv_heads[0] > 0 and channels[0] > 0
-    if uniform and heads is not None and _statable(view, config, kv_heads[0] * heads.heads_per_group):
-        config.per_layer_config = None
-        config.__dict__.pop("per_layer_config", None)
-        config.num_key_value_heads = kv_heads[0]
-        config.num_attention_heads = kv_heads[0] * heads.heads_per_group
-        config.intermediate_size = channels[0]
-        model.__class__ = stock_class(PRUNED_CLASSES[config.model_type])
-    else:
-        if not _differs_in_width(homogeneous(config), kv_heads, channels):
-            # transformers releases that do not know per_layer_config would load the stock model, with random weights
-            # for the dropped blocks. A global width that fits no layer makes them refuse.
-            config.intermediate_size = 0
-        config.per_layer_config = _per_layer_config(view, kv_heads, channels, heads)
-        # The same object with the class that knows per-layer widths: saving and reloading then just work.
-        model.__class__ = PRUNED_CLASSES[config.model_type]
-    _state_attention(model, view)
-
-
-def _differs_in_width(dense: Any, kv_heads: list[int], channels: list[int]) -> bool:
-    """Whether a block that exists has other than the global width."""
-    return not (set(kv_heads) <= {0, dense.num_key_value_heads} and set(channels) <= {0, dense.intermediate_size})
-
-
-def _per_layer_config(
-    view: PrunableModel, kv_heads: list[int], channels: list[int], heads: _HeadShape | None
-) -> dict[int | str, dict[str, Any]]:
-    overrides: dict[int | str, dict[str, Any]] = {}
-    for layer, (groups, width) in enumerate(zip(kv_heads, channels, strict=True)):
-        skip = [name for name, count in (("attention", groups), ("mlp", width)) if count == 0]
-        # A dropped attention block keeps one head in the cache, see DroppedAttention.
-        overrides[layer] = {"num_key_value_heads": groups or 1, "intermediate_size": width}
-        if heads is not None and view.architecture.per_layer_heads:
-            overrides[layer]["num_attention_heads"] = (groups or 1) * heads.heads_per_group
-        if skip:
-            overrides[layer]["skip"] = skip
-    return overrides
-
-
-def _statable(view: PrunableModel, config: Any, heads: int) -> bool:
-    """Whether the architecture's configuration class accepts this number of query heads."""
-    return not view.architecture.heads_divide_hidden or config.hidden_size % heads == 0
-
-
-def _state_attention(model: PreTrainedModel, view: PrunableModel) -> None:
-    """Give each attention module its layer's configuration, which Phi-3's forward pass reads."""
-    overrides = per_layer_overrides(model.config)
-    dense = homogeneous(model.config)
-    for block in view.attention:
-        if block is None:
-            continue
-        module: Any = block.module
-        own = overrides.get(block.layer)
-        module.config = model.config if own is None else resolve_layer_config(dense, own)
-        if hasattr(module, "num_key_value_heads"):
-            module.num_key_value_heads = block.groups

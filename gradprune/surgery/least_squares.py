@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gradprune.errors import NonFiniteError
-from gradprune.models import Block, PrunableModel
+from gradprune.models import Block, BlockKey, PrunableModel
 from gradprune.models.loss import mean_loss
 from gradprune.models.masks import GroupMasks
 from gradprune.surgery.masking import mask_output, masks_by_block, output_weights_restored
@@ -56,7 +56,7 @@ class BlockRepair:
 
 def repair_steps(view: PrunableModel, blends: Sequence[float] = BLENDS) -> int:
     """How many blocks `least_squares` passes."""
-    return len(blends) * sum(1 for _ in view.blocks())
+    return len(blends) * len(view.blocks)
 
 
 @torch.no_grad()
@@ -152,7 +152,9 @@ def _solve_block(
     if errors[best] < unrepaired:
         weight[:, columns] = candidates[best][0].to(weight.dtype)
     mask_output(block, kept)
-    return BlockRepair(block.kind, block.layer, blend, candidates[best][1], unrepaired, min(errors[best], unrepaired))
+    return BlockRepair(
+        block.kind.name, block.layer, blend, candidates[best][1], unrepaired, min(errors[best], unrepaired)
+    )
 
 
 @dataclass(frozen=True)
@@ -204,18 +206,18 @@ class _Streams:
         for batch in batches:
             self._record(model, batch.to(model.device))
         self._pruned = list(self._dense)
-        # The dense stream behind the layer's attention, and behind the layer.
-        self._targets: dict[str, list[Tensor]] = {}
+        # The dense stream after each block of the layer.
+        self._targets: dict[BlockKey, list[Tensor]] = {}
 
     def pass_dense(self, layer: int) -> None:
         """Let the dense stream through a layer that is still whole."""
-        self._targets = {"attention": [], "mlp": []}
+        self._targets = {block.key: [] for block in self._view.of_layer(layer)}
         for batch, stream in enumerate(self._dense):
-            behind, written, _ = self._run(layer, batch, stream, None)
+            behind, streams, _ = self._run(layer, batch, stream, None)
             assert behind is not None
-            self._targets["attention"].append(stream + written)
-            self._targets["mlp"].append(behind)
-        self._dense = self._targets["mlp"]
+            for block, after in zip(self._view.of_layer(layer), streams[1:], strict=True):
+                self._targets[block.key].append(after)
+            self._dense[batch] = behind
 
     def pass_pruned(self, layer: int) -> None:
         """Let the pruned stream through a layer that is repaired."""
@@ -232,11 +234,11 @@ class _Streams:
         sizes = ((len(columns), len(columns)), (len(weight), len(columns)), ())
         parts = [[torch.zeros(size, dtype=dtype, device=weight.device) for size in sizes] for _ in range(2)]
         for batch, stream in enumerate(self._pruned):
-            _, written, x = self._run(block.layer, batch, stream, linear)
+            _, streams, x = self._run(block.layer, batch, stream, linear)
             assert x is not None
-            before = stream if block.kind == "attention" else stream + written
+            before = streams[-1]
             own = x.to(dtype) @ weight.T
-            wanted = (self._targets[block.kind][batch] - before).to(dtype)
+            wanted = (self._targets[block.key][batch] - before).to(dtype)
             if linear.bias is not None:
                 wanted = wanted - linear.bias.to(dtype)
             target = torch.lerp(own, wanted, blend).flatten(0, -2)
@@ -255,29 +257,27 @@ class _Streams:
 
     def _run(
         self, layer: int, batch: int, stream: Tensor, stop_at: nn.Linear | None
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """The stream behind a layer, what its attention writes to it, and the input of the linear it is stopped at."""
-        written = torch.zeros_like(stream)
+    ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
+        """The stream after a layer, before and after each block that ran, and the input of the linear it stopped at."""
+        streams = [stream]
         reached: list[Tensor] = []
 
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            nonlocal written
-            written = output[0] if isinstance(output, tuple) else output
+            streams.append(streams[-1] + (output[0] if isinstance(output, tuple) else output))
 
         def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             reached.append(args[0])
             raise _StoppedError
 
-        attention = self._view.attention[layer]
-        handles = [] if attention is None else [attention.module.register_forward_hook(keep)]
+        handles = [block.module.register_forward_hook(keep) for block in self._view.of_layer(layer)]
         if stop_at is not None:
             handles.append(stop_at.register_forward_pre_hook(stop))
         with _removed(handles):
             try:
                 output = self._view.layers[layer](stream, **self._arguments[batch][layer])
             except _StoppedError:
-                return None, written, reached[0]
-        return (output[0] if isinstance(output, tuple) else output), written, None
+                return None, streams, reached[0]
+        return (output[0] if isinstance(output, tuple) else output), streams, None
 
     def _record(self, model: PreTrainedModel, ids: Tensor) -> None:
         """One pass that keeps what enters the first layer, and what every layer is given beside the stream."""

@@ -15,8 +15,8 @@ from gradprune.models.masks import GroupMasks
 
 def masks_by_block(view: PrunableModel, masks: GroupMasks) -> Iterator[tuple[Block, Tensor]]:
     """Every existing block in the data's order, with what it keeps: [groups] bool."""
-    for block in view.blocks():
-        yield block, (masks.attention if block.kind == "attention" else masks.mlp)[block.layer]
+    for block in view.blocks:
+        yield block, masks[block]
 
 
 @contextmanager

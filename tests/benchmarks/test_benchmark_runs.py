@@ -103,15 +103,16 @@ def test_the_peers_choice_is_uniform_and_within_the_budget() -> None:
     view = describe(model)
     heads = [torch.rand(4) for _ in view.layers]
     channels = [torch.rand(48) for _ in view.layers]
-    budget = sum(block.groups * block.cost for block in view.blocks()) // 3
+    budget = sum(block.groups * block.cost for block in view.blocks) // 3
     masks = uniform_masks(model, heads, channels, budget)
     removed = 0
-    for kept, scores, blocks in ((masks.attention, heads, view.attention), (masks.mlp, channels, view.mlp)):
+    attention, mlp = view.of_kind("attention"), view.of_kind("mlp")
+    for kept, scores, blocks in ((masks.attention, heads, attention), (masks.mlp, channels, mlp)):
         assert len({int(mask.sum()) for mask in kept}) == 1
         for mask, values, block in zip(kept, scores, blocks, strict=True):
             removed += int((~mask).sum()) * block.cost
             assert values[~mask].max() < values[mask].min()
-    assert budget - len(view.layers) * view.mlp[0].cost < removed <= budget
+    assert budget - len(view.layers) * mlp[0].cost < removed <= budget
 
 
 def test_a_deadline_in_the_past_is_recorded(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def random_masks(model, keep: float, seed: int = 0) -> GroupMasks:
             for block in blocks
         )
 
-    return GroupMasks(draw(view.attention), draw(view.mlp))
+    return GroupMasks.of_layers(attention=draw(view.of_kind("attention")), mlp=draw(view.of_kind("mlp")))
 
 
 def full_masks(model) -> GroupMasks:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from gradprune.calibration.engine import ImportanceEngine
 from gradprune.calibration.priors import Priors, removal_priors, removal_steps, similarity_priors, taylor_priors
-from gradprune.models import describe
-from gradprune.models.blocks import KINDS
+from gradprune.models import BlockKey, describe
+from gradprune.models.kinds import KIND_NAMES
 from gradprune.scoring.hgsp import modulate
 from gradprune.scoring.normalization import Normalization, normalized_scores
 from helpers.tables import make_table
@@ -24,7 +24,11 @@ def scored_table():
 
 
 PRIORS = Priors(
-    block={(kind, layer): 0.1 * (layer + 1) + (0.05 if kind == "mlp" else 0.0) for layer in range(4) for kind in KINDS},
+    block={
+        BlockKey(layer, kind): 0.1 * (layer + 1) + (0.05 if kind == "mlp" else 0.0)
+        for layer in range(4)
+        for kind in KIND_NAMES
+    },
     layer={0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0},
 )
 
@@ -32,7 +36,7 @@ PRIORS = Priors(
 def prior_of(tau: float | None, layer: int, kind: str) -> float:
     """By the definition: below tau the layer's prior, else the block's."""
     gate = np.percentile([1.0, 2.0, 3.0, 4.0], 25) if tau is None else tau
-    return PRIORS.layer[layer] if PRIORS.layer[layer] < gate else PRIORS.block[kind, layer]
+    return PRIORS.layer[layer] if PRIORS.layer[layer] < gate else PRIORS.block[layer, kind]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -40,7 +44,7 @@ def prior_of(tau: float | None, layer: int, kind: str) -> float:
 def test_scores_follow_the_formula(temperature: float, tau: float | None) -> None:
     table = modulate(scored_table(), temperature, tau, PRIORS)
     for row in range(len(table)):
-        prior = prior_of(tau, int(table.layer[row]), KINDS[table.kind[row]])
+        prior = prior_of(tau, int(table.layer[row]), KIND_NAMES[table.kind[row]])
         expected = table.importance[row] / table.cost[row] * math.log(1.0 + prior) ** temperature
         assert table.prior[row] == prior
         assert table.score[row] == pytest.approx(expected, rel=1e-14)
@@ -76,7 +80,7 @@ def test_removal_is_the_loss_without_the_block(architecture: str) -> None:
                     parameter.data.zero_()
             expected = mean_loss(without, ids) - dense
             kind = {"o_proj": "attention", "down_proj": "mlp"}[names[0]]
-            found = priors.layer[layer] if len(names) == 2 else priors.block[kind, layer]
+            found = priors.layer[layer] if len(names) == 2 else priors.block[layer, kind]
             assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert len(steps) == removal_steps(view) == 9
 
@@ -93,8 +97,8 @@ def test_similarity_is_one_minus_the_cosine_of_the_residual_stream(architecture:
     with torch.no_grad():
         model(input_ids=ids)
     for found, before, after in (
-        (priors.block["attention", 1], "before", "middle"),
-        (priors.block["mlp", 1], "middle", "after"),
+        (priors.block[1, "attention"], "before", "middle"),
+        (priors.block[1, "mlp"], "middle", "after"),
         (priors.layer[1], "before", "after"),
     ):
         expected = 1.0 - F.cosine_similarity(seen[before], seen[after], dim=-1).mean().item()
@@ -119,7 +123,7 @@ def test_taylor_is_the_gradient_of_a_gate(architecture: str, reduction: str) -> 
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
     for (kind, layer), gate in gates.items():
-        assert priors.block[kind, layer] == pytest.approx(abs(gate.grad.item()), rel=1e-9)
+        assert priors.block[layer, kind] == pytest.approx(abs(gate.grad.item()), rel=1e-9)
     for layer in range(3):
         both = gates["attention", layer].grad + gates["mlp", layer].grad
         assert priors.layer[layer] == pytest.approx(abs(both.item()), rel=1e-9)

@@ -7,17 +7,17 @@ from gradprune.scoring.over_pruning import over_pruned, pruning_distribution, pr
 
 def masks(mlp_kept: list[int], channels: int = 100) -> GroupMasks:
     kept = tuple(torch.arange(channels) < count for count in mlp_kept)
-    return GroupMasks(attention=tuple(torch.ones(2, dtype=torch.bool) for _ in mlp_kept), mlp=kept)
+    return GroupMasks.of_layers(attention=tuple(torch.ones(2, dtype=torch.bool) for _ in mlp_kept), mlp=kept)
 
 
 def test_a_block_over_90_percent_is_named_where_others_are_under_10() -> None:
     found = pruning_distribution(masks([100, 9, 10, 95]))
-    assert found[1].mlp == 0.91
+    assert found[1].pruned["mlp"] == 0.91
     assert over_pruned(found) == ["layer 1 mlp (91%)"]
 
 
 def test_no_warning_where_all_lose_alike() -> None:
-    uniform = GroupMasks(
+    uniform = GroupMasks.of_layers(
         attention=tuple(torch.tensor([True, False]) for _ in range(2)),
         mlp=tuple(torch.arange(100) < 5 for _ in range(2)),
     )
@@ -26,8 +26,10 @@ def test_no_warning_where_all_lose_alike() -> None:
 
 
 def test_a_block_that_did_not_exist_is_left_out() -> None:
-    found = pruning_distribution(GroupMasks(attention=(torch.empty(0, dtype=torch.bool),), mlp=(torch.ones(3) > 0,)))
-    assert found[0].attention is None
+    found = pruning_distribution(
+        GroupMasks.of_layers(attention=(torch.empty(0, dtype=torch.bool),), mlp=(torch.ones(3) > 0,))
+    )
+    assert found[0].pruned["attention"] is None
     assert over_pruned(found) == []
 
 

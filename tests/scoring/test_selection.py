@@ -3,22 +3,23 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradprune.calibration.engine import Scores
 from gradprune.config import PruneConfig
 from gradprune.errors import ConfigError, NonFiniteError, SelectionError
-from gradprune.models import describe
-from gradprune.models.blocks import KINDS
+from gradprune.models import BlockKey, describe
+from gradprune.models.kinds import KIND_NAMES
 from gradprune.scoring.selection import Constraints, select
-from gradprune.scoring.table import GroupTable, group_costs, scored_groups
+from gradprune.scoring.table import GroupTable, empty_table, scored_groups
 from helpers.tables import ATTENTION_COST, MLP_COST, make_table
 from helpers.tiny_models import tiny_model
 
 
 def widths(table: GroupTable, pruned: np.ndarray, kind: str) -> list[int]:
-    of_kind = table.kind == KINDS.index(kind)
+    of_kind = table.kind == KIND_NAMES.index(kind)
     return [int((~pruned[of_kind & (table.layer == layer)]).sum()) for layer in range(table.layers)]
 
 
@@ -104,7 +105,7 @@ def test_uniform_keeps_the_same_widths_everywhere() -> None:
 def test_uniform_keeps_only_head_counts_the_architecture_can_state() -> None:
     table = make_table(heads=8, channels=24)
     for ratio in (0.2, 0.4, 0.6, 0.8):
-        constraints = Constraints(uniform=True, kept_kv_groups=frozenset({1, 2, 4, 8}))
+        constraints = Constraints(uniform=True, plain_widths={"attention": frozenset({1, 2, 4, 8})})
         pruned = select(table, ratio, int(table.cost.sum()), constraints)
         assert set(widths(table, pruned, "attention")) <= {1, 2, 4, 8}
 
@@ -163,7 +164,7 @@ def test_uniform_needs_layers_of_one_width() -> None:
 def test_costs_are_the_parameters_removed(architecture: str) -> None:
     model = tiny_model(architecture, kv_heads=2, ratio=3, channels=5)
     config = model.config
-    table = group_costs(describe(model))
+    table = empty_table(describe(model))
     bias = 1 if architecture == "qwen2" else 0
     attention = (3 + 1 + 1) * 4 * (config.hidden_size + bias) + 3 * 4 * config.hidden_size
     assert set(table.cost[table.kind == 0]) == {attention}
@@ -173,14 +174,14 @@ def test_costs_are_the_parameters_removed(architecture: str) -> None:
 
 def test_a_nan_importance_is_named() -> None:
     model = tiny_model()
-    import torch
-
-    scores = Scores([torch.ones(3)] * 3, [torch.full((10,), 6.0)] * 3, [])
-    table = scored_groups(describe(model), scores)
-    assert len(table) == len(group_costs(describe(model)))
+    view = describe(model)
+    importance = {block.key: torch.full((block.groups,), 6.0) for block in view.blocks}
+    scores = Scores(importance, layers=3, gradients=[])
+    table = scored_groups(view, scores)
+    assert len(table) == len(empty_table(describe(model)))
     assert (table.score * table.cost == table.importance).all()
     assert table.importance[3] == 6.0
-    scores.mlp[1] = torch.tensor([1.0] * 4 + [float("nan")] * 6)
+    importance[BlockKey(1, "mlp")] = torch.tensor([1.0] * 4 + [float("nan")] * 6)
     with pytest.raises(NonFiniteError, match="mlp group 4 of layer 1"):
         scored_groups(describe(model), scores)
 

@@ -155,10 +155,7 @@ def test_the_parameters_removed_are_the_groups_costs() -> None:
         model = tiny_model(architecture)
         masks = random_masks(model, 0.7)
         view = describe(model)
-        cost = sum(
-            block.cost * int((~kept).sum())
-            for block, kept in zip((*view.attention, *view.mlp), (*masks.attention, *masks.mlp), strict=True)
-        )
+        cost = sum(block.cost * int((~masks[block]).sum()) for block in view.blocks)
         assert all(kept.any() for kept in (*masks.attention, *masks.mlp))
         removed = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in cut(model, masks).parameters())
         assert removed == cost
@@ -170,7 +167,7 @@ def test_a_dropped_block_takes_its_norm_along() -> None:
     for kind in ("attention", "mlp"):
         masks = full_masks(model)
         getattr(masks, kind)[1][:] = False
-        block = getattr(view, kind)[1]
+        block = view.of_kind(kind)[1]
         removed = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in cut(model, masks).parameters())
         assert removed == block.cost * block.groups + model.config.hidden_size
 
@@ -216,6 +213,17 @@ def test_half_precision_works(dtype: torch.dtype) -> None:
 def test_masks_of_the_wrong_length_are_refused() -> None:
     model = tiny_model()
     masks = full_masks(model)
-    short = GroupMasks(masks.attention, (masks.mlp[0][:-1], *masks.mlp[1:]))
-    with pytest.raises(ValueError, match=r"masks.mlp: has lengths \[9, 10, 10\]"):
+    short = GroupMasks.of_layers(attention=masks.attention, mlp=(masks.mlp[0][:-1], *masks.mlp[1:]))
+    with pytest.raises(ValueError, match=r"masks: layer 0 mlp has 9 entries, but .* has 10 groups"):
         cut(model, short)
+
+
+def test_masks_of_another_models_blocks_are_refused() -> None:
+    model = tiny_model()
+    masks = full_masks(model)
+    fewer = GroupMasks({key: masks[key] for key in masks if key != (1, "attention")}, 3)
+    with pytest.raises(ValueError, match=r"masks: layer 1 attention has 0 entries, but .* has 3 groups"):
+        cut(model, fewer)
+    more = GroupMasks.of_layers(attention=(*masks.attention, masks.attention[0]), mlp=(*masks.mlp, masks.mlp[0]))
+    with pytest.raises(ValueError, match=r"masks: layer 3 attention has 3 entries, but .* has 0 groups"):
+        cut(model, more)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gradprune.errors import NonFiniteError
-from gradprune.models import describe
+from gradprune.models import BlockKey, describe
 from gradprune.models.loss import mean_loss
 from gradprune.models.masks import GroupMasks
 from gradprune.surgery.cut import cut
@@ -24,17 +24,16 @@ def random_masks(view, seed: int = 0, keep: float = 0.6) -> GroupMasks:
         chosen[0] = True
         return chosen
 
-    return GroupMasks(attention=tuple(map(kept, view.attention)), mlp=tuple(map(kept, view.mlp)))
+    return GroupMasks.of_layers(**{kind: map(kept, view.of_kind(kind)) for kind in ("attention", "mlp")})
 
 
 def only(view, layer: int, kind: str, kept: torch.Tensor) -> GroupMasks:
     """Masks that prune a single block."""
-    full = (
-        [torch.ones(b.groups, dtype=torch.bool) for b in view.attention],
-        [torch.ones(b.groups, dtype=torch.bool) for b in view.mlp],
-    )
-    full[kind == "mlp"][layer] = kept
-    return GroupMasks(attention=tuple(full[0]), mlp=tuple(full[1]))
+    return GroupMasks({**all_kept(view), BlockKey(layer, kind): kept}, len(view.layers))
+
+
+def all_kept(view) -> dict[BlockKey, torch.Tensor]:
+    return {block.key: torch.ones(block.groups, dtype=torch.bool) for block in view.blocks}
 
 
 def inputs_of(model, linear, ids) -> torch.Tensor:
@@ -52,7 +51,7 @@ def test_one_block_equals_an_independent_lstsq(architecture: str, kind: str) -> 
     """argmin ||W x - W' x_K||^2 + ridge ||W' - W_K||^2 as one stacked system, by numpy's SVD."""
     model, ids = tiny_model(architecture, kv_heads=3, channels=10), tiny_ids(samples=6)
     view = describe(model)
-    block = (view.attention if kind == "attention" else view.mlp)[1]
+    block = view.of_kind(kind)[1]
     kept = torch.arange(block.groups) % 3 != 1
     x = inputs_of(model, block.output.linear, ids).numpy()
     w = block.output.linear.weight.detach().numpy().copy()
@@ -77,9 +76,7 @@ def test_removed_channels_that_are_combinations_of_kept_ones_cost_nothing() -> N
         dense = model(ids).logits
     view = describe(model)
     kept = torch.arange(10) < 7
-    masks = GroupMasks(
-        attention=tuple(torch.ones(b.groups, dtype=torch.bool) for b in view.attention), mlp=(kept, kept, kept)
-    )
+    masks = GroupMasks({**all_kept(view), **{BlockKey(layer, "mlp"): kept for layer in range(3)}}, 3)
     with masked(view, masks), torch.no_grad():
         assert (model(ids).logits - dense).abs().max() > 1e-3
     least_squares(model, view, masks, [ids], [], ridges=(1e-12,))
@@ -105,7 +102,7 @@ def test_blocks_are_solved_in_order_on_the_model_repaired_so_far() -> None:
     masks = random_masks(view, 3)
     least_squares(model, view, masks, [ids], [], blends=(0.0,), ridges=(0.1,))
     twin_view = describe(twin)
-    for (block, kept), solved in zip(masks_by_block(twin_view, masks), view.blocks(), strict=True):
+    for (block, kept), solved in zip(masks_by_block(twin_view, masks), view.blocks, strict=True):
         linear = block.output.linear
         if not kept.all():
             x = inputs_of(twin, linear, ids)
@@ -173,7 +170,7 @@ def test_blocks_that_keep_everything_or_nothing_are_left_alone() -> None:
     assert len(steps) == repair_steps(view)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
     assert changed == {"model.layers.1.mlp.down_proj.weight"}
-    assert not view.mlp[1].output.linear.weight.any()
+    assert not view.of_kind("mlp")[1].output.linear.weight.any()
 
 
 def test_bf16_weights_are_rounded_once() -> None:
@@ -196,10 +193,10 @@ def test_constant_inputs_that_do_not_factor_are_solved_with_more_ridge() -> None
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.zero_()  # every input of down_proj is 0
     view = describe(model)
-    before = view.mlp[0].output.linear.weight.detach().clone()
+    before = view.of_kind("mlp")[0].output.linear.weight.detach().clone()
     kept = torch.arange(10) < 6
     least_squares(model, view, only(view, 0, "mlp", kept), [ids], [], ridges=(0.0,))
-    assert torch.equal(view.mlp[0].output.linear.weight[:, :6], before[:, :6])
+    assert torch.equal(view.of_kind("mlp")[0].output.linear.weight[:, :6], before[:, :6])
 
 
 def test_a_nan_input_is_named() -> None:

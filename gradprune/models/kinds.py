@@ -1,0 +1,40 @@
+"""The kinds of prunable blocks, as data: all that other code needs to know about a kind."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of block.
+
+    name: in `groups.csv`, in JSON files and in the `skip` list of a pruned checkpoint's `per_layer_config`.
+    groups: what its groups are called in tables.
+    legend: the same in charts.
+    unit: what its groups are called in `summary.json`.
+    rounded: `round_to` applies to the number of groups a block keeps.
+    factor: the option that multiplies the scores of its groups; None where there is none.
+    """
+
+    name: str
+    groups: str
+    legend: str
+    unit: str
+    rounded: bool = False
+    factor: str | None = None
+
+
+KINDS: tuple[Kind, ...] = (
+    Kind("attention", "KV groups", "attention (KV groups)", "groups", factor="attention_factor"),
+    Kind("mlp", "MLP channels", "MLP (channels)", "channels", rounded=True),
+)
+"""In the order in which a decoder layer's blocks add to the residual stream; `GroupTable.kind` indexes it."""
+
+KIND_NAMES: tuple[str, ...] = tuple(kind.name for kind in KINDS)
+
+
+class BlockKey(NamedTuple):
+    """Which block: its decoder layer and its kind's name."""
+
+    layer: int
+    kind: str
