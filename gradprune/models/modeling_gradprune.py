@@ -39,13 +39,22 @@ class DroppedAttention(nn.Module):
         self.layer_idx = layer_idx
 
     def forward(
-        self, hidden_states: torch.Tensor, past_key_values: Any = None, cache_position: Any = None, **_: Any
+        self,
+        hidden_states: torch.Tensor,
+        cache: Any = None,
+        past_key_values: Any = None,
+        cache_position: Any = None,
+        **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states: [B, T, H]; returns zeros like it, and no attention weights."""
-        if past_key_values is not None:
+        """hidden_states: [B, T, H]; returns zeros like it, and no attention weights.
+
+        Older transformers releases name the cache `past_key_values`.
+        """
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
             # Ones, because older static caches count the tokens whose key is not zero.
             ones = hidden_states.new_ones(hidden_states.shape[0], 1, hidden_states.shape[1], self.head_dim)
-            past_key_values.update(ones, ones, self.layer_idx, {"cache_position": cache_position})
+            cache.update(ones, ones, self.layer_idx, {"cache_position": cache_position})
         return torch.zeros_like(hidden_states), None
 
 
