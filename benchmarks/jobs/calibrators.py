@@ -250,4 +250,4 @@ def _means(first: list[Tensor], second: list[Tensor], count: int) -> dict[str, T
 
 def _column(scores: Scores) -> Tensor:
     """[groups], in the order of the model's blocks."""
-    return torch.cat([*scores.importance.values()])
+    return torch.cat([scores.importance[key] for key in scores.importance])

@@ -17,7 +17,7 @@ from gradprune.config import GRADIENT_METHODS, METHODS, Backend, Method, Reducti
 from gradprune.errors import ConfigError, GradPruneError, NonFiniteError
 from gradprune.models import BlockKey, describe
 from gradprune.models.loss import sample_losses
-from gradprune.models.masks import per_layer
+from gradprune.models.tensors import BlockTensors
 from gradprune.ops.dispatch import select_ops
 from gradprune.ops.reference import merge_statistics, scale_statistics
 from gradprune.vanishing.scaling import GradientRepair, resolve_fix, scales_of
@@ -28,26 +28,25 @@ from gradprune.vanishing.statistics import LayerGradients, layer_gradients
 class Scores:
     """Group importances of a model.
 
-    importance: by block, [groups] fp32 on the CPU. layers: number of decoder layers.
+    importance: of each block, [groups] fp32.
     gradients: per decoder layer that has a block, its gradient statistics before any repair; empty for methods
         without gradients.
     repair: what `gradient_fix` did to them; None for "none" and for methods without gradients.
     """
 
-    importance: dict[BlockKey, Tensor]
-    layers: int
+    importance: BlockTensors
     gradients: list[LayerGradients]
     repair: GradientRepair | None = None
 
     @property
     def attention(self) -> list[Tensor]:
-        """Per decoder layer, [n_kv_groups]; of length 0 where there is no attention block."""
-        return per_layer(self.importance, "attention", self.layers, torch.float32)
+        """Per decoder layer, [n_kv_groups] fp32 on the CPU; of length 0 where there is no attention block."""
+        return self.importance.attention
 
     @property
     def mlp(self) -> list[Tensor]:
-        """Per decoder layer, [n_channels]; of length 0 where there is no MLP block."""
-        return per_layer(self.importance, "mlp", self.layers, torch.float32)
+        """Per decoder layer, [n_channels] fp32 on the CPU; of length 0 where there is no MLP block."""
+        return self.importance.mlp
 
 
 class ImportanceEngine:
@@ -182,12 +181,8 @@ class ImportanceEngine:
         # Batches were repaired as they came.
         scales = repair.scales if repair and self.reduction == "sample" else [1.0] * layers
         with torch.no_grad():
-            return Scores(
-                importance={key: self._importance(key, method, scales[key.layer]) for key in self._accumulators},
-                layers=layers,
-                gradients=gradients,
-                repair=repair,
-            )
+            found = {key: self._importance(key, method, scales[key.layer]) for key in self._accumulators}
+        return Scores(BlockTensors(found, layers), gradients, repair)
 
     def part(self, name: str) -> dict[BlockKey, Tensor]:
         """[groups] fp64 on the CPU by block: one of `gradprune.calibration.methods.PARTS`, before any repair.

@@ -93,7 +93,7 @@ def scored_groups(view: PrunableModel, scores: Scores) -> GroupTable:
     """
     columns = []
     for block in view.blocks:
-        values = scores.importance[block.key]
+        values = scores.importance[block]
         bad = (~values.isfinite()).nonzero()
         if len(bad):
             raise NonFiniteError(

@@ -12,6 +12,7 @@ from gradprune.config import PruneConfig
 from gradprune.errors import ConfigError, NonFiniteError, SelectionError
 from gradprune.models import BlockKey, describe
 from gradprune.models.kinds import KIND_NAMES
+from gradprune.models.tensors import BlockTensors
 from gradprune.scoring.selection import Constraints, select
 from gradprune.scoring.table import GroupTable, empty_table, scored_groups
 from helpers.tables import ATTENTION_COST, MLP_COST, make_table
@@ -176,14 +177,13 @@ def test_a_nan_importance_is_named() -> None:
     model = tiny_model()
     view = describe(model)
     importance = {block.key: torch.full((block.groups,), 6.0) for block in view.blocks}
-    scores = Scores(importance, layers=3, gradients=[])
-    table = scored_groups(view, scores)
-    assert len(table) == len(empty_table(describe(model)))
+    table = scored_groups(view, Scores(BlockTensors(importance, layers=3), gradients=[]))
+    assert len(table) == len(empty_table(view))
     assert (table.score * table.cost == table.importance).all()
     assert table.importance[3] == 6.0
     importance[BlockKey(1, "mlp")] = torch.tensor([1.0] * 4 + [float("nan")] * 6)
     with pytest.raises(NonFiniteError, match="mlp group 4 of layer 1"):
-        scored_groups(describe(model), scores)
+        scored_groups(view, Scores(BlockTensors(importance, layers=3), gradients=[]))
 
 
 @settings(deadline=None)
