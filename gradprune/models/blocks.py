@@ -30,7 +30,7 @@ class InputLinear:
     parts: tuple[Part, ...]
 
     def rows_of(self, groups: Tensor) -> Tensor:
-        """Row indices owned by `groups` ([k] int64, ascending), part by part: [k * sum(part.rows)] int64."""
+        """Row indices owned by `groups` ([k] int64, ascending), part by part: [k * sum of part.rows] int64."""
         spans = [
             (part.offset + groups[:, None] * part.rows + torch.arange(part.rows)).reshape(-1) for part in self.parts
         ]
@@ -155,7 +155,7 @@ def _blocks(architecture: Architecture, layers: nn.ModuleList) -> Iterator[Block
     for index, layer in enumerate(layers):
         for layout in architecture.blocks:
             module = layer.get_submodule(layout.module)
-            # What stands in for a removed block has no projections.
+            # The module that replaces a removed block has no projections.
             if hasattr(module, layout.output):
                 yield _block(layout, module, index)
 

@@ -1,4 +1,4 @@
-"""Find the decoder layers of any causal LM, described in `architecture.py` or not."""
+"""Find the decoder layers of any causal LM, whether or not `architecture.py` describes it."""
 
 from collections.abc import Iterator
 
@@ -10,8 +10,8 @@ from gradprune.errors import UnsupportedArchitectureError
 def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The longest `nn.ModuleList` whose entries are all of one class and hold parameters.
 
-    Lists inside another list (a layer's experts) do not count. Of equally long lists the one with the most parameters
-    is taken: the decoder of an encoder-decoder model, whose layers have cross attention.
+    Lists nested in another list (a layer's experts) do not count. Among equally long lists the one with the most
+    parameters wins: in an encoder-decoder model that is the decoder, because its layers have cross attention too.
 
     Raises:
         UnsupportedArchitectureError: there is no such list.
@@ -26,7 +26,7 @@ def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def _outer_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
-    """The lists with parameters that lie in no other such list, `module` itself included."""
+    """The outermost lists with parameters in `module`, which may itself be one."""
     if isinstance(module, nn.ModuleList) and _size(module):
         yield module
         return

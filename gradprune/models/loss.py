@@ -1,4 +1,4 @@
-"""Each sample's own loss, so that its gradient stands by itself in the sum."""
+"""Each sample's own loss; the gradient of their sum is the sum of the samples' own gradients."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,24 +9,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-# Logits exist for so many tokens at once that they have 2^20 elements, 4 MiB in fp32; but for as many as make reading
-# the vocabulary projection's weight worth while.
+# The head runs in chunks of tokens: at most 2^20 logits (4 MiB in fp32) are live at once, but a chunk is never below
+# 256 tokens, so that each read of the head's weight is amortised.
 LOGITS, MIN_TOKENS = 2**20, 256
 
 
 def sample_losses(model: PreTrainedModel, input_ids: Tensor, chunk: int | None = None) -> Tensor:
     """l_n, the mean next-token negative log-likelihood of each sample; differentiable.
 
-    The vocabulary projection runs over chunks of tokens, so that the logits never exist whole. Where it is frozen, the
-    gradient of its input is made in the same go; otherwise a chunk's logits are made again in the backward pass.
+    The head runs over chunks of tokens, so that all logits never exist at once. If it is frozen, the gradient of its
+    input is computed in the forward pass; otherwise the backward pass recomputes each chunk's logits.
 
     Args:
         model: a causal LM whose logits are its output embedding of the decoder's last hidden state.
         input_ids: [N, T] int64 on the model's device, T >= 2.
-        chunk: tokens whose logits exist at once; by default as many as have 2^20 elements, at least 256.
+        chunk: tokens per chunk; by default as many as have 2^20 logits, at least 256.
 
     Returns:
-        [N] nats a token; fp32, fp64 for an fp64 model.
+        [N] nats per token; fp32, or fp64 for an fp64 model.
     """
     hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
@@ -38,7 +38,7 @@ def sample_losses(model: PreTrainedModel, input_ids: Tensor, chunk: int | None =
         nll = _token_nll(head, hidden, targets)
     else:
         parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        # Nothing in it is random: no generator's state is kept for when it is made again.
+        # Nothing is random here, so the random generator's state need not be saved for the recomputation.
         nll = torch.cat(
             [checkpoint(_token_nll, head, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in parts]
         )
@@ -48,7 +48,7 @@ def sample_losses(model: PreTrainedModel, input_ids: Tensor, chunk: int | None =
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, batches: Sequence[Tensor]) -> float:
-    """Mean of l_n over the samples of all batches [N, T], in nats a token."""
+    """Mean of l_n over the samples of all batches [N, T], in nats per token."""
     losses = [sample_losses(model, batch.to(model.device)) for batch in batches]
     return torch.cat(losses).double().mean().item()
 
@@ -61,10 +61,10 @@ def _token_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 class _FrozenHeadNll(torch.autograd.Function):
-    """`_token_nll` whose input's gradient is made with it: a token's loss depends on its own hidden state only.
+    """`_token_nll` that computes its input's gradient in the forward pass.
 
-    So the backward pass needs d nll / d hidden, [K, H], in place of logits [K, vocabulary] or of making them again.
-    With p = softmax(logits): d nll / d logits = p, less 1 at the target.
+    A token's loss depends on its own hidden state only, so the backward pass needs just d nll / d hidden, [K, H],
+    instead of the logits [K, vocabulary]. With p = softmax(logits): d nll / d logits = p, minus 1 at the target.
     """
 
     @staticmethod
@@ -78,7 +78,7 @@ class _FrozenHeadNll(torch.autograd.Function):
             exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
             log_p = F.log_softmax(logits.detach(), dim=1, dtype=exact)
             nll.append(-log_p.gather(1, t))
-            # In place, as this is the largest tensor there is.
+            # In place, because this is the largest tensor.
             d_logits = log_p.exp_().scatter_(1, t, torch.expm1(-nll[-1]))
             into.copy_(torch.autograd.grad(logits, leaf, d_logits.to(logits.dtype))[0])
             del logits, log_p, d_logits

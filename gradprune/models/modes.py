@@ -1,4 +1,4 @@
-"""Put a model into another state for a while; it is as it was afterwards, whatever happened."""
+"""Context managers that change a model's state and restore it on exit, after an exception too."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def evaluation_mode(*models: PreTrainedModel) -> Iterator[None]:
-    """Without dropout; every module is in its own mode again afterwards."""
+    """Evaluation mode, without dropout; on exit every module has its previous mode."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -22,7 +22,7 @@ def evaluation_mode(*models: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient; those that did do again afterwards."""
+    """No parameter requires a gradient; on exit those that did require one again."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The results folder: what a run leaves, and where it stands."""
+"""The results folder: which files a run writes, and where."""
 
 import platform
 from dataclasses import asdict, replace

@@ -1,4 +1,4 @@
-"""What a run leaves for people: tables on the terminal, JSON files, and a self-contained HTML report."""
+"""Self-contained HTML reports: of one run, and of several ratios."""
 
 import base64
 from collections.abc import Sequence

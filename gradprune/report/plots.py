@@ -19,14 +19,14 @@ from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatt
 from gradprune.vanishing.diagnosis import Diagnosis, diagnose_gradients
 from gradprune.vanishing.statistics import LayerGradients, pool_steps
 
-# The user's own matplotlib settings must not change the files.
+# Fixed, so that the user's own matplotlib settings do not change the files.
 STYLE: list[str | dict[str, Any]] = [
     "default",
     {"font.family": "DejaVu Sans", "hatch.color": "#808080", "axes.spines.top": False, "axes.spines.right": False},
 ]
 
-# Okabe and Ito's colours stay apart for colour-blind readers; their yellow is too pale for lines. Each step has a
-# marker of its own as well.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without yellow, which is too pale for lines.
+# Each step has its own marker as well.
 _SERIES = (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
@@ -66,7 +66,7 @@ def distribution_figure(title: str, layers: list[LayerGradients]) -> Figure:
 
 
 def comparison_figure(names: list[str], steps: list[list[LayerGradients]]) -> Figure:
-    """The layers' mean |g|, one line a step."""
+    """The layers' mean |g|, one line per step."""
     pooled = pool_steps(steps)
     figure, axes = _layer_figure(pooled, "mean |gradient|")
     _log_range(axes, [layer.mean for step in steps for layer in step if layer.mean > 0.0])

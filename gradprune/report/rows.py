@@ -25,7 +25,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def curve_rows(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """(ratio, parameters, perplexity, tokens per second) as text: the dense model, then one row a ratio."""
+    """(ratio, parameters, perplexity, tokens per second) as text: the dense model, then one row per ratio."""
     first = summaries[0]
     rows = [("dense", first, "before")] + [(f"{s['pruning_ratio']['requested']:g}", s, "after") for s in summaries]
     cells = [(name, s["parameters"][k], s["perplexity"][k], s["tokens_per_second"][k]) for name, s, k in rows]

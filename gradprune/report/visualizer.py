@@ -151,7 +151,7 @@ def _table(diagnosis: Diagnosis) -> list[str]:
 
 
 def _overall(diagnosis: Diagnosis) -> str:
-    """The verdict on all steps together, and the layers behind it."""
+    """The verdict on all steps together, and the layers it is based on."""
     return "\n".join(
         [
             "Overall (mean over the steps)",

@@ -1,1 +1,1 @@
-"""Evidence to masks: which groups go. No model is run."""
+"""Evidence to masks: which groups are pruned. No model is run."""

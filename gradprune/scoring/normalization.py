@@ -1,4 +1,4 @@
-"""Score normalisation: make the scores of different layers comparable, as an alternative to repairing gradients.
+"""Score normalisation: make the scores of different layers comparable, as an alternative to scaling gradients.
 
 A score is a group's importance per parameter. Within each layer (block), with x its scores:
 
@@ -6,11 +6,12 @@ A score is a group's importance per parameter. Within each layer (block), with x
 - `log`: ln(1 + x / mean);
 - `sqrt`: sqrt(x / mean);
 - `minmax`: (x - min) / (max - min);
-- `zscore`: (x - mean) / std, moved up by the least of the whole model so that H-GSP meets no negative score.
+- `zscore`: (x - mean) / std, then shifted by the model-wide minimum, because H-GSP multiplies scores and needs them
+  non-negative.
 
-Before that, scores may be clipped to a percentile of their layer (block) and its mirror image (99: also to the first),
-so that single outliers do not set the scale. A layer (block) whose scores are all equal gets 0 from `minmax` and
-`zscore`; one whose mean is 0 keeps its zeros.
+Before that, scores may be clipped at a percentile p of their layer (block) and at 100 - p, so that single outliers do
+not set the scale. A layer (block) whose scores are all equal gets 0 from `minmax` and `zscore`; one whose mean is 0
+keeps its zeros.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ Scores = NDArray[np.float64]
 class Normalization:
     """How scores are normalised; `PruneConfig` describes the same options.
 
-    attention_factor: what the scores of KV groups are multiplied by at the end, to balance them against channels.
+    attention_factor: multiplies the scores of KV groups at the end, to balance them against MLP channels.
     """
 
     method: Normalize = "none"
@@ -40,7 +41,7 @@ class Normalization:
 
 
 def normalized_scores(table: GroupTable, normalization: Normalization) -> Scores:
-    """[len(table)] fp64: importance per parameter, clipped and normalised; none of them negative.
+    """[len(table)] fp64: importance per parameter, clipped and normalised; never negative.
 
     Args:
         table: with importances.

@@ -18,7 +18,7 @@ _PLAIN = Normalization()
 
 @dataclass(frozen=True)
 class Scoring:
-    """Everything that decides scores; `PruneConfig` describes the options of the same names."""
+    """Everything that determines scores; `PruneConfig` describes the options of the same names."""
 
     method: Method = "group_fisher"
     gradient_fix: str = "none"
@@ -44,7 +44,7 @@ class Scoring:
 
 
 def score_groups(view: PrunableModel, evidence: Evidence, scoring: Scoring) -> GroupTable:
-    """The table of all groups, with importances after the gradient repair, priors and scores.
+    """The table of all groups, with importances after gradient scaling, priors and scores.
 
     Args:
         view: the model's prunable view.
@@ -52,10 +52,10 @@ def score_groups(view: PrunableModel, evidence: Evidence, scoring: Scoring) -> G
         scoring: how.
 
     Raises:
-        ConfigError: the evidence is of batches that were repaired in another way.
+        ConfigError: the evidence is of batches whose gradients were scaled in another way.
     """
     repair = evidence.repaired(scoring.gradient_fix, len(view.layers))
-    # Batches were repaired as they came.
+    # Batches were scaled as they came.
     scales = group_scales(view, repair if evidence.reduction == "sample" else None)
     table = replace(empty_table(view), importance=evidence.importance(scoring.method, scales))
     table = replace(table, score=normalized_scores(table, scoring.normalization))

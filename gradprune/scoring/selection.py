@@ -1,11 +1,11 @@
-"""Global selection: which groups go, so that the model shrinks by the ratio asked for.
+"""Global selection: which groups to prune so that the model shrinks by the requested ratio.
 
 Groups are sorted by score, ascending and stable (ties by layer, kind, index), and taken while their summed cost
 stays within the budget; one that no longer fits is skipped and smaller ones are still tried.
 
-Under `round_to` and `uniform` groups go in chunks: the lowest-scored channels of a layer that bring its width to
-the next multiple, or the groups of the same rank in every layer. A chunk's score is the mean of its groups', and
-the chunks of one chain go in order.
+Under `round_to` and `uniform`, groups are pruned in chunks: the lowest-scored channels of a block that bring its width
+down to the next multiple, or the groups of the same rank in every layer. A chunk's score is the mean of its groups'
+scores. The chunks of one block (under `uniform`: of one kind) form a chain and are taken in order.
 """
 
 from collections.abc import Mapping
@@ -54,11 +54,11 @@ class Constraints:
 
 @dataclass(frozen=True)
 class _Chunks:
-    """Which groups go together.
+    """Which groups are pruned together.
 
-    of_group: [len(table)] int64, the chunk of each group, -1 where it may not go; numbered by (layer, kind, rank).
-    chain: per chunk, the chain whose order it keeps.
-    owner: per chunk, whose limit it counts against: its layer, or 0 where a chunk spans all layers.
+    of_group: [len(table)] int64, the chunk of each group, -1 if it may not be pruned; numbered by (layer, kind, rank).
+    chain: per chunk, the chain it belongs to.
+    owner: per chunk, the layer whose limit it counts against, or 0 if chunks span all layers.
     """
 
     of_group: NDArray[np.int64]
@@ -76,8 +76,8 @@ def select(table: GroupTable, ratio: float, parameters: int, constraints: Constr
         constraints: what limits the choice.
 
     Returns:
-        [len(table)] bool, True for a group to prune. Its cost stays within ratio * parameters, unless layers
-        fall below `epsilon` and go whole.
+        [len(table)] bool, True for a group to prune. Their summed cost stays within ratio * parameters, unless layers
+        that fall below `epsilon` are removed whole.
 
     Raises:
         SelectionError: the ratio cannot be reached under the constraints; says what can.
@@ -148,7 +148,7 @@ def _chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
         width = rows.stop - rows.start
         number = np.arange(width)
         if _step(key.kind, constraints) > 1:
-            # The first chunk is the remainder: without it the width is a multiple already.
+            # The first chunk is the remainder, after which the width is a multiple.
             number = (_ranks(table.score[rows]) + -width % constraints.round_to) // constraints.round_to
         of_group[rows] = len(chain) + number
         count = int(number.max()) + 1

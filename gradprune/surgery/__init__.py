@@ -1,1 +1,1 @@
-"""Masks to a smaller model: masking, re-solving the weights that stay, cutting."""
+"""Masks to a smaller model: masking, repairing (re-solving) the remaining weights, cutting."""

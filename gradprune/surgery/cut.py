@@ -16,21 +16,21 @@ from gradprune.models.widths import state_widths
 def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> PreTrainedModel:
     """Remove the groups that `masks` does not keep.
 
-    The result computes what `model` would with those groups' columns of the output projections set to zero. A
-    block that keeps nothing is removed with its norm and passes the residual stream through.
+    The result computes what `model` would if those groups' columns of the output projections were zero. A block that
+    keeps nothing is removed together with its norm; the residual stream then passes by unchanged.
 
     Args:
         model: a supported causal LM, pruned before or not.
         masks: what each block keeps.
-        inplace: cut `model` itself, layer by layer. Otherwise it stays as it is, and the result is a new model
-            that shares the memory of every tensor that was not cut.
+        inplace: cut `model` itself, layer by layer. Otherwise `model` is unchanged, and the result is a new model
+            that shares memory with it for every tensor that was not cut.
 
     Returns:
         The cut model: of its original class where all layers have the same widths, else of the class in
         `modeling_gradprune`, with `per_layer_config` in its configuration.
 
     Raises:
-        ValueError: a mask's length is not the block's number of groups.
+        ValueError: a mask's length is not its block's number of groups, or a block has no mask.
         UnsupportedArchitectureError: not the architecture's own causal LM class, or one that gradprune made of it.
     """
     view = describe(model)
@@ -51,9 +51,9 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
 
 
 def _check_class(model: PreTrainedModel) -> None:
-    """Refuse a class that cutting would replace by another, losing what it adds: a classifier's head, say."""
+    """Refuse a class that cutting would replace, losing what it adds, such as a classifier's head."""
     pruned = PRUNED_CLASSES[model.config.model_type]
-    # A model loaded with trust_remote_code has the class of that name from the file beside its weights.
+    # A model loaded with trust_remote_code has a class of the same name, defined by the file beside its weights.
     if type(model) is not stock_class(pruned) and type(model).__name__ != pruned.__name__:
         raise UnsupportedArchitectureError(
             f"model: a {type(model).__name__} cannot be cut; load it as {stock_class(pruned).__name__}"
@@ -61,10 +61,8 @@ def _check_class(model: PreTrainedModel) -> None:
 
 
 def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """New modules and parameters on the same memory: converting or training one model leaves the other's dtype
-    and gradients alone.
-    """
-    # What stands in the memo is taken over as it is.
+    """New modules and parameters on the same memory, so that the two models' dtypes and gradients are independent."""
+    # deepcopy reuses the objects in its memo instead of copying them.
     memo: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
     memo |= {id(old): _parameter(old, old.detach()) for old in model.parameters()}
     return copy.deepcopy(model, memo)

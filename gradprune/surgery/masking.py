@@ -1,6 +1,6 @@
-"""Masking: make a model compute what it would without some groups, while nothing is cut; restored exactly.
+"""Masking: make a model compute what it would without some groups, without cutting it; exactly reversible.
 
-Zero columns of an output projection are the same as a cut: a group's rows then write nothing.
+Zeroing a group's columns of the output projection has the same effect as cutting the group.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from gradprune.models.masks import GroupMasks
 
 
 def masks_by_block(view: PrunableModel, masks: GroupMasks) -> Iterator[tuple[Block, Tensor]]:
-    """Every existing block in the data's order, with what it keeps: [groups] bool."""
+    """Every existing block, in order, with the groups it keeps: [groups] bool."""
     for block in view.blocks:
         yield block, masks[block]
 
 
 @contextmanager
 def output_weights_restored(view: PrunableModel, masks: GroupMasks) -> Iterator[None]:
-    """On exit the output projections of the blocks that `masks` prunes have the weights and biases they had."""
+    """On exit, restore the output projections (weights and biases) of the blocks that `masks` prunes."""
     saved: list[tuple[Tensor, Tensor]] = []
     for block, kept in masks_by_block(view, masks):
         if not kept.all():
@@ -36,7 +36,7 @@ def output_weights_restored(view: PrunableModel, masks: GroupMasks) -> Iterator[
 
 @contextmanager
 def masked(view: PrunableModel, masks: GroupMasks) -> Iterator[None]:
-    """While open, the model computes what the cut one would."""
+    """Inside the context the model computes what the cut one would."""
     with output_weights_restored(view, masks):
         for block, kept in masks_by_block(view, masks):
             mask_output(block, kept)
@@ -45,7 +45,7 @@ def masked(view: PrunableModel, masks: GroupMasks) -> Iterator[None]:
 
 @torch.no_grad()
 def mask_output(block: Block, kept: Tensor) -> None:
-    """Zero the output columns of the groups that are not kept, and the bias where none is: the cut drops the block."""
+    """Zero the output columns of the pruned groups; also the bias if no group is kept, as cutting drops the block."""
     linear: nn.Linear = block.output.linear
     if kept.all():
         return

@@ -1,4 +1,4 @@
-"""`GradientAnalysis`: the gradients of a pruning run before and after their repair, for the terminal and for files."""
+"""`GradientAnalysis`: a pruning run's gradients before and after scaling, for the terminal and for files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ from gradprune.vanishing.statistics import LayerGradients
 class GradientAnalysis:
     """What calibration saw of the layers' gradients.
 
-    gradients: their statistics over all samples, before any repair. steps: those of the first batches.
-    requested, repair: the repair asked for, and what it did; None where none was.
+    gradients: their statistics over all samples, before any scaling. steps: those of the first batches.
+    requested, repair: the fix asked for, and what it did; None if there was none.
     seq_len, num_samples, reduction: of the calibration.
     """
 
@@ -34,11 +34,11 @@ class GradientAnalysis:
 
     @property
     def after(self) -> Diagnosis:
-        """The diagnosis of the repaired gradients; that of `before` where nothing was repaired."""
+        """The diagnosis of the scaled gradients; that of `before` if nothing was scaled."""
         return self.before if self.repair is None else diagnose_gradients(self.repair.after)
 
     def repair_text(self) -> str | None:
-        """One line on what was repaired, with a warning where it was not needed; None where nothing was asked for."""
+        """One line on what was scaled, with a warning if it was not needed; None if no fix was asked for."""
         if self.repair is None:
             return None
         fix = self.repair.fix

@@ -1,4 +1,4 @@
-"""Repairs of vanishing gradients in place on `.grad`, after `loss.backward()`, for training loops of one's own.
+"""Fixes for vanishing gradients, applied in place to `.grad` after `loss.backward()`, for your own training loops.
 
 The formulas are those of `gradprune.vanishing.scaling`, with n_p the norm of the gradient at hand. Only parameters of
 decoder layers are touched; the layers are found in any model, pruned by gradprune or not (`find_decoder_layers`).

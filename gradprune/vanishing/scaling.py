@@ -1,4 +1,4 @@
-"""Repairs of vanishing gradients: pure functions from the layers' gradient norms to one scale a layer.
+"""Fixes for vanishing gradients: pure functions from the layers' gradient norms to one scale per layer.
 
 n_p is the L2 norm of parameter p's gradient, m_l the mean of n_p over layer l's parameters. With L layers, l from 0:
 
@@ -39,10 +39,10 @@ _FIX_OF_VERDICT: dict[Verdict, str] = {"normal": "none", "mild": "adaptive", "se
 
 @dataclass(frozen=True)
 class GradientRepair:
-    """What a repair did.
+    """What a fix did.
 
-    fix: what was applied; "auto" is resolved, to "none" where nothing needed repair.
-    scales: one a decoder layer; with `reduction="batch"`, which repairs each batch, their mean over the batches.
+    fix: what was applied; "auto" is resolved, to "none" if nothing needed fixing.
+    scales: one per decoder layer; with `reduction="batch"`, which scales each batch, their mean over the batches.
     after: the layers' gradient statistics after it.
     """
 
@@ -52,10 +52,10 @@ class GradientRepair:
 
 
 def layer_scales(fix: str, norms: LayerNorms) -> list[float]:
-    """One scale a layer for the fix "none", one of `gradprune.config.GRADIENT_FIXES`, or a chain of them.
+    """One scale per layer for the fix "none", one of `gradprune.config.GRADIENT_FIXES`, or a chain of them.
 
     Args:
-        fix: the repair.
+        fix: its name.
         norms: per layer, n_p of its parameters; a layer without any keeps scale 1.
 
     Raises:
@@ -117,7 +117,7 @@ def resolve_fix(fix: str, gradients: list[LayerGradients]) -> str:
 
 
 def scales_of(fix: str, gradients: list[LayerGradients], layers: int) -> list[float]:
-    """One scale for each of the model's decoder layers, of which `gradients` may leave some out."""
+    """One scale for each of the model's decoder layers; layers that are not in `gradients` keep 1."""
     norms: list[list[float]] = [[] for _ in range(layers)]
     for layer in gradients:
         norms[layer.layer] = list(layer.parameter_norms.values())

@@ -66,7 +66,7 @@ def layer_gradients(
 
 
 def gradient_ratio(layers: list[LayerGradients]) -> float:
-    """Largest layer mean over smallest; infinite where a layer's mean is 0."""
+    """Largest layer mean divided by the smallest; infinite if a layer's mean is 0."""
     means = [layer.mean for layer in layers]
     return max(means) / min(means) if min(means) > 0.0 else math.inf
 
