@@ -13,40 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gradprune.config import PruneConfig
+from gradprune.config import Constraints
 from gradprune.errors import ConfigError, SelectionError
 from gradprune.models.blocks import KINDS
 from gradprune.scoring.table import GroupTable
-
-
-@dataclass(frozen=True)
-class Constraints:
-    """What limits the selection; `PruneConfig` has the same names.
-
-    kept_kv_groups: under `uniform`, the numbers of kept KV groups that the architecture's configuration accepts;
-        None accepts any.
-    """
-
-    freeze_first_n_layers: int = 0
-    freeze_last_n_layers: int = 0
-    max_layer_ratio: float = 1.0
-    round_to: int = 1
-    uniform: bool = False
-    epsilon: float = 0.0
-    kept_kv_groups: frozenset[int] | None = None
-
-    @classmethod
-    def of(cls, config: PruneConfig, kept_kv_groups: frozenset[int] | None = None) -> "Constraints":
-        """The constraints among a run's options."""
-        return cls(
-            config.freeze_first_n_layers,
-            config.freeze_last_n_layers,
-            config.max_layer_ratio,
-            config.round_to,
-            config.uniform,
-            config.epsilon,
-            kept_kv_groups,
-        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +33,13 @@ class _Chunks:
     owner: list[int]
 
 
-def select(table: GroupTable, ratio: float, parameters: int, constraints: Constraints) -> NDArray[np.bool_]:
+def select(
+    table: GroupTable,
+    ratio: float,
+    parameters: int,
+    constraints: Constraints,
+    kept_kv_groups: frozenset[int] | None = None,
+) -> NDArray[np.bool_]:
     """Choose the groups to prune.
 
     Args:
@@ -71,6 +47,8 @@ def select(table: GroupTable, ratio: float, parameters: int, constraints: Constr
         ratio: fraction of `parameters` to remove.
         parameters: parameters of the whole model, tied ones counted once.
         constraints: what limits the choice.
+        kept_kv_groups: under `uniform`, the numbers of KV groups per layer that the architecture's configuration can
+            state; None for any.
 
     Returns:
         [len(table)] bool, True for a group to prune. Its cost stays within ratio * parameters, unless layers
@@ -80,7 +58,7 @@ def select(table: GroupTable, ratio: float, parameters: int, constraints: Constr
         SelectionError: the ratio cannot be reached under the constraints; says what can.
         ConfigError: `uniform` on a model whose layers differ.
     """
-    chunks = _chunks(table, constraints)
+    chunks = _chunks(table, constraints, kept_kv_groups)
     limits = _limits(table, constraints)
     budget = ratio * parameters
     costs = _sum_by_chunk(table.cost, chunks)
@@ -97,9 +75,15 @@ def select(table: GroupTable, ratio: float, parameters: int, constraints: Constr
     return pruned
 
 
-def check_reachable(table: GroupTable, ratio: float, parameters: int, constraints: Constraints) -> None:
+def check_reachable(
+    table: GroupTable,
+    ratio: float,
+    parameters: int,
+    constraints: Constraints,
+    kept_kv_groups: frozenset[int] | None = None,
+) -> None:
     """Raise what `select` would for this ratio, before any score is known."""
-    select(table, ratio, parameters, constraints)
+    select(table, ratio, parameters, constraints, kept_kv_groups)
 
 
 def _take(
@@ -132,9 +116,9 @@ def _sum_by_chunk(values: NDArray[np.float64] | NDArray[np.int64], chunks: _Chun
     return sums
 
 
-def _chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
+def _chunks(table: GroupTable, constraints: Constraints, kept_kv_groups: frozenset[int] | None) -> _Chunks:
     if constraints.uniform:
-        return _uniform_chunks(table, constraints)
+        return _uniform_chunks(table, constraints, kept_kv_groups)
     of_group = np.full(len(table), -1, np.int64)
     chain: list[int] = []
     owner: list[int] = []
@@ -154,7 +138,7 @@ def _chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
     return _Chunks(of_group, chain, owner)
 
 
-def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
+def _uniform_chunks(table: GroupTable, constraints: Constraints, kept_kv_groups: frozenset[int] | None) -> _Chunks:
     """Chunks of the same ranks in every layer; at least one group of each kind stays in each layer."""
     of_group = np.full(len(table), -1, np.int64)
     chain: list[int] = []
@@ -167,7 +151,7 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
         if name == "mlp":
             kept = list(range(constraints.round_to, width, constraints.round_to))
         else:
-            kept = sorted((constraints.kept_kv_groups or frozenset(range(1, width))) & frozenset(range(1, width)))
+            kept = sorted((kept_kv_groups or frozenset(range(1, width))) & frozenset(range(1, width)))
         ends = np.array([width - count for count in reversed(kept)], np.int64)
         for rows in blocks:
             number = np.searchsorted(ends, _ranks(table.score[rows]), side="right")
