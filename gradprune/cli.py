@@ -5,24 +5,28 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from gradprune.config import (
-    METHODS,
-    Backend,
-    Dtype,
-    MethodOption,
-    Normalize,
-    NormalizePer,
-    Prior,
+    OLDER_NAMES,
+    OPTIONS,
+    PARTS,
+    Calibration,
+    Constraints,
+    Data,
+    Model,
+    Output,
     PruneConfig,
-    Reduction,
     Repair,
+    Search,
+    command_line,
 )
+from gradprune.config.commands import StagedCommand, takes
 from gradprune.errors import ConfigError, GradPruneError
+from gradprune.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,9 +37,6 @@ if TYPE_CHECKING:
 # typer's usage errors share this base, in releases that depend on click as in those that carry their own.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
-_Number = TypeVar("_Number", int, float)
-
-DEFAULT = PruneConfig()
 OUT = Console()
 PROGRESS = Console(stderr=True)
 
@@ -45,141 +46,61 @@ app = typer.Typer(
     # The plain help: at 80 columns the boxed one cuts option names off.
     rich_markup_mode=None,
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
-BaseModel = Annotated[str | None, typer.Option(help="Model folder or hub id; without it, the embedded demo model.")]
-Dataset = Annotated[
-    str | None,
-    typer.Option(help=".txt, .jsonl or .npy file, or wikitext2 | ptb | c4; without it, the embedded text."),
-]
-SeqLen = Annotated[int, typer.Option(help="Tokens a sample.")]
-BatchSize = Annotated[int, typer.Option(help="Samples a forward pass.")]
-NumSamples = Annotated[int, typer.Option(help="Calibration samples.")]
-Seed = Annotated[int, typer.Option(help="Seed of the calibration sampling.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Type of the weights; auto keeps the checkpoint's.")]
-Checkpointing = Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")]
-TrustRemoteCode = Annotated[bool, typer.Option(help="Run the checkpoint's own code. Off unless asked for.")]
-BackendOption = Annotated[Backend, typer.Option(help="Who computes the importance.")]
-ReductionOption = Annotated[Reduction, typer.Option(help="Exact per sample, or the cheaper per-batch variant.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
+def gradprune(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
+) -> None:
+    """Gradient-based structured pruning of large language models. Options may be written with _ or -."""
+    if version:
+        print(f"gradprune {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command(cls=StagedCommand)
+@takes(*PARTS, several={"pruning_ratio": "Several, as 0.1,0.2,0.3, are pruned from one calibration."})
 def prune(
-    base_model: BaseModel = None,
-    pruning_ratio: Annotated[
-        str, typer.Option(help="Fraction of the parameters to remove; several as 0.1,0.2,0.3 from one calibration.")
-    ] = f"{DEFAULT.pruning_ratio:g}",
-    importance_method: Annotated[
-        MethodOption,
-        typer.Option(metavar="METHOD", help=f"How groups are scored: {', '.join(METHODS)}, or auto, which searches."),
-    ] = DEFAULT.importance_method,
-    reduction: ReductionOption = DEFAULT.reduction,
-    backend: BackendOption = DEFAULT.backend,
-    temperature: Annotated[float, typer.Option(help="H-GSP temperature T; 0 is off.")] = DEFAULT.temperature,
-    tau: Annotated[float | None, typer.Option(help="H-GSP gate; default the 25th percentile.")] = DEFAULT.tau,
-    epsilon: Annotated[float, typer.Option(help="Drop layers that keep less than this.")] = DEFAULT.epsilon,
-    prior: Annotated[Prior, typer.Option(help="What H-GSP weighs blocks by.")] = DEFAULT.prior,
-    prior_samples: Annotated[int, typer.Option(help="Samples the priors are measured on.")] = DEFAULT.prior_samples,
-    fix_gradient_vanishing: Annotated[bool, typer.Option(help="Short for --gradient_fix adaptive.")] = False,
-    gradient_fix: Annotated[
-        str,
-        typer.Option(
-            help="none, adaptive, normalize, depth:linear, depth:sqrt, depth:log, a chain such as "
-            "adaptive+depth:sqrt, or auto, which follows the diagnosis."
-        ),
-    ] = DEFAULT.gradient_fix,
-    normalize_scores: Annotated[Normalize, typer.Option(help="Make layers comparable.")] = DEFAULT.normalize_scores,
-    normalize_per: Annotated[NormalizePer, typer.Option(help="Within what.")] = DEFAULT.normalize_per,
-    clip_percentile: Annotated[float, typer.Option(help="Clip scores there first.")] = DEFAULT.clip_percentile,
-    attention_factor: Annotated[float, typer.Option(help="Times the scores of KV groups.")] = DEFAULT.attention_factor,
-    collect_batches: Annotated[int, typer.Option(help="Batches in the gradient plots.")] = DEFAULT.collect_batches,
-    repair: Annotated[Repair, typer.Option(help="Re-solve the weights that stay.")] = DEFAULT.repair,
-    held_out_samples: Annotated[int, typer.Option(help="Samples it chooses on.")] = DEFAULT.held_out_samples,
-    scores: Annotated[str | None, typer.Option(help="scores.safetensors of an earlier run: no calibration.")] = None,
-    search_minutes: Annotated[float, typer.Option(help="Time for auto.")] = DEFAULT.search_minutes,
-    freeze_first_n_layers: Annotated[int, typer.Option(help="Leave these whole.")] = DEFAULT.freeze_first_n_layers,
-    freeze_last_n_layers: Annotated[int, typer.Option(help="Leave these whole.")] = DEFAULT.freeze_last_n_layers,
-    max_layer_ratio: Annotated[float, typer.Option(help="Most that one layer may lose.")] = DEFAULT.max_layer_ratio,
-    round_to: Annotated[int, typer.Option(help="MLP widths are a multiple of this.")] = DEFAULT.round_to,
-    uniform: Annotated[bool, typer.Option(help="Same widths in all layers: a plain checkpoint.")] = DEFAULT.uniform,
-    dataset: Dataset = None,
-    eval_dataset: Annotated[str | None, typer.Option(help="Held-out text; default the end of --dataset.")] = None,
-    num_samples: NumSamples = DEFAULT.num_samples,
-    seq_len: SeqLen = DEFAULT.seq_len,
-    batch_size: BatchSize = DEFAULT.batch_size,
-    eval_samples: Annotated[int | None, typer.Option(help="Windows for perplexity; default all.")] = None,
-    seed: Seed = DEFAULT.seed,
-    use_gradient_checkpointing: Checkpointing = DEFAULT.use_gradient_checkpointing,
-    measure_speed: Annotated[bool, typer.Option(help="Time dense against pruned; needs both in memory.")] = True,
-    device: Device = DEFAULT.device,
-    dtype: DtypeOption = DEFAULT.dtype,
-    trust_remote_code: TrustRemoteCode = False,
-    output_dir: Annotated[str, typer.Option(help="Where results folders go.")] = DEFAULT.output_dir,
-    output_name: Annotated[str | None, typer.Option(help="Results folder; default names model and method.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing results folder.")] = False,
+    options: dict[str, Any],
+    fix_gradient_vanishing: Annotated[
+        bool,
+        typer.Option("--fix-gradient-vanishing", help="Short for --gradient_fix adaptive.", rich_help_panel="Scoring"),
+    ] = False,
 ) -> None:
     """Prune a model; write a smaller checkpoint and a report."""
-    options = dict(locals())
-    if options.pop("fix_gradient_vanishing"):
-        if gradient_fix not in ("none", "adaptive"):
+    if fix_gradient_vanishing:
+        if options["gradient_fix"] not in ("none", "adaptive"):
             raise ConfigError(
-                f"fix_gradient_vanishing: means gradient_fix 'adaptive', but '{gradient_fix}' is given too"
+                f"fix_gradient_vanishing: means gradient_fix 'adaptive', but '{options['gradient_fix']}' is given too"
             )
         options["gradient_fix"] = "adaptive"
-    ratios = _numbers("pruning_ratio", pruning_ratio, float)
-    model_name = Path(base_model).name if base_model else "demo"
-    options["pruning_ratio"] = ratios[0]
-    options["output_name"] = output_name or f"{model_name}-{importance_method}-{'-'.join(f'{r:g}' for r in ratios)}"
+    ratios = options.pop("pruning_ratio")
+    name = f"{options['importance_method']}-{'-'.join(f'{ratio:g}' for ratio in ratios)}"
+    config = _config({**options, "pruning_ratio": ratios[0]}, name)
     if len(ratios) == 1:
-        _prune(PruneConfig(**options))
+        _prune(config)
     else:
-        _prune_ratios(PruneConfig(**options), sorted(ratios))
+        _prune_ratios(config, sorted(ratios))
 
 
-@app.command()
-def search(
-    base_model: BaseModel = None,
-    pruning_ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = DEFAULT.pruning_ratio,
-    search_minutes: Annotated[
-        float, typer.Option(help="Stop after; decide with what was seen.")
-    ] = DEFAULT.search_minutes,
-    scores: Annotated[str | None, typer.Option(help="scores.safetensors of an earlier run: no calibration.")] = None,
-    repair: Annotated[Repair, typer.Option(help="Re-solve the weights that stay.")] = DEFAULT.repair,
-    dataset: Dataset = None,
-    eval_dataset: Annotated[str | None, typer.Option(help="Held-out text; default the end of --dataset.")] = None,
-    num_samples: NumSamples = DEFAULT.num_samples,
-    held_out_samples: Annotated[int, typer.Option(help="Samples it chooses on.")] = DEFAULT.held_out_samples,
-    seq_len: SeqLen = DEFAULT.seq_len,
-    batch_size: BatchSize = DEFAULT.batch_size,
-    eval_samples: Annotated[int | None, typer.Option(help="Windows for perplexity; default all.")] = None,
-    seed: Seed = DEFAULT.seed,
-    backend: BackendOption = DEFAULT.backend,
-    use_gradient_checkpointing: Checkpointing = DEFAULT.use_gradient_checkpointing,
-    device: Device = DEFAULT.device,
-    dtype: DtypeOption = DEFAULT.dtype,
-    trust_remote_code: TrustRemoteCode = False,
-    output_dir: Annotated[str, typer.Option(help="Where results folders go.")] = DEFAULT.output_dir,
-    output_name: Annotated[str | None, typer.Option(help="Results folder; default names model and ratio.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing results folder.")] = False,
-) -> None:
-    """Find the scoring with the least held-out loss, and prune with it."""
-    options = dict(locals())
-    model_name = Path(base_model).name if base_model else "demo"
-    options["output_name"] = output_name or f"{model_name}-search-{pruning_ratio:g}"
-    _prune(PruneConfig(importance_method="auto", **options))
+@app.command(cls=StagedCommand)
+@takes(Model, Data, Calibration, "prior", Search, Constraints, Repair, Output)
+def search(options: dict[str, Any]) -> None:
+    """Choose the scoring by held-out loss, and prune with it."""
+    _prune(_config({**options, "importance_method": "auto"}, f"search-{options['pruning_ratio']:g}"))
 
 
-@app.command()
-def demo(
-    pruning_ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
-    output_dir: Annotated[str, typer.Option(help="Where the results folder goes.")] = DEFAULT.output_dir,
-) -> None:
+@app.command(cls=StagedCommand)
+@takes("pruning_ratio", "output_dir")
+def demo(options: dict[str, Any]) -> None:
     """Train a tiny model, prune it, show what that costs."""
-    result = _prune(PruneConfig(pruning_ratio=pruning_ratio, output_dir=output_dir, output_name="demo", overwrite=True))
+    result = _prune(PruneConfig(**options, output_name="demo", overwrite=True))
     from gradprune.demo import demo_model_path
 
     training = json.loads((demo_model_path(quiet=True) / "training.json").read_text(encoding="utf-8"))
@@ -189,41 +110,21 @@ def demo(
     )
 
 
-@app.command()
-def diagnose(
-    base_model: BaseModel = None,
-    dataset: Dataset = None,
-    seq_len: Annotated[str, typer.Option(help="Tokens a sample; several to compare, as 128,256,512.")] = "256",
-    num_samples: NumSamples = 32,
-    batch_size: BatchSize = DEFAULT.batch_size,
-    seed: Seed = DEFAULT.seed,
-    reduction: ReductionOption = DEFAULT.reduction,
-    backend: BackendOption = DEFAULT.backend,
-    use_gradient_checkpointing: Checkpointing = False,
-    device: Device = DEFAULT.device,
-    dtype: DtypeOption = DEFAULT.dtype,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-) -> None:
+@app.command(cls=StagedCommand)
+@takes(
+    *("base_model", "device", "dtype", "trust_remote_code"),
+    *("dataset", "seq_len", "num_samples", "batch_size", "seed"),
+    *("reduction", "backend", "use_gradient_checkpointing"),
+    defaults={"seq_len": 256, "num_samples": 32},
+    several={"seq_len": "Several, as 128,256,512, are compared."},
+)
+def diagnose(options: dict[str, Any], as_json: AsJson = False) -> None:
     """Show every layer's gradients, and whether they vanish."""
     from gradprune.report.tables import comparison_table, diagnosis_table
     from gradprune.vanishing.diagnosis import stablest
 
-    lengths = _numbers("seq_len", seq_len, int)
-    PruneConfig(seq_len=min(lengths), num_samples=num_samples, batch_size=batch_size, seed=seed)
-    model, tokenizer = _load(base_model, device, dtype, trust_remote_code)
-    diagnoses = _diagnoses(
-        model,
-        tokenizer,
-        lengths,
-        dataset,
-        num_samples,
-        batch_size,
-        seed,
-        reduction,
-        backend,
-        use_gradient_checkpointing,
-    )
+    lengths = options.pop("seq_len")
+    diagnoses = _diagnoses(PruneConfig(**options, seq_len=max(lengths)), lengths)
     if as_json:
         found = [{"seq_len": length, **diagnosis.to_dict()} for length, diagnosis in diagnoses.items()]
         _print_json(found[0] if len(found) == 1 else {"stablest": stablest(diagnoses), "lengths": found})
@@ -236,16 +137,13 @@ def diagnose(
         OUT.print(f"Stablest: {stablest(diagnoses)} tokens a sample, the smallest ratio.")
 
 
-@app.command("eval")
+@app.command("eval", cls=StagedCommand)
+@takes("device", "dtype", "trust_remote_code", "dataset", "seq_len", "batch_size", "eval_samples")
 def evaluate(
-    model: Annotated[str | None, typer.Option(help="Dense or pruned checkpoint; default the demo model.")] = None,
-    dataset: Dataset = None,
-    seq_len: SeqLen = DEFAULT.seq_len,
-    batch_size: BatchSize = DEFAULT.batch_size,
-    eval_samples: Annotated[int | None, typer.Option(help="Windows for perplexity; default all.")] = None,
-    device: Device = DEFAULT.device,
-    dtype: DtypeOption = DEFAULT.dtype,
-    trust_remote_code: TrustRemoteCode = False,
+    options: dict[str, Any],
+    model: Annotated[
+        str | None, typer.Option(help="Dense or pruned checkpoint; default the demo model.", rich_help_panel="Model")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a checkpoint's perplexity on held-out text."""
@@ -254,12 +152,18 @@ def evaluate(
     from gradprune.evaluation.perplexity import perplexity
     from gradprune.evaluation.size import model_size
 
-    PruneConfig(seq_len=seq_len, batch_size=batch_size, eval_samples=eval_samples)
-    loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
-    check_context(loaded.config, seq_len)
-    tokens = load_tokens(dataset, tokenizer, split="evaluation", vocab_size=loaded.config.vocab_size)
+    # Here the option has another name, by which an error is to call it.
+    config = PruneConfig(**options, base_model=replace(OPTIONS["base_model"], name="model").accepted(model))
+    loaded, tokenizer = _load(config)
+    check_context(loaded.config, config.seq_len)
+    tokens = load_tokens(config.dataset, tokenizer, split="evaluation", vocab_size=loaded.config.vocab_size)
     measured = perplexity(
-        loaded, tokens, seq_len=seq_len, batch_size=batch_size, max_windows=eval_samples, console=PROGRESS
+        loaded,
+        tokens,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        max_windows=config.eval_samples,
+        console=PROGRESS,
     )
     parameters = model_size(loaded).parameters
     if as_json:
@@ -268,7 +172,7 @@ def evaluate(
         OUT.print(f"perplexity {measured.value:.4f} on {measured.tokens:,} tokens; {parameters:,} parameters")
 
 
-@app.command()
+@app.command(cls=StagedCommand)
 def info(as_json: AsJson = False) -> None:
     """Show versions, devices, and which backends work here."""
     from gradprune.environment import environment
@@ -285,7 +189,7 @@ def main() -> NoReturn:
     # A terminated run unwinds like an interrupted one, so that its temporary folder goes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        sys.exit(app([_dashed(argument) for argument in sys.argv[1:]], standalone_mode=False) or 0)
+        sys.exit(app([_today(argument) for argument in sys.argv[1:]], standalone_mode=False) or 0)
     except GradPruneError as error:
         message = str(error)
     except _UsageError as error:
@@ -297,55 +201,48 @@ def main() -> NoReturn:
     sys.exit(2)
 
 
-def _dashed(argument: str) -> str:
-    """`--pruning_ratio=0.2` as `--pruning-ratio=0.2`; values stay as they are."""
+def _today(argument: str) -> str:
+    """`--pruning_ratio=0.2` as `--pruning-ratio=0.2`, and older names as today's; values stay as they are."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
+    name = name[2:].replace("-", "_")
+    return "--" + OLDER_NAMES.get(name, name).replace("_", "-") + equals + value
 
 
-def _numbers(option: str, text: str, kind: type[_Number]) -> list[_Number]:
-    """The numbers of a comma-separated list, each once."""
-    try:
-        return list(dict.fromkeys(kind(part) for part in text.split(",")))
-    except ValueError:
-        what = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"{option}: '{text}' is not {what}, nor several separated by commas") from None
+def _config(options: dict[str, Any], name: str) -> PruneConfig:
+    """The configuration of a run; without an output name the results folder is named after the model, and `name`."""
+    if options["output_name"] is None:
+        base_model = options["base_model"]
+        options["output_name"] = f"{'demo' if base_model is None else Path(base_model).absolute().name}-{name}"
+    # Nobody needs the dense model any more, unless it is timed.
+    return PruneConfig(**options, in_place=not options["measure_speed"])
 
 
-def _diagnoses(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    lengths: list[int],
-    dataset: str | None,
-    num_samples: int,
-    batch_size: int,
-    seed: int,
-    reduction: Reduction,
-    backend: Backend,
-    use_gradient_checkpointing: bool,
-) -> "dict[int, Diagnosis]":
-    """The model's diagnosis at each length."""
+def _diagnoses(config: PruneConfig, lengths: list[int]) -> "dict[int, Diagnosis]":
+    """The model's diagnosis at each length, in tokens."""
     from gradprune.calibration.engine import ImportanceEngine
     from gradprune.calibration.gather import calibrate
     from gradprune.data.sources import load_tokens
     from gradprune.data.windows import check_context, sample_windows
     from gradprune.vanishing.diagnosis import diagnose_gradients
 
+    model, tokenizer = _load(config)
     check_context(model.config, max(lengths))
-    tokens = load_tokens(dataset, tokenizer, vocab_size=model.config.vocab_size)
-    windows = {length: sample_windows(tokens, num_samples=num_samples, seq_len=length, seed=seed) for length in lengths}
+    tokens = load_tokens(config.dataset, tokenizer, vocab_size=model.config.vocab_size)
+    windows = {
+        length: sample_windows(tokens, num_samples=config.num_samples, seq_len=length, seed=config.seed)
+        for length in lengths
+    }
     diagnoses = {}
     for length in lengths:
-        engine = ImportanceEngine(model, "taylor", reduction, backend, use_gradient_checkpointing)
-        calibrate(engine, windows[length], batch_size, PROGRESS)
+        engine = ImportanceEngine(model, "taylor", config.reduction, config.backend, config.use_gradient_checkpointing)
+        calibrate(engine, windows[length], config.batch_size, PROGRESS)
         diagnoses[length] = diagnose_gradients(engine.gradients())
     return diagnoses
 
 
 def _prune(config: PruneConfig) -> "PruneResult":
-    from gradprune.config import command_line
     from gradprune.pipeline import prune
     from gradprune.report.folder import summarize
     from gradprune.report.tables import diagnosis_table, layer_table, search_table, summary_table
@@ -375,8 +272,6 @@ def _prune_ratios(config: PruneConfig, ratios: list[float]) -> None:
     from gradprune.report.folder import summarize
     from gradprune.report.tables import curve_table
 
-    for ratio in ratios:
-        replace(config, pruning_ratio=ratio)  # refuses one out of range before anything is loaded
     model, tokenizer = _load_free(config)
     results = prune_ratios(model, tokenizer, config, ratios, console=PROGRESS)
     OUT.print(curve_table([summarize(result) for result in results]))
@@ -393,12 +288,11 @@ def _load_free(config: PruneConfig) -> "tuple[PreTrainedModel, PreTrainedTokeniz
 
     assert config.output_name is not None
     check_free(Path(config.output_dir) / config.output_name, overwrite=config.overwrite, argument="output_name")
-    return _load(config.base_model, config.device, config.dtype, config.trust_remote_code)
+    return _load(config)
 
 
-def _load(
-    base_model: str | None, device: str, dtype: Dtype, trust_remote_code: bool
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
+def _load(config: PruneConfig) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
+    """The model on its device, and its tokenizer; the demo's, which is trained if need be, where none is named."""
     import torch
     from transformers.utils import logging
 
@@ -407,14 +301,15 @@ def _load(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device: '{device}' does not work here: {str(error).splitlines()[0]}") from error
-    path = base_model or str(demo_model_path(PROGRESS))
-    return load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    path = str(demo_model_path(PROGRESS)) if config.base_model is None else config.base_model
+    return load_model(path, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
 
 
 def _print_json(content: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import torch
 
-from gradprune.config import Backend
+from gradprune.config import GradientBackend, ImportanceBackend
 from gradprune.ops.dispatch import gradient_ops_fault, unavailable_reason
 from gradprune.version import __version__
 
@@ -17,7 +17,6 @@ def environment() -> dict[str, Any]:
     `backends`: of the importance ops, those that `--backend` chooses among; `gradient_backends`: of the gradient ops.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    backends: list[Backend] = [backend for backend in get_args(Backend) if backend != "auto"]
     return {
         "versions": {"gradprune": __version__, "python": platform.python_version(), **_versions()},
         "devices": {
@@ -25,12 +24,19 @@ def environment() -> dict[str, Any]:
             **{f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())},
         },
         "backends": {
-            device: {backend: unavailable_reason(backend, device) for backend in backends} for device in devices
+            device: {backend: unavailable_reason(backend, device) for backend in _named(ImportanceBackend)}
+            for device in devices
         },
         "gradient_backends": {
-            device: {backend: gradient_ops_fault(backend, device) for backend in backends} for device in devices
+            device: {backend: gradient_ops_fault(backend, device) for backend in _named(GradientBackend)}
+            for device in devices
         },
     }
+
+
+def _named(backends: Any) -> list[Any]:
+    """The members of a `Literal` of backends that name one."""
+    return [backend for backend in get_args(backends) if backend != "auto"]
 
 
 def _versions() -> dict[str, str | None]:

@@ -20,16 +20,15 @@ from gradprune.evaluation.size import model_size, weight_bytes_on_disk
 from gradprune.evaluation.speed import throughput
 from gradprune.models import PrunableModel, describe
 from gradprune.models.masks import GroupMasks
-from gradprune.models.widths import plain_widths
 from gradprune.ops.dispatch import select_ops
 from gradprune.progress import QUIET, Clock, progress
 from gradprune.report.folder import summarize, write_results
 from gradprune.report.html import write_curve_report
 from gradprune.result import Measured, PruneResult
-from gradprune.scoring.scoring import Scoring, score_groups
-from gradprune.scoring.selection import Constraints, check_reachable, select
-from gradprune.scoring.table import empty_table
-from gradprune.search import SearchResult, search, with_scoring
+from gradprune.scoring.scoring import score_groups
+from gradprune.scoring.selection import check_reachable, select
+from gradprune.scoring.table import group_costs
+from gradprune.search import SearchResult, search
 from gradprune.surgery.cut import cut
 from gradprune.surgery.least_squares import BlockRepair, least_squares, repair_steps
 from gradprune.surgery.masking import output_weights_restored
@@ -48,7 +47,7 @@ def prune(
     """Prune a loaded causal LM.
 
     Args:
-        model: stays as it is, unless `config.measure_speed` is False: then it is cut in place, to save memory.
+        model: stays as it is, unless `config.in_place`: then it is cut itself, to save memory.
         tokenizer: for text datasets, and saved with the model; may be None with `calibration` and `evaluation`.
         config: the options; a results folder is written only where `config.output_name` is set.
         calibration: [tokens] int64 to draw calibration samples from, instead of `config.dataset`.
@@ -65,7 +64,7 @@ def prune(
     clock = Clock()
     view = describe(model)
     parameters = model_size(model).parameters
-    constraints = _check_reachable(model, view, parameters, config)
+    kept_kv_groups = _check_reachable(model, view, parameters, config)
     select_ops(config.backend, model.device.type)
     samples = draw_samples(model, tokenizer, config, calibration, evaluation)
 
@@ -73,13 +72,13 @@ def prune(
     evidence = gather_evidence(model, view, samples, config, clock, console)
     found = None
     if config.importance_method == "auto":
-        found = _search(model, view, evidence, config, constraints, samples, clock, console)
-        config = with_scoring(config, found.winner.scoring)
+        found = _search(model, view, evidence, config, kept_kv_groups, samples, clock, console)
+        config = config.with_part(found.winner.scoring)
     with clock.stage("scoring"):
-        table = score_groups(view, evidence, Scoring.of(config))
+        table = score_groups(view, evidence, config.scoring)
     before = _measure_before(model, samples, config, clock, console)
     with clock.stage("selection"):
-        pruned = select(table, config.pruning_ratio, parameters, constraints)
+        pruned = select(table, config.pruning_ratio, parameters, config.constraints, kept_kv_groups)
         masks = table.masks(pruned)
     cut_model, repairs = _cut_and_repair(model, view, masks, samples, config, clock, console)
     before, after = _measure_after(model, cut_model, before, samples, config, clock, console)
@@ -101,7 +100,7 @@ def prune_ratios(
     """Prune one model at several ratios from one calibration.
 
     Args:
-        model: stays as it is, whatever `config.measure_speed` says.
+        model: stays as it is, whatever `config.in_place` says.
         tokenizer, console: as for `prune`.
         config: with `output_name`; each ratio's results go to a folder of its name in that folder, beside
             `report.html`, which has the curve of perplexity against size. `pruning_ratio` is not read.
@@ -113,31 +112,35 @@ def prune_ratios(
     assert config.output_name is not None
     output = Path(config.output_dir) / config.output_name
     check_free(output, overwrite=config.overwrite, argument="output_name")
-    configs = [replace(config, pruning_ratio=ratio, measure_speed=True) for ratio in ratios]
+    configs = [replace(config, pruning_ratio=ratio, in_place=False) for ratio in ratios]
     view, parameters = describe(model), model_size(model).parameters
     for each in configs:
         _check_reachable(model, view, parameters, each)
     results = []
     with atomic_directory(output, overwrite=config.overwrite, argument="output_name") as folder:
-        scores = config.scores
+        evidence_file = config.evidence_file
         for each in configs:
             name = f"{each.pruning_ratio:g}"
-            result = prune(model, tokenizer, replace(each, output_name=None, scores=scores), console=console)
-            recorded = replace(result.config, output_name=config.output_name, scores=config.scores)
+            result = prune(
+                model, tokenizer, replace(each, output_name=None, evidence_file=evidence_file), console=console
+            )
+            recorded = replace(result.config, output_name=config.output_name, evidence_file=config.evidence_file)
             result = write_results(replace(result, config=recorded), tokenizer, folder / name)
             # The first run calibrates for all.
-            scores = scores or str(folder / name / "analysis" / "scores.safetensors")
+            evidence_file = evidence_file or str(folder / name / "analysis" / "scores.safetensors")
             results.append(replace(result, output=output / name))
         write_curve_report(folder / "report.html", [summarize(result) for result in results])
     return results
 
 
-def _check_reachable(model: PreTrainedModel, view: PrunableModel, parameters: int, config: PruneConfig) -> Constraints:
-    """The selection's constraints; raises at once what could not be done after calibration."""
+def _check_reachable(
+    model: PreTrainedModel, view: PrunableModel, parameters: int, config: PruneConfig
+) -> frozenset[int] | None:
+    """The `kept_kv_groups` of the selection; raises at once what could not be done after calibration."""
     check_context(model.config, config.seq_len)
-    constraints = Constraints.of(config, plain_widths(view))
-    check_reachable(empty_table(view), config.pruning_ratio, parameters, constraints)
-    return constraints
+    kept_kv_groups = _kept_kv_groups(model, view) if config.uniform else None
+    check_reachable(group_costs(view), config.pruning_ratio, parameters, config.constraints, kept_kv_groups)
+    return kept_kv_groups
 
 
 def _search(
@@ -145,7 +148,7 @@ def _search(
     view: PrunableModel,
     evidence: Evidence,
     config: PruneConfig,
-    constraints: Constraints,
+    kept_kv_groups: frozenset[int] | None,
     samples: Samples,
     clock: Clock,
     console: Console,
@@ -158,7 +161,7 @@ def _search(
             view,
             evidence,
             config,
-            constraints,
+            kept_kv_groups,
             parameters,
             samples.calibration,
             samples.held_out,
@@ -185,17 +188,16 @@ def _cut_and_repair(
     clock: Clock,
     console: Console,
 ) -> tuple[PreTrainedModel, list[BlockRepair]]:
-    """The cut model, and what least squares did to its blocks. `model` stays as it was where speed is measured."""
-    inplace = not config.measure_speed
+    """The cut model, and what least squares did to its blocks. `model` stays as it was unless it is cut in place."""
     repairs: list[BlockRepair] = []
     # The weights are re-solved in the whole model, and then cut; the cut ones no longer share its memory.
-    with nullcontext() if inplace else output_weights_restored(view, masks):
+    with nullcontext() if config.in_place else output_weights_restored(view, masks):
         if config.repair == "least_squares":
             with clock.stage("repair"), progress(console, "Repairing", repair_steps(view), "blocks") as advance:
                 parts = [list(batches(part, config.batch_size)) for part in (samples.calibration, samples.held_out)]
                 repairs = least_squares(model, view, masks, *parts, advance=advance)
         with clock.stage("surgery"):
-            cut_model = cut(model, masks, inplace=inplace)
+            cut_model = cut(model, masks, inplace=config.in_place)
     return cut_model, repairs
 
 
@@ -239,3 +241,12 @@ def _perplexity(model: PreTrainedModel, tokens: Tensor, config: PruneConfig, con
         max_windows=config.eval_samples,
         console=console,
     )
+
+
+def _kept_kv_groups(model: PreTrainedModel, view: PrunableModel) -> frozenset[int] | None:
+    """The numbers of KV groups that a plain checkpoint of this architecture can state; None for any."""
+    first = view.attention[0]
+    if not view.architecture.heads_divide_hidden or first is None:
+        return None
+    hidden = model.config.hidden_size
+    return frozenset(n for n in range(1, first.groups + 1) if hidden % (n * first.heads_per_group) == 0)

@@ -19,14 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gradprune.calibration.evidence import Evidence
-from gradprune.config import GRADIENT_METHODS, METHODS, Method, Normalize, PruneConfig
+from gradprune.config import GRADIENT_METHODS, METHODS, Method, Normalize, PruneConfig, Scoring
 from gradprune.data.windows import batches
 from gradprune.models import PrunableModel
 from gradprune.models.loss import mean_loss
 from gradprune.models.masks import GroupMasks
-from gradprune.scoring.normalization import Normalization
-from gradprune.scoring.scoring import Scoring, score_groups
-from gradprune.scoring.selection import Constraints, select
+from gradprune.scoring.scoring import score_groups
+from gradprune.scoring.selection import select
 from gradprune.surgery.least_squares import BLENDS, least_squares
 from gradprune.surgery.masking import masked, output_weights_restored
 
@@ -85,7 +84,7 @@ def search(
     view: PrunableModel,
     evidence: Evidence,
     config: PruneConfig,
-    constraints: Constraints,
+    kept_kv_groups: frozenset[int] | None,
     parameters: int,
     samples: Tensor,
     held_out: Tensor,
@@ -97,7 +96,7 @@ def search(
         model, view: the model, which is as it was afterwards, and its prunable view.
         evidence: of its calibration, with the priors of `config.prior`.
         config: ratio, batch size, repair and `search_minutes`.
-        constraints, parameters: of the selection.
+        kept_kv_groups, parameters: of the selection, see `gradprune.scoring.selection.select`.
         samples: [N, T] calibration samples, for the repair.
         held_out: [M, T] others, M > 0, on which losses are measured.
         advance: told (evaluations done, evaluations planned).
@@ -106,7 +105,7 @@ def search(
     always completed.
     """
     deadline = time.monotonic() + 60.0 * config.search_minutes
-    pool = list(_candidates(view, evidence, config, constraints, parameters))
+    pool = list(_candidates(view, evidence, config, kept_kv_groups, parameters))
     repaired = config.repair != "none"
     progress = _Progress(_planned(pool, len(held_out), repaired), advance)
     rounds: list[list[Trial]] = []
@@ -129,23 +128,12 @@ def search(
     return _result(rounds, pool, cut_short=last is None)
 
 
-def with_scoring(config: PruneConfig, scoring: Scoring) -> PruneConfig:
-    """`config` with the options of `scoring`."""
-    return replace(
-        config,
-        importance_method=scoring.method,
-        gradient_fix=scoring.gradient_fix,
-        normalize_scores=scoring.normalization.method,
-        normalize_per=scoring.normalization.per,
-        clip_percentile=scoring.normalization.clip_percentile,
-        attention_factor=scoring.normalization.attention_factor,
-        temperature=scoring.temperature,
-        tau=scoring.tau,
-    )
-
-
 def _candidates(
-    view: PrunableModel, evidence: Evidence, config: PruneConfig, constraints: Constraints, parameters: int
+    view: PrunableModel,
+    evidence: Evidence,
+    config: PruneConfig,
+    kept_kv_groups: frozenset[int] | None,
+    parameters: int,
 ) -> Iterator[_Candidate]:
     """Every scoring of the space that selects something new; the fixed settings come first."""
     seen: set[bytes] = set()
@@ -153,7 +141,7 @@ def _candidates(
     fixed = [_scoring(config, method, temperature) for method in METHODS for temperature in plain]
     for number, scoring in enumerate(itertools.chain(fixed, _space(config, evidence))):
         table = score_groups(view, evidence, scoring)
-        pruned = select(table, config.pruning_ratio, parameters, constraints)
+        pruned = select(table, config.pruning_ratio, parameters, config.constraints, kept_kv_groups)
         key = np.packbits(pruned).tobytes()
         if key in seen:
             continue
@@ -167,19 +155,16 @@ def _space(config: PruneConfig, evidence: Evidence) -> Iterator[Scoring]:
     for method, temperature, fix, normalize, factor in itertools.product(
         METHODS, TEMPERATURES, fixes, NORMALIZATIONS, ATTENTION_FACTORS
     ):
-        if fix != fixes[0] and method not in GRADIENT_METHODS:
+        if fix != "none" and method not in GRADIENT_METHODS:
             continue
-        yield _scoring(config, method, temperature, fix, Normalization(normalize, attention_factor=factor))
+        plain = _scoring(config, method, temperature)
+        yield replace(plain, gradient_fix=fix, normalize_scores=normalize, attention_factor=factor)
 
 
-def _scoring(
-    config: PruneConfig,
-    method: Method,
-    temperature: tuple[float, float | None],
-    fix: str = "none",
-    normalization: Normalization | None = None,
-) -> Scoring:
-    return Scoring(method, fix, normalization or Normalization(), *temperature, config.prior)
+def _scoring(config: PruneConfig, method: Method, temperature: tuple[float, float | None]) -> Scoring:
+    """`method` and H-GSP, and what the search leaves as `config` has it."""
+    t, tau = temperature
+    return replace(config.scoring, importance_method=method, temperature=t, tau=tau, gradient_fix="none")
 
 
 def _round_sizes(held_out: int) -> list[int]:

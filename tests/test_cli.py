@@ -1,4 +1,6 @@
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,7 +12,9 @@ import pytest
 
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.cli import main
+from gradprune.config import PARTS, options_of
 from gradprune.demo.model import byte_tokenizer
+from gradprune.version import __version__
 from helpers.tiny_models import tiny_model
 
 QUICK = ["--num_samples", "8", "--seq_len", "16", "--batch_size", "4"]
@@ -87,7 +91,13 @@ def test_the_default_output_name_tells_what_it_is(gradprune, model_folder: Path,
         (["--seq_len", "65"], "seq_len: 65 is longer than the model's context of 64"),
         (["--num_samples", "4000"], "num_samples: 4000 samples"),
         (["--device", "abacus"], "device: 'abacus' does not work here"),
-        (["--backend", "cuda"], "backend: 'cuda' cannot run on cpu"),
+        (["--backend", "cuda"], "'cuda' is not one of 'auto', 'reference', 'cpp', 'triton'"),
+        (["--num_samples", "1.5"], "'1.5' is not a valid int"),
+        (["--pruning_ratio", "0.2,1.5"], "pruning_ratio: 1.5 is not between 0 and 1"),
+        (["--base_model", ""], "base_model: '' is empty; give a model folder or hub id"),
+        (["--output_name", ""], "output_name: '' is not a plain folder name"),
+        (["--scores", "nowhere.safetensors"], "there is no file 'nowhere.safetensors'"),
+        (["--gradient_fix", "normalize", "--fix_gradient_vanishing"], "fix_gradient_vanishing: means gradient_fix"),
         (["--dataset", "no-such-file.txt"], "there is no file 'no-such-file.txt'"),
         (["--dataset", "text.pdf"], "dataset: 'text.pdf'"),
         (["--base_model", "./nowhere"], "base_model: "),
@@ -156,19 +166,83 @@ def test_info_says_why_a_backend_does_not_work(gradprune) -> None:
     found = json.loads(out)
     assert code == 0
     assert found["backends"]["cpu"]["reference"] is None
-    assert found["backends"]["cpu"]["cuda"]
+    assert list(found["backends"]["cpu"]) == ["reference", "cpp", "triton"]
     assert found["gradient_backends"]["cpu"]["reference"] is None
-    assert "no gradient op has a Triton kernel" in found["gradient_backends"]["cpu"]["triton"]
+    assert list(found["gradient_backends"]["cpu"]) == ["reference", "cpp", "cuda"]
+    assert "the CUDA kernels work on CUDA tensors" in found["gradient_backends"]["cpu"]["cuda"]
     assert found["versions"]["torch"]
     assert gradprune("info")[0] == 0
 
 
 def test_help_fits_80_columns(gradprune, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    for command in ([], ["prune"], ["demo"], ["diagnose"], ["eval"], ["info"]):
+    for command in ([], ["prune"], ["search"], ["demo"], ["diagnose"], ["eval"], ["info"]):
         code, out, _ = gradprune(*command, "--help")
         assert code == 0
         assert max(map(len, out.splitlines())) <= 80
+        assert "..." not in out.replace("cuda:1, ...", ""), "nothing is cut off"
+
+
+def test_help_groups_the_options_by_stage_and_leaves_none_out(gradprune) -> None:
+    _, out, _ = gradprune("prune", "--help")
+    sections = dict(re.findall(r"^(\w[^\n]*):\n((?:  .*\n)+)", out, flags=re.MULTILINE))
+    for part in PARTS:
+        known = options_of(part)
+        section = sections[next(iter(known.values())).stage]
+        for name, option in known.items():
+            assert (f"  --{name.replace('_', '-')} " in section) is not option.library_only, name
+
+
+def test_alone_it_shows_the_help(gradprune) -> None:
+    code, out, err = gradprune()
+    assert (code, err) == (0, "")
+    assert out == gradprune("--help")[1]
+
+
+def test_it_tells_its_version(gradprune) -> None:
+    assert gradprune("--version") == (0, f"gradprune {__version__}\n", "")
+
+
+def test_an_older_option_name_still_works(gradprune, model_folder: Path, ids_file: Path) -> None:
+    given = ["--base_model", model_folder, "--dataset", ids_file, "--no_measure_speed", "--repair", "none", *QUICK]
+    assert gradprune("prune", *given, "--output_name", "first")[0] == 0
+    (found,) = Path("results/first/analysis").glob("*.safetensors")
+    assert gradprune("prune", *given, f"--scores={found}", "--output_name", "second")[0] == 0
+    config = json.loads(Path("results/second/run.json").read_text())["config"]
+    assert config["evidence_file"] == str(found)
+    assert "scores" not in config
+    groups = [Path(f"results/{name}/analysis/groups.csv").read_bytes() for name in ("first", "second")]
+    assert groups[0] == groups[1]
+
+
+def test_the_model_is_cut_in_place_where_it_is_not_timed(gradprune, model_folder: Path, ids_file: Path) -> None:
+    given = ["--base_model", model_folder, "--dataset", ids_file, "--output_name", "x", "--overwrite", *QUICK]
+    for extra, in_place in ((["--no_measure_speed"], True), ([], False)):
+        assert gradprune("prune", *given, *extra)[0] == 0
+        assert json.loads(Path("results/x/run.json").read_text())["config"]["in_place"] is in_place
+
+
+def test_several_ratios_have_a_folder_each(gradprune, model_folder: Path, ids_file: Path) -> None:
+    code, _, _ = gradprune("prune", "--base_model", model_folder, "--dataset", ids_file, *QUICK, "--no_measure_speed",
+                           "--pruning_ratio", "0.2,0.1,0.2", "--output_name", "x")  # fmt: skip
+    assert code == 0
+    assert sorted(path.name for path in Path("results/x").iterdir()) == ["0.1", "0.2", "report.html"]
+    assert json.loads(Path("results/x/0.1/run.json").read_text())["config"]["pruning_ratio"] == 0.1
+
+
+def test_eval_calls_its_model_by_the_name_it_has_there(gradprune) -> None:
+    code, _, err = gradprune("eval", "--model", "")
+    assert code == 2
+    assert err.startswith("error: model: '' is empty")
+
+
+def test_a_search_prints_a_command_that_prune_takes(gradprune, model_folder: Path, ids_file: Path) -> None:
+    code, out, _ = gradprune("search", "--base_model", model_folder, "--dataset", ids_file, *QUICK, "--repair", "none",
+                             "--held_out_samples", "2", "--no_measure_speed", "--output_name", "s")  # fmt: skip
+    assert code == 0
+    words = shlex.split(next(line for line in out.splitlines() if line.startswith("Chosen: ")))[2:]
+    assert words[0] == "prune"
+    assert gradprune(*words, "--overwrite")[0] == 0
 
 
 def test_a_terminated_run_leaves_nothing(tmp_path: Path, model_folder: Path, ids_file: Path) -> None:

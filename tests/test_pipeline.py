@@ -42,10 +42,10 @@ def test_the_given_model_stays_as_it_was_and_nothing_is_written(tmp_path: Path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_without_speed_the_model_is_cut_in_place() -> None:
+def test_in_place_the_given_model_is_cut() -> None:
     model = tiny_model()
     before = parameters(model)
-    result = run(model, measure_speed=False)
+    result = run(model, measure_speed=False, in_place=True)
     assert result.model is model
     assert parameters(model) < before
     assert result.before.speed is None

@@ -6,15 +6,14 @@ import torch
 
 from gradprune import PruneConfig
 from gradprune.cli import app
-from gradprune.config import command_line
+from gradprune.config import Constraints, Scoring, command_line
 from gradprune.data.windows import batches
 from gradprune.errors import CalibrationError, ConfigError
 from gradprune.models import describe
 from gradprune.models.loss import mean_loss
 from gradprune.report.tables import describe_scoring
-from gradprune.scoring.scoring import Scoring, score_groups
-from gradprune.scoring.selection import Constraints, select
-from gradprune.search import with_scoring
+from gradprune.scoring.scoring import score_groups
+from gradprune.scoring.selection import select
 from gradprune.surgery.masking import masked
 from helpers.pipeline_runs import run
 from helpers.tiny_models import tiny_model
@@ -104,7 +103,7 @@ def test_results_and_command_line(tmp_path: Path) -> None:
 def test_a_scoring_is_told_in_words() -> None:
     scoring = Scoring("fisher", "adaptive", temperature=1.0, tau=None)
     assert describe_scoring(scoring) == "fisher, T=1 tau=25th percentile, adaptive"
-    assert Scoring.of(with_scoring(PruneConfig(), scoring)) == scoring
+    assert PruneConfig().with_part(scoring).scoring == scoring
 
 
 @pytest.mark.parametrize("option", [{"temperature": 1.0}, {"gradient_fix": "adaptive"}, {"attention_factor": 2.0}])

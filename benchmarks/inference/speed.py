@@ -19,10 +19,11 @@ from benchmarks.options import parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
 from gradprune.calibration.engine import ImportanceEngine
+from gradprune.config import Constraints
 from gradprune.evaluation.size import model_size
 from gradprune.evaluation.speed import Throughput, decode_throughput, throughput
 from gradprune.models import describe
-from gradprune.scoring.selection import Constraints, select
+from gradprune.scoring.selection import select
 from gradprune.scoring.table import scored_groups
 from gradprune.surgery.cut import cut
 

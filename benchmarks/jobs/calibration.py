@@ -24,7 +24,7 @@ from benchmarks.options import listed, parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
 from benchmarks.timing import Timing, free
-from gradprune.config import Backend
+from gradprune.config import ImportanceBackend
 from gradprune.evaluation.size import model_size
 from gradprune.models import describe
 from gradprune.ops.dispatch import unavailable_reason
@@ -60,7 +60,7 @@ CPU = [
 ]
 _OURS_ON_GPU = "gradprune triton"
 _TORCH_PRUNING = (_GROUP_TAYLOR, "torch-pruning GroupHessian")
-_OTHERS_ON_GPU = (_OURS_ON_GPU, "gradprune reference", "gradprune cuda", FLOOR, "naive", "torch.func")
+_OTHERS_ON_GPU = (_OURS_ON_GPU, "gradprune reference", FLOOR, "naive", "torch.func")
 GPU_QUICK = [Job("1B", Load(4, 512, 2), repeats=3, dtype="bf16", recompute=True)]
 GPU = [
     Job("8B", Load(4, 2048, 2), 3, "bf16", True, _OTHERS_ON_GPU, seconds=60.0, gigabytes=24.0),
@@ -130,7 +130,7 @@ def _backends(device: str) -> tuple[str, ...]:
     """Ours that run here; on the CPU Triton is its interpreter."""
     return tuple(
         backend
-        for backend in get_args(Backend)
+        for backend in get_args(ImportanceBackend)
         if backend != "auto"
         and not (backend == "triton" and device == "cpu")
         and unavailable_reason(backend, device) is None

@@ -16,9 +16,10 @@ from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
 from benchmarks.timing import Timing
 from gradprune.calibration.engine import ImportanceEngine
+from gradprune.config import Constraints
 from gradprune.evaluation.size import model_size
 from gradprune.models import describe
-from gradprune.scoring.selection import Constraints, select
+from gradprune.scoring.selection import select
 from gradprune.scoring.table import scored_groups
 from gradprune.surgery.cut import cut
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.timing import Provider
 from gradprune import ops
-from gradprune.config import Backend
+from gradprune.config import GradientBackend, ImportanceBackend
 from gradprune.ops.dispatch import Ops, gradient_ops_fault, select_ops, unavailable_reason
 
 Check = Callable[[Any, tuple[Any, ...]], str | None]
@@ -35,7 +35,7 @@ def compiled(function: Callable[..., Any], check: Check, device: str) -> Provide
 def importance_backends(op: Callable[[Ops], Callable[..., Any]], check: Check, device: str) -> list[Provider]:
     """Every backend of ours with a kernel for the importance ops on `device`; the reference is the eager provider."""
     found = []
-    for backend in get_args(Backend):
+    for backend in get_args(ImportanceBackend):
         # Triton on the CPU is its interpreter.
         if backend in ("auto", "reference") or (backend == "triton" and device == "cpu"):
             continue
@@ -52,6 +52,6 @@ def gradient_backends(name: str, adapt: Callable[..., Any], check: Check, device
     op = getattr(ops, name)
     return [
         Provider(f"gradprune {backend}", partial(adapt, partial(op, backend=backend)), check)
-        for backend in get_args(Backend)
+        for backend in get_args(GradientBackend)
         if backend not in ("auto", "reference") and gradient_ops_fault(backend, device) is None
     ]

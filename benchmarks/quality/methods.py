@@ -25,7 +25,7 @@ from benchmarks.results import append, record
 from benchmarks.timing import first_line
 from gradprune.calibration.gather import gather_evidence
 from gradprune.checkpoint.load import load_model
-from gradprune.config import METHODS, PruneConfig
+from gradprune.config import METHODS, Constraints, PruneConfig, Scoring
 from gradprune.data.samples import Samples, draw_samples
 from gradprune.data.sources import load_tokens
 from gradprune.data.windows import batches
@@ -34,8 +34,8 @@ from gradprune.evaluation.perplexity import perplexity
 from gradprune.evaluation.size import model_size
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
-from gradprune.scoring.scoring import Scoring, score_groups
-from gradprune.scoring.selection import Constraints, select
+from gradprune.scoring.scoring import score_groups
+from gradprune.scoring.selection import select
 from gradprune.search import search
 from gradprune.surgery.cut import cut
 from gradprune.surgery.least_squares import least_squares
@@ -156,9 +156,7 @@ def _choices(model: PreTrainedModel, samples: Samples, config: PruneConfig, opti
                     yield Choice(f"{name} T={temperature:g}", ratio, masks, repaired)
         if options.search:
             ours = replace(config, importance_method="auto", pruning_ratio=ratio, search_minutes=60.0)
-            found = search(
-                model, view, evidence, ours, Constraints(), parameters, samples.calibration, samples.held_out
-            )
+            found = search(model, view, evidence, ours, None, parameters, samples.calibration, samples.held_out)
             table = score_groups(view, evidence, found.winner.scoring)
             masks = table.masks(select(table, ratio, parameters, Constraints()))
             yield Choice("gradprune search + least squares", ratio, masks, repaired=True)

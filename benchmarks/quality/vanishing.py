@@ -15,7 +15,7 @@ from benchmarks.progress import Deadline, say
 from benchmarks.quality.deep_model import SPLIT_LAYER, healthy_model, suffering_model
 from benchmarks.results import append, record
 from gradprune.calibration.gather import gather_evidence
-from gradprune.config import PruneConfig
+from gradprune.config import Constraints, PruneConfig, Scoring
 from gradprune.data.embedded import embedded_text
 from gradprune.data.samples import draw_samples
 from gradprune.data.tokenize import encode
@@ -25,8 +25,8 @@ from gradprune.evaluation.size import model_size
 from gradprune.models import describe
 from gradprune.progress import QUIET
 from gradprune.scoring.over_pruning import over_pruned, pruning_distribution
-from gradprune.scoring.scoring import Scoring, score_groups
-from gradprune.scoring.selection import Constraints, select
+from gradprune.scoring.scoring import score_groups
+from gradprune.scoring.selection import select
 from gradprune.surgery.cut import cut
 from gradprune.vanishing.diagnosis import diagnose_gradients
 

@@ -13,7 +13,7 @@ from gradprune.calibration.accumulator import BlockAccumulator
 from gradprune.calibration.capture import capture, checkpointed
 from gradprune.calibration.finite import raise_non_finite_gradient, raise_non_finite_loss
 from gradprune.calibration.methods import importance
-from gradprune.config import GRADIENT_METHODS, METHODS, Backend, Method, Reduction, check_gradient_fix
+from gradprune.config import GRADIENT_METHODS, METHODS, ImportanceBackend, Method, Reduction, check_gradient_fix
 from gradprune.errors import ConfigError, GradPruneError, NonFiniteError
 from gradprune.models import BlockKey, describe
 from gradprune.models.loss import sample_losses
@@ -80,7 +80,7 @@ class ImportanceEngine:
         model: PreTrainedModel,
         method: Method = "group_fisher",
         reduction: Reduction = "sample",
-        backend: Backend = "auto",
+        backend: ImportanceBackend = "auto",
         use_gradient_checkpointing: bool = False,
         gradient_fix: str = "none",
     ) -> None:

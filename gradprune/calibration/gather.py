@@ -25,8 +25,8 @@ def gather_evidence(
     """Calibrate, or read what an earlier run found; with the priors that `config` needs."""
     clock = clock or Clock()
     with clock.stage("calibration"):
-        if config.scores is not None:
-            evidence = Evidence.load(config.scores, model)
+        if config.evidence_file is not None:
+            evidence = Evidence.load(config.evidence_file, model)
         else:
             engine = _engine(model, config)
             calibrate(engine, samples.calibration, config.batch_size, console)

@@ -5,16 +5,19 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from typing import TypeVar
 
-from gradprune.config import Backend
 from gradprune.errors import BackendUnavailableError
 
 logger = logging.getLogger(__name__)
 
+# The names of the backends of one kind of ops.
+_Backend = TypeVar("_Backend", bound=str)
+
 
 def choose_backend(
-    backend: Backend, device: str, preferred: Backend, reason: Callable[[Backend, str], str | None]
-) -> Backend:
+    backend: _Backend, device: str, preferred: _Backend, reason: Callable[[_Backend, str], str | None]
+) -> str:
     """`backend`, or what "auto" stands for on `device`: `preferred` if it can run, else the reference.
 
     Only "auto" falls back, and logs why; a backend asked for by name is used or refused.
@@ -63,6 +66,12 @@ def cuda_fault(device: str) -> str | None:
     if not _C.build_info()["cuda"]:
         return "gradprune was built without a CUDA compiler (reinstall it where nvcc is on the PATH)"
     return _C.cuda_fault()
+
+
+def no_kernel(ops: str, backend: str, backends: tuple[str, ...]) -> str:
+    """Why `backend` cannot run a kind of ops for which there are only `backends`."""
+    name = {"triton": "Triton", "cuda": "CUDA C++"}.get(backend, f"'{backend}'")
+    return f"no {ops} op has a {name} kernel; choose one of {', '.join(backends)}"
 
 
 def _extension_fault() -> str | None:

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import get_args
 
 from torch import Tensor
 
-from gradprune.config import Backend
-from gradprune.ops.backends import choose_backend, cpp_fault, cuda_fault, triton_fault
+from gradprune.config import GradientBackend, ImportanceBackend
+from gradprune.ops.backends import choose_backend, cpp_fault, cuda_fault, no_kernel, triton_fault
 from gradprune.ops.reference import (
     grad_stats_reference,
     linear_importance_reference,
@@ -26,7 +27,7 @@ class Ops:
     linear_importance: Callable[[Tensor, Tensor, Tensor], ImportanceVectors]
 
 
-def taylor_score(w: Tensor, g: Tensor, backend: Backend = "auto") -> ImportanceVectors:
+def taylor_score(w: Tensor, g: Tensor, backend: ImportanceBackend = "auto") -> ImportanceVectors:
     """Row and column sums of |w g|, w g, w^2 g^2, and the statistics of g, from one read of each.
 
     Args:
@@ -40,7 +41,7 @@ def taylor_score(w: Tensor, g: Tensor, backend: Backend = "auto") -> ImportanceV
     return select_ops(backend, w.device.type).taylor_score(w, g)
 
 
-def linear_importance(x: Tensor, dy: Tensor, w: Tensor, backend: Backend = "auto") -> ImportanceVectors:
+def linear_importance(x: Tensor, dy: Tensor, w: Tensor, backend: ImportanceBackend = "auto") -> ImportanceVectors:
     """`taylor_score` of every sample's weight gradient dy_n^T x_n, summed over samples; no gradient is kept.
 
     Args:
@@ -56,7 +57,7 @@ def linear_importance(x: Tensor, dy: Tensor, w: Tensor, backend: Backend = "auto
 
 
 @cache
-def select_ops(backend: Backend, device: str) -> Ops:
+def select_ops(backend: ImportanceBackend, device: str) -> Ops:
     """The ops of `backend` for tensors on `device` ("cpu", "cuda", ...).
 
     Only "auto" falls back, and logs why once; a backend asked for by name is used or refused.
@@ -67,7 +68,7 @@ def select_ops(backend: Backend, device: str) -> Ops:
     return _load(choose_backend(backend, device, "triton" if device == "cuda" else "cpp", unavailable_reason))
 
 
-def unavailable_reason(backend: Backend, device: str) -> str | None:
+def unavailable_reason(backend: ImportanceBackend, device: str) -> str | None:
     """Why `backend` cannot run on `device`, or None if it can."""
     if backend == "reference":
         return None
@@ -75,7 +76,7 @@ def unavailable_reason(backend: Backend, device: str) -> str | None:
         return cpp_fault(device)
     if backend == "triton":
         return triton_fault(device)
-    return "no importance op has a CUDA C++ kernel; on a GPU use 'triton'"
+    return no_kernel("importance", backend, get_args(ImportanceBackend))
 
 
 def _load(backend: str) -> Ops:
@@ -99,7 +100,7 @@ class GradientOps:
     scale_gradients: Callable[[Sequence[Tensor], Sequence[float]], None]
 
 
-def grad_stats(grads: Sequence[Tensor], backend: Backend = "auto") -> Tensor:
+def grad_stats(grads: Sequence[Tensor], backend: GradientBackend = "auto") -> Tensor:
     """Statistics of each gradient, from one read of all of them.
 
     Args:
@@ -117,7 +118,7 @@ def grad_stats(grads: Sequence[Tensor], backend: Backend = "auto") -> Tensor:
     return select_gradient_ops(backend, _device(grads, backend)).grad_stats(grads)
 
 
-def scale_gradients(grads: Sequence[Tensor], scales: Sequence[float], backend: Backend = "auto") -> None:
+def scale_gradients(grads: Sequence[Tensor], scales: Sequence[float], backend: GradientBackend = "auto") -> None:
     """grads[k] <- grads[k] * scales[k], in place; a gradient whose scale is 1 is not touched.
 
     Args:
@@ -133,7 +134,7 @@ def scale_gradients(grads: Sequence[Tensor], scales: Sequence[float], backend: B
 
 
 @cache
-def select_gradient_ops(backend: Backend, device: str) -> GradientOps:
+def select_gradient_ops(backend: GradientBackend, device: str) -> GradientOps:
     """The gradient ops of `backend` for tensors on `device` ("cpu", "cuda", ...).
 
     Only "auto" falls back, and logs why once; a backend asked for by name is used or refused.
@@ -146,7 +147,7 @@ def select_gradient_ops(backend: Backend, device: str) -> GradientOps:
     )
 
 
-def gradient_ops_fault(backend: Backend, device: str) -> str | None:
+def gradient_ops_fault(backend: GradientBackend, device: str) -> str | None:
     """Why `backend` cannot run the gradient ops on `device`, or None if it can."""
     if backend == "reference":
         return None
@@ -154,10 +155,10 @@ def gradient_ops_fault(backend: Backend, device: str) -> str | None:
         return cpp_fault(device)
     if backend == "cuda":
         return cuda_fault(device)
-    return "no gradient op has a Triton kernel; on a GPU use 'cuda'"
+    return no_kernel("gradient", backend, get_args(GradientBackend))
 
 
-def _device(grads: Sequence[Tensor], backend: Backend) -> str:
+def _device(grads: Sequence[Tensor], backend: GradientBackend) -> str:
     """The type of the gradients' device; with no gradients, one that `backend` works on."""
     devices = {grad.device for grad in grads}
     if len(devices) > 1:

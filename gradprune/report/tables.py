@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
+from gradprune.config import Scoring
 from gradprune.models import KINDS
 from gradprune.report.rows import CURVE_HEADER, curve_rows, layer_rows, summary_rows
-from gradprune.scoring.scoring import Scoring
 from gradprune.search import SearchResult
 from gradprune.vanishing.diagnosis import Diagnosis
 
@@ -84,16 +84,16 @@ def search_table(result: SearchResult, rows: int = 15) -> Table:
 
 def describe_scoring(scoring: Scoring) -> str:
     """A few words: what differs from plain scoring."""
-    parts: list[str] = [scoring.method]
+    parts: list[str] = [scoring.importance_method]
     if scoring.temperature > 0.0:
         tau = "25th percentile" if scoring.tau is None else f"{scoring.tau:g}"
         parts.append(f"T={scoring.temperature:g} tau={tau}")
     if scoring.gradient_fix != "none":
         parts.append(scoring.gradient_fix)
-    if scoring.normalization.method != "none":
-        parts.append(scoring.normalization.method)
-    if scoring.normalization.attention_factor != 1.0:
-        parts.append(f"attention x{scoring.normalization.attention_factor:g}")
+    if scoring.normalize_scores != "none":
+        parts.append(scoring.normalize_scores)
+    if scoring.attention_factor != 1.0:
+        parts.append(f"attention x{scoring.attention_factor:g}")
     return ", ".join(parts)
 
 

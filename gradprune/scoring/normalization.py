@@ -15,48 +15,34 @@ keeps its zeros.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradprune.config import Normalize, NormalizePer
+from gradprune.config import Normalize, Scoring
 from gradprune.models import KINDS
 from gradprune.scoring.table import GroupTable
 
 Scores = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Normalization:
-    """How scores are normalised; `PruneConfig` describes the same options.
-
-    attention_factor: multiplies the scores of KV groups at the end, to balance them against MLP channels.
-    """
-
-    method: Normalize = "none"
-    per: NormalizePer = "layer"
-    clip_percentile: float = 100.0
-    attention_factor: float = 1.0
-
-
-def normalized_scores(table: GroupTable, normalization: Normalization) -> Scores:
+def normalized_scores(table: GroupTable, scoring: Scoring) -> Scores:
     """[len(table)] fp64: importance per parameter, clipped and normalised; never negative.
 
     Args:
         table: with importances.
-        normalization: how.
+        scoring: how; KV groups are multiplied by its `attention_factor` at the end.
     """
     scores: Scores = table.importance / table.cost
-    unit = table.layer if normalization.per == "layer" else table.layer * len(KINDS) + table.kind
+    unit = table.layer if scoring.normalize_per == "layer" else table.layer * len(KINDS) + table.kind
     for value in np.unique(unit):
         rows = unit == value
-        scores[rows] = _METHODS[normalization.method](_clipped(scores[rows], normalization.clip_percentile))
-    if normalization.method == "zscore":
+        scores[rows] = _METHODS[scoring.normalize_scores](_clipped(scores[rows], scoring.clip_percentile))
+    if scoring.normalize_scores == "zscore":
         scores -= scores.min()
     for number, kind in enumerate(KINDS):
         if kind.factor is not None:
-            scores[table.kind == number] *= getattr(normalization, kind.factor)
+            scores[table.kind == number] *= getattr(scoring, kind.factor)
     return scores
 
 

@@ -14,42 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from gradprune.config import PruneConfig
+from gradprune.config import Constraints
 from gradprune.errors import ConfigError, SelectionError
 from gradprune.models import KINDS
 from gradprune.scoring.table import GroupTable
 
 _ROUNDED = {kind.name for kind in KINDS if kind.rounded}
-
-
-@dataclass(frozen=True)
-class Constraints:
-    """What limits the selection; `PruneConfig` has the same names.
-
-    plain_widths: under `uniform`, by kind the numbers of kept groups that the architecture's configuration accepts,
-        see `gradprune.models.widths.plain_widths`; a kind that is not there accepts any.
-    """
-
-    freeze_first_n_layers: int = 0
-    freeze_last_n_layers: int = 0
-    max_layer_ratio: float = 1.0
-    round_to: int = 1
-    uniform: bool = False
-    epsilon: float = 0.0
-    plain_widths: Mapping[str, frozenset[int]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, config: PruneConfig, plain_widths: Mapping[str, frozenset[int]] | None = None) -> "Constraints":
-        """The constraints among a run's options."""
-        return cls(
-            config.freeze_first_n_layers,
-            config.freeze_last_n_layers,
-            config.max_layer_ratio,
-            config.round_to,
-            config.uniform,
-            config.epsilon,
-            plain_widths or {},
-        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +36,12 @@ class _Chunks:
     owner: list[int]
 
 
-def select(table: GroupTable, ratio: float, parameters: int, constraints: Constraints) -> NDArray[np.bool_]:
+def select(
+    table: GroupTable,
+    ratio: float,
+    parameters: int,
+    constraints: Constraints,
+) -> NDArray[np.bool_]:
     """Choose the groups to prune.
 
     Args:
@@ -100,7 +75,12 @@ def select(table: GroupTable, ratio: float, parameters: int, constraints: Constr
     return pruned
 
 
-def check_reachable(table: GroupTable, ratio: float, parameters: int, constraints: Constraints) -> None:
+def check_reachable(
+    table: GroupTable,
+    ratio: float,
+    parameters: int,
+    constraints: Constraints,
+) -> None:
     """Raise what `select` would for this ratio, before any score is known."""
     select(table, ratio, parameters, constraints)
 
@@ -168,7 +148,7 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
             raise ConfigError(f"uniform: the layers of this model already differ in their {kind.name} widths: {widths}")
         width = widths[0]
         step = _step(kind.name, constraints)
-        kept = set(range(step, width, step)) & constraints.plain_widths.get(kind.name, frozenset(range(width)))
+        kept = set(range(step, width, step)) & table.plain_widths.get(kind.name, frozenset(range(width)))
         ends = np.array(sorted(width - count for count in kept), np.int64)
         for rows in blocks:
             number = np.searchsorted(ends, _ranks(table.score[rows]), side="right")

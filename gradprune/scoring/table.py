@@ -1,7 +1,8 @@
 """`GroupTable`: every prunable group of a model as columns, in the order (layer, kind, index)."""
 
 import csv
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from gradprune.calibration.engine import Scores
 from gradprune.errors import NonFiniteError
 from gradprune.models import KINDS, BlockKey, PrunableModel
 from gradprune.models.kinds import KIND_NAMES
+from gradprune.models.widths import plain_widths
 from gradprune.models.masks import GroupMasks
 
 
@@ -24,6 +26,8 @@ class GroupTable:
     prior: float64, the H-GSP prior of the group's block or layer; NaN at temperature 0, which uses none.
     score: float64, importance / cost * modulation: what selection sorts by.
     layers: number of decoder layers of the model.
+    plain_widths: by kind, the numbers of kept groups that a plain checkpoint of the model's architecture can state; a
+        kind that is not there accepts any.
     """
 
     layer: NDArray[np.int64]
@@ -34,6 +38,7 @@ class GroupTable:
     prior: NDArray[np.float64]
     score: NDArray[np.float64]
     layers: int
+    plain_widths: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of groups."""
@@ -82,23 +87,5 @@ def empty_table(view: PrunableModel) -> GroupTable:
         prior=np.full(len(empty), np.nan),
         score=empty.copy(),
         layers=len(view.layers),
+        plain_widths=plain_widths(view),
     )
-
-
-def scored_groups(view: PrunableModel, scores: Scores) -> GroupTable:
-    """The table of an engine's scores: importances, and importance per parameter as score.
-
-    Raises:
-        NonFiniteError: an importance is NaN or infinite; names the first such group.
-    """
-    columns = []
-    for block in view.blocks:
-        values = scores.importance[block]
-        bad = (~values.isfinite()).nonzero()
-        if len(bad):
-            raise NonFiniteError(
-                f"importance of {block.kind.name} group {int(bad[0])} of layer {block.layer} is not finite"
-            )
-        columns.append(values.double().numpy())
-    table, importance = empty_table(view), np.concatenate(columns)
-    return replace(table, importance=importance, score=importance / table.cost)

@@ -4,14 +4,14 @@ import math
 
 from torch import Tensor, nn
 
-from gradprune.config import Backend
+from gradprune.config import GradientBackend
 from gradprune.errors import GradPruneError, NonFiniteError
 from gradprune.models.decoder_layers import find_decoder_layers
 from gradprune.ops.dispatch import grad_stats
 from gradprune.vanishing.statistics import LayerGradients, layer_gradients
 
 
-def gradients_of_model(model: nn.Module, backend: Backend = "auto") -> list[LayerGradients]:
+def gradients_of_model(model: nn.Module, backend: GradientBackend = "auto") -> list[LayerGradients]:
     """Statistics of each decoder layer over all its parameters that have a `.grad`: weights, biases and norms.
 
     Weights go by the name of their module ("self_attn.q_proj"), as in the engine's statistics; other parameters by

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from gradprune.config import Backend
+from gradprune.config import GradientBackend
 from gradprune.errors import ConfigError
 from gradprune.models.decoder_layers import find_decoder_layers
 from gradprune.ops.dispatch import scale_gradients
@@ -29,7 +29,7 @@ class ScaledGradients:
     scales: list[float]
 
 
-def adaptive_gradient_scaling(model: nn.Module, backend: Backend = "auto") -> ScaledGradients:
+def adaptive_gradient_scaling(model: nn.Module, backend: GradientBackend = "auto") -> ScaledGradients:
     """Multiply layer l's gradients by clip(median of all n_p / mean n_p of layer l, 0.1, 10), in place.
 
     Args:
@@ -44,12 +44,14 @@ def adaptive_gradient_scaling(model: nn.Module, backend: Backend = "auto") -> Sc
     return _scale(model, adaptive_scales, backend)
 
 
-def normalize_gradients_per_layer(model: nn.Module, backend: Backend = "auto") -> ScaledGradients:
+def normalize_gradients_per_layer(model: nn.Module, backend: GradientBackend = "auto") -> ScaledGradients:
     """Multiply layer l's gradients by 1 / mean n_p of layer l, in place. Arguments and errors as above."""
     return _scale(model, normalize_scales, backend)
 
 
-def weight_gradients_by_depth(model: nn.Module, strategy: str = "sqrt", backend: Backend = "auto") -> ScaledGradients:
+def weight_gradients_by_depth(
+    model: nn.Module, strategy: str = "sqrt", backend: GradientBackend = "auto"
+) -> ScaledGradients:
     """Multiply layer l's gradients by f((L - l) / L) + 0.5, larger for earlier layers, in place.
 
     Args:
@@ -64,7 +66,9 @@ def weight_gradients_by_depth(model: nn.Module, strategy: str = "sqrt", backend:
     return _scale(model, lambda norms: depth_scales(strategy, norms), backend)
 
 
-def _scale(model: nn.Module, scales_of: Callable[[LayerNorms], list[float]], backend: Backend) -> ScaledGradients:
+def _scale(
+    model: nn.Module, scales_of: Callable[[LayerNorms], list[float]], backend: GradientBackend
+) -> ScaledGradients:
     layers = find_decoder_layers(model)
     norms: list[dict[str, float]] = [{} for _ in layers]
     for layer in gradients_of_model(model, backend):

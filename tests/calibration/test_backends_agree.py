@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradprune.calibration.engine import ImportanceEngine, Scores
-from gradprune.config import Backend
+from gradprune.config import ImportanceBackend
 from gradprune.ops.dispatch import unavailable_reason
 from helpers.tiny_models import tiny_ids, tiny_model
 
@@ -14,7 +14,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3")
 METHODS = ("taylor", "fisher", "taylor_2nd", "group_fisher")
 
 
-def scores_by_method(model, ids: torch.Tensor, backend: Backend) -> dict[str, Scores]:
+def scores_by_method(model, ids: torch.Tensor, backend: ImportanceBackend) -> dict[str, Scores]:
     with ImportanceEngine(model, "taylor_2nd", backend=backend) as engine:
         for batch in ids.split(2):
             engine.step(batch)
@@ -23,7 +23,7 @@ def scores_by_method(model, ids: torch.Tensor, backend: Backend) -> dict[str, Sc
 
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_scores_and_order_are_the_reference_s(architecture: str, backend: Backend) -> None:
+def test_scores_and_order_are_the_reference_s(architecture: str, backend: ImportanceBackend) -> None:
     reason = unavailable_reason(backend, "cpu")
     if reason:
         pytest.skip(f"{backend} is NOT tested here: {reason}")

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 from gradprune.calibration.engine import ImportanceEngine
 from gradprune.calibration.priors import Priors, removal_priors, removal_steps, similarity_priors, taylor_priors
+from gradprune.config import Scoring
 from gradprune.models import BlockKey, describe
 from gradprune.models.kinds import KIND_NAMES
 from gradprune.scoring.hgsp import modulate
-from gradprune.scoring.normalization import Normalization, normalized_scores
+from gradprune.scoring.normalization import normalized_scores
 from helpers.tables import make_table
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
@@ -20,7 +21,7 @@ from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 def scored_table():
     """With importance per parameter as score, as `modulate` takes it."""
     table = make_table()
-    return replace(table, score=normalized_scores(table, Normalization()))
+    return replace(table, score=normalized_scores(table, Scoring()))
 
 
 PRIORS = Priors(

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradprune.calibration.engine import Scores
-from gradprune.config import PruneConfig
+from gradprune.config import Constraints, PruneConfig
 from gradprune.errors import ConfigError, NonFiniteError, SelectionError
 from gradprune.models import BlockKey, describe
 from gradprune.models.kinds import KIND_NAMES
 from gradprune.models.tensors import BlockTensors
-from gradprune.scoring.selection import Constraints, select
-from gradprune.scoring.table import GroupTable, empty_table, scored_groups
+from gradprune.scoring.selection import select
+from gradprune.scoring.table import GroupTable, empty_table
 from helpers.tables import ATTENTION_COST, MLP_COST, make_table
 from helpers.tiny_models import tiny_model
 
@@ -106,8 +106,8 @@ def test_uniform_keeps_the_same_widths_everywhere() -> None:
 def test_uniform_keeps_only_head_counts_the_architecture_can_state() -> None:
     table = make_table(heads=8, channels=24)
     for ratio in (0.2, 0.4, 0.6, 0.8):
-        constraints = Constraints(uniform=True, plain_widths={"attention": frozenset({1, 2, 4, 8})})
-        pruned = select(table, ratio, int(table.cost.sum()), constraints)
+        table = replace(table, plain_widths={"attention": frozenset({1, 2, 4, 8})})
+        pruned = select(table, ratio, int(table.cost.sum()), Constraints(uniform=True))
         assert set(widths(table, pruned, "attention")) <= {1, 2, 4, 8}
 
 
@@ -198,6 +198,6 @@ def test_selection_is_linear_in_the_number_of_groups(seed: int) -> None:
 
 def test_constraints_come_from_the_config() -> None:
     config = PruneConfig(round_to=8, max_layer_ratio=0.5, epsilon=0.1, freeze_first_n_layers=2)
-    constraints = Constraints.of(config)
+    constraints = config.constraints
     assert (constraints.round_to, constraints.max_layer_ratio) == (8, 0.5)
     assert (constraints.epsilon, constraints.freeze_first_n_layers) == (0.1, 2)

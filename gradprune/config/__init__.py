@@ -1,0 +1,60 @@
+"""The options of a run: name, type, default, help and domain of each stand once, in `gradprune.config.parts`."""
+
+from gradprune.config.command_line import command_line
+from gradprune.config.gradient_fix import GRADIENT_FIXES, check_gradient_fix
+from gradprune.config.option import Option, Options, options_of
+from gradprune.config.parts import (
+    GRADIENT_METHODS,
+    METHODS,
+    PARTS,
+    Calibration,
+    Constraints,
+    Data,
+    Dtype,
+    GradientBackend,
+    ImportanceBackend,
+    Method,
+    MethodOption,
+    Model,
+    Normalize,
+    NormalizePer,
+    Output,
+    Prior,
+    Reduction,
+    Repair,
+    Scoring,
+    Search,
+)
+from gradprune.config.prune_config import OLDER_NAMES, OPTIONS, PruneConfig
+
+__all__ = [
+    "GRADIENT_FIXES",
+    "GRADIENT_METHODS",
+    "METHODS",
+    "OLDER_NAMES",
+    "OPTIONS",
+    "PARTS",
+    "Calibration",
+    "Constraints",
+    "Data",
+    "Dtype",
+    "GradientBackend",
+    "ImportanceBackend",
+    "Method",
+    "MethodOption",
+    "Model",
+    "Normalize",
+    "NormalizePer",
+    "Option",
+    "Options",
+    "Output",
+    "Prior",
+    "PruneConfig",
+    "Reduction",
+    "Repair",
+    "Scoring",
+    "Search",
+    "check_gradient_fix",
+    "command_line",
+    "options_of",
+]

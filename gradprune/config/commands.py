@@ -1,0 +1,106 @@
+"""Commands of the command line whose parameters are options."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from gradprune.config.option import Option, Options, options_of
+from gradprune.config.prune_config import OPTIONS
+from gradprune.errors import ConfigError
+
+# Longer lists of choices stand in the help text instead of beside the option's name.
+_LONGEST_CHOICES = 45
+
+Command = Callable[..., None]
+
+
+class StagedCommand(TyperCommand):
+    """A command whose `--help` groups the options by stage."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write one section per stage."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                stage = getattr(parameter, "rich_help_panel", None) or "Other"
+                sections.setdefault(stage, []).append(record)
+        for stage, records in sections.items():
+            with formatter.section(stage):
+                formatter.write_dl(records)
+
+
+def takes(
+    *wanted: type[Options] | str,
+    defaults: Mapping[str, Any] | None = None,
+    several: Mapping[str, str] | None = None,
+) -> Callable[[Command], Command]:
+    """Give a typer command options as parameters.
+
+    The function below it is called with their values, as a mapping by name, and then with parameters of its own.
+
+    Args:
+        wanted: groups of options, or options by name.
+        defaults: by name, where the command's default is not the option's.
+        several: by name of an option that takes several numbers separated by commas, what these are for. Their value
+            in the mapping is a list of numbers, each once and within the option's domain.
+    """
+    options = {
+        name: OPTIONS[name] for each in wanted for name in ([each] if isinstance(each, str) else options_of(each))
+    }
+    options = {name: option for name, option in options.items() if not option.library_only}
+    defaults, several = defaults or {}, several or {}
+
+    def decorate(function: Command) -> Command:
+        @wraps(function)
+        def command(**given: Any) -> None:
+            values = {name: given.pop(name) for name in options}
+            values.update({name: _numbers(options[name], values[name]) for name in several})
+            function(values, **given)
+
+        made = [
+            _parameter(option, defaults.get(name, option.default), several.get(name))
+            for name, option in options.items()
+        ]
+        own = list(inspect.signature(function).parameters.values())[1:]
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*made, *own)]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
+
+
+def _parameter(option: Option, default: Any, several: str | None) -> inspect.Parameter:
+    """The option as a parameter of a typer command; `several` says what more than one number is for."""
+    long = len("|".join(option.choices)) > _LONGEST_CHOICES
+    help = f"{option.help} {several}" if several else option.help
+    info = typer.Option(
+        help=f"{help} One of {', '.join(option.choices)}." if long else help,
+        metavar="NAME" if long else None,
+        rich_help_panel=option.stage,
+    )
+    return inspect.Parameter(
+        option.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=f"{default:g}" if several else default,
+        annotation=Annotated[str if several else option.type, info],
+    )
+
+
+def _numbers(option: Option, text: str) -> list[Any]:
+    """The numbers of a comma-separated list, each once.
+
+    Raises:
+        ConfigError: one of them is no number, or outside the option's domain.
+    """
+    try:
+        found = dict.fromkeys(option.kind(number) for number in text.split(","))
+    except ValueError:
+        what = "a whole number" if option.kind is int else "a number"
+        raise ConfigError(f"{option.name}: '{text}' is not {what}, nor several separated by commas") from None
+    return [option.accepted(number) for number in found]

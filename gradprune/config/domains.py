@@ -1,0 +1,76 @@
+"""Domains: which values of its type an option takes, and in which words it refuses the others."""
+
+import math
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Sizes and counts end up in C++ ints and in indices of tensors; seeds in 64-bit generators.
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Part of the values of a type.
+
+    words: what belongs to it, as in "a number between 0 and 1"; empty where that is the whole type.
+    fault: what is wrong with a value, worded to follow "name: "; None for a value that belongs to it.
+    """
+
+    words: str
+    fault: Callable[[Any], str | None]
+
+
+ANYTHING = Domain("", lambda value: None)
+
+
+def at_least(least: int, most: int = INT32_MAX) -> Domain:
+    """Whole numbers from `least` to `most`, which is only mentioned where a value exceeds it."""
+    words = f"a whole number of at least {least}"
+
+    def fault(value: int) -> str | None:
+        if value > most:
+            return f"{value} is too large; at most {most} is possible"
+        return None if value >= least else f"{value} is not {words}"
+
+    return Domain(words, fault)
+
+
+def numbers(words: str, contains: Callable[[float], bool]) -> Domain:
+    """The numbers for which `contains` holds. It must not hold for NaN."""
+    return Domain(f"a number {words}", lambda value: None if contains(value) else f"{value} is not {words}")
+
+
+def finite(words: str, contains: Callable[[float], bool]) -> Domain:
+    """The finite numbers for which `contains` holds."""
+    phrase = f"a finite number {words}"
+    return Domain(
+        phrase, lambda value: None if math.isfinite(value) and contains(value) else f"{value} is not {phrase}"
+    )
+
+
+def path(what: str) -> Domain:
+    """Text that can be a path, or the name of something to load; `what` says of what."""
+
+    def fault(value: str) -> str | None:
+        if not value:
+            return f"'' is empty; give {what}, or leave the option out"
+        return f"{value!r} holds a NUL character" if "\0" in value else None
+
+    return Domain(what, fault)
+
+
+def folder_name() -> Domain:
+    """Text that can name one folder."""
+
+    def fault(value: str) -> str | None:
+        if value in ("", ".", "..") or Path(value).name != value:
+            return f"{value!r} is not a plain folder name; put its parent in output_dir"
+        # Control characters, and bytes of the command line that are not UTF-8.
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+            return f"{value!r} holds control characters; use letters, digits, '.', '_' and '-'"
+        return None
+
+    return Domain("a plain folder name", fault)

@@ -1,0 +1,182 @@
+"""Every option, grouped by the stage that reads it. A new option is one line here, and nothing anywhere else.
+
+The first line of a group's docstring is its title in `gradprune prune --help` and in `docs/options.md`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from gradprune.config.domains import INT64_MAX, at_least, finite, folder_name, numbers, path
+from gradprune.config.gradient_fix import FIX_OR_CHAIN, GRADIENT_FIXES
+from gradprune.config.option import Options, option
+from gradprune.errors import ConfigError
+
+Method = Literal["magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher"]
+# "auto" searches, see `gradprune.search`.
+MethodOption = Literal["auto", Method]
+Reduction = Literal["sample", "batch"]
+Prior = Literal["removal", "similarity", "taylor"]
+Normalize = Literal["none", "log", "minmax", "zscore", "sqrt"]
+NormalizePer = Literal["layer", "block"]
+WeightRepair = Literal["none", "least_squares"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+# Who computes the importance ops, and the gradient ops; see `gradprune.ops.dispatch`.
+ImportanceBackend = Literal["auto", "reference", "cpp", "triton"]
+GradientBackend = Literal["auto", "reference", "cpp", "cuda"]
+
+METHODS: tuple[Method, ...] = get_args(Method)
+GRADIENT_METHODS = ("taylor", "taylor_2nd", "fisher", "group_fisher")
+
+_DATASET = path("a .txt, .jsonl or .npy file, or wikitext2, ptb or c4")
+_UNIT_INTERVAL = numbers("between 0 and 1 (both excluded)", lambda x: 0.0 < x < 1.0)
+_UNIT_OR_ONE = numbers("above 0 and at most 1", lambda x: 0.0 < x <= 1.0)
+
+
+@dataclass(frozen=True)
+class Model(Options):
+    """Model and target."""
+
+    base_model: str | None = option(
+        None, "Model folder or Hugging Face hub id; without it, the demo model.", path("a model folder or hub id")
+    )
+    pruning_ratio: float = option(0.2, "Fraction of all the model's parameters to remove.", _UNIT_INTERVAL)
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA if available.", path("a device of PyTorch"))
+    dtype: Dtype = option("auto", "Type of the weights; auto keeps the checkpoint's.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
+
+
+@dataclass(frozen=True)
+class Data(Options):
+    """Data."""
+
+    dataset: str | None = option(
+        None, "Text: a .txt, .jsonl or .npy file, or wikitext2, ptb, c4; default the embedded text.", _DATASET
+    )
+    eval_dataset: str | None = option(None, "Held-out text for perplexity; default the end of dataset.", _DATASET)
+    num_samples: int = option(128, "Calibration samples, drawn without replacement.", at_least(1))
+    seq_len: int = option(128, "Tokens per sample.", at_least(2))
+    batch_size: int = option(8, "Samples per forward pass.", at_least(1))
+    held_out_samples: int = option(32, "Further samples on which repair and search choose.", at_least(1))
+    eval_samples: int | None = option(None, "Windows for perplexity, at most; default all.", at_least(1))
+    seed: int = option(0, "Seed for drawing the samples.", at_least(0, most=INT64_MAX))
+
+
+@dataclass(frozen=True)
+class Calibration(Options):
+    """Calibration."""
+
+    reduction: Reduction = option("sample", "Exact per-sample gradients, or the cheaper gradient of each batch's mean.")
+    backend: ImportanceBackend = option("auto", "Who computes importance; auto takes the fastest available.")
+    use_gradient_checkpointing: bool = option(False, "Recompute activations: less memory, more time.")
+    prior_samples: int = option(16, "Calibration samples on which the priors are measured.", at_least(1))
+    collect_batches: int = option(5, "Calibration batches that the gradient plots compare.", at_least(1))
+    evidence_file: str | None = option(
+        None,
+        "evidence.safetensors of an earlier run on this model, instead of calibrating again.",
+        path("the analysis/evidence.safetensors of an earlier run"),
+        older="scores",
+    )
+
+
+@dataclass(frozen=True)
+class Scoring(Options):
+    """Scoring."""
+
+    importance_method: MethodOption = option("group_fisher", "How groups are scored; auto searches.")
+    gradient_fix: str = option(
+        "none",
+        f"Rescaling of vanishing gradients: {', '.join(GRADIENT_FIXES)}, a chain such as adaptive+depth:sqrt, "
+        "or auto, which follows the diagnosis.",
+        FIX_OR_CHAIN,
+    )
+    normalize_scores: Normalize = option("none", "Make the scores of different layers comparable.")
+    normalize_per: NormalizePer = option("layer", "Within what scores are normalized and clipped.")
+    clip_percentile: float = option(
+        100.0,
+        "Percentile at which scores are clipped first; 100 is off.",
+        numbers("above 50 and at most 100", lambda x: 50.0 < x <= 100.0),
+    )
+    attention_factor: float = option(
+        1.0,
+        "Factor on the scores of KV groups, to balance them against channels.",
+        finite("above 0", lambda x: x > 0.0),
+    )
+    temperature: float = option(0.0, "H-GSP temperature T; 0 is off.", finite("of at least 0", lambda x: x >= 0.0))
+    tau: float | None = option(
+        None,
+        "H-GSP gate on a layer's importance; default its 25th percentile.",
+        numbers("between 0 and inf (both included)", lambda x: x >= 0.0),
+    )
+    prior: Prior = option("removal", "Measure of a block's worth that H-GSP uses.")
+
+    def check_together(self) -> None:
+        """A gradient fix needs a method that uses gradients."""
+        super().check_together()
+        if self.gradient_fix != "none" and self.importance_method not in ("auto", *GRADIENT_METHODS):
+            raise ConfigError(
+                f"gradient_fix: '{self.gradient_fix}' changes nothing, because importance_method "
+                f"'{self.importance_method}' uses no gradients; choose one of {', '.join(GRADIENT_METHODS)}"
+            )
+
+
+@dataclass(frozen=True)
+class Search(Options):
+    """Search."""
+
+    search_minutes: float = option(
+        30.0,
+        "Time limit when importance_method is auto; then the best so far wins.",
+        numbers("above 0", lambda x: x > 0.0),
+    )
+
+
+@dataclass(frozen=True)
+class Constraints(Options):
+    """Constraints."""
+
+    freeze_first_n_layers: int = option(0, "First decoder layers that stay whole.", at_least(0))
+    freeze_last_n_layers: int = option(0, "Last decoder layers that stay whole.", at_least(0))
+    max_layer_ratio: float = option(1.0, "Largest fraction of a layer's prunable parameters to remove.", _UNIT_OR_ONE)
+    round_to: int = option(1, "MLP widths are a multiple of this.", at_least(1))
+    uniform: bool = option(False, "Same widths in all layers: a plain checkpoint.")
+    epsilon: float = option(
+        0.0,
+        "Drop layers that keep a smaller fraction.",
+        numbers("between 0 and 1", lambda x: 0.0 <= x <= 1.0),
+    )
+
+    def check_together(self) -> None:
+        """Frozen layers keep their width, and uniform layers share one."""
+        super().check_together()
+        if self.uniform and (self.freeze_first_n_layers or self.freeze_last_n_layers):
+            raise ConfigError(
+                "uniform: cannot be combined with freeze_first_n_layers or freeze_last_n_layers; "
+                "frozen layers keep their width, so all layers would"
+            )
+
+
+@dataclass(frozen=True)
+class Repair(Options):
+    """Repair of the remaining weights."""
+
+    repair: WeightRepair = option("least_squares", "Re-solve the output projections of pruned blocks.")
+
+
+@dataclass(frozen=True)
+class Output(Options):
+    """Output."""
+
+    output_dir: str = option("results", "Folder of the results folders.", path("a folder"))
+    output_name: str | None = option(None, "Results folder; default names model and method.", folder_name())
+    overwrite: bool = option(False, "Replace an existing results folder.")
+    measure_speed: bool = option(True, "Time the dense and the pruned model; both stay in memory.")
+    in_place: bool = option(False, "Cut the given model itself, which saves the memory of a second.", library_only=True)
+
+    def check_together(self) -> None:
+        """A model that is cut in place is not there any more to be timed."""
+        super().check_together()
+        if self.in_place and self.measure_speed:
+            raise ConfigError("in_place: leaves no dense model to time; give measure_speed=False too")
+
+
+PARTS: tuple[type[Options], ...] = (Model, Data, Calibration, Scoring, Search, Constraints, Repair, Output)

@@ -1,0 +1,119 @@
+"""`PruneConfig`: the options of a pruning run."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any, TypeVar
+
+from gradprune.config.option import Option, Options, options_of
+from gradprune.config.parts import (
+    Calibration,
+    Constraints,
+    Data,
+    Model,
+    Output,
+    Repair,
+    Scoring,
+    Search,
+)
+from gradprune.errors import ConfigError
+
+_Part = TypeVar("_Part", bound=Options)
+_Class = TypeVar("_Class", bound=type)
+
+# What importance_method "auto" decides.
+_SEARCHED = ("temperature", "tau", "gradient_fix", "normalize_scores", "normalize_per", "attention_factor")
+
+
+def _takes_older_names(cls: _Class) -> _Class:
+    """The class, whose options may also be given by the names that they had before."""
+    init: Callable[..., None] = cls.__init__  # type: ignore[misc]
+
+    @wraps(init)
+    def with_older_names(self: Any, *values: Any, **options: Any) -> None:
+        init(self, *values, **_renamed(options))
+
+    cls.__init__ = with_older_names  # type: ignore[misc]
+    return cls
+
+
+# The bases stand in reverse, because a dataclass takes the fields of its last base first.
+@_takes_older_names
+@dataclass(frozen=True)
+class PruneConfig(Output, Repair, Constraints, Search, Scoring, Calibration, Data, Model):
+    """The options of a pruning run, all of them optional; `docs/options.md` lists them.
+
+    `gradprune.config.parts` defines them, in groups; a group can be taken out (`scoring`, `constraints`, `part`) and is
+    a hashable value of its own.
+
+    Raises:
+        ConfigError: a value is outside its option's domain, or options contradict each other.
+    """
+
+    @property
+    def scoring(self) -> Scoring:
+        """Everything that decides scores."""
+        return self.part(Scoring)
+
+    @property
+    def constraints(self) -> Constraints:
+        """What limits the selection."""
+        return self.part(Constraints)
+
+    def part(self, group: type[_Part]) -> _Part:
+        """The options of one group."""
+        return group(**{name: getattr(self, name) for name in options_of(group)})
+
+    def with_part(self, part: Options) -> "PruneConfig":
+        """The same with the options of `part`."""
+        return replace(self, **vars(part))
+
+    def check_together(self) -> None:
+        """What "auto" decides cannot be given too."""
+        super().check_together()
+        if self.importance_method != "auto":
+            return
+        for name in _SEARCHED:
+            # The gradients of batches are fixed as they come, before anything can be decided.
+            if self.reduction == "batch" and name == "gradient_fix":
+                continue
+            if getattr(self, name) != OPTIONS[name].default:
+                raise ConfigError(f"{name}: importance_method 'auto' chooses it; leave it out, or name a method")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as a JSON-serialisable mapping, for `run.json`."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "PruneConfig":
+        """The options that `to_dict` gave, also as read from `run.json`; older names work, what is missing is default.
+
+        Raises:
+            ConfigError: an option is unknown, or its value is.
+        """
+        given = _renamed(options)
+        for name, value in given.items():
+            if name not in OPTIONS:
+                raise ConfigError(f"{name}: is no option; the options are {', '.join(OPTIONS)}")
+            # JSON has no infinity: `run.json` has it as text.
+            if value == "inf" and OPTIONS[name].kind is float:
+                given[name] = float(value)
+        return cls(**given)
+
+
+OPTIONS: Mapping[str, Option] = options_of(PruneConfig)
+
+# Names that options had before, and that still work.
+OLDER_NAMES = {known.older: known.name for known in OPTIONS.values() if known.older is not None}
+
+
+def _renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` with today's names."""
+    named = dict(options)
+    for older, name in OLDER_NAMES.items():
+        if older in named:
+            value = named.pop(older)
+            if named.get(name) not in (None, value):
+                raise ConfigError(f"{older}: is the older name of {name}, which is given too; leave it out")
+            named[name] = value if value is not None else named.get(name)
+    return named

@@ -1,0 +1,37 @@
+"""The documentation's page of all options. `python -m gradprune.config.table > docs/options.md` renews it."""
+
+from gradprune.config.option import Option, options_of
+from gradprune.config.parts import PARTS
+
+_HEAD = """# Options
+
+Every option of `gradprune prune`, by the stage that reads it. On the command line it is `--name value`, or `--name` and
+`--no_name` where the values are True and False; `_` may be written as `-`. In a program it is
+`PruneConfig(name=value)`. The other commands take some of them; `gradprune COMMAND --help` says which.
+"""
+
+
+def options_page() -> str:
+    """The content of `docs/options.md`."""
+    sections = [_HEAD]
+    for part in PARTS:
+        options = list(options_of(part).values())
+        rows = "\n".join(map(_row, options))
+        sections.append(
+            f"## {options[0].stage}\n\n| option | values | default | meaning |\n|---|---|---|---|\n{rows}\n"
+        )
+    return "\n".join(sections)
+
+
+def _row(option: Option) -> str:
+    default = "none" if option.default is None else f"`{option.default}`"
+    meaning = option.help
+    if option.library_only:
+        meaning += " Only in a program."
+    if option.older is not None:
+        meaning += f" Its older name `{option.older}` still works."
+    return f"| `{option.name}` | {option.values} | {default} | {meaning} |"
+
+
+if __name__ == "__main__":
+    print(options_page(), end="")
