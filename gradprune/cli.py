@@ -252,10 +252,10 @@ def _prune(config: PruneConfig) -> "PruneResult":
     summary, gradients = summarize(result), result.gradients
     OUT.print(diagnosis_table(gradients.before, gradients.seq_len))
     OUT.print(gradients.before.verdict_text())
-    if gradients.repair is not None:
-        if gradients.repair.fix != "none":
-            OUT.print(diagnosis_table(gradients.after, gradients.seq_len, repaired=gradients.repair.fix))
-        OUT.print(gradients.repair_text())
+    if gradients.scaling is not None:
+        if gradients.scaling.fix != "none":
+            OUT.print(diagnosis_table(gradients.after, gradients.seq_len, scaled_by=gradients.scaling.fix))
+        OUT.print(gradients.scaling_text())
     if result.search is not None:
         OUT.print(search_table(result.search))
         OUT.print(f"Chosen: {command_line(result.config)}", soft_wrap=True)

@@ -16,16 +16,16 @@ from functools import partial
 
 import numpy as np
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from gradprune.calibration.evidence import Evidence
-from gradprune.config import GRADIENT_METHODS, METHODS, Method, Normalize, PruneConfig, Scoring
+from gradprune.config import GRADIENT_METHODS, METHODS, Normalize, Scoring
 from gradprune.data.windows import batches
 from gradprune.models import PrunableModel
 from gradprune.models.loss import mean_loss
 from gradprune.models.masks import GroupMasks
-from gradprune.scoring.scoring import score_groups
-from gradprune.scoring.selection import select
+from gradprune.progress import progress
+from gradprune.run import Run
+from gradprune.scoring.choose import choose
 from gradprune.surgery.least_squares import BLENDS, least_squares
 from gradprune.surgery.masking import masked, output_weights_restored
 
@@ -79,92 +79,110 @@ class _Candidate:
     fixed: bool
 
 
-def search(
-    model: PreTrainedModel,
-    view: PrunableModel,
-    evidence: Evidence,
-    config: PruneConfig,
-    kept_kv_groups: frozenset[int] | None,
-    parameters: int,
-    samples: Tensor,
-    held_out: Tensor,
-    advance: Callable[[int, int], None] = lambda done, total: None,
-) -> SearchResult:
-    """Find the scoring with the least held-out loss at the ratio of `config`.
+def search(run: Run, evidence: Evidence) -> SearchResult:
+    """Find the scoring with the least held-out loss at the ratio of the run.
 
     Args:
-        model, view: the model, which is as it was afterwards, and its prunable view.
+        run: the model, which is as it was afterwards; ratio, constraints, repair and `search_minutes` of its options;
+            held-out samples, one at least.
         evidence: of its calibration, with the priors of `config.prior`.
-        config: ratio, batch size, repair and `search_minutes`.
-        kept_kv_groups, parameters: of the selection, see `gradprune.scoring.selection.select`.
-        samples: [N, T] calibration samples, for the repair.
-        held_out: [M, T] others, M > 0, on which losses are measured.
-        advance: told (evaluations done, evaluations planned).
 
     Deterministic, unless `search_minutes` cuts it short: then the latest complete round decides. The first round is
     always completed.
     """
-    deadline = time.monotonic() + 60.0 * config.search_minutes
-    pool = list(_candidates(view, evidence, config, kept_kv_groups, parameters))
-    repaired = config.repair != "none"
-    progress = _Progress(_planned(pool, len(held_out), repaired), advance)
-    rounds: list[list[Trial]] = []
-    alive = pool
-    for size in _round_sizes(len(held_out)):
-        parts = list(batches(held_out[:size], config.batch_size))
-        trials = _play(
-            alive, deadline if rounds else math.inf, progress, partial(_masked_loss, model, view, parts), size, False
-        )
-        if trials is None:
-            return _result(rounds, pool, cut_short=True)
-        rounds.append(_ranked(trials))
-        alive = _survivors(alive, rounds[-1])
-    if not repaired:
-        return _result(rounds, pool, cut_short=False)
-    loss = partial(_repaired_loss, model, view, list(batches(samples, config.batch_size)), parts)
-    last = _play(alive, deadline, progress, loss, len(held_out), True)
-    if last is not None:
-        rounds.append(_ranked(last))
-    return _result(rounds, pool, cut_short=last is None)
+    pool = list(_candidates(run, evidence))
+    repaired = run.config.repair != "none"
+    held_out = len(run.samples.held_out)
+    # An upper bound: selections that come twice are tried once.
+    with progress(run.console, "Searching", _planned(pool, held_out, repaired), "trials") as advance:
+        return _Tournament(run, pool, advance).play(repaired)
 
 
-def _candidates(
-    view: PrunableModel,
-    evidence: Evidence,
-    config: PruneConfig,
-    kept_kv_groups: frozenset[int] | None,
-    parameters: int,
-) -> Iterator[_Candidate]:
+class _Tournament:
+    """Rounds of candidates on more and more held-out samples, until time is up."""
+
+    def __init__(self, run: Run, pool: list[_Candidate], advance: Callable[[], None]) -> None:
+        self._run = run
+        self._pool = pool
+        self._advance = advance
+        self._deadline = time.monotonic() + 60.0 * run.config.search_minutes
+
+    def play(self, repaired: bool) -> SearchResult:
+        """Play all rounds; the last one is of repaired candidates if `repaired`."""
+        rounds: list[list[Trial]] = []
+        alive = self._pool
+        held_out = self._run.samples.held_out
+        for size in _round_sizes(len(held_out)):
+            parts = list(batches(held_out[:size], self._run.config.batch_size))
+            loss = partial(_masked_loss, self._run.view, parts)
+            trials = self._round(alive, loss, size, repaired=False, may_end=bool(rounds))
+            if trials is None:
+                return _result(rounds, self._pool, cut_short=True)
+            rounds.append(_ranked(trials))
+            alive = _survivors(alive, rounds[-1])
+        if not repaired:
+            return _result(rounds, self._pool, cut_short=False)
+        last = self._round(alive, partial(_repaired_loss, self._run), len(held_out), repaired=True, may_end=True)
+        if last is not None:
+            rounds.append(_ranked(last))
+        return _result(rounds, self._pool, cut_short=last is None)
+
+    def _round(
+        self,
+        alive: list[_Candidate],
+        loss: Callable[[_Candidate], float],
+        samples: int,
+        *,
+        repaired: bool,
+        may_end: bool,
+    ) -> list[Trial] | None:
+        """One round; None where time ran out."""
+        trials = []
+        for candidate in alive:
+            if may_end and time.monotonic() > self._deadline:
+                return None
+            trials.append(Trial(candidate.scoring, loss(candidate), samples, repaired, candidate.fixed))
+            self._advance()
+        return trials
+
+
+def _candidates(run: Run, evidence: Evidence) -> Iterator[_Candidate]:
     """Every scoring of the space that selects something new; the fixed settings come first."""
+    config = run.config
     seen: set[bytes] = set()
-    plain = (TEMPERATURES[0], TEMPERATURES[2])
-    fixed = [_scoring(config, method, temperature) for method in METHODS for temperature in plain]
-    for number, scoring in enumerate(itertools.chain(fixed, _space(config, evidence))):
-        table = score_groups(view, evidence, scoring)
-        pruned = select(table, config.pruning_ratio, parameters, config.constraints, kept_kv_groups)
-        key = np.packbits(pruned).tobytes()
+    fixed = list(_fixed(config.scoring, evidence))
+    for number, scoring in enumerate(itertools.chain(fixed, _space(config.scoring, evidence))):
+        choice = choose(run.view, evidence, scoring, config.constraints, config.pruning_ratio)
+        key = np.packbits(choice.pruned).tobytes()
         if key in seen:
             continue
         seen.add(key)
-        yield _Candidate(scoring, table.masks(pruned), fixed=number < len(fixed))
+        yield _Candidate(scoring, choice.masks, fixed=number < len(fixed))
 
 
-def _space(config: PruneConfig, evidence: Evidence) -> Iterator[Scoring]:
-    # Batches were repaired, or not, as they came.
-    fixes = FIXES if evidence.reduction == "sample" else ("none" if evidence.repair is None else evidence.repair.fix,)
-    for method, temperature, fix, normalize, factor in itertools.product(
-        METHODS, TEMPERATURES, fixes, NORMALIZATIONS, ATTENTION_FACTORS
+def _fixed(scoring: Scoring, evidence: Evidence) -> Iterator[Scoring]:
+    """Every method without and with plain H-GSP; no fix but one that batches already had."""
+    fix = evidence.fixes(FIXES)[0]
+    for method, (temperature, tau) in itertools.product(METHODS, (TEMPERATURES[0], TEMPERATURES[2])):
+        if fix == "none" or method in GRADIENT_METHODS:
+            yield replace(scoring, importance_method=method, temperature=temperature, tau=tau, gradient_fix=fix)
+
+
+def _space(scoring: Scoring, evidence: Evidence) -> Iterator[Scoring]:
+    for method, (temperature, tau), fix, normalize, factor in itertools.product(
+        METHODS, TEMPERATURES, evidence.fixes(FIXES), NORMALIZATIONS, ATTENTION_FACTORS
     ):
         if fix != "none" and method not in GRADIENT_METHODS:
             continue
-        plain = _scoring(config, method, temperature)
-        yield replace(plain, gradient_fix=fix, normalize_scores=normalize, attention_factor=factor)
-
-
-def _scoring(config: PruneConfig, method: Method, temperature: tuple[float, float | None]) -> Scoring:
-    """`method` and H-GSP, and what the search leaves as `config` has it."""
-    t, tau = temperature
-    return replace(config.scoring, importance_method=method, temperature=t, tau=tau, gradient_fix="none")
+        yield replace(
+            scoring,
+            importance_method=method,
+            temperature=temperature,
+            tau=tau,
+            gradient_fix=fix,
+            normalize_scores=normalize,
+            attention_factor=factor,
+        )
 
 
 def _round_sizes(held_out: int) -> list[int]:
@@ -191,53 +209,16 @@ def _planned(pool: list[_Candidate], held_out: int, repaired: bool) -> int:
     return total + count * repaired
 
 
-@dataclass
-class _Progress:
-    total: int
-    tell: Callable[[int, int], None]
-    done: int = 0
-
-    def step(self) -> None:
-        self.done += 1
-        self.tell(self.done, self.total)
-
-
-def _play(
-    alive: list[_Candidate],
-    deadline: float,
-    progress: _Progress,
-    loss: Callable[[_Candidate], float],
-    samples: int,
-    repaired: bool,
-) -> list[Trial] | None:
-    """One round; None where time ran out."""
-    trials = []
-    for candidate in alive:
-        if time.monotonic() > deadline:
-            return None
-        trials.append(Trial(candidate.scoring, loss(candidate), samples, repaired, candidate.fixed))
-        progress.step()
-    return trials
-
-
-def _masked_loss(
-    model: PreTrainedModel, view: PrunableModel, held_out: Sequence[Tensor], candidate: _Candidate
-) -> float:
+def _masked_loss(view: PrunableModel, held_out: Sequence[Tensor], candidate: _Candidate) -> float:
     with masked(view, candidate.masks):
-        return mean_loss(model, held_out)
+        return mean_loss(view.model, held_out)
 
 
-def _repaired_loss(
-    model: PreTrainedModel,
-    view: PrunableModel,
-    samples: Sequence[Tensor],
-    held_out: Sequence[Tensor],
-    candidate: _Candidate,
-) -> float:
-    with output_weights_restored(view, candidate.masks):
+def _repaired_loss(run: Run, candidate: _Candidate) -> float:
+    with output_weights_restored(run.view, candidate.masks):
         # One blend for all: half the time, and they stay comparable.
-        least_squares(model, view, candidate.masks, samples, held_out, blends=BLENDS[-1:])
-        return mean_loss(model, held_out)
+        least_squares(run.view, candidate.masks, run.calibration, run.held_out, blends=BLENDS[-1:])
+        return mean_loss(run.view.model, run.held_out)
 
 
 def _ranked(trials: list[Trial]) -> list[Trial]:

@@ -1,73 +1,83 @@
 """What one block accumulates over calibration: a handful of vectors over its groups, in fp64."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from gradprune.calibration.capture import Observer
-from gradprune.config import Reduction
 from gradprune.models import Block
 from gradprune.models.blocks import InputLinear, OutputLinear
 from gradprune.ops.dispatch import Ops
 from gradprune.ops.vectors import ImportanceVectors
 
 
-class BlockAccumulator:
-    """Sums over samples (or batches) of one block's group importances and gradient statistics.
+@dataclass
+class StepRecord:
+    """What one step's gradients leave in a block beside its sums.
 
-    What the backward pass of a step brings is pending until `commit`, because a repair of the gradients of a batch
-    is known only when all layers' gradients are.
+    statistics: per linear layer, its gradients' statistics, see `ImportanceVectors`.
+    gate: the gradient of a gate on the block's output: [N] by sample, or [1] by batch; None without gradients.
+    scale: what the step's gradients were multiplied by.
+    """
 
-    first: [groups], sum of |w g| over the group's elements (`reduction="sample"` only).
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    gate: Tensor | None = None
+    scale: float = 1.0
+
+
+class BlockAccumulator(ABC):
+    """Sums over samples (or batches) of one block's group importances, and a record of each step.
+
+    What a step brings is pending until `commit`: a step that fails is discarded whole, and the scale of a batch's
+    gradients is known only when all layers' gradients are.
+
+    first: [groups], sum of |w g| over the group's elements, as far as it can be summed step by step.
     second: [groups], sum of w^2 g^2 over the group's elements.
     mask_square: [groups], sum of (sum of w g over the group's output columns)^2, the squared gradient of a
         mask on the group.
-    statistics: per linear layer, one [5] a step, its gradients' statistics, see `ImportanceVectors`.
-    scales: one a step, what the step's gradients were multiplied by.
-    gates: one entry a step, the gradient of a gate on the block's output: [N] by sample, or [1] by batch.
     input_square, tokens: [I] sum of x^2 at the output projection, and over how many tokens.
     """
 
-    def __init__(self, block: Block, reduction: Reduction, ops: Ops, *, repaired: bool = False) -> None:
-        """Start at zero; `ops` computes the vectors of one weight's gradient.
-
-        repaired: `commit` will be given other scales than 1; with `reduction="batch"` the gradients of a batch are
-            then kept until it is called.
-        """
+    def __init__(self, block: Block, ops: Ops) -> None:
+        """Start at zero; `ops` computes the vectors of one weight's gradient."""
         self.block = block
-        self._reduction = reduction
-        self._repaired = repaired
+        self.records: list[StepRecord] = []
         self._ops = ops
         device = block.output.linear.weight.device
         self.first = torch.zeros(block.groups, dtype=torch.float64, device=device)
         self.second = torch.zeros_like(self.first)
         self.mask_square = torch.zeros_like(self.first)
-        self.statistics: dict[str, list[Tensor]] = {entry.path: [] for entry in block.projections}
-        self.scales: list[float] = []
-        self.gates: list[Tensor] = []
         self.input_square = torch.zeros(block.output.linear.in_features, dtype=torch.float64, device=device)
         self.tokens = 0
-        self._pending = torch.zeros(3, block.groups, dtype=torch.float64, device=device)
-        self._pending_gradients: dict[str, Tensor] = {}
-        self._gradient_sums: dict[str, Tensor] = {}
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what the step at hand has brought so far."""
+        self.pending = StepRecord()
+        self._pending_sums = torch.zeros(3, self.block.groups, dtype=torch.float64, device=self.first.device)
+        self._pending_input_square = torch.zeros_like(self.input_square)
+        self._pending_tokens = 0
 
     def commit(self, scale: float = 1.0) -> None:
-        """Add the step's sums, as if its gradients had been multiplied by `scale`."""
-        first, second, mask_square = self._pending
+        """Add what the step brought, as if its gradients had been multiplied by `scale`."""
+        first, second, mask_square = self._pending_sums
         self.first += scale * first
         self.second += scale**2 * second
         self.mask_square += scale**2 * mask_square
-        for path, gradient in self._pending_gradients.items():
-            self._add_gradient(path, gradient.mul_(scale))
-        self.scales.append(scale)
-        self._pending.zero_()
-        self._pending_gradients.clear()
+        self.input_square += self._pending_input_square
+        self.tokens += self._pending_tokens
+        self.pending.scale = scale
+        self.records.append(self.pending)
+        self.discard()
 
     def observers(self) -> Iterator[tuple[nn.Linear, Observer]]:
         """Each linear layer of the block with what to call in its backward pass."""
         for entry in self.block.projections:
-            yield entry.linear, self._observer(entry)
+            yield entry.linear, partial(self._observe, entry)
 
     def observe_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of the output projection: the second moment of its input, for Wanda.
@@ -75,11 +85,11 @@ class BlockAccumulator:
         A layer recomputed under checkpointing counts twice in sum and tokens alike; the mean is the same.
         """
         x = args[0].detach().flatten(0, -2)
-        self.input_square += x.to(_accumulation_dtype(x)).square().sum(0)
-        self.tokens += x.shape[0]
+        self._pending_input_square += x.to(accumulation_dtype(x)).square().sum(0)
+        self._pending_tokens += x.shape[0]
 
-    def part(self, name: str, count: int) -> Tensor:
-        """[groups] fp64, one of `gradprune.calibration.methods.PARTS` after `count` samples (batches)."""
+    def component(self, name: str, count: int) -> Tensor:
+        """[groups] fp64, one of `gradprune.calibration.methods.COMPONENTS`, of `count` gradients."""
         if name == "magnitude":
             return self._folded_weights(None)
         if name == "wanda":
@@ -88,65 +98,37 @@ class BlockAccumulator:
             return self.mask_square / count
         if name == "fisher":
             return 0.5 * self.second / count
-        return self.first / count if self._reduction == "sample" else self._first_of_mean_gradient(count)
+        return self._first_order(count)
 
-    def _observer(self, entry: InputLinear | OutputLinear) -> Observer:
-        if self._reduction == "sample":
-            return lambda x, dy, dx: self._observe_samples(entry, x, dy, dx)
-        return lambda x, dy, dx: self._observe_batch(entry, x, dy, dx)
+    @abstractmethod
+    def _observe(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
+        """Take up one linear layer's backward pass; x: [N, T, I], dy: [N, T, O], dx: [N, T, I]."""
 
-    def _observe_samples(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
-        self._accumulate(entry, self._ops.linear_importance(x, dy, entry.linear.weight))
-        if isinstance(entry, OutputLinear):
-            self._observe_mask(entry, _column_signed(x, dx), dy.sum(1))
-
-    def _observe_batch(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
-        samples = x.shape[0]
-        dtype = _accumulation_dtype(entry.linear.weight)
-        gradient = dy.flatten(0, 1).to(dtype).T @ x.flatten(0, 1).to(dtype) / samples
-        self._accumulate(entry, self._ops.taylor_score(entry.linear.weight, gradient))
-        if self._repaired:
-            self._pending_gradients[entry.path] = gradient
-        else:
-            self._add_gradient(entry.path, gradient)
-        if isinstance(entry, OutputLinear):
-            signed = _column_signed(x, dx).sum(0, keepdim=True) / samples
-            self._observe_mask(entry, signed, dy.sum((0, 1))[None] / samples)
+    @abstractmethod
+    def _first_order(self, count: int) -> Tensor:
+        """[groups] fp64, the component "taylor" of `count` gradients."""
 
     def _accumulate(self, entry: InputLinear | OutputLinear, vectors: ImportanceVectors) -> None:
-        self._pending[0] += self._fold_absolute(entry, vectors)
+        self._pending_sums[0] += self._fold_absolute(entry, vectors)
         if isinstance(entry, OutputLinear):
-            self._pending[1] += entry.fold_columns(vectors.column_square)
+            self._pending_sums[1] += entry.fold_columns(vectors.column_square)
         else:
-            self._pending[1] += entry.fold_rows(vectors.row_square, self.block.groups)
-        self.statistics[entry.path].append(vectors.statistics.double())
-
-    def _add_gradient(self, path: str, gradient: Tensor) -> None:
-        if path in self._gradient_sums:
-            self._gradient_sums[path] += gradient
-        else:
-            self._gradient_sums[path] = gradient
-
-    def _observe_mask(self, entry: OutputLinear, column_signed: Tensor, dy: Tensor) -> None:
-        """column_signed: [N, I], column sums of w g_n; dy: [N, O], the output gradient summed over tokens."""
-        by_group = entry.fold_columns(column_signed).double()
-        self._pending[2] += by_group.square().sum(0)
-        gate = by_group.sum(1)
-        if entry.linear.bias is not None:
-            gate = gate + dy.double() @ entry.linear.bias.detach().double()
-        self.gates.append(gate)
+            self._pending_sums[1] += entry.fold_rows(vectors.row_square, self.block.groups)
+        self.pending.statistics[entry.path] = vectors.statistics.double()
 
     def _fold_absolute(self, entry: InputLinear | OutputLinear, vectors: ImportanceVectors) -> Tensor:
         if isinstance(entry, OutputLinear):
             return entry.fold_columns(vectors.column_abs)
         return entry.fold_rows(vectors.row_abs, self.block.groups)
 
-    def _first_of_mean_gradient(self, batches: int) -> Tensor:
-        total = torch.zeros_like(self.second)
-        for entry in self.block.projections:
-            mean = self._gradient_sums[entry.path] / batches
-            total += self._fold_absolute(entry, self._ops.taylor_score(entry.linear.weight.detach(), mean))
-        return total
+    def _observe_mask(self, entry: OutputLinear, mask_gradient: Tensor, dy: Tensor) -> None:
+        """mask_gradient: [N, I], the gradient of a mask on each input column; dy: [N, O], summed over tokens."""
+        by_group = entry.fold_columns(mask_gradient).double()
+        self._pending_sums[2] += by_group.square().sum(0)
+        gate = by_group.sum(1)
+        if entry.linear.bias is not None:
+            gate = gate + dy.double() @ entry.linear.bias.detach().double()
+        self.pending.gate = gate
 
     def _folded_weights(self, column_scale: Tensor | None) -> Tensor:
         """Sum of |w| over each group: all its elements, or, with a scale per column, its output columns only."""
@@ -161,11 +143,68 @@ class BlockAccumulator:
         return total
 
 
-def _column_signed(x: Tensor, dx: Tensor) -> Tensor:
-    """[N, I], column sums of w g_n for x, dx: [N, T, I]: the sum over tokens of x * dl/dx needs no weight gradient."""
-    dtype = _accumulation_dtype(x)
-    return (x.to(dtype) * dx.to(dtype)).sum(1)
+class SampleAccumulator(BlockAccumulator):
+    """Every sample's own gradient is scored: all that a group needs is a sum, and no gradient is kept."""
+
+    def _observe(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
+        self._accumulate(entry, self._ops.linear_importance(x, dy, entry.linear.weight))
+        if isinstance(entry, OutputLinear):
+            self._observe_mask(entry, _mask_gradient(x, dx), dy.sum(1))
+
+    def _first_order(self, count: int) -> Tensor:
+        return self.first / count
 
 
-def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
+class BatchAccumulator(BlockAccumulator):
+    """The gradient of each batch's mean loss is scored. The first order needs the mean gradient, which is kept."""
+
+    def __init__(self, block: Block, ops: Ops) -> None:
+        """As `BlockAccumulator`; one gradient per weight is kept, and the pending one until `commit`."""
+        self._gradient_sums: dict[str, Tensor] = {}
+        super().__init__(block, ops)
+
+    def discard(self) -> None:
+        """Forget what the step at hand has brought so far."""
+        super().discard()
+        self._pending_gradients: dict[str, Tensor] = {}
+
+    def commit(self, scale: float = 1.0) -> None:
+        """Add what the step brought, as if its gradients had been multiplied by `scale`."""
+        for path, gradient in self._pending_gradients.items():
+            scaled = gradient if scale == 1.0 else gradient.mul_(scale)
+            if path in self._gradient_sums:
+                self._gradient_sums[path] += scaled
+            else:
+                self._gradient_sums[path] = scaled
+        super().commit(scale)
+
+    def _observe(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
+        samples = x.shape[0]
+        dtype = accumulation_dtype(entry.linear.weight)
+        gradient = dy.flatten(0, 1).to(dtype).T @ x.flatten(0, 1).to(dtype) / samples
+        self._accumulate(entry, self._ops.taylor_score(entry.linear.weight, gradient))
+        self._pending_gradients[entry.path] = gradient
+        if isinstance(entry, OutputLinear):
+            mask_gradient = _mask_gradient(x, dx).sum(0, keepdim=True) / samples
+            self._observe_mask(entry, mask_gradient, dy.sum((0, 1))[None] / samples)
+
+    def _first_order(self, count: int) -> Tensor:
+        total = torch.zeros_like(self.second)
+        for entry in self.block.projections:
+            mean = self._gradient_sums[entry.path] / count
+            total += self._fold_absolute(entry, self._ops.taylor_score(entry.linear.weight.detach(), mean))
+        return total
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that products of `tensor` are summed in: fp64 for fp64, else fp32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _mask_gradient(x: Tensor, dx: Tensor) -> Tensor:
+    """[N, I], the gradient of a mask on each input column of samples x with gradients dx, [N, T, I] both.
+
+    It equals the column sums of w g_n: the sum over tokens of x * dl/dx needs no weight gradient.
+    """
+    dtype = accumulation_dtype(x)
+    return (x.to(dtype) * dx.to(dtype)).sum(1)

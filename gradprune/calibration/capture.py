@@ -49,7 +49,7 @@ def _observed_forward(linear: nn.Linear, observer: Observer, x: Tensor) -> Tenso
 def capture(model: PreTrainedModel, observers: dict[nn.Linear, Observer]) -> Iterator[None]:
     """Observe the backward pass of `model`'s linear layers; everything is as before on exit, whatever happened.
 
-    While it is active all parameters are frozen, dropout is off, and the input embeddings' output requires a
+    While it is active all parameters are frozen, and the input embeddings' output requires a
     gradient, so that the backward pass runs through the whole model.
 
     Args:
@@ -58,7 +58,6 @@ def capture(model: PreTrainedModel, observers: dict[nn.Linear, Observer]) -> Ite
     """
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        stack.enter_context(_evaluating(model))
         embedding = model.get_input_embeddings()
         handle = embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
         stack.callback(handle.remove)
@@ -92,14 +91,3 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
         del module.forward
         if replaced is not None:
             module.forward = replaced
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

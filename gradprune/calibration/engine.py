@@ -2,8 +2,8 @@
 
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass
 from types import TracebackType
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -11,42 +11,22 @@ from transformers import PreTrainedModel
 
 from gradprune.calibration.accumulator import BlockAccumulator
 from gradprune.calibration.capture import capture, checkpointed
-from gradprune.calibration.finite import raise_non_finite_gradient, raise_non_finite_loss
-from gradprune.calibration.methods import importance
-from gradprune.config import GRADIENT_METHODS, METHODS, ImportanceBackend, Method, Reduction, check_gradient_fix
-from gradprune.errors import ConfigError, GradPruneError, NonFiniteError
+from gradprune.calibration.evidence import Evidence, Scores
+from gradprune.calibration.finite import raise_non_finite_gradient, raise_non_finite_loss, raise_overflow
+from gradprune.calibration.methods import COMPONENTS, FORWARD_COMPONENTS, WEIGHT_COMPONENTS
+from gradprune.calibration.reduction import REDUCTIONS
+from gradprune.config import GRADIENT_METHODS, METHODS, ImportanceBackend, Method, ReductionName, check_gradient_fix
+from gradprune.errors import ConfigError, GradPruneError, UnsupportedArchitectureError
 from gradprune.models import BlockKey, describe
 from gradprune.models.loss import sample_losses
-from gradprune.models.tensors import BlockTensors
+from gradprune.models.modes import evaluation_mode
 from gradprune.ops.dispatch import select_ops
 from gradprune.ops.reference import merge_statistics, scale_statistics
-from gradprune.vanishing.scaling import GradientRepair, resolve_fix, scales_of
+from gradprune.vanishing.scaling import GradientScaling, resolve_fix, scales_of
 from gradprune.vanishing.statistics import LayerGradients, layer_gradients
 
-
-@dataclass(frozen=True)
-class Scores:
-    """Group importances of a model.
-
-    importance: of each block, [groups] fp32.
-    gradients: per decoder layer that has a block, its gradient statistics before any repair; empty for methods
-        without gradients.
-    repair: what `gradient_fix` did to them; None for "none" and for methods without gradients.
-    """
-
-    importance: BlockTensors
-    gradients: list[LayerGradients]
-    repair: GradientRepair | None = None
-
-    @property
-    def attention(self) -> list[Tensor]:
-        """Per decoder layer, [n_kv_groups] fp32 on the CPU; of length 0 where there is no attention block."""
-        return self.importance.attention
-
-    @property
-    def mlp(self) -> list[Tensor]:
-        """Per decoder layer, [n_channels] fp32 on the CPU; of length 0 where there is no MLP block."""
-        return self.importance.mlp
+_OBSERVED: WeakSet[PreTrainedModel] = WeakSet()
+"""The models that an open engine observes."""
 
 
 class ImportanceEngine:
@@ -57,8 +37,9 @@ class ImportanceEngine:
                 engine.step(ids)
         scores = engine.scores()
 
-    While it is open the model's parameters are frozen and its prunable linear layers are observed; on exit the
-    model is as it was, whatever happened. One pass serves every gradient method: `scores(method=...)`.
+    While it is open the model is in evaluation mode, its parameters are frozen and its prunable linear layers are
+    observed; on exit the model is as it was, whatever happened. One pass serves every gradient method:
+    `scores(method=...)`.
 
     Formulas, with w a weight, g_n its gradient of sample n's mean next-token loss, summed over a group's weights:
 
@@ -70,7 +51,7 @@ class ImportanceEngine:
     `reduction="batch"` takes the gradient of each batch's mean loss instead: |w mean_b g_b| and w^2 mean_b g_b^2;
     it keeps one accumulated gradient per weight. Deterministic; vectors are accumulated in fp64.
 
-    `gradient_fix` repairs vanishing gradients, see `gradprune.vanishing.scaling`. With `reduction="sample"` the
+    `gradient_fix` scales vanishing gradients, see `gradprune.vanishing.scaling`. With `reduction="sample"` the
     layers' scales are applied to the finished vectors, which is the same as scaling the gradients; with "batch" each
     batch's gradients are scaled before they are accumulated (its norms are read on the host at the end of the step).
     """
@@ -79,7 +60,7 @@ class ImportanceEngine:
         self,
         model: PreTrainedModel,
         method: Method = "group_fisher",
-        reduction: Reduction = "sample",
+        reduction: ReductionName = "sample",
         backend: ImportanceBackend = "auto",
         use_gradient_checkpointing: bool = False,
         gradient_fix: str = "none",
@@ -87,43 +68,64 @@ class ImportanceEngine:
         """Prepare to observe `model`, which is changed only between `__enter__` and `__exit__`.
 
         Raises:
-            UnsupportedArchitectureError: the model has no description.
-            ConfigError: unknown method, reduction or repair.
+            UnsupportedArchitectureError: the model has no description, or is no causal LM.
+            ConfigError: unknown method, reduction or fix; a model without weights (on the meta device).
             BackendUnavailableError: the backend asked for by name cannot run on the model's device.
         """
         if method not in METHODS:
             raise ConfigError(f"importance_method: '{method}' is unknown; choose one of {', '.join(METHODS)}")
-        if reduction not in ("sample", "batch"):
-            raise ConfigError(f"reduction: '{reduction}' is unknown; choose sample or batch")
+        if reduction not in REDUCTIONS:
+            raise ConfigError(f"reduction: '{reduction}' is unknown; choose one of {', '.join(REDUCTIONS)}")
         check_gradient_fix(gradient_fix)
+        if model.device.type == "meta":
+            raise ConfigError("model: is on the meta device, where it has no weights; load it on a real device")
+        if model.get_output_embeddings() is None:
+            raise UnsupportedArchitectureError(
+                f"model: a {type(model).__name__} predicts no next token; load it with AutoModelForCausalLM"
+            )
         self._model = model
         self._view = describe(model)
         self.method = method
-        self.reduction = reduction
         self.gradient_fix = gradient_fix
+        self._reduction = REDUCTIONS[reduction]
+        self._vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[assignment, index]
         self._checkpointing = use_gradient_checkpointing
         ops = select_ops(backend, model.device.type)
         self.backend = ops.backend
-        repaired = gradient_fix != "none"
-        self._accumulators = {
-            block.key: BlockAccumulator(block, reduction, ops, repaired=repaired) for block in self._view.blocks
+        self._accumulators: dict[BlockKey, BlockAccumulator] = {
+            block.key: self._reduction.accumulator(block, ops) for block in self._view.blocks
         }
         self._samples: list[Tensor] = []
         self._losses: list[Tensor] = []
         self._stack = ExitStack()
         self._open = False
 
+    @property
+    def reduction(self) -> ReductionName:
+        """How samples are reduced."""
+        return self._reduction.name
+
     def __enter__(self) -> "ImportanceEngine":
-        """Start observing."""
+        """Start observing.
+
+        Raises:
+            GradPruneError: this engine or another one already observes the model.
+        """
+        if self._model in _OBSERVED:
+            which = "this engine is open already" if self._open else "another engine observes this model"
+            raise GradPruneError(f"engine: {which}; leave its `with` block first")
         with ExitStack() as stack:
+            stack.enter_context(evaluation_mode(self._model))
             for accumulator in self._accumulators.values():
                 handle = accumulator.block.output.linear.register_forward_pre_hook(accumulator.observe_input)
                 stack.callback(handle.remove)
-            if self.method in GRADIENT_METHODS:
+            if self._takes_gradients:
                 observers = dict(pair for entry in self._accumulators.values() for pair in entry.observers())
                 stack.enter_context(capture(self._model, observers))
                 if self._checkpointing:
                     stack.enter_context(checkpointed(self._view.layers))
+            _OBSERVED.add(self._model)
+            stack.callback(_OBSERVED.discard, self._model)
             self._stack = stack.pop_all()
         self._open = True
         return self
@@ -136,31 +138,62 @@ class ImportanceEngine:
         self._stack.close()
 
     def step(self, input_ids: Tensor) -> None:
-        """Run one batch forward and, for gradient methods, backward.
+        """Run one batch forward and, for gradient methods, backward. A step that raises leaves no trace.
 
         Args:
-            input_ids: [N, T] int64, N samples of T >= 2 tokens.
+            input_ids: [N, T] int64 or int32, N >= 1 samples of T >= 2 tokens.
 
         Nothing is copied to the host on an accelerator; on the CPU a non-finite loss or gradient raises at once.
 
         Raises:
+            GradPruneError: outside the engine's context, or `input_ids` are no such ids; says what they are.
             NonFiniteError: naming the sample and the layer.
         """
         if not self._open:
             raise GradPruneError("step() works inside the engine's context: with engine: engine.step(input_ids)")
+        _check_ids(input_ids, self._vocabulary)
         if self.method == "magnitude":
             return
-        input_ids = input_ids.to(self._model.device)
+        input_ids = input_ids.to(self._model.device, torch.int64)
+        try:
+            losses = self._run(input_ids)
+            if input_ids.device.type == "cpu":
+                self._check_pending(input_ids, losses)
+            scales = self._step_scales(input_ids)
+        except BaseException:
+            for accumulator in self._accumulators.values():
+                accumulator.discard()
+            raise
+        with torch.no_grad():
+            for key, accumulator in self._accumulators.items():
+                accumulator.commit(scales[key.layer])
         self._samples.append(input_ids)
-        with torch.set_grad_enabled(self.method in GRADIENT_METHODS):
-            losses = sample_losses(self._model, input_ids)
-        self._losses.append(losses.detach())
-        if self.method in GRADIENT_METHODS:
-            losses.sum().backward()
-        if input_ids.device.type == "cpu":
-            self._check_finite(since=len(self._losses) - 1)
-        if self.method in GRADIENT_METHODS:
-            self._commit()
+        self._losses.append(losses)
+
+    def evidence(self, steps: int = 0) -> Evidence:
+        """All that the steps so far say about the model's groups.
+
+        Args:
+            steps: of so many first steps the layers' gradient statistics are included one by one.
+
+        Raises:
+            NonFiniteError: a loss, a gradient or an importance was NaN or infinite; naming the sample and the layer.
+        """
+        self._check_finite()
+        gradients = self.gradients()
+        with torch.no_grad():
+            components = {name: self._component(name) for name in self._components}
+        return Evidence(
+            blocks={key: accumulator.block.groups for key, accumulator in self._accumulators.items()},
+            layers=len(self._view.layers),
+            components=components,
+            gradients=gradients,
+            steps=[self.gradients_of_step(step) for step in range(min(steps, len(self._losses)))],
+            applied=self._applied_scaling() if gradients else None,
+            reduction=self.reduction,
+            num_samples=sum(len(ids) for ids in self._samples),
+            seq_len=max((ids.shape[1] for ids in self._samples), default=0),
+        )
 
     def scores(self, method: Method | None = None) -> Scores:
         """The importance of every group by `method`, or by the engine's own.
@@ -170,112 +203,142 @@ class ImportanceEngine:
             NonFiniteError: a loss or gradient was NaN or infinite; naming the sample and the layer.
         """
         method = method or self.method
-        if method in GRADIENT_METHODS and self.method not in GRADIENT_METHODS:
+        if method in GRADIENT_METHODS and not self._takes_gradients:
             raise GradPruneError(f"scores: '{method}' needs gradients, but the engine ran '{self.method}'")
         if method != "magnitude" and not self._losses:
             raise GradPruneError(f"scores: '{method}' needs calibration; call step(input_ids) first")
-        self._check_finite(since=0)
-        layers = len(self._view.layers)
-        gradients = self.gradients()
-        repair = self._repair(gradients) if gradients and self.gradient_fix != "none" else None
-        # Batches were repaired as they came.
-        scales = repair.scales if repair and self.reduction == "sample" else [1.0] * layers
-        with torch.no_grad():
-            found = {key: self._importance(key, method, scales[key.layer]) for key in self._accumulators}
-        return Scores(BlockTensors(found, layers), gradients, repair)
-
-    def part(self, name: str) -> dict[BlockKey, Tensor]:
-        """[groups] fp64 on the CPU by block: one of `gradprune.calibration.methods.PARTS`, before any repair.
-
-        With `reduction="batch"` the batches have been repaired as they came.
-        """
-        count = self._count
-        with torch.no_grad():
-            return {key: accumulator.part(name, count).cpu() for key, accumulator in self._accumulators.items()}
+        return self.evidence().scores(method, self.gradient_fix)
 
     def gradients(self) -> list[LayerGradients]:
-        """Statistics of every decoder layer that has a block, before any repair; empty without gradients."""
+        """Statistics of every decoder layer that has a block, before any scaling; empty without gradients."""
         return self._gradients(slice(None), self._count)
 
     def gradients_of_step(self, step: int) -> list[LayerGradients]:
         """The same of one step's samples (its batch) alone; steps are counted from 0."""
-        return self._gradients(slice(step, step + 1), self._gradient_counts[step])
+        return self._gradients(slice(step, step + 1), self._reduction.gradients_in(self._samples[step]))
 
     def gate_gradients(self) -> dict[BlockKey, float]:
-        """Gradient of the mean loss to a gate (of value 1) on each block's output, by block."""
-        return {key: torch.cat(entry.gates).mean().item() for key, entry in self._accumulators.items()}
+        """Gradient of the mean loss to a gate (of value 1) on each block's output."""
+        return {
+            key: torch.cat([record.gate for record in entry.records if record.gate is not None]).mean().item()
+            for key, entry in self._accumulators.items()
+        }
 
     @property
-    def _gradient_counts(self) -> list[int]:
-        """Number of gradients summed in each step: its samples, or 1 batch."""
-        return [len(ids) if self.reduction == "sample" else 1 for ids in self._samples]
+    def _takes_gradients(self) -> bool:
+        return self.method in GRADIENT_METHODS
+
+    @property
+    def _components(self) -> tuple[str, ...]:
+        """The names of what has been collected."""
+        if not self._losses:
+            return WEIGHT_COMPONENTS
+        return COMPONENTS if self._takes_gradients else FORWARD_COMPONENTS
 
     @property
     def _count(self) -> int:
-        return sum(self._gradient_counts)
+        """Number of gradients in the sums."""
+        return sum(self._reduction.gradients_in(ids) for ids in self._samples)
 
-    def _commit(self) -> None:
-        """Add what the step brought; with `reduction="batch"`, repaired."""
+    def _run(self, input_ids: Tensor) -> Tensor:
+        """[N] each sample's loss, the accumulators having seen the backward pass."""
+        # Whatever mode the caller is in: a step under no_grad would leave no gradient to observe.
+        with torch.inference_mode(False), torch.set_grad_enabled(self._takes_gradients):
+            losses = sample_losses(self._model, input_ids)
+            if self._takes_gradients:
+                losses.sum().backward()
+        return losses.detach()
+
+    def _step_scales(self, input_ids: Tensor) -> list[float]:
+        """What the pending gradients of each layer are multiplied by before they are added."""
+        layers = len(self._view.layers)
+        if self.gradient_fix == "none" or self._reduction.scales_afterwards or not self._takes_gradients:
+            return [1.0] * layers
+        pending = {key: [accumulator.pending.statistics] for key, accumulator in self._accumulators.items()}
+        gradients = self._layer_gradients(pending, self._reduction.gradients_in(input_ids))
+        return scales_of(self.gradient_fix, gradients, layers)
+
+    def _applied_scaling(self) -> GradientScaling | None:
+        """What the batches' gradients were multiplied by as they came; None where nothing was."""
+        if self.gradient_fix == "none" or self._reduction.scales_afterwards:
+            return None
         scales = [1.0] * len(self._view.layers)
-        if self.reduction == "batch" and self.gradient_fix != "none":
-            scales = scales_of(self.gradient_fix, self.gradients_of_step(len(self._samples) - 1), len(scales))
-        with torch.no_grad():
-            for key, accumulator in self._accumulators.items():
-                accumulator.commit(scales[key.layer])
+        for key, accumulator in self._accumulators.items():
+            of_steps = [record.scale for record in accumulator.records]
+            scales[key.layer] = math.fsum(of_steps) / len(of_steps)
+        after = self._gradients(slice(None), self._count, scaled=True)
+        return GradientScaling(resolve_fix(self.gradient_fix, self.gradients()), scales, after)
 
-    def _repair(self, gradients: list[LayerGradients]) -> GradientRepair:
-        fix, layers = resolve_fix(self.gradient_fix, gradients), len(self._view.layers)
-        if self.reduction == "sample":
-            scales = scales_of(fix, gradients, layers)
-            return GradientRepair(fix, scales, [layer.scaled(scales[layer.layer]) for layer in gradients])
-        by_layer = {key.layer: accumulator.scales for key, accumulator in self._accumulators.items()}
-        scales = [
-            math.fsum(by_layer[layer]) / len(by_layer[layer]) if layer in by_layer else 1.0 for layer in range(layers)
-        ]
-        return GradientRepair(fix, scales, self._gradients(slice(None), self._count, by_layer))
+    def _component(self, name: str) -> Tensor:
+        """[groups of all blocks] fp64 on the CPU."""
+        count = self._count
+        return torch.cat([accumulator.component(name, count).cpu() for accumulator in self._accumulators.values()])
 
-    def _importance(self, key: BlockKey, method: Method, scale: float) -> Tensor:
-        accumulator, count = self._accumulators[key], self._count
-        return importance(method, lambda name: accumulator.part(name, count), scale).float().cpu()  # type: ignore[no-any-return]
-
-    def _gradients(
-        self, steps: slice, count: int, scales: dict[int, list[float]] | None = None
-    ) -> list[LayerGradients]:
-        """Statistics over the `count` gradients of some steps, times the scales of each layer's steps."""
-        if self.method not in GRADIENT_METHODS or not self._losses:
+    def _gradients(self, steps: slice, count: int, *, scaled: bool = False) -> list[LayerGradients]:
+        """Statistics over the `count` gradients of some steps; `scaled` as they were added."""
+        if not self._takes_gradients or not self._losses:
             return []
-        layers = sorted({key.layer for key in self._accumulators})
-        return [
-            layer_gradients(layer, *self._statistics(layer, steps, scales[layer] if scales else None), count)
-            for layer in layers
-        ]
+        return self._layer_gradients(
+            {
+                key: [
+                    {
+                        path: scale_statistics(statistics[None], [record.scale])[0] if scaled else statistics
+                        for path, statistics in record.statistics.items()
+                    }
+                    for record in accumulator.records[steps]
+                ]
+                for key, accumulator in self._accumulators.items()
+            },
+            count,
+        )
 
-    def _statistics(
-        self, layer: int, steps: slice, scales: list[float] | None
-    ) -> tuple[dict[str, list[float]], dict[str, int]]:
-        """The layer's statistics and number of elements by weight name."""
-        statistics, elements = {}, {}
-        for block in self._view.of_layer(layer):
+    def _layer_gradients(self, statistics: dict[BlockKey, list[dict[str, Tensor]]], count: int) -> list[LayerGradients]:
+        """Each layer's statistics from those of its weights, by block, step and path."""
+        merged: dict[int, dict[str, list[float]]] = {}
+        elements: dict[int, dict[str, int]] = {}
+        for key, steps in statistics.items():
+            block = self._accumulators[key].block
             for entry in block.projections:
-                of_steps = torch.stack(self._accumulators[block.key].statistics[entry.path][steps])
-                if scales is not None:
-                    of_steps = scale_statistics(of_steps, scales)
-                statistics[f"{block.path}.{entry.path}"] = merge_statistics(of_steps).tolist()
-                elements[f"{block.path}.{entry.path}"] = entry.linear.weight.numel()
-        return statistics, elements
+                name = f"{block.path}.{entry.path}"
+                of_steps = torch.stack([step[entry.path] for step in steps])
+                merged.setdefault(key.layer, {})[name] = merge_statistics(of_steps).tolist()
+                elements.setdefault(key.layer, {})[name] = entry.linear.weight.numel()
+        return [layer_gradients(layer, merged[layer], elements[layer], count) for layer in sorted(merged)]
 
-    def _check_finite(self, since: int) -> None:
-        """Raise if any step from `since` on had a non-finite loss or gradient."""
+    def _check_pending(self, input_ids: Tensor, losses: Tensor) -> None:
+        """Raise if the step at hand had a non-finite loss or gradient."""
+        first = {"sample": sum(len(ids) for ids in self._samples), "batch": len(self._samples)}
+        raise_non_finite_loss(self._view, [input_ids], losses, first["sample"])
+        records = {key: [accumulator.pending] for key, accumulator in self._accumulators.items()}
+        raise_non_finite_gradient(records, self._reduction.unit, first[self._reduction.unit])
+        raise_overflow(records)
+
+    def _check_finite(self) -> None:
+        """Raise if any step had a non-finite loss or gradient."""
         if not self._losses:
             return
-        losses = torch.cat(self._losses[since:])
-        gates = {key: torch.cat(entry.gates[since:]) for key, entry in self._accumulators.items() if entry.gates}
-        first = sum(len(ids) for ids in self._samples[:since])
-        raise_non_finite_loss(self._model, self._view, self._samples[since:], losses, first)
-        unit = "sample" if self.reduction == "sample" else "batch"
-        raise_non_finite_gradient(gates, unit, first if unit == "sample" else since)
-        for key, entry in self._accumulators.items():
-            for path, statistics in entry.statistics.items():
-                overflowing = sum(int(of_step[4]) for of_step in statistics[since:])
-                if overflowing:
-                    raise NonFiniteError(f"gradient: {overflowing} elements of layer {key.layer}'s {path} overflow")
+        records = {key: accumulator.records for key, accumulator in self._accumulators.items()}
+        raise_non_finite_loss(self._view, self._samples, torch.cat(self._losses), 0)
+        raise_non_finite_gradient(records, self._reduction.unit, 0)
+        raise_overflow(records)
+
+
+def _check_ids(input_ids: Tensor, vocabulary: int) -> None:
+    """Refuse what is not a batch of token ids."""
+    if not isinstance(input_ids, Tensor):
+        raise GradPruneError(
+            f"input_ids: is a {type(input_ids).__name__}; a tensor [N, T] of token ids is needed "
+            "(of a tokenizer's output, its input_ids as a tensor)"
+        )
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise GradPruneError(f"input_ids: has dtype {input_ids.dtype}; token ids are int64 or int32")
+    if input_ids.ndim != 2 or not len(input_ids) or input_ids.shape[1] < 2:
+        raise GradPruneError(
+            f"input_ids: has shape {tuple(input_ids.shape)}; [N, T] with at least one sample of two tokens is needed"
+        )
+    # On an accelerator this would wait for it.
+    if input_ids.device.type == "cpu" and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
+        raise GradPruneError(
+            f"input_ids: go from {int(input_ids.min())} to {int(input_ids.max())}; the model's vocabulary has ids "
+            f"from 0 to {vocabulary - 1}"
+        )

@@ -1,109 +1,156 @@
 """`Evidence`: all that one calibration pass says about a model's groups. It can be saved, and scored again and again.
 
-The file is `analysis/scores.safetensors`: one fp64 vector over all groups (layer, kind, index) for each part that
+The file is `analysis/evidence.safetensors`: one fp64 vector over all groups, block by block, for each component that
 methods are made of, and as metadata the gradient statistics, the priors and what the pass was run on.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradprune.calibration.engine import ImportanceEngine
-from gradprune.calibration.methods import PARTS, importance
+from gradprune.calibration.methods import COMPONENTS, importance
 from gradprune.calibration.priors import Priors
-from gradprune.config import Method, Prior, PruneConfig, Reduction
-from gradprune.errors import CheckpointError, ConfigError, NonFiniteError
+from gradprune.calibration.reduction import REDUCTIONS
+from gradprune.config import Method, Prior, ReductionName
+from gradprune.errors import CheckpointError, ConfigError, GradPruneError, NonFiniteError
 from gradprune.models import BlockKey, describe
-from gradprune.vanishing.scaling import GradientRepair, resolve_fix, scales_of
+from gradprune.models.tensors import BlockTensors
+from gradprune.vanishing.scaling import GradientScaling, resolve_fix, scales_of
 from gradprune.vanishing.statistics import LayerGradients
 
-_FORMAT = 1
+_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Group importances of a model.
+
+    importance: of each block, [groups] fp32.
+    gradients: per decoder layer that has a block, its gradient statistics before any scaling; empty for methods
+        without gradients.
+    scaling: what `gradient_fix` did to them; None for "none" and for methods without gradients.
+    """
+
+    importance: BlockTensors
+    gradients: list[LayerGradients]
+    scaling: GradientScaling | None = None
+
+    @property
+    def attention(self) -> list[Tensor]:
+        """Per decoder layer, [n_kv_groups] fp32 on the CPU; of length 0 where there is no attention block."""
+        return self.importance.attention
+
+    @property
+    def mlp(self) -> list[Tensor]:
+        """Per decoder layer, [n_channels] fp32 on the CPU; of length 0 where there is no MLP block."""
+        return self.importance.mlp
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What a calibration pass found.
 
-    parts: by name of `gradprune.calibration.methods.PARTS`, [groups] fp64 in the order of `GroupTable`.
+    blocks: the number of groups of each block, in the data's order; layers: number of decoder layers.
+    components: by name, of `gradprune.calibration.methods.COMPONENTS` those that were collected: [groups of all
+        blocks] fp64, block after block.
     gradients: the layers' statistics over all samples; steps: those of the first batches, one by one.
+    applied: how gradients were scaled before they were added; None where they were not, and any fix can follow.
+    reduction, num_samples, seq_len: what the pass was run with.
+    seed, dataset: how its samples were drawn, and from what; None where they were given.
     priors: by kind of prior, those that were measured.
-    repair: with `reduction="batch"`, how the batches were repaired as they came; else None, and any repair can be
-        applied afterwards.
-    reduction, num_samples, seq_len, seed, dataset: what the pass was run with.
-    model: a fingerprint of the model's prunable shapes and weights.
+    model: a digest of the model's prunable shapes and weights; empty until the evidence is bound to one.
     """
 
-    parts: dict[str, NDArray[np.float64]]
+    blocks: dict[BlockKey, int]
+    layers: int
+    components: dict[str, Tensor]
     gradients: list[LayerGradients]
     steps: list[list[LayerGradients]]
-    priors: dict[str, Priors]
-    repair: GradientRepair | None
-    reduction: Reduction
+    applied: GradientScaling | None
+    reduction: ReductionName
     num_samples: int
     seq_len: int
-    seed: int
-    dataset: str | None
-    model: str
+    seed: int | None = None
+    dataset: str | None = None
+    priors: dict[str, Priors] = field(default_factory=dict)
+    model: str = ""
 
-    @classmethod
-    def of(cls, engine: ImportanceEngine, model: PreTrainedModel, config: PruneConfig) -> "Evidence":
-        """What `engine`, which has run the calibration of `config` on `model`, found."""
-        scores = engine.scores("taylor")
-        steps = min(config.collect_batches, -(-config.num_samples // config.batch_size))
-        return cls(
-            parts={name: _column(engine, name) for name in PARTS},
-            gradients=scores.gradients,
-            steps=[engine.gradients_of_step(step) for step in range(steps)],
-            priors={},
-            repair=scores.repair if config.reduction == "batch" else None,
-            reduction=config.reduction,
-            num_samples=config.num_samples,
-            seq_len=config.seq_len,
-            seed=config.seed,
-            dataset=config.dataset,
-            model=fingerprint(model),
-        )
+    def __post_init__(self) -> None:
+        """Refuse importances that cannot be sorted.
+
+        Raises:
+            NonFiniteError: naming the first such group.
+        """
+        for name, values in self.components.items():
+            for key, of_block in self._by_block(values).items():
+                bad = (~of_block.isfinite()).nonzero()
+                if len(bad):
+                    raise NonFiniteError(
+                        f"importance ({name}) of {key.kind} group {int(bad[0])} of layer {key.layer} is not finite"
+                    )
 
     def with_priors(self, prior: Prior, priors: Priors) -> "Evidence":
         """The same with the priors of one more kind."""
         return replace(self, priors={**self.priors, prior: priors})
 
-    def repaired(self, fix: str, layers: int) -> GradientRepair | None:
-        """What `fix` does to the gradients of the model's `layers` decoder layers; None if nothing is asked for.
+    def scaling(self, fix: str) -> GradientScaling | None:
+        """What `fix` does to the layers' gradients; None if nothing is asked for, or there are none.
 
         Raises:
-            ConfigError: the batches of this pass were repaired otherwise.
+            ConfigError: the gradients were scaled otherwise before they were added.
         """
-        if self.reduction == "batch":
-            done = "none" if self.repair is None else self.repair.fix
+        if not self.gradients:
+            return None
+        if not REDUCTIONS[self.reduction].scales_afterwards:
+            done = "none" if self.applied is None else self.applied.fix
             if fix not in ("auto", done):
                 raise ConfigError(f"gradient_fix: '{fix}' needs another calibration; these batches had '{done}'")
-            return self.repair
+            return self.applied
         if fix == "none":
             return None
         resolved = resolve_fix(fix, self.gradients)
-        scales = scales_of(resolved, self.gradients, layers)
-        return GradientRepair(resolved, scales, [layer.scaled(scales[layer.layer]) for layer in self.gradients])
+        scales = scales_of(resolved, self.gradients, self.layers)
+        return GradientScaling(resolved, scales, [layer.scaled(scales[layer.layer]) for layer in self.gradients])
 
-    def importance(self, method: Method, scales: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[groups] fp64 with the precision of fp32, by `method`, gradients multiplied by `scales` [groups]."""
-        values: NDArray[np.float64] = importance(method, self.parts.__getitem__, scales)
-        return values.astype(np.float32).astype(np.float64)
+    def fixes(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the `wanted` gradient fixes that can still be applied; without any, the one that has been."""
+        if REDUCTIONS[self.reduction].scales_afterwards:
+            return wanted
+        return ("none" if self.applied is None else self.applied.fix,)
+
+    def importance(self, method: Method, fix: str = "none") -> Tensor:
+        """[groups of all blocks] fp32, by `method`, of gradients scaled by `fix`.
+
+        Raises:
+            ConfigError: as `scaling`.
+            GradPruneError: the pass did not collect what `method` needs.
+        """
+        values: Tensor = importance(method, self._component, self._group_scales(self.scaling(fix)))
+        return values.float()
+
+    def scores(self, method: Method, fix: str = "none") -> Scores:
+        """The importance of every group by `method`, of gradients scaled by `fix`."""
+        importance = BlockTensors(self._by_block(self.importance(method, fix)), self.layers)
+        return Scores(importance, self.gradients, self.scaling(fix))
 
     def save(self, path: Path) -> None:
         """Write the file; the same evidence gives the same bytes."""
-        record = {name: value for name, value in asdict(self).items() if name != "parts"}
+        record = {name: value for name, value in vars(self).items() if name != "components"}
+        record["blocks"] = [[*key, groups] for key, groups in self.blocks.items()]
         record["priors"] = {name: _priors_to_json(priors) for name, priors in self.priors.items()}
+        record["gradients"] = [asdict(layer) for layer in self.gradients]
+        record["steps"] = [[asdict(layer) for layer in step] for step in self.steps]
+        record["applied"] = None if self.applied is None else asdict(self.applied)
         metadata = {"gradprune": json.dumps({"format": _FORMAT, **record}, sort_keys=True)}
-        save_file({name: np.ascontiguousarray(part) for name, part in self.parts.items()}, path, metadata)
+        save_file({name: values.contiguous() for name, values in self.components.items()}, path, metadata)
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> "Evidence":
@@ -113,20 +160,43 @@ class Evidence:
             CheckpointError: it is missing or damaged, or belongs to another model.
         """
         if not Path(path).is_file():
-            raise CheckpointError(f"scores: there is no file '{path}'; a prune run writes analysis/scores.safetensors")
-        try:
-            with safe_open(path, framework="numpy") as file:
-                record = json.loads((file.metadata() or {})["gradprune"])
-                parts = {name: file.get_tensor(name) for name in PARTS}
-            evidence = _from_json(record, parts)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"scores: '{path}' is not a whole scores.safetensors of this version of gradprune "
+                f"evidence_file: there is no file '{path}'; a prune run writes analysis/evidence.safetensors"
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                record = json.loads((file.metadata() or {})["gradprune"])
+                components = {name: file.get_tensor(name) for name in COMPONENTS if name in file.keys()}  # noqa: SIM118
+            evidence = _from_json(record, components)
+        except (SafetensorError, KeyError, TypeError, ValueError, NonFiniteError) as error:
+            raise CheckpointError(
+                f"evidence_file: '{path}' is not a whole evidence file of this version of gradprune "
                 f"({type(error).__name__}: {error})"
             ) from error
         if evidence.model != fingerprint(model):
-            raise CheckpointError(f"scores: '{path}' was measured on another model than this one; calibrate again")
+            raise CheckpointError(
+                f"evidence_file: '{path}' was measured on another model than this one; calibrate again"
+            )
         return evidence
+
+    def _component(self, name: str) -> Tensor:
+        if name not in self.components:
+            raise GradPruneError(
+                f"importance_method: '{name}' was not collected in this calibration, which has "
+                f"{', '.join(self.components)}; calibrate again"
+            )
+        return self.components[name]
+
+    def _group_scales(self, scaling: GradientScaling | None) -> Tensor:
+        """[groups of all blocks] fp64, what the sums' gradients are still to be multiplied by."""
+        if scaling is None or not REDUCTIONS[self.reduction].scales_afterwards:
+            return torch.ones(sum(self.blocks.values()), dtype=torch.float64)
+        layers = torch.tensor([key.layer for key in self.blocks])
+        scales = torch.tensor(scaling.scales, dtype=torch.float64)[layers]
+        return scales.repeat_interleave(torch.tensor(list(self.blocks.values())))
+
+    def _by_block(self, values: Tensor) -> dict[BlockKey, Tensor]:
+        return dict(zip(self.blocks, values.split(list(self.blocks.values())), strict=True))
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -140,42 +210,41 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _column(engine: ImportanceEngine, part: str) -> NDArray[np.float64]:
-    blocks = engine.part(part)
-    for (layer, kind), values in blocks.items():
-        bad = (~values.isfinite()).nonzero()
-        if len(bad):
-            raise NonFiniteError(f"importance ({part}) of {kind} group {int(bad[0])} of layer {layer} is not finite")
-    return np.concatenate([values.numpy() for values in blocks.values()])
-
-
 def _priors_to_json(priors: Priors) -> dict[str, Any]:
     return {
-        "block": [[kind, layer, value] for (layer, kind), value in priors.block.items()],
+        "block": [[*key, value] for key, value in priors.block.items()],
         "layer": [[layer, value] for layer, value in priors.layer.items()],
     }
 
 
-def _from_json(record: dict[str, Any], parts: dict[str, NDArray[np.float64]]) -> Evidence:
-    if record.pop("format") != _FORMAT:
-        raise ValueError("another format")
-    repair = record.pop("repair")
+def _from_json(record: dict[str, Any], components: dict[str, Tensor]) -> Evidence:
+    if (found := record.pop("format")) != _FORMAT:
+        raise ValueError(f"format {found}, not {_FORMAT}")
+    blocks = {BlockKey(layer, kind): groups for layer, kind, groups in record.pop("blocks")}
+    applied = record.pop("applied")
     priors = {
         name: Priors(
-            block={BlockKey(layer, kind): value for kind, layer, value in found["block"]},
+            block={BlockKey(layer, kind): value for layer, kind, value in found["block"]},
             layer=dict(found["layer"]),
         )
         for name, found in record.pop("priors").items()
     }
     return Evidence(
-        parts=parts,
+        blocks=blocks,
+        components=components,
         gradients=_layers(record.pop("gradients")),
         steps=[_layers(step) for step in record.pop("steps")],
         priors=priors,
-        repair=None if repair is None else GradientRepair(repair["fix"], repair["scales"], _layers(repair["after"])),
+        applied=None
+        if applied is None
+        else GradientScaling(applied["fix"], applied["scales"], _layers(applied["after"])),
         **record,
     )
 
 
 def _layers(found: list[dict[str, Any]]) -> list[LayerGradients]:
     return [LayerGradients(**layer) for layer in found]
+
+
+def _scaling(found: dict[str, Any]) -> GradientScaling:
+    return GradientScaling(found["fix"], found["scales"], _layers(found["after"]))

@@ -4,19 +4,17 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from gradprune.calibration.accumulator import StepRecord
 from gradprune.errors import NonFiniteError
 from gradprune.models import BlockKey, PrunableModel
 
 
-def raise_non_finite_loss(
-    model: PreTrainedModel, view: PrunableModel, batches: list[Tensor], losses: Tensor, first: int
-) -> None:
+def raise_non_finite_loss(view: PrunableModel, batches: list[Tensor], losses: Tensor, first: int) -> None:
     """Raise if a loss is not finite, naming the sample and the first layer whose output is not.
 
     Args:
-        model, view: the model and its prunable view.
+        view: the model.
         batches: [N, T] int64 each, the K samples the losses belong to; T may differ.
         losses: [K], each sample's loss.
         first: number of the first sample in the calibration set.
@@ -28,7 +26,7 @@ def raise_non_finite_loss(
     if not len(bad):
         return
     index = int(bad[0])
-    layer = _first_non_finite_layer(model, view, [sample for batch in batches for sample in batch][index][None])
+    layer = _first_non_finite_layer(view, [sample for batch in batches for sample in batch][index][None])
     where = "after the last decoder layer" if layer is None else f"first in the output of layer {layer}"
     raise NonFiniteError(
         f"loss of calibration sample {first + index} is {losses[index].item()}, {where}; "
@@ -36,28 +34,43 @@ def raise_non_finite_loss(
     )
 
 
-def raise_non_finite_gradient(gates: dict[BlockKey, Tensor], unit: str, first: int) -> None:
+def raise_non_finite_gradient(records: dict[BlockKey, list[StepRecord]], unit: str, first: int) -> None:
     """Raise if a block's gradient is not finite, naming the sample (batch) and the layer it arose in.
 
     Args:
-        gates: per block, [K]: the gradient of a gate on the block's output, by sample or by batch.
-        unit: "sample" or "batch".
-        first: number of entry 0 in the calibration set.
+        records: each block's records of the same steps.
+        unit: what one gradient belongs to: "sample" or "batch".
+        first: number of the steps' first sample (batch) in the calibration set.
 
     Raises:
         NonFiniteError
     """
     # The backward pass meets the last block first, so the last bad block is where it arose.
-    for (layer, kind), values in reversed(gates.items()):
+    for key, steps in reversed(records.items()):
+        gates = [record.gate for record in steps if record.gate is not None]
+        values = torch.cat(gates) if gates else torch.empty(0)
         bad = (~values.isfinite()).nonzero()
         if len(bad):
             raise NonFiniteError(
                 f"gradient of calibration {unit} {first + int(bad[0])} is {values[bad[0]].item()} "
-                f"in layer {layer} ({kind}); load the model in a wider dtype (bfloat16 or float32)"
+                f"in layer {key.layer} ({key.kind}); load the model in a wider dtype (bfloat16 or float32)"
             )
 
 
-def _first_non_finite_layer(model: PreTrainedModel, view: PrunableModel, sample: Tensor) -> int | None:
+def raise_overflow(records: dict[BlockKey, list[StepRecord]]) -> None:
+    """Raise if elements of a weight's gradient are not finite; `records` as above.
+
+    Raises:
+        NonFiniteError: naming the weight.
+    """
+    for key, steps in records.items():
+        for path in steps[0].statistics if steps else ():
+            overflowing = sum(int(record.statistics[path][4]) for record in steps)
+            if overflowing:
+                raise NonFiniteError(f"gradient: {overflowing} elements of layer {key.layer}'s {path} overflow")
+
+
+def _first_non_finite_layer(view: PrunableModel, sample: Tensor) -> int | None:
     finite: dict[int, bool] = {}
 
     def check(layer: int, _module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -67,7 +80,7 @@ def _first_non_finite_layer(model: PreTrainedModel, view: PrunableModel, sample:
     handles = [layer.register_forward_hook(partial(check, index)) for index, layer in enumerate(view.layers)]
     try:
         with torch.no_grad():
-            model(input_ids=sample, use_cache=False)
+            view.model(input_ids=sample, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

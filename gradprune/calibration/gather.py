@@ -1,41 +1,30 @@
-"""Calibration: run the samples through the engine and the priors, and gather the evidence."""
+"""Calibration: run the samples through the engine and measure the priors; together they are the evidence."""
+
+from dataclasses import replace
 
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from gradprune.calibration.engine import ImportanceEngine
-from gradprune.calibration.evidence import Evidence
+from gradprune.calibration.evidence import Evidence, fingerprint
 from gradprune.calibration.priors import Priors, removal_priors, removal_steps, similarity_priors, taylor_priors
-from gradprune.config import PruneConfig
-from gradprune.data.samples import Samples
 from gradprune.data.windows import batches
-from gradprune.models import PrunableModel
-from gradprune.progress import QUIET, Clock, progress
+from gradprune.progress import progress
+from gradprune.run import Run
 
 
-def gather_evidence(
-    model: PreTrainedModel,
-    view: PrunableModel,
-    samples: Samples,
-    config: PruneConfig,
-    clock: "Clock | None" = None,
-    console: Console = QUIET,
-) -> Evidence:
-    """Calibrate, or read what an earlier run found; with the priors that `config` needs."""
-    clock = clock or Clock()
-    with clock.stage("calibration"):
+def gather_evidence(run: Run) -> Evidence:
+    """Calibrate, or read what an earlier run found; with the priors that the options need."""
+    config = run.config
+    with run.clock.stage("calibration"):
         if config.evidence_file is not None:
-            evidence = Evidence.load(config.evidence_file, model)
+            evidence = Evidence.load(config.evidence_file, run.view.model)
         else:
-            engine = _engine(model, config)
-            calibrate(engine, samples.calibration, config.batch_size, console)
-            evidence = Evidence.of(engine, model, config).with_priors("taylor", taylor_priors(engine))
-    with clock.stage("priors"):
+            evidence = _calibrated(run)
+    with run.clock.stage("priors"):
         needed = config.temperature > 0.0 or config.importance_method == "auto"
         if needed and config.prior not in evidence.priors:
-            priors = _priors(model, view, samples.calibration[: config.prior_samples], config, console)
-            evidence = evidence.with_priors(config.prior, priors)
+            evidence = evidence.with_priors(config.prior, _priors(run))
     return evidence
 
 
@@ -47,25 +36,31 @@ def calibrate(engine: ImportanceEngine, windows: Tensor, batch_size: int, consol
             advance(len(batch))
 
 
-def _engine(model: PreTrainedModel, config: PruneConfig) -> ImportanceEngine:
-    """One pass with gradients serves every method, and the diagnosis."""
-    return ImportanceEngine(
-        model,
+def _calibrated(run: Run) -> Evidence:
+    config = run.config
+    # One pass with gradients serves every method, and the diagnosis.
+    engine = ImportanceEngine(
+        run.view.model,
         "taylor",
         config.reduction,
         config.backend,
         config.use_gradient_checkpointing,
-        # Finished vectors can be repaired at any time, batches only as they come.
-        config.gradient_fix if config.reduction == "batch" else "none",
+        config.gradient_fix,
     )
+    calibrate(engine, run.samples.calibration, config.batch_size, run.console)
+    evidence = replace(
+        engine.evidence(steps=config.collect_batches),
+        seed=config.seed,
+        dataset=config.dataset,
+        model=fingerprint(run.view.model),
+    )
+    return evidence.with_priors("taylor", taylor_priors(engine.gate_gradients()))
 
 
-def _priors(
-    model: PreTrainedModel, view: PrunableModel, samples: Tensor, config: PruneConfig, console: Console
-) -> Priors:
-    parts = list(batches(samples, config.batch_size))
-    if config.prior == "similarity":
-        with progress(console, "Measuring priors", len(parts), "batches") as advance:
-            return similarity_priors(model, view, parts, advance)
-    with progress(console, "Measuring priors", removal_steps(view), "losses") as advance:
-        return removal_priors(model, view, parts, advance)
+def _priors(run: Run) -> Priors:
+    parts = list(batches(run.samples.calibration[: run.config.prior_samples], run.config.batch_size))
+    if run.config.prior == "similarity":
+        with progress(run.console, "Measuring priors", len(parts), "batches") as advance:
+            return similarity_priors(run.view, parts, advance)
+    with progress(run.console, "Measuring priors", removal_steps(run.view), "losses") as advance:
+        return removal_priors(run.view, parts, advance)

@@ -1,27 +1,29 @@
-"""Each method's importance from its parts, so that gradients repaired by a scale need no second pass."""
+"""Each method's importance from its components, so that a scale on the gradients needs no second pass."""
 
 from collections.abc import Callable
 from typing import Any
 
 from gradprune.config import Method
 
-# `taylor_2nd` is the sum of two of them.
-PARTS = ("taylor", "fisher", "group_fisher", "wanda", "magnitude")
-GRADIENT_PARTS = ("taylor", "fisher", "group_fisher")
+# What can be said of the weights alone, what a forward pass adds, and what a backward pass adds. `taylor_2nd` is the
+# sum of two of them.
+WEIGHT_COMPONENTS = ("magnitude",)
+FORWARD_COMPONENTS = ("wanda", *WEIGHT_COMPONENTS)
+COMPONENTS = ("taylor", "fisher", "group_fisher", *FORWARD_COMPONENTS)
 
 
-def importance(method: Method, part: Callable[[str], Any], scale: Any) -> Any:
+def importance(method: Method, component: Callable[[str], Any], scale: Any) -> Any:
     """The importance of groups by `method`, of gradients multiplied by `scale`.
 
     Args:
         method: the method.
-        part: gives the importance by one of `PARTS`, of the gradients as they are: an array or tensor over groups.
-        scale: a number, or one a group: first order goes with it, second order with its square.
+        component: gives one of `COMPONENTS`, of the gradients as they are: an array or tensor over groups.
+        scale: a number, or one per group: the first order goes with it, the second with its square.
     """
     if method == "taylor":
-        return scale * part("taylor")
+        return scale * component("taylor")
     if method in ("fisher", "group_fisher"):
-        return scale * scale * part(method)
+        return scale * scale * component(method)
     if method == "taylor_2nd":
-        return scale * part("taylor") + scale * scale * part("fisher")
-    return part(method)
+        return scale * component("taylor") + scale * scale * component("fisher")
+    return component(method)

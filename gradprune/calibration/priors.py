@@ -14,9 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from gradprune.calibration.engine import ImportanceEngine
 from gradprune.models import Block, BlockKey, PrunableModel
 from gradprune.models.loss import mean_loss, sample_losses
 
@@ -33,24 +31,22 @@ class Priors:
     layer: dict[int, float]
 
 
-def removal_priors(
-    model: PreTrainedModel, view: PrunableModel, batches: list[Tensor], advance: Callable[[], None]
-) -> Priors:
+def removal_priors(view: PrunableModel, batches: list[Tensor], advance: Callable[[], None]) -> Priors:
     """Loss without the block (layer) minus loss, in nats a token: its output is zeroed, nothing is cut.
 
     Args:
-        model, view: the model and its prunable view.
+        view: the model.
         batches: [N, T] int64 each, the samples the loss is measured on.
         advance: called after each of the `removal_steps(view)` measurements.
     """
     modules: dict[int, list[nn.Module]] = {}
     for block in view.blocks:
         modules.setdefault(block.layer, []).append(block.module)
-    dense = mean_loss(model, batches)
+    dense = mean_loss(view.model, batches)
 
     def without(removed: list[nn.Module]) -> float:
         with _silenced(removed):
-            loss = mean_loss(model, batches)
+            loss = mean_loss(view.model, batches)
         advance()
         return loss - dense
 
@@ -65,20 +61,18 @@ def removal_steps(view: PrunableModel) -> int:
     return len(view.blocks) + len({block.layer for block in view.blocks})
 
 
-def similarity_priors(
-    model: PreTrainedModel, view: PrunableModel, batches: list[Tensor], advance: Callable[[], None]
-) -> Priors:
+def similarity_priors(view: PrunableModel, batches: list[Tensor], advance: Callable[[], None]) -> Priors:
     """1 - mean cosine, over tokens, of the residual stream before and after the block (layer).
 
     Args:
-        model, view: the model and its prunable view.
+        view: the model.
         batches: [N, T] int64 each.
         advance: called after each batch.
     """
     probe = _ResidualProbe(view)
     with probe.attached(), torch.no_grad():
         for batch in batches:
-            sample_losses(model, batch.to(model.device))
+            sample_losses(view.model, batch.to(view.device))
             advance()
     return Priors(
         block={block.key: probe.distance(block.key) for block in view.blocks},
@@ -86,12 +80,14 @@ def similarity_priors(
     )
 
 
-def taylor_priors(engine: ImportanceEngine) -> Priors:
+def taylor_priors(gates: dict[BlockKey, float]) -> Priors:
     """|gradient of the mean loss to a gate of value 1 on the block's (layer's) output|.
 
-    The gradient of a gate shared by a layer's blocks is the sum of theirs. Free: the engine has them already.
+    The gradient of a gate shared by a layer's blocks is the sum of theirs.
+
+    Args:
+        gates: the gradients of the blocks' gates, which the engine has at no cost (`gate_gradients`).
     """
-    gates = engine.gate_gradients()
     layers: dict[int, float] = {}
     for key, gradient in gates.items():
         layers[key.layer] = layers.get(key.layer, 0.0) + gradient

@@ -14,11 +14,11 @@ from gradprune.errors import ConfigError
 Method = Literal["magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher"]
 # "auto" searches, see `gradprune.search`.
 MethodOption = Literal["auto", Method]
-Reduction = Literal["sample", "batch"]
+ReductionName = Literal["sample", "batch"]
 Prior = Literal["removal", "similarity", "taylor"]
 Normalize = Literal["none", "log", "minmax", "zscore", "sqrt"]
 NormalizePer = Literal["layer", "block"]
-WeightRepair = Literal["none", "least_squares"]
+RepairName = Literal["none", "least_squares"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 # Who computes the importance ops, and the gradient ops; see `gradprune.ops.dispatch`.
 ImportanceBackend = Literal["auto", "reference", "cpp", "triton"]
@@ -65,7 +65,9 @@ class Data(Options):
 class Calibration(Options):
     """Calibration."""
 
-    reduction: Reduction = option("sample", "Exact per-sample gradients, or the cheaper gradient of each batch's mean.")
+    reduction: ReductionName = option(
+        "sample", "Exact per-sample gradients, or the cheaper gradient of each batch's mean."
+    )
     backend: ImportanceBackend = option("auto", "Who computes importance; auto takes the fastest available.")
     use_gradient_checkpointing: bool = option(False, "Recompute activations: less memory, more time.")
     prior_samples: int = option(16, "Calibration samples on which the priors are measured.", at_least(1))
@@ -159,7 +161,7 @@ class Constraints(Options):
 class Repair(Options):
     """Repair of the remaining weights."""
 
-    repair: WeightRepair = option("least_squares", "Re-solve the output projections of pruned blocks.")
+    repair: RepairName = option("least_squares", "Re-solve the output projections of pruned blocks.")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from gradprune.models.masks import GroupMasks
 from gradprune.report.html import write_report
 from gradprune.report.strict_json import write_json
 from gradprune.report.tables import describe_scoring
+from gradprune.report.visualizer import write_plots
 from gradprune.result import PruneResult
 from gradprune.scoring.over_pruning import to_json
 from gradprune.search import SearchResult
@@ -65,7 +66,7 @@ def write_results(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None
         analysis = folder / "analysis"
         analysis.mkdir()
         result.table.write_csv(analysis / "groups.csv", result.pruned)
-        result.evidence.save(analysis / "scores.safetensors")
+        result.evidence.save(analysis / "evidence.safetensors")
         gradients = {
             **result.gradients.to_dict(),
             "pruning": to_json(result.distribution),
@@ -74,7 +75,7 @@ def write_results(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None
         write_json(analysis / "gradients.json", gradients)
         if result.search is not None:
             write_json(analysis / "search.json", search_to_dict(result.search, result.config))
-        plots = result.gradients.write_plots(folder / "gradient_analysis")
+        plots = write_plots(result.gradients.steps, folder / "gradient_analysis")
         summary, record = summarize(result), _run_record(result)
         write_json(analysis / "summary.json", summary)
         write_json(folder / "run.json", record)

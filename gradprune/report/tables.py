@@ -43,9 +43,9 @@ def curve_table(summaries: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def diagnosis_table(diagnosis: Diagnosis, seq_len: int, *, repaired: str | None = None) -> Table:
-    """The layers' gradients for the terminal; `repaired` names the repair they are shown after."""
-    after = f" after '{repaired}'" if repaired else ""
+def diagnosis_table(diagnosis: Diagnosis, seq_len: int, *, scaled_by: str | None = None) -> Table:
+    """The layers' gradients for the terminal; `scaled_by` names the fix they are shown after."""
+    after = f" after '{scaled_by}'" if scaled_by else ""
     table = Table(title=f"Gradients at {seq_len} tokens a sample{after}", title_justify="left")
     for column in ("layer", "grad_mean", "grad_std", "norm", "largest / this", ""):
         table.add_column(column, justify="right")

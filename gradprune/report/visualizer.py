@@ -1,7 +1,7 @@
 """`GradientVisualizer`: plots and a text report of the gradients of a model's decoder layers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -138,6 +138,14 @@ class GradientVisualizer:
     def _path(self, name: str) -> Path:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         return self.output_dir / name
+
+
+def write_plots(steps: Sequence[list[LayerGradients]], folder: Path) -> list[Path]:
+    """All files of `GradientVisualizer` in `folder`, of the first batches of a calibration."""
+    visualizer = GradientVisualizer(folder)
+    for index, step in enumerate(steps):
+        visualizer.collect_statistics(step, f"batch_{index}")
+    return visualizer.write_all()
 
 
 def _table(diagnosis: Diagnosis) -> list[str]:

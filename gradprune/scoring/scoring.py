@@ -2,9 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from gradprune.calibration.evidence import Evidence
 from gradprune.config import Scoring
 from gradprune.models import PrunableModel

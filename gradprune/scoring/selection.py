@@ -8,8 +8,7 @@ down to the next multiple, or the groups of the same rank in every layer. A chun
 scores. The chunks of one block (under `uniform`: of one kind) form a chain and are taken in order.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray

@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gradprune.calibration.engine import Scores
-from gradprune.errors import NonFiniteError
 from gradprune.models import KINDS, BlockKey, PrunableModel
 from gradprune.models.kinds import KIND_NAMES
-from gradprune.models.widths import plain_widths
 from gradprune.models.masks import GroupMasks
+from gradprune.models.widths import plain_widths
 
 
 @dataclass(frozen=True)

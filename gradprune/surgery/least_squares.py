@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from gradprune.errors import NonFiniteError
 from gradprune.models import Block, BlockKey, PrunableModel
@@ -61,7 +60,6 @@ def repair_steps(view: PrunableModel, blends: Sequence[float] = BLENDS) -> int:
 
 @torch.no_grad()
 def least_squares(
-    model: PreTrainedModel,
     view: PrunableModel,
     masks: GroupMasks,
     samples: Sequence[Tensor],
@@ -74,7 +72,7 @@ def least_squares(
     """Zero the output columns of pruned groups and re-solve the kept ones, in place.
 
     Args:
-        model, view: the model, not cut, and its prunable view.
+        view: the model, not cut.
         masks: what each block keeps. A block that keeps nothing is silenced, one that keeps all is left alone.
         samples: batches of calibration ids, [N, T] int64 each.
         held_out: other batches, to choose among `blends` and `ridges`; without them, the first blend is taken and
@@ -94,8 +92,8 @@ def least_squares(
     best: tuple[float, list[BlockRepair], list[Tensor]] | None = None
     for blend in blends if held_out else blends[:1]:
         with output_weights_restored(view, masks):
-            repairs = _solve_all(model, view, masks, [*samples, *held_out], len(samples), blend, ridges, advance)
-            loss = mean_loss(model, held_out) if held_out else 0.0
+            repairs = _solve_all(view, masks, [*samples, *held_out], len(samples), blend, ridges, advance)
+            loss = mean_loss(view.model, held_out) if held_out else 0.0
             if best is None or loss < best[0]:
                 best = (loss, repairs, [parameter.clone() for parameter in _output_parameters(view, masks)])
     assert best is not None
@@ -111,7 +109,6 @@ def _output_parameters(view: PrunableModel, masks: GroupMasks) -> list[nn.Parame
 
 
 def _solve_all(
-    model: PreTrainedModel,
     view: PrunableModel,
     masks: GroupMasks,
     batches: Sequence[Tensor],
@@ -120,7 +117,7 @@ def _solve_all(
     ridges: Sequence[float],
     advance: Callable[[], None],
 ) -> list[BlockRepair]:
-    streams = _Streams(model, view, batches)
+    streams = _Streams(view, batches)
     repairs = []
     of_layer: dict[int, list[tuple[Block, Tensor]]] = {}
     for block, kept in masks_by_block(view, masks):
@@ -198,13 +195,13 @@ class _Streams:
     Both run through the same modules: the dense stream passes a layer before it is changed.
     """
 
-    def __init__(self, model: PreTrainedModel, view: PrunableModel, batches: Sequence[Tensor]) -> None:
+    def __init__(self, view: PrunableModel, batches: Sequence[Tensor]) -> None:
         self._view = view
         # What transformers passes to each layer beside the stream: masks, positions.
         self._arguments: list[list[dict[str, Any]]] = []
         self._dense: list[Tensor] = []
         for batch in batches:
-            self._record(model, batch.to(model.device))
+            self._record(batch.to(view.device))
         self._pruned = list(self._dense)
         # The dense stream after each block of the layer.
         self._targets: dict[BlockKey, list[Tensor]] = {}
@@ -279,7 +276,7 @@ class _Streams:
                 return None, streams, reached[0]
         return (output[0] if isinstance(output, tuple) else output), streams, None
 
-    def _record(self, model: PreTrainedModel, ids: Tensor) -> None:
+    def _record(self, ids: Tensor) -> None:
         """One pass that keeps what enters the first layer, and what every layer is given beside the stream."""
         streams: list[Tensor] = []
         arguments: list[dict[str, Any]] = []
@@ -290,7 +287,7 @@ class _Streams:
             arguments.append(kwargs)
 
         with _removed([layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self._view.layers]):
-            model.get_decoder()(input_ids=ids, use_cache=False)
+            self._view.model.get_decoder()(input_ids=ids, use_cache=False)
         self._dense.append(streams[0])
         self._arguments.append(arguments)
 

@@ -38,7 +38,7 @@ _FIX_OF_VERDICT: dict[Verdict, str] = {"normal": "none", "mild": "adaptive", "se
 
 
 @dataclass(frozen=True)
-class GradientRepair:
+class GradientScaling:
     """What a fix did.
 
     fix: what was applied; "auto" is resolved, to "none" if nothing needed fixing.

@@ -1,0 +1,41 @@
+"""How the gradients of several samples become one importance: sample by sample, or batch by batch.
+
+This is the only place that knows the difference; everything else asks its `Reduction`.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gradprune.calibration.accumulator import BatchAccumulator, BlockAccumulator, SampleAccumulator
+from gradprune.config import ReductionName
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A way to reduce samples.
+
+    name: as options and files have it.
+    unit: what one gradient belongs to: "sample" or "batch".
+    accumulator: sums up one block.
+    scales_afterwards: whether a scale on a layer's gradients can be applied to the finished sums, exactly, so that
+        any fix can be tried after calibration. If not, each batch's gradients are scaled before they are added.
+    """
+
+    name: ReductionName
+    unit: str
+    accumulator: type[BlockAccumulator]
+    scales_afterwards: bool
+
+    def gradients_in(self, input_ids: Tensor) -> int:
+        """How many gradients a step on `input_ids` [N, T] adds."""
+        return len(input_ids) if self.unit == "sample" else 1
+
+
+REDUCTIONS: dict[ReductionName, Reduction] = {
+    reduction.name: reduction
+    for reduction in (
+        Reduction("sample", "sample", SampleAccumulator, scales_afterwards=True),
+        Reduction("batch", "batch", BatchAccumulator, scales_afterwards=False),
+    )
+}

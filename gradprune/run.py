@@ -1,0 +1,38 @@
+"""`Run`: what every stage of a pruning run works on."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from rich.console import Console
+from torch import Tensor
+
+from gradprune.config import PruneConfig
+from gradprune.data.samples import Samples
+from gradprune.data.windows import batches
+from gradprune.models import PrunableModel
+from gradprune.progress import QUIET, Clock
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model with the options and the samples of one run.
+
+    view: the model with its prunable blocks.
+    clock: takes the stages' times. console: where progress is shown.
+    """
+
+    view: PrunableModel
+    config: PruneConfig
+    samples: Samples
+    clock: Clock = field(default_factory=Clock)
+    console: Console = QUIET
+
+    @cached_property
+    def calibration(self) -> list[Tensor]:
+        """The calibration samples in batches [N, T]."""
+        return list(batches(self.samples.calibration, self.config.batch_size))
+
+    @cached_property
+    def held_out(self) -> list[Tensor]:
+        """The held-out samples in batches [N, T]; what is chosen by measuring is chosen on them."""
+        return list(batches(self.samples.held_out, self.config.batch_size))

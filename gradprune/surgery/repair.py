@@ -1,0 +1,31 @@
+"""The repairs: what can be done about the weights that stay, before the others are cut.
+
+A repair is a function of the run and of what each block keeps. It changes the weights of the whole model in place (the
+caller restores them where the dense model is still needed) and says what it did to each block.
+"""
+
+from collections.abc import Callable
+
+from gradprune.config import RepairName
+from gradprune.models.masks import GroupMasks
+from gradprune.progress import progress
+from gradprune.run import Run
+from gradprune.surgery.least_squares import BlockRepair, least_squares, repair_steps
+
+__all__ = ["REPAIRS", "BlockRepair", "Repair"]
+
+Repair = Callable[[Run, GroupMasks], list[BlockRepair]]
+
+
+def no_repair(_run: Run, _masks: GroupMasks) -> list[BlockRepair]:
+    """Leave the weights as they are."""
+    return []
+
+
+def solve_least_squares(run: Run, masks: GroupMasks) -> list[BlockRepair]:
+    """Re-solve each pruned block's output projection, see `gradprune.surgery.least_squares`."""
+    with progress(run.console, "Repairing", repair_steps(run.view), "blocks") as advance:
+        return least_squares(run.view, masks, run.calibration, run.held_out, advance=advance)
+
+
+REPAIRS: dict[RepairName, Repair] = {"none": no_repair, "least_squares": solve_least_squares}
