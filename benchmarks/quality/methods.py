@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality.methods [--base_model MODEL --dataset TEXT --eval_dataset TEXT] [--eval_samples N]
 
-Without --base_model: stories260k where it lies beside the repository, the same with its KV heads repeated (which
-Torch-Pruning can trace), and the demo model. One calibration pass a seed serves every method; Torch-Pruning gets the
+Without --base_model: stories260k where it lies beside the repository, and the demo model; each also with its KV heads
+repeated, which Torch-Pruning can trace. One calibration pass a seed serves every method; Torch-Pruning gets the
 same samples, and removes no more parameters than this project may. The whole table with --search takes hours;
 --quick measures one ratio, seed and temperature of it, with the same samples.
 """
@@ -58,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure model by model, seed by seed."""
     made = parser(__doc__)
     made.add_argument("--base_model")
+    made.add_argument(
+        "--models", type=listed(str), default=["stories260k", "demo"], help="which of them, without --base_model"
+    )
     made.add_argument("--dataset")
     made.add_argument("--eval_dataset")
     made.add_argument("--ratios", type=listed(float), default=None)
@@ -94,17 +97,22 @@ def _with_defaults(options: Namespace) -> Namespace:
 def _subjects(options: Namespace) -> Iterator[Subject]:
     shared = ROOT.parent / "shared"
     stories = shared / "models" / "stories260k"
+    texts = tuple(str(shared / "text" / f"stories_{part}.txt") for part in ("calibration", "eval"))
     if options.base_model is not None:
         yield _load(options.base_model, options.dataset, options.eval_dataset, options.device)
         return
-    if stories.is_dir():
-        texts = [str(shared / "text" / f"stories_{part}.txt") for part in ("calibration", "eval")]
-        subject = _load(str(stories), *texts, options.device)
-        yield subject
-        repeated = without_grouped_queries(subject.model).to(options.device)
-        yield replace(subject, name=f"{subject.name}, KV heads repeated", model=repeated)
-    if not (options.toy or (options.quick and stories.is_dir())):
-        yield replace(_load(str(demo_model_path()), None, None, options.device), name="demo")
+    if stories.is_dir() and "stories260k" in options.models:
+        yield from _with_repeated_heads(_load(str(stories), *texts, options.device))
+    if "demo" in options.models and not (options.toy or (options.quick and stories.is_dir())):
+        demo = replace(_load(str(demo_model_path()), None, None, options.device), name="demo")
+        yield from _with_repeated_heads(demo)
+
+
+def _with_repeated_heads(subject: Subject) -> Iterator[Subject]:
+    """The model, then the same function with one KV head per query head, which Torch-Pruning can trace."""
+    yield subject
+    repeated = without_grouped_queries(subject.model).to(subject.model.device)
+    yield replace(subject, name=f"{subject.name}, KV heads repeated", model=repeated)
 
 
 def _load(base_model: str, dataset: str | None, eval_dataset: str | None, device: str) -> Subject:
