@@ -73,6 +73,34 @@ def quality_plot(records: Sequence[Record], path: Path) -> None:
     _finish(figure, axes, "perplexity", path)
 
 
+def size_plot(points: Mapping[str, Sequence[tuple[float, float]]], names: Mapping[str, str], path: Path) -> None:
+    """README.md's picture: perplexity against size, a line per provider.
+
+    Ours are in colour, dotted where nothing is repaired; others are black and dashed.
+
+    Args:
+        points: by provider, (fraction of the parameters kept, perplexity), from the dense model down.
+        names: by provider, what it is called; the best come first.
+        path: of the SVG file.
+    """
+    figure, (axis,) = _figure(1, width=6.4)
+    colors = iter((_OURS, *_OTHERS))
+    for provider, name in names.items():
+        if provider not in points:
+            continue
+        x, y = zip(*points[provider], strict=True)
+        ours = provider.startswith("gradprune")
+        style = ("o-" if " + " in provider or "search" in provider else "o:") if ours else "s--"
+        color = next(colors) if ours else "black"
+        axis.plot([100.0 * kept for kept in x], y, style, color=color, label=name.replace("`", ""), markersize=4)
+    axis.set(xlabel="parameters kept, %", yscale="log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.invert_xaxis()
+    _finish(figure, [axis], "held-out perplexity", path)
+
+
 def growth_plot(records: Sequence[Record], path: Path) -> None:
     """Milliseconds and bytes against the axis of growth, on logarithmic scales.
 
@@ -117,9 +145,9 @@ def _method(provider: str) -> str:
     return provider.split()[1]
 
 
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
-    # A Figure of its own knows no global state and needs no display.
-    figure = Figure(figsize=(4.2 * panels, 3.4), layout="constrained")
+def _figure(panels: int, width: float = 4.2) -> tuple[Figure, list[Axes]]:
+    # A Figure made without pyplot has no global state and needs no display.
+    figure = Figure(figsize=(width * panels, 3.4), layout="constrained")
     axes = [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
     return figure, axes
 
