@@ -26,6 +26,7 @@ QUALITY = {
     "gradprune magnitude T=0": "`magnitude`, not repaired",
     PEER: "Torch-Pruning `GroupTaylor`",
 }
+_DEEP_MODELS = ("deep healthy", "deep suffering")
 _UNMEASURED = "Nothing has been measured yet."
 
 
@@ -73,7 +74,7 @@ def ops(records: Sequence[Record]) -> str:
     if not rows:
         return _UNMEASURED
     header = [f"op ({dtype})", "rate", "of floor", "x eager", "x torch.compile", "x foreach"]
-    return f"{_machine(shown)}\n\n{tables.table(header, rows[:MOST_ROWS])}"
+    return f"Ops, by the fastest backend, {_machine(shown)}\n\n{tables.table(header, rows[:MOST_ROWS])}"
 
 
 def calibration(records: Sequence[Record]) -> str:
@@ -94,7 +95,7 @@ def calibration(records: Sequence[Record]) -> str:
         for found in shown[:MOST_ROWS]
     ]
     header = [f"{ours.shape}, {ours.dtype}", "time, x ours", "peak memory, x ours"]
-    return f"{_machine(job)}\n\n{tables.table([*header, 'beyond activations, of the weights'], rows)}"
+    return f"Calibration and importance of a random model, {_machine(job)}\n\n{tables.table([*header, 'beyond activations, of the weights'], rows)}"
 
 
 def quality(records: Sequence[Record]) -> str:
@@ -139,7 +140,9 @@ def temperature(records: Sequence[Record]) -> str:
 
 def scalings(records: Sequence[Record]) -> str:
     """Perplexity by gradient scaling, on the healthy deep model and on the one with vanishing gradients."""
-    chosen = [found for found in records if found.kind == "vanishing" and "perplexity" in found.extra]
+    chosen = [
+        found for found in records if found.kind == "vanishing" and found.name in ("deep healthy", "deep suffering")
+    ]
     if not chosen:
         return _UNMEASURED
     columns = list(tables.grouped(chosen, lambda found: (found.extra["temperature"], found.name)))
@@ -207,7 +210,7 @@ def _on_one_machine(records: Sequence[Record]) -> list[Record]:
 
 def _machine(records: Sequence[Record]) -> str:
     revisions = ", ".join(sorted({f"`{found.environment.revision}`" for found in records}))
-    return f"On {records[0].hardware} (torch {records[0].environment.torch}; revision {revisions}):"
+    return f"on {records[0].hardware} (torch {records[0].environment.torch}; revision {revisions}):"
 
 
 def _best_of_ours(records: Sequence[Record]) -> Record | None:
