@@ -94,8 +94,10 @@ def calibration(records: Sequence[Record]) -> str:
         ]
         for found in shown[:MOST_ROWS]
     ]
-    header = [f"{ours.shape}, {ours.dtype}", "time, x ours", "peak memory, x ours"]
-    return f"Calibration and importance of a random model, {_machine(job)}\n\n{tables.table([*header, 'beyond activations, of the weights'], rows)}"
+    header = [
+        f"{ours.shape}, {ours.dtype}", "time, x ours", "peak memory, x ours", "beyond activations, of the weights"
+    ]  # fmt: skip
+    return f"Calibration and importance of a random model, {_machine(job)}\n\n{tables.table(header, rows)}"
 
 
 def quality(records: Sequence[Record]) -> str:
