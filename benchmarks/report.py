@@ -2,7 +2,7 @@
 
     python -m benchmarks.report [--results FOLDER] [--root FOLDER]
 
-The same results make the same bytes. Of each piece of work the latest run is shown. The long tables stand in
+The same results give the same bytes. Of each case the latest run is shown. The long tables stand in
 benchmarks/README.md only; README.md and the guide get the short ones of `benchmarks.summary`.
 """
 
@@ -68,13 +68,13 @@ def replace_sections(file: Path, texts: Mapping[str, str]) -> None:
 
 
 def _by_hardware(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records by what they depend on; those that do not depend on hardware come last."""
+    """Records by hardware; those that do not depend on it come last."""
     groups = tables.grouped(records, lambda found: found.hardware)
     return dict(sorted(groups.items(), key=lambda group: group[0] == ANY_HARDWARE))
 
 
 def _environments(records: Sequence[Record]) -> str:
-    """What the records ran on, one line a difference."""
+    """The distinct environments of the records, one line each."""
     lines = []
     for found in records:
         e = found.environment
@@ -127,7 +127,7 @@ def _inference(records: Sequence[Record], _folder: Path) -> str:
 
 def _vanishing(records: Sequence[Record], _folder: Path) -> str:
     lead = tables.VANISHING.format(records[0].shape)
-    return f"### Vanishing gradients and their repairs\n\n{lead}\n\n{tables.vanishing_table(records)}"
+    return f"### Vanishing gradients\n\n{lead}\n\n{tables.vanishing_table(records)}"
 
 
 _SECTIONS: dict[str, Callable[[Sequence[Record], Path], str]] = {
@@ -140,7 +140,7 @@ _SECTIONS: dict[str, Callable[[Sequence[Record], Path], str]] = {
 
 
 def _plot(draw: Callable[[Sequence[Record], Path], None], records: Sequence[Record], folder: Path, name: str) -> str:
-    """Draw, and return the Markdown that shows it."""
+    """Draw a plot; returns the Markdown that shows it."""
     hardware = records[0].hardware.removesuffix(ANY_HARDWARE)
     file = re.sub(r"[^a-z0-9]+", "-", f"{name} {hardware}".lower()).strip("-") + ".svg"
     draw(records, folder / file)

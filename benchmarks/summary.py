@@ -142,9 +142,7 @@ def temperature(records: Sequence[Record]) -> str:
 
 def scalings(records: Sequence[Record]) -> str:
     """Perplexity by gradient scaling, on the healthy deep model and on the one with vanishing gradients."""
-    chosen = [
-        found for found in records if found.kind == "vanishing" and found.name in ("deep healthy", "deep suffering")
-    ]
+    chosen = [found for found in records if found.kind == "vanishing" and found.name in _DEEP_MODELS]
     if not chosen:
         return _UNMEASURED
     columns = list(tables.grouped(chosen, lambda found: (found.extra["temperature"], found.name)))
