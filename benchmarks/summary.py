@@ -24,7 +24,7 @@ QUALITY = {
     "gradprune taylor + least squares T=0": "`taylor`, repaired",
     f"{_DEFAULT} T=0": f"`{PruneConfig().importance_method}`, not repaired",
     "gradprune magnitude T=0": "`magnitude`, not repaired",
-    PEER: "Torch-Pruning `GroupTaylor`",
+    PEER: "Torch-Pruning `GroupTaylor`, its defaults",
 }
 _DEEP_MODELS = ("deep healthy", "deep suffering")
 _UNMEASURED = "Nothing has been measured yet."
@@ -43,7 +43,7 @@ def claim(records: Sequence[Record]) -> str:
     return (
         f"{what}, and scores them {peer.ms_p50 / ours.ms_p50:.1f} times as fast as Torch-Pruning's "
         f"`GroupTaylorImportance` in {ours.peak_memory / peer.peak_memory:.0%} of its memory** "
-        f"({ours.shape}, {ours.dtype}, on {ours.hardware})."
+        f"(on top of the weights; {ours.shape}, {ours.dtype}, on {ours.hardware})."
     )
 
 
