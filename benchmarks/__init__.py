@@ -1,1 +1,1 @@
-"""What is measured against what. `python -m benchmarks.run` measures, `python -m benchmarks.report` shows."""
+"""Measurements of gradprune and its peers. `python -m benchmarks.run` measures, `python -m benchmarks.report` shows."""

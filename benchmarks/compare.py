@@ -1,8 +1,8 @@
-"""Two sets of results beside each other: ratios B / A, changes over 5 % flagged.
+"""Compare two sets of results: ratios B / A, with changes of more than 5 % flagged.
 
     python -m benchmarks.compare A B
 
-A and B are each a file or folder of results, or the beginning of a revision whose results lie in benchmarks/results.
+A and B are each a file or folder of results, or the first characters of a revision with results in benchmarks/results.
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.results import FOLDER, Record, latest, read
 
 THRESHOLD = 0.05
-# What is compared: name, unit, value. Less is better in all of them.
+# What is compared: (name, value of a record). Less is better in all of them.
 _METRICS: tuple[tuple[str, Callable[[Record], float | None]], ...] = (
     ("ms", lambda found: found.ms_p50),
     ("peak bytes", lambda found: found.peak_memory),
@@ -23,7 +23,7 @@ _METRICS: tuple[tuple[str, Callable[[Record], float | None]], ...] = (
 
 @dataclass(frozen=True)
 class Change:
-    """One metric of one provider at one piece of work, in A and in B."""
+    """One metric of one provider in one case, in A and in B."""
 
     key: tuple[str, ...]
     metric: str
@@ -39,14 +39,14 @@ class Change:
 
     @property
     def flag(self) -> str:
-        """What a change of more than 5 % is, else nothing."""
+        """'WORSE' or 'better' for a change of more than 5 %, otherwise empty."""
         if self.ratio > 1.0 + THRESHOLD:
             return "WORSE"
         return "better" if self.ratio < 1.0 - THRESHOLD else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a line a metric, and what is on one side only."""
+    """Print one line per metric, then the cases that only one side has."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("a", metavar="A")
     parser.add_argument("b", metavar="B")
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compare(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
-    """Every metric that both sides have, of the latest run of each."""
+    """Every metric that both sides have, from the latest run of each."""
     sides = [_values(latest(side)) for side in (before, after)]
     return [Change(key, metric, value, sides[1][key, metric]) for (key, metric), value in sides[0].items()
             if (key, metric) in sides[1]]  # fmt: skip

@@ -1,4 +1,4 @@
-"""On what a benchmark ran: hardware, driver, versions, revision."""
+"""What a benchmark ran on: hardware, driver, versions, revision."""
 
 import hashlib
 import importlib.metadata
@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# What the measured code is made of: its hash stands for the revision where there is no git.
+# The measured code; without git, a hash over these files replaces the revision.
 _SOURCES = ("gradprune/**/*.py", "kernels/**/*.py", "csrc/**/*.cpp", "csrc/**/*.h", "csrc/**/*.cu", "csrc/**/*.cuh")
 
 
 @dataclass(frozen=True)
 class Environment:
-    """On what a benchmark ran.
+    """What a benchmark ran on.
 
-    hardware: name of the CPU or GPU. driver: the GPU's; None on a CPU. threads: of PyTorch on the CPU.
-    revision: of this repository, "-dirty" where files differ from it; see `revision`.
+    hardware: name of the CPU or GPU. driver: version of the GPU driver, None on a CPU. threads: PyTorch's CPU threads.
+    revision: see `revision`.
     """
 
     device: str
@@ -56,7 +56,7 @@ def environment(device: str) -> Environment:
 
 
 def cpu_name() -> str:
-    """Model and number of cores of this machine's CPU, with the widest vector instructions."""
+    """The CPU's model, its number of cores, and the widest vector instruction set it has."""
     model, flags = platform.processor() or platform.machine(), ""
     information = Path("/proc/cpuinfo")
     if information.is_file():
@@ -71,7 +71,7 @@ def cpu_name() -> str:
 
 
 def last_level_cache_bytes() -> int:
-    """Size of the CPU's last-level cache, 32 MiB where the system does not say."""
+    """Size of the CPU's last-level cache; 32 MiB if the system does not report it."""
     sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text().strip()
@@ -81,12 +81,12 @@ def last_level_cache_bytes() -> int:
 
 @cache
 def revision() -> str:
-    """`$GRADPRUNE_REVISION`, else git's commit ("-dirty" where tracked files differ), else a hash of the sources."""
+    """`$GRADPRUNE_REVISION`, or git's commit ("-dirty" if tracked files differ from it), or a hash of the sources."""
     if named := os.environ.get("GRADPRUNE_REVISION"):
         return named
     try:
         commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
-        # Results are written while benchmarks run, and measure nothing.
+        # Benchmarks write results while they run, and texts do not change what is measured.
         changed = _output(
             "git",
             "-C",
@@ -106,7 +106,7 @@ def revision() -> str:
 
 
 def sources_hash() -> str:
-    """12 hexadecimal digits over the measured sources' paths and contents."""
+    """12 hexadecimal digits of a hash over the paths and contents of the measured sources."""
     found = hashlib.sha256()
     for path in sorted(path for pattern in _SOURCES for path in ROOT.glob(pattern)):
         found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")

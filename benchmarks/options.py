@@ -1,4 +1,4 @@
-"""The options that every benchmark has."""
+"""Command-line options that all benchmarks share."""
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ def parser(description: str | None) -> ArgumentParser:
     made = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     made.add_argument("--quick", action="store_true", help="fewer and smaller cases")
-    made.add_argument("--toy", action="store_true", help="the smallest cases, to check the benchmark itself")
-    made.add_argument("--seconds", type=float, default=None, help="skip, with a record, what cannot end in this time")
-    made.add_argument("--output", type=Path, default=FOLDER, help="folder of the results, which are appended")
+    made.add_argument("--toy", action="store_true", help="tiny cases, to test the benchmark itself")
+    made.add_argument("--seconds", type=float, default=None, help="time limit; the rest is recorded as skipped")
+    made.add_argument("--output", type=Path, default=FOLDER, help="folder to append the results to")
     return made
 
 
 def parse(made: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
-    """The options; a device that is not there is refused."""
+    """Parse the options; exits with an error if --device cuda is asked for and there is none."""
     options = made.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         made.error("--device cuda: PyTorch finds no CUDA device here")
@@ -29,5 +29,5 @@ def parse(made: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
 
 
 def listed(convert: Callable[[str], object]) -> Callable[[str], list[object]]:
-    """A type of option: values separated by commas."""
+    """An argparse type for values separated by commas."""
     return lambda text: [convert(part) for part in text.split(",")]

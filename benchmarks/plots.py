@@ -1,4 +1,4 @@
-"""Plots of results as SVG files: the same records make the same bytes."""
+"""Plots of results as SVG files; the same records give the same bytes."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,15 +13,15 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from benchmarks.results import Record
 
-# Ours, then the floor in grey, then everyone else.
+# Colours: this project, the floor, everyone else.
 _OURS, _FLOOR, _OTHERS = "#c1272d", "#777777", ("#0000a7", "#eecc16", "#008176", "#b35806", "#5e3c99", "#c77cba")
 
 
 def kernel_plot(records: Sequence[Record], path: Path) -> None:
-    """Rate against size, a panel an element type; the floor is a line.
+    """Rate against size, one panel per dtype; the floor is drawn as a line.
 
     Args:
-        records: of one op on one hardware.
+        records: of one op on one machine.
         path: of the SVG file.
     """
     dtypes = sorted({found.dtype for found in records})
@@ -50,15 +50,17 @@ def kernel_plot(records: Sequence[Record], path: Path) -> None:
 
 
 def quality_plot(records: Sequence[Record], path: Path) -> None:
-    """Mean perplexity against parameters kept, a line a provider, with and without H-GSP in panels.
+    """Mean perplexity against parameters kept: one line per provider, one panel without H-GSP and one with it.
 
-    A method has one colour, and is dotted where nothing is repaired; others are black.
+    Each method has its own colour, solid with repair and dotted without; peers are black.
 
     Args:
         records: of one model.
         path: of the SVG file.
     """
     panels = {"without H-GSP": "T=1", "with H-GSP (T=1)": "T=0"}
+    if not any(found.provider.endswith("T=1") for found in records):
+        del panels["with H-GSP (T=1)"]
     figure, axes = _figure(len(panels))
     methods = sorted(
         {_method(found.provider) for found in records if found.provider.startswith("gradprune")} - {"search"}
@@ -66,18 +68,47 @@ def quality_plot(records: Sequence[Record], path: Path) -> None:
     colors = {"search": _OURS, **dict(zip(methods, cycle(_OTHERS), strict=False))}
     for axis, (title, left_out) in zip(axes, panels.items(), strict=True):
         _quality_panel(axis, [found for found in records if not found.provider.endswith(left_out)], colors)
-        axis.set(title=title, xlabel="parameters kept", yscale="log")
-        axis.invert_xaxis()
+        axis.set(title=title, xlabel="parameters kept")
+        _size_axes(axis)
     lines = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=6)
     _finish(figure, axes, "perplexity", path)
 
 
-def growth_plot(records: Sequence[Record], path: Path) -> None:
-    """Milliseconds and bytes against the axis of growth, on logarithmic scales.
+def size_plot(points: Mapping[str, Sequence[tuple[float, float]]], names: Mapping[str, str], path: Path) -> None:
+    """README.md's picture: perplexity against size, a line per provider.
+
+    This project is coloured, solid with repair and dotted without; peers are black and dashed.
 
     Args:
-        records: of one axis on one hardware.
+        points: by provider, (fraction of the parameters kept, perplexity), from the dense model down.
+        names: by provider, what it is called; the best come first.
+        path: of the SVG file.
+    """
+    figure, (axis,) = _figure(1, width=6.4)
+    colors = iter((_OURS, *_OTHERS))
+    for provider, name in names.items():
+        if provider not in points:
+            continue
+        x, y = zip(*points[provider], strict=True)
+        ours = provider.startswith("gradprune")
+        style = ("o-" if " + " in provider or "search" in provider else "o:") if ours else "s--"
+        color = next(colors) if ours else "black"
+        axis.plot([100.0 * kept for kept in x], y, style, color=color, label=name.replace("`", ""), markersize=4)
+    if points:
+        dense = next(iter(points.values()))[0][1]
+        axis.axhline(dense, color=_FLOOR, linewidth=0.8, zorder=0, label=f"dense, {dense:.2f}")
+        axis.legend(fontsize=8)
+    axis.set(xlabel="parameters kept, %")
+    _size_axes(axis)
+    _finish(figure, [axis], "held-out perplexity", path)
+
+
+def growth_plot(records: Sequence[Record], path: Path) -> None:
+    """Time and peak memory against what grows, on logarithmic scales.
+
+    Args:
+        records: of one quantity that grows, on one machine.
         path: of the SVG file.
     """
     figure, axes = _figure(2)
@@ -112,14 +143,23 @@ def _quality_panel(axis: Axes, records: Sequence[Record], colors: Mapping[str, s
         axis.plot(x, y, style, color=color, label=label, markersize=3)
 
 
+def _size_axes(axis: Axes) -> None:
+    """Perplexity on a logarithmic scale with plain numbers; from the dense model on the left to the smallest."""
+    axis.set(yscale="log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.invert_xaxis()
+
+
 def _method(provider: str) -> str:
-    """Of a provider of ours: "taylor" of "gradprune taylor + least squares T=1"."""
+    """The method of one of our providers: "taylor" in "gradprune taylor + least squares T=1"."""
     return provider.split()[1]
 
 
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
-    # A Figure of its own knows no global state and needs no display.
-    figure = Figure(figsize=(4.2 * panels, 3.4), layout="constrained")
+def _figure(panels: int, width: float = 4.2) -> tuple[Figure, list[Axes]]:
+    # A Figure made without pyplot has no global state and needs no display.
+    figure = Figure(figsize=(width * panels, 3.4), layout="constrained")
     axes = [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
     return figure, axes
 
@@ -128,7 +168,7 @@ def _finish(figure: Figure, axes: Sequence[Axes], label: str, path: Path) -> Non
     axes[0].set_ylabel(label)
     for axis in axes:
         axis.grid(alpha=0.3)
-        if not figure.legends and axis.get_legend_handles_labels()[0]:
+        if not figure.legends and axis.get_legend() is None and axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=6)
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"svg.hashsalt": "gradprune"}):

@@ -1,4 +1,4 @@
-"""Progress on standard error, one line a step, so that a run can be followed; and the time that a run may take."""
+"""Progress lines on standard error, and the time limit of a run."""
 
 import sys
 import time
@@ -7,15 +7,15 @@ _START = time.monotonic()
 
 
 def say(text: str) -> None:
-    """Print a line with the seconds since the process began to measure."""
+    """Print a line, prefixed with the seconds since this module was imported."""
     print(f"[{time.monotonic() - _START:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 class Deadline:
-    """When a benchmark must be done."""
+    """The time by which a benchmark has to finish."""
 
     def __init__(self, seconds: float | None) -> None:
-        """`seconds` from now; None is never."""
+        """`seconds` from now; None means no limit."""
         self._end = None if seconds is None else time.monotonic() + seconds
 
     @property
@@ -24,5 +24,5 @@ class Deadline:
         return float("inf") if self._end is None else self._end - time.monotonic()
 
     def allows(self, seconds: float) -> bool:
-        """Whether work that takes about so long can still begin."""
+        """Whether work that takes about `seconds` can still finish in time."""
         return self.left >= seconds

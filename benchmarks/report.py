@@ -1,80 +1,46 @@
-"""Rebuild benchmarks/README.md, its plots, and README.md's section on results, from benchmarks/results alone.
+"""Rebuild from benchmarks/results alone: benchmarks/README.md, the plots, and the sections that other texts show.
 
-    python -m benchmarks.report [--results FOLDER] [--output FOLDER] [--readme FILE]
+    python -m benchmarks.report [--results FOLDER] [--root FOLDER]
 
-The same results make the same bytes. Of each piece of work the latest run is shown.
+The same results give the same bytes. Of each case the latest run is shown. The long tables stand in
+benchmarks/README.md only; README.md and the guide get the short ones of `benchmarks.summary`.
 """
 
 import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import plots, tables
+from benchmarks import plots, summary, tables
 from benchmarks.environment import ROOT
 from benchmarks.results import ANY_HARDWARE, FOLDER, Record, latest, read
-from benchmarks.summary import by_hardware, summary
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-
-_HOW = """# Benchmarks
-
-Made by `python -m benchmarks.report` from the records in [results](results); no figure is written by hand.
-
-`make bench` measures on the CPU (`QUICK=1` in under three minutes), `make gpu` on a GPU. One benchmark at a time:
-`python -m benchmarks.kernels.run`, `benchmarks.jobs.calibration`, `benchmarks.jobs.growth`,
-`benchmarks.jobs.score_select_cut`, `benchmarks.inference.speed`, `benchmarks.quality.methods`, each with `--device`,
-`--quick` and `--help`. `python -m benchmarks.compare A B` shows what changed between two files, folders or revisions.
-
-## How it is measured
-
-- All providers of one piece of work take turns within one run, on the same inputs, threads and element type; p20, p50
-  and p80 are over the turns. Ratios are between medians of one run.
-- A result is checked against the reference first; a wrong one is recorded as an error and not timed. Running out of
-  memory, or of time, is a result too. Nothing is timed under Triton's interpreter.
-- Ops: on the CPU every turn takes the next of several input sets that together exceed the last-level cache, after all
-  cores read other memory for 10 ms; on a GPU the L2 cache is overwritten before each turn and events time the turn.
-  GB/s counts the bytes that must be moved at least.
-- The floor is a copy of as many bytes, or for `linear_importance` the plain weight gradient as one `torch.mm` (on the
-  CPU in the inputs' type and in fp32, whichever is faster).
-- torch.compile: `fullgraph=True`, this very shape, on a GPU `max-autotune-no-cudagraphs`; compiled before the first
-  turn.
-- Calibration: `plain` is forward and `loss.backward()`; `naive` keeps gradients and a second buffer of g², scores
-  eagerly and reads statistics with `.item()`; Torch-Pruning runs its `GroupTaylorImportance` and
-  `GroupHessianImportance` as its documentation shows, with eager attention, because it traces no other, and its time
-  includes its graph (also recorded alone); `torch.func` is `vmap(grad)` over the prunable weights. `recomputing` is
-  this project with `use_gradient_checkpointing`. All after a warm-up; on a GPU, where recomputation of activations is
-  on, it is on for all but `torch.func`. `torch.func` and this project compute every sample's own scores, the others
-  those of batches, except `GroupHessianImportance`, which is not checked: its accumulator keeps only the last sample.
-- Peak memory is what tensors need above the loaded model: on a GPU `torch.cuda.max_memory_allocated`, on the CPU the
-  resident memory of a process of its own, with every tensor from 64 KiB on a mapping of its own (glibc's
-  `M_MMAP_THRESHOLD`). What glibc's heap holds of freed tensors beside that, in the timed turns, stands in the last
-  column. `forward` makes the loss and its graph and goes no further: its peak is that of the activations, and what
-  others need beyond it is shown beside the size of the weights. Growth is shown with the heap's slack.
-- Quality: Torch-Pruning gets the same samples; its lowest groups of each layer go, by its default, and are cut by
-  this project's surgery, up to the same number of removed parameters.
-"""
+PICTURE = "perplexity-against-size.svg"
+_INTRODUCTION = Path(__file__).with_name("introduction.md")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the report."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=FOLDER)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder of README.md and plots/")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="whose section is replaced")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository, whose texts and plots are renewed")
     options = parser.parse_args(arguments)
     records = latest(read(options.results))
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "README.md").write_text(report(records, options.output / "plots"), encoding="utf-8")
-    replace_section(options.readme, summary(records))
+    folder = options.root / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(report(records, folder / "plots"), encoding="utf-8")
+    shown = summary.of_shown_model(records)
+    plots.size_plot(summary.mean_sizes(shown), summary.QUALITY, folder / "plots" / PICTURE)
+    for name, sections in summary.SECTIONS.items():
+        replace_sections(options.root / name, {section: made(records) for section, made in sections.items()})
 
 
 def report(records: Sequence[Record], plots_folder: Path) -> str:
     """The text of benchmarks/README.md; writes its plots."""
     for old in plots_folder.glob("*.svg"):
         old.unlink()
-    parts = [_HOW]
-    for hardware, of_one in by_hardware(records).items():
+    parts = [_INTRODUCTION.read_text(encoding="utf-8")]
+    for hardware, of_one in _by_hardware(records).items():
         parts.append(f"## {hardware.capitalize() if hardware == ANY_HARDWARE else hardware}\n\n{_environments(of_one)}")
         for kind, section in _SECTIONS.items():
             chosen = [found for found in of_one if found.kind == kind]
@@ -85,21 +51,30 @@ def report(records: Sequence[Record], plots_folder: Path) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def replace_section(readme: Path, text: str) -> None:
-    """Put `text` between the markers of `readme`.
+def replace_sections(file: Path, texts: Mapping[str, str]) -> None:
+    """Put each text between the lines `<!-- results: NAME -->` and `<!-- end -->` of `file`.
 
     Raises:
-        ValueError: the markers are not there, once each.
+        ValueError: a section's beginning is not there exactly once, or has no end.
     """
-    old = readme.read_text(encoding="utf-8")
-    if old.count(BEGIN) != 1 or old.count(END) != 1:
-        raise ValueError(f"{readme}: needs the lines '{BEGIN}' and '{END}' once each")
-    before, rest = old.split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{text.strip()}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    content = file.read_text(encoding="utf-8")
+    for name, text in texts.items():
+        begin, end = f"<!-- results: {name} -->\n", "<!-- end -->"
+        before, *rest = content.split(begin)
+        if len(rest) != 1 or end not in rest[0]:
+            raise ValueError(f"{file}: needs the line '{begin.strip()}' once, and '{end}' after it")
+        content = f"{before}{begin}{text.strip()}\n{end}{rest[0].split(end, 1)[1]}"
+    file.write_text(content, encoding="utf-8")
+
+
+def _by_hardware(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records by hardware; those that do not depend on it come last."""
+    groups = tables.grouped(records, lambda found: found.hardware)
+    return dict(sorted(groups.items(), key=lambda group: group[0] == ANY_HARDWARE))
 
 
 def _environments(records: Sequence[Record]) -> str:
-    """What the records ran on, one line a difference."""
+    """The distinct environments of the records, one line each."""
     lines = []
     for found in records:
         e = found.environment
@@ -152,7 +127,7 @@ def _inference(records: Sequence[Record], _folder: Path) -> str:
 
 def _vanishing(records: Sequence[Record], _folder: Path) -> str:
     lead = tables.VANISHING.format(records[0].shape)
-    return f"### Vanishing gradients and their repairs\n\n{lead}\n\n{tables.vanishing_table(records)}"
+    return f"### Vanishing gradients\n\n{lead}\n\n{tables.vanishing_table(records)}"
 
 
 _SECTIONS: dict[str, Callable[[Sequence[Record], Path], str]] = {
@@ -165,7 +140,7 @@ _SECTIONS: dict[str, Callable[[Sequence[Record], Path], str]] = {
 
 
 def _plot(draw: Callable[[Sequence[Record], Path], None], records: Sequence[Record], folder: Path, name: str) -> str:
-    """Draw, and return the Markdown that shows it."""
+    """Draw a plot; returns the Markdown that shows it."""
     hardware = records[0].hardware.removesuffix(ANY_HARDWARE)
     file = re.sub(r"[^a-z0-9]+", "-", f"{name} {hardware}".lower()).strip("-") + ".svg"
     draw(records, folder / file)

@@ -1,4 +1,4 @@
-"""Results: one schema, one JSON object a line, appended and never rewritten."""
+"""Results: one JSON object per line, all of one schema; appended, never rewritten."""
 
 import json
 import os
@@ -19,21 +19,21 @@ FOLDER = Path(__file__).resolve().parent / "results"
 
 
 class InterpreterTimingError(Exception):
-    """A Triton kernel was timed under its interpreter, which says nothing about its speed."""
+    """A Triton kernel was timed under Triton's interpreter, which says nothing about its speed."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One provider's result at one piece of work.
+    """One provider's result in one case.
 
-    run: which run of a benchmark it belongs to; ratios are taken within one run only.
-    name: the op or job. provider: who did it. shape: of what, e.g. "4096x14336". dtype: e.g. "bf16".
-    ms_p20, ms_p50, ms_p80: milliseconds, percentiles of `repeats` measurements; None where nothing was timed.
-    bytes, flops: that the work needs at least. gb_per_s, tflops: these over the median time.
-    percent_of_floor: the floor's median time over this one's, times 100; the floor was timed in the same run.
-    peak_memory: bytes above what was held before the work began.
-    error: why there is no timing: out of memory, a wrong result, a timeout, no such package.
-    extra: what only this benchmark has.
+    run: the run of a benchmark that it belongs to; ratios are taken within one run only.
+    name: the op or job. provider: who did it. shape: the size of the case, e.g. "4096x14336". dtype: e.g. "bf16".
+    ms_p20, ms_p50, ms_p80: milliseconds, percentiles of `repeats` measurements; None if nothing was timed.
+    bytes, flops: the least that the case needs. gb_per_s, tflops: these divided by the median time.
+    percent_of_floor: the floor's median time divided by this one, times 100; the floor was timed in the same run.
+    peak_memory: bytes on top of what was allocated before.
+    error: why there is no timing: out of memory, a wrong result, a timeout, a missing package.
+    extra: fields of this benchmark alone.
     """
 
     kind: Kind
@@ -57,41 +57,41 @@ class Record:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Reject an unknown kind.
+        """Check the kind.
 
         Raises:
-            ValueError: naming it.
+            ValueError: it is unknown.
         """
         if self.kind not in KINDS:
             raise ValueError(f"kind: '{self.kind}' is none of {', '.join(KINDS)}")
 
     @property
     def hardware(self) -> str:
-        """What the result depends on; a perplexity does not depend on it."""
+        """The hardware that the result depends on; a perplexity does not depend on any."""
         return ANY_HARDWARE if self.kind in ("quality", "vanishing") else self.environment.hardware
 
     @property
     def work(self) -> tuple[str, ...]:
-        """What was to be done and on which hardware: records with the same are comparable."""
+        """The case and the hardware: records that agree in these are comparable."""
         return (self.hardware, self.kind, self.name, self.shape, self.dtype)
 
     @property
     def key(self) -> tuple[str, ...]:
-        """`work`, who did it and, where chance has a part in the result, the seed."""
+        """`work`, the provider and, if the result is random, the seed."""
         seed = [f"seed {self.extra['seed']}"] if "seed" in self.extra else []
         return (*self.work, self.provider, *seed)
 
     def to_json(self) -> str:
-        """One line; the environment's fields stand beside the record's own."""
+        """One line of JSON, with the environment's fields on the same level as the record's own."""
         values = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name != "environment"}
         return json.dumps({**values, **asdict(self.environment)})
 
     @classmethod
     def from_json(cls, line: str) -> "Record":
-        """The record of one line.
+        """The record that one line holds.
 
         Raises:
-            ValueError: not a record of this schema.
+            ValueError: it is not a record of this schema.
         """
         try:
             values = json.loads(line)
@@ -108,15 +108,15 @@ def record(kind: Kind, name: str, provider: str, shape: str, dtype: str, device:
 
 @cache
 def run_id() -> str:
-    """When this process began to measure, UTC; with its number, so that two at a time differ."""
+    """When this process began to measure, in UTC, and its process id, so that simultaneous runs differ."""
     return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{os.getpid()}"
 
 
 def append(found: Record, folder: Path) -> Path:
-    """Append a record to its hardware's and kind's file in `folder`; returns the file.
+    """Append a record to the file in `folder` of its hardware and kind; returns that file.
 
     Raises:
-        InterpreterTimingError: a timing of Triton under its interpreter.
+        InterpreterTimingError: Triton was timed under its interpreter.
     """
     if found.ms_p50 is not None and "triton" in found.provider and os.environ.get("TRITON_INTERPRET") == "1":
         raise InterpreterTimingError(
@@ -131,10 +131,10 @@ def append(found: Record, folder: Path) -> Path:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file, or of all `.jsonl` files of a folder, in the order they were written.
+    """The records of a file, or of all `.jsonl` files in a folder, in the order in which they were written.
 
     Raises:
-        ValueError: a line is not a record; names the file and the line.
+        ValueError: a line is not a record; the message names the file and the line.
         FileNotFoundError: there is no such file or folder.
     """
     if not path.exists():
@@ -144,15 +144,15 @@ def read(path: Path) -> list[Record]:
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """Of each piece of work the records of its last run only, in order.
+    """The records of each case's last run, in order.
 
-    Times are comparable within a run only. Perplexities do not depend on the run, and a table of them is measured in
-    parts: there it is the last run of each provider and seed.
+    Times are comparable only within a run. Perplexities do not depend on the run, and a table of them may be measured
+    in several: there the last run counts per provider and seed.
     """
     by_work: dict[tuple[str, ...], list[Record]] = {}
     for found in records:
         by_work.setdefault(found.key if found.kind == "quality" else found.work, []).append(found)
-    # A run is named by when it began.
+    # A run's id begins with its start time.
     last = {key: max(found.run for found in group) for key, group in by_work.items()}
     return [found for key, group in by_work.items() for found in group if found.run == last[key]]
 

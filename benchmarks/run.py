@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other, each in a process of its own and within its share of the time.
+"""Run all benchmarks in order, each in its own process and within its share of the time.
 
 python -m benchmarks.run [--quick] [--device cpu|cuda] [--seconds 840]
 """
@@ -17,13 +17,14 @@ from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
 
 _DEFAULT_SECONDS = {("cpu", False): 840.0, ("cpu", True): 170.0, ("cuda", False): 480.0, ("cuda", True): 165.0}
-# Beyond its share, to end the case that it is at; and what is kept back at the end, for the last one to do so.
+# _GRACE: seconds that a step may overrun to finish its current case. _RESERVE: seconds held back from the total for the
+# last step's overrun.
 _GRACE, _RESERVE = 20.0, 6.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """A benchmark's module and its shares of the time on a CPU and on a GPU; without a share it is left out."""
+    """A benchmark: its module, and its share of the time on a CPU and on a GPU. With share 0 it does not run there."""
 
     module: str
     kind: Literal["kernel", "job", "quality", "inference"]
@@ -38,20 +39,20 @@ STEPS = (
     Step("benchmarks.jobs.growth", "job", 0.10, 0.08),
     Step("benchmarks.jobs.score_select_cut", "job", 0.02, 0.0),
     Step("benchmarks.inference.speed", "inference", 0.10, 0.10),
-    # The whole table takes hours, by its own command.
+    # The whole table takes hours and has its own command.
     Step("benchmarks.quality.methods", "quality", 0.11, 0.0, always_quick=True),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the steps; 1 if one failed."""
+    """Run the steps. Returns 1 if one of them failed, else 0."""
     options = parse(parser(__doc__), arguments)
     deadline = Deadline(options.seconds or _DEFAULT_SECONDS[options.device, options.quick])
     steps = [(step, getattr(step, options.device)) for step in STEPS]
     steps = [(step, share) for step, share in steps if share]
     failed = 0
     while steps:
-        # What earlier steps left over is shared out among those that follow.
+        # Time that earlier steps did not use is shared among the remaining ones.
         step, share = steps[0]
         seconds = (deadline.left - _RESERVE) * share / sum(other for _, other in steps)
         failed |= not _run(step, seconds, deadline, options)
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(step: Step, seconds: float, deadline: Deadline, options: Namespace) -> bool:
-    """Whether the step ran to its end."""
+    """Run one step; returns whether it succeeded or was skipped."""
     if seconds <= 0.0:
         _record_failure(step, "skipped: the time for this run was used up", options)
         return True
@@ -77,7 +78,7 @@ def _run(step: Step, seconds: float, deadline: Deadline, options: Namespace) -> 
     try:
         code = process.wait(max(min(seconds + _GRACE, deadline.left), 1.0))
     except subprocess.TimeoutExpired:
-        # With the processes that it started.
+        # The whole process group, so that the step's workers end too.
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         _record_failure(step, f"timeout: not done {_GRACE:.0f} s after its {seconds:.0f} s", options)

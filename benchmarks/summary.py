@@ -1,46 +1,63 @@
-"""README.md's "How fast, how small, how good": the few figures that answer it, each from a record."""
+"""The few figures that README.md and the guide show: at most `MOST_ROWS` rows per table, each from a record.
 
-from collections.abc import Sequence
+README.md shows only what anyone can measure again: random models, the demo model, and models made from it.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from benchmarks import tables
 from benchmarks.jobs.calibrators import RECOMPUTING
-from benchmarks.results import ANY_HARDWARE, Record
+from benchmarks.results import Record
+from gradprune.config import PruneConfig
 
-_QUALITY = "Held-out perplexity, mean of {} seed(s); where there are two figures, without / with H-GSP:"
-_PEERS = ("plain", "torch-pruning GroupTaylor", "torch-pruning GroupHessian", "naive", "torch.func")
-
-
-def summary(records: Sequence[Record]) -> str:
-    """The section's text: by hardware the ops, the calibration and inference; then quality by model."""
-    parts = []
-    for hardware, of_one in by_hardware(records).items():
-        revisions = ", ".join(sorted({f"`{found.environment.revision}`" for found in of_one}))
-        sections = [made(of_one) for made in (_ops, _calibration, _inference, _quality, _vanishing)]
-        text = "\n\n".join(section for section in sections if section)
-        if text:
-            parts.append(f"On {hardware} (torch {of_one[0].environment.torch}; revision {revisions}):\n\n{text}")
-    link = "All tables and plots, and how it is measured: [benchmarks](benchmarks/README.md)."
-    return "\n\n".join([*parts, link] if parts else ["Nothing has been measured yet.", link])
-
-
-def by_hardware(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records by what they depend on; those that do not depend on hardware come last."""
-    groups = tables.grouped(records, lambda found: found.hardware)
-    return dict(sorted(groups.items(), key=lambda group: group[0] == ANY_HARDWARE))
+MOST_ROWS = 6
+PEER = "torch-pruning GroupTaylor"
+# Of the models that are measured, the first of these that has results is shown in README.md.
+MODELS = ("demo, KV heads repeated", "demo")
+_DEFAULT = f"gradprune {PruneConfig().importance_method}"
+# The providers that README.md shows, best settings first, and what they are called there.
+QUALITY = {
+    "gradprune search + least squares": "`gradprune search`",
+    f"{_DEFAULT} + least squares T=0": f"`gradprune prune` (`{PruneConfig().importance_method}`, repaired)",
+    "gradprune taylor + least squares T=0": "`taylor`, repaired",
+    f"{_DEFAULT} T=0": f"`{PruneConfig().importance_method}`, not repaired",
+    "gradprune magnitude T=0": "`magnitude`, not repaired",
+    PEER: "Torch-Pruning `GroupTaylor`, its defaults",
+}
+_DEEP_MODELS = ("deep healthy", "deep suffering")
+_UNMEASURED = "Nothing has been measured yet."
 
 
-def _ops(records: Sequence[Record]) -> str:
-    """By op and element type one case, the best of ours beside the floor, eager and torch.compile.
+def claim(records: Sequence[Record]) -> str:
+    """README.md's first sentence: what the project is, and how calibration compares with Torch-Pruning's."""
+    what = (
+        "**gradprune makes large language models smaller and faster: it removes whole KV groups and MLP channels, "
+        "chosen by gradient importance over the whole model"
+    )
+    job = _calibration_job(records)
+    ours, peer = _best_of_ours(job), _provider(job, PEER)
+    if ours is None or peer is None or not (ours.ms_p50 and peer.ms_p50 and ours.peak_memory and peer.peak_memory):
+        return f"{what}.**"
+    return (
+        f"{what}, and scores them {peer.ms_p50 / ours.ms_p50:.1f} times as fast as Torch-Pruning's "
+        f"`GroupTaylorImportance` in {ours.peak_memory / peer.peak_memory:.0%} of its memory** "
+        f"(on top of the weights; {ours.shape}, {ours.dtype}, on {ours.hardware})."
+    )
 
-    The largest of those that torch.compile took part in; without any, the largest.
+
+def ops(records: Sequence[Record]) -> str:
+    """Per op one case, in one dtype: the best of ours compared with the floor, eager PyTorch and torch.compile.
+
+    The largest case that torch.compile took part in; if there is none, the largest.
     """
+    shown = _on_one_machine([found for found in records if found.kind == "kernel"])
+    dtype = "bf16" if shown and shown[0].environment.device == "cuda" else "fp32"
     rows = []
-    kernels = [found for found in records if found.kind == "kernel"]
-    for (name, dtype), group in tables.grouped(kernels, lambda found: (found.name, found.dtype)).items():
+    for name, group in tables.grouped([found for found in shown if found.dtype == dtype], lambda f: f.name).items():
         cases = list(tables.grouped(group, lambda found: found.shape).values())
-        timed = [(case, _best_of_ours(case)) for case in cases]
-        timed = [(case, ours) for case, ours in timed if ours is not None]
+        timed = [(case, ours) for case in cases if (ours := _best_of_ours(case)) is not None]
         if not timed:
             continue
         case, ours = max(
@@ -48,99 +65,152 @@ def _ops(records: Sequence[Record]) -> str:
         )
         rows.append(
             [
-                f"`{name}` {dtype}, {ours.extra.get('label', '')} {ours.shape}",
-                ours.provider.removeprefix("gradprune "),
+                f"`{name}`, {ours.extra.get('label', '')} {ours.shape}",
                 f"{ours.tflops:.2f} TFLOP/s" if ours.tflops is not None else f"{ours.gb_per_s:.1f} GB/s",
                 "-" if ours.percent_of_floor is None else f"{ours.percent_of_floor:.0f} %",
                 *(tables.ratio(_time(case, peer), ours.ms_p50) for peer in ("eager", "torch.compile", "foreach")),
             ]
         )
     if not rows:
-        return ""
-    header = ["op", "backend", "rate", "of floor", "x eager", "x torch.compile", "x foreach"]
+        return _UNMEASURED
+    header = [f"op ({dtype})", "rate", "of floor", "x eager", "x torch.compile", "x foreach"]
+    return f"Ops, by the fastest backend, {_machine(shown)}\n\n{tables.table(header, rows[:MOST_ROWS])}"
+
+
+def calibration(records: Sequence[Record]) -> str:
+    """Everyone's time and memory compared with the best of ours, for the largest model that a peer took part in."""
+    job = _calibration_job(records)
+    ours = _best_of_ours(job)
+    if ours is None:
+        return _UNMEASURED
+    others = (f"{ours.provider}{RECOMPUTING}", "plain", PEER, "torch-pruning GroupHessian", "naive", "torch.func")
+    shown = [ours, *(found for other in others if (found := _provider(job, other)) is not None)]
+    rows = [
+        [
+            found.provider,
+            tables.ratio(found.ms_p50, ours.ms_p50) if found.ms_p50 else (found.error or "-").split(":")[0],
+            tables.ratio(found.peak_memory, ours.peak_memory),
+            tables.above_activations(found, job),
+        ]
+        for found in shown[:MOST_ROWS]
+    ]
+    header = [
+        f"{ours.shape}, {ours.dtype}", "time, x ours", "peak memory, x ours", "beyond activations, of the weights"
+    ]  # fmt: skip
+    return f"Calibration and importance of a random model, {_machine(job)}\n\n{tables.table(header, rows)}"
+
+
+def quality(records: Sequence[Record]) -> str:
+    """Mean held-out perplexity of the chosen providers on one model that anyone can rebuild; the lowest in bold."""
+    of_model = of_shown_model(records)
+    if not of_model:
+        return _UNMEASURED
+    means = mean_perplexities(of_model)
+    ratios = sorted({found.extra["ratio"] for found in of_model if found.provider in QUALITY})
+    rows = []
+    for provider, name in QUALITY.items():
+        if any(key[0] == provider for key in means):
+            cells = [_cell(means.get((provider, ratio)), _lowest(means, ratio)) for ratio in ratios]
+            rows.append([name, *cells])
+    seeds = len({found.extra["seed"] for found in of_model if found.provider in QUALITY})
+    dense = of_model[0].extra["perplexity_dense"]
+    lead = f"Held-out perplexity, mean over {seeds} seed(s); {of_model[0].name}, dense {dense:.2f}:"
+    return f"{lead}\n\n{tables.table(['', *(f'{r:.0%} removed' for r in ratios)], rows[:MOST_ROWS])}"
+
+
+def temperature(records: Sequence[Record]) -> str:
+    """Per method, in how many cases (model and ratio) H-GSP at T=1 gave a lower perplexity than none, with repair."""
+    repaired = [f for f in records if f.kind == "quality" and " + least squares T=" in f.provider]
+    counts: dict[str, Counter[str]] = {}
+    for (method, *_), group in tables.grouped(
+        repaired, lambda found: (found.provider.split()[1], found.name, found.extra["ratio"])
+    ).items():
+        values = {t: [f.extra["perplexity"] for f in group if f.provider.endswith(t)] for t in ("T=0", "T=1")}
+        if all(values.values()):
+            # As the tables show them: a difference in the third digit is none.
+            without, with_it = (round(fmean(of_one), 2) for of_one in values.values())
+            outcome = "equal" if with_it == without else "lower" if with_it < without else "higher"
+            counts.setdefault(method, Counter())[outcome] += 1
+    if not counts:
+        return _UNMEASURED
+    outcomes = ("lower", "equal", "higher")
+    rows = [[f"`{method}`", *(str(found[outcome]) for outcome in outcomes)] for method, found in counts.items()]
+    rows.append(["all", *(str(sum(found[outcome] for found in counts.values())) for outcome in outcomes)])
+    header = ["perplexity with T=1, repaired", *outcomes]
     return tables.table(header, rows)
 
 
-def _calibration(records: Sequence[Record]) -> str:
-    """By model the best of ours, then everyone's time and memory beside it."""
+def scalings(records: Sequence[Record]) -> str:
+    """Perplexity by gradient scaling, on the healthy deep model and on the one with vanishing gradients."""
+    chosen = [found for found in records if found.kind == "vanishing" and found.name in _DEEP_MODELS]
+    if not chosen:
+        return _UNMEASURED
+    columns = list(tables.grouped(chosen, lambda found: (found.extra["temperature"], found.name)))
+    columns.sort()
     rows = []
-    jobs = [found for found in records if found.kind == "job" and found.name == "calibration"]
-    for shape, group in tables.grouped(jobs, lambda found: found.shape).items():
-        ours = _best_of_ours(group)
-        if ours is None:
-            continue
-        others = (f"{ours.provider}{RECOMPUTING}", *_PEERS)
-        for found in (ours, *(one for other in others for one in group if one.provider == other)):
-            rows.append(
-                [
-                    f"{shape}, {ours.dtype}",
-                    found.provider,
-                    tables.ratio(found.ms_p50, ours.ms_p50) if found.ms_p50 else (found.error or "-").split(":")[0],
-                    tables.ratio(found.peak_memory, ours.peak_memory),
-                    tables.above_activations(found, group),
-                ]
-            )
-    if not rows:
-        return ""
-    header = ["calibration and importance", "who", "time, x ours", "peak memory, x ours"]
-    return tables.table([*header, "beyond activations, of the weights"], rows)
+    for fix, group in tables.grouped(chosen, lambda found: found.extra["gradient_fix"]).items():
+        by_column = {(found.extra["temperature"], found.name): found.extra["perplexity"] for found in group}
+        lowest = [
+            min(f.extra["perplexity"] for f in chosen if (f.extra["temperature"], f.name) == column)
+            for column in columns
+        ]
+        rows.append([f"`{fix}`", *(_cell(by_column.get(c), low) for c, low in zip(columns, lowest, strict=True))])
+    return tables.table(["`--gradient_fix`", *(f"{name}, T={t:g}" for t, name in columns)], rows)
 
 
-def _inference(records: Sequence[Record]) -> str:
-    """How many times as fast as the dense model, by rounding."""
-    chosen = [found for found in records if found.kind == "inference" and found.provider != "dense"]
-    dense = {found.work: found for found in records if found.kind == "inference" and found.provider == "dense"}
-    providers = list(dict.fromkeys(found.provider for found in chosen))
-    rows = []
-    for work in dict.fromkeys(found.work for found in chosen):
-        base = dense.get(work)
-        of_work = {found.provider: found for found in chosen if found.work == work}
-        cells = [tables.ratio(base and base.ms_p50, of_work[p].ms_p50) if p in of_work else "-" for p in providers]
-        rows.append([f"{work[2]}, {work[3]}", *cells])
-    if not rows:
-        return ""
-    removed = next(iter(chosen)).extra.get("ratio", 0.0)
-    return tables.table([f"speed with {removed:.0%} removed, x dense", *providers], rows)
+def of_shown_model(records: Sequence[Record]) -> list[Record]:
+    """The perplexities of the model that README.md shows."""
+    by_model = tables.grouped(
+        [found for found in records if found.kind == "quality" and "perplexity" in found.extra], lambda f: f.name
+    )
+    return next((by_model[name] for name in MODELS if name in by_model), [])
 
 
-def _quality(records: Sequence[Record]) -> str:
-    """By model the mean perplexity of every provider and ratio, the lowest of a ratio in bold."""
-    parts = []
-    measured = [found for found in records if found.kind == "quality" and found.provider != "dense"]
-    measured = [found for found in measured if "perplexity" in found.extra]
-    for model, group in tables.grouped(measured, lambda found: found.name).items():
-        ratios = sorted({found.extra["ratio"] for found in group})
-        means = {
-            key: fmean(found.extra["perplexity"] for found in seeds)
-            for key, seeds in tables.grouped(group, lambda found: (found.provider, found.extra["ratio"])).items()
-        }
-        rows = []
-        for name, providers in _by_temperature(group).items():
-            cells = []
-            for ratio in ratios:
-                best = min(value for key, value in means.items() if key[1] == ratio)
-                values = [means[provider, ratio] for provider in providers if (provider, ratio) in means]
-                cells.append(" / ".join(f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in values) or "-")
-            rows.append([name, *cells])
-        seeds = len({found.extra["seed"] for found in group})
-        header = [f"{model}, dense {group[0].extra['perplexity_dense']:.2f}", *(f"{r:.0%} removed" for r in ratios)]
-        parts.append(f"{_QUALITY.format(seeds)}\n\n{tables.table(header, rows)}")
-    return "\n\n".join(parts)
+def mean_perplexities(records: Sequence[Record]) -> dict[tuple[str, float], float]:
+    """By provider and ratio, the mean over seeds."""
+    groups = tables.grouped(records, lambda found: (found.provider, found.extra["ratio"]))
+    return {key: fmean(found.extra["perplexity"] for found in seeds) for key, seeds in groups.items()}
 
 
-def _vanishing(records: Sequence[Record]) -> str:
-    """Repairs of vanishing gradients, where they help and where they harm."""
-    chosen = [found for found in records if found.kind == "vanishing"]
-    return f"{tables.VANISHING.format(chosen[0].shape)}\n\n{tables.vanishing_table(chosen)}" if chosen else ""
+def mean_sizes(records: Sequence[Record]) -> dict[str, list[tuple[float, float]]]:
+    """By shown provider, (fraction of the parameters kept, perplexity) from the dense model down; means over seeds."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    groups = tables.grouped(records, lambda found: (found.provider, found.extra["ratio"]))
+    for (provider, _), seeds in sorted(groups.items()):
+        if provider in QUALITY:
+            dense = (1.0, seeds[0].extra["perplexity_dense"])
+            means = (fmean(found.extra[value] for found in seeds) for value in ("kept", "perplexity"))
+            points.setdefault(provider, [dense]).append(tuple(means))
+    return points
 
 
-def _by_temperature(records: Sequence[Record]) -> dict[str, list[str]]:
-    """Providers that differ in the temperature only, by what they have in common, temperatures ascending."""
-    providers = dict.fromkeys(found.provider for found in records)
-    by_name: dict[str, list[str]] = {}
-    for provider in providers:
-        by_name.setdefault(provider.split(" T=")[0], []).append(provider)
-    return {name: sorted(of_name) for name, of_name in by_name.items()}
+SECTIONS: dict[str, dict[str, Callable[[Sequence[Record]], str]]] = {
+    "README.md": {"claim": claim, "quality": quality, "calibration": calibration, "ops": ops},
+    "docs/gradient-vanishing.md": {"temperature": temperature, "scalings": scalings},
+}
+"""By file of the repository, its generated sections."""
+
+
+def _calibration_job(records: Sequence[Record]) -> list[Record]:
+    """The calibration of the largest model that a peer took part in; if there is none, of the largest."""
+    shown = _on_one_machine([found for found in records if found.kind == "job" and found.name == "calibration"])
+    jobs = [job for job in tables.grouped(shown, lambda found: found.work).values() if _best_of_ours(job)]
+    return max(
+        jobs,
+        key=lambda job: (_time(job, PEER) is not None, max(found.extra.get("weight_bytes", 0) for found in job)),
+        default=[],
+    )
+
+
+def _on_one_machine(records: Sequence[Record]) -> list[Record]:
+    """The records of one machine: a GPU if there is one, otherwise the one that measured last."""
+    machines = tables.grouped(records, lambda found: found.hardware).values()
+    return max(machines, key=lambda of_one: (of_one[0].environment.device == "cuda", of_one[-1].run), default=[])
+
+
+def _machine(records: Sequence[Record]) -> str:
+    revisions = ", ".join(sorted({f"`{found.environment.revision}`" for found in records}))
+    return f"on {records[0].hardware} (torch {records[0].environment.torch}; revision {revisions}):"
 
 
 def _best_of_ours(records: Sequence[Record]) -> Record | None:
@@ -148,5 +218,20 @@ def _best_of_ours(records: Sequence[Record]) -> Record | None:
     return min(ours, key=lambda found: found.ms_p50 or 0.0, default=None)
 
 
+def _provider(records: Sequence[Record], name: str) -> Record | None:
+    return next((found for found in records if found.provider == name), None)
+
+
 def _time(records: Sequence[Record], provider: str) -> float | None:
-    return next((found.ms_p50 for found in records if found.provider == provider), None)
+    found = _provider(records, provider)
+    return found and found.ms_p50
+
+
+def _lowest(means: dict[tuple[str, float], float], ratio: float) -> float:
+    return min(value for (provider, of), value in means.items() if of == ratio and provider in QUALITY)
+
+
+def _cell(value: float | None, lowest: float) -> str:
+    if value is None:
+        return "-"
+    return f"**{value:.2f}**" if f"{value:.2f}" == f"{lowest:.2f}" else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""Results as Markdown tables. Every number comes from a record."""
+"""Results as Markdown tables; every number comes from a record."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -12,13 +12,13 @@ Key = TypeVar("Key")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
+    """A Markdown table: the first column is aligned left, the others right."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def grouped(records: Iterable[Record], key: Callable[[Record], Key]) -> dict[Key, list[Record]]:
-    """Records by a key, in the order of their first."""
+    """Records grouped by a key, in the order in which the keys first appear."""
     groups: dict[Key, list[Record]] = defaultdict(list)
     for found in records:
         groups[key(found)].append(found)
@@ -26,7 +26,7 @@ def grouped(records: Iterable[Record], key: Callable[[Record], Key]) -> dict[Key
 
 
 def kernel_table(records: Sequence[Record]) -> str:
-    """One op: a row a provider and case."""
+    """One op: one row per case and provider."""
     rows = []
     for found in records:
         rate = found.tflops if found.tflops is not None else found.gb_per_s
@@ -44,7 +44,7 @@ def kernel_table(records: Sequence[Record]) -> str:
 
 
 def calibration_table(records: Sequence[Record]) -> str:
-    """A row a provider and model, beside the plain pass of the same run."""
+    """One row per model and provider, with ratios to the plain pass of the same run."""
     rows = []
     for group in grouped(records, lambda found: found.work).values():
         plain = next((found for found in group if found.provider == "plain"), None)
@@ -62,11 +62,11 @@ def calibration_table(records: Sequence[Record]) -> str:
                 ]
             )
     header = ["job", "provider", "p20 ms", "p50 ms", "p80 ms", "x plain", "peak MiB", "x plain's peak"]
-    return table([*header, "above activations, of the weights", "with the heap's slack, MiB"], rows)
+    return table([*header, "beyond activations, of the weights", "peak MiB in the timed turns"], rows)
 
 
 def above_activations(found: Record, group: Sequence[Record]) -> str:
-    """Peak memory beyond that of the forward pass of the same run, of the model's weights; "none" if less."""
+    """Peak memory beyond that of the same run's forward pass, relative to the weights' size; "none" if not beyond."""
     forward = next((one for one in group if one.provider == "forward"), None)
     if forward is None or forward.peak_memory is None or found.peak_memory is None:
         return "-"
@@ -75,7 +75,7 @@ def above_activations(found: Record, group: Sequence[Record]) -> str:
 
 
 def growth_table(records: Sequence[Record]) -> str:
-    """A row an axis and provider: the fitted exponents, and between which points."""
+    """One row per growing quantity and provider: its range, and the fitted exponents."""
     rows = []
     for (axis, provider), group in grouped(records, lambda found: (found.extra["axis"], found.provider)).items():
         points = sorted((found.extra["x"], found.ms_p50, found.peak_memory or 0) for found in group if found.ms_p50)
@@ -84,11 +84,11 @@ def growth_table(records: Sequence[Record]) -> str:
         x, time, memory = zip(*points, strict=True)
         span = f"{x[0]:,} to {x[-1]:,}"
         rows.append([f"{axis}, {span}", provider, f"{exponent(x, time):.2f}", f"{exponent(x, memory):.2f}"])
-    return table(["axis", "provider", "time's exponent", "memory's exponent"], rows)
+    return table(["grows", "provider", "exponent of time", "exponent of memory"], rows)
 
 
 def timing_table(records: Sequence[Record]) -> str:
-    """A row a record: what, who, how long."""
+    """One row per record: the case, the step, its times."""
     return table(
         ["job", "step", "p20 ms", "p50 ms", "p80 ms"],
         [[found.shape, found.provider, *_times(found)] for found in records],
@@ -96,7 +96,7 @@ def timing_table(records: Sequence[Record]) -> str:
 
 
 def quality_table(records: Sequence[Record]) -> str:
-    """One model: a row a provider, a column a ratio; mean over seeds, lowest to highest."""
+    """One model: one row per provider, one column per ratio; the mean over seeds (lowest to highest)."""
     ratios = sorted({found.extra["ratio"] for found in records if found.provider != "dense"})
     rows = []
     for provider, group in grouped(records, lambda found: found.provider).items():
@@ -106,7 +106,7 @@ def quality_table(records: Sequence[Record]) -> str:
 
 
 def inference_table(records: Sequence[Record]) -> str:
-    """A row a model and setting, beside the dense model of the same run."""
+    """One row per setting and model, with ratios to the dense model of the same run."""
     rows = []
     for group in grouped(records, lambda found: found.work).values():
         dense = next((found for found in group if found.provider == "dense"), None)
@@ -126,12 +126,12 @@ def inference_table(records: Sequence[Record]) -> str:
 
 
 def ratio(value: float | None, base: float | None) -> str:
-    """value / base, or "-" where one is missing."""
+    """value / base, or "-" if one of them is missing."""
     return f"{value / base:.2f}" if value is not None and base else "-"
 
 
 def _times(found: Record) -> list[str]:
-    """The three percentiles, or why there are none."""
+    """The three percentiles, or the reason why there are none."""
     if found.ms_p50 is None:
         return [(found.error or "not measured").replace("|", "/"), "", ""]
     return [f"{value:.3f}" if value < 100 else f"{value:.0f}" for value in (found.ms_p20, found.ms_p50, found.ms_p80)]
@@ -149,14 +149,14 @@ def _spread(records: Sequence[Record]) -> str:
 
 
 VANISHING = (
-    "Repairs of vanishing gradients on two deep models of the same function, pruned by {} without least squares: one "
-    "healthy, one whose first layer looks unimportant to gradients (`benchmarks/quality/deep_model.py`). Ratio: "
-    "largest layer mean of the gradients over the smallest. T is the H-GSP temperature."
+    "Scaling the gradients of two deep models that compute the same function, pruned by {} without repair of weights: "
+    "one healthy, one whose first layer looks unimportant to gradients (`benchmarks/quality/deep_model.py`). Gradient "
+    "ratio: the largest layer mean of |gradient| divided by the smallest. T is the H-GSP temperature."
 )
 
 
 def vanishing_table(records: Sequence[Record]) -> str:
-    """A row a model, temperature and repair."""
+    """One row per model, temperature and scaling."""
     rows = [
         [
             found.name,
@@ -174,12 +174,12 @@ def vanishing_table(records: Sequence[Record]) -> str:
     header = [
         "model",
         "T",
-        "repair",
-        "ratio before",
+        "scaling",
+        "gradient ratio before",
         "after",
         "first MLP loses",
         "over-pruned blocks",
-        "dense",
+        "dense perplexity",
         "pruned",
     ]
     return table(header, rows)

@@ -1,8 +1,8 @@
-"""Timing: several providers of one op, checked first, then timed in turn on cold inputs.
+"""Timing: all providers of one op are checked first, then timed by turns on cold inputs.
 
-Every repeat gives each provider one turn, so that a busy machine slows them alike. Inputs are cold: on the CPU each
-turn takes the next of several input sets, together larger than the last-level cache; on a GPU the L2 cache is
-overwritten before each turn, and events time the turn alone.
+In every repeat each provider has one turn, so that a busy machine slows all of them alike. Inputs are cold: on the CPU
+consecutive turns use different input sets, together larger than the last-level cache; on a GPU the L2 cache is
+overwritten before each turn, and CUDA events time the turn alone.
 """
 
 import gc
@@ -19,19 +19,19 @@ from benchmarks.progress import say
 
 _FLUSH_BYTES = 256 << 20
 _MIN_REPEATS = 3
-# Tiny inputs would need very many sets; where they do not fill the cache, the fixed costs of a call are what is timed.
+# Limits the sets for tiny inputs. These then fit in the cache, but there the fixed cost of a call dominates anyway.
 _MOST_SETS = 256
-# Before a turn on the CPU; see _preparation.
+# How long the cores are kept busy before a turn on the CPU; see _preparation.
 _SETTLING_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Someone who does the work.
+    """One implementation of an op.
 
-    run: called with the fields of one input set; returns its result.
-    check: given a result and the inputs it was made of, what is wrong with it, or None; always the same inputs.
-    floor: it does not do the work, but what the work costs at least (a copy, a plain GEMM).
+    run: called with the tensors of one input set; returns the result.
+    check: given a result and its inputs (always input set 0), says what is wrong with it; None if it is right.
+    floor: does not compute the result, but has the minimum cost of doing so (a copy, a plain GEMM).
     """
 
     name: str
@@ -42,7 +42,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds at the 20th, 50th and 80th percentile of `repeats` turns; None with an `error` instead."""
+    """Milliseconds at the 20th, 50th and 80th percentile of `repeats` turns; None if there is an `error` instead."""
 
     p20: float | None
     p50: float | None
@@ -52,18 +52,18 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Timing":
-        """Percentiles of measured times."""
+        """The percentiles of measured times."""
         quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
         p20, p50, p80 = (torch.tensor(seconds, dtype=torch.float64).quantile(quantiles) * 1e3).tolist()
         return cls(p20, p50, p80, len(seconds))
 
     @classmethod
     def failed(cls, error: str) -> "Timing":
-        """No timing, and why."""
+        """No timing, with the reason."""
         return cls(None, None, None, error=error)
 
     def values(self) -> dict[str, Any]:
-        """As fields of a record."""
+        """The fields of a record."""
         return {
             "ms_p20": self.p20, "ms_p50": self.p50, "ms_p80": self.p80, "repeats": self.repeats, "error": self.error
         }  # fmt: skip
@@ -78,19 +78,20 @@ def measure(
     repeats: int,
     seconds: float,
 ) -> dict[str, Timing]:
-    """Check every provider, then time those that are right, in turn.
+    """Check every provider, then time those with a right result by turns.
 
     Args:
-        providers: names differ.
-        make_inputs: from a number to a set of inputs; the same number makes the same set.
-        input_bytes: size of one set, to tell how many are needed to be cold.
+        providers: with distinct names.
+        make_inputs: makes the input set of a number; the same number gives the same set.
+        input_bytes: size of one set, which determines how many sets keep the inputs cold.
         device: "cpu" or "cuda".
-        repeats: turns of each provider at most. seconds: no further repeat is begun after so long (three are made).
-            Who needs that long for one turn has no further one.
+        repeats: largest number of turns per provider.
+        seconds: after this time no further repeat begins, but three are always made. A provider whose first turn takes
+            longer than this has no second one.
 
     Returns:
-        By provider: its timing, or why there is none: a wrong result is not timed, and running out of memory is a
-        result too.
+        The timing of each provider by name, or the reason why there is none: a wrong result is not timed, and running
+        out of memory is a result too.
     """
     faults: dict[str, str] = {}
     inputs = make_inputs(0)
@@ -108,33 +109,33 @@ def measure(
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that there was no memory, of the GPU or of the host."""
+    """Whether an exception means that the GPU or the host ran out of memory."""
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def first_line(error: BaseException) -> str:
-    """An exception in one line."""
+    """An exception's type and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 def free(device: str) -> None:
-    """Give cached memory back, so that one provider's garbage is not another's shortage."""
+    """Free cached memory, so that one provider's garbage does not leave another short of memory."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
 def _fault(provider: Provider, inputs: tuple[Any, ...]) -> str | None:
-    """What keeps a provider from being timed. The call also compiles what has to be compiled."""
+    """Why a provider cannot be timed, or None. The call also triggers compilation."""
     try:
         fault = provider.check(provider.run(*_clone(inputs)), inputs)
-    except Exception as error:  # whatever a peer or a compiler raises is its result, and is recorded
+    except Exception as error:  # whatever a peer or a compiler raises is recorded as its result
         return f"out of memory: {first_line(error)}" if out_of_memory(error) else first_line(error)
     return None if fault is None else f"wrong result: {fault}"
 
 
 def _clone(inputs: Any) -> Any:
-    """A copy, as an op may work in place."""
+    """A copy, because an op may work in place."""
     if isinstance(inputs, torch.Tensor):
         return inputs.clone()
     return type(inputs)(_clone(value) for value in inputs)
@@ -143,7 +144,7 @@ def _clone(inputs: Any) -> Any:
 def _cold_inputs(make_inputs: Callable[[int], tuple[Any, ...]], input_bytes: int, device: str) -> list[tuple[Any, ...]]:
     if device == "cuda":
         return [make_inputs(0)]
-    # Twice the cache: when a set's turn comes again, nothing of it is left.
+    # Twice the size of the cache: by the time a set is used again, it has been evicted.
     sets = -(-2 * last_level_cache_bytes() // max(input_bytes, 1)) + 1
     return [make_inputs(number) for number in range(min(sets, _MOST_SETS))]
 
@@ -168,10 +169,10 @@ def _alternate(
 
 @contextmanager
 def _preparation(device: str) -> Iterator[Callable[[], object]]:
-    """What comes before each turn: on a GPU the L2 cache is overwritten, on a CPU all cores read other memory a while.
+    """What to call before each turn: on a GPU it overwrites the L2 cache, on a CPU all cores read unrelated memory.
 
-    So what the turn before left behind on a CPU is not timed: results in the cache that are yet to be written to
-    memory, freed memory on its way back to the system, threads that fell asleep.
+    On a CPU this keeps after-effects of the previous turn out of the timing: dirty cache lines that are yet to be
+    written back, freed memory that is being returned to the system, threads that have gone to sleep.
     """
     if device == "cuda":
         yield torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_
@@ -195,7 +196,7 @@ def _cpu_seconds(run: Callable[..., Any], inputs: tuple[Any, ...], prepare: Call
 
 def _cuda_seconds(run: Callable[..., Any], inputs: tuple[Any, ...], prepare: Callable[[], object]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # This also keeps the GPU busy while the host enqueues the run: its launches are not part of the time.
+    # This also keeps the GPU busy while the host enqueues the run, so that launch overhead is not timed.
     prepare()
     start.record()
     run(*inputs)

@@ -1,4 +1,4 @@
-"""Every command and program that the README shows is run, as it is printed."""
+"""Every command and program that the README and the guide show is run, as it is printed; their figures are recorded."""
 
 import contextlib
 import io
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.results import FOLDER, latest, read
+from benchmarks.summary import SECTIONS
 from gradprune.cli import main
 from gradprune.data.embedded import embedded_text
 from gradprune.demo import demo_model_path
@@ -54,7 +56,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_command_runs_as_printed(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
-    assert len(commands(README)) == 7
+    assert len(commands(README)) == 6
     for arguments in commands(README):
         run(arguments + bounds(arguments[1]), monkeypatch)
     assert (workplace / "results" / "test" / "model" / "model.safetensors").is_file()
@@ -66,7 +68,7 @@ def test_every_program_runs_as_printed(workplace: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     if not (workplace / "results" / "test").exists():
         pytest.skip("needs the model that the README's commands make")
-    assert len(blocks(README, "python")) == 3
+    assert len(blocks(README, "python")) == 2
     for program in blocks(README, "python"):
         exec(compile(program, "README.md", "exec"), {})
 
@@ -75,7 +77,7 @@ def test_the_guide_runs_as_printed(workplace: Path, monkeypatch: pytest.MonkeyPa
     folder = workplace / "guide"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    assert len(commands(GUIDE)) == 7
+    assert len(commands(GUIDE)) == 8
     for arguments in commands(GUIDE):
         run(arguments + bounds(arguments[1]), monkeypatch)
     found = [
@@ -87,6 +89,26 @@ def test_the_guide_runs_as_printed(workplace: Path, monkeypatch: pytest.MonkeyPa
     for program in blocks(GUIDE, "python"):
         exec(compile(program, "gradient-vanishing.md", "exec"), {})
     assert (folder / "gradient_analysis" / "layer_variance.png").is_file()
+
+
+def test_the_readme_is_short_and_shows_nothing_that_cannot_be_rebuilt() -> None:
+    assert len(README.splitlines()) <= 150
+    assert "stories" not in README
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_the_figures_are_those_of_the_records(name: str) -> None:
+    """`python -m benchmarks.report` renews them."""
+    text, records = (ROOT / name).read_text(encoding="utf-8"), latest(read(FOLDER))
+    for section, made in SECTIONS[name].items():
+        assert f"<!-- results: {section} -->\n{made(records)}\n<!-- end -->" in text, section
+
+
+def test_the_map_shows_every_folder() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for folder in (ROOT / "gradprune").iterdir():
+        if (folder / "__init__.py").exists():
+            assert f"`{folder.name}/`" in text, folder.name
 
 
 def test_every_file_the_readme_names_exists() -> None:

@@ -1,1 +1,1 @@
-"""How fast the pruned models are."""
+"""Speed of the pruned models."""

@@ -1,9 +1,9 @@
-"""Tokens per second and memory of dense against pruned models, by what their widths are rounded to.
+"""Tokens per second and memory of dense and pruned models, for several roundings of the MLP widths.
 
     python -m benchmarks.inference.speed [--device cuda] [--quick]
 
-Random weights, 30 % removed by magnitude; the models alternate. Prefill is a forward pass over a prompt; decoding is
-greedy generation with a KV cache, its prompt included.
+Random weights, 30 % removed by magnitude; the models are timed by turns. Prefill is one forward pass over a prompt;
+decoding is greedy generation with a KV cache, including its prompt.
 """
 
 from argparse import Namespace
@@ -34,7 +34,7 @@ BATCHES = (1, 8)
 
 @dataclass(frozen=True)
 class Setting:
-    """The model and the lengths."""
+    """The model, and the lengths of prompt and generation."""
 
     size: str
     dtype: str
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def pruned(model: PreTrainedModel, round_to: int) -> PreTrainedModel:
-    """`model` without `RATIO` of its parameters, by magnitude, with MLP widths that are multiples of `round_to`."""
+    """`model` without the fraction `RATIO` of its parameters, by magnitude; MLP widths are multiples of `round_to`."""
     scores = ImportanceEngine(model, "magnitude").scores()
     table = scored_groups(describe(model), scores)
     chosen = select(table, RATIO, model_size(model).parameters, Constraints(round_to=round_to))
@@ -73,7 +73,7 @@ def _setting(options: Namespace) -> Setting:
     if options.toy:
         return Setting("toy", "fp32", None, prompt=4, new_tokens=2, repeats=1, rounded_to=(1, 8))
     if options.device == "cuda":
-        # Eight layers of the 8B shape: its matrices at a quarter of its memory and time.
+        # Eight layers with the 8B model's matrices, at a quarter of its memory and time.
         return Setting("8B", "bf16", 8, prompt=512, new_tokens=16 if options.quick else 64, repeats=5)
     if options.quick:
         return Setting("28M", "fp32", None, prompt=64, new_tokens=4, repeats=2)
@@ -120,13 +120,13 @@ def _benchmark(
 
 
 def _milliseconds(rate: Throughput, tokens: int) -> dict[str, float]:
-    """The slow rate is the long time."""
+    """Times from rates: the 80th percentile of the rate is the 20th of the time."""
     return {"ms_p20": 1e3 * tokens / rate.p80, "ms_p50": 1e3 * tokens / rate.p50, "ms_p80": 1e3 * tokens / rate.p20}
 
 
 @torch.inference_mode()
 def _peak_memory(model: PreTrainedModel, device: str, batch: int, tokens: int) -> int | None:
-    """Bytes that a forward pass with its KV cache needs above the weights; only a GPU's are counted."""
+    """Bytes that a forward pass with its KV cache needs besides the weights; None on a CPU."""
     if device != "cuda":
         return None
     held = torch.cuda.memory_allocated()

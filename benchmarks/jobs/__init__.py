@@ -1,1 +1,1 @@
-"""What whole jobs cost."""
+"""Time and memory of whole jobs."""

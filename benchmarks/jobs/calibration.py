@@ -1,10 +1,11 @@
-"""Calibration and importance of a whole model: time and peak memory, everyone alternating in one run.
+"""Calibration and importance of a whole model: time and peak memory, all providers by turns in one run.
 
     python -m benchmarks.jobs.calibration [--sizes 3M,28M] [--device cuda] [--quick]
 
 Each provider first scores one batch, which is checked against the reference; then all take turns. Peak memory is what
-a provider's tensors need above the loaded model: on the CPU in a process of their own, on a GPU as PyTorch counts it.
-`forward` shows how much of it are activations. It and those who recompute them by themselves take no part where all do.
+a provider's tensors need on top of the loaded model: on the CPU measured in a separate process, on a GPU by PyTorch's
+allocator. `forward` shows how much of it is activations. Jobs in which everyone recomputes activations leave out
+`forward` and the providers whose point is recomputation.
 """
 
 from argparse import Namespace
@@ -34,9 +35,10 @@ FLOOR, _GROUP_TAYLOR = "plain", "torch-pruning GroupTaylor"
 
 @dataclass(frozen=True)
 class Job:
-    """A model, a load, and how often everyone's turn comes. only: of these providers, unless others are asked for.
+    """A model, a load, and the number of turns per provider.
 
-    seconds: about what it takes, to tell whether there is time. gigabytes: GPU memory without which it is pointless.
+    recompute: everyone recomputes activations. only: the providers that take part, unless --providers names others.
+    seconds: estimated duration; the job is skipped if less time is left. gigabytes: GPU memory it needs at least.
     """
 
     size: str
@@ -55,7 +57,7 @@ QUICK = [Job("3M", Load(4, 128, 4), repeats=3)]
 CPU = [
     Job("3M", Load(4, 128, 4), repeats=9),
     Job("28M", Load(4, 128, 4), repeats=7, seconds=60.0),
-    # The others take a minute each.
+    # The other providers take a minute per turn.
     Job("110M", Load(4, 128, 4), 3, only=(*_OURS_ON_CPU, "forward", FLOOR, "naive", _GROUP_TAYLOR), seconds=130.0),
 ]
 _OURS_ON_GPU = "gradprune triton"
@@ -65,18 +67,18 @@ GPU_QUICK = [Job("1B", Load(4, 512, 2), repeats=3, dtype="bf16", recompute=True)
 GPU = [
     Job("8B", Load(4, 2048, 2), 3, "bf16", True, _OTHERS_ON_GPU, seconds=60.0, gigabytes=24.0),
     Job("70B", Load(2, 512, 1), 1, "bf16", True, (_OURS_ON_GPU, FLOOR), seconds=40.0, gigabytes=134.0),
-    # Apart and after what matters more, because in this process a graph that does not end cannot be ended alone.
+    # Late and separate: Torch-Pruning's tracing may hang, and in-process it cannot be killed without losing the run.
     Job("8B", Load(4, 1024, 2), 2, "bf16", True, (_OURS_ON_GPU, FLOOR, *_TORCH_PRUNING), seconds=60.0, gigabytes=24.0),
     Job("8B", Load(128, 2048, 2), 1, "bf16", True, (_OURS_ON_GPU, FLOOR), seconds=130.0, gigabytes=24.0),
 ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the jobs of the device, or those of the sizes asked for."""
+    """Run the device's jobs, or those of the sizes asked for."""
     made = parser(__doc__)
-    made.add_argument("--sizes", type=listed(str), default=None, help="of the jobs' models")
+    made.add_argument("--sizes", type=listed(str), default=None, help="run only the jobs of these model sizes")
     made.add_argument(
-        "--providers", type=listed(str), default=None, help="who takes part, whatever a job's own choice is"
+        "--providers", type=listed(str), default=None, help="who takes part, instead of each job's own choice"
     )
     options = parse(made, arguments)
     logging.set_verbosity_error()
@@ -127,7 +129,7 @@ def _takes_part(one: Calibrator, job: Job, options: Namespace) -> bool:
 
 
 def _backends(device: str) -> tuple[str, ...]:
-    """Ours that run here; on the CPU Triton is its interpreter."""
+    """The backends of this project that run here; not Triton on a CPU, where it would be its interpreter."""
     return tuple(
         backend
         for backend in get_args(ImportanceBackend)
@@ -139,7 +141,7 @@ def _backends(device: str) -> tuple[str, ...]:
 
 @contextmanager
 def _sessions(job: Job, everyone: Sequence[Calibrator], device: str) -> Iterator[dict[str, Session | Worker]]:
-    """By name: processes of their own on the CPU; on a GPU in this one, sharing a model."""
+    """Sessions by name: each in its own process on the CPU; on a GPU all in this process, sharing one model."""
     sessions: dict[str, Session | Worker] = {}
     try:
         model = build(job.size, device, job.dtype) if device == "cuda" else None
@@ -162,7 +164,7 @@ def _check(
     deadline: Deadline,
     device: str,
 ) -> dict[str, str]:
-    """What is wrong with whom; they are not timed."""
+    """What is wrong with each provider that is not right; these are not timed."""
     expected = None if job.gigabytes > 100.0 else _expected(job, device)
     errors = {}
     for one in everyone:
@@ -179,7 +181,7 @@ def _check(
 
 
 def _expected(job: Job, device: str) -> dict[str, dict[str, Tensor]]:
-    """By what a calibrator can be checked with: the reference's scores of the first batch."""
+    """The reference's scores of the first batch, by `Calibrator.reduction`."""
     model = build(job.size, device, job.dtype)
     batch = samples(model, job.load)[:1]
     by_sample, by_batch = (
@@ -187,20 +189,20 @@ def _expected(job: Job, device: str) -> dict[str, dict[str, Tensor]]:
     )
     sizes = [(block.kind.name, block.groups) for block in describe(model).blocks]
     parts = zip(sizes, by_batch["taylor"].split([groups for _, groups in sizes]), strict=True)
-    # Torch-Pruning divides a layer's channels by their mean.
+    # Torch-Pruning divides the scores of a layer's channels by their mean.
     channels = [part / part.mean() for (kind, _), part in parts if kind == "mlp"]
     return {"sample": by_sample, "batch": by_batch, "mlp": {"taylor": torch.cat(channels)}}
 
 
 def _fault(found: dict[str, Tensor], expected: dict[str, Tensor], job: Job) -> str | None:
-    """Relative error in norm; bf16's gradients carry its rounding."""
+    """What is wrong with scores: relative error in the 2-norm, with a wider tolerance for bf16 gradients."""
     allowed = 1e-3 if job.dtype == "fp32" else 5e-2
     for method, have in found.items():
         want = expected[method]
         if have.shape != want.shape:
             return f"{method} has {len(have)} scores, not {len(want)}"
         error = float((have.double() - want.double()).norm() / want.double().norm())
-        # Written so that NaN fails.
+        # "not <=" rather than ">", so that NaN fails.
         if not error <= allowed:
             return f"{method} differs from the reference by {error:.1e}; {allowed:.1e} is allowed"
     return None if found else "there are no scores"
@@ -209,7 +211,7 @@ def _fault(found: dict[str, Tensor], expected: dict[str, Tensor], job: Job) -> s
 def _alternate(
     job: Job, sessions: dict[str, Session | Worker], errors: dict[str, str], deadline: Deadline
 ) -> dict[str, list[Turn]]:
-    """Turns by provider. One that fails has no further turn, and its error is added to `errors`."""
+    """Turns by provider. A provider that fails has no further turn, and its error is added to `errors`."""
     turns: dict[str, list[Turn]] = {name: [] for name in sessions}
     for repeat in range(job.repeats):
         # A repeat takes about as long as the one before.
@@ -228,10 +230,10 @@ def _alternate(
 
 
 def _held_memory(job: Job, name: str, turns: Sequence[Turn], deadline: Deadline, device: str) -> int | None:
-    """Bytes of tensors at the peak; None without a turn, or without the time for another."""
+    """Bytes of tensors at the peak; None without a turn, or without time for another one."""
     if not turns or device != "cpu":
         return max((turn.peak_memory for turn in turns), default=None)
-    # With the model to make first, and slower than the turns before.
+    # The new process builds the model first, and its memory mappings make it slower than the turns before.
     if not deadline.allows(3.0 * turns[-1].seconds):
         return None
     worker = Worker(replace(_task(job, name), mapped=True))
@@ -244,10 +246,10 @@ def _held_memory(job: Job, name: str, turns: Sequence[Turn], deadline: Deadline,
 
 
 def _timeout(deadline: Deadline) -> float:
-    """Seconds that a turn may take.
+    """The time limit of one turn, in seconds.
 
     Raises:
-        TurnError: there is no time left.
+        TurnError: no time is left.
     """
     if not deadline.allows(0.0):
         raise TurnError("skipped: the time for this run was used up")

@@ -1,8 +1,8 @@
-"""Who calibrates: from a model and batches to the importance of every group, as each project would have it done.
+"""The providers of calibration: from a model and batches to every group's importance, as each project documents it.
 
-All work on the same model and batches, with the same threads and element type, and each in its fastest documented
-way: this project and the plain pass with the fused attention that transformers chooses; Torch-Pruning and
-`torch.func` with eager attention, as the first traces no other and the second has no batching rule for it.
+All work on the same model and batches, with the same threads and dtype, each in its fastest documented way. This
+project and the plain pass run with the fused attention that transformers chooses; Torch-Pruning and `torch.func` run
+with eager attention, because the former cannot trace any other and the latter has no batching rule for it.
 """
 
 import time
@@ -22,13 +22,13 @@ from gradprune.calibration.capture import checkpointed
 from gradprune.calibration.engine import Scores
 from gradprune.models import Block, describe
 
-# Behind the name of who recomputes activations where the job does not ask everyone to.
+# Suffix of the providers that recompute activations even if the job does not make everyone do so.
 RECOMPUTING = " recomputing"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """scores: by method, [groups of the model]; empty where none are computed. seconds: of parts worth telling."""
+    """scores: [groups of the model] by method; empty if none are computed. seconds: of parts that are reported too."""
 
     scores: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -36,11 +36,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Calibrator:
-    """name: of the provider. run: the job, given (model, batches, whether to recompute activations).
+    """A provider. run: the job, called with (model, batches, whether to recompute activations).
 
-    reduction: by which of the engine's reductions its scores can be checked; "mlp": only the proportions of MLP
-        channels within a layer can; None: there is nothing to check.
-    attention: the implementation of attention that it runs with.
+    reduction: the engine's reduction that its scores are checked against; "mlp": only the proportions of the MLP
+        channels within a layer are comparable; None: nothing is.
+    attention: the attention implementation that it runs with.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Calibrator:
 
 
 def calibrators(backends: Sequence[str]) -> list[Calibrator]:
-    """Everyone: this project by backend, then what people would use instead."""
+    """All providers: this project with each backend, then what people would use instead."""
     return [
         *(Calibrator(f"gradprune {backend}", partial(_ours, backend), "sample") for backend in backends),
         *(
@@ -70,7 +70,7 @@ def calibrators(backends: Sequence[str]) -> list[Calibrator]:
 def engine_scores(
     model: PreTrainedModel, batches: Sequence[Tensor], backend: str, reduction: str, recompute: bool
 ) -> dict[str, Tensor]:
-    """First- and second-order importances by this project."""
+    """This project's first- and second-order importances."""
     with ImportanceEngine(
         model, "taylor", reduction=reduction, backend=backend, use_gradient_checkpointing=recompute
     ) as engine:
@@ -84,19 +84,19 @@ def _ours(backend: str, model: PreTrainedModel, batches: Sequence[Tensor], recom
 
 
 def _ours_recomputing(backend: str, model: PreTrainedModel, batches: Sequence[Tensor], _recompute: bool) -> Outcome:
-    """With `use_gradient_checkpointing`: less memory for a second forward pass."""
+    """With `use_gradient_checkpointing`: less memory, at the cost of a second forward pass."""
     return _ours(backend, model, batches, True)
 
 
 def _forward(model: PreTrainedModel, batches: Sequence[Tensor], _recompute: bool) -> Outcome:
-    """The loss and its graph, never gone through: the activations, which every method with gradients has to hold."""
+    """The loss with its graph but no backward pass: the activations, which every gradient method has to hold."""
     for ids in batches:
         model(input_ids=ids, labels=ids, use_cache=False)
     return Outcome()
 
 
 def _plain(model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -> Outcome:
-    """Forward and `loss.backward()`: what any method with gradients pays at least. Nothing is scored."""
+    """Forward and `loss.backward()`: the least that any gradient method costs. Nothing is scored."""
     with _recomputing(model, recompute):
         for ids in batches:
             model.zero_grad(set_to_none=True)
@@ -105,7 +105,7 @@ def _plain(model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -
 
 
 def _naive(model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -> Outcome:
-    """Gradients of batches kept whole, a buffer of g^2 beside them, eager scores, statistics by `.item()`."""
+    """Keeps each batch's gradients whole and a buffer of g^2; eager scores, statistics by `.item()`."""
     blocks = describe(model).blocks
     weights = [entry.linear.weight for block in blocks for entry in block.projections]
     squares = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
@@ -141,7 +141,7 @@ def _group_taylor(model: PreTrainedModel, batches: Sequence[Tensor], recompute: 
 def _group_hessian(model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -> Outcome:
     """Torch-Pruning's per-sample second order, as its documentation has it: one backward pass a sample.
 
-    Unchecked: its accumulator keeps only the last sample, so there are no right scores to compare with.
+    Not checked: its accumulator keeps only the last sample, so its scores are not those of the whole batch.
     """
     import torch_pruning
 
@@ -158,7 +158,7 @@ def _group_hessian(model: PreTrainedModel, batches: Sequence[Tensor], recompute:
 
 
 def _torch_pruning(model: PreTrainedModel, ids: Tensor, importance: Callable[..., Tensor]) -> Outcome:
-    """The dependency graph, and every KV head's and channel's importance; the graph's seconds are told apart."""
+    """Build the dependency graph, then score every KV head and channel; the graph's time is also reported alone."""
     import torch_pruning
 
     start = time.perf_counter()
@@ -181,7 +181,7 @@ def _torch_pruning(model: PreTrainedModel, ids: Tensor, importance: Callable[...
 
 
 def _per_sample(model: PreTrainedModel, batches: Sequence[Tensor], _recompute: bool) -> Outcome:
-    """`torch.func.vmap(grad)`: every sample's gradient of the prunable weights at once, then the exact sums."""
+    """`torch.func.vmap(grad)`: the prunable weights' gradients of all samples at once, then the exact sums."""
     blocks = describe(model).blocks
     prunable = {entry.linear.weight for block in blocks for entry in block.projections}
     weights = {name: value for name, value in model.named_parameters() if value in prunable}
@@ -207,7 +207,7 @@ def _add_samples(
     names: dict[Tensor, str],
     found: dict[str, Tensor],
 ) -> None:
-    """Add the scores of samples' gradients, found: by name [N, O, I]."""
+    """Add the scores of the samples' gradients; found: by weight name, [N, O, I]."""
     _add_folded(blocks, first, lambda weight: (weight * found[names[weight]]).abs().sum(0).float())
     _add_folded(blocks, second, lambda weight: 0.5 * (weight * found[names[weight]]).float().square().sum(0))
 
@@ -237,7 +237,7 @@ def _zeros(blocks: Sequence[Block]) -> list[Tensor]:
 
 @torch.no_grad()
 def _add_folded(blocks: Sequence[Block], into: list[Tensor], elements: Callable[[Tensor], Tensor]) -> None:
-    """Add each group's sum over its elements' scores, given the scores [O, I] of a weight."""
+    """Add each group's sum of element scores; elements: from a weight [O, I] to its scores [O, I]."""
     for block, total in zip(blocks, into, strict=True):
         for entry in block.inputs:
             total += entry.fold_rows(elements(entry.linear.weight).sum(1), block.groups)
@@ -249,5 +249,5 @@ def _means(first: list[Tensor], second: list[Tensor], count: int) -> dict[str, T
 
 
 def _column(scores: Scores) -> Tensor:
-    """[groups], in the order of the model's blocks."""
+    """All scores in one vector [groups], in the order of the model's blocks."""
     return torch.cat([scores.importance[key] for key in scores.importance])

@@ -1,9 +1,9 @@
-"""How calibration grows with parameters, tokens a sample, and samples: time, peak memory, fitted exponents.
+"""How calibration's time and peak memory grow with parameters, tokens per sample and samples.
 
     python -m benchmarks.jobs.growth [--quick] [--device cuda]
 
-The exponent is the slope of a straight line fitted to the logarithms: 1 is linear, 0 is constant. It is fitted where
-the smallest point is well above a call's fixed costs; the record has every point.
+Growth is given as an exponent, the slope of a straight line fitted to the logarithms: 1 is linear, 0 is constant. The
+smallest points are chosen well above the fixed cost of a call.
 """
 
 import math
@@ -26,14 +26,17 @@ from gradprune.evaluation.size import model_size
 
 @dataclass(frozen=True)
 class Series:
-    """Points along one axis, ascending: (size of the model, load)."""
+    """What grows, and its points in ascending order: (model size, load)."""
 
     axis: str
     points: tuple[tuple[str, Load], ...]
 
 
 def series_of(device: str, size: str) -> list[Series]:
-    """`size` is "full", "quick" or "toy". Ascending, as freed memory of a larger point would hide a smaller one."""
+    """The series of a device; `size` is "full", "quick" or "toy".
+
+    Points ascend because memory that a larger one freed would hide the peak of a smaller one.
+    """
     if size == "toy":
         return [Series("samples", tuple(("toy", Load(count, 8, 1)) for count in (1, 2)))]
     models, at, tokens = ("3M", "28M", "110M"), "28M", (64, 128, 256, 512)
@@ -50,7 +53,7 @@ def series_of(device: str, size: str) -> list[Series]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure each series with ours and with the plain pass in turn, and print exponents."""
+    """Measure each series with this project and the plain pass by turns, and print the exponents."""
     options = parse(parser(__doc__), arguments)
     logging.set_verbosity_error()
     deadline = Deadline(options.seconds)
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """Slope of the least-squares line through (log x, log y); NaN with fewer than two points above zero."""
+    """Slope of the least-squares line through (log x, log y); NaN for fewer than two positive points."""
     points = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True) if a > 0 and b > 0]
     if len(points) < 2:
         return math.nan
@@ -79,7 +82,7 @@ def _measure(series: Series, dtype: str, deadline: Deadline, options: Namespace)
     say(f"growth with {series.axis} on {options.device}")
     try:
         for model_name, load in series.points:
-            # The last point took about a quarter of this one's time.
+            # Assume that each point takes up to four times as long as the one before it.
             before = sum(4.0 * points[-1][1] for points in found.values() if points)
             if not deadline.allows(before + 2.0):
                 say("    the time for this run is used up")
@@ -105,7 +108,7 @@ def _measure(series: Series, dtype: str, deadline: Deadline, options: Namespace)
 def _open(
     names: Sequence[str], backend: str, size: str, dtype: str, device: str
 ) -> tuple[dict[str, Session | Worker], int]:
-    """Sessions by name, and the model's parameters."""
+    """Sessions by name, and the model's number of parameters."""
     if device == "cpu":
         tasks = {name: Task(name, (backend,), size, dtype, False, torch.get_num_threads()) for name in names}
         return {name: Worker(task) for name, task in tasks.items()}, model_size(build(size)).parameters
@@ -123,7 +126,7 @@ def _close(sessions: dict[str, Session | Worker]) -> None:
 def _turns(
     sessions: dict[str, Session | Worker], load: Load, deadline: Deadline, repeats: int = 3
 ) -> dict[str, list[Turn]]:
-    """Turns by name, in alternation, after an untimed batch."""
+    """Turns by name, alternating, after one untimed batch each."""
     turns: dict[str, list[Turn]] = {name: [] for name in sessions}
     for repeat in range(1 + repeats):
         for name, session in sessions.items():

@@ -1,4 +1,4 @@
-"""Random Llamas by size, and random samples for them."""
+"""Randomly initialised Llamas by size, and random samples for them."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from transformers.initialization import no_init_weights
 
 from benchmarks.kernels.op import DTYPES
 
-# Every head has its own KV head where the CPU runs them: Torch-Pruning's graph does not end at all GQA ratios.
+# Sizes that run on the CPU have one KV head per query head: at some GQA ratios Torch-Pruning's tracing never ends.
 SIZES = {
     "toy": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
     "3M": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8},
@@ -25,7 +25,7 @@ _LLAMA_3_VOCABULARY = 128256
 
 @dataclass(frozen=True)
 class Load:
-    """How much a calibration works through: `samples` of `tokens` each, `batch` at a time."""
+    """The size of a calibration: `samples` samples of `tokens` tokens each, in batches of `batch`."""
 
     samples: int
     tokens: int
@@ -33,12 +33,12 @@ class Load:
 
     @property
     def text(self) -> str:
-        """As results have it."""
+        """How results name it."""
         return f"{self.samples}x{self.tokens} tokens by {self.batch}"
 
 
 def build(size: str, device: str = "cpu", dtype: str = "fp32", layers: int | None = None) -> LlamaForCausalLM:
-    """A random model in evaluation mode, made where it will run; the same every time."""
+    """A random model in evaluation mode, created on `device`; the same every time."""
     shape = dict(SIZES[size])
     if layers is not None:
         shape["num_hidden_layers"] = layers
@@ -50,7 +50,7 @@ def build(size: str, device: str = "cpu", dtype: str = "fp32", layers: int | Non
         max_position_embeddings=8192,
         **shape,
     )
-    # transformers' own initialisation draws every weight twice.
+    # transformers' own initialisation would draw every weight twice.
     with torch.device(device), no_init_weights():
         model = LlamaForCausalLM._from_config(config, dtype=DTYPES[dtype]).eval()
     model.tie_weights()

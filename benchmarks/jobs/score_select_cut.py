@@ -1,4 +1,4 @@
-"""From the end of the backward pass to a cut model: scoring, selecting, cutting; by number of layers.
+"""From the end of calibration to a cut model: time of scoring, selecting and cutting, by number of layers.
 
     python -m benchmarks.jobs.score_select_cut [--layers 4,8,16,32] [--quick]
 
@@ -27,7 +27,7 @@ STEPS = ("score", "select", "cut")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure each depth, one record a step and one of all."""
+    """Measure each depth: one record per step, and one for all steps together."""
     made = parser(__doc__)
     made.add_argument("--layers", type=listed(int), default=None)
     made.add_argument("--repeats", type=int, default=5)
@@ -68,7 +68,7 @@ def calibrated(model: LlamaForCausalLM) -> ImportanceEngine:
 
 
 def job(model: LlamaForCausalLM, engine: ImportanceEngine, ratio: float) -> tuple[float, float, float]:
-    """Seconds of scoring, selecting and cutting (into a new model that shares what is not cut)."""
+    """Seconds of scoring, selecting and cutting; the cut model shares the tensors that are not cut."""
     start = time.perf_counter()
     table = scored_groups(describe(model), engine.scores())
     scored = time.perf_counter()

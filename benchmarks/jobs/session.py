@@ -1,7 +1,8 @@
-"""One provider at work on one model: its scores on a first batch, timed turns, peak memory.
+"""One provider with one model: its scores of a first batch, timed turns, peak memory.
 
-`Session` works in this process, for a GPU, whose memory PyTorch counts by itself and which models share. `Worker` is
-one in a process of its own, for the CPU: peak resident memory is a process's, and a peer that hangs can be ended.
+`Session` runs in this process. It is used on a GPU, where PyTorch's allocator counts memory and providers share a
+model. `Worker` runs a session in a separate process. It is used on the CPU, where peak memory can only be measured per
+process, and where a peer that hangs can then be killed.
 """
 
 import ctypes
@@ -22,18 +23,20 @@ from benchmarks.jobs.calibrators import Calibrator, Outcome, calibrators
 from benchmarks.jobs.models import Load, build, samples
 from benchmarks.timing import first_line, free, out_of_memory
 
-# Seconds that a worker may take for a turn, its start included.
+# Seconds that a worker may take to start, and for a turn.
 TIMEOUT = 120.0
-# From so many bytes on tensors are mapped one by one, where that is asked for; and mallopt's name for the parameter.
+# With Task.mapped, allocations of at least _MAPPED_BYTES get their own mapping; _M_MMAP_THRESHOLD is mallopt's
+# number for that parameter.
 _MAPPED_BYTES, _M_MMAP_THRESHOLD = 64 << 10, -3
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is to do: `provider` of `calibrators(backends)` on a random Llama of `size`.
+    """A worker's task: `provider` of `calibrators(backends)` on a random Llama of `size`.
 
-    mapped: every larger tensor is a mapping of its own, so that resident memory is that of tensors. Otherwise the C
-        library's heap returns freed ones late, or not at all where others lie above them. Slower: not to be timed.
+    mapped: each larger tensor gets its own memory mapping, so that resident memory is that of live tensors. Otherwise
+        the C library's heap returns freed memory late, or not at all if something above it is in use. Mapping is
+        slower, so such a worker is not timed.
     """
 
     provider: str
@@ -47,9 +50,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Turn:
-    """One calibration: its seconds, bytes above the loaded model at the peak, what else the provider tells.
+    """One calibration: its seconds, its peak memory in bytes on top of the loaded model, and seconds of its parts.
 
-    peak_memory: of tensors on a GPU; resident on the CPU, so with what the heap keeps of freed tensors (see `Task`).
+    peak_memory: of tensors on a GPU; of the process on the CPU, with freed memory that the heap keeps (see `Task`).
     """
 
     seconds: float
@@ -58,24 +61,24 @@ class Turn:
 
 
 class TurnError(Exception):
-    """A provider could not do its turn: out of memory, a timeout, no such package."""
+    """A provider could not finish its turn: out of memory, a timeout, a missing package."""
 
 
 class Session:
     """A provider in this process."""
 
     def __init__(self, calibrator: Calibrator, model: PreTrainedModel, recompute: bool) -> None:
-        """The model is as it was between turns, but for its implementation of attention."""
+        """Between turns the model is unchanged, except for its attention implementation."""
         self._calibrator = calibrator
         self._model = model
         self._recompute = recompute
         self._held = _resident_bytes()
 
     def scores(self, load: Load, _timeout: float = TIMEOUT) -> dict[str, Tensor]:
-        """Scores of the load's first batch, which is the warm-up too. In this process nothing can be ended in time.
+        """Scores of the load's first batch; this is the warm-up too. There is no time limit within this process.
 
         Raises:
-            TurnError: it cannot.
+            TurnError: the provider failed.
         """
         return self._run(samples(self._model, load)[:1]).scores
 
@@ -83,7 +86,7 @@ class Session:
         """One whole calibration.
 
         Raises:
-            TurnError: it cannot.
+            TurnError: the provider failed.
         """
         batches = samples(self._model, load)
         cuda = self._model.device.type == "cuda"
@@ -101,13 +104,13 @@ class Session:
         return Turn(seconds, max(peak, 0), outcome.seconds)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to close; `Worker` has the same interface."""
 
     def _run(self, batches: list[Tensor]) -> Outcome:
         self._model.set_attn_implementation(self._calibrator.attention)
         try:
             return self._calibrator.run(self._model, batches, self._recompute)
-        except Exception as error:  # what a peer raises is its result, and is recorded
+        except Exception as error:  # whatever a peer raises is recorded as its result
             raise TurnError(
                 f"out of memory: {first_line(error)}" if out_of_memory(error) else first_line(error)
             ) from error
@@ -116,11 +119,11 @@ class Session:
 
 
 class Worker:
-    """A provider in a process of its own; raises `TurnError` for all that goes wrong there."""
+    """A provider in its own process; whatever goes wrong there is raised as `TurnError`."""
 
     def __init__(self, task: Task) -> None:
-        """Start the process and wait for it to have loaded the model: many at once would be in each other's way."""
-        # Its server imports the libraries once, before any thread is there, and forks a process a worker.
+        """Start the process and wait until it has loaded the model, so that workers do not load at the same time."""
+        # The fork server imports the libraries once, before it has any threads, and forks one process per worker.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, "torch_pruning"])
         self._connection, theirs = context.Pipe()
@@ -133,7 +136,7 @@ class Worker:
             else:
                 self._process.kill()
         except (EOFError, OSError):
-            # It died; whoever asks it for something is told.
+            # It died; the next call raises TurnError.
             self._process.join(10.0)
 
     def scores(self, load: Load, timeout: float = TIMEOUT) -> dict[str, Tensor]:
@@ -172,7 +175,7 @@ class Worker:
 
 
 def serve(task: Task, connection: Connection) -> None:
-    """A worker's process: answer ("scores" | "turn", load) until the other end closes."""
+    """The worker's process: answer requests ("scores" | "turn", load) until the other end closes."""
     torch.set_num_threads(task.threads)
     if task.mapped:
         _map_tensors()
@@ -180,7 +183,7 @@ def serve(task: Task, connection: Connection) -> None:
     failure = _warm_libraries(calibrator)
     session = Session(calibrator, build(task.size, dtype=task.dtype), task.recompute)
     answers: dict[str, Callable[[Load], Any]] = {
-        # As lists, because tensors would travel through shared memory.
+        # As lists, because multiprocessing would pass tensors through shared memory.
         "scores": lambda load: {name: values.tolist() for name, values in session.scores(load).items()},
         "turn": session.turn,
     }
@@ -200,7 +203,7 @@ def serve(task: Task, connection: Connection) -> None:
 
 
 def _warm_libraries(calibrator: Calibrator) -> str | None:
-    """Load what the provider's first run would load, so that libraries are not counted as its memory."""
+    """Run a toy calibration first, so that lazily loaded libraries do not count as the provider's memory."""
     try:
         Session(calibrator, build("toy"), recompute=False).turn(Load(2, 8, 2))
     except TurnError as error:
@@ -217,7 +220,7 @@ def _peak_resident_bytes() -> int:
 
 
 def _reset_peak() -> None:
-    """Let the peak begin again, where Linux lets a process do so; otherwise it is the peak since its start."""
+    """Reset the peak if Linux permits it; otherwise the peak is that since the process started."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -225,7 +228,7 @@ def _reset_peak() -> None:
 
 
 def _map_tensors() -> None:
-    """From now on, where the C library can."""
+    """Give larger allocations their own mappings from now on, if the C library supports it."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)

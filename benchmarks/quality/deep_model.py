@@ -29,15 +29,18 @@ SHRUNK_LAYERS = (0, 1, 2)
 SHRINK = 4000.0  # of the gradients
 
 
-def healthy_model(tokens: Tensor, vocab_size: int, eos_token_id: int, console: Console) -> LlamaForCausalLM:
-    """Train it; two minutes on one core.
+def healthy_model(
+    tokens: Tensor, vocab_size: int, eos_token_id: int, console: Console, recipe: DemoTraining = RECIPE
+) -> LlamaForCausalLM:
+    """Train it; with the default recipe two minutes on one core.
 
     Args:
         tokens: [tokens] int64 of training text.
         vocab_size, eos_token_id: the tokenizer's.
         console: where progress is shown.
+        recipe: sizes and schedule; at least three layers.
     """
-    return train_model(RECIPE, tokens, vocab_size=vocab_size, eos_token_id=eos_token_id, console=console)
+    return train_model(recipe, tokens, vocab_size=vocab_size, eos_token_id=eos_token_id, console=console)
 
 
 @torch.no_grad()

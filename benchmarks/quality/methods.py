@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality.methods [--base_model MODEL --dataset TEXT --eval_dataset TEXT] [--eval_samples N]
 
-Without --base_model: stories260k where it lies beside the repository, the same with its KV heads repeated (which
-Torch-Pruning can trace), and the demo model. One calibration pass a seed serves every method; Torch-Pruning gets the
+Without --base_model: stories260k where it lies beside the repository, and the demo model; each also with its KV heads
+repeated, which Torch-Pruning can trace. One calibration pass a seed serves every method; Torch-Pruning gets the
 same samples, and removes no more parameters than this project may. The whole table with --search takes hours;
 --quick measures one ratio, seed and temperature of it, with the same samples.
 """
@@ -42,6 +42,7 @@ from gradprune.surgery.least_squares import least_squares
 from gradprune.surgery.masking import output_weights_restored
 
 PEER = "torch-pruning GroupTaylor"
+MODELS = ("stories260k", "stories260k-repeated", "demo", "demo-repeated")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure model by model, seed by seed."""
     made = parser(__doc__)
     made.add_argument("--base_model")
+    made.add_argument("--models", type=listed(str), default=MODELS, help=f"without --base_model: {', '.join(MODELS)}")
+    made.add_argument("--methods", type=listed(str), default=METHODS, help="importance methods to measure")
     made.add_argument("--dataset")
     made.add_argument("--eval_dataset")
     made.add_argument("--ratios", type=listed(float), default=None)
@@ -94,17 +97,23 @@ def _with_defaults(options: Namespace) -> Namespace:
 def _subjects(options: Namespace) -> Iterator[Subject]:
     shared = ROOT.parent / "shared"
     stories = shared / "models" / "stories260k"
+    texts = tuple(str(shared / "text" / f"stories_{part}.txt") for part in ("calibration", "eval"))
     if options.base_model is not None:
         yield _load(options.base_model, options.dataset, options.eval_dataset, options.device)
         return
-    if stories.is_dir():
-        texts = [str(shared / "text" / f"stories_{part}.txt") for part in ("calibration", "eval")]
-        subject = _load(str(stories), *texts, options.device)
-        yield subject
-        repeated = without_grouped_queries(subject.model).to(options.device)
-        yield replace(subject, name=f"{subject.name}, KV heads repeated", model=repeated)
+    models = {"stories260k": (str(stories), *texts)} if stories.is_dir() else {}
     if not (options.toy or (options.quick and stories.is_dir())):
-        yield replace(_load(str(demo_model_path()), None, None, options.device), name="demo")
+        models["demo"] = (str(demo_model_path()), None, None)
+    for name, source in models.items():
+        chosen = {name, f"{name}-repeated"} & set(options.models)
+        if not chosen:
+            continue
+        subject = replace(_load(*source, options.device), name=name)
+        if name in chosen:
+            yield subject
+        if f"{name}-repeated" in chosen:
+            repeated = without_grouped_queries(subject.model).to(options.device)
+            yield replace(subject, name=f"{name}, KV heads repeated", model=repeated)
 
 
 def _load(base_model: str, dataset: str | None, eval_dataset: str | None, device: str) -> Subject:
@@ -148,7 +157,7 @@ def _choices(model: PreTrainedModel, samples: Samples, config: PruneConfig, opti
     peer = _peer_scores(model, samples.calibration)
     for ratio in options.ratios:
         for temperature in options.temperatures:
-            for method in METHODS:
+            for method in options.methods:
                 table = score_groups(view, evidence, Scoring(method, temperature=temperature, tau=0.0))
                 masks = table.masks(select(table, ratio, parameters, Constraints()))
                 for repaired in (False, True):

@@ -1,18 +1,24 @@
-"""What repairs of vanishing gradients bring and cost, on a deep healthy model and on one that pruning harms.
+"""What scaling the gradients brings and costs: on a deep healthy model, and on one where pruning does harm.
 
-    python -m benchmarks.quality.vanishing
+    python -m benchmarks.quality.vanishing [--device cuda] [--quick]
 
-Both compute the same (see `deep_model`). For every repair, without and with H-GSP: the gradient ratio before and after,
-what the first layer's MLP loses, and the perplexity, at one pruning ratio, from one calibration a model.
+Both models compute the same function (see `deep_model`). For every scaling of the gradients, without H-GSP and with it:
+the gradient ratio before and after, what the first layer's MLP loses, how many blocks are over-pruned, and the
+perplexity. One pruning ratio, no repair of weights, one calibration per model. Not part of `make bench`, because
+training alone takes two minutes on one core; --quick trains a smaller model, which is recorded under its own name.
 """
 
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.options import parse, parser
 from benchmarks.progress import Deadline, say
-from benchmarks.quality.deep_model import SPLIT_LAYER, healthy_model, suffering_model
+from benchmarks.quality.deep_model import RECIPE, SPLIT_LAYER, healthy_model, suffering_model
 from benchmarks.results import append, record
 from gradprune.calibration.gather import gather_evidence
 from gradprune.config import Constraints, PruneConfig, Scoring
@@ -32,66 +38,75 @@ from gradprune.vanishing.diagnosis import diagnose_gradients
 
 FIXES = ("none", "adaptive", "normalize", "depth:sqrt", "adaptive+depth:sqrt")
 METHOD = "taylor_2nd"
+# By option, what is measured: the model's name in the results, its recipe, calibration samples.
+_FULL = ("deep", RECIPE, 32)
+_QUICK = ("deep, quick,", replace(RECIPE, steps=60, layers=8), 16)
+_TOY = ("toy", replace(RECIPE, steps=4, layers=3, hidden_size=32, intermediate_size=32, seq_len=32), 4)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, measure, print, record."""
+    """Train the models, then prune each in all ways."""
     made = parser(__doc__)
-    made.add_argument("--ratio", type=float, default=0.5)
-    made.add_argument("--eval_samples", type=int, default=64)
+    made.add_argument("--ratio", type=float, default=0.5, help="of the parameters that are removed")
+    made.add_argument("--eval_samples", type=int, default=64, help="windows that the perplexity is measured on")
     options = parse(made, arguments)
     deadline = Deadline(options.seconds)
+    name, recipe, samples = _TOY if options.toy else _QUICK if options.quick else _FULL
     tokenizer, text = byte_tokenizer(), embedded_text()
     tokens, held_out = encode(tokenizer, text.train), encode(tokenizer, text.held_out)
-    say("training the deep model")
-    healthy = healthy_model(tokens, len(tokenizer), tokenizer.eos_token_id, QUIET)
-    print("| model | T | repair | ratio before | after | layer 0 MLP pruned | over-pruned blocks | perplexity |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, model in (("healthy", healthy), ("suffering", suffering_model(healthy))):
-        _measure(name, model, tokens, held_out, deadline, options)
+    say(f"vanishing gradients: training the {name} model, {recipe.layers} layers")
+    healthy = healthy_model(tokens, len(tokenizer), tokenizer.eos_token_id, QUIET, recipe)
+    config = PruneConfig(num_samples=samples, temperature=1.0, tau=0.0, prior="removal", repair="none")
+    for kind, model in (("healthy", healthy), ("suffering", suffering_model(healthy))):
+        say(f"    {name} {kind}")
+        for found in _measure(model.to(options.device), tokens, held_out, config, options):
+            if not deadline.allows(0.0):
+                say("    the time for this run is used up")
+                return
+            provider = f"gradprune {found['gradient_fix']} T={found['temperature']:g}"
+            shape = f"{options.ratio:.0%}"
+            append(
+                record("vanishing", f"{name} {kind}", provider, shape, "fp32", options.device, extra=found),
+                options.output,
+            )
+            say(
+                f"    {provider:36s} gradient ratio {found['gradient_ratio_after']:8,.1f}"
+                f"  first MLP loses {found['first_mlp_pruned']:4.0%}  over-pruned {found['over_pruned_blocks']:3d}"
+                f"  perplexity {found['perplexity']:7.2f}"
+            )
 
 
-def _measure(name: str, model: PreTrainedModel, tokens, held_out, deadline: Deadline, options) -> None:
-    config = PruneConfig(num_samples=32, temperature=1.0, tau=0.0, prior="removal", repair="none")
+def _measure(
+    model: PreTrainedModel, tokens: Tensor, held_out: Tensor, config: PruneConfig, options: Namespace
+) -> Iterator[dict[str, Any]]:
+    """By temperature and scaling, what a record's `extra` holds; tokens, held_out: [tokens] int64."""
     samples = draw_samples(model, None, config, tokens, held_out)
     view, parameters = describe(model), model_size(model).parameters
     evidence = gather_evidence(model, view, samples, config)
-
-    def quality(pruned: PreTrainedModel) -> float:
-        found = perplexity(pruned, held_out, seq_len=128, batch_size=8, max_windows=options.eval_samples)
-        return found.value
-
+    quality = _perplexity_of(held_out, options.eval_samples)
     dense, before = quality(model), diagnose_gradients(evidence.gradients).ratio
-    print(f"| {name} | - | dense | {before:,.1f} | - | - | - | {dense:.2f} |", flush=True)
     for temperature in (0.0, 1.0):
         for fix in FIXES:
-            if not deadline.allows(0.0):
-                return
             table = score_groups(view, evidence, Scoring(METHOD, fix, temperature=temperature, tau=0.0))
             masks = table.masks(select(table, options.ratio, parameters, Constraints()))
             distribution = pruning_distribution(masks)
             repair = evidence.repaired(fix, len(view.layers))
-            after = before if repair is None else diagnose_gradients(repair.after).ratio
-            extra = {
+            yield {
                 "ratio": options.ratio,
                 "method": METHOD,
                 "temperature": temperature,
                 "gradient_fix": fix,
                 "gradient_ratio_before": before,
-                "gradient_ratio_after": after,
+                "gradient_ratio_after": before if repair is None else diagnose_gradients(repair.after).ratio,
                 "first_mlp_pruned": distribution[SPLIT_LAYER].pruned["mlp"],
                 "over_pruned_blocks": len(over_pruned(distribution)),
                 "perplexity": quality(cut(model, masks)),
                 "perplexity_dense": dense,
             }
-            provider = f"gradprune {fix} T={temperature:g}"
-            found = record("vanishing", f"deep {name}", provider, f"{options.ratio:.0%}", "fp32", "cpu", extra=extra)
-            append(found, options.output)
-            print(
-                f"| {name} | {temperature:g} | {fix} | {before:,.1f} | {after:,.1f} "
-                f"| {extra['first_mlp_pruned']:.0%} | {extra['over_pruned_blocks']} | {extra['perplexity']:.2f} |",
-                flush=True,
-            )
+
+
+def _perplexity_of(held_out: Tensor, windows: int) -> Callable[[PreTrainedModel], float]:
+    return lambda model: perplexity(model, held_out, seq_len=128, batch_size=8, max_windows=windows).value
 
 
 if __name__ == "__main__":

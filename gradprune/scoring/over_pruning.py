@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from gradprune.config import GRADIENT_METHODS, PruneConfig
+from gradprune.config import PruneConfig
 from gradprune.models import KINDS, BlockKey
 from gradprune.models.masks import GroupMasks
 
@@ -62,12 +62,11 @@ def to_json(distribution: list[LayerPruning]) -> list[dict[str, Any]]:
 
 
 def _next_step(config: PruneConfig) -> str:
-    """The next rung: H-GSP, then adaptive scaling with it, then depth weighting too, then limits."""
-    if config.temperature == 0.0:
-        return "Try --temperature 1 --tau 0."
-    if config.importance_method in GRADIENT_METHODS:
-        if config.gradient_fix == "none":
-            return "Try --gradient_fix adaptive."
-        if "depth" not in config.gradient_fix:
-            return "Try --gradient_fix adaptive+depth:sqrt."
-    return "Try --max_layer_ratio 0.5, or --freeze_first_n_layers."
+    """What measured better (`benchmarks/README.md`): no H-GSP, bounded gradient scales, repair, search; then limits."""
+    if config.temperature != 0.0:
+        return "Try --temperature 0: H-GSP takes most from the blocks whose prior is low."
+    if "normalize" in config.gradient_fix:
+        return "Try --gradient_fix adaptive: it scales each layer by at most 10, normalize by anything."
+    if config.repair == "none":
+        return "Try --repair least_squares."
+    return "Let gradprune search choose by held-out loss, or set limits: --max_layer_ratio, --freeze_first_n_layers."

@@ -5,11 +5,36 @@ from pathlib import Path
 import pytest
 
 from benchmarks.jobs.growth import exponent
-from benchmarks.report import BEGIN, END, main, replace_section
+from benchmarks.report import PICTURE, main, replace_sections
 from benchmarks.results import Record, append
+from benchmarks.summary import MODELS, MOST_ROWS, SECTIONS
 from helpers.benchmark_records import made
 
-README = f"# A project\n\nBefore.\n\n{BEGIN}\nold figures\n{END}\n\nAfter.\n"
+
+def text_with(*names: str) -> str:
+    sections = "".join(f"\n<!-- results: {name} -->\nold figures\n<!-- end -->\n" for name in names)
+    return f"# A project\n{sections}\nAfter.\n"
+
+
+def section(text: str, name: str) -> str:
+    return text.split(f"<!-- results: {name} -->\n")[1].split("<!-- end -->")[0]
+
+
+def rows(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("|")][2:]
+
+
+PERPLEXITIES = {
+    "gradprune taylor T=0": 7.0,
+    "gradprune taylor + least squares T=0": 5.0,
+    "gradprune taylor + least squares T=1": 5.004,
+    "gradprune fisher + least squares T=0": 6.0,
+    "gradprune fisher + least squares T=1": 5.5,
+    "gradprune magnitude T=0": 8.0,
+    "gradprune magnitude + least squares T=0": 6.0,
+    "gradprune magnitude + least squares T=1": 6.5,
+    "torch-pruning GroupTaylor": 9.0,
+}
 
 
 def fixture_records() -> list[Record]:
@@ -32,9 +57,22 @@ def fixture_records() -> list[Record]:
         )
     records.append(made("job", "score, select, cut", "gradprune all", 12.0, extra={"step": "all"}))
     for seed in (0, 1):
-        for provider, value in (("gradprune taylor T=0", 7.0), ("gradprune taylor T=1", 6.5), ("torch-pruning", 9.0)):
+        for provider, value in PERPLEXITIES.items():
             extra = {"ratio": 0.2, "seed": seed, "perplexity": value + seed, "perplexity_dense": 4.25, "kept": 0.8}
-            records.append(made("quality", "stories", provider, shape="20%", extra=extra))
+            records += [
+                made("quality", "stories", provider, shape="20%", extra=extra),
+                made("quality", MODELS[0], provider, shape="20%", extra={**extra, "perplexity": 2.0 * value}),
+            ]
+    for name, best in (("deep healthy", "none"), ("deep suffering", "adaptive")):
+        for fix in ("none", "adaptive"):
+            for temperature in (0.0, 1.0):
+                extra = {
+                    "temperature": temperature, "gradient_fix": fix, "gradient_ratio_before": 5642.0,
+                    "gradient_ratio_after": 276.0, "first_mlp_pruned": 0.84, "over_pruned_blocks": 3,
+                    "perplexity_dense": 9.0, "perplexity": 9.5 if fix == best else 10.5 + temperature,
+                }  # fmt: skip
+                provider = f"gradprune {fix} T={temperature:g}"
+                records.append(made("vanishing", name, provider, shape="50%", extra=extra))
     for provider, speed in (("dense", 1000.0), ("round_to 8", 1500.0)):
         extra = {"tokens_per_s": speed, "parameters": 3e6, "weight_bytes": 6 << 20, "ratio": 0.3}
         records.append(made("inference", "prefill", provider, 1e5 / speed, extra=extra))
@@ -48,27 +86,26 @@ def results(tmp_path: Path) -> Path:
     return tmp_path / "results"
 
 
-def rebuild(results: Path, folder: Path) -> tuple[Path, Path]:
-    folder.mkdir()
-    readme = folder / "project.md"
-    readme.write_text(README)
-    main(["--results", str(results), "--output", str(folder), "--readme", str(readme)])
-    return folder, readme
+def rebuild(results: Path, folder: Path) -> Path:
+    for name, sections in SECTIONS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text_with(*sections))
+    main(["--results", str(results), "--root", str(folder)])
+    return folder
 
 
 def test_the_same_results_make_the_same_bytes(results: Path, tmp_path: Path) -> None:
-    first, _ = rebuild(results, tmp_path / "first")
-    second, readme = rebuild(results, tmp_path / "second")
-    main(["--results", str(results), "--output", str(second), "--readme", str(readme)])
+    first, second = (rebuild(results, tmp_path / name) for name in ("first", "second"))
+    main(["--results", str(results), "--root", str(second)])
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(second) for path in second.rglob("*") if path.is_file())
-    assert len([file for file in files if file.suffix == ".svg"]) == 3
+    assert len([file for file in files if file.suffix == ".svg"]) == 5
     for file in files:
         assert (first / file).read_bytes() == (second / file).read_bytes(), file
 
 
 def test_the_report_shows_the_records(results: Path, tmp_path: Path) -> None:
-    folder, readme = rebuild(results, tmp_path / "report")
+    folder = rebuild(results, tmp_path / "report") / "benchmarks"
     report = (folder / "README.md").read_text()
     assert "| Llama-3-8B q 4x8 fp32 | gradprune cpp | 2.250 | 2.500 | 3.000 | 8.0 | 80 |" in report
     assert "| gradprune cpp | 96.300 | 107 | 128 | 1.07 | 200.0 | 0.50 | 2.5% |" in report
@@ -77,28 +114,70 @@ def test_the_report_shows_the_records(results: Path, tmp_path: Path) -> None:
     assert "7.50 (7.00 to 8.00)" in report
     assert "1500.0 | 1.50 |" in report
     assert "skipped: the time for this run was used up" in report
+    assert "| deep healthy | 0 | none | 5,642 | 276 | 84% | 3 | 9.00 | 9.50 |" in report
     for image in folder.rglob("*.svg"):
-        assert f"plots/{image.name}" in report
-    section = readme.read_text().split(BEGIN)[1].split(END)[0]
-    assert "80 % | 20.00 |" in section
-    assert "| gradprune cpp | 1.00 | 1.00 | 2.5% |" in section
-    assert "| naive | 1.50 | 4.50 | 177.5% |" in section
-    assert "| torch-pruning GroupTaylor | out of memory | - | - |" in section
-    assert "| gradprune taylor | 7.50 / **7.00** |" in section
+        assert f"plots/{image.name}" in report or image.name == PICTURE
 
 
-def test_only_the_section_of_the_readme_changes(results: Path, tmp_path: Path) -> None:
-    _, readme = rebuild(results, tmp_path / "report")
-    text = readme.read_text()
-    assert text.startswith(f"# A project\n\nBefore.\n\n{BEGIN}\n")
-    assert text.endswith(f"{END}\n\nAfter.\n")
-    assert "old figures" not in text
+def test_readme_shows_short_tables_of_what_anyone_can_rebuild(results: Path, tmp_path: Path) -> None:
+    readme = (rebuild(results, tmp_path / "report") / "README.md").read_text()
+    assert "old figures" not in readme
+    assert "stories" not in readme
+    # 107 ms and 200 MiB of ours; the peer ran out of memory, so there is nothing to claim.
+    assert "Torch-Pruning" not in section(readme, "claim")
+    assert "80 % | 20.00 |" in section(readme, "ops")
+    calibration = section(readme, "calibration")
+    assert "| gradprune cpp | 1.00 | 1.00 | 2.5% |" in calibration
+    assert "| naive | 1.50 | 4.50 | 177.5% |" in calibration
+    assert "| torch-pruning GroupTaylor | out of memory | - | - |" in calibration
+    quality = section(readme, "quality")
+    assert "| `taylor`, repaired | **10.00** |" in quality
+    assert "| Torch-Pruning `GroupTaylor`, its defaults | 18.00 |" in quality
+    for table in (section(readme, "ops"), calibration, quality):
+        assert 0 < len(rows(table)) <= MOST_ROWS
 
 
-def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("nothing to replace")
-    with pytest.raises(ValueError, match="once each"):
-        replace_section(tmp_path / "README.md", "text")
+def test_the_claim_is_a_ratio_of_one_run(tmp_path: Path) -> None:
+    for provider, milliseconds, peak in (("gradprune cpp", 100.0, 150), ("torch-pruning GroupTaylor", 160.0, 200)):
+        values = {"peak_memory": peak, "extra": {"weight_bytes": 1}}
+        append(made("job", "calibration", provider, milliseconds, **values), tmp_path / "results")
+    claim = section((rebuild(tmp_path / "results", tmp_path) / "README.md").read_text(), "claim")
+    assert "1.6 times as fast as Torch-Pruning's `GroupTaylorImportance` in 75% of its memory" in claim
+
+
+def test_the_guide_says_where_h_gsp_and_scaling_help(results: Path, tmp_path: Path) -> None:
+    guide = (rebuild(results, tmp_path / "report") / "docs" / "gradient-vanishing.md").read_text()
+    # Two models each; a difference that the tables do not show is none.
+    assert rows(section(guide, "temperature")) == [
+        "| `taylor` | 0 | 1 | 1 |",
+        "| `fisher` | 2 | 0 | 0 |",
+        "| `magnitude` | 0 | 0 | 2 |",
+        "| all | 2 | 1 | 3 |",
+    ]
+    assert rows(section(guide, "scalings")) == [
+        "| `none` | **9.50** | 10.50 | **9.50** | 11.50 |",
+        "| `adaptive` | 10.50 | **9.50** | 11.50 | **9.50** |",
+    ]
+
+
+def test_nothing_measured_is_said(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    readme = (rebuild(tmp_path / "results", tmp_path) / "README.md").read_text()
+    assert readme.count("Nothing has been measured yet.") == 3
+
+
+def test_only_the_sections_change(results: Path, tmp_path: Path) -> None:
+    text = (rebuild(results, tmp_path / "report") / "README.md").read_text()
+    assert text.startswith("# A project\n\n<!-- results: claim -->\n**gradprune")
+    assert text.endswith("<!-- end -->\n\nAfter.\n")
+
+
+@pytest.mark.parametrize("text", ["nothing", text_with("ops", "ops"), "<!-- results: ops -->\nno end"])
+def test_a_text_without_its_section_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(ValueError, match="results: ops"):
+        replace_sections(tmp_path / "README.md", {"ops": "text"})
+    assert (tmp_path / "README.md").read_text() == text
 
 
 def test_an_exponent_is_the_slope_of_the_logarithms() -> None:

@@ -16,7 +16,7 @@ from benchmarks.jobs.calibrators import Calibrator, Outcome
 from benchmarks.jobs.models import Load, build
 from benchmarks.jobs.session import Session, Task, TurnError, Worker
 from benchmarks.kernels import run as kernels
-from benchmarks.quality import methods
+from benchmarks.quality import methods, vanishing
 from benchmarks.quality.peer import uniform_masks, without_grouped_queries
 from benchmarks.results import read
 from gradprune.models import describe
@@ -88,6 +88,21 @@ def test_quality(tmp_path: Path) -> None:
     # The dense model, six methods at two temperatures without and with repair, the peer where installed.
     assert len(providers) in (25, 26)
     assert all(record.extra["perplexity"] > 1.0 and record.extra["kept"] >= 0.8 for record in found)
+
+
+def test_vanishing(tmp_path: Path) -> None:
+    vanishing.main([*TOY, str(tmp_path), "--eval_samples", "2"])
+    found = {(record.name, record.provider): record.extra for record in read(tmp_path)}
+    assert len(found) == 2 * 2 * len(vanishing.FIXES)
+    dense = {extra["perplexity_dense"] for extra in found.values()}
+    assert max(dense) == pytest.approx(min(dense))  # both models compute the same
+    for (name, provider), extra in found.items():
+        assert name in ("toy healthy", "toy suffering")
+        assert extra["perplexity"] > extra["perplexity_dense"] > 1.0
+        scaled = extra["gradient_fix"] != "none"
+        assert (extra["gradient_ratio_after"] != extra["gradient_ratio_before"]) is scaled, provider
+    ratios = {name: extra["gradient_ratio_before"] for (name, _), extra in found.items()}
+    assert ratios["toy suffering"] > ratios["toy healthy"]
 
 
 def test_repeating_kv_heads_changes_no_logit() -> None:

@@ -33,16 +33,18 @@ def test_a_block_that_did_not_exist_is_left_out() -> None:
     assert over_pruned(found) == []
 
 
-def test_the_advice_climbs() -> None:
+def test_the_advice_begins_with_what_measured_better() -> None:
     distribution = pruning_distribution(masks([100, 1]))
     steps = [
-        ({}, "Try --temperature 1 --tau 0."),
-        ({"temperature": 1.0}, "Try --gradient_fix adaptive."),
-        ({"temperature": 1.0, "gradient_fix": "adaptive"}, "Try --gradient_fix adaptive+depth:sqrt."),
-        ({"temperature": 1.0, "gradient_fix": "adaptive+depth:sqrt"}, "--max_layer_ratio 0.5"),
-        ({"temperature": 1.0, "importance_method": "wanda"}, "--max_layer_ratio 0.5"),
+        ({"temperature": 1.0, "gradient_fix": "normalize", "repair": "none"}, "Try --temperature 0: "),
+        ({"gradient_fix": "normalize", "repair": "none"}, "Try --gradient_fix adaptive: "),
+        ({"gradient_fix": "normalize+depth:sqrt"}, "Try --gradient_fix adaptive: "),
+        ({"gradient_fix": "adaptive", "repair": "none"}, "Try --repair least_squares."),
+        ({}, "Let gradprune search choose"),
+        ({"importance_method": "wanda"}, "--max_layer_ratio"),
     ]
     for options, advice in steps:
         warning = pruning_warning(distribution, PruneConfig(**options))
         assert advice in warning
         assert "layer 1 mlp (99%)" in warning
+        assert "--temperature 1" not in warning
