@@ -90,7 +90,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
         "model/config.json",
         "analysis/groups.csv",
         "analysis/gradients.json",
-        "analysis/scores.safetensors",
+        "analysis/evidence.safetensors",
     ):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 

@@ -19,12 +19,11 @@ from benchmarks.options import parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
 from gradprune.calibration.engine import ImportanceEngine
-from gradprune.config import Constraints
+from gradprune.config import Constraints, Scoring
 from gradprune.evaluation.size import model_size
 from gradprune.evaluation.speed import Throughput, decode_throughput, throughput
 from gradprune.models import describe
-from gradprune.scoring.selection import select
-from gradprune.scoring.table import scored_groups
+from gradprune.scoring.choose import choose
 from gradprune.surgery.cut import cut
 
 RATIO = 0.3
@@ -63,10 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def pruned(model: PreTrainedModel, round_to: int) -> PreTrainedModel:
     """`model` without the fraction `RATIO` of its parameters, by magnitude; MLP widths are multiples of `round_to`."""
-    scores = ImportanceEngine(model, "magnitude").scores()
-    table = scored_groups(describe(model), scores)
-    chosen = select(table, RATIO, model_size(model).parameters, Constraints(round_to=round_to))
-    return cut(model, table.masks(chosen))
+    evidence = ImportanceEngine(model, "magnitude").evidence()
+    scoring, constraints = Scoring(importance_method="magnitude"), Constraints(round_to=round_to)
+    return cut(model, choose(describe(model), evidence, scoring, constraints, RATIO).masks)
 
 
 def _setting(options: Namespace) -> Setting:

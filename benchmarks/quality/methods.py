@@ -25,8 +25,8 @@ from benchmarks.results import append, record
 from benchmarks.timing import first_line
 from gradprune.calibration.gather import gather_evidence
 from gradprune.checkpoint.load import load_model
-from gradprune.config import METHODS, Constraints, PruneConfig, Scoring
-from gradprune.data.samples import Samples, draw_samples
+from gradprune.config import METHODS, PruneConfig, Scoring
+from gradprune.data.samples import draw_samples
 from gradprune.data.sources import load_tokens
 from gradprune.data.windows import batches
 from gradprune.demo import demo_model_path
@@ -34,12 +34,12 @@ from gradprune.evaluation.perplexity import perplexity
 from gradprune.evaluation.size import model_size
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
-from gradprune.scoring.scoring import score_groups
-from gradprune.scoring.selection import select
+from gradprune.run import Run
+from gradprune.scoring.choose import choose
 from gradprune.search import search
 from gradprune.surgery.cut import cut
-from gradprune.surgery.least_squares import least_squares
 from gradprune.surgery.masking import output_weights_restored
+from gradprune.surgery.repair import REPAIRS
 
 PEER = "torch-pruning GroupTaylor"
 MODELS = ("stories260k", "stories260k-repeated", "demo", "demo-repeated")
@@ -134,43 +134,41 @@ class Choice:
 
 def _measure_seed(subject: Subject, seed: int, dense: float, deadline: Deadline, options: Namespace) -> bool:
     """Every method, temperature and ratio from one calibration; False if time ran out on the way."""
-    model, view = subject.model, describe(subject.model)
+    model = subject.model
     config = PruneConfig(num_samples=options.num_samples, seq_len=options.seq_len, seed=seed, held_out_samples=32)
     samples = draw_samples(model, None, config, subject.calibration, subject.evaluation)
-    parts = [list(batches(part, config.batch_size)) for part in (samples.calibration, samples.held_out)]
-    for choice in _choices(model, samples, config, options):
+    run = Run(describe(model), config, samples)
+    for choice in _choices(run, options):
         if not deadline.allows(0.0):
             return False
-        with output_weights_restored(view, choice.masks):
+        with output_weights_restored(run.view, choice.masks):
             if choice.repaired:
-                least_squares(model, view, choice.masks, *parts)
+                REPAIRS["least_squares"](run, choice.masks)
             pruned = cut(model, choice.masks)
         value = _perplexity(pruned, subject, options)
         _append(subject, choice.provider, choice.ratio, seed, pruned, dense, value, options)
     return True
 
 
-def _choices(model: PreTrainedModel, samples: Samples, config: PruneConfig, options: Namespace) -> Iterator[Choice]:
+def _choices(run: Run, options: Namespace) -> Iterator[Choice]:
     """Ratio by ratio, so that each is complete before the next."""
-    view, parameters = describe(model), model_size(model).parameters
-    evidence = gather_evidence(model, view, samples, replace(config, importance_method="auto"))
-    peer = _peer_scores(model, samples.calibration)
+    run = replace(run, config=replace(run.config, importance_method="auto", search_minutes=60.0))
+    evidence, model, constraints = gather_evidence(run), run.view.model, run.config.constraints
+    peer = _peer_scores(model, run.samples.calibration)
     for ratio in options.ratios:
         for temperature in options.temperatures:
             for method in options.methods:
-                table = score_groups(view, evidence, Scoring(method, temperature=temperature, tau=0.0))
-                masks = table.masks(select(table, ratio, parameters, Constraints()))
+                scoring = Scoring(importance_method=method, temperature=temperature, tau=0.0)
+                masks = choose(run.view, evidence, scoring, constraints, ratio).masks
                 for repaired in (False, True):
                     name = f"gradprune {method}" + (" + least squares" if repaired else "")
                     yield Choice(f"{name} T={temperature:g}", ratio, masks, repaired)
         if options.search:
-            ours = replace(config, importance_method="auto", pruning_ratio=ratio, search_minutes=60.0)
-            found = search(model, view, evidence, ours, None, parameters, samples.calibration, samples.held_out)
-            table = score_groups(view, evidence, found.winner.scoring)
-            masks = table.masks(select(table, ratio, parameters, Constraints()))
+            found = search(replace(run, config=replace(run.config, pruning_ratio=ratio)), evidence)
+            masks = choose(run.view, evidence, found.winner.scoring, constraints, ratio).masks
             yield Choice("gradprune search + least squares", ratio, masks, repaired=True)
         if peer is not None:
-            yield Choice(PEER, ratio, uniform_masks(model, *peer, int(ratio * parameters)))
+            yield Choice(PEER, ratio, uniform_masks(model, *peer, int(ratio * run.view.parameters)))
 
 
 def _peer_scores(model: PreTrainedModel, windows: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:

@@ -27,12 +27,11 @@ from gradprune.data.samples import draw_samples
 from gradprune.data.tokenize import encode
 from gradprune.demo.model import byte_tokenizer
 from gradprune.evaluation.perplexity import perplexity
-from gradprune.evaluation.size import model_size
 from gradprune.models import describe
 from gradprune.progress import QUIET
+from gradprune.run import Run
+from gradprune.scoring.choose import choose
 from gradprune.scoring.over_pruning import over_pruned, pruning_distribution
-from gradprune.scoring.scoring import score_groups
-from gradprune.scoring.selection import select
 from gradprune.surgery.cut import cut
 from gradprune.vanishing.diagnosis import diagnose_gradients
 
@@ -81,23 +80,23 @@ def _measure(
 ) -> Iterator[dict[str, Any]]:
     """By temperature and scaling, what a record's `extra` holds; tokens, held_out: [tokens] int64."""
     samples = draw_samples(model, None, config, tokens, held_out)
-    view, parameters = describe(model), model_size(model).parameters
-    evidence = gather_evidence(model, view, samples, config)
+    view = describe(model)
+    evidence = gather_evidence(Run(view, config, samples))
     quality = _perplexity_of(held_out, options.eval_samples)
     dense, before = quality(model), diagnose_gradients(evidence.gradients).ratio
     for temperature in (0.0, 1.0):
         for fix in FIXES:
-            table = score_groups(view, evidence, Scoring(METHOD, fix, temperature=temperature, tau=0.0))
-            masks = table.masks(select(table, options.ratio, parameters, Constraints()))
+            scoring = Scoring(importance_method=METHOD, gradient_fix=fix, temperature=temperature, tau=0.0)
+            masks = choose(view, evidence, scoring, Constraints(), options.ratio).masks
             distribution = pruning_distribution(masks)
-            repair = evidence.repaired(fix, len(view.layers))
+            scaling = evidence.scaling(fix)
             yield {
                 "ratio": options.ratio,
                 "method": METHOD,
                 "temperature": temperature,
                 "gradient_fix": fix,
                 "gradient_ratio_before": before,
-                "gradient_ratio_after": before if repair is None else diagnose_gradients(repair.after).ratio,
+                "gradient_ratio_after": before if scaling is None else diagnose_gradients(scaling.after).ratio,
                 "first_mlp_pruned": distribution[SPLIT_LAYER].pruned["mlp"],
                 "over_pruned_blocks": len(over_pruned(distribution)),
                 "perplexity": quality(cut(model, masks)),

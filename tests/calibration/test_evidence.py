@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,13 +7,18 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from gradprune import ImportanceEngine
 from gradprune.calibration.evidence import Evidence
-from gradprune.calibration.methods import PARTS
+from gradprune.calibration.methods import COMPONENTS
+from gradprune.config import Scoring
 from gradprune.errors import CheckpointError, ConfigError
+from gradprune.models import describe
+from gradprune.scoring.scoring import score_groups
+from gradprune.scoring.table import empty_table
 from helpers.pipeline_runs import run
 from helpers.tiny_models import tiny_model
 
-SAME = ("model/model.safetensors", "model/config.json", "analysis/groups.csv", "analysis/scores.safetensors")
+SAME = ("model/model.safetensors", "model/config.json", "analysis/groups.csv", "analysis/evidence.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -30,7 +36,7 @@ def test_scores_of_a_file_give_the_bytes_of_the_full_run(options, tmp_path: Path
     full = {"output_dir": str(tmp_path), **options}
     run(tiny_model(dtype=torch.float32), output_name="first", pruning_ratio=0.3, **full)
     run(tiny_model(dtype=torch.float32), output_name="full", pruning_ratio=0.1, **full)
-    scores = str(tmp_path / "first" / "analysis" / "scores.safetensors")
+    scores = str(tmp_path / "first" / "analysis" / "evidence.safetensors")
     run(tiny_model(dtype=torch.float32), output_name="reused", pruning_ratio=0.1, scores=scores, **full)
     for file in SAME:
         assert (tmp_path / "full" / file).read_bytes() == (tmp_path / "reused" / file).read_bytes(), file
@@ -40,7 +46,7 @@ def test_scores_of_a_file_give_the_bytes_of_the_full_run(options, tmp_path: Path
 
 def test_scores_of_one_method_serve_every_other(tmp_path: Path) -> None:
     run(tiny_model(dtype=torch.float32), output_name="a", output_dir=str(tmp_path), importance_method="magnitude")
-    scores = str(tmp_path / "a" / "analysis" / "scores.safetensors")
+    scores = str(tmp_path / "a" / "analysis" / "evidence.safetensors")
     for method in ("magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher"):
         full = run(tiny_model(dtype=torch.float32), importance_method=method)
         reused = run(tiny_model(dtype=torch.float32), importance_method=method, scores=scores)
@@ -49,27 +55,27 @@ def test_scores_of_one_method_serve_every_other(tmp_path: Path) -> None:
 
 def test_the_file_holds_one_vector_a_part(tmp_path: Path) -> None:
     result = run(tiny_model(), output_name="a", output_dir=str(tmp_path))
-    found = load_file(tmp_path / "a" / "analysis" / "scores.safetensors")
-    assert sorted(found) == sorted(PARTS)
+    found = load_file(tmp_path / "a" / "analysis" / "evidence.safetensors")
+    assert sorted(found) == sorted(COMPONENTS)
     assert all(vector.shape == (len(result.table),) and vector.dtype == np.float64 for vector in found.values())
 
 
 def test_another_models_scores_are_refused(tmp_path: Path) -> None:
     run(tiny_model(), output_name="a", output_dir=str(tmp_path))
-    scores = tmp_path / "a" / "analysis" / "scores.safetensors"
+    scores = tmp_path / "a" / "analysis" / "evidence.safetensors"
     with pytest.raises(CheckpointError, match=r"was measured on another model than this one"):
         run(tiny_model(seed=1), scores=str(scores))
     with pytest.raises(CheckpointError, match=r"scores: there is no file"):
         run(tiny_model(), scores=str(tmp_path / "nothing"))
     scores.write_bytes(scores.read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match=r"is not a whole scores.safetensors"):
+    with pytest.raises(CheckpointError, match=r"is not a whole evidence file"):
         run(tiny_model(), scores=str(scores))
 
 
 def test_batches_cannot_be_repaired_afterwards(tmp_path: Path) -> None:
     options = {"importance_method": "taylor", "reduction": "batch"}
     run(tiny_model(), output_name="a", output_dir=str(tmp_path), gradient_fix="adaptive", **options)
-    scores = str(tmp_path / "a" / "analysis" / "scores.safetensors")
+    scores = str(tmp_path / "a" / "analysis" / "evidence.safetensors")
     with pytest.raises(ConfigError, match=r"gradient_fix: 'normalize' needs another calibration; .* had 'adaptive'"):
         run(tiny_model(), scores=scores, gradient_fix="normalize", **options)
 
@@ -77,10 +83,28 @@ def test_batches_cannot_be_repaired_afterwards(tmp_path: Path) -> None:
 def test_a_saved_file_reads_back_equal(tmp_path: Path) -> None:
     model = tiny_model()
     evidence = run(model, temperature=1.0).evidence
-    evidence.save(tmp_path / "scores.safetensors")
-    again = Evidence.load(tmp_path / "scores.safetensors", model)
+    evidence.save(tmp_path / "evidence.safetensors")
+    again = Evidence.load(tmp_path / "evidence.safetensors", model)
     assert again.priors == evidence.priors
     assert again.gradients == evidence.gradients
     assert again.steps == evidence.steps
-    for name in PARTS:
+    for name in COMPONENTS:
         np.testing.assert_array_equal(again.parts[name], evidence.parts[name])
+
+
+def test_a_nan_importance_is_named() -> None:
+    found = ImportanceEngine(tiny_model(), "magnitude").evidence()
+    values = found.components["magnitude"].clone()
+    groups = list(found.blocks.values())
+    # The fifth channel of layer 1, behind two blocks of layer 0 and one of layer 1.
+    values[sum(groups[:3]) + 4] = float("nan")
+    with pytest.raises(NonFiniteError, match="mlp group 4 of layer 1"):
+        replace(found, components={"magnitude": values})
+
+
+def test_a_table_has_importance_per_parameter_as_score() -> None:
+    view = describe(tiny_model())
+    found = ImportanceEngine(view.model, "magnitude").evidence()
+    table = score_groups(view, found, Scoring(importance_method="magnitude"))
+    assert len(table) == len(empty_table(view)) == sum(found.blocks.values())
+    assert (table.score * table.cost == table.importance).all()

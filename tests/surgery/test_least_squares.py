@@ -60,7 +60,7 @@ def test_one_block_equals_an_independent_lstsq(architecture: str, kind: str) -> 
     left = np.concatenate([x[:, k], np.sqrt(ridge) * np.eye(len(k))])
     right = np.concatenate([x @ w.T, np.sqrt(ridge) * w[:, k].T])
     expected = np.linalg.lstsq(left, right, rcond=None)[0].T
-    least_squares(model, view, only(view, 1, kind, kept), [ids], [], blends=(0.0,), ridges=(0.1,))
+    least_squares(view, only(view, 1, kind, kept), [ids], [], blends=(0.0,), ridges=(0.1,))
     found = block.output.linear.weight.detach().numpy()
     np.testing.assert_allclose(found[:, k], expected, rtol=1e-9, atol=1e-12)
     assert not np.delete(found, k, axis=1).any()
@@ -79,7 +79,7 @@ def test_removed_channels_that_are_combinations_of_kept_ones_cost_nothing() -> N
     masks = GroupMasks({**all_kept(view), **{BlockKey(layer, "mlp"): kept for layer in range(3)}}, 3)
     with masked(view, masks), torch.no_grad():
         assert (model(ids).logits - dense).abs().max() > 1e-3
-    least_squares(model, view, masks, [ids], [], ridges=(1e-12,))
+    least_squares(view, masks, [ids], [], ridges=(1e-12,))
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, dense, rtol=1e-7, atol=1e-8)
 
@@ -89,7 +89,7 @@ def test_removed_channels_that_are_combinations_of_kept_ones_cost_nothing() -> N
 def test_no_block_is_worse_on_the_calibration_data(seed: int, blend: float) -> None:
     model, ids = tiny_model(seed=seed, channels=12, dtype=torch.float32), tiny_ids(samples=6, seed=seed)
     view = describe(model)
-    repairs = least_squares(model, view, random_masks(view, seed), [ids], [], blends=(blend,))
+    repairs = least_squares(view, random_masks(view, seed), [ids], [], blends=(blend,))
     assert repairs
     assert all(repair.error <= repair.error_before for repair in repairs)
     assert any(repair.error < 0.99 * repair.error_before for repair in repairs)
@@ -100,7 +100,7 @@ def test_blocks_are_solved_in_order_on_the_model_repaired_so_far() -> None:
     model, ids = tiny_model(channels=10), tiny_ids(samples=6)
     view, twin = describe(model), tiny_model(channels=10)
     masks = random_masks(view, 3)
-    least_squares(model, view, masks, [ids], [], blends=(0.0,), ridges=(0.1,))
+    least_squares(view, masks, [ids], [], blends=(0.0,), ridges=(0.1,))
     twin_view = describe(twin)
     for (block, kept), solved in zip(masks_by_block(twin_view, masks), view.blocks, strict=True):
         linear = block.output.linear
@@ -128,7 +128,7 @@ def test_a_blend_brings_the_loss_closer_than_pruning_alone(architecture: str) ->
             pruned = (model(ids).logits - dense).square().mean()
         for blend in BLENDS:
             with output_weights_restored(view, masks):
-                least_squares(model, view, masks, batches, [], blends=(blend,))
+                least_squares(view, masks, batches, [], blends=(blend,))
                 assert (model(ids).logits - dense).square().mean() < 0.9 * pruned
 
 
@@ -139,10 +139,10 @@ def test_the_blend_with_the_least_held_out_loss_is_kept() -> None:
     losses = {}
     for blend in BLENDS:
         with output_weights_restored(view, masks):
-            least_squares(model, view, masks, samples, held_out, blends=(blend,))
+            least_squares(view, masks, samples, held_out, blends=(blend,))
             losses[blend] = mean_loss(model, held_out)
     with output_weights_restored(view, masks):
-        repairs = least_squares(model, view, masks, samples, held_out)
+        repairs = least_squares(view, masks, samples, held_out)
         assert mean_loss(model, held_out) == min(losses.values())
         assert {repair.blend for repair in repairs} == {min(losses, key=losses.get)}
 
@@ -153,7 +153,7 @@ def test_the_cut_model_computes_what_the_repaired_one_does() -> None:
     view = describe(model)
     masks = random_masks(view, 4, keep=0.5)
     with output_weights_restored(view, masks):
-        least_squares(model, view, masks, [ids], [])
+        least_squares(view, masks, [ids], [])
         repaired = model(ids).logits.detach()
         pruned = cut(model, masks)
     torch.testing.assert_close(pruned(ids).logits, repaired, rtol=1e-9, atol=1e-10)
@@ -166,7 +166,7 @@ def test_blocks_that_keep_everything_or_nothing_are_left_alone() -> None:
     masks = only(view, 1, "mlp", torch.zeros(10, dtype=torch.bool))
     steps = []
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    assert least_squares(model, view, masks, [ids], [ids], advance=lambda: steps.append(1)) == []
+    assert least_squares(view, masks, [ids], [ids], advance=lambda: steps.append(1)) == []
     assert len(steps) == repair_steps(view)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
     assert changed == {"model.layers.1.mlp.down_proj.weight"}
@@ -195,7 +195,7 @@ def test_constant_inputs_that_do_not_factor_are_solved_with_more_ridge() -> None
     view = describe(model)
     before = view.of_kind("mlp")[0].output.linear.weight.detach().clone()
     kept = torch.arange(10) < 6
-    least_squares(model, view, only(view, 0, "mlp", kept), [ids], [], ridges=(0.0,))
+    least_squares(view, only(view, 0, "mlp", kept), [ids], [], ridges=(0.0,))
     assert torch.equal(view.of_kind("mlp")[0].output.linear.weight[:, :6], before[:, :6])
 
 
@@ -205,4 +205,4 @@ def test_a_nan_input_is_named() -> None:
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     view = describe(model)
     with pytest.raises(NonFiniteError, match=r"layer 1's down_proj is not finite"):
-        least_squares(model, view, only(view, 1, "mlp", torch.arange(10) < 6), [tiny_ids()], [])
+        least_squares(view, only(view, 1, "mlp", torch.arange(10) < 6), [tiny_ids()], [])

@@ -116,10 +116,10 @@ def test_sample_scales_are_applied_once_to_the_finished_vectors(method: str, fix
     repaired = run_engine(model, ids, method, gradient_fix=fix)
     norms = [list(layer.parameter_norms.values()) for layer in plain.gradients]
     scales = layer_scales(fix, norms)
-    assert repaired.repair.scales == scales
+    assert repaired.scaling.scales == scales
     assert repaired.gradients == plain.gradients
     for layer, scale in enumerate(scales):
-        assert repaired.repair.after[layer].mean == pytest.approx(scale * plain.gradients[layer].mean)
+        assert repaired.scaling.after[layer].mean == pytest.approx(scale * plain.gradients[layer].mean)
         if method == "taylor_2nd":
             first, second = run_engine(model, ids, "taylor").mlp[layer], run_engine(model, ids, "fisher").mlp[layer]
             expected = scale * first + scale**2 * second
@@ -152,4 +152,4 @@ def test_batches_are_repaired_one_by_one() -> None:
     part = run_engine(model, ids, "taylor_2nd", "batch", batch_size=2, gradient_fix="normalize")
     torch.testing.assert_close(part.mlp[0], scores.mlp[0])
     assert (scores.mlp[0].double() > expected).all()  # gate and up rows come on top
-    assert scores.repair.scales != [1.0] * 3
+    assert scores.scaling.scales != [1.0] * 3
