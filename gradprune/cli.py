@@ -41,7 +41,6 @@ OUT = Console()
 PROGRESS = Console(stderr=True)
 
 app = typer.Typer(
-    help="Gradient-based structured pruning of large language models. Options may be written with _ or -.",
     context_settings={"help_option_names": ["-h", "--help"]},
     # The plain help: at 80 columns the boxed one cuts option names off.
     rich_markup_mode=None,
@@ -70,7 +69,7 @@ def prune(
     options: dict[str, Any],
     fix_gradient_vanishing: Annotated[
         bool,
-        typer.Option("--fix-gradient-vanishing", help="Short for --gradient_fix adaptive.", rich_help_panel="Scoring"),
+        typer.Option(help="Short for --gradient_fix adaptive.", rich_help_panel="Scoring"),
     ] = False,
 ) -> None:
     """Prune a model; write a smaller checkpoint and a report."""
