@@ -15,7 +15,7 @@ from gradprune.report.tables import describe_scoring
 from gradprune.scoring.scoring import score_groups
 from gradprune.scoring.selection import select
 from gradprune.surgery.masking import masked
-from helpers.pipeline_runs import run
+from helpers.pipeline_runs import TOKENS, run
 from helpers.tiny_models import tiny_model
 
 
@@ -29,7 +29,6 @@ def test_the_winner_is_no_worse_than_any_fixed_setting() -> None:
     model = tiny_model(channels=24, dtype=torch.float32)
     result = found(model)
     view = describe(model)
-    from test_pipeline import TOKENS
 
     from gradprune.data.samples import draw_samples
 
