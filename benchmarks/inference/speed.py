@@ -19,12 +19,12 @@ from benchmarks.options import parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
 from gradprune.calibration.engine import ImportanceEngine
-from gradprune.config import Constraints
+from gradprune.config import Constraints, Scoring
 from gradprune.evaluation.size import model_size
 from gradprune.evaluation.speed import Throughput, decode_throughput, throughput
 from gradprune.models import describe
+from gradprune.scoring.scoring import score_groups
 from gradprune.scoring.selection import select
-from gradprune.scoring.table import scored_groups
 from gradprune.surgery.cut import cut
 
 RATIO = 0.3
@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def pruned(model: PreTrainedModel, round_to: int) -> PreTrainedModel:
     """`model` without the fraction `RATIO` of its parameters, by magnitude; MLP widths are multiples of `round_to`."""
-    scores = ImportanceEngine(model, "magnitude").scores()
-    table = scored_groups(describe(model), scores)
+    evidence = ImportanceEngine(model, "magnitude").evidence()
+    table = score_groups(describe(model), evidence, Scoring(importance_method="magnitude"))
     chosen = select(table, RATIO, model_size(model).parameters, Constraints(round_to=round_to))
     return cut(model, table.masks(chosen))
 

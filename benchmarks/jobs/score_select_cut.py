@@ -16,11 +16,11 @@ from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
 from benchmarks.timing import Timing
 from gradprune.calibration.engine import ImportanceEngine
-from gradprune.config import Constraints
+from gradprune.config import Constraints, Scoring
 from gradprune.evaluation.size import model_size
 from gradprune.models import describe
+from gradprune.scoring.scoring import score_groups
 from gradprune.scoring.selection import select
-from gradprune.scoring.table import scored_groups
 from gradprune.surgery.cut import cut
 
 STEPS = ("score", "select", "cut")
@@ -70,7 +70,7 @@ def calibrated(model: LlamaForCausalLM) -> ImportanceEngine:
 def job(model: LlamaForCausalLM, engine: ImportanceEngine, ratio: float) -> tuple[float, float, float]:
     """Seconds of scoring, selecting and cutting; the cut model shares the tensors that are not cut."""
     start = time.perf_counter()
-    table = scored_groups(describe(model), engine.scores())
+    table = score_groups(describe(model), engine.evidence(), Scoring(importance_method=engine.method))
     scored = time.perf_counter()
     masks = table.masks(select(table, ratio, model_size(model).parameters, Constraints()))
     selected = time.perf_counter()

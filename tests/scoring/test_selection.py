@@ -7,12 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradprune.calibration.engine import Scores
+from gradprune.calibration.engine import ImportanceEngine
 from gradprune.config import Constraints, PruneConfig
 from gradprune.errors import ConfigError, NonFiniteError, SelectionError
-from gradprune.models import BlockKey, describe
+from gradprune.models import describe
 from gradprune.models.kinds import KIND_NAMES
-from gradprune.models.tensors import BlockTensors
 from gradprune.scoring.selection import select
 from gradprune.scoring.table import GroupTable, empty_table
 from helpers.tables import ATTENTION_COST, MLP_COST, make_table
@@ -106,7 +105,7 @@ def test_uniform_keeps_the_same_widths_everywhere() -> None:
 def test_uniform_keeps_only_head_counts_the_architecture_can_state() -> None:
     table = make_table(heads=8, channels=24)
     for ratio in (0.2, 0.4, 0.6, 0.8):
-        table = replace(table, plain_widths={"attention": frozenset({1, 2, 4, 8})})
+        table = dataclasses.replace(table, plain_widths={"attention": frozenset({1, 2, 4, 8})})
         pruned = select(table, ratio, int(table.cost.sum()), Constraints(uniform=True))
         assert set(widths(table, pruned, "attention")) <= {1, 2, 4, 8}
 
@@ -175,15 +174,11 @@ def test_costs_are_the_parameters_removed(architecture: str) -> None:
 
 def test_a_nan_importance_is_named() -> None:
     model = tiny_model()
-    view = describe(model)
-    importance = {block.key: torch.full((block.groups,), 6.0) for block in view.blocks}
-    table = scored_groups(view, Scores(BlockTensors(importance, layers=3), gradients=[]))
-    assert len(table) == len(empty_table(view))
-    assert (table.score * table.cost == table.importance).all()
-    assert table.importance[3] == 6.0
-    importance[BlockKey(1, "mlp")] = torch.tensor([1.0] * 4 + [float("nan")] * 6)
+    ImportanceEngine(model, "magnitude").evidence()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[:, 4] = float("nan")
     with pytest.raises(NonFiniteError, match="mlp group 4 of layer 1"):
-        scored_groups(view, Scores(BlockTensors(importance, layers=3), gradients=[]))
+        ImportanceEngine(model, "magnitude").evidence()
 
 
 @settings(deadline=None)
