@@ -71,7 +71,7 @@ def mean_loss(model, ids) -> float:
 def test_removal_is_the_loss_without_the_block(architecture: str) -> None:
     model, ids, steps = tiny_model(architecture), tiny_ids(), []
     view = describe(model)
-    priors = removal_priors(model, view, [ids[:1], ids[1:]], lambda: steps.append(1))
+    priors = removal_priors(view, [ids[:1], ids[1:]], lambda: steps.append(1))
     dense = mean_loss(model, ids)
     for layer in range(3):
         for names in (("o_proj",), ("down_proj",), ("o_proj", "down_proj")):
@@ -89,7 +89,7 @@ def test_removal_is_the_loss_without_the_block(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
 def test_similarity_is_one_minus_the_cosine_of_the_residual_stream(architecture: str) -> None:
     model, ids = tiny_model(architecture), tiny_ids()
-    priors = similarity_priors(model, describe(model), [ids[:3], ids[3:]], lambda: None)
+    priors = similarity_priors(describe(model), [ids[:3], ids[3:]], lambda: None)
     seen: dict[str, torch.Tensor] = {}
     layer = model.model.layers[1]
     layer.register_forward_pre_hook(lambda _m, args: seen.__setitem__("before", args[0]))
@@ -113,7 +113,7 @@ def test_taylor_is_the_gradient_of_a_gate(architecture: str, reduction: str) -> 
     with ImportanceEngine(model, "taylor", reduction, "reference") as engine:
         for batch in ids.split(2):
             engine.step(batch)
-    priors = taylor_priors(engine)
+    priors = taylor_priors(engine.gate_gradients())
     gates = {}
     for layer, decoder in enumerate(model.model.layers):
         for kind, module in (("attention", decoder.self_attn), ("mlp", decoder.mlp)):
