@@ -46,7 +46,7 @@ def test_masks_are_read_by_block_and_by_layer() -> None:
     masks = GroupMasks.of_layers(attention=heads, mlp=channels)
     assert masks[BlockKey(0, "mlp")] is masks.mlp[0] is channels[0]
     assert list(masks) == [(0, "attention"), (0, "mlp")]
-    with pytest.raises(ValueError, match=r"one mask per decoder layer, .* 'attention': 1, 'mlp': 2"):
+    with pytest.raises(ValueError, match=r"one mask per decoder layer, .* {'attention': 1, 'mlp': 2}"):
         GroupMasks.of_layers(attention=heads, mlp=channels * 2)
 
 
