@@ -1,6 +1,7 @@
 """What one block accumulates over calibration: a handful of vectors over its groups, in fp64."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,8 @@ from gradprune.calibration.capture import Observer
 from gradprune.config import Reduction
 from gradprune.models import Block
 from gradprune.models.blocks import InputLinear, OutputLinear
-from gradprune.ops.dispatch import Ops
-from gradprune.ops.vectors import ImportanceVectors
+from gradprune.ops.dispatch import ImportanceOps
+from gradprune.ops.vectors import GradientStatistics, ImportanceVectors
 
 
 class BlockAccumulator:
@@ -23,13 +24,13 @@ class BlockAccumulator:
     second: [groups], sum of w^2 g^2 over the group's elements.
     mask_square: [groups], sum of (sum of w g over the group's output columns)^2, the squared gradient of a
         mask on the group.
-    statistics: per linear layer, one [5] a step, its gradients' statistics, see `ImportanceVectors`.
+    statistics: per linear layer, those of each step's gradients.
     scales: one a step, what the step's gradients were multiplied by.
     gates: one entry a step, the gradient of a gate on the block's output: [N] by sample, or [1] by batch.
     input_square, tokens: [I] sum of x^2 at the output projection, and over how many tokens.
     """
 
-    def __init__(self, block: Block, reduction: Reduction, ops: Ops, *, repaired: bool = False) -> None:
+    def __init__(self, block: Block, reduction: Reduction, ops: ImportanceOps, *, repaired: bool = False) -> None:
         """Start at zero; `ops` computes the vectors of one weight's gradient.
 
         repaired: `commit` will be given other scales than 1; with `reduction="batch"` the gradients of a batch are
@@ -43,7 +44,7 @@ class BlockAccumulator:
         self.first = torch.zeros(block.groups, dtype=torch.float64, device=device)
         self.second = torch.zeros_like(self.first)
         self.mask_square = torch.zeros_like(self.first)
-        self.statistics: dict[str, list[Tensor]] = {entry.path: [] for entry in block.projections}
+        self.statistics: dict[str, list[GradientStatistics[Tensor]]] = {entry.path: [] for entry in block.projections}
         self.scales: list[float] = []
         self.gates: list[Tensor] = []
         self.input_square = torch.zeros(block.output.linear.in_features, dtype=torch.float64, device=device)
@@ -96,7 +97,7 @@ class BlockAccumulator:
         return lambda x, dy, dx: self._observe_batch(entry, x, dy, dx)
 
     def _observe_samples(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
-        self._accumulate(entry, self._ops.linear_importance(x, dy, entry.linear.weight))
+        self._accumulate(entry, self._ops.linear_importance(x, dy, entry.linear.weight, _side(entry)))
         if isinstance(entry, OutputLinear):
             self._observe_mask(entry, _column_signed(x, dx), dy.sum(1))
 
@@ -104,7 +105,7 @@ class BlockAccumulator:
         samples = x.shape[0]
         dtype = _accumulation_dtype(entry.linear.weight)
         gradient = dy.flatten(0, 1).to(dtype).T @ x.flatten(0, 1).to(dtype) / samples
-        self._accumulate(entry, self._ops.taylor_score(entry.linear.weight, gradient))
+        self._accumulate(entry, self._ops.taylor_score(entry.linear.weight, gradient, _side(entry)))
         if self._repaired:
             self._pending_gradients[entry.path] = gradient
         else:
@@ -114,12 +115,10 @@ class BlockAccumulator:
             self._observe_mask(entry, signed, dy.sum((0, 1))[None] / samples)
 
     def _accumulate(self, entry: InputLinear | OutputLinear, vectors: ImportanceVectors) -> None:
-        self._pending[0] += self._fold_absolute(entry, vectors)
-        if isinstance(entry, OutputLinear):
-            self._pending[1] += entry.fold_columns(vectors.column_square)
-        else:
-            self._pending[1] += entry.fold_rows(vectors.row_square, self.block.groups)
-        self.statistics[entry.path].append(vectors.statistics.double())
+        sums = vectors.sums(_side(entry))
+        self._pending[0] += self._fold(entry, sums.abs)
+        self._pending[1] += self._fold(entry, sums.square)
+        self.statistics[entry.path].append(vectors.statistics)
 
     def _add_gradient(self, path: str, gradient: Tensor) -> None:
         if path in self._gradient_sums:
@@ -136,16 +135,18 @@ class BlockAccumulator:
             gate = gate + dy.double() @ entry.linear.bias.detach().double()
         self.gates.append(gate)
 
-    def _fold_absolute(self, entry: InputLinear | OutputLinear, vectors: ImportanceVectors) -> Tensor:
+    def _fold(self, entry: InputLinear | OutputLinear, sums: Tensor) -> Tensor:
+        """Sums over `_side(entry)` into sums over groups."""
         if isinstance(entry, OutputLinear):
-            return entry.fold_columns(vectors.column_abs)
-        return entry.fold_rows(vectors.row_abs, self.block.groups)
+            return entry.fold_columns(sums)
+        return entry.fold_rows(sums, self.block.groups)
 
     def _first_of_mean_gradient(self, batches: int) -> Tensor:
         total = torch.zeros_like(self.second)
         for entry in self.block.projections:
             mean = self._gradient_sums[entry.path] / batches
-            total += self._fold_absolute(entry, self._ops.taylor_score(entry.linear.weight.detach(), mean))
+            vectors = self._ops.taylor_score(entry.linear.weight.detach(), mean, _side(entry))
+            total += self._fold(entry, vectors.sums(_side(entry)).abs)
         return total
 
     def _folded_weights(self, column_scale: Tensor | None) -> Tensor:
@@ -159,6 +160,11 @@ class BlockAccumulator:
             rows = entry.linear.weight.detach().double().abs().sum(1)
             total = total + entry.fold_rows(rows, self.block.groups)
         return total
+
+
+def _side(entry: InputLinear | OutputLinear) -> Literal["rows", "columns"]:
+    """Groups own rows of input projections and columns of the output projection."""
+    return "columns" if isinstance(entry, OutputLinear) else "rows"
 
 
 def _column_signed(x: Tensor, dx: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from gradprune.errors import ConfigError, GradPruneError, NonFiniteError
 from gradprune.models import Kind, describe
 from gradprune.models.loss import sample_losses
 from gradprune.ops.dispatch import select_ops
-from gradprune.ops.reference import merge_statistics, scale_statistics
+from gradprune.ops.vectors import GradientStatistics
 from gradprune.vanishing.scaling import GradientRepair, resolve_fix, scales_of
 from gradprune.vanishing.statistics import LayerGradients, layer_gradients
 
@@ -251,7 +251,7 @@ class ImportanceEngine:
 
     def _statistics(
         self, layer: int, steps: slice, scales: list[float] | None
-    ) -> tuple[dict[str, list[float]], dict[str, int]]:
+    ) -> tuple[dict[str, GradientStatistics[float]], dict[str, int]]:
         """The layer's statistics and number of elements by weight name."""
         statistics, elements = {}, {}
         for kind, module in (("attention", self._view.architecture.attention), ("mlp", self._view.architecture.mlp)):
@@ -259,10 +259,10 @@ class ImportanceEngine:
             if accumulator is None:
                 continue
             for entry in accumulator.block.projections:
-                of_steps = torch.stack(accumulator.statistics[entry.path][steps])
+                of_steps = GradientStatistics.stack(accumulator.statistics[entry.path][steps])
                 if scales is not None:
-                    of_steps = scale_statistics(of_steps, scales)
-                statistics[f"{module}.{entry.path}"] = merge_statistics(of_steps).tolist()
+                    of_steps = of_steps.scale(scales)
+                statistics[f"{module}.{entry.path}"] = of_steps.merge().to_float()
                 elements[f"{module}.{entry.path}"] = entry.linear.weight.numel()
         return statistics, elements
 
@@ -278,6 +278,6 @@ class ImportanceEngine:
         raise_non_finite_gradient(gates, unit, first if unit == "sample" else since)
         for (_, layer), entry in self._accumulators.items():
             for path, statistics in entry.statistics.items():
-                overflowing = sum(int(of_step[4]) for of_step in statistics[since:])
+                overflowing = sum(int(of_step.non_finite) for of_step in statistics[since:])
                 if overflowing:
                     raise NonFiniteError(f"gradient: {overflowing} elements of layer {layer}'s {path} overflow")

@@ -1,4 +1,4 @@
-"""Which backends can run here and why others cannot, and the choice between them, for every kind of op."""
+"""Which backends can run here and why others cannot, and the choice between them, for every family of ops."""
 
 import importlib
 import importlib.util
@@ -15,12 +15,15 @@ logger = logging.getLogger(__name__)
 def choose_backend(
     backend: Backend, device: str, preferred: Backend, reason: Callable[[Backend, str], str | None]
 ) -> Backend:
-    """`backend`, or what "auto" stands for on `device`: `preferred` if it can run, else the reference.
+    """The backend to use: `backend` itself, or for "auto" `preferred` if that can run on `device`, else the reference.
 
     Only "auto" falls back, and logs why; a backend asked for by name is used or refused.
 
     Args:
-        reason: why a backend cannot run on a device, or None if it can.
+        backend: what the caller asked for.
+        device: type of the tensors' device.
+        preferred: the fastest on that device.
+        reason: tells why a backend cannot run on a device; None if it can.
 
     Raises:
         BackendUnavailableError: with the reason.
@@ -33,6 +36,10 @@ def choose_backend(
         raise BackendUnavailableError(f"backend: '{backend}' cannot run on {device}: {fault}")
     logger.info("backend 'auto' uses 'reference' on %s: '%s' cannot run: %s", device, preferred, fault)
     return "reference"
+
+
+def reference_fault(_device: str) -> None:
+    """None: plain PyTorch runs on every device."""
 
 
 def cpp_fault(device: str) -> str | None:
