@@ -1,9 +1,10 @@
-// gradprune._C: checks arguments and calls the ops. Tensors come as addresses, shapes, strides and element types,
-// so that the module does not depend on PyTorch's ABI. Callers keep the memory alive; the GIL is released meanwhile.
+// gradprune._C: checks arguments and calls the ops. Tensors are passed as addresses, shapes, strides and element types,
+// so that the module does not depend on PyTorch's ABI. Callers keep the memory alive; ops run with the GIL released.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
@@ -60,6 +61,24 @@ ElementType parse_type(const char* argument, int code) {
   return static_cast<ElementType>(code);
 }
 
+Side parse_side(const std::string& name) {
+  if (name == "rows") return Side::Rows;
+  if (name == "columns") return Side::Columns;
+  if (name == "both") return Side::Both;
+  throw std::invalid_argument("side: '" + name + "' is none of rows, columns, both");
+}
+
+// The names of the statistics, in the order of the fields.
+std::array<const char*, kStatistics> statistic_names() {
+  std::array<const char*, kStatistics> names{};
+  names[offsetof(Statistics, sum_abs) / sizeof(double)] = "sum_abs";
+  names[offsetof(Statistics, sum_square) / sizeof(double)] = "sum_square";
+  names[offsetof(Statistics, max_abs) / sizeof(double)] = "max_abs";
+  names[offsetof(Statistics, min_abs) / sizeof(double)] = "min_abs";
+  names[offsetof(Statistics, non_finite) / sizeof(double)] = "non_finite";
+  return names;
+}
+
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -72,6 +91,7 @@ void* pointer(std::uintptr_t address, std::ptrdiff_t count, const char* message)
 using MatrixArgument = std::tuple<std::uintptr_t, std::ptrdiff_t, int>;  // address, row stride, element type
 // Address, strides between samples and tokens, element type.
 using ActivationsArgument = std::tuple<std::uintptr_t, std::ptrdiff_t, std::ptrdiff_t, int>;
+// row_abs, row_square, column_abs, column_square, statistics; 0 for the side not asked for.
 using OutputAddresses = std::array<std::uintptr_t, 2 * kScores + 1>;
 using GradientArgument = std::tuple<std::uintptr_t, std::ptrdiff_t, int>;  // address, number of elements, element type
 
@@ -85,32 +105,36 @@ Activations parse_activations(const char* name, const ActivationsArgument& argum
   return {pointer(address, elements, "x, dy: null address"), sample_stride, token_stride, parse_type(name, code)};
 }
 
-TaylorOutputs parse_outputs(const OutputAddresses& addresses, std::ptrdiff_t rows, std::ptrdiff_t columns) {
-  TaylorOutputs outputs;
+TaylorOutputs parse_outputs(const OutputAddresses& addresses, const std::string& side, std::ptrdiff_t rows,
+                            std::ptrdiff_t columns) {
+  TaylorOutputs outputs{};
+  outputs.side = parse_side(side);
   for (int s = 0; s < kScores; ++s) {
-    outputs.row[s] = pointer(addresses[s], rows, "outputs: null address");
-    outputs.column[s] = pointer(addresses[kScores + s], columns, "outputs: null address");
+    if (has_rows(outputs.side)) outputs.row[s] = pointer(addresses[s], rows, "outputs: null address");
+    if (has_columns(outputs.side))
+      outputs.column[s] = pointer(addresses[kScores + s], columns, "outputs: null address");
   }
   outputs.statistics = pointer(addresses[2 * kScores], kStatistics, "outputs: null address");
   return outputs;
 }
 
 void taylor_score_binding(const MatrixArgument& w_argument, const MatrixArgument& g_argument, std::ptrdiff_t rows,
-                          std::ptrdiff_t columns, const OutputAddresses& addresses, int threads,
-                          const std::string& isa_argument) {
+                          std::ptrdiff_t columns, const std::string& side, const OutputAddresses& addresses,
+                          int threads, const std::string& isa_argument) {
   require(rows >= 0 && columns >= 0, "rows, columns: must not be negative");
   require(threads >= 1, "threads: must be at least 1");
   const Matrix w = parse_matrix("w", w_argument, rows * columns), g = parse_matrix("g", g_argument, rows * columns);
   require(taylor_score_supports(w.type, g.type), "w, g: both must be fp64, or neither");
   const Isa isa = parse_isa(isa_argument);
-  const TaylorOutputs outputs = parse_outputs(addresses, rows, columns);
+  const TaylorOutputs outputs = parse_outputs(addresses, side, rows, columns);
   py::gil_scoped_release release;
   taylor_score(w, g, rows, columns, outputs, threads, isa);
 }
 
 void linear_importance_binding(const ActivationsArgument& x_argument, const ActivationsArgument& dy_argument,
                                const MatrixArgument& w_argument, const std::array<std::ptrdiff_t, 4>& sizes,
-                               const OutputAddresses& addresses, int threads, const std::string& isa_argument) {
+                               const std::string& side, const OutputAddresses& addresses, int threads,
+                               const std::string& isa_argument) {
   const auto [samples, tokens, rows, columns] = sizes;
   require(samples >= 0 && tokens >= 0 && rows >= 0 && columns >= 0, "sizes: must not be negative");
   require(threads >= 1, "threads: must be at least 1");
@@ -120,7 +144,7 @@ void linear_importance_binding(const ActivationsArgument& x_argument, const Acti
   require(taylor_score_supports(w.type, x.type) && taylor_score_supports(w.type, dy.type),
           "x, dy, w: all must be fp64, or none");
   const Isa isa = parse_isa(isa_argument);
-  const TaylorOutputs outputs = parse_outputs(addresses, rows, columns);
+  const TaylorOutputs outputs = parse_outputs(addresses, side, rows, columns);
   py::gil_scoped_release release;
   linear_importance(x, dy, w, {samples, tokens, rows, columns}, outputs, threads, isa);
 }
@@ -140,7 +164,7 @@ void grad_stats_binding(const std::vector<GradientArgument>& arguments, std::uin
   require(threads >= 1, "threads: must be at least 1");
   const std::vector<Gradient> gradients = parse_gradients(arguments);
   const Isa isa = parse_isa(isa_argument);
-  auto* statistics = static_cast<double*>(
+  auto* statistics = static_cast<Statistics*>(
       pointer(out, static_cast<std::ptrdiff_t>(gradients.size()), "out: null address"));
   py::gil_scoped_release release;
   grad_stats(gradients, statistics, threads, isa);
@@ -149,7 +173,7 @@ void grad_stats_binding(const std::vector<GradientArgument>& arguments, std::uin
 void scale_gradients_binding(const std::vector<GradientArgument>& arguments, const std::vector<double>& scales,
                              int threads, const std::string& isa_argument) {
   require(threads >= 1, "threads: must be at least 1");
-  require(scales.size() == arguments.size(), "scales: there must be one a gradient");
+  require(scales.size() == arguments.size(), "scales: one per gradient is needed");
   const std::vector<Gradient> gradients = parse_gradients(arguments);
   const Isa isa = parse_isa(isa_argument);
   py::gil_scoped_release release;
@@ -166,12 +190,12 @@ ChunkTable parse_chunks(const ChunksArgument& argument) {
 }
 
 void grad_stats_cuda_binding(const ChunksArgument& chunks, std::uintptr_t first_chunks, std::int64_t gradients,
-                             std::uintptr_t parts, std::uintptr_t out, std::uintptr_t stream) {
+                             std::uintptr_t of_chunks, std::uintptr_t out, std::uintptr_t stream) {
   require(gradients >= 0 && gradients <= std::numeric_limits<std::int32_t>::max(), "gradients: must be 0 to 2^31 - 1");
   const ChunkTable table = parse_chunks(chunks);
   const auto* first = static_cast<const std::int64_t*>(pointer(first_chunks, gradients, "first_chunks: null address"));
-  auto* scratch = static_cast<double*>(pointer(parts, table.count, "parts: null address"));
-  auto* statistics = static_cast<double*>(pointer(out, gradients, "out: null address"));
+  auto* scratch = static_cast<Statistics*>(pointer(of_chunks, table.count, "of_chunks: null address"));
+  auto* statistics = static_cast<Statistics*>(pointer(out, gradients, "out: null address"));
   py::gil_scoped_release release;
   grad_stats_cuda(table, first, gradients, scratch, statistics, reinterpret_cast<Stream>(stream));
 }
@@ -215,25 +239,26 @@ PYBIND11_MODULE(_C, m) {
   m.attr("BFLOAT16") = static_cast<int>(ElementType::BFloat16);
   m.attr("FLOAT16") = static_cast<int>(ElementType::Float16);
   m.attr("FLOAT64") = static_cast<int>(ElementType::Float64);
+  m.attr("STATISTICS") = statistic_names();
   m.def("taylor_score", &taylor_score_binding, py::arg("w"), py::arg("g"), py::arg("rows"), py::arg("columns"),
-        py::arg("outputs"), py::arg("threads"), py::arg("isa") = "auto",
-        "Sums of a weight times its gradient. w, g: (address, row stride, type). outputs: addresses of row_abs, "
-        "row_signed, row_square, column_abs, column_signed, column_square, statistics.");
+        py::arg("side"), py::arg("outputs"), py::arg("threads"), py::arg("isa") = "auto",
+        "Sums of a weight times its gradient. w, g: (address, row stride, type). side: rows, columns or both. outputs: "
+        "addresses of row_abs, row_square, column_abs, column_square, statistics; 0 for the side not asked for.");
   m.def("linear_importance", &linear_importance_binding, py::arg("x"), py::arg("dy"), py::arg("w"), py::arg("sizes"),
-        py::arg("outputs"), py::arg("threads"), py::arg("isa") = "auto",
+        py::arg("side"), py::arg("outputs"), py::arg("threads"), py::arg("isa") = "auto",
         "taylor_score of each sample's weight gradient, summed. x, dy: (address, sample stride, token stride, type); "
-        "w, outputs: as taylor_score's; sizes: samples, tokens, rows, columns.");
+        "w, side, outputs: as taylor_score's; sizes: samples, tokens, rows, columns.");
   m.def("grad_stats", &grad_stats_binding, py::arg("gradients"), py::arg("out"), py::arg("threads"),
         py::arg("isa") = "auto",
-        "Statistics of gradients, (address, elements, type) each, into out: address of [K, 5] fp64.");
+        "Statistics of gradients, (address, elements, type) each, into out: address of [K, 5] fp64, in the order of STATISTICS.");
   m.def("scale_gradients", &scale_gradients_binding, py::arg("gradients"), py::arg("scales"), py::arg("threads"),
         py::arg("isa") = "auto", "Gradients, (address, elements, type) each, times their scales, in place.");
 #if defined(GRADPRUNE_CUDA)
   m.def("grad_stats_cuda", &grad_stats_cuda_binding, py::arg("chunks"), py::arg("first_chunks"), py::arg("gradients"),
-        py::arg("parts"), py::arg("out"), py::arg("stream"),
-        "Statistics of gradients on the current device into out: [gradients, 5] fp64. chunks: (address, rows) of an "
-        "int64 table of address, elements, type, gradient; first_chunks: address of [gradients + 1] int64; parts: of "
-        "[rows, 5] fp64 scratch. All on the device. Asynchronous on the stream.");
+        py::arg("of_chunks"), py::arg("out"), py::arg("stream"),
+        "Statistics of gradients on the current device into out: address of [gradients, 5] fp64. chunks: (address, "
+        "rows) of an int64 table of address, elements, type, gradient; first_chunks: address of [gradients + 1] int64; "
+        "of_chunks: of [rows, 5] fp64 scratch. All on the device. Asynchronous on the stream.");
   m.def("scale_gradients_cuda", &scale_gradients_cuda_binding, py::arg("chunks"), py::arg("scales"),
         py::arg("stream"),
         "Gradients on the current device times their scales, in place. chunks: as for grad_stats_cuda; scales: address "

@@ -17,22 +17,30 @@ BFLOAT16: int
 FLOAT16: int
 FLOAT64: int
 
+STATISTICS: list[str]
+"""Names of the five statistics, in the order in which the ops write them."""
+
 def taylor_score(
     w: tuple[int, int, int],
     g: tuple[int, int, int],
     rows: int,
     columns: int,
+    side: str,
     outputs: Sequence[int],
     threads: int,
     isa: str = "auto",
 ) -> None:
-    """w, g: (address, row stride in elements, type). outputs: 7 addresses, in the order of `ImportanceVectors`."""
+    """w, g: (address, row stride in elements, type). side: rows, columns or both.
+
+    outputs: 5 addresses, in the order of `ImportanceVectors`; 0 for the side not asked for.
+    """
 
 def linear_importance(
     x: tuple[int, int, int, int],
     dy: tuple[int, int, int, int],
     w: tuple[int, int, int],
     sizes: tuple[int, int, int, int],
+    side: str,
     outputs: Sequence[int],
     threads: int,
     isa: str = "auto",
@@ -48,9 +56,9 @@ def scale_gradients(
     """gradients: (address, elements, type) each, scaled in place."""
 
 def grad_stats_cuda(
-    chunks: tuple[int, int], first_chunks: int, gradients: int, parts: int, out: int, stream: int
+    chunks: tuple[int, int], first_chunks: int, gradients: int, of_chunks: int, out: int, stream: int
 ) -> None:
-    """Only where `build_info()["cuda"]`. chunks: (address, rows) of a table on the device; see `gradients.cuda`."""
+    """Only where `build_info()["cuda"]`. chunks: (address, rows) of a table on the device; see `gradprune.ops.cuda`."""
 
 def scale_gradients_cuda(chunks: tuple[int, int], scales: int, stream: int) -> None:
     """Only where `build_info()["cuda"]`. chunks as above; scales: address of [gradients] fp64 on the device."""

@@ -1,4 +1,4 @@
-"""`taylor_score`: row and column sums of |w g|, w g and w^2 g^2, and the statistics of g, from one read of each."""
+"""`taylor_score`: row and column sums of |w g| and w^2 g^2, and the statistics of g, from one read of each."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class TaylorScoreConfig:
     """How the matrix is cut up.
 
     A program walks down ROWS rows of BLOCK_I columns in tiles of BLOCK_O rows. It keeps the column sums in registers
-    and writes 3 fp32 numbers a row of its strip and 3 a column: 12/BLOCK_I + 12/ROWS bytes an element.
+    and writes 2 fp32 numbers per row of its strip and 2 per column: 8/BLOCK_I + 8/ROWS bytes per element.
     """
 
     ROWS: int = 128
@@ -36,11 +36,13 @@ def _taylor_score_kernel(
     ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    ROW_SUMS: tl.constexpr,
+    COLUMN_SUMS: tl.constexpr,
 ):
     """One strip of W and G [O, I] (unit inner stride), fp32 accumulation, fixed order, no atomics.
 
-    rows_ptr: [strips of columns, 3, O] fp32; this strip's sums over its columns of |w g|, w g, w^2 g^2.
-    columns_ptr: [strips of rows, 3, I] fp32; this strip's sums over its rows.
+    rows_ptr: [strips of columns, 2, O] fp32; this strip's sums over its columns of |w g|, w^2 g^2, if ROW_SUMS.
+    columns_ptr: [strips of rows, 2, I] fp32; this strip's sums over its rows, if COLUMN_SUMS.
     statistics_ptr: [programs, 5] fp32: sum|g|, sum g^2, max|g|, min|g|, non-finite count.
     """
     strip_o = tl.program_id(0)
@@ -48,7 +50,6 @@ def _taylor_score_kernel(
     columns = strip_i * BLOCK_I + tl.arange(0, BLOCK_I)
     in_columns = columns < I
     column_abs = tl.zeros((BLOCK_I,), tl.float32)
-    column_signed = tl.zeros((BLOCK_I,), tl.float32)
     column_square = tl.zeros((BLOCK_I,), tl.float32)
     sum_abs = tl.zeros((BLOCK_I,), tl.float32)
     sum_square = tl.zeros((BLOCK_I,), tl.float32)
@@ -66,13 +67,13 @@ def _taylor_score_kernel(
         product = w * g
         absolute = tl.abs(product)
         square = product * product
-        row_base = rows_ptr + strip_i.to(tl.int64) * 3 * O + rows
-        tl.store(row_base, tl.sum(absolute, 1), mask=in_rows)
-        tl.store(row_base + O, tl.sum(product, 1), mask=in_rows)
-        tl.store(row_base + 2 * O, tl.sum(square, 1), mask=in_rows)
-        column_abs += tl.sum(absolute, 0)
-        column_signed += tl.sum(product, 0)
-        column_square += tl.sum(square, 0)
+        if ROW_SUMS:
+            row_base = rows_ptr + strip_i.to(tl.int64) * 2 * O + rows
+            tl.store(row_base, tl.sum(absolute, 1), mask=in_rows)
+            tl.store(row_base + O, tl.sum(square, 1), mask=in_rows)
+        if COLUMN_SUMS:
+            column_abs += tl.sum(absolute, 0)
+            column_square += tl.sum(square, 0)
 
         magnitude = tl.abs(g)
         finite = magnitude < float("inf")  # false for NaN too
@@ -83,10 +84,10 @@ def _taylor_score_kernel(
         min_abs = tl.minimum(min_abs, tl.min(tl.where(finite & inside, magnitude, float("inf")), 0))
         bad += tl.sum(tl.where(finite, 0.0, 1.0), 0)
 
-    column_base = columns_ptr + strip_o.to(tl.int64) * 3 * I + columns
-    tl.store(column_base, column_abs, mask=in_columns)
-    tl.store(column_base + I, column_signed, mask=in_columns)
-    tl.store(column_base + 2 * I, column_square, mask=in_columns)
+    if COLUMN_SUMS:
+        column_base = columns_ptr + strip_o.to(tl.int64) * 2 * I + columns
+        tl.store(column_base, column_abs, mask=in_columns)
+        tl.store(column_base + I, column_square, mask=in_columns)
     statistics_base = statistics_ptr + (strip_o * tl.num_programs(1) + strip_i) * 5
     tl.store(statistics_base, tl.sum(sum_abs, 0))
     tl.store(statistics_base + 1, tl.sum(sum_square, 0))
@@ -95,7 +96,9 @@ def _taylor_score_kernel(
     tl.store(statistics_base + 4, tl.sum(bad, 0))
 
 
-def taylor_score_triton(w: Tensor, g: Tensor, config: TaylorScoreConfig | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def taylor_score_triton(
+    w: Tensor, g: Tensor, row_sums: bool = True, column_sums: bool = True, config: TaylorScoreConfig | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Row sums, column sums and statistics of one weight and its gradient.
 
     Reads W and G once (4 bytes an element in bf16); the strips' partial sums are added by a second, small reduction,
@@ -104,17 +107,18 @@ def taylor_score_triton(w: Tensor, g: Tensor, config: TaylorScoreConfig | None =
     Args:
         w: [O, I] fp32, bf16 or fp16, unit inner stride.
         g: [O, I] the same.
+        row_sums, column_sums: which sums to compute.
         config: how the matrix is cut up.
 
     Returns:
-        rows [3, O] and columns [3, I], each sums of |w g|, w g and w^2 g^2, and statistics [5] of g: sum|g|, sum g^2,
-        max|g|, min|g|, number of non-finite elements (which enter none of the other four). fp32.
+        rows [2, O] and columns [2, I], each sums of |w g| and w^2 g^2, None if not asked for; and statistics [5] of g:
+        sum|g|, sum g^2, max|g|, min|g|, number of non-finite elements (which enter none of the other four). fp32.
     """
     config = config or TaylorScoreConfig()
     height, width = w.shape
     strips_o, strips_i = triton.cdiv(height, config.ROWS), triton.cdiv(width, config.BLOCK_I)
-    rows = torch.empty(strips_i, 3, height, dtype=torch.float32, device=w.device)
-    columns = torch.empty(strips_o, 3, width, dtype=torch.float32, device=w.device)
+    rows = torch.empty(strips_i, 2, height if row_sums else 0, dtype=torch.float32, device=w.device)
+    columns = torch.empty(strips_o, 2, width if column_sums else 0, dtype=torch.float32, device=w.device)
     statistics = torch.empty(strips_o * strips_i, 5, dtype=torch.float32, device=w.device)
     if height and width:
         _taylor_score_kernel[(strips_o, strips_i)](
@@ -130,13 +134,15 @@ def taylor_score_triton(w: Tensor, g: Tensor, config: TaylorScoreConfig | None =
             ROWS=config.ROWS,
             BLOCK_O=config.BLOCK_O,
             BLOCK_I=config.BLOCK_I,
+            ROW_SUMS=row_sums,
+            COLUMN_SUMS=column_sums,
             num_warps=config.num_warps,
         )
-    return rows.sum(0), columns.sum(0), merged_statistics(statistics)
+    return rows.sum(0) if row_sums else None, columns.sum(0) if column_sums else None, merged_statistics(statistics)
 
 
 def merged_statistics(statistics: Tensor) -> Tensor:
-    """[programs, 5] statistics of parts of a gradient to the [5] of the whole."""
+    """[K, 5] statistics, one row per program, merged into the [5] of the whole gradient."""
     if not len(statistics):
         return statistics.new_tensor([0.0, 0.0, 0.0, float("inf"), 0.0])
     total = statistics.sum(0)

@@ -12,35 +12,36 @@ from benchmarks.kernels.op import Case, Op
 from benchmarks.kernels.providers import copied, gradient_backends
 from benchmarks.timing import Provider
 from gradprune.ops.reference import grad_stats_reference
+from gradprune.ops.vectors import GradientStatistics
 
 
 def _inputs(case: Case, number: int, device: str) -> tuple[Any, ...]:
-    # The gradients are only read; half of their bytes read and half written are as many.
+    # The op only reads the gradients: a copy that moves as many bytes reads half of them and writes the other half.
     return gradients_and_buffers(case, number, device, 0.5)
 
 
-def _eager(grads: list[Tensor], *_buffers: Tensor) -> Tensor:
-    return torch.stack([grad_stats_reference(grad) for grad in grads])
+def _eager(grads: list[Tensor], *_buffers: Tensor) -> GradientStatistics[Tensor]:
+    return grad_stats_reference(grads)
 
 
-def _foreach(grads: list[Tensor], *_buffers: Tensor) -> Tensor:
-    """What PyTorch has for lists of tensors: three norms; the minimum and the count are not among it.
+def _foreach(grads: list[Tensor], *_buffers: Tensor) -> GradientStatistics[Tensor]:
+    """What PyTorch offers for lists of tensors: three norms, but neither the minimum nor the count.
 
-    Right for finite gradients only: a non-finite element enters the norms.
+    Correct for finite gradients only: a non-finite element enters the norms.
     """
     total, norm, largest = (torch._foreach_norm(grads, order, torch.float32) for order in (1, 2, torch.inf))
     smallest = [grad.abs().min().float() for grad in grads]
     bad = [(~grad.isfinite()).sum().float() for grad in grads]
-    columns = (total, [value * value for value in norm], largest, smallest, bad)
-    return torch.stack([torch.stack(list(column)) for column in columns], 1)
+    square = [value * value for value in norm]
+    return GradientStatistics(*(torch.stack([*values]) for values in (total, square, largest, smallest, bad)))
 
 
-def _check(found: Tensor, inputs: tuple[Any, ...], tolerance: float = 2e-5) -> str | None:
-    """The tolerance is relative, of sums of millions in fp32; the count, whose scale is 0 here, must be exact."""
-    expected = torch.stack([grad_stats_reference(grad.double()) for grad in inputs[0]])
-    if found.shape != expected.shape:
-        return f"has shape {tuple(found.shape)}, not {tuple(expected.shape)}"
-    difference = (found.double().to(expected.device) - expected).abs()
+def _check(found: GradientStatistics[Tensor], inputs: tuple[Any, ...], tolerance: float = 2e-5) -> str | None:
+    """The tolerance is relative, for fp32 sums of millions of elements; the count, 0 here, must be exact."""
+    have, expected = found.pack(), grad_stats_reference([grad.double() for grad in inputs[0]]).pack()
+    if have.shape != expected.shape:
+        return f"has shape {tuple(have.shape)}, not {tuple(expected.shape)}"
+    difference = (have.double().to(expected.device) - expected).abs()
     wrong = ~(difference <= tolerance * expected)
     return f"{int(wrong.sum())} of {wrong.numel()} statistics are off by more than {tolerance}" if wrong.any() else None
 
@@ -49,7 +50,7 @@ def _providers(case: Case, device: str) -> list[Provider]:
     return [
         Provider("copy", copy_buffer, copied, floor=True),
         Provider("eager", _eager, _check),
-        # On the CPU PyTorch's norm adds one element after the other in fp32, and is that much off.
+        # On the CPU PyTorch's norm adds element after element in fp32, hence the larger error.
         Provider("foreach", _foreach, partial(_check, tolerance=5e-3)),
         *gradient_backends("grad_stats", lambda op, grads, *_buffers: op(grads), _check, device),
     ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.timing import Provider
 from gradprune import ops
 from gradprune.config import GradientBackend, ImportanceBackend
-from gradprune.ops.dispatch import Ops, gradient_ops_fault, select_ops, unavailable_reason
+from gradprune.ops.dispatch import ImportanceOps, gradient_ops_fault, select_ops, unavailable_reason
 
 Check = Callable[[Any, tuple[Any, ...]], str | None]
 
@@ -32,7 +32,7 @@ def compiled(function: Callable[..., Any], check: Check, device: str) -> Provide
     return Provider("torch.compile", torch.compile(function, fullgraph=True, dynamic=False, mode=mode), check)
 
 
-def importance_backends(op: Callable[[Ops], Callable[..., Any]], check: Check, device: str) -> list[Provider]:
+def importance_backends(op: Callable[[ImportanceOps], Callable[..., Any]], check: Check, device: str) -> list[Provider]:
     """Every backend of ours with a kernel for the importance ops on `device`; the reference is the eager provider."""
     found = []
     for backend in get_args(ImportanceBackend):

@@ -1,13 +1,12 @@
 """Whether importance vectors are right: against the reference in fp64, with the error that fp32 sums may have."""
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradprune.ops.vectors import ImportanceVectors
+from gradprune.ops.vectors import GradientStatistics, ImportanceVectors
 
 _FP32_SUM = 1e-5
 
@@ -25,7 +24,7 @@ def vectors_check(
     expected: list[ImportanceVectors] = []
 
     def check(found: ImportanceVectors, inputs: tuple[Any, ...]) -> str | None:
-        # A case's providers are all checked on the same inputs: once is enough.
+        # All providers of a case are checked on the same inputs, so the reference is computed once.
         if not expected:
             expected.append(reference(*(value.double() for value in inputs)))
         return vectors_fault(found, expected[0], _FP32_SUM + gradient_epsilon)
@@ -36,23 +35,27 @@ def vectors_check(
 def vectors_fault(found: ImportanceVectors, expected: ImportanceVectors, tolerance: float) -> str | None:
     """The first vector that differs, or None.
 
-    A sum's error is measured against the sum of its terms' magnitudes (|w g| for w g), element by element; where that
-    is nearly nothing, against the vector's mean. |g|'s extremes against the largest.
+    The error of a sum is relative to the sum itself plus the vector's mean, because some sums are nearly 0; that of the
+    smallest |g| is relative to the largest.
     """
-    for spec in fields(ImportanceVectors):
-        want, have = getattr(expected, spec.name).double(), getattr(found, spec.name).double()
-        if have.shape != want.shape:
-            return f"{spec.name} has shape {tuple(have.shape)}, not {tuple(want.shape)}"
-        error = ((have - want).abs() / _scale(spec.name, expected)).max().item() if want.numel() else 0.0
-        # Squares have twice the relative error. Written so that NaN fails.
-        if not error <= 2.0 * tolerance:
-            return f"{spec.name} is off by {error:.1e} of its scale; {2.0 * tolerance:.1e} is allowed"
-    return None
+    for name in ("row_abs", "row_square", "column_abs", "column_square"):
+        want, have = getattr(expected, name), getattr(found, name)
+        if (have is None) != (want is None):
+            return f"{name} is {'missing' if have is None else 'there'}, and must not be"
+        if want is not None and (fault := _fault(name, have, want, want + want.mean(), tolerance)) is not None:
+            return fault
+    want, statistics = expected.statistics.pack(), expected.statistics
+    scale = GradientStatistics(
+        statistics.sum_abs, statistics.sum_square, statistics.max_abs, statistics.max_abs, torch.ones_like(want[0])
+    )
+    return _fault("statistics", found.statistics.pack(), want, scale.pack(), tolerance)
 
 
-def _scale(name: str, expected: ImportanceVectors) -> Tensor:
-    if name == "statistics":
-        sum_abs, sum_square, largest, _, _ = expected.statistics.double()
-        return torch.stack([sum_abs, sum_square, largest, largest, torch.ones_like(largest)])
-    terms: Tensor = getattr(expected, name.replace("signed", "abs")).double()
-    return terms + terms.mean()
+def _fault(name: str, have: Tensor, want: Tensor, scale: Tensor, tolerance: float) -> str | None:
+    if have.shape != want.shape:
+        return f"{name} has shape {tuple(have.shape)}, not {tuple(want.shape)}"
+    error = ((have.double() - want.double()).abs() / scale.double()).max().item() if want.numel() else 0.0
+    # Squares have twice the relative error. Written so that NaN fails.
+    if error <= 2.0 * tolerance:
+        return None
+    return f"{name} is off by {error:.1e} of its scale; {2.0 * tolerance:.1e} is allowed"

@@ -33,8 +33,8 @@ GRADPRUNE_INLINE Vector<float, N> load_elements(const BFloat16* from) {
   return {bit_cast<typename Native<float, N>::type>(widen<N>(from) << 16)};
 }
 
-// Round to nearest even: add just under half of the last kept bit, and that bit itself to break ties. A NaN stays
-// one: it is cut, with its quiet bit set, since the addition could carry it into infinity or zero.
+// Round to nearest even: add just under half of the last kept bit, and that bit itself to break ties. The addition could
+// carry a NaN into infinity or zero, so a NaN is truncated instead, with its quiet bit set.
 template <int N>
 GRADPRUNE_INLINE void store_elements(Vector<float, N> x, BFloat16* to) {
   using Unsigned = typename Native<std::uint32_t, N>::type;
@@ -46,8 +46,8 @@ GRADPRUNE_INLINE void store_elements(Vector<float, N> x, BFloat16* to) {
   narrow<N>(bit_cast<Int>(is_nan ? nan : rounded), to);
 }
 
-// fp16 has a bias of 15 and 10 bits of mantissa. A subnormal is its mantissa times 2^-24: put behind the exponent of
-// 2^-14 and 2^-14 taken off again, which is exact.
+// fp16 has an exponent bias of 15 and 10 mantissa bits. A subnormal is its mantissa times 2^-24: read with the exponent
+// of 2^-14 it is 2^-14 too large, and subtracting that is exact.
 template <int N>
 GRADPRUNE_INLINE Vector<float, N> load_elements(const Float16* from) {
 #if defined(__AVX512F__)
@@ -69,9 +69,9 @@ GRADPRUNE_INLINE Vector<float, N> load_elements(const Float16* from) {
   return {bit_cast<Float>(magnitude | ((half & 0x8000) << 16))};
 }
 
-// Vector h (0 or 1) of 2 N elements from `from` on, where the order does not matter. Two bf16 fill 32 bits: the lower
-// is their value after a shift, the upper after a mask. So vector 0 has the even elements and vector 1 the odd ones,
-// at half the instructions of widening in order.
+// Vector h (0 or 1) of the 2 N elements at `from`, where their order does not matter. Two bf16 share 32 bits: a shift
+// turns the lower into its fp32 value, a mask the upper. So vector 0 has the even elements and vector 1 the odd ones, in
+// half the instructions of widening in order.
 template <int N, class E>
 GRADPRUNE_INLINE auto load_unordered(const E* from, int h) { return load_elements<N>(from + h * N); }
 

@@ -1,4 +1,4 @@
-// Element types of tensors, as codes that cross the binding and as C++ types.
+// Element types of tensors, as codes that cross the binding and as C++ types; and matrices of them.
 #pragma once
 
 #include <cstddef>
@@ -25,5 +25,17 @@ inline std::size_t element_size(ElementType type) {
 inline const char* offset(const void* base, ElementType type, std::ptrdiff_t elements) {
   return static_cast<const char*>(base) + elements * static_cast<std::ptrdiff_t>(element_size(type));
 }
+
+// A matrix with unit stride along its rows.
+struct Matrix {
+  const void* data;
+  std::ptrdiff_t stride;  // between rows, in elements
+  ElementType type;
+
+  // The part that begins at an element.
+  Matrix from(std::ptrdiff_t row, std::ptrdiff_t column) const {
+    return {offset(data, type, row * stride + column), stride, type};
+  }
+};
 
 }  // namespace gradprune

@@ -6,11 +6,11 @@
 namespace gradprune {
 namespace {
 
-constexpr std::ptrdiff_t kElementsPerSum = 4096;  // lanes add up this many elements before they go into a double
+constexpr std::ptrdiff_t kElementsPerSum = 4096;  // summed in vector lanes before the sum is added to a double
 
-// [kStatistics] of g: [count], merged into `into`.
+// Statistics of g: [count], merged into `into`.
 template <class E, int BYTES>
-void grad_stats(const void* gradient, std::ptrdiff_t count, double* into) {
+void grad_stats(const void* gradient, std::ptrdiff_t count, Statistics& into) {
   using T = typename Accumulation<E>::type;
   const E* g = static_cast<const E*>(gradient);
   while (count > 0) {

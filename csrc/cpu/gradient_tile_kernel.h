@@ -1,7 +1,7 @@
 // A tile of one sample's weight gradient G = dY^T X. Internal linkage, as vector.h.
 //
-// X [tokens, columns] and dY [tokens, rows] are first packed into panels: a panel holds a few neighbouring columns of
-// its matrix, token after token, filled up with zeros. A panel of dY times one of X stays in registers over the tokens.
+// X [tokens, columns] and dY [tokens, rows] are first packed into panels: a few neighbouring columns of the matrix,
+// token by token, padded with zeros. The product of a panel of dY and one of X stays in registers over the tokens.
 #pragma once
 
 #include "cpu/element_io.h"
@@ -10,13 +10,13 @@
 namespace gradprune {
 namespace {
 
-// So many rows of G times two vectors of columns fill the registers, and leave room for what they are made of.
+// Register block: ROWS x 2 accumulators; the registers left over hold the dY broadcast and two X vectors.
 constexpr int rows_of_panel(int bytes) { return bytes == 64 ? 12 : 6; }
 constexpr int kVectorsOfPanel = 2;
-// Tokens at a time, so that a panel of X stays in the nearest cache and a tile's panels of dY in the next.
+// Tokens at a time: a panel of X then stays in the first-level cache and a tile's panels of dY in the second.
 constexpr std::ptrdiff_t kTokensAtOnce = 256;
 
-// The `valid` columns from `from` on of [tokens, ...] into a panel [tokens, WIDTH], filled up with zeros.
+// Copies the first `valid` columns at `from` into a panel [tokens, WIDTH], and zeros after them.
 template <class E, int N, int WIDTH>
 GRADPRUNE_INLINE void pack_panel(const E* from, std::ptrdiff_t stride, std::ptrdiff_t tokens, std::ptrdiff_t valid,
                                  typename Accumulation<E>::type* panel) {
@@ -34,7 +34,7 @@ GRADPRUNE_INLINE void pack_panel(const E* from, std::ptrdiff_t stride, std::ptrd
 template <class E, int BYTES>
 void pack_dy(const void* from, std::ptrdiff_t stride, std::ptrdiff_t tokens, std::ptrdiff_t valid, void* panel) {
   using T = typename Accumulation<E>::type;
-  // Rows of a panel are fewer than a vector's lanes, or no multiple of them.
+  // A panel of dY is narrower than a vector, or no whole number of vectors.
   constexpr int N = 2;
   pack_panel<E, N, rows_of_panel(BYTES)>(static_cast<const E*>(from), stride, tokens, valid, static_cast<T*>(panel));
 }
@@ -76,7 +76,7 @@ void gradient_tile(const GradientTile& tile) {
   const T* x = static_cast<const T*>(tile.x);
   T* g = static_cast<T*>(tile.g);
   std::ptrdiff_t first = 0;
-  do {  // once at least: without tokens G is zero
+  do {  // at least once: without tokens G must still be set to zero
     const std::ptrdiff_t tokens = tile.tokens - first < kTokensAtOnce ? tile.tokens - first : kTokensAtOnce;
     for (std::ptrdiff_t c = 0; c < tile.columns; c += COLUMNS)
       for (std::ptrdiff_t r = 0; r < tile.rows; r += ROWS)

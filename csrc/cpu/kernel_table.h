@@ -1,35 +1,37 @@
-// The inner kernels, one table an instruction set. The ops partition the work, call these, and combine in order.
+// The inner kernels, one table per instruction set. The ops partition the work, call these, and combine in order.
 #pragma once
 
 #include <cstddef>
 
 #include "cpu/element_type.h"
 #include "cpu/isa.h"
+#include "gradient_statistics.h"
 
 namespace gradprune {
 
-// Index of each statistic of a gradient; the order is that of gradprune.ops.vectors.STATISTICS.
-enum Statistic { kSumAbs, kSumSquare, kMaxAbs, kMinAbs, kNonFinite, kStatistics };
+// Index of each sum over a row or a column: of |w g| and of (w g)^2.
+enum Score { kAbs, kSquare, kScores };
 
-// Index of each sum over a row or a column: of |w g|, of w g, of w^2 g^2.
-enum Score { kAbs, kSigned, kSquare, kScores };
+// Which sums an op is asked for: over rows, over columns, or both.
+enum class Side : int { Rows, Columns, Both };
+constexpr int kSides = 3;
+constexpr bool has_rows(Side side) { return side != Side::Columns; }
+constexpr bool has_columns(Side side) { return side != Side::Rows; }
 
-// The largest tile. Memory is read fastest along whole rows, so a tile is as wide as its column sums (3 x 4096 floats)
-// fit into the second cache while its rows stream by. More rows would lengthen the fp32 sums, fewer would write more
-// partial sums: at 120, a multiple of the rows taken at once, they are 1/60 of fp32 W and G.
+// The largest tile. Memory is read fastest along whole rows, so a tile is as wide as its column sums (2 x 4096 floats)
+// leave room for in the second-level cache while its rows stream by. More rows would lengthen the fp32 sums, fewer would
+// write more partial sums; 120 is a multiple of every number of rows taken at once.
 constexpr std::ptrdiff_t kTileRows = 120;
 constexpr std::ptrdiff_t kTileColumns = 4096;
 
 // A rectangle of W and G, and where its sums go. row[s]: [rows], column[s]: [columns], of type float, or double
-// where W and G are double. statistics: [kStatistics].
+// where W and G are double; the side that is not asked for is null.
 struct TaylorTile {
-  const void* w;
-  const void* g;
-  std::ptrdiff_t w_stride, g_stride;  // between rows, in elements
+  Matrix w, g;
   std::ptrdiff_t rows, columns;
   void* row[kScores];
   void* column[kScores];
-  double* statistics;
+  Statistics* statistics;
 };
 
 // Panels [rows / panel rows, tokens, panel rows] of dY and likewise of X, and where their product g [rows, columns]
@@ -42,21 +44,34 @@ struct GradientTile {
   std::ptrdiff_t rows, columns, tokens;
 };
 
-// The `valid` columns from `from` on of a matrix [tokens, ...] into a panel, which is filled up with zeros.
+// Copies the first `valid` columns at `from`, of a matrix [tokens, ...], into a panel, and zeros after them.
 using PackKernel = void (*)(const void* from, std::ptrdiff_t stride, std::ptrdiff_t tokens, std::ptrdiff_t valid,
                             void* panel);
 using GradientTileKernel = void (*)(const GradientTile& tile);
 using TaylorTileKernel = void (*)(const TaylorTile& tile);
-using GradStatsKernel = void (*)(const void* g, std::ptrdiff_t count, double* statistics);
+using GradStatsKernel = void (*)(const void* g, std::ptrdiff_t count, Statistics& into);
 using ScaleKernel = void (*)(void* g, std::ptrdiff_t count, double scale);
 
+// One entry per value of an enum.
+template <class Key, int KEYS, class Entry>
+struct PerKey {
+  Entry entry[KEYS];
+
+  constexpr Entry& at(Key key) { return entry[static_cast<int>(key)]; }
+  constexpr const Entry& at(Key key) const { return entry[static_cast<int>(key)]; }
+};
+template <class Entry>
+using PerType = PerKey<ElementType, kElementTypes, Entry>;
+template <class Entry>
+using PerSide = PerKey<Side, kSides, Entry>;
+
 struct KernelTable {
-  TaylorTileKernel taylor_tile[kElementTypes][kElementTypes];  // by element type of W, of G; null if unsupported
-  GradStatsKernel grad_stats[kElementTypes];
-  ScaleKernel scale[kElementTypes];
-  int panel_rows, panel_bytes;               // of dY: so many columns; of X: so many bytes of float or double
-  PackKernel pack_dy[kElementTypes], pack_x[kElementTypes];
-  GradientTileKernel gradient_tile[2];       // in float, in double
+  PerSide<PerType<PerType<TaylorTileKernel>>> taylor_tile;  // by side, type of W, type of G; null if unsupported
+  PerType<GradStatsKernel> grad_stats;
+  PerType<ScaleKernel> scale;
+  PerType<PackKernel> pack_dy, pack_x;
+  PerType<GradientTileKernel> gradient_tile;  // by the type it is computed in, Float32 or Float64
+  int dy_panel_columns, x_panel_bytes;        // a panel's width: in columns of dY, in bytes of float or double of X
 };
 
 const KernelTable& scalar_kernels();

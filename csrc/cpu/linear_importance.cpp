@@ -10,12 +10,13 @@
 namespace gradprune {
 namespace {
 
-// A tile of G: whole panels of every instruction set, and together with its panels of dY within a core's second cache.
+// A tile of G is made of whole panels on every instruction set; with its panels of dY it fits in a core's second-level
+// cache.
 constexpr std::ptrdiff_t kGradientRows = 120;
 constexpr std::ptrdiff_t kGradientColumns = 256;
 // Below this many multiplications a second thread costs more than it saves.
 constexpr std::ptrdiff_t kMultiplicationsPerThread = 1 << 18;
-// Of a cache line, so that no vector lies in two.
+// A cache line: no vector then straddles two.
 constexpr std::size_t kAlignment = 64;
 
 struct Free {
@@ -43,7 +44,7 @@ class Panels {
   std::ptrdiff_t panels() const { return divide_up(width_, panel_width_); }
   // The next multiple of a panel's width.
   std::ptrdiff_t padded(std::ptrdiff_t width) const { return divide_up(width, panel_width_) * panel_width_; }
-  // The panels from a column on that begins one.
+  // The panels from `column` on, the first column of a panel.
   const T* at(std::ptrdiff_t column) const { return data_.get() + column * tokens_; }
 
   void pack(const Activations& from, std::ptrdiff_t sample, std::ptrdiff_t panel, PackKernel kernel) {
@@ -57,36 +58,34 @@ class Panels {
   std::unique_ptr<T[], Free> data_;
 };
 
-// Make a tile of G and score it.
+// The type that the gradient is computed in.
+template <class T>
+constexpr ElementType kGradientType = sizeof(T) == sizeof(double) ? ElementType::Float64 : ElementType::Float32;
+
+// Computes a tile of G and scores it.
 template <class T>
 void score_tile(const Panels<T>& dy, const Panels<T>& x, std::ptrdiff_t tokens, const Matrix& w,
                 const TileSums<T>& sums, std::ptrdiff_t index, GradientTileKernel multiply, TaylorTileKernel score) {
   alignas(kAlignment) T g[kGradientRows * kGradientColumns];
-  TaylorTile tile = sums.tile(index);
   const std::ptrdiff_t row = sums.row(index), column = sums.column(index);
+  const TaylorTile tile = sums.tile(index, w.from(row, column), {g, kGradientColumns, kGradientType<T>});
   multiply({dy.at(row), x.at(column), g, kGradientColumns, dy.padded(tile.rows), x.padded(tile.columns), tokens});
-  tile.w = offset(w.data, w.type, row * w.stride + column);
-  tile.w_stride = w.stride;
-  tile.g = g;
-  tile.g_stride = kGradientColumns;
   score(tile);
 }
 
 template <class T>
 void score_samples(const Activations& x, const Activations& dy, const Matrix& w, const LinearShape& shape,
                    const TaylorOutputs& outputs, int threads, const KernelTable& table) {
-  constexpr bool kDouble = sizeof(T) == sizeof(double);
-  constexpr ElementType kGradient = kDouble ? ElementType::Float64 : ElementType::Float32;
-  const TaylorTileKernel score = table.taylor_tile[static_cast<int>(w.type)][static_cast<int>(kGradient)];
-  const GradientTileKernel multiply = table.gradient_tile[kDouble];
-  const PackKernel pack_x = table.pack_x[static_cast<int>(x.type)], pack_dy = table.pack_dy[static_cast<int>(dy.type)];
+  const TaylorTileKernel score = table.taylor_tile.at(outputs.side).at(w.type).at(kGradientType<T>);
+  const GradientTileKernel multiply = table.gradient_tile.at(kGradientType<T>);
+  const PackKernel pack_x = table.pack_x.at(x.type), pack_dy = table.pack_dy.at(dy.type);
   const std::ptrdiff_t work = shape.rows * shape.columns * std::max<std::ptrdiff_t>(1, shape.tokens);
   threads = static_cast<int>(std::clamp<std::ptrdiff_t>(work / kMultiplicationsPerThread, 1, threads));
 
-  Panels<T> x_panels(shape.columns, shape.tokens, table.panel_bytes / static_cast<int>(sizeof(T)));
-  Panels<T> dy_panels(shape.rows, shape.tokens, table.panel_rows);
-  const TileSums<T> sums(shape.rows, shape.columns, kGradientRows, kGradientColumns);
-  Totals totals(shape.rows, shape.columns);
+  Panels<T> x_panels(shape.columns, shape.tokens, table.x_panel_bytes / static_cast<int>(sizeof(T)));
+  Panels<T> dy_panels(shape.rows, shape.tokens, table.dy_panel_columns);
+  const TileSums<T> sums(outputs.side, shape.rows, shape.columns, kGradientRows, kGradientColumns);
+  Totals totals(outputs.side, shape.rows, shape.columns);
   for (std::ptrdiff_t n = 0; n < shape.samples; ++n) {
     parallel_for(x_panels.panels() + dy_panels.panels(), threads, [&](std::ptrdiff_t i) {
       if (i < x_panels.panels())

@@ -21,7 +21,7 @@ struct LinearShape {
 // taylor_score of W and each sample's G = dY^T X, summed over samples. x: [samples, tokens, columns], dy: [samples,
 // tokens, rows], w: [rows, columns]; all fp64, or none.
 //
-// A tile of G is made in fp32 (fp64 for fp64) and scored while it is in a core's own cache. Sums as taylor_score's.
+// A tile of G is computed in fp32 (fp64 for fp64) and scored while it is in the core's own cache. Sums as taylor_score's.
 // Deterministic for any number of threads.
 void linear_importance(const Activations& x, const Activations& dy, const Matrix& w, const LinearShape& shape,
                        const TaylorOutputs& outputs, int threads, Isa isa);

@@ -8,24 +8,49 @@
 namespace gradprune {
 namespace {
 
+template <class E> constexpr ElementType kTypeOf = ElementType::Float32;
+template <> constexpr ElementType kTypeOf<BFloat16> = ElementType::BFloat16;
+template <> constexpr ElementType kTypeOf<Float16> = ElementType::Float16;
+template <> constexpr ElementType kTypeOf<double> = ElementType::Float64;
+
+template <int BYTES, class W, class G>
+constexpr void add_taylor_tile(KernelTable& table) {
+  constexpr ElementType w = kTypeOf<W>, g = kTypeOf<G>;
+  table.taylor_tile.at(Side::Rows).at(w).at(g) = taylor_tile<W, G, BYTES, Side::Rows>;
+  table.taylor_tile.at(Side::Columns).at(w).at(g) = taylor_tile<W, G, BYTES, Side::Columns>;
+  table.taylor_tile.at(Side::Both).at(w).at(g) = taylor_tile<W, G, BYTES, Side::Both>;
+}
+
+template <int BYTES, class E>
+constexpr void add_type(KernelTable& table) {
+  constexpr ElementType type = kTypeOf<E>;
+  table.grad_stats.at(type) = grad_stats<E, BYTES>;
+  table.scale.at(type) = scale<E, BYTES>;
+  table.pack_dy.at(type) = pack_dy<E, BYTES>;
+  table.pack_x.at(type) = pack_x<E, BYTES>;
+}
+
+template <int BYTES, class W>
+constexpr void add_half_precision_or_float(KernelTable& table) {
+  add_type<BYTES, W>(table);
+  add_taylor_tile<BYTES, W, float>(table);
+  add_taylor_tile<BYTES, W, BFloat16>(table);
+  add_taylor_tile<BYTES, W, Float16>(table);
+}
+
 template <int BYTES>
 constexpr KernelTable make_kernel_table() {
-  using B = BFloat16;
-  using H = Float16;
-  return {
-      // Rows: W in fp32, bf16, fp16, fp64. Columns: G in the same order.
-      {{taylor_tile<float, float, BYTES>, taylor_tile<float, B, BYTES>, taylor_tile<float, H, BYTES>, nullptr},
-       {taylor_tile<B, float, BYTES>, taylor_tile<B, B, BYTES>, taylor_tile<B, H, BYTES>, nullptr},
-       {taylor_tile<H, float, BYTES>, taylor_tile<H, B, BYTES>, taylor_tile<H, H, BYTES>, nullptr},
-       {nullptr, nullptr, nullptr, taylor_tile<double, double, BYTES>}},
-      {grad_stats<float, BYTES>, grad_stats<B, BYTES>, grad_stats<H, BYTES>, grad_stats<double, BYTES>},
-      {scale<float, BYTES>, scale<B, BYTES>, scale<H, BYTES>, scale<double, BYTES>},
-      rows_of_panel(BYTES),
-      kVectorsOfPanel * BYTES,
-      {pack_dy<float, BYTES>, pack_dy<B, BYTES>, pack_dy<H, BYTES>, pack_dy<double, BYTES>},
-      {pack_x<float, BYTES>, pack_x<B, BYTES>, pack_x<H, BYTES>, pack_x<double, BYTES>},
-      {gradient_tile<float, BYTES>, gradient_tile<double, BYTES>},
-  };
+  KernelTable table{};
+  add_half_precision_or_float<BYTES, float>(table);
+  add_half_precision_or_float<BYTES, BFloat16>(table);
+  add_half_precision_or_float<BYTES, Float16>(table);
+  add_type<BYTES, double>(table);
+  add_taylor_tile<BYTES, double, double>(table);
+  table.gradient_tile.at(ElementType::Float32) = gradient_tile<float, BYTES>;
+  table.gradient_tile.at(ElementType::Float64) = gradient_tile<double, BYTES>;
+  table.dy_panel_columns = rows_of_panel(BYTES);
+  table.x_panel_bytes = kVectorsOfPanel * BYTES;
+  return table;
 }
 
 }  // namespace

@@ -5,9 +5,9 @@
 
 namespace gradprune {
 
-// Calls body(i) for i in [0, count), on at most `threads` threads. Who runs which i never decides a result: every i
-// writes its own output, and what is summed over i is summed afterwards, in order. Hence also schedule(dynamic): a
-// thread that has to share its core with another process takes fewer i instead of being waited for.
+// Calls body(i) for i in [0, count), on at most `threads` threads. Results must not depend on which thread runs which i:
+// every i writes its own output, and sums over i are formed afterwards, in order. That allows schedule(dynamic), where a
+// thread that shares its core with another process takes fewer i instead of holding up the others.
 template <class Body>
 void parallel_for(std::ptrdiff_t count, int threads, const Body& body) {
   const int team = static_cast<int>(count < threads ? count : threads);

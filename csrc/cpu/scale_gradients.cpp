@@ -12,7 +12,7 @@ void scale_gradients(const std::vector<Gradient>& gradients, const std::vector<d
     const Gradient& gradient = gradients[run.index];
     if (scales[run.index] == 1.0) return;
     void* first = const_cast<char*>(offset(gradient.data, gradient.type, run.first));
-    table.scale[static_cast<int>(gradient.type)](first, run.count, scales[run.index]);
+    table.scale.at(gradient.type)(first, run.count, scales[run.index]);
   });
 }
 

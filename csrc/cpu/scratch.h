@@ -1,4 +1,4 @@
-// Memory that outlives an op.
+// Memory that is kept from one call of an op to the next.
 #pragma once
 
 #include <cstddef>
@@ -6,9 +6,8 @@
 
 namespace gradprune {
 
-// Uninitialised memory for `User`, aligned for any number; valid until the calling thread's next call for that user.
-// The thread keeps it: pages that are new to a process have to be cleared first, and in a virtual machine perhaps fetched
-// from its host, which can take longer than the op that they are for.
+// Thread-local buffer, one per type `User`, uninitialised, maximally aligned. The thread's next call with the same `User`
+// invalidates it. Kept alive because faulting in fresh pages can cost more than the op.
 template <class User>
 std::byte* scratch(std::size_t bytes) {
   thread_local std::unique_ptr<std::byte[]> memory;

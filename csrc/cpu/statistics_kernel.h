@@ -2,13 +2,13 @@
 #pragma once
 
 #include "cpu/element_io.h"
-#include "cpu/kernel_table.h"
+#include "gradient_statistics.h"
 
 namespace gradprune {
 namespace {
 
-// sum|g|, sum g^2, max|g|, min|g| of elements taken to be finite. If one is not, or the sum overflows, sum_abs is
-// not finite either: the caller then looks again with `masked_statistics`. So the common case pays for no test.
+// Statistics of elements that are assumed to be finite. If one is not, or the sum overflows, sum_abs is not finite
+// either, and the caller starts again with `masked_statistics`: the common case pays for no test.
 template <class V>
 struct FiniteStatistics {
   V sum_abs = V::zero();
@@ -16,7 +16,7 @@ struct FiniteStatistics {
   V max_abs = V::zero();
   V min_abs = V{bit_cast<typename V::Value>(typename V::Mask{} + Bits<typename V::T>::kInfinity)};
 
-  // The vectors are combined first, so that each chain of dependent additions is one addition a call long.
+  // The vectors are combined first, so that a call lengthens each chain of dependent additions by one only.
   template <int VECTORS>
   GRADPRUNE_INLINE void add(const V (&g)[VECTORS]) {
     V total = abs(g[0]), largest = total, smallest = total, square = g[0] * g[0];
@@ -32,22 +32,14 @@ struct FiniteStatistics {
     max_abs = larger(max_abs, largest);
     min_abs = smaller(min_abs, smallest);
   }
+
+  GRADPRUNE_INLINE Statistics reduced() const {
+    return {reduce(sum_abs, Add{}), reduce(sum_square, Add{}), reduce(max_abs, Larger{}), reduce(min_abs, Smaller{}),
+            0.0};
+  }
 };
 
-inline void merge_statistics(double* into, double sum_abs, double sum_square, double max_abs, double min_abs) {
-  into[kSumAbs] += sum_abs;
-  into[kSumSquare] += sum_square;
-  into[kMaxAbs] = max_abs > into[kMaxAbs] ? max_abs : into[kMaxAbs];
-  into[kMinAbs] = min_abs < into[kMinAbs] ? min_abs : into[kMinAbs];
-}
-
-template <class V>
-GRADPRUNE_INLINE void merge_statistics(double* into, const FiniteStatistics<V>& s) {
-  merge_statistics(into, reduce(s.sum_abs, Add{}), reduce(s.sum_square, Add{}), reduce(s.max_abs, Larger{}),
-                   reduce(s.min_abs, Smaller{}));
-}
-
-// Statistics of runs of elements, as long as they are finite.
+// Statistics of runs of elements: whole vectors in `wide`, those left over in `narrow`.
 template <class T, int N>
 struct RunStatistics {
   FiniteStatistics<Vector<T, N>> wide;
@@ -68,28 +60,29 @@ struct RunStatistics {
     }
   }
 
-  // Merges into `into` and returns true if all elements were finite. Compared as bits: a compiler may reason NaN away.
-  GRADPRUNE_INLINE bool merge_if_finite(double* into) const {
+  // If all elements were finite, merges into `into` and returns true. Compared as bits, because the compiler may
+  // assume that there is no NaN.
+  GRADPRUNE_INLINE bool merge_if_finite(Statistics& into) const {
     const T sum_abs = reduce(wide.sum_abs, Add{}) + narrow.sum_abs.value[0];
     if (bit_cast<typename Bits<T>::Int>(sum_abs) >= Bits<T>::kInfinity) return false;
-    merge_statistics(into, wide);
-    merge_statistics(into, narrow);
+    merge(into, wide.reduced());
+    merge(into, narrow.reduced());
     return true;
   }
 };
 
-// The rare case: g holds non-finite elements, which are counted and left out. Sums in double.
+// The rare case: g has non-finite elements, which are counted and left out. Sums in double.
 template <class E>
-__attribute__((noinline)) void masked_statistics(const E* g, std::ptrdiff_t count, double* into) {
+__attribute__((noinline)) void masked_statistics(const E* g, std::ptrdiff_t count, Statistics& into) {
   using V = Vector<typename Accumulation<E>::type, 1>;
   for (std::ptrdiff_t i = 0; i < count; ++i) {
     const V magnitude = abs(load_elements<1>(g + i));
     const double x = magnitude.value[0];
     if (is_finite(magnitude)[0]) {
       const V square = magnitude * magnitude;
-      merge_statistics(into, x, square.value[0], x, x);
+      merge(into, {x, square.value[0], x, x, 0.0});
     } else {
-      into[kNonFinite] += 1.0;
+      into.non_finite += 1.0;
     }
   }
 }

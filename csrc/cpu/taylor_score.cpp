@@ -9,10 +9,10 @@ namespace {
 
 // Below this many elements a second thread costs more than it saves.
 constexpr std::ptrdiff_t kElementsPerThread = 32768;
-// Tiles begin at multiples of so many columns: whole steps of the widest vectors.
+// Tiles begin at multiples of this many columns: whole steps of the widest vectors.
 constexpr std::ptrdiff_t kColumnMultiple = 64;
 
-// The columns in as few tiles as can be, all about as wide: a narrow rest would be read slowly.
+// As few tiles as possible, all of about the same width: a narrow last one would be read slowly.
 std::ptrdiff_t tile_width(std::ptrdiff_t columns) {
   const std::ptrdiff_t tiles = std::max<std::ptrdiff_t>(1, divide_up(columns, kTileColumns));
   return std::max<std::ptrdiff_t>(1, divide_up(divide_up(columns, tiles), kColumnMultiple)) * kColumnMultiple;
@@ -21,18 +21,13 @@ std::ptrdiff_t tile_width(std::ptrdiff_t columns) {
 template <class T>
 void score(const Matrix& w, const Matrix& g, std::ptrdiff_t rows, std::ptrdiff_t columns, const TaylorOutputs& outputs,
            int threads, TaylorTileKernel kernel) {
-  const TileSums<T> sums(rows, columns, kTileRows, tile_width(columns));
+  const TileSums<T> sums(outputs.side, rows, columns, kTileRows, tile_width(columns));
   const std::ptrdiff_t useful = std::max<std::ptrdiff_t>(1, rows * columns / kElementsPerThread);
   threads = static_cast<int>(std::min<std::ptrdiff_t>(threads, useful));
   parallel_for(sums.tiles(), threads, [&](std::ptrdiff_t i) {
-    TaylorTile tile = sums.tile(i);
-    tile.w = offset(w.data, w.type, sums.row(i) * w.stride + sums.column(i));
-    tile.g = offset(g.data, g.type, sums.row(i) * g.stride + sums.column(i));
-    tile.w_stride = w.stride;
-    tile.g_stride = g.stride;
-    kernel(tile);
+    kernel(sums.tile(i, w.from(sums.row(i), sums.column(i)), g.from(sums.row(i), sums.column(i))));
   });
-  Totals totals(rows, columns);
+  Totals totals(outputs.side, rows, columns);
   totals.add(sums, threads);
   totals.store<T>(outputs);
 }
@@ -45,7 +40,7 @@ bool taylor_score_supports(ElementType w, ElementType g) {
 
 void taylor_score(const Matrix& w, const Matrix& g, std::ptrdiff_t rows, std::ptrdiff_t columns,
                   const TaylorOutputs& outputs, int threads, Isa isa) {
-  const TaylorTileKernel kernel = kernels(isa).taylor_tile[static_cast<int>(w.type)][static_cast<int>(g.type)];
+  const TaylorTileKernel kernel = kernels(isa).taylor_tile.at(outputs.side).at(w.type).at(g.type);
   if (w.type == ElementType::Float64)
     score<double>(w, g, rows, columns, outputs, threads, kernel);
   else

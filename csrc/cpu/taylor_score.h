@@ -7,17 +7,10 @@
 
 namespace gradprune {
 
-// A matrix [rows, columns] with unit stride along a row.
-struct Matrix {
-  const void* data;
-  std::ptrdiff_t stride;  // between rows, in elements
-  ElementType type;
-};
-
 // True if W and G of these types can be scored together: both fp64, or neither.
 bool taylor_score_supports(ElementType w, ElementType g);
 
-// The sums of taylor_score_kernel.h over the whole of W and G, each read once.
+// The sums of taylor_score_kernel.h over all of W and G [rows, columns], each read once; those of outputs.side.
 // Sums within a tile in fp32 (fp64 for fp64), over tiles in fp64. Deterministic for any number of threads: tiles
 // depend on the shape alone, and their sums are combined in order.
 void taylor_score(const Matrix& w, const Matrix& g, std::ptrdiff_t rows, std::ptrdiff_t columns,

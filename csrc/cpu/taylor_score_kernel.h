@@ -1,57 +1,48 @@
 // taylor_score of one tile. Internal linkage, as vector.h.
 //
 //   row[kAbs][o]    = sum_i |w g|        column[kAbs][i]    = sum_o |w g|
-//   row[kSigned][o] = sum_i  w g         column[kSigned][i] = sum_o  w g
 //   row[kSquare][o] = sum_i (w g)^2      column[kSquare][i] = sum_o (w g)^2
 //
-// Two to four rows are taken at once, columns in steps of two vectors. Row sums stay in registers; column sums stay in
-// the nearest cache, read and written once for these rows. The rows lie a half, a third or a quarter of the tile apart:
-// each is then followed by its neighbour, and a tile as wide as its matrix is read in so many unbroken runs.
+// Each pass takes ROWS rows that are tile.rows / ROWS apart, so that every one of the ROWS read streams continues with
+// the next row in memory and stays sequential. It goes over the columns in steps of two vectors. Row sums stay in
+// registers; column sums stay in the first-level cache, and are loaded and stored once per pass.
 #pragma once
 
+#include <type_traits>
+
+#include "cpu/kernel_table.h"
 #include "cpu/statistics_kernel.h"
 
 namespace gradprune {
 namespace {
 
-// With 32 registers, of 64 bytes, there is room for four, with 16 for two. Where elements have more than 16 bits it is
-// three: memory serves more runs at once more slowly.
+// Four rows fit in 32 registers (of 64 bytes), two in 16. With elements wider than 16 bits it is three: memory serves
+// four such streams more slowly.
 template <class W, class G>
 constexpr int rows_at_once(int bytes) {
   if (bytes < 64) return 2;
   return sizeof(W) + sizeof(G) == 4 ? 4 : 3;
 }
 constexpr int kCacheLine = 64;
-// A run is fetched so many bytes of W ahead: what a hardware prefetcher leaves behind at every page, and at every row
-// where the tile is narrower than its matrix.
+// Bytes of W to prefetch ahead. Hardware prefetchers stop at every page, and at the end of a row where the tile is
+// narrower than its matrix.
 constexpr int kFetchedAhead = 1024;
 
-// How a vector h of 2 N columns is read: in order, or, where W and G both allow it, in the quicker order they share.
-template <class W, class G, int N>
-struct StepLayout {
-  static constexpr bool kInterleaved = false;
-  template <class E>
-  static GRADPRUNE_INLINE auto load(const E* from, int h) { return load_elements<N>(from + h * N); }
-};
+// Columns are read out of order where W and G are both bf16: quicker, and both come in the same order.
+template <class W, class G>
+constexpr bool kUnordered = std::is_same_v<W, BFloat16> && std::is_same_v<G, BFloat16>;
 
-template <int N>
-struct StepLayout<BFloat16, BFloat16, N> {
-  static constexpr bool kInterleaved = true;
-  static GRADPRUNE_INLINE auto load(const BFloat16* from, int h) { return load_unordered<N>(from, h); }
-};
+// Vector h (0 or 1) of the 2 N elements at `from`.
+template <int N, bool UNORDERED, class E>
+GRADPRUNE_INLINE auto load_half(const E* from, int h) {
+  if constexpr (UNORDERED)
+    return load_unordered<N>(from, h);
+  else
+    return load_elements<N>(from + h * N);
+}
 
-template <class V, int ROWS>
-struct RowSums {
-  V sum[kScores][ROWS];
-
-  GRADPRUNE_INLINE RowSums() {
-    for (auto& score : sum)
-      for (auto& row : score) row = V::zero();
-  }
-};
-
-// ROWS rows of a tile from `row` on, `apart` rows apart. Copied into locals, so that a store to a column sum cannot be
-// thought to change a pointer.
+// ROWS rows of a tile, `apart` rows apart from `row` on. Local pointers: through the tile, a store to a column sum
+// could change them as far as the compiler knows.
 template <class W, class G, int ROWS>
 struct RowPointers {
   const W* w[ROWS];
@@ -59,8 +50,8 @@ struct RowPointers {
 
   GRADPRUNE_INLINE RowPointers(const TaylorTile& tile, std::ptrdiff_t row, std::ptrdiff_t apart) {
     for (int r = 0; r < ROWS; ++r) {
-      w[r] = static_cast<const W*>(tile.w) + (row + r * apart) * tile.w_stride;
-      g[r] = static_cast<const G*>(tile.g) + (row + r * apart) * tile.g_stride;
+      w[r] = static_cast<const W*>(tile.w.data) + (row + r * apart) * tile.w.stride;
+      g[r] = static_cast<const G*>(tile.g.data) + (row + r * apart) * tile.g.stride;
     }
   }
 
@@ -81,66 +72,81 @@ struct RowPointers {
   }
 };
 
-// One vector of columns: `load` reads it from a pointer to column `column`, and its three column sums are at `sums`.
-template <class V, class W, class G, int ROWS, class Load>
-GRADPRUNE_INLINE void accumulate(const RowPointers<W, G, ROWS>& at, std::ptrdiff_t column, Load load,
-                                 typename V::T* sums, RowSums<V, ROWS>& rows, FiniteStatistics<V>& statistics) {
-  constexpr int N = V::kLanes;
-  V g[ROWS];
-  V column_abs = V::load(sums + kAbs * N), column_signed = V::load(sums + kSigned * N);
-  V column_square = V::load(sums + kSquare * N);
-  for (int r = 0; r < ROWS; ++r) {
-    g[r] = load(at.g[r] + column);
-    const V product = load(at.w[r] + column) * g[r];
-    const V magnitude = abs(product);
-    rows.sum[kAbs][r] = rows.sum[kAbs][r] + magnitude;
-    rows.sum[kSigned][r] = rows.sum[kSigned][r] + product;
-    rows.sum[kSquare][r] = multiply_add(product, product, rows.sum[kSquare][r]);
-    column_abs = column_abs + magnitude;
-    column_signed = column_signed + product;
-    column_square = multiply_add(product, product, column_square);
+// The sums of ROWS rows, in vector lanes.
+template <class V, int ROWS>
+struct RowSums {
+  V abs[ROWS], square[ROWS];
+
+  GRADPRUNE_INLINE RowSums() {
+    for (int r = 0; r < ROWS; ++r) abs[r] = square[r] = V::zero();
   }
-  column_abs.store(sums + kAbs * N);
-  column_signed.store(sums + kSigned * N);
-  column_square.store(sums + kSquare * N);
+};
+
+// Adds one vector of columns of ROWS rows to the sums: the rows' in `rows`, the columns' at column_sums, kScores
+// vectors side by side.
+template <Side SIDE, class V, int ROWS>
+GRADPRUNE_INLINE void accumulate(const V (&w)[ROWS], const V (&g)[ROWS], RowSums<V, ROWS>& rows,
+                                 typename V::T* column_sums, FiniteStatistics<V>& statistics) {
+  typename V::T *abs_at = column_sums + kAbs * V::kLanes, *square_at = column_sums + kSquare * V::kLanes;
+  V column_abs = V::zero(), column_square = V::zero();
+  if constexpr (has_columns(SIDE)) column_abs = V::load(abs_at), column_square = V::load(square_at);
+  for (int r = 0; r < ROWS; ++r) {
+    const V product = w[r] * g[r], magnitude = abs(product);
+    if constexpr (has_rows(SIDE)) {
+      rows.abs[r] = rows.abs[r] + magnitude;
+      rows.square[r] = multiply_add(product, product, rows.square[r]);
+    }
+    if constexpr (has_columns(SIDE)) {
+      column_abs = column_abs + magnitude;
+      column_square = multiply_add(product, product, column_square);
+    }
+  }
+  if constexpr (has_columns(SIDE)) column_abs.store(abs_at), column_square.store(square_at);
   statistics.add(g);
 }
 
-// ROWS rows of the tile, from `row` on and `apart` rows apart. `next`: the first of those that come then.
-template <class T, class W, class G, int N, int ROWS>
+// One pass, over the rows `row`, `row` + `apart`, ... `next` is the first row of the pass that follows.
+template <Side SIDE, int N, int ROWS, class T, class W, class G>
 GRADPRUNE_INLINE void taylor_rows(const TaylorTile& tile, std::ptrdiff_t row, std::ptrdiff_t apart,
-                                  std::ptrdiff_t next, T* sums) {
-  using Layout = StepLayout<W, G, N>;
-  using Pointers = RowPointers<W, G, ROWS>;
+                                  std::ptrdiff_t next, T* column_sums) {
+  constexpr int kStep = 2 * N;
+  constexpr std::ptrdiff_t kAhead = kFetchedAhead / static_cast<int>(sizeof(W));
+  const std::ptrdiff_t ahead = kAhead < tile.columns ? kAhead : tile.columns;
+  const RowPointers<W, G, ROWS> at(tile, row, apart), then(tile, next, apart);
   RowSums<Vector<T, N>, ROWS> wide;
   RowSums<Vector<T, 1>, ROWS> narrow;
   RunStatistics<T, N> statistics;
-  constexpr std::ptrdiff_t kAhead = kFetchedAhead / static_cast<int>(sizeof(W));
-  const std::ptrdiff_t ahead = kAhead < tile.columns ? kAhead : tile.columns;
-  const Pointers at(tile, row, apart), then(tile, next, apart);
-  const auto first = [](const auto* x) { return Layout::load(x, 0); };
-  const auto second = [](const auto* x) { return Layout::load(x, 1); };
-  const auto single = [](const auto* x) { return load_elements<1>(x); };
   std::ptrdiff_t i = 0;
-  for (; i + 2 * N <= tile.columns; i += 2 * N) {
+  for (; i + kStep <= tile.columns; i += kStep) {
     if (i + ahead < tile.columns)
-      at.template prefetch<2 * N>(i + ahead);
+      at.template prefetch<kStep>(i + ahead);
     else
-      then.template prefetch<2 * N>(i + ahead - tile.columns);
-    accumulate(at, i, first, sums + kScores * i, wide, statistics.wide);
-    accumulate(at, i, second, sums + kScores * (i + N), wide, statistics.wide);
+      then.template prefetch<kStep>(i + ahead - tile.columns);
+    for (int h = 0; h < 2; ++h) {
+      Vector<T, N> w[ROWS], g[ROWS];
+      for (int r = 0; r < ROWS; ++r) {
+        w[r] = load_half<N, kUnordered<W, G>>(at.w[r] + i, h);
+        g[r] = load_half<N, kUnordered<W, G>>(at.g[r] + i, h);
+      }
+      accumulate<SIDE>(w, g, wide, column_sums + kScores * (i + h * N), statistics.wide);
+    }
   }
-  for (; i < tile.columns; ++i) accumulate(at, i, single, sums + kScores * i, narrow, statistics.narrow);
-
-  for (int s = 0; s < kScores; ++s)
-    for (int r = 0; r < ROWS; ++r)
-      static_cast<T*>(tile.row[s])[row + r * apart] = reduce(wide.sum[s][r], Add{}) + narrow.sum[s][r].value[0];
-  if (!statistics.merge_if_finite(tile.statistics))
-    for (const G* g : at.g) masked_statistics(g, tile.columns, tile.statistics);
+  for (; i < tile.columns; ++i) {
+    Vector<T, 1> w[ROWS], g[ROWS];
+    for (int r = 0; r < ROWS; ++r) w[r] = load_elements<1>(at.w[r] + i), g[r] = load_elements<1>(at.g[r] + i);
+    accumulate<SIDE>(w, g, narrow, column_sums + kScores * i, statistics.narrow);
+  }
+  if constexpr (has_rows(SIDE))
+    for (int r = 0; r < ROWS; ++r) {
+      static_cast<T*>(tile.row[kAbs])[row + r * apart] = reduce(wide.abs[r], Add{}) + narrow.abs[r].value[0];
+      static_cast<T*>(tile.row[kSquare])[row + r * apart] = reduce(wide.square[r], Add{}) + narrow.square[r].value[0];
+    }
+  if (!statistics.merge_if_finite(*tile.statistics))
+    for (const G* g : at.g) masked_statistics(g, tile.columns, *tile.statistics);
 }
 
-// Column sums as `taylor_rows` leaves them, to one vector a score with the columns in order.
-template <class T, int N, bool INTERLEAVED>
+// The column sums as `taylor_rows` leaves them, into one vector per score with the columns in order.
+template <class T, int N, bool UNORDERED>
 void store_column_sums(const T* sums, const TaylorTile& tile) {
   for (int s = 0; s < kScores; ++s) {
     T* column = static_cast<T*>(tile.column[s]);
@@ -149,29 +155,29 @@ void store_column_sums(const T* sums, const TaylorTile& tile) {
       const T* first = sums + kScores * i + s * N;
       const T* second = first + kScores * N;
       for (int k = 0; k < N; ++k) {
-        column[i + (INTERLEAVED ? 2 * k : k)] = first[k];
-        column[i + (INTERLEAVED ? 2 * k + 1 : N + k)] = second[k];
+        column[i + (UNORDERED ? 2 * k : k)] = first[k];
+        column[i + (UNORDERED ? 2 * k + 1 : N + k)] = second[k];
       }
     }
     for (std::ptrdiff_t i = whole; i < tile.columns; ++i) column[i] = sums[kScores * i + s];
   }
 }
 
-// The sums of each vector of columns lie side by side. In three arrays a power of two apart they would compete for
-// the same lines of the cache, and a load would wait for a store that only looks to be to its address.
-template <class W, class G, int BYTES>
+// The scores' sums of each vector of columns lie side by side. As arrays a power of two apart they would compete for
+// the same cache lines, and a load would wait for a store whose address only resembles its own.
+template <class W, class G, int BYTES, Side SIDE>
 void taylor_tile(const TaylorTile& tile) {
   using T = typename Accumulation<W>::type;
-  constexpr int N = BYTES / static_cast<int>(sizeof(T));
-  alignas(BYTES) T sums[kScores * kTileColumns];
-  std::memset(sums, 0, sizeof(T) * kScores * static_cast<std::size_t>(tile.columns));
-  constexpr int ROWS = rows_at_once<W, G>(BYTES);
+  constexpr int N = BYTES / static_cast<int>(sizeof(T)), ROWS = rows_at_once<W, G>(BYTES);
+  alignas(BYTES) T column_sums[has_columns(SIDE) ? kScores * kTileColumns : 1];
+  if constexpr (has_columns(SIDE))
+    std::memset(column_sums, 0, sizeof(T) * kScores * static_cast<std::size_t>(tile.columns));
   const std::ptrdiff_t apart = tile.rows / ROWS, last = tile.rows - 1;
   for (std::ptrdiff_t row = 0; row < apart; ++row)
-    taylor_rows<T, W, G, N, ROWS>(tile, row, apart, row + 1 < apart ? row + 1 : row, sums);
+    taylor_rows<SIDE, N, ROWS, T, W, G>(tile, row, apart, row + 1 < apart ? row + 1 : row, column_sums);
   for (std::ptrdiff_t row = apart * ROWS; row <= last; ++row)
-    taylor_rows<T, W, G, N, 1>(tile, row, 0, row < last ? row + 1 : row, sums);
-  store_column_sums<T, N, StepLayout<W, G, N>::kInterleaved>(sums, tile);
+    taylor_rows<SIDE, N, 1, T, W, G>(tile, row, 0, row < last ? row + 1 : row, column_sums);
+  if constexpr (has_columns(SIDE)) store_column_sums<T, N, kUnordered<W, G>>(column_sums, tile);
 }
 
 }  // namespace

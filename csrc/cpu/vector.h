@@ -42,7 +42,7 @@ GRADPRUNE_INLINE To load_bytes(const void* from) {
   return to;
 }
 
-// The integer type whose comparisons and masks go with T, and T's largest finite value and infinity as its bits.
+// The integer type as wide as T, the mask that clears T's sign, and the bits of infinity.
 template <class T> struct Bits;
 template <> struct Bits<float> {
   using Int = std::int32_t;
@@ -63,7 +63,7 @@ struct Vector {
 
   Value value;
 
-  // x - 0 is x, of either zero too; a loop over the lanes would not become one broadcast.
+  // x - 0 is x, and keeps the sign of a zero. The compiler does not turn a loop over the lanes into one broadcast.
   static GRADPRUNE_INLINE Vector broadcast(T x) { return {x - Value{}}; }
   static GRADPRUNE_INLINE Vector zero() { return {Value{}}; }
   static GRADPRUNE_INLINE Vector load(const T* from) { return {load_bytes<Value>(from)}; }
@@ -76,7 +76,7 @@ GRADPRUNE_INLINE Vector<T, N> operator+(Vector<T, N> a, Vector<T, N> b) { return
 template <class T, int N>
 GRADPRUNE_INLINE Vector<T, N> operator*(Vector<T, N> a, Vector<T, N> b) { return {a.value * b.value}; }
 
-// a b + c, rounded once where the instruction set can, and so named rather than left to the compiler's choice.
+// a b + c, rounded once where the instruction set has such an instruction. Spelled out, not left to the compiler.
 template <class T, int N>
 GRADPRUNE_INLINE Vector<T, N> multiply_add(Vector<T, N> a, Vector<T, N> b, Vector<T, N> c) {
 #if defined(__AVX512F__)
@@ -96,7 +96,8 @@ GRADPRUNE_INLINE Vector<T, N> abs(Vector<T, N> a) {
   return {bit_cast<typename V::Value>(bit_cast<typename V::Mask>(a.value) & Bits<T>::kMagnitude)};
 }
 
-// The larger (smaller) of two non-negative numbers. Their order is that of their bits, which needs no care for NaN.
+// The larger (smaller) of two non-negative numbers. They order as their bits do, and an integer comparison has no
+// special case for NaN.
 template <class T, int N>
 GRADPRUNE_INLINE Vector<T, N> larger(Vector<T, N> a, Vector<T, N> b) {
   using V = Vector<T, N>;
@@ -115,11 +116,6 @@ GRADPRUNE_INLINE Vector<T, N> smaller(Vector<T, N> a, Vector<T, N> b) {
 template <class T, int N>
 GRADPRUNE_INLINE typename Vector<T, N>::Mask is_finite(Vector<T, N> magnitude) {
   return bit_cast<typename Vector<T, N>::Mask>(magnitude.value) < Bits<T>::kInfinity;
-}
-
-template <class T, int N>
-GRADPRUNE_INLINE Vector<T, N> select(typename Vector<T, N>::Mask mask, Vector<T, N> a, Vector<T, N> b) {
-  return {mask ? a.value : b.value};
 }
 
 // All lanes combined in pairs: half with half, then quarter with quarter, ...

@@ -1,4 +1,4 @@
-// Chunks of gradients, and which elements of a chunk each thread of its block has. Runs on the host too, for tests.
+// Chunks of gradients, and which elements of a chunk each thread of its block works on. Runs on the host too, for tests.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,19 +9,14 @@
 #include <type_traits>
 
 #include "cpu/element_type.h"
-
-#if defined(__CUDACC__)
-#define GRADPRUNE_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define GRADPRUNE_HOST_DEVICE inline
-#endif
+#include "gradient_statistics.h"
 
 namespace gradprune {
 
 // Threads of a block; every chunk has a block of its own. Part of the order of summation: changing it changes bits.
 constexpr int kBlockThreads = 256;
 
-constexpr int kVectorBytes = 16;  // the widest load of one thread
+constexpr int kVectorBytes = 16;  // the widest load a thread can issue
 
 // A row of the caller's table: `count` consecutive elements of gradient `index`, aligned to their own size.
 struct Chunk {
@@ -54,7 +49,7 @@ GRADPRUNE_HOST_DEVICE std::int64_t elements_before_boundary(const E* at, std::in
   return elements < count ? elements : count;
 }
 
-// N elements that one thread has at a time; in one access if they fill an aligned vector.
+// N elements that a thread works on at a time; one memory access if they fill an aligned vector.
 template <class E, int N>
 struct Lanes {
   E lane[N];
@@ -83,8 +78,8 @@ struct Lanes {
   }
 };
 
-// Calls visit(Lanes, address of the first) for the elements of [first, first + count) that `thread` has: whole vectors
-// first, then at most one element of the tail. Which they are, and their order, does not depend on the alignment.
+// Calls visit(Lanes, address of the first) for the elements of [first, first + count) that belong to `thread`: whole
+// vectors first, then at most one element of the tail. Which they are, and their order, does not depend on alignment.
 template <bool ALIGNED, class E, class Visit>
 GRADPRUNE_HOST_DEVICE void for_each_of_thread(E* first, std::int64_t count, int thread, Visit&& visit) {
   using Element = std::remove_const_t<E>;
@@ -105,7 +100,7 @@ GRADPRUNE_HOST_DEVICE void for_each_of_thread(E* first, std::int64_t count, int 
   }
 }
 
-// Calls f with the chunk's first element, as a pointer to its type.
+// Calls f with a pointer to the chunk's first element, of that element's type.
 template <class F>
 GRADPRUNE_HOST_DEVICE void with_elements(const Chunk& chunk, F&& f) {
   void* address = reinterpret_cast<void*>(chunk.address);

@@ -1,4 +1,4 @@
-// The arguments that all launches have. Includes nothing of CUDA, so that the bindings compile without it.
+// The arguments that all launches take. Includes no CUDA header, so that the bindings compile without one.
 #pragma once
 
 #include <cstdint>

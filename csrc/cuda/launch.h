@@ -1,4 +1,4 @@
-// From a launch's outcome to an exception.
+// Turns a failed launch into an exception.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -6,7 +6,7 @@
 namespace gradprune {
 namespace {
 
-// A block a chunk.
+// One block per chunk.
 __global__ void __launch_bounds__(kBlockThreads) scale_chunk(const Chunk* chunks, const double* scales) {
   const Chunk chunk = chunks[blockIdx.x];
   const double scale = scales[chunk.index];

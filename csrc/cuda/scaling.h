@@ -1,4 +1,4 @@
-// What one thread scales of a chunk. Runs on the host too, for tests.
+// The elements of a chunk that one thread scales. Runs on the host too, for tests.
 #pragma once
 
 #include "cuda/chunk.h"
@@ -17,7 +17,7 @@ struct Scaling {
   }
 };
 
-// The elements before the first whole vector go to the first threads; the others are aligned.
+// The elements before the first aligned vector go to the first threads, one each; the others are aligned.
 GRADPRUNE_HOST_DEVICE void scale_of_thread(const Chunk& chunk, double scale, int thread) {
   with_elements(chunk, [&](auto* first) {
     using T = decltype(widen(*first));

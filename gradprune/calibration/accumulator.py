@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +12,20 @@ from torch import Tensor, nn
 from gradprune.calibration.capture import Observer
 from gradprune.models import Block
 from gradprune.models.blocks import InputLinear, OutputLinear
-from gradprune.ops.dispatch import Ops
-from gradprune.ops.vectors import ImportanceVectors
+from gradprune.ops.dispatch import ImportanceOps
+from gradprune.ops.vectors import GradientStatistics, ImportanceVectors
 
 
 @dataclass
 class StepRecord:
     """What one step's gradients leave in a block beside its sums.
 
-    statistics: per linear layer, its gradients' statistics, see `ImportanceVectors`.
+    statistics: per linear layer, those of its gradients.
     gate: the gradient of a gate on the block's output: [N] by sample, or [1] by batch; None without gradients.
     scale: what the step's gradients were multiplied by.
     """
 
-    statistics: dict[str, Tensor] = field(default_factory=dict)
+    statistics: dict[str, GradientStatistics[Tensor]] = field(default_factory=dict)
     gate: Tensor | None = None
     scale: float = 1.0
 
@@ -42,7 +43,7 @@ class BlockAccumulator(ABC):
     input_square, tokens: [I] sum of x^2 at the output projection, and over how many tokens.
     """
 
-    def __init__(self, block: Block, ops: Ops) -> None:
+    def __init__(self, block: Block, ops: ImportanceOps) -> None:
         """Start at zero; `ops` computes the vectors of one weight's gradient."""
         self.block = block
         self.records: list[StepRecord] = []
@@ -109,17 +110,16 @@ class BlockAccumulator(ABC):
         """[groups] fp64, the component "taylor" of `count` gradients."""
 
     def _accumulate(self, entry: InputLinear | OutputLinear, vectors: ImportanceVectors) -> None:
-        self._pending_sums[0] += self._fold_absolute(entry, vectors)
-        if isinstance(entry, OutputLinear):
-            self._pending_sums[1] += entry.fold_columns(vectors.column_square)
-        else:
-            self._pending_sums[1] += entry.fold_rows(vectors.row_square, self.block.groups)
-        self.pending.statistics[entry.path] = vectors.statistics.double()
+        sums = vectors.sums(_side(entry))
+        self._pending_sums[0] += self._fold(entry, sums.abs)
+        self._pending_sums[1] += self._fold(entry, sums.square)
+        self.pending.statistics[entry.path] = vectors.statistics
 
-    def _fold_absolute(self, entry: InputLinear | OutputLinear, vectors: ImportanceVectors) -> Tensor:
+    def _fold(self, entry: InputLinear | OutputLinear, vector: Tensor) -> Tensor:
+        """[groups], a vector over the entry's rows (columns of an output projection) summed by group."""
         if isinstance(entry, OutputLinear):
-            return entry.fold_columns(vectors.column_abs)
-        return entry.fold_rows(vectors.row_abs, self.block.groups)
+            return entry.fold_columns(vector)
+        return entry.fold_rows(vector, self.block.groups)
 
     def _observe_mask(self, entry: OutputLinear, mask_gradient: Tensor, dy: Tensor) -> None:
         """mask_gradient: [N, I], the gradient of a mask on each input column; dy: [N, O], summed over tokens."""
@@ -147,7 +147,7 @@ class SampleAccumulator(BlockAccumulator):
     """Every sample's own gradient is scored: all that a group needs is a sum, and no gradient is kept."""
 
     def _observe(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
-        self._accumulate(entry, self._ops.linear_importance(x, dy, entry.linear.weight))
+        self._accumulate(entry, self._ops.linear_importance(x, dy, entry.linear.weight, _side(entry)))
         if isinstance(entry, OutputLinear):
             self._observe_mask(entry, _mask_gradient(x, dx), dy.sum(1))
 
@@ -158,7 +158,7 @@ class SampleAccumulator(BlockAccumulator):
 class BatchAccumulator(BlockAccumulator):
     """The gradient of each batch's mean loss is scored. The first order needs the mean gradient, which is kept."""
 
-    def __init__(self, block: Block, ops: Ops) -> None:
+    def __init__(self, block: Block, ops: ImportanceOps) -> None:
         """As `BlockAccumulator`; one gradient per weight is kept, and the pending one until `commit`."""
         self._gradient_sums: dict[str, Tensor] = {}
         super().__init__(block, ops)
@@ -182,7 +182,7 @@ class BatchAccumulator(BlockAccumulator):
         samples = x.shape[0]
         dtype = accumulation_dtype(entry.linear.weight)
         gradient = dy.flatten(0, 1).to(dtype).T @ x.flatten(0, 1).to(dtype) / samples
-        self._accumulate(entry, self._ops.taylor_score(entry.linear.weight, gradient))
+        self._accumulate(entry, self._ops.taylor_score(entry.linear.weight, gradient, _side(entry)))
         self._pending_gradients[entry.path] = gradient
         if isinstance(entry, OutputLinear):
             mask_gradient = _mask_gradient(x, dx).sum(0, keepdim=True) / samples
@@ -192,13 +192,19 @@ class BatchAccumulator(BlockAccumulator):
         total = torch.zeros_like(self.second)
         for entry in self.block.projections:
             mean = self._gradient_sums[entry.path] / count
-            total += self._fold_absolute(entry, self._ops.taylor_score(entry.linear.weight.detach(), mean))
+            vectors = self._ops.taylor_score(entry.linear.weight.detach(), mean, _side(entry))
+            total += self._fold(entry, vectors.sums(_side(entry)).abs)
         return total
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype that products of `tensor` are summed in: fp64 for fp64, else fp32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _side(entry: InputLinear | OutputLinear) -> Literal["rows", "columns"]:
+    """Groups own rows of input projections and columns of the output projection."""
+    return "columns" if isinstance(entry, OutputLinear) else "rows"
 
 
 def _mask_gradient(x: Tensor, dx: Tensor) -> Tensor:

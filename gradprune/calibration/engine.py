@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradprune.calibration.accumulator import BlockAccumulator
+from gradprune.calibration.accumulator import BlockAccumulator, StepRecord
 from gradprune.calibration.capture import capture, checkpointed
 from gradprune.calibration.evidence import Evidence, Scores
 from gradprune.calibration.finite import raise_non_finite_gradient, raise_non_finite_loss, raise_overflow
@@ -21,7 +21,7 @@ from gradprune.models import BlockKey, describe
 from gradprune.models.loss import sample_losses
 from gradprune.models.modes import evaluation_mode
 from gradprune.ops.dispatch import select_ops
-from gradprune.ops.reference import merge_statistics, scale_statistics
+from gradprune.ops.vectors import GradientStatistics
 from gradprune.vanishing.scaling import GradientScaling, resolve_fix, scales_of
 from gradprune.vanishing.statistics import LayerGradients, layer_gradients
 
@@ -236,6 +236,11 @@ class ImportanceEngine:
         return COMPONENTS if self._takes_gradients else FORWARD_COMPONENTS
 
     @property
+    def _pending(self) -> dict[BlockKey, list[StepRecord]]:
+        """What the step at hand has left in each block."""
+        return {key: [accumulator.pending] for key, accumulator in self._accumulators.items()}
+
+    @property
     def _count(self) -> int:
         """Number of gradients in the sums."""
         return sum(self._reduction.gradients_in(ids) for ids in self._samples)
@@ -254,8 +259,7 @@ class ImportanceEngine:
         layers = len(self._view.layers)
         if self.gradient_fix == "none" or self._reduction.scales_afterwards or not self._takes_gradients:
             return [1.0] * layers
-        pending = {key: [accumulator.pending.statistics] for key, accumulator in self._accumulators.items()}
-        gradients = self._layer_gradients(pending, self._reduction.gradients_in(input_ids))
+        gradients = self._layer_gradients(self._pending, self._reduction.gradients_in(input_ids))
         return scales_of(self.gradient_fix, gradients, layers)
 
     def _applied_scaling(self) -> GradientScaling | None:
@@ -278,30 +282,23 @@ class ImportanceEngine:
         """Statistics over the `count` gradients of some steps; `scaled` as they were added."""
         if not self._takes_gradients or not self._losses:
             return []
-        return self._layer_gradients(
-            {
-                key: [
-                    {
-                        path: scale_statistics(statistics[None], [record.scale])[0] if scaled else statistics
-                        for path, statistics in record.statistics.items()
-                    }
-                    for record in accumulator.records[steps]
-                ]
-                for key, accumulator in self._accumulators.items()
-            },
-            count,
-        )
+        records = {key: accumulator.records[steps] for key, accumulator in self._accumulators.items()}
+        return self._layer_gradients(records, count, scaled=scaled)
 
-    def _layer_gradients(self, statistics: dict[BlockKey, list[dict[str, Tensor]]], count: int) -> list[LayerGradients]:
-        """Each layer's statistics from those of its weights, by block, step and path."""
-        merged: dict[int, dict[str, list[float]]] = {}
+    def _layer_gradients(
+        self, records: dict[BlockKey, list[StepRecord]], count: int, *, scaled: bool = False
+    ) -> list[LayerGradients]:
+        """Each layer's statistics from the records of some steps, which added `count` gradients."""
+        merged: dict[int, dict[str, GradientStatistics[float]]] = {}
         elements: dict[int, dict[str, int]] = {}
-        for key, steps in statistics.items():
+        for key, steps in records.items():
             block = self._accumulators[key].block
             for entry in block.projections:
                 name = f"{block.path}.{entry.path}"
-                of_steps = torch.stack([step[entry.path] for step in steps])
-                merged.setdefault(key.layer, {})[name] = merge_statistics(of_steps).tolist()
+                of_steps = GradientStatistics.stack([record.statistics[entry.path] for record in steps])
+                if scaled:
+                    of_steps = of_steps.scale([record.scale for record in steps])
+                merged.setdefault(key.layer, {})[name] = of_steps.merge().to_float()
                 elements.setdefault(key.layer, {})[name] = entry.linear.weight.numel()
         return [layer_gradients(layer, merged[layer], elements[layer], count) for layer in sorted(merged)]
 
@@ -309,7 +306,7 @@ class ImportanceEngine:
         """Raise if the step at hand had a non-finite loss or gradient."""
         first = {"sample": sum(len(ids) for ids in self._samples), "batch": len(self._samples)}
         raise_non_finite_loss(self._view, [input_ids], losses, first["sample"])
-        records = {key: [accumulator.pending] for key, accumulator in self._accumulators.items()}
+        records = self._pending
         raise_non_finite_gradient(records, self._reduction.unit, first[self._reduction.unit])
         raise_overflow(records)
 

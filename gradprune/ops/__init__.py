@@ -4,6 +4,13 @@ from gradprune.ops import linear_importance, taylor_score
 """
 
 from gradprune.ops.dispatch import grad_stats, linear_importance, scale_gradients, taylor_score
-from gradprune.ops.vectors import ImportanceVectors
+from gradprune.ops.vectors import GradientStatistics, ImportanceVectors
 
-__all__ = ["ImportanceVectors", "grad_stats", "linear_importance", "scale_gradients", "taylor_score"]
+__all__ = [
+    "GradientStatistics",
+    "ImportanceVectors",
+    "grad_stats",
+    "linear_importance",
+    "scale_gradients",
+    "taylor_score",
+]

@@ -1,29 +1,26 @@
-"""Which backends can run here and why others cannot, and the choice between them, for every kind of op."""
+"""Which backends can run here and why others cannot, and the choice between them, for every family of ops."""
 
 import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from typing import TypeVar
 
 from gradprune.errors import BackendUnavailableError
 
 logger = logging.getLogger(__name__)
 
-# The names of the backends of one kind of ops.
-_Backend = TypeVar("_Backend", bound=str)
 
-
-def choose_backend(
-    backend: _Backend, device: str, preferred: _Backend, reason: Callable[[_Backend, str], str | None]
-) -> str:
-    """`backend`, or what "auto" stands for on `device`: `preferred` if it can run, else the reference.
+def choose_backend(backend: str, device: str, preferred: str, reason: Callable[[str, str], str | None]) -> str:
+    """The backend to use: `backend` itself, or for "auto" `preferred` if that can run on `device`, else the reference.
 
     Only "auto" falls back, and logs why; a backend asked for by name is used or refused.
 
     Args:
-        reason: why a backend cannot run on a device, or None if it can.
+        backend: what the caller asked for.
+        device: type of the tensors' device.
+        preferred: the fastest on that device.
+        reason: tells why a backend cannot run on a device; None if it can.
 
     Raises:
         BackendUnavailableError: with the reason.
@@ -36,6 +33,10 @@ def choose_backend(
         raise BackendUnavailableError(f"backend: '{backend}' cannot run on {device}: {fault}")
     logger.info("backend 'auto' uses 'reference' on %s: '%s' cannot run: %s", device, preferred, fault)
     return "reference"
+
+
+def reference_fault(_device: str) -> None:
+    """None: plain PyTorch runs on every device."""
 
 
 def cpp_fault(device: str) -> str | None:
@@ -66,12 +67,6 @@ def cuda_fault(device: str) -> str | None:
     if not _C.build_info()["cuda"]:
         return "gradprune was built without a CUDA compiler (reinstall it where nvcc is on the PATH)"
     return _C.cuda_fault()
-
-
-def no_kernel(ops: str, backend: str, backends: tuple[str, ...]) -> str:
-    """Why `backend` cannot run a kind of ops for which there are only `backends`."""
-    name = {"triton": "Triton", "cuda": "CUDA C++"}.get(backend, f"'{backend}'")
-    return f"no {ops} op has a {name} kernel; choose one of {', '.join(backends)}"
 
 
 def _extension_fault() -> str | None:

@@ -1,4 +1,4 @@
-"""The importance ops in C++, for CPU tensors."""
+"""The importance and gradient ops in C++, for CPU tensors."""
 
 from collections.abc import Sequence
 
@@ -14,21 +14,22 @@ from gradprune.ops.extension import (
     finish_scaling,
     require_extension,
 )
-from gradprune.ops.vectors import STATISTICS, ImportanceVectors
+from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, Side, sides
 
 
-def taylor_score_cpp(w: Tensor, g: Tensor, isa: str = "auto") -> ImportanceVectors:
-    """Row and column sums of |w g|, w g and w^2 g^2, and the statistics of g, from one read of each.
+def taylor_score_cpp(w: Tensor, g: Tensor, side: Side = "both", isa: str = "auto") -> ImportanceVectors:
+    """Row and column sums of |w g| and w^2 g^2, and the statistics of g, from one read of each.
 
     Args:
         w: [O, I] CPU tensor, fp32, bf16, fp16 or fp64, the weight.
-        g: [O, I] the same, of any of these types, its gradient. A tensor whose elements do not follow each other
-            along a row is copied, and so is the fp64 one of a pair of which only one is.
+        g: [O, I] CPU tensor, any of these types, its gradient. If exactly one of w and g is fp64, it is converted to
+            fp32 first. A tensor whose rows are not contiguous is copied.
+        side: which sums to compute.
         isa: instruction set, "auto" or one of `_C.build_info()["isas"]`. Results differ between them by rounding.
 
     Sums of at most 120 rows and 4096 columns in fp32, over those in fp64 (all fp64 where both are fp64).
-    Deterministic: the same bits for any number of threads. The calling thread keeps the memory of the tiles' sums for
-    its next call: 1/40 of W in fp32.
+    Deterministic: the same bits for any number of threads, and for each side alone as for both. The calling thread
+    keeps the memory of the tiles' sums for its next call: at most 1/60 of W in fp32.
 
     Raises:
         BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
@@ -46,23 +47,27 @@ def taylor_score_cpp(w: Tensor, g: Tensor, isa: str = "auto") -> ImportanceVecto
     require_extension(isa)
     from gradprune import _C
 
-    vectors, addresses = _outputs(w, dtype)
-    _C.taylor_score(_matrix(w), _matrix(g), w.shape[0], w.shape[1], addresses, torch.get_num_threads(), isa)
+    vectors, addresses = _outputs(w, dtype, side)
+    _C.taylor_score(_matrix(w), _matrix(g), w.shape[0], w.shape[1], side, addresses, torch.get_num_threads(), isa)
     return vectors
 
 
-def linear_importance_cpp(x: Tensor, dy: Tensor, w: Tensor, isa: str = "auto") -> ImportanceVectors:
+def linear_importance_cpp(
+    x: Tensor, dy: Tensor, w: Tensor, side: Side = "both", isa: str = "auto"
+) -> ImportanceVectors:
     """`taylor_score` of each sample's weight gradient g_n = dy_n^T x_n of a linear layer, summed over samples.
 
     Args:
         x: [N, T, I] CPU tensor, fp32, bf16, fp16 or fp64, the layer's input.
-        dy: [N, T, O] the same, the gradient of each sample's loss at the layer's output.
-        w: [O, I] the same, the weight. Where not all are fp64, one that is is rounded to fp32.
+        dy: [N, T, O] CPU tensor, any of these types, the gradient of each sample's loss with respect to the output.
+        w: [O, I] CPU tensor, any of these types, the weight. Unless all three are fp64, fp64 ones are converted to
+            fp32 first. A tensor whose last dimension is not contiguous is copied.
+        side: which sums to compute.
         isa: as for `taylor_score_cpp`.
 
     The gradient is formed in fp32 (fp64 where all are fp64), a tile at a time, and scored in the cache of the core
-    that made it. Beside it only one sample's x and dy are held once more. Sums over tiles and samples are in fp64.
-    Deterministic: the same bits for any number of threads.
+    that computed it. Memory: one sample's x and dy once more. Sums over tiles and samples are in fp64.
+    Deterministic: the same bits for any number of threads, and for each side alone as for both.
 
     Raises:
         BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
@@ -77,17 +82,23 @@ def linear_importance_cpp(x: Tensor, dy: Tensor, w: Tensor, isa: str = "auto") -
     if dtype == torch.float32:
         x, dy, w = (t.to(dtype) if t.dtype == torch.float64 else t for t in (x, dy, w))
     x, dy, w = _unit_stride(x), _unit_stride(dy), _unit_stride(w)
-    vectors, addresses = _outputs(w, dtype)
+    vectors, addresses = _outputs(w, dtype, side)
     sizes = (x.shape[0], x.shape[1], w.shape[0], w.shape[1])
-    _C.linear_importance(_activations(x), _activations(dy), _matrix(w), sizes, addresses, torch.get_num_threads(), isa)
+    _C.linear_importance(
+        _activations(x), _activations(dy), _matrix(w), sizes, side, addresses, torch.get_num_threads(), isa
+    )
     return vectors
 
 
-def _outputs(w: Tensor, dtype: torch.dtype) -> tuple[ImportanceVectors, list[int]]:
-    """Vectors for the extension to write, of a weight [O, I], and their addresses."""
-    rows, columns = w.new_empty((3, w.shape[0]), dtype=dtype), w.new_empty((3, w.shape[1]), dtype=dtype)
-    outputs = [*rows, *columns, w.new_empty(len(STATISTICS), dtype=dtype)]
-    return ImportanceVectors(*outputs), [output.data_ptr() for output in outputs]
+def _outputs(w: Tensor, dtype: torch.dtype, side: Side) -> tuple[ImportanceVectors, list[int]]:
+    """Vectors of a weight [O, I] for the extension to write, and their addresses; 0 for the side not asked for."""
+    rows, columns = (
+        w.new_empty((2, length), dtype=dtype).unbind() if asked else (None, None)
+        for length, asked in zip(w.shape, sides(side), strict=True)
+    )
+    statistics = w.new_empty(5, dtype=dtype)
+    addresses = [0 if vector is None else vector.data_ptr() for vector in (*rows, *columns, statistics)]
+    return ImportanceVectors(rows[0], rows[1], columns[0], columns[1], GradientStatistics.unpack(statistics)), addresses
 
 
 def _matrix(matrix: Tensor) -> tuple[int, int, int]:
@@ -108,22 +119,20 @@ def _check_linear_shapes(x: Tensor, dy: Tensor, w: Tensor) -> None:
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
-    """`tensor` itself where its last dimension's elements follow each other, else a copy."""
+    """`tensor` itself if its last dimension is contiguous, else a copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
-def grad_stats_cpp(grads: Sequence[Tensor], isa: str = "auto") -> Tensor:
+def grad_stats_cpp(grads: Sequence[Tensor], isa: str = "auto") -> GradientStatistics[Tensor]:
     """Statistics of each gradient, all of them in one call that reads every element once.
 
     Args:
-        grads: K CPU tensors of any shape and strides, fp32, bf16, fp16 or fp64. One that does not fill its memory
-            without gaps is copied.
+        grads: K CPU tensors of any shape and strides, fp32, bf16, fp16 or fp64. One with gaps in its memory is copied.
         isa: instruction set, "auto" or one of `_C.build_info()["isas"]`.
 
     Returns:
-        [K, 5] fp64: sum|g|, sum g^2, max|g|, min|g|, number of non-finite elements (which enter none of the other
-        four). An empty gradient has max|g| = 0 and min|g| = inf. Sums of 4096 elements in fp32 (fp64 for fp64), over
-        those in fp64. The same bits for any number of threads.
+        Each field [K] fp64. Sums of 4096 elements in fp32 (fp64 for fp64), over those in fp64. The same bits for any
+        number of threads.
 
     Raises:
         BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
@@ -132,19 +141,19 @@ def grad_stats_cpp(grads: Sequence[Tensor], isa: str = "auto") -> Tensor:
     require_extension(isa)
     from gradprune import _C
 
-    # Held here, so that copies live until the call returns.
+    # A local variable keeps the copies alive until the call returns.
     grads = dense(check_grads(grads))
     out = torch.empty(len(grads), 5, dtype=torch.float64)
     _C.grad_stats(_table(grads), out.data_ptr(), torch.get_num_threads(), isa)
-    return out
+    return GradientStatistics.unpack(out)
 
 
 def scale_gradients_cpp(grads: Sequence[Tensor], scales: Sequence[float], isa: str = "auto") -> None:
     """grads[k] <- grads[k] * scales[k], in place, all of them in one call.
 
     Args:
-        grads: K CPU tensors of any shape and strides, fp32, bf16, fp16 or fp64, that share no memory. One that does
-            not fill its memory without gaps goes through a copy.
+        grads: K CPU tensors of any shape and strides, fp32, bf16, fp16 or fp64, that share no memory. One with gaps in
+            its memory is scaled in a copy and copied back.
         scales: K numbers. A gradient whose scale is 1 is not touched.
         isa: instruction set, "auto" or one of `_C.build_info()["isas"]`.
 

@@ -1,4 +1,4 @@
-"""The gradient ops in CUDA, for CUDA tensors: every gradient of a model in one launch, without a wait for the GPU."""
+"""The gradient ops in CUDA, for CUDA tensors: every gradient of a model in one launch, without waiting for the GPU."""
 
 from collections.abc import Sequence
 
@@ -8,24 +8,23 @@ from torch import Tensor
 from gradprune.errors import BackendUnavailableError
 from gradprune.ops.backends import cuda_fault
 from gradprune.ops.extension import check_grads, check_scaling, dense, dtype_code, finish_scaling
+from gradprune.ops.vectors import GradientStatistics
 
-# A block of the GPU works on a chunk. Long enough that its reduction vanishes beside its loads, short enough that few
-# chunks wait while the last ones run. The chunks fix the order of summation, so this number does not follow the GPU.
+# Each thread block works on one chunk: long enough that its reduction costs little beside its loads, short enough that
+# the last blocks do not run alone for long. Chunks fix the order of summation, so every GPU has the same length.
 CHUNK_ELEMENTS = 32768
 
 
-def grad_stats_cuda(grads: Sequence[Tensor]) -> Tensor:
-    """Statistics of each gradient, all of them in one launch that reads every element once, and one that combines.
+def grad_stats_cuda(grads: Sequence[Tensor]) -> GradientStatistics[Tensor]:
+    """Statistics of each gradient: one launch reads every element once, a second combines.
 
     Args:
-        grads: K tensors of any shape and strides on one CUDA device, fp32, bf16, fp16 or fp64. One that does not fill
-            its memory without gaps is copied.
+        grads: K tensors of any shape and strides on one CUDA device, fp32, bf16, fp16 or fp64. One with gaps in its
+            memory is copied.
 
     Returns:
-        [K, 5] fp64 on that device, without waiting for it: sum|g|, sum g^2, max|g|, min|g|, number of non-finite
-        elements (which enter none of the other four). An empty gradient has max|g| = 0 and min|g| = inf. Sums of 128
-        elements in fp32 (fp64 for fp64), over those in fp64. Deterministic: the same bits at any alignment and on any
-        GPU.
+        Each field [K] fp64 on that device, without waiting for it. Sums of 128 elements in fp32 (fp64 for fp64), over
+        those in fp64. Deterministic: the same bits at any alignment and on any GPU.
 
     Raises:
         BackendUnavailableError: the extension is not built with CUDA, or cannot run on this GPU.
@@ -36,19 +35,19 @@ def grad_stats_cuda(grads: Sequence[Tensor]) -> Tensor:
 
     checked = check_grads(grads, "cuda")
     if not checked:
-        return torch.empty(0, 5, dtype=torch.float64, device="cuda")
+        return GradientStatistics.unpack(torch.empty(0, 5, dtype=torch.float64, device="cuda"))
     device = _common_device(checked)
     with torch.cuda.device(device):
         tensors = dense(checked)
         rows, first = chunk_rows(tensors)
         chunks, first_chunks = _to_device(rows, first, device)
-        parts = torch.empty(len(rows), 5, dtype=torch.float64, device=device)
+        of_chunks = torch.empty(len(rows), 5, dtype=torch.float64, device=device)
         out = torch.empty(len(tensors), 5, dtype=torch.float64, device=device)
         _C.grad_stats_cuda(
-            (chunks.data_ptr(), len(rows)), first_chunks.data_ptr(), len(tensors), parts.data_ptr(), out.data_ptr(),
+            (chunks.data_ptr(), len(rows)), first_chunks.data_ptr(), len(tensors), of_chunks.data_ptr(), out.data_ptr(),
             torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
-    return out
+    return GradientStatistics.unpack(out)
 
 
 def scale_gradients_cuda(grads: Sequence[Tensor], scales: Sequence[float]) -> None:
@@ -56,7 +55,7 @@ def scale_gradients_cuda(grads: Sequence[Tensor], scales: Sequence[float]) -> No
 
     Args:
         grads: K tensors of any shape and strides on one CUDA device, fp32, bf16, fp16 or fp64, that share no memory.
-            One that does not fill its memory without gaps goes through a copy.
+            One with gaps in its memory is scaled in a copy and copied back.
         scales: K numbers. A gradient whose scale is 1 is not touched.
 
     The product is formed in fp32 with the scale in fp32 (fp64 for fp64), then rounded to nearest even: the same bits
@@ -77,7 +76,7 @@ def scale_gradients_cuda(grads: Sequence[Tensor], scales: Sequence[float]) -> No
     with torch.cuda.device(device):
         scaled = dense(checked)
         rows, _ = chunk_rows(scaled)
-        # float64 travels as the int64 of the same bits, so that one copy takes all.
+        # fp64 is reinterpreted as int64, so that one copy transfers everything.
         factors = torch.tensor([float(scale) for scale in scales], dtype=torch.float64).view(torch.int64)
         chunks, device_scales = _to_device(rows, factors, device)
         _C.scale_gradients_cuda(
@@ -107,7 +106,7 @@ def chunk_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def _to_device(rows: Tensor, numbers: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Both int64 tensors on `device`, flat, by one copy on the current stream from pinned memory.
 
-    PyTorch gives pinned memory to someone else only after the copies that read it are done.
+    PyTorch reuses pinned memory only after the copies that read it have finished.
     """
     packed = torch.cat([rows.reshape(-1), numbers]).pin_memory().to(device, non_blocking=True)
     return packed[: rows.numel()], packed[rows.numel() :]

@@ -1,4 +1,4 @@
-"""The gradient ops in C++, for CPU tensors, and the way to the extension that holds all C++ ops."""
+"""The extension `gradprune._C`: finding it, and what the C++ and CUDA ops check and convert before they call it."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -13,7 +13,7 @@ ISAS = ("auto", "scalar", "avx2", "avx512")
 
 @cache
 def require_extension(isa: str = "auto") -> None:
-    """Do nothing if `from gradprune import _C` works and can run `isa`.
+    """Check that `from gradprune import _C` works and that it can run `isa`.
 
     Raises:
         BackendUnavailableError: it is not built, or the CPU lacks `isa`.
@@ -48,7 +48,7 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 
 def check_tensor(name: str, tensor: Tensor, device: str = "cpu") -> Tensor:
-    """`tensor` detached, if the C++ ops (of `device` "cuda": the CUDA ops) can read it.
+    """`tensor`, detached, if the extension's ops for `device` can read it.
 
     Raises:
         ValueError: it is not a strided tensor of fp32, bf16, fp16 or fp64 on `device`; names the argument.
@@ -78,7 +78,7 @@ def check_scaling(grads: Sequence[Tensor], scales: Sequence[float], device: str 
         raise ValueError(f"scales: has {len(scales)} entries for {len(grads)} gradients; one for each is needed")
     checked = check_grads(grads, device)
     for k, grad in enumerate(checked):
-        # Asked first, as nearly all are and it is quick.
+        # First, because it is quick and nearly always true.
         if not grad.is_contiguous() and any(
             stride == 0 and size > 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)
         ):
@@ -87,7 +87,7 @@ def check_scaling(grads: Sequence[Tensor], scales: Sequence[float], device: str 
 
 
 def finish_scaling(grads: Sequence[Tensor], scaled: Sequence[Tensor], scales: Sequence[float]) -> None:
-    """Copy back what was scaled in a copy, and tell autograd of a change in place that it cannot see."""
+    """Copy back the gradients that were scaled in a copy, and tell autograd that all were changed in place."""
     for grad, dense_grad, scale in zip(grads, scaled, scales, strict=True):
         if scale == 1.0:
             continue
@@ -97,7 +97,7 @@ def finish_scaling(grads: Sequence[Tensor], scaled: Sequence[Tensor], scales: Se
 
 
 def dense(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor itself if it fills its memory without gaps, in whatever order of dimensions; else a copy."""
+    """Each tensor itself if its memory has no gaps, in whatever order its dimensions are stored; else a copy."""
     return [tensor if _is_dense(tensor) else tensor.contiguous() for tensor in tensors]
 
 

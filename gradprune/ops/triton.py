@@ -5,17 +5,18 @@ from torch import Tensor
 
 from gradprune.kernels import linear_importance as linear_kernel
 from gradprune.kernels import taylor_score as taylor_kernel
-from gradprune.ops.vectors import ImportanceVectors
+from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, Side, sides
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def taylor_score_triton(w: Tensor, g: Tensor) -> ImportanceVectors:
-    """Row and column sums of |w g|, w g and w^2 g^2, and the statistics of g, from one read of each.
+def taylor_score_triton(w: Tensor, g: Tensor, side: Side = "both") -> ImportanceVectors:
+    """Row and column sums of |w g| and w^2 g^2, and the statistics of g, from one read of each.
 
     Args:
         w: [O, I] fp32, bf16 or fp16, the weight; copied where its inner stride is not 1.
         g: [O, I] the same, its gradient.
+        side: which sums to compute.
 
     Accumulates in fp32 and in fixed order: the same bits every time.
 
@@ -27,18 +28,18 @@ def taylor_score_triton(w: Tensor, g: Tensor) -> ImportanceVectors:
             raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; w and g are matrices of one shape [O, I]")
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{name}: dtype {tensor.dtype} is not one of float32, bfloat16, float16")
-    rows, columns, statistics = taylor_kernel.taylor_score_triton(_unit_inner_stride(w), _unit_inner_stride(g))
-    return ImportanceVectors(rows[0], rows[1], rows[2], columns[0], columns[1], columns[2], statistics)
+    return _vectors(*taylor_kernel.taylor_score_triton(_unit_inner_stride(w), _unit_inner_stride(g), *sides(side)))
 
 
-def linear_importance_triton(x: Tensor, dy: Tensor, w: Tensor) -> ImportanceVectors:
+def linear_importance_triton(x: Tensor, dy: Tensor, w: Tensor, side: Side = "both") -> ImportanceVectors:
     """`taylor_score` of each sample's weight gradient g_n = dy_n^T x_n of a linear layer, summed over samples.
 
     Args:
         x: [N, T, I] fp32, bf16 or fp16, the layer's input.
-        dy: [N, T, O] the same, the gradient of each sample's loss at the layer's output. Where its dtype is not x's,
-            both are converted to the wider one (bf16 and fp16: to fp32).
-        w: [O, I] the same, of any of these types, the weight.
+        dy: [N, T, O] any of these types, the gradient of each sample's loss with respect to the layer's output. If its
+            dtype differs from x's, both are converted to the wider one (bf16 and fp16: to fp32).
+        w: [O, I] any of these types, the weight.
+        side: which sums to compute.
 
     One kernel multiplies and scores; a gradient is never written to memory. A tensor whose inner stride is not 1 is
     copied. Accumulates in fp32 and in fixed order: the same bits every time.
@@ -57,8 +58,14 @@ def linear_importance_triton(x: Tensor, dy: Tensor, w: Tensor) -> ImportanceVect
         raise ValueError(f"w: has shape {tuple(w.shape)}; dy and x make it {(dy.shape[2], x.shape[2])}")
     dtype = torch.promote_types(x.dtype, dy.dtype)
     x, dy, w = (_unit_inner_stride(tensor) for tensor in (x.to(dtype), dy.to(dtype), w))
-    rows, columns, statistics = linear_kernel.linear_importance_triton(x, dy, w)
-    return ImportanceVectors(rows[0], rows[1], rows[2], columns[0], columns[1], columns[2], statistics)
+    return _vectors(*linear_kernel.linear_importance_triton(x, dy, w, *sides(side)))
+
+
+def _vectors(rows: Tensor | None, columns: Tensor | None, statistics: Tensor) -> ImportanceVectors:
+    """From a kernel's [2, O] and [2, I], |w g| and w^2 g^2 each, and [5]."""
+    row_abs, row_square = (None, None) if rows is None else rows.unbind()
+    column_abs, column_square = (None, None) if columns is None else columns.unbind()
+    return ImportanceVectors(row_abs, row_square, column_abs, column_square, GradientStatistics.unpack(statistics))
 
 
 def _unit_inner_stride(tensor: Tensor) -> Tensor:

@@ -1,30 +1,111 @@
-"""`ImportanceVectors`: everything one weight's gradient leaves behind, O(rows + columns) numbers."""
+"""The results of the importance and gradient ops: `GradientStatistics` and `ImportanceVectors`."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Generic, Literal, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
-STATISTICS = ("sum_abs", "sum_square", "max_abs", "min_abs", "non_finite")
+Side = Literal["rows", "columns", "both"]
+"""Which sums of a matrix an op is asked for: over the columns of each row, over the rows of each column, or both."""
+
+Number = TypeVar("Number", Tensor, float)
+
+
+def sides(side: Side) -> tuple[bool, bool]:
+    """Whether `side` asks for row sums, and whether it asks for column sums.
+
+    Raises:
+        ValueError: it is not a side.
+    """
+    if side not in ("rows", "columns", "both"):
+        raise ValueError(f"side: {side!r} is none of rows, columns, both")
+    return side != "columns", side != "rows"
+
+
+@dataclass(frozen=True)
+class GradientStatistics(Generic[Number]):
+    """Statistics of a gradient's elements; of K gradients, when each field is [K].
+
+    sum_abs: sum of |g|. sum_square: sum of g^2. max_abs, min_abs: the largest and the smallest |g|; 0 and infinity
+    where there is no finite element. non_finite: number of NaN and infinite elements, which enter none of the others.
+    """
+
+    sum_abs: Number
+    sum_square: Number
+    max_abs: Number
+    min_abs: Number
+    non_finite: Number
+
+    @staticmethod
+    def unpack(packed: Tensor) -> "GradientStatistics[Tensor]":
+        """The statistics stored along the last dimension of [..., 5], in the order of the fields; views."""
+        return GradientStatistics(*packed.unbind(-1))
+
+    def pack(self: "GradientStatistics[Tensor]") -> Tensor:
+        """[..., 5], the fields in their order; inverse of `unpack`."""
+        return torch.stack([getattr(self, field.name) for field in fields(self)], -1)
+
+    @staticmethod
+    def stack(statistics: "Sequence[GradientStatistics[Tensor]]") -> "GradientStatistics[Tensor]":
+        """The statistics of K gradients (at least one) as one, each field [K] fp64."""
+        return GradientStatistics.unpack(torch.stack([entry.pack().double() for entry in statistics]))
+
+    def merge(self: "GradientStatistics[Tensor]") -> "GradientStatistics[Tensor]":
+        """The statistics of the elements of all K gradients (at least one) together."""
+        return GradientStatistics(
+            self.sum_abs.sum(), self.sum_square.sum(), self.max_abs.max(), self.min_abs.min(), self.non_finite.sum()
+        )
+
+    def scale(self: "GradientStatistics[Tensor]", factors: Sequence[float]) -> "GradientStatistics[Tensor]":
+        """The statistics of the K gradients after gradient k is multiplied by factors[k] > 0."""
+        s = torch.tensor(factors, dtype=self.sum_abs.dtype, device=self.sum_abs.device)
+        return GradientStatistics(
+            self.sum_abs * s, self.sum_square * (s * s), self.max_abs * s, self.min_abs * s, self.non_finite
+        )
+
+    def to_float(self: "GradientStatistics[Tensor]") -> "GradientStatistics[float]":
+        """The statistics of one gradient as Python numbers."""
+        return GradientStatistics(*self.pack().tolist())
+
+    def to_list(self: "GradientStatistics[Tensor]") -> "list[GradientStatistics[float]]":
+        """The statistics of each of the K gradients as Python numbers."""
+        return [GradientStatistics(*values) for values in self.pack().tolist()]
+
+
+class SideSums(NamedTuple):
+    """The sums over one side: abs, of |w g|, and square, of w^2 g^2; [O] for rows, [I] for columns."""
+
+    abs: Tensor
+    square: Tensor
 
 
 @dataclass(frozen=True)
 class ImportanceVectors:
-    """Row and column sums of a weight W `[O, I]` and its gradient G `[O, I]`, and G's statistics.
+    """Row and column sums for a weight W `[O, I]` and its gradient G `[O, I]`, and G's statistics.
 
     row_abs: [O], sum over columns of |w g|.            column_abs: [I], sum over rows of |w g|.
-    row_signed: [O], sum over columns of w g.           column_signed: [I], sum over rows of w g.
     row_square: [O], sum over columns of w^2 g^2.       column_square: [I], sum over rows of w^2 g^2.
-    statistics: [5], of G alone: sum|g|, sum g^2, max|g|, min|g|, number of non-finite elements
-        (which enter none of the other four). An empty G has max|g| = 0 and min|g| = inf.
+    statistics: of G alone, 0-dimensional fields.
 
-    All fp32, or fp64 where W and G are fp64. A non-finite gradient element makes its row's and column's sums
-    non-finite. Summed over samples, `statistics` adds sums and counts and takes the extremes' extremes.
+    The sums of the side not asked for are None. All fp32, or fp64 where W and G are fp64. A non-finite element of G
+    makes its row's and its column's sums non-finite. Summed over samples, `statistics` are merged.
     """
 
-    row_abs: Tensor
-    row_signed: Tensor
-    row_square: Tensor
-    column_abs: Tensor
-    column_signed: Tensor
-    column_square: Tensor
-    statistics: Tensor
+    row_abs: Tensor | None
+    row_square: Tensor | None
+    column_abs: Tensor | None
+    column_square: Tensor | None
+    statistics: GradientStatistics[Tensor]
+
+    def sums(self, side: Literal["rows", "columns"]) -> SideSums:
+        """The sums over one side.
+
+        Raises:
+            ValueError: the op was not asked for them.
+        """
+        found = (self.row_abs, self.row_square) if side == "rows" else (self.column_abs, self.column_square)
+        if found[0] is None or found[1] is None:
+            raise ValueError(f"side: the {side} were not computed")
+        return SideSums(found[0], found[1])

@@ -8,6 +8,7 @@ from gradprune.config import GradientBackend
 from gradprune.errors import GradPruneError, NonFiniteError
 from gradprune.models.decoder_layers import find_decoder_layers
 from gradprune.ops.dispatch import grad_stats
+from gradprune.ops.vectors import GradientStatistics
 from gradprune.vanishing.statistics import LayerGradients, layer_gradients
 
 
@@ -31,7 +32,7 @@ def gradients_of_model(model: nn.Module, backend: GradientBackend = "auto") -> l
             "and read the gradients before optimizer.zero_grad()"
         )
     # One call for all of them.
-    found = iter(grad_stats([gradient for own in gradients.values() for gradient in own.values()], backend).tolist())
+    found = iter(grad_stats([gradient for own in gradients.values() for gradient in own.values()], backend).to_list())
     return [_layer_gradients(index, own, {name: next(found) for name in own}) for index, own in gradients.items()]
 
 
@@ -43,18 +44,20 @@ def _gradients_of_layer(layer: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _layer_gradients(index: int, gradients: dict[str, Tensor], of_parameters: dict[str, list[float]]) -> LayerGradients:
+def _layer_gradients(
+    index: int, gradients: dict[str, Tensor], of_parameters: dict[str, GradientStatistics[float]]
+) -> LayerGradients:
     if not gradients:
         return LayerGradients(index, mean=0.0, std=0.0, norm=0.0, maximum=0.0, minimum=0.0, parameter_norms={})
     statistics, elements = {}, {}
     for name, gradient in gradients.items():
         values = of_parameters[name]
-        if values[4] > 0:
+        if values.non_finite > 0:
             raise NonFiniteError(
-                f"gradient: {int(values[4])} of {gradient.numel()} elements of layer {index}'s {name} are NaN or "
-                "infinite; load the model in a wider dtype (bfloat16 or float32)"
+                f"gradient: {int(values.non_finite)} of {gradient.numel()} elements of layer {index}'s {name} are NaN "
+                "or infinite; load the model in a wider dtype (bfloat16 or float32)"
             )
-        if not math.isfinite(values[0] + values[1]):
+        if not math.isfinite(values.sum_abs + values.sum_square):
             raise NonFiniteError(f"gradient: the sum of squares of layer {index}'s {name} overflows")
         short = name.removesuffix(".weight")
         statistics[short], elements[short] = values, gradient.numel()

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from gradprune.ops.vectors import GradientStatistics
+
 
 @dataclass(frozen=True)
 class LayerGradients:
@@ -41,27 +43,27 @@ class LayerGradients:
 
 
 def layer_gradients(
-    layer: int, statistics: dict[str, list[float]], elements: dict[str, int], count: int
+    layer: int, statistics: dict[str, GradientStatistics[float]], elements: dict[str, int], count: int
 ) -> LayerGradients:
     """Combine a layer's per-weight statistics.
 
     Args:
         layer: index of the decoder layer.
-        statistics: per weight, (sum|g|, sum g^2, max|g|, min|g|, non-finite) over `count` gradients.
+        statistics: per weight, over `count` gradients.
         elements: per weight, its number of elements.
         count: number of gradients (samples or batches) in the sums.
     """
     total = sum(elements.values()) * count
-    mean = math.fsum(s[0] for s in statistics.values()) / total
-    square = math.fsum(s[1] for s in statistics.values())
+    mean = math.fsum(s.sum_abs for s in statistics.values()) / total
+    square = math.fsum(s.sum_square for s in statistics.values())
     return LayerGradients(
         layer=layer,
         mean=mean,
         std=math.sqrt(max(square / total - mean * mean, 0.0)),
         norm=math.sqrt(square / count),
-        maximum=max(s[2] for s in statistics.values()),
-        minimum=min(s[3] for s in statistics.values()),
-        parameter_norms={name: math.sqrt(s[1] / count) for name, s in statistics.items()},
+        maximum=max(s.max_abs for s in statistics.values()),
+        minimum=min(s.min_abs for s in statistics.values()),
+        parameter_norms={name: math.sqrt(s.sum_square / count) for name, s in statistics.items()},
     )
 
 

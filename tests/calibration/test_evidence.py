@@ -11,7 +11,7 @@ from gradprune import ImportanceEngine
 from gradprune.calibration.evidence import Evidence
 from gradprune.calibration.methods import COMPONENTS
 from gradprune.config import Scoring
-from gradprune.errors import CheckpointError, ConfigError
+from gradprune.errors import CheckpointError, ConfigError, NonFiniteError
 from gradprune.models import describe
 from gradprune.scoring.scoring import score_groups
 from gradprune.scoring.table import empty_table

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gradprune.ops.backends import cuda_fault
 from gradprune.ops.cuda import CHUNK_ELEMENTS, chunk_rows, grad_stats_cuda, scale_gradients_cuda
+from gradprune.ops.vectors import GradientStatistics
 from helpers.cuda_compiler import nvcc
 
 pytest.importorskip("gradprune._C", reason="the extension is not built")
@@ -30,7 +31,7 @@ SIZES = [0, 1, 7, 8, 9, 63, 255, 256, 257, 2047, 2048, 2049, 8191, 8193, 32767, 
 @dataclass(frozen=True)
 class CudaOps:
     device: str
-    grad_stats: Callable[[Sequence[Tensor]], Tensor]
+    grad_stats: Callable[[Sequence[Tensor]], GradientStatistics[Tensor]]
     scale_gradients: Callable[[Sequence[Tensor], Sequence[float]], None]
 
 
@@ -46,14 +47,16 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> CudaOps:
     def address(tensor: Tensor) -> ctypes.c_void_p:
         return ctypes.c_void_p(tensor.data_ptr())
 
-    def grad_stats(grads: Sequence[Tensor]) -> Tensor:
+    def grad_stats(grads: Sequence[Tensor]) -> GradientStatistics[Tensor]:
         rows, first = chunk_rows(grads)
-        parts, out = (torch.full((count, 5), float("nan"), dtype=torch.float64) for count in (len(rows), len(grads)))
+        of_chunks, out = (
+            torch.full((count, 5), float("nan"), dtype=torch.float64) for count in (len(rows), len(grads))
+        )
         kernels.grad_stats(
             address(rows), ctypes.c_int64(len(rows)), address(first), ctypes.c_int64(len(grads)),
-            address(parts), address(out),
+            address(of_chunks), address(out),
         )  # fmt: skip
-        return out
+        return GradientStatistics.unpack(out)
 
     def scale_gradients(grads: Sequence[Tensor], scales: Sequence[float]) -> None:
         rows, _ = chunk_rows(grads)
@@ -88,15 +91,16 @@ def _misaligned(values: Tensor, elements: int) -> Tensor:
     return view.copy_(values)
 
 
-def _assert_correct(found: Tensor, g: Tensor) -> None:
+def _assert_correct(found: GradientStatistics[float], g: Tensor) -> None:
     magnitude = np.abs(g.double().cpu().numpy().astype(np.longdouble)).reshape(-1)
     magnitude = magnitude[np.isfinite(magnitude)]
     unit = 2.0**-53 if g.dtype == torch.float64 else 2.0**-24
     bound = (min(g.numel(), 128) + 2) * unit + (g.numel() / 2**23 + 16) * 2.0**-53
-    for value, exact in zip(found[:2].tolist(), (magnitude.sum(), (magnitude * magnitude).sum()), strict=True):
+    for value, exact in ((found.sum_abs, magnitude.sum()), (found.sum_square, (magnitude * magnitude).sum())):
         assert abs(value - exact) <= bound * exact
-    largest, smallest = (magnitude.max(), magnitude.min()) if magnitude.size else (0.0, np.inf)
-    assert found[2:].tolist() == [largest, smallest, g.numel() - magnitude.size]
+    assert found.max_abs == (magnitude.max() if magnitude.size else 0.0)
+    assert found.min_abs == (magnitude.min() if magnitude.size else np.inf)
+    assert found.non_finite == g.numel() - magnitude.size
 
 
 def test_chunks_cover_every_element_once() -> None:
@@ -118,35 +122,34 @@ def test_chunks_cover_every_element_once() -> None:
 def test_every_element_counts_once(ops: CudaOps, dtype: torch.dtype, offset: int) -> None:
     """Sums of small integers are exact in any order."""
     grads = [_misaligned((torch.arange(size) % 13 - 6).to(ops.device, dtype), offset) for size in SIZES]
-    found = ops.grad_stats(grads).cpu()
-    for row, grad in zip(found, grads, strict=True):
+    for found, grad in zip(ops.grad_stats(grads).to_list(), grads, strict=True):
         exact = grad.double().abs()
-        assert row[:2].tolist() == [exact.sum().item(), exact.square().sum().item()]
+        assert (found.sum_abs, found.sum_square) == (exact.sum().item(), exact.square().sum().item())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics_match_exact_sums(ops: CudaOps, dtype: torch.dtype) -> None:
     grads = [_random((size,), dtype, size).to(ops.device) for size in SIZES]
     found = ops.grad_stats(grads)
-    assert found.shape == (len(SIZES), 5)
-    assert found.dtype == torch.float64
-    assert found.device.type == ops.device
-    for row, grad in zip(found, grads, strict=True):
-        _assert_correct(row, grad)
+    assert found.pack().shape == (len(SIZES), 5)
+    assert found.pack().dtype == torch.float64
+    assert found.pack().device.type == ops.device
+    for of_one, grad in zip(found.to_list(), grads, strict=True):
+        _assert_correct(of_one, grad)
 
 
 def test_alignment_changes_no_bit(ops: CudaOps) -> None:
     for dtype in DTYPES:
         g = _random((70_001,), dtype, 5).to(ops.device)
         g[40_000] = float("nan")
-        first, *others = ops.grad_stats([_misaligned(g, offset) for offset in range(9)])
-        assert all(torch.equal(other, first) for other in others)
+        first, *others = ops.grad_stats([_misaligned(g, offset) for offset in range(9)]).to_list()
+        assert all(other == first for other in others)
 
 
 def test_mixed_dtypes_in_one_launch(ops: CudaOps) -> None:
     grads = [_random((size,), dtype, 6).to(ops.device) for size in (70_001, 0, 5) for dtype in DTYPES]
-    for row, grad in zip(ops.grad_stats(grads), grads, strict=True):
-        _assert_correct(row, grad)
+    for of_one, grad in zip(ops.grad_stats(grads).to_list(), grads, strict=True):
+        _assert_correct(of_one, grad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,23 +158,24 @@ def test_non_finite_elements(ops: CudaOps, place: int, dtype: torch.dtype) -> No
     g = _random((70_001,), dtype, 2).to(ops.device)
     g[place] = float("nan")
     g[69_000], g[69_001] = float("inf"), float("-inf")
-    found = ops.grad_stats([g, g[:place], torch.full((33,), float("inf"), dtype=dtype, device=ops.device)])
+    infinities = torch.full((33,), float("inf"), dtype=dtype, device=ops.device)
+    found = ops.grad_stats([g, g[:place], infinities]).to_list()
     _assert_correct(found[0], g)
-    assert found[0, 4] == 3
+    assert found[0].non_finite == 3
     _assert_correct(found[1], g[:place])
-    assert found[2].tolist() == [0.0, 0.0, 0.0, float("inf"), 33.0]
+    assert found[2] == GradientStatistics(0.0, 0.0, 0.0, float("inf"), 33.0)
 
 
 def test_finite_elements_whose_sum_overflows(ops: CudaOps) -> None:
     g = torch.full((100_000,), 3e38, device=ops.device)
-    found = ops.grad_stats([g])[0].tolist()
-    assert found[0] == pytest.approx(3e43, rel=1e-6)
-    assert found[2:] == [g[0].item(), g[0].item(), 0.0]
+    (found,) = ops.grad_stats([g]).to_list()
+    assert found.sum_abs == pytest.approx(3e43, rel=1e-6)
+    assert (found.max_abs, found.min_abs, found.non_finite) == (g[0].item(), g[0].item(), 0.0)
 
 
 def test_only_empty_gradients(ops: CudaOps) -> None:
     found = ops.grad_stats([torch.empty(0, device=ops.device), torch.empty(3, 0, device=ops.device)])
-    assert found.tolist() == [[0.0, 0.0, 0.0, float("inf"), 0.0]] * 2
+    assert found.to_list() == [GradientStatistics(0.0, 0.0, 0.0, float("inf"), 0.0)] * 2
     ops.scale_gradients([torch.empty(0, device=ops.device)], [2.0])
 
 
@@ -222,8 +226,8 @@ def test_scale_1_touches_nothing(ops: CudaOps) -> None:
 def test_same_bits_over_repeats() -> None:
     _require_cuda_build()
     grads = [_random((size,), dtype, 4).cuda() for size in (1, 70_001, 3_000_001) for dtype in DTYPES]
-    first = grad_stats_cuda(grads)
-    assert all(torch.equal(grad_stats_cuda(grads), first) for _ in range(250))
+    first = grad_stats_cuda(grads).pack()
+    assert all(torch.equal(grad_stats_cuda(grads).pack(), first) for _ in range(250))
     expected = [grad * 0.3 for grad in grads]
     for _ in range(250):
         copies = [grad.clone() for grad in grads]
@@ -236,8 +240,8 @@ def test_strides() -> None:
     _require_cuda_build()
     base = _random((60, 90), torch.float32, 1).cuda()
     views = [base, base.T, base[::2, 1::3], base[:, :1].expand(60, 70), base[0, 0]]
-    for row, grad in zip(grad_stats_cuda(views), views, strict=True):
-        _assert_correct(row, grad)
+    for of_one, grad in zip(grad_stats_cuda(views).to_list(), views, strict=True):
+        _assert_correct(of_one, grad)
     for view in (lambda t: t.T, lambda t: t[::2, 1::3], lambda t: t[3]):
         found, expected = base.clone(), base.clone()
         scale_gradients_cuda([view(found)], [0.3])
@@ -259,7 +263,7 @@ def test_works_on_the_current_stream_without_waiting_for_it() -> None:
             found = grad_stats_cuda([g])
             assert not warm or not stream.query()
         stream.synchronize()
-        assert found[0].tolist() == [6e6, 36e6, 6.0, 6.0, 0.0]
+        assert found.to_list() == [GradientStatistics(6e6, 36e6, 6.0, 6.0, 0.0)]
 
 
 @pytest.mark.gpu
@@ -270,14 +274,14 @@ def test_writes_all_of_its_output_and_nothing_else() -> None:
     grads = [_random((size,), torch.float32, 3).cuda() for size in (1, 70_001, 0)]
     rows, first = chunk_rows(grads)
     table, first = rows.cuda(), first.cuda()
-    parts, out = (torch.full((5 * n + 16,), 12345.0, dtype=torch.float64, device="cuda") for n in (len(rows), 3))
-    parts[8:-8] = out[8:-8] = float("nan")
+    of_chunks, out = (torch.full((5 * n + 16,), 12345.0, dtype=torch.float64, device="cuda") for n in (len(rows), 3))
+    of_chunks[8:-8] = out[8:-8] = float("nan")
     stream = torch.cuda.current_stream().cuda_stream
     _C.grad_stats_cuda(
-        (table.data_ptr(), len(rows)), first.data_ptr(), 3, parts[8:].data_ptr(), out[8:].data_ptr(), stream
+        (table.data_ptr(), len(rows)), first.data_ptr(), 3, of_chunks[8:].data_ptr(), out[8:].data_ptr(), stream
     )
-    assert torch.equal(out[8:-8].reshape(-1, 5), grad_stats_cuda(grads))
-    for buffer in (parts, out):
+    assert torch.equal(out[8:-8].reshape(-1, 5), grad_stats_cuda(grads).pack())
+    for buffer in (of_chunks, out):
         assert (buffer[:8] == 12345.0).all()
         assert (buffer[-8:] == 12345.0).all()
 
@@ -304,4 +308,4 @@ def test_refuses_what_it_cannot_read() -> None:
         scale_gradients_cuda([one.expand(3)], [2.0])
     with pytest.raises(ValueError, match="scales: has 1 entries for 2 gradients"):
         scale_gradients_cuda([one, one], [1.0])
-    assert grad_stats_cuda([]).shape == (0, 5)
+    assert grad_stats_cuda([]).to_list() == []

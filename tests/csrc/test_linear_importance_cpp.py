@@ -16,8 +16,19 @@ from torch import Tensor
 
 from gradprune.ops.cpp import linear_importance_cpp
 from gradprune.ops.extension import dtype_code
-from gradprune.ops.vectors import ImportanceVectors
-from helpers.exact_sums import DTYPES, NAMES, GuardedOutputs, equal_bits, exact, random_tensor
+from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, Side
+from helpers.exact_sums import (
+    COLUMN_SUMS,
+    DTYPES,
+    ROW_SUMS,
+    SUMS,
+    GuardedOutputs,
+    equal_bits,
+    exact,
+    one_side,
+    random_tensor,
+    tensors,
+)
 
 pytest.importorskip("gradprune._C", reason="the extension is not built")
 
@@ -53,7 +64,7 @@ def _assert_correct(x: Tensor, dy: Tensor, w: Tensor, found: ImportanceVectors) 
     sizes = [np.abs(exact(dy[n])).T @ np.abs(exact(x[n])) for n in range(len(x))]
     for axis, kind in ((1, "row"), (0, "column")):
         bound = (tokens + min(w.shape[axis], 256) + 4) * unit
-        for name, score in {"abs": np.abs, "signed": lambda p: p, "square": np.square}.items():
+        for name, score in {"abs": np.abs, "square": np.square}.items():
             expected = sum(score(weight * g).sum(axis) for g in gradients)
             size = sum(((np.abs(weight) * s) ** (2 if name == "square" else 1)).sum(axis) for s in sizes)
             error = np.abs(exact(getattr(found, f"{kind}_{name}")) - expected)
@@ -61,24 +72,26 @@ def _assert_correct(x: Tensor, dy: Tensor, w: Tensor, found: ImportanceVectors) 
     _assert_statistics(found.statistics, np.abs(np.stack(gradients)), np.stack(sizes), tokens, unit)
 
 
-def _assert_statistics(statistics: Tensor, g: np.ndarray, size: np.ndarray, tokens: int, unit: float) -> None:
+def _assert_statistics(
+    statistics: GradientStatistics[Tensor], g: np.ndarray, size: np.ndarray, tokens: int, unit: float
+) -> None:
     """`g`: [N, O, I] magnitudes, `size`: what their rounding errors are relative to."""
     of_sum = (tokens + 120 * 256 // 4 + 4) * unit
-    sum_abs, sum_square, largest, smallest, non_finite = statistics.tolist()
-    assert abs(sum_abs - g.sum()) <= of_sum * size.sum()
-    assert abs(sum_square - (g * g).sum()) <= 2 * of_sum * (size * size).sum()
-    assert abs(largest - g.max()) <= (tokens + 1) * unit * size.max()
-    assert abs(smallest - g.min()) <= (tokens + 1) * unit * size.max()
-    assert non_finite == 0
+    found = statistics.to_float()
+    assert abs(found.sum_abs - g.sum()) <= of_sum * size.sum()
+    assert abs(found.sum_square - (g * g).sum()) <= 2 * of_sum * (size * size).sum()
+    assert abs(found.max_abs - g.max()) <= (tokens + 1) * unit * size.max()
+    assert abs(found.min_abs - g.min()) <= (tokens + 1) * unit * size.max()
+    assert found.non_finite == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_matches_exact_sums(sizes: tuple[int, int, int, int], dtype: torch.dtype, isa: str):
     x, dy, w = _operands(sizes, dtype)
-    found = linear_importance_cpp(x, dy, w, isa)
+    found = linear_importance_cpp(x, dy, w, isa=isa)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
-    assert {getattr(found, name).dtype for name in NAMES} == {expected}
+    assert {tensor.dtype for tensor in tensors(found)} == {expected}
     _assert_correct(x, dy, w, found)
 
 
@@ -90,16 +103,17 @@ def test_mixed_dtypes(x_dtype: torch.dtype, dy_dtype: torch.dtype, w_dtype: torc
     x, dy, w = x.to(x_dtype), dy.to(dy_dtype), w.to(w_dtype)
     if len({x_dtype, dy_dtype, w_dtype}) > 1:  # what is fp64 among others is rounded first
         x, dy, w = x.float(), dy.float(), w.float()
-    _assert_correct(x, dy, w, linear_importance_cpp(x.to(x_dtype), dy.to(dy_dtype), w.to(w_dtype), isa))
+    _assert_correct(x, dy, w, linear_importance_cpp(x.to(x_dtype), dy.to(dy_dtype), w.to(w_dtype), isa=isa))
 
 
 @pytest.mark.parametrize("sizes", [(0, 4, 5, 6), (2, 0, 5, 6), (2, 4, 0, 6), (2, 4, 5, 0)], ids=str)
 def test_empty(sizes: tuple[int, int, int, int], isa: str):
-    found = linear_importance_cpp(*_operands(sizes, torch.float32), isa)
-    assert [len(getattr(found, name)) for name in NAMES] == [sizes[2]] * 3 + [sizes[3]] * 3 + [5]
-    assert not any(getattr(found, name).any() for name in NAMES[:6])
-    # Without tokens a gradient is zero everywhere; of nothing there is no smallest.
-    assert found.statistics.tolist() == [0.0, 0.0, 0.0, 0.0 if sizes[1] == 0 else float("inf"), 0.0]
+    found = linear_importance_cpp(*_operands(sizes, torch.float32), isa=isa)
+    assert [len(getattr(found, name)) for name in SUMS] == [sizes[2]] * 2 + [sizes[3]] * 2
+    assert not any(getattr(found, name).any() for name in SUMS)
+    # Without tokens a gradient is zero everywhere; without elements there is no smallest.
+    smallest = 0.0 if sizes[1] == 0 else float("inf")
+    assert found.statistics.to_float() == GradientStatistics(0.0, 0.0, 0.0, smallest, 0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -113,8 +127,8 @@ def test_strides(dtype: torch.dtype, isa: str):
         "one sample again and again": (x[:1].expand(4, 20, 50), dy[:1].expand(4, 20, 30), w[:1].expand(30, 50)),
     }
     for name, (some_x, some_dy, some_w) in views.items():
-        whole = linear_importance_cpp(some_x.contiguous(), some_dy.contiguous(), some_w.contiguous(), isa)
-        assert equal_bits(linear_importance_cpp(some_x, some_dy, some_w, isa), whole), name
+        whole = linear_importance_cpp(some_x.contiguous(), some_dy.contiguous(), some_w.contiguous(), isa=isa)
+        assert equal_bits(linear_importance_cpp(some_x, some_dy, some_w, isa=isa), whole), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,19 +136,19 @@ def test_strides(dtype: torch.dtype, isa: str):
 def test_non_finite(value: float, dtype: torch.dtype, isa: str):
     x, dy, w = _operands((3, 6, 125, 262), dtype)
     dy[1, 4, 124] = value  # one row of one sample's gradient
-    found = linear_importance_cpp(x, dy, w, isa)
-    assert found.statistics[4].item() == 262
+    found = linear_importance_cpp(x, dy, w, isa=isa)
+    assert found.statistics.non_finite == 262
     finite = torch.ones(125, dtype=torch.bool)
     finite[124] = False
-    for name in NAMES[:3]:
+    for name in ROW_SUMS:
         assert torch.equal(getattr(found, name).isfinite(), finite)
-    for name in NAMES[3:6]:
+    for name in COLUMN_SUMS:
         assert not getattr(found, name).isfinite().any()
     dy[1, 4, 124], x[2, 0, 261] = 1.0, value  # one column
-    found = linear_importance_cpp(x, dy, w, isa)
-    assert found.statistics[4].item() == 125
+    found = linear_importance_cpp(x, dy, w, isa=isa)
+    assert found.statistics.non_finite == 125
     assert found.column_abs.isfinite().sum() == 261
-    assert found.statistics[:4].isfinite().all()
+    assert found.statistics.pack().isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -146,8 +160,16 @@ def test_writes_all_of_its_outputs_and_nothing_else(dtype: torch.dtype, isa: str
     code = dtype_code(dtype)
     activations = [(t.data_ptr(), t.stride(0), t.stride(1), code) for t in (x, dy)]
     weight = (w.data_ptr(), w.stride(0), code)
-    _C.linear_importance(*activations, weight, (2, 5, 121, 259), outputs.addresses, threads=2, isa=isa)
-    outputs.assert_written(linear_importance_cpp(x, dy, w, isa))
+    _C.linear_importance(*activations, weight, (2, 5, 121, 259), "both", outputs.addresses, threads=2, isa=isa)
+    outputs.assert_written(linear_importance_cpp(x, dy, w, isa=isa))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_one_side_has_the_same_bits_as_both(side: Side, dtype: torch.dtype, isa: str):
+    x, dy, w = _operands((3, 20, 125, 262), dtype)
+    both = linear_importance_cpp(x, dy, w, isa=isa)
+    assert equal_bits(linear_importance_cpp(x, dy, w, side, isa), one_side(both, side))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,10 +177,10 @@ def test_writes_all_of_its_outputs_and_nothing_else(dtype: torch.dtype, isa: str
 def test_same_bits_over_repeats_and_threads(dtype: torch.dtype, isa: str):
     x, dy, w = _operands((3, 70, 250, 600), dtype)
     torch.set_num_threads(1)
-    first = linear_importance_cpp(x, dy, w, isa)
+    first = linear_importance_cpp(x, dy, w, isa=isa)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        assert all(equal_bits(linear_importance_cpp(x, dy, w, isa), first) for _ in range(5))
+        assert all(equal_bits(linear_importance_cpp(x, dy, w, isa=isa), first) for _ in range(5))
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -169,17 +191,17 @@ def test_same_bits_over_repeats_and_threads(dtype: torch.dtype, isa: str):
 )
 def test_invariants(isa: str, sizes: tuple[int, int, int, int], exponent: int, seed: int):
     x, dy, w = _operands(sizes, torch.float32, seed)
-    vectors = linear_importance_cpp(x, dy, w, isa)
+    vectors = linear_importance_cpp(x, dy, w, isa=isa)
     # A power of two scales exactly: s |w g|, s^2 (w g)^2.
     s = 2.0**exponent
-    scaled = linear_importance_cpp(x, dy * s, w, isa)
-    for name in NAMES[:6]:
+    scaled = linear_importance_cpp(x, dy * s, w, isa=isa)
+    for name in SUMS:
         assert torch.equal(getattr(scaled, name), getattr(vectors, name) * (s * s if "square" in name else s))
-    assert torch.equal(scaled.statistics, vectors.statistics * torch.tensor([s, s * s, s, s, 1.0]))
+    assert torch.equal(scaled.statistics.pack(), vectors.statistics.pack() * torch.tensor([s, s * s, s, s, 1.0]))
     # A sample of zeros adds nothing, to the bit.
     more = torch.cat([x, torch.zeros_like(x[:1])]), torch.cat([dy, torch.zeros_like(dy[:1])])
-    for name in NAMES[:6]:
-        assert torch.equal(getattr(linear_importance_cpp(*more, w, isa), name), getattr(vectors, name))
+    for name in SUMS:
+        assert torch.equal(getattr(linear_importance_cpp(*more, w, isa=isa), name), getattr(vectors, name))
 
 
 def test_refuses_what_it_cannot_do():

@@ -8,6 +8,7 @@ L = min(n, 2048 + 31 + 8) roundings of relative size u (2^-24, 2^-53), the produ
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 
 import hypothesis.strategies as st
 import numpy as np
@@ -19,8 +20,19 @@ from torch import Tensor
 from gradprune.errors import BackendUnavailableError
 from gradprune.ops.cpp import taylor_score_cpp
 from gradprune.ops.extension import dtype_code, require_extension
-from gradprune.ops.vectors import ImportanceVectors
-from helpers.exact_sums import DTYPES, NAMES, GuardedOutputs, equal_bits, exact, random_tensor
+from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, Side
+from helpers.exact_sums import (
+    CANARY,
+    DTYPES,
+    ROW_SUMS,
+    SUMS,
+    GuardedOutputs,
+    equal_bits,
+    exact,
+    one_side,
+    random_tensor,
+    tensors,
+)
 
 pytest.importorskip("gradprune._C", reason="the extension is not built")
 
@@ -39,29 +51,29 @@ SHAPES = [(o, i) for o in SIZES for i in SIZES] + [
 
 def _assert_scores(vectors: ImportanceVectors, product: np.ndarray, unit: float, extra: float = 0.0) -> None:
     """Compare with the sums of `product`; `extra`: relative error of the product itself."""
-    terms = {"abs": np.abs(product), "signed": product, "square": product * product}
+    terms = {"abs": np.abs(product), "square": product * product}
     for axis, kind in ((1, "row"), (0, "column")):
         roundings = min(product.shape[axis], 2087) + 4
         for name, term in terms.items():
             found = exact(getattr(vectors, f"{kind}_{name}"))
             error = np.abs(found - term.sum(axis))
-            bound = (roundings * unit + 2 * extra) * np.abs(term).sum(axis)
+            bound = (roundings * unit + 2 * extra) * term.sum(axis)
             assert found.shape == error.shape == bound.shape
             assert (error <= bound).all(), f"{kind}_{name}: {(error - bound).max()} over its bound"
 
 
-def _assert_statistics(statistics: Tensor, g: Tensor, unit: float) -> None:
+def _assert_statistics(statistics: GradientStatistics[Tensor], g: Tensor, unit: float) -> None:
     magnitude = np.abs(exact(g)).reshape(-1)
     magnitude = magnitude[np.isfinite(magnitude)]
     roundings = min(g.numel(), 2087 * 2) + 4
     for found, expected in (
-        (statistics[0].item(), magnitude.sum()),
-        (statistics[1].item(), (magnitude * magnitude).sum()),
+        (statistics.sum_abs.item(), magnitude.sum()),
+        (statistics.sum_square.item(), (magnitude * magnitude).sum()),
     ):
         assert abs(found - expected) <= roundings * unit * expected
-    assert statistics[2].item() == (magnitude.max() if magnitude.size else 0.0)
-    assert statistics[3].item() == (magnitude.min() if magnitude.size else np.inf)
-    assert statistics[4].item() == g.numel() - magnitude.size
+    assert statistics.max_abs.item() == (magnitude.max() if magnitude.size else 0.0)
+    assert statistics.min_abs.item() == (magnitude.min() if magnitude.size else np.inf)
+    assert statistics.non_finite.item() == g.numel() - magnitude.size
 
 
 def _unit(w: Tensor, g: Tensor) -> float:
@@ -69,11 +81,11 @@ def _unit(w: Tensor, g: Tensor) -> float:
 
 
 def _assert_correct(w: Tensor, g: Tensor, isa: str = "auto") -> None:
-    vectors, unit = taylor_score_cpp(w, g, isa), _unit(w, g)
+    vectors, unit = taylor_score_cpp(w, g, isa=isa), _unit(w, g)
     if (w.dtype == torch.float64) != (g.dtype == torch.float64):
         w, g = w.float(), g.float()
     expected = torch.float64 if unit == 2.0**-53 else torch.float32
-    assert {getattr(vectors, name).dtype for name in NAMES} == {expected}
+    assert {tensor.dtype for tensor in tensors(vectors)} == {expected}
     _assert_scores(vectors, exact(w) * exact(g), unit)
     _assert_statistics(vectors.statistics, g, unit)
 
@@ -93,19 +105,19 @@ def test_mixed_dtypes(w_dtype: torch.dtype, g_dtype: torch.dtype, isa: str):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 0), (0, 65), (65, 0)], ids=str)
 def test_empty(shape: tuple[int, int], dtype: torch.dtype, isa: str):
-    vectors = taylor_score_cpp(random_tensor(shape, dtype, 0), random_tensor(shape, dtype, 1), isa)
-    assert [len(getattr(vectors, n)) for n in NAMES] == [shape[0]] * 3 + [shape[1]] * 3 + [5]
-    assert all(not getattr(vectors, n).any() for n in NAMES[:6])
-    assert vectors.statistics.tolist() == [0.0, 0.0, 0.0, float("inf"), 0.0]
+    vectors = taylor_score_cpp(random_tensor(shape, dtype, 0), random_tensor(shape, dtype, 1), isa=isa)
+    assert [len(getattr(vectors, name)) for name in SUMS] == [shape[0]] * 2 + [shape[1]] * 2
+    assert not any(getattr(vectors, name).any() for name in SUMS)
+    assert vectors.statistics.to_float() == GradientStatistics(0.0, 0.0, 0.0, float("inf"), 0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(dtype: torch.dtype, isa: str):
     w, g = random_tensor((200, 300), dtype, 4), random_tensor((300, 200), dtype, 5)
-    whole = taylor_score_cpp(w, g.T.contiguous(), isa)
-    assert equal_bits(taylor_score_cpp(w, g.T, isa), whole)  # a transposed gradient
-    rows = taylor_score_cpp(w[::2, 3:131], g.T[::2, 3:131], isa)  # a row stride, and unaligned rows
-    assert equal_bits(rows, taylor_score_cpp(w[::2, 3:131].clone(), g.T[::2, 3:131].clone(), isa))
+    whole = taylor_score_cpp(w, g.T.contiguous(), isa=isa)
+    assert equal_bits(taylor_score_cpp(w, g.T, isa=isa), whole)  # a transposed gradient
+    rows = taylor_score_cpp(w[::2, 3:131], g.T[::2, 3:131], isa=isa)  # a row stride, and unaligned rows
+    assert equal_bits(rows, taylor_score_cpp(w[::2, 3:131].clone(), g.T[::2, 3:131].clone(), isa=isa))
     _assert_correct(w[::2, 3:131], g.T[::2, 3:131], isa)
     _assert_correct(w[:, ::3], g.T[:, ::3], isa)  # elements of a row apart
     _assert_correct(w[:1].expand(70, 300), g.T[:70], isa)  # a row stride of zero
@@ -117,11 +129,11 @@ def test_every_half_precision_value(isa: str):
         g = bits.view(dtype).reshape(-1, 512)
         w = torch.ones(g.shape)
         for unpaired in (g, g[:, :7]):  # whole vectors, and single elements
-            signed = torch.stack(
-                [taylor_score_cpp(w[:1, : unpaired.shape[1]], row[None], isa).column_signed for row in unpaired]
+            absolute = torch.stack(
+                [taylor_score_cpp(w[:1, : unpaired.shape[1]], row[None], isa=isa).column_abs for row in unpaired]
             )
-            assert torch.equal(signed.isnan(), unpaired.isnan())
-            assert torch.equal(signed.nan_to_num(0.5), unpaired.float().nan_to_num(0.5))
+            assert torch.equal(absolute.isnan(), unpaired.isnan())
+            assert torch.equal(absolute.nan_to_num(0.5), unpaired.float().abs().nan_to_num(0.5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -129,12 +141,12 @@ def test_every_half_precision_value(isa: str):
 @pytest.mark.parametrize("place", [(0, 0), (5, 63), (119, 1040), (129, 1041)], ids=str)
 def test_non_finite_gradient(place: tuple[int, int], value: float, dtype: torch.dtype, isa: str):
     w, g = random_tensor((130, 1042), dtype, 6), random_tensor((130, 1042), dtype, 7)
-    clean = taylor_score_cpp(w, g, isa)
+    clean = taylor_score_cpp(w, g, isa=isa)
     row, column = place
     g[place] = value
-    vectors = taylor_score_cpp(w, g, isa)
+    vectors = taylor_score_cpp(w, g, isa=isa)
     for kind, bad in (("row", row), ("column", column)):
-        for score in ("abs", "signed", "square"):
+        for score in ("abs", "square"):
             before, after = getattr(clean, f"{kind}_{score}"), getattr(vectors, f"{kind}_{score}")
             expected = torch.ones(len(after), dtype=torch.bool)
             expected[bad] = False
@@ -145,22 +157,22 @@ def test_non_finite_gradient(place: tuple[int, int], value: float, dtype: torch.
 
 def test_non_finite_weight_leaves_statistics(isa: str):
     w, g = random_tensor((9, 100), torch.float32, 8), random_tensor((9, 100), torch.float32, 9)
-    clean = taylor_score_cpp(w, g, isa).statistics
+    clean = taylor_score_cpp(w, g, isa=isa).statistics
     w[4, 50] = float("nan")
-    vectors = taylor_score_cpp(w, g, isa)
-    assert torch.equal(vectors.statistics, clean)
+    vectors = taylor_score_cpp(w, g, isa=isa)
+    assert vectors.statistics == clean
     assert vectors.row_abs.isnan().nonzero().tolist() == [[4]]
     assert vectors.column_square.isnan().nonzero().tolist() == [[50]]
 
 
 def test_all_non_finite_and_overflowing_sums(isa: str):
     w = torch.ones(3, 70)
-    nothing = taylor_score_cpp(w, torch.full((3, 70), float("nan")), isa).statistics
-    assert nothing.tolist() == [0.0, 0.0, 0.0, float("inf"), 210.0]
+    nothing = taylor_score_cpp(w, torch.full((3, 70), float("nan")), isa=isa).statistics
+    assert nothing.to_float() == GradientStatistics(0.0, 0.0, 0.0, float("inf"), 210.0)
     # sum|g| of a vector's lanes overflows though every g is finite: none may be counted as non-finite.
-    large = taylor_score_cpp(w, torch.full((3, 70), 3e38), isa).statistics
+    large = taylor_score_cpp(w, torch.full((3, 70), 3e38), isa=isa).statistics
     largest = torch.tensor(3e38).item()
-    assert large.tolist() == [float("inf"), float("inf"), largest, largest, 0.0]
+    assert large.to_float() == GradientStatistics(float("inf"), float("inf"), largest, largest, 0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -172,8 +184,38 @@ def test_writes_all_of_its_outputs_and_nothing_else(shape: tuple[int, int], dtyp
     outputs = GuardedOutputs(*shape, torch.float64 if dtype == torch.float64 else torch.float32)
     code = dtype_code(dtype)
     w_argument, g_argument = (w.data_ptr(), w.stride(0), code), (g.data_ptr(), g.stride(0), code)
-    _C.taylor_score(w_argument, g_argument, *shape, outputs.addresses, threads=2, isa=isa)
-    outputs.assert_written(taylor_score_cpp(w, g, isa))
+    _C.taylor_score(w_argument, g_argument, *shape, "both", outputs.addresses, threads=2, isa=isa)
+    outputs.assert_written(taylor_score_cpp(w, g, isa=isa))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_one_side_has_the_same_bits_as_both(side: Side, dtype: torch.dtype, isa: str):
+    w, g = random_tensor((131, 4130), dtype, 14), random_tensor((131, 4130), dtype, 15)
+    g[3, 5] = float("nan")
+    both = taylor_score_cpp(w, g, isa=isa)
+    assert equal_bits(taylor_score_cpp(w, g, side, isa), one_side(both, side))
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_the_other_side_is_not_touched(side: Side, isa: str):
+    from gradprune import _C
+
+    w, g = random_tensor((131, 300), torch.float32, 16), random_tensor((131, 300), torch.float32, 17)
+    outputs = GuardedOutputs(131, 300, torch.float32)
+    arguments = [(t.data_ptr(), t.stride(0), dtype_code(t.dtype)) for t in (w, g)]
+    _C.taylor_score(*arguments, 131, 300, side, outputs.addresses, threads=1, isa=isa)
+    other = {"rows": slice(2, 4), "columns": slice(0, 2)}[side]
+    for buffer in outputs.buffers[other]:
+        assert buffer[16:-16].isnan().all()
+        assert (buffer[:16] == CANARY).all()
+        assert (buffer[-16:] == CANARY).all()
+
+
+def test_the_statistics_are_in_the_order_of_their_names():
+    from gradprune import _C
+
+    assert [field.name for field in fields(GradientStatistics)] == _C.STATISTICS
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,10 +223,10 @@ def test_writes_all_of_its_outputs_and_nothing_else(shape: tuple[int, int], dtyp
 def test_same_bits_over_repeats_and_threads(dtype: torch.dtype, isa: str):
     w, g = random_tensor((700, 1500), dtype, 12), random_tensor((700, 1500), dtype, 13)
     torch.set_num_threads(1)
-    first = taylor_score_cpp(w, g, isa)
+    first = taylor_score_cpp(w, g, isa=isa)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        assert all(equal_bits(taylor_score_cpp(w, g, isa), first) for _ in range(20))
+        assert all(equal_bits(taylor_score_cpp(w, g, isa=isa), first) for _ in range(20))
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -194,18 +236,19 @@ def test_invariants(isa: str, rows: int, columns: int, exponent: int, seed: int)
         random_tensor((rows, columns), torch.float32, seed),
         random_tensor((rows, columns), torch.float32, seed + 1000),
     )
-    vectors = taylor_score_cpp(w, g, isa)
+    vectors = taylor_score_cpp(w, g, isa=isa)
     # A power of two scales exactly: s |w g|, s^2 (w g)^2.
-    scaled, s = taylor_score_cpp(w, g * 2.0**exponent, isa), 2.0**exponent
-    for name in NAMES[:6]:
+    scaled, s = taylor_score_cpp(w, g * 2.0**exponent, isa=isa), 2.0**exponent
+    for name in SUMS:
         assert torch.equal(getattr(scaled, name), getattr(vectors, name) * (s * s if "square" in name else s))
-    assert torch.equal(scaled.statistics, vectors.statistics * torch.tensor([s, s * s, s, s, 1.0]))
+    assert torch.equal(scaled.statistics.pack(), vectors.statistics.pack() * torch.tensor([s, s * s, s, s, 1.0]))
     # Permuted rows permute the row sums, to the bit.
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-    permuted = taylor_score_cpp(w[order], g[order], isa)
-    for name in NAMES[:3]:
+    permuted = taylor_score_cpp(w[order], g[order], isa=isa)
+    for name in ROW_SUMS:
         assert torch.equal(getattr(permuted, name), getattr(vectors, name)[order])
-    assert torch.equal(permuted.statistics[2:], vectors.statistics[2:])
+    for name in ("max_abs", "min_abs", "non_finite"):
+        assert getattr(permuted.statistics, name) == getattr(vectors.statistics, name)
 
 
 def test_refuses_what_it_cannot_do():
@@ -218,6 +261,8 @@ def test_refuses_what_it_cannot_do():
         taylor_score_cpp(w, w.long())
     with pytest.raises(ValueError, match=r"w: is torch.strided on meta"):
         taylor_score_cpp(w.to("meta"), w)
+    with pytest.raises(ValueError, match=r"side: 'left' is none of rows, columns, both"):
+        taylor_score_cpp(w, w, "left")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"isa: 'sse' is none of auto"):
         taylor_score_cpp(w, w, isa="sse")
 

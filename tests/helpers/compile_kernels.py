@@ -19,8 +19,9 @@ from gradprune.kernels.linear_importance import _linear_importance_kernel, confi
 from gradprune.kernels.taylor_score import TaylorScoreConfig, _taylor_score_kernel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# N, T, O, I: long samples, short ones, a width that tiles reach beyond, one that 16 does not divide.
-SHAPES = ((8, 2048, 4096, 4096), (8, 128, 4096, 4096), (8, 128, 4096, 4112), (8, 128, 4095, 4097))
+# O, I: whole tiles, a width that tiles reach beyond, one that is not a multiple of 16.
+SHAPES = ((4096, 4096), (4096, 4112), (4095, 4097))
+BOTH_SIDES = {"ROW_SUMS": True, "COLUMN_SUMS": True}
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
 
 def compile_taylor_score(dtype: str) -> None:
     config = TaylorScoreConfig()
-    tiles = {"ROWS": config.ROWS, "BLOCK_O": config.BLOCK_O, "BLOCK_I": config.BLOCK_I}
+    tiles = {"ROWS": config.ROWS, "BLOCK_O": config.BLOCK_O, "BLOCK_I": config.BLOCK_I} | BOTH_SIDES
     types = dict.fromkeys(("w_ptr", "g_ptr"), f"*{dtype}")
     compile_kernel("taylor_score", _taylor_score_kernel, dtype, types, tiles, {"num_warps": config.num_warps}, False)
 
@@ -41,13 +42,12 @@ def compile_linear_importance(dtype: str) -> None:
     variants = {}
     for shape in SHAPES:
         config = config_for(*shape, DTYPES[dtype])
-        variants[config, shape[3] % config.BLOCK_I != 0, shape[3] % 16 == 0] = None
+        variants[config, shape[1] % config.BLOCK_I != 0, shape[1] % 16 == 0] = None
     for config, has_i_tail, aligned in variants:
-        constants = dataclasses.asdict(config) | {"HAS_I_TAIL": has_i_tail}
+        constants = dataclasses.asdict(config) | {"HAS_I_TAIL": has_i_tail} | BOTH_SIDES
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-        samples = "one_sample" if config.ONE_SAMPLE else "all_samples"
         widths = "multiple_of_16" if aligned else "ragged"
-        name = f"linear_importance {config.BLOCK_O}x{config.BLOCK_I}x{config.BLOCK_T} {samples} {widths} {has_i_tail=}"
+        name = f"linear_importance {config.BLOCK_O}x{config.BLOCK_I}x{config.BLOCK_T} {widths} {has_i_tail=}"
         types = dict.fromkeys(("x_ptr", "dy_ptr", "w_ptr"), f"*{dtype}")
         compile_kernel(name, _linear_importance_kernel, dtype, types, constants, options, aligned)
 
@@ -57,10 +57,10 @@ def compile_kernel(
 ) -> None:
     """types: of the arguments that are not fp32 pointers, int32 sizes or int64 strides.
 
-    aligned: every pointer, size and stride but N is a multiple of 16, and the compiler knows.
+    aligned: every pointer, size and stride is a multiple of 16, and the compiler is told so.
     """
     signature = {name: types.get(name) or _argument_type(name, constants) for name in kernel.arg_names}
-    known = [i for i, name in enumerate(signature) if aligned and signature[name] != "constexpr" and name != "N"]
+    known = [i for i, name in enumerate(signature) if aligned and signature[name] != "constexpr"]
     attributes = {(index,): [["tt.divisibility", 16]] for index in known}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     for capability in (80, 90):

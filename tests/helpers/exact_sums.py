@@ -1,15 +1,16 @@
 """What the tests of the importance ops share: tensors, their values in 80-bit floating point, and guarded outputs."""
 
-from dataclasses import fields
+import dataclasses
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradprune.ops.vectors import ImportanceVectors
+from gradprune.ops.vectors import ImportanceVectors, Side
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-NAMES = [field.name for field in fields(ImportanceVectors)]
+ROW_SUMS, COLUMN_SUMS = ["row_abs", "row_square"], ["column_abs", "column_square"]
+SUMS = [*ROW_SUMS, *COLUMN_SUMS]
 CANARY = 12345.0
 
 
@@ -21,16 +22,28 @@ def exact(tensor: Tensor) -> np.ndarray:
     return tensor.double().numpy().astype(np.longdouble)
 
 
+def tensors(vectors: ImportanceVectors) -> list[Tensor]:
+    """Every tensor of the result that was asked for, the statistics packed."""
+    sums = [getattr(vectors, name) for name in SUMS]
+    return [*(vector for vector in sums if vector is not None), vectors.statistics.pack()]
+
+
 def equal_bits(a: ImportanceVectors, b: ImportanceVectors) -> bool:
     """NaN equals NaN."""
-    return all(getattr(a, n).numpy().tobytes() == getattr(b, n).numpy().tobytes() for n in NAMES)
+    return [t.numpy().tobytes() for t in tensors(a)] == [t.numpy().tobytes() for t in tensors(b)]
+
+
+def one_side(vectors: ImportanceVectors, side: Side) -> ImportanceVectors:
+    """`vectors` of both sides without the sums that `side` does not ask for."""
+    dropped = {"rows": COLUMN_SUMS, "columns": ROW_SUMS, "both": []}[side]
+    return dataclasses.replace(vectors, **dict.fromkeys(dropped))
 
 
 class GuardedOutputs:
     """Outputs for a weight [O, I] full of NaN, between canaries."""
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
-        self.sizes = [rows] * 3 + [columns] * 3 + [5]
+        self.sizes = [rows] * 2 + [columns] * 2 + [5]
         self.buffers = [torch.full((size + 32,), CANARY, dtype=dtype) for size in self.sizes]
         for buffer, size in zip(self.buffers, self.sizes, strict=True):
             buffer[16 : 16 + size] = float("nan")
@@ -38,7 +51,7 @@ class GuardedOutputs:
 
     def assert_written(self, expected: ImportanceVectors) -> None:
         """Everything between the canaries is `expected`, and the canaries live."""
-        for name, buffer, size in zip(NAMES, self.buffers, self.sizes, strict=True):
-            assert torch.equal(buffer[16 : 16 + size], getattr(expected, name))
+        for tensor, buffer, size in zip(tensors(expected), self.buffers, self.sizes, strict=True):
+            assert torch.equal(buffer[16 : 16 + size], tensor)
             assert (buffer[:16] == CANARY).all()
             assert (buffer[16 + size :] == CANARY).all()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gradprune.errors import BackendUnavailableError
 from gradprune.ops.dispatch import grad_stats, gradient_ops_fault, scale_gradients, select_gradient_ops
+from gradprune.ops.vectors import GradientStatistics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = ["reference", "cpp", "auto"]
@@ -30,25 +31,30 @@ def _grads() -> list[Tensor]:
     return [*grads, grads[12].T, grads[15][::3, 1::2]]
 
 
-def _exact(grad: Tensor) -> list[float]:
+def _exact(grad: Tensor) -> GradientStatistics[float]:
     magnitude = grad.double().abs().reshape(-1)
     finite = magnitude[magnitude.isfinite()]
-    extremes = [finite.max().item(), finite.min().item()] if finite.numel() else [0.0, float("inf")]
-    return [finite.sum().item(), finite.square().sum().item(), *extremes, magnitude.numel() - finite.numel()]
+    extremes = (finite.max().item(), finite.min().item()) if finite.numel() else (0.0, float("inf"))
+    non_finite = float(magnitude.numel() - finite.numel())
+    return GradientStatistics(finite.sum().item(), finite.square().sum().item(), *extremes, non_finite)
+
+
+def _assert_correct(found: GradientStatistics[Tensor], grads: list[Tensor]) -> None:
+    """Sums of at most 5200 positive terms, by halves or in lanes: a term passes through far fewer than 200 sums."""
+    for have, grad in zip(found.to_list(), grads, strict=True):
+        want, unit = _exact(grad), 2.0**-53 if grad.dtype == torch.float64 else 2.0**-24
+        assert have.sum_abs == pytest.approx(want.sum_abs, rel=200 * unit, abs=0.0)
+        assert have.sum_square == pytest.approx(want.sum_square, rel=200 * unit, abs=0.0)
+        assert (have.max_abs, have.min_abs, have.non_finite) == (want.max_abs, want.min_abs, want.non_finite)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics_by_every_cpu_backend(backend: str) -> None:
     grads = _grads()
     found = grad_stats(grads, backend)
-    assert found.dtype == torch.float64
-    exact = torch.tensor([_exact(grad) for grad in grads], dtype=torch.float64)
-    # fp32 sums of at most 5200 positive terms, by halves or in lanes: a term passes through far fewer than 200 sums.
-    torch.testing.assert_close(found[:, :2], exact[:, :2], rtol=200 * 2.0**-24, atol=0.0)
-    assert torch.equal(found[:, 2:], exact[:, 2:])
-    double = [k for k, grad in enumerate(grads) if grad.dtype == torch.float64]
-    torch.testing.assert_close(found[double], exact[double], rtol=200 * 2.0**-53, atol=0.0)
-    assert grad_stats([], backend).shape == (0, 5)
+    assert found.pack().dtype == torch.float64
+    _assert_correct(found, grads)
+    assert grad_stats([], backend).to_list() == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -98,7 +104,7 @@ def test_auto_falls_back_and_says_why_once(monkeypatch: pytest.MonkeyPatch, capl
     monkeypatch.setitem(sys.modules, "gradprune._C", None)
     with caplog.at_level(logging.INFO, "gradprune"):
         for _ in range(2):
-            assert grad_stats([torch.ones(3)]).tolist() == [[3.0, 3.0, 1.0, 1.0, 0.0]]
+            assert grad_stats([torch.ones(3)]).to_list() == [GradientStatistics(3.0, 3.0, 1.0, 1.0, 0.0)]
     assert len(caplog.records) == 1
     assert "'cpp' cannot run: the extension gradprune._C does not import" in caplog.text
     assert select_gradient_ops("auto", "cuda").backend == "reference"
@@ -110,7 +116,9 @@ def test_a_backend_asked_for_by_name_is_used_or_refused(monkeypatch: pytest.Monk
     grads = [torch.ones(2)]
     with pytest.raises(BackendUnavailableError, match="'cuda' cannot run on cpu: the CUDA kernels work on CUDA"):
         grad_stats(grads, "cuda")
-    with pytest.raises(BackendUnavailableError, match="'triton' cannot run on cpu: no gradient op has a Triton kernel"):
+    with pytest.raises(
+        BackendUnavailableError, match="'triton' cannot run on cpu: it has no gradient ops; choose auto"
+    ):
         scale_gradients(grads, [2.0], "triton")
     with pytest.raises(BackendUnavailableError, match="'cpp' cannot run on cuda: the C\\+\\+ kernels work on CPU"):
         select_gradient_ops("cpp", "cuda")
@@ -142,9 +150,7 @@ def test_every_gpu_backend(backend: str) -> None:
         pytest.skip(f"cuda is NOT tested here: {gradient_ops_fault('cuda', 'cuda')}")
     grads = [grad.cuda() for grad in _grads()]
     assert select_gradient_ops(backend, "cuda").backend == (backend if backend != "auto" else "cuda")
-    found = grad_stats(grads, backend).cpu()
-    exact = torch.tensor([_exact(grad) for grad in grads], dtype=torch.float64)
-    torch.testing.assert_close(found, exact, rtol=200 * 2.0**-24, atol=0.0)
+    _assert_correct(grad_stats(grads, backend), grads)
     expected = [grad * 0.3 for grad in grads]
     scale_gradients(grads, [0.3] * len(grads), backend)
     for grad, product in zip(grads, expected, strict=True):

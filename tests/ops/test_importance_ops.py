@@ -6,6 +6,8 @@ import torch
 
 from gradprune.errors import BackendUnavailableError
 from gradprune.ops.dispatch import linear_importance, select_ops, taylor_score, unavailable_reason
+from gradprune.ops.vectors import Side
+from helpers.exact_sums import COLUMN_SUMS, ROW_SUMS, SUMS
 
 W, G = (torch.randn(7, 9, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
 
@@ -22,14 +24,38 @@ def test_every_backend_computes_the_same(backend: str) -> None:
     if unavailable_reason(backend, "cpu") and backend == "triton":
         pytest.skip(f"triton is NOT tested here: {unavailable_reason(backend, 'cpu')}")
     product = (W * G).double()
-    found = taylor_score(W, G, backend)
+    found = taylor_score(W, G, backend=backend)
     torch.testing.assert_close(found.row_abs.double(), product.abs().sum(1), rtol=1e-6, atol=0.0)
     torch.testing.assert_close(found.column_square.double(), product.square().sum(0), rtol=1e-6, atol=0.0)
     x, dy = torch.randn(2, 5, 9), torch.randn(2, 5, 7)
     gradients = dy.double().transpose(1, 2) @ x.double()
     expected = (W.double() * gradients).abs().sum((0, 2))
-    found = linear_importance(x, dy, W, backend)
+    found = linear_importance(x, dy, W, backend=backend)
     torch.testing.assert_close(found.row_abs.double(), expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("side", ["rows", "columns", "both"])
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+def test_only_the_side_asked_for_is_returned(backend: str, side: Side) -> None:
+    if unavailable_reason(backend, "cpu") and backend == "triton":
+        pytest.skip(f"triton is NOT tested here: {unavailable_reason(backend, 'cpu')}")
+    x, dy = torch.randn(2, 5, 9), torch.randn(2, 5, 7)
+    for op, arguments in ((taylor_score, (W, G)), (linear_importance, (x, dy, W))):
+        both, found = op(*arguments, backend=backend), op(*arguments, side, backend)
+        for name in SUMS:
+            if side == "both" or name in {"rows": ROW_SUMS, "columns": COLUMN_SUMS}[side]:
+                torch.testing.assert_close(getattr(found, name), getattr(both, name), rtol=1e-6, atol=0.0)
+            else:
+                assert getattr(found, name) is None
+        assert found.statistics.to_float() == both.statistics.to_float()
+        for one in ("rows", "columns"):
+            if side in (one, "both"):
+                assert found.sums(one).abs is getattr(found, f"{one[:-1]}_abs")
+            else:
+                with pytest.raises(ValueError, match=f"side: the {one} were not computed"):
+                    found.sums(one)
+        with pytest.raises(ValueError, match="side: 'left' is none of rows, columns, both"):
+            op(*arguments, "left", backend)
 
 
 def test_auto_falls_back_and_says_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -49,5 +75,7 @@ def test_a_backend_asked_for_by_name_is_used_or_refused(monkeypatch: pytest.Monk
         select_ops("cpp", "cpu")
     with pytest.raises(BackendUnavailableError, match="'cpp' cannot run on cuda"):
         select_ops("cpp", "cuda")
-    with pytest.raises(BackendUnavailableError, match="'cuda' cannot run on cpu"):
-        taylor_score(W, G, "cuda")
+    with pytest.raises(
+        BackendUnavailableError, match="'cuda' cannot run on cpu: it has no importance ops; choose auto"
+    ):
+        taylor_score(W, G, backend="cuda")
