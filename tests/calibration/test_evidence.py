@@ -37,7 +37,7 @@ def test_scores_of_a_file_give_the_bytes_of_the_full_run(options, tmp_path: Path
     run(tiny_model(dtype=torch.float32), output_name="first", pruning_ratio=0.3, **full)
     run(tiny_model(dtype=torch.float32), output_name="full", pruning_ratio=0.1, **full)
     scores = str(tmp_path / "first" / "analysis" / "evidence.safetensors")
-    run(tiny_model(dtype=torch.float32), output_name="reused", pruning_ratio=0.1, scores=scores, **full)
+    run(tiny_model(dtype=torch.float32), output_name="reused", pruning_ratio=0.1, evidence_file=scores, **full)
     for file in SAME:
         assert (tmp_path / "full" / file).read_bytes() == (tmp_path / "reused" / file).read_bytes(), file
     gradients = [json.loads((tmp_path / n / "analysis" / "gradients.json").read_text()) for n in ("full", "reused")]
@@ -49,11 +49,11 @@ def test_scores_of_one_method_serve_every_other(tmp_path: Path) -> None:
     scores = str(tmp_path / "a" / "analysis" / "evidence.safetensors")
     for method in ("magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher"):
         full = run(tiny_model(dtype=torch.float32), importance_method=method)
-        reused = run(tiny_model(dtype=torch.float32), importance_method=method, scores=scores)
+        reused = run(tiny_model(dtype=torch.float32), importance_method=method, evidence_file=scores)
         np.testing.assert_array_equal(full.table.score, reused.table.score)
 
 
-def test_the_file_holds_one_vector_a_part(tmp_path: Path) -> None:
+def test_the_file_holds_one_vector_per_component(tmp_path: Path) -> None:
     result = run(tiny_model(), output_name="a", output_dir=str(tmp_path))
     found = load_file(tmp_path / "a" / "analysis" / "evidence.safetensors")
     assert sorted(found) == sorted(COMPONENTS)
@@ -64,20 +64,20 @@ def test_another_models_scores_are_refused(tmp_path: Path) -> None:
     run(tiny_model(), output_name="a", output_dir=str(tmp_path))
     scores = tmp_path / "a" / "analysis" / "evidence.safetensors"
     with pytest.raises(CheckpointError, match=r"was measured on another model than this one"):
-        run(tiny_model(seed=1), scores=str(scores))
-    with pytest.raises(CheckpointError, match=r"scores: there is no file"):
-        run(tiny_model(), scores=str(tmp_path / "nothing"))
+        run(tiny_model(seed=1), evidence_file=str(scores))
+    with pytest.raises(CheckpointError, match=r"evidence_file: there is no file"):
+        run(tiny_model(), evidence_file=str(tmp_path / "nothing"))
     scores.write_bytes(scores.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match=r"is not a whole evidence file"):
-        run(tiny_model(), scores=str(scores))
+        run(tiny_model(), evidence_file=str(scores))
 
 
-def test_batches_cannot_be_repaired_afterwards(tmp_path: Path) -> None:
+def test_batches_cannot_be_scaled_afterwards(tmp_path: Path) -> None:
     options = {"importance_method": "taylor", "reduction": "batch"}
     run(tiny_model(), output_name="a", output_dir=str(tmp_path), gradient_fix="adaptive", **options)
     scores = str(tmp_path / "a" / "analysis" / "evidence.safetensors")
     with pytest.raises(ConfigError, match=r"gradient_fix: 'normalize' needs another calibration; .* had 'adaptive'"):
-        run(tiny_model(), scores=scores, gradient_fix="normalize", **options)
+        run(tiny_model(), evidence_file=scores, gradient_fix="normalize", **options)
 
 
 def test_a_saved_file_reads_back_equal(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_saved_file_reads_back_equal(tmp_path: Path) -> None:
     assert again.gradients == evidence.gradients
     assert again.steps == evidence.steps
     for name in COMPONENTS:
-        np.testing.assert_array_equal(again.parts[name], evidence.parts[name])
+        assert torch.equal(again.components[name], evidence.components[name])
 
 
 def test_a_nan_importance_is_named() -> None:
@@ -107,4 +107,4 @@ def test_a_table_has_importance_per_parameter_as_score() -> None:
     found = ImportanceEngine(view.model, "magnitude").evidence()
     table = score_groups(view, found, Scoring(importance_method="magnitude"))
     assert len(table) == len(empty_table(view)) == sum(found.blocks.values())
-    assert (table.score * table.cost == table.importance).all()
+    assert (table.score == table.importance / table.cost).all()

@@ -153,7 +153,11 @@ def test_uniform_needs_layers_of_one_width() -> None:
     table = make_table()
     uneven = dataclasses.replace(
         table,
-        **{f.name: getattr(table, f.name)[1:] for f in dataclasses.fields(table) if f.name != "layers"},
+        **{
+            f.name: getattr(table, f.name)[1:]
+            for f in dataclasses.fields(table)
+            if f.name not in ("layers", "plain_widths")
+        },
     )
     with pytest.raises(ConfigError, match=r"uniform: .* attention widths: \[2, 3\]"):
         select(uneven, 0.2, int(table.cost.sum()), Constraints(uniform=True))
