@@ -1,0 +1,68 @@
+"""The data's way is one way: a room imports only from rooms before it, in the order that CONTRIBUTING draws."""
+
+import ast
+from pathlib import Path
+
+import gradprune
+
+PACKAGE = Path(gradprune.__file__).parent
+
+# From what everything uses up to the command. Rooms are the folders and files right under `gradprune/`.
+ORDER = (
+    "version",
+    "errors",
+    "progress",
+    "config",
+    "models",
+    "data",
+    "checkpoint",
+    "evaluation",
+    "run",
+    "ops",
+    "vanishing",
+    "calibration",
+    "scoring",
+    "surgery",
+    "search",
+    "demo",
+    "result",
+    "environment",
+    "report",
+    "pipeline",
+    "cli",
+)
+# The built extension and the Triton kernels, which import nothing of the package.
+LEAVES = ("_C", "kernels")
+
+
+def imports_of(file: Path) -> set[str]:
+    """The rooms that a file imports from, wherever in the file."""
+    names = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gradprune":
+            names += [node.module] if "." in node.module else [f"gradprune.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names if alias.name.startswith("gradprune.")]
+    return {name.split(".")[1] for name in names}
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def test_every_room_imports_from_rooms_before_it() -> None:
+    files = [file for file in PACKAGE.rglob("*.py") if room_of(file) not in ("__init__", *LEAVES)]
+    assert {room_of(file) for file in files} == set(ORDER)
+    against = [
+        f"{file.relative_to(PACKAGE)} imports {room}"
+        for file in files
+        for room in imports_of(file) - set(LEAVES)
+        if room != room_of(file) and ORDER.index(room) > ORDER.index(room_of(file))
+    ]
+    assert not against
+
+
+def test_kernels_import_nothing_of_the_package() -> None:
+    kernels = [file for file in (PACKAGE.parent / "kernels").rglob("*.py")]
+    assert kernels
+    assert all(imports_of(file) <= {"kernels"} for file in kernels)
