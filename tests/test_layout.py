@@ -63,6 +63,6 @@ def test_every_room_imports_from_rooms_before_it() -> None:
 
 
 def test_kernels_import_nothing_of_the_package() -> None:
-    kernels = [file for file in (PACKAGE.parent / "kernels").rglob("*.py")]
+    kernels = list((PACKAGE.parent / "kernels").rglob("*.py"))
     assert kernels
     assert all(imports_of(file) <= {"kernels"} for file in kernels)
