@@ -182,7 +182,7 @@ def test_bf16_weights_are_rounded_once() -> None:
             a.copy_(b)
     for each in (model, low):
         view = describe(each)
-        least_squares(each, view, random_masks(view, 5), [ids], [], blends=(0.0,), ridges=(0.1,))
+        least_squares(view, random_masks(view, 5), [ids], [], blends=(0.0,), ridges=(0.1,))
     assert low.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
     a, b = (each.model.layers[0].mlp.down_proj.weight.float() for each in (model, low))
     torch.testing.assert_close(b, a, rtol=0.1, atol=0.03)
