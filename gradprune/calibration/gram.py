@@ -1,0 +1,67 @@
+"""Sums of products over tokens: half the work for a Gram matrix, and half-precision products in fp32 sums on GPUs."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+# Products with a side below this share their sums among threads, which rounds differently at each number of them.
+_NARROW = 128
+# Widths below this are one product: the triangle saves too little.
+_TILE = 192
+
+
+def add_gram(gram: Tensor, rows: Tensor) -> None:
+    """gram += rows^T rows, on and below the diagonal only; `symmetric` fills in the rest.
+
+    Args:
+        gram: [I, I], fp32 or fp64.
+        rows: [tokens, I] floating point.
+    """
+    width = len(gram)
+    tiles = max(1, min(8, width // _TILE))
+    edges = [tile * width // tiles for tile in range(tiles + 1)]
+    for start, end in itertools.pairwise(edges):
+        add_product(gram[start:end, :end], rows[:, start:end], rows[:, :end])
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right, summed in `total`'s type.
+
+    Args:
+        total: [A, B], fp32 or fp64.
+        left, right: [tokens, A] and [tokens, B] floating point. Half-precision ones are multiplied as they are on
+            CUDA, with fp32 sums, and converted first elsewhere.
+    """
+    if total.is_cuda and left.dtype == right.dtype in (torch.bfloat16, torch.float16) and _MIXED:
+        total += torch.mm(left.T, right, out_dtype=total.dtype)
+    else:
+        with same_rounding(total):
+            total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """CPU work inside gets the same bits at any number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def same_rounding(product: Tensor) -> AbstractContextManager[None]:
+    """For a matrix product into `product`: one thread where several would share its sums."""
+    return one_thread() if min(product.shape) < _NARROW else nullcontext()
+
+
+def symmetric(gram: Tensor) -> Tensor:
+    """[I, I]: the matrix whose lower triangle is that of `gram`."""
+    return gram.tril() + gram.tril(-1).T
+
+
+# torch.mm's out_dtype came with torch 2.8.
+_MIXED = hasattr(torch.ops.aten.mm, "dtype")
