@@ -31,3 +31,7 @@ class CheckpointError(GradPruneError):
 
 class BackendUnavailableError(GradPruneError):
     """A backend was asked for by name and cannot run here; the message gives the reason."""
+
+
+class ExportError(GradPruneError):
+    """A model cannot be written in the requested format; the message gives the reason."""
