@@ -17,6 +17,10 @@ class CalibrationError(GradPruneError):
     """The calibration or evaluation text is missing, empty or too short."""
 
 
+class EvaluationError(GradPruneError):
+    """Questions to ask a model are missing or malformed, or what asks them is not installed."""
+
+
 class NonFiniteError(GradPruneError):
     """A loss or a gradient is NaN or infinite; the message names the layer and the sample."""
 

@@ -81,16 +81,21 @@ def test_values_are_the_weights(tmp_path: Path) -> None:
 
 def test_q8_0_widens_mlps_to_whole_blocks_and_leaves_other_odd_rows_in_f16(tmp_path: Path) -> None:
     model = tiny_model("mistral", hidden=64, channels=40, head_dim=8, dtype=torch.float32)
-    reader = exported(cut(model, random_masks(model, 0.8)), tmp_path / "m.gguf", outtype="q8_0")
+    model = cut(model, random_masks(model, 0.8))
+    kept = model.model.layers[0].mlp.down_proj.weight
+    reader = exported(model, tmp_path / "m.gguf", outtype="q8_0")
     widths = value(reader, "deci.feed_forward_length")
     assert all(width % 32 == 0 for width in widths)
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     down = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_down.weight")
     assert types["blk.0.ffn_down.weight"] == types["blk.0.ffn_gate.weight"] == types["token_embd.weight"] == "Q8_0"
     assert types["blk.0.attn_norm.weight"] == "F32"
-    kept = model.model.layers[0].mlp.down_proj.weight
     assert list(down.shape) == [widths[0], 64]
     assert kept.shape[1] % 32, "the width is whole already: nothing is tested"
+    added = gguf.quants.dequantize(down.data, down.tensor_type)[:, kept.shape[1] :]
+    gate = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_gate.weight")
+    assert not added.any()
+    assert not gguf.quants.dequantize(gate.data, gate.tensor_type)[kept.shape[1] :].any()
     odd = [name for name, kind in types.items() if kind == "F16"]
     assert odd, "no matrix has rows that are not whole blocks: nothing is tested"
     assert all(name.endswith("attn_output.weight") for name in odd)
