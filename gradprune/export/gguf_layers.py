@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradprune.models import Block, PrunableModel
-from gradprune.models.architecture import InputProjection
+from gradprune.models import Architecture, Block, PrunableModel
+from gradprune.models.modeling_gradprune import BLOCKS
 
 # By name, e.g. "q.weight", "down.bias", "attn_norm.weight": the shape, and what makes the tensor when it is written.
 Weight = tuple[tuple[int, ...], Callable[[], Tensor]]
@@ -54,31 +54,31 @@ class Layer:
 
 def read_layers(view: PrunableModel, width_multiple: int) -> list[Layer]:
     """The model's layers as they are, MLPs widened by channels of zeros to a multiple of `width_multiple`."""
-    architecture = view.architecture
     layers = []
-    for module, attention, mlp in zip(view.layers, view.attention, view.mlp, strict=True):
+    for layer, attention, mlp in zip(view.layers, view.of_kind("attention"), view.of_kind("mlp"), strict=True):
         weights: Weights = {}
         heads = kv_heads = channels = 0
         if attention is not None:
             kv_heads, heads = attention.groups, attention.groups * attention.heads_per_group
-            weights["attn_norm.weight"] = _whole(module.get_submodule(architecture.attention_norm))
-            weights |= _split(attention, architecture.attention_inputs, "o")
+            weights["attn_norm.weight"] = _whole(layer, BLOCKS["attention"].norm)
+            weights |= _split(attention, view.architecture, "o")
             for name in ("q_norm", "k_norm"):
                 if hasattr(attention.module, name):
-                    weights[f"{name}.weight"] = _whole(attention.module.get_submodule(name))
+                    weights[f"{name}.weight"] = _whole(attention.module, name)
         if mlp is not None:
             padding = -mlp.groups % width_multiple
             channels = mlp.groups + padding
-            weights["ffn_norm.weight"] = _whole(module.get_submodule(architecture.mlp_norm))
-            weights |= _widened(_split(mlp, architecture.mlp_inputs, "down"), padding)
+            weights["ffn_norm.weight"] = _whole(layer, BLOCKS["mlp"].norm)
+            weights |= _widened(_split(mlp, view.architecture, "down"), padding)
         layers.append(Layer(heads, kv_heads, channels, weights))
     return layers
 
 
-def _split(block: Block, projections: tuple[InputProjection, ...], output: str) -> Weights:
-    """A block's weights and biases by projection."""
+def _split(block: Block, architecture: Architecture, output: str) -> Weights:
+    """A block's weights and biases by projection; its output projection is called `output`."""
     found: Weights = {}
-    for entry, projection in zip(block.inputs, projections, strict=True):
+    layout = next(layout for layout in architecture.blocks if layout.kind == block.kind.name)
+    for entry, projection in zip(block.inputs, layout.inputs, strict=True):
         for name, part in zip(projection.parts, entry.parts, strict=True):
             rows = slice(part.offset, part.offset + part.rows * block.groups)
             found |= _linear(name, entry.linear, rows)
@@ -111,9 +111,8 @@ def _padded(weight: Weight, dim: int, padding: int) -> Weight:
     return tuple(longer), lambda: F.pad(values(), spans)
 
 
-def _whole(norm: nn.Module) -> Weight:
-    weight = norm.get_parameter("weight")
-    return _given(weight)
+def _whole(module: nn.Module, norm: str) -> Weight:
+    return _given(module.get_submodule(norm).get_parameter("weight"))
 
 
 def _given(values: Tensor) -> Weight:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gradprune.errors import ExportError
 from gradprune.export.gguf_layers import Layer, Weight, Weights, read_layers
 from gradprune.models import describe
+from gradprune.models.modeling_gradprune import BLOCKS
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -109,10 +110,9 @@ def lay_out(model: PreTrainedModel, *, width_multiple: int = 1) -> GGUFModel:
         ExportError: llama.cpp has no architecture that computes the same.
     """
     view, config = describe(model), model.config
-    first = next((block for block in view.attention if block is not None), None)
     # A removed attention block remembers the width of its heads.
-    removed: Any = view.layers[0].get_submodule(view.architecture.attention)
-    head_dim = first.head_dim if first else int(removed.head_dim)
+    attention: Any = view.layers[0].get_submodule(BLOCKS["attention"].module)
+    head_dim = int(attention.head_dim)
     _check_supported(config)
     layers = read_layers(view, width_multiple)
     architecture = _architecture(config, layers, head_dim)

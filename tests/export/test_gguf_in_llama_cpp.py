@@ -109,7 +109,9 @@ def test_a_real_model_pruned_by_30_percent(
     assert tokenizer is not None
     text = stories_text[1].read_text(encoding="utf-8")
     ids = encode(tokenizer, text)
-    config = PruneConfig(pruning_ratio=0.3, dataset=str(stories_text[0]), num_samples=16, measure_speed=False)
+    config = PruneConfig(
+        pruning_ratio=0.3, dataset=str(stories_text[0]), num_samples=16, measure_speed=False, in_place=True
+    )
     pruned = prune(model, tokenizer, config, evaluation=ids[:512]).model
     prompts = torch.stack([ids[start : start + 32] for start in range(0, 10_000, 1000)])
     assert_same_in_llama_cpp(pruned, tokenizer, tmp_path / "f32.gguf", prompts)
