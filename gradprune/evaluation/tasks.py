@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gradprune.data.tokenize import begins_with_bos
 from gradprune.errors import EvaluationError
 from gradprune.models.loss import token_nll
 from gradprune.models.modes import evaluation_mode
@@ -35,6 +36,13 @@ class TaskAccuracy:
     per_byte: float | None = None
     per_byte_stderr: float | None = None
 
+    def text(self) -> str:
+        """On one line, in percent."""
+        text = f"accuracy {_percent(self.accuracy, self.accuracy_stderr)}"
+        if self.per_byte is not None and self.per_byte_stderr is not None:
+            text += f", per byte {_percent(self.per_byte, self.per_byte_stderr)}"
+        return f"{text} ({self.questions:,} questions)"
+
 
 @dataclass(frozen=True)
 class Question:
@@ -56,7 +64,7 @@ def evaluate_tasks(
     batch_size: int = 8,
     max_questions: int | None = None,
     console: Console = QUIET,
-) -> list[TaskAccuracy]:
+) -> tuple[TaskAccuracy, ...]:
     """Measure a model's zero-shot accuracy on each task.
 
     Args:
@@ -70,11 +78,10 @@ def evaluate_tasks(
     Raises:
         EvaluationError: no tokenizer; a file is missing or malformed; lm-eval is not installed or does not know a name.
     """
-    if tokenizer is None:
-        raise EvaluationError("tasks: the model has no tokenizer to read questions with")
+    files = check_tasks(tasks, tokenizer)
+    assert tokenizer is not None
     if max_questions is not None and max_questions < 1:
         raise EvaluationError(f"max_questions: {max_questions} is not at least 1")
-    files = {task: read_questions(task) for task in tasks if task.endswith(".jsonl")}
     named = [task for task in tasks if task not in files]
     measured = _by_lm_eval(model, tokenizer, named, batch_size, max_questions) if named else {}
     for task, questions in files.items():
@@ -82,7 +89,17 @@ def evaluate_tasks(
         measured[task] = answer_questions(
             model, tokenizer, asked, name=Path(task).stem, batch_size=batch_size, console=console
         )
-    return [measured[task] for task in tasks]
+    return tuple(measured[task] for task in tasks)
+
+
+def check_tasks(tasks: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> "dict[str, list[Question]]":
+    """The questions of those tasks that are files; raises what `evaluate_tasks` would without asking anything."""
+    if tokenizer is None:
+        raise EvaluationError("tasks: the model has no tokenizer to read questions with")
+    files = {task: read_questions(task) for task in tasks if task.endswith(".jsonl")}
+    if named := [task for task in tasks if task not in files]:
+        _lm_eval(named)
+    return files
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -200,12 +217,12 @@ def _encode(
     added = [whole[min(len(start), len(whole) - 1) :] for whole in wholes]
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     # The first token of a text is predicted from something too.
-    begins = not start or _ids(tokenizer, "a", special=True)[0] == tokenizer.bos_token_id
+    begins = not start or begins_with_bos(tokenizer)
     return ([first or 0] if begins else []) + start, added
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
@@ -264,6 +281,10 @@ def _pack(row: _Row, length: int) -> _Packed:
     return _Packed(ids, positions, seen, torch.tensor(predictors), torch.tensor(targets))
 
 
+def _percent(rate: float, stderr: float) -> str:
+    return f"{100 * rate:.1f} ± {100 * stderr:.1f} %"
+
+
 def _largest(values: list[float]) -> int:
     """Index of the largest value, the first of equals."""
     return max(range(len(values)), key=values.__getitem__)
@@ -289,9 +310,23 @@ def _by_lm_eval(
     max_questions: int | None,
 ) -> dict[str, TaskAccuracy]:
     """The tasks as lm-eval defines them; it fetches their questions from the hub."""
+    simple_evaluate, manager = _lm_eval(names)
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    try:
+        found = simple_evaluate(model=wrapped, tasks=list(names), limit=max_questions, task_manager=manager)
+    # Fetching a task's data fails in as many ways as it has dependencies.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EvaluationError(f"tasks: lm-eval cannot ask {', '.join(names)}: {reason}") from error
+    return {name: _from_lm_eval(name, found) for name in names}
+
+
+def _lm_eval(names: Sequence[str]) -> tuple[Any, Any]:
+    """lm-eval's `simple_evaluate` and its manager of tasks, which knows all these names."""
     try:
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EvaluationError(
@@ -301,14 +336,7 @@ def _by_lm_eval(
     manager = TaskManager()
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise EvaluationError(f"tasks: lm-eval knows no {', '.join(unknown)}; `lm_eval ls tasks` lists what it knows")
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    try:
-        found = simple_evaluate(model=wrapped, tasks=list(names), limit=max_questions, task_manager=manager)
-    # Fetching a task's data fails in as many ways as it has dependencies.
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EvaluationError(f"tasks: lm-eval cannot ask {', '.join(names)}: {reason}") from error
-    return {name: _from_lm_eval(name, found) for name in names}
+    return simple_evaluate, manager
 
 
 def _from_lm_eval(name: str, found: dict[str, Any]) -> TaskAccuracy:

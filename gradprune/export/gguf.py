@@ -32,7 +32,7 @@ def export_gguf(
     tokenizer: PreTrainedTokenizerBase | None,
     output: str | Path,
     *,
-    outtype: Outtype = "f16",
+    outtype: Outtype | str = "f16",
     overwrite: bool = False,
 ) -> None:
     """Write a dense or pruned causal LM and its tokenizer as one GGUF file.
@@ -97,7 +97,7 @@ def _atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _write(writer: "GGUFWriter", laid_out: GGUFModel, outtype: Outtype) -> None:
+def _write(writer: "GGUFWriter", laid_out: GGUFModel, outtype: str) -> None:
     """The header, then each tensor, converted only when its turn comes."""
     from gguf import quant_shape_to_byte_shape
 
@@ -116,7 +116,7 @@ def _write(writer: "GGUFWriter", laid_out: GGUFModel, outtype: Outtype) -> None:
         writer.close()
 
 
-def _stored_type(tensor: GGUFTensor, outtype: Outtype) -> "GGMLQuantizationType":
+def _stored_type(tensor: GGUFTensor, outtype: str) -> "GGMLQuantizationType":
     from gguf import GGMLQuantizationType
 
     if len(tensor.shape) == 1:

@@ -140,8 +140,9 @@ def test_missing_and_empty_files_and_tokenizers_are_told(tmp_path: Path) -> None
         read_questions(write(tmp_path / "empty.jsonl"))
     with pytest.raises(EvaluationError, match="no tokenizer"):
         evaluate_tasks(tiny_model(), None, ["x.jsonl"])
+    path = write(tmp_path / "q.jsonl", {"context": "One", "choices": ["two", "three"], "answer": 0})
     with pytest.raises(EvaluationError, match="max_questions: 0"):
-        evaluate_tasks(tiny_model(), byte_tokenizer(), ["x.jsonl"], max_questions=0)
+        evaluate_tasks(tiny_model(), byte_tokenizer(), [path], max_questions=0)
 
 
 def test_names_need_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
