@@ -3,7 +3,7 @@
 import json
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -31,6 +31,7 @@ from gradprune.version import __version__
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from gradprune.evaluation.perplexity import Perplexity
     from gradprune.result import PruneResult
     from gradprune.vanishing.diagnosis import Diagnosis
 
@@ -137,38 +138,80 @@ def diagnose(options: dict[str, Any], as_json: AsJson = False) -> None:
 
 
 @app.command("eval", cls=StagedCommand)
-@takes("device", "dtype", "trust_remote_code", "dataset", "seq_len", "batch_size", "eval_samples")
+@takes(
+    *("device", "dtype", "trust_remote_code"),
+    *("dataset", "seq_len", "batch_size", "eval_samples", "tasks", "task_questions"),
+)
 def evaluate(
     options: dict[str, Any],
     model: Annotated[
         str | None, typer.Option(help="Dense or pruned checkpoint; default the demo model.", rich_help_panel="Model")
     ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="Perplexity as papers do: wikitext2-128 or wikitext2-2048; dataset may be its text.",
+            rich_help_panel="Data",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a checkpoint's perplexity on held-out text."""
-    from gradprune.data.sources import load_tokens
-    from gradprune.data.windows import check_context
-    from gradprune.evaluation.perplexity import perplexity
+    """Measure a checkpoint's perplexity on held-out text, and its zero-shot accuracy."""
     from gradprune.evaluation.size import model_size
+    from gradprune.evaluation.tasks import check_tasks, evaluate_tasks
 
     # Here the option has another name, by which an error is to call it.
     config = PruneConfig(**options, base_model=replace(OPTIONS["base_model"], name="model").accepted(model))
     loaded, tokenizer = _load(config)
-    check_context(loaded.config, config.seq_len)
-    tokens = load_tokens(config.dataset, tokenizer, split="evaluation", vocab_size=loaded.config.vocab_size)
-    measured = perplexity(
-        loaded,
-        tokens,
-        seq_len=config.seq_len,
-        batch_size=config.batch_size,
-        max_windows=config.eval_samples,
-        console=PROGRESS,
+    tasks = config.tasks.split(",") if config.tasks else []
+    if tasks:
+        check_tasks(tasks, tokenizer)
+    measured = _measure_perplexity(loaded, tokenizer, config, protocol)
+    accuracies = (
+        evaluate_tasks(
+            loaded,
+            tokenizer,
+            tasks,
+            batch_size=config.batch_size,
+            max_questions=config.task_questions,
+            console=PROGRESS,
+        )
+        if tasks
+        else ()
     )
     parameters = model_size(loaded).parameters
     if as_json:
-        _print_json({"perplexity": measured.value, "tokens": measured.tokens, "parameters": parameters})
-    else:
-        OUT.print(f"perplexity {measured.value:.4f} on {measured.tokens:,} tokens; {parameters:,} parameters")
+        found = {"perplexity": measured.value, "tokens": measured.tokens, "parameters": parameters}
+        _print_json({**found, "tasks": [asdict(each) for each in accuracies]} if tasks else found)
+        return
+    OUT.print(f"perplexity {measured.value:.4f} on {measured.tokens:,} tokens; {parameters:,} parameters")
+    for each in accuracies:
+        OUT.print(f"{each.task}: {each.text()}")
+
+
+@app.command(cls=StagedCommand)
+@takes("device", "dtype", "trust_remote_code", "overwrite", defaults={"device": "cpu"})
+def export(
+    options: dict[str, Any],
+    model: Annotated[
+        str | None, typer.Option(help="Dense or pruned checkpoint; default the demo model.", rich_help_panel="Model")
+    ] = None,
+    output: Annotated[str, typer.Option(help="File to write.", rich_help_panel="Output")] = "model.gguf",
+    format: Annotated[str, typer.Option(help="Only gguf so far: llama.cpp's.", rich_help_panel="Output")] = "gguf",
+    outtype: Annotated[
+        str, typer.Option(help="Type of the matrices: f32, f16, bf16 or q8_0.", rich_help_panel="Output")
+    ] = "f16",
+) -> None:
+    """Write a checkpoint as a file that other programs load."""
+    from gradprune.errors import ExportError
+    from gradprune.export.gguf import export_gguf
+
+    if format != "gguf":
+        raise ExportError(f"format: '{format}' is unknown; it can be gguf")
+    config = PruneConfig(**options, base_model=replace(OPTIONS["base_model"], name="model").accepted(model))
+    loaded, tokenizer = _load(config)
+    export_gguf(loaded, tokenizer, output, outtype=outtype, overwrite=config.overwrite)
+    OUT.print(f"{output}: {Path(output).stat().st_size:,} bytes", soft_wrap=True)
 
 
 @app.command(cls=StagedCommand)
@@ -216,6 +259,31 @@ def _config(options: dict[str, Any], name: str) -> PruneConfig:
         options["output_name"] = f"{'demo' if base_model is None else Path(base_model).absolute().name}-{name}"
     # Nobody needs the dense model any more, unless it is timed.
     return PruneConfig(**options, in_place=not options["measure_speed"])
+
+
+def _measure_perplexity(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", config: PruneConfig, protocol: str | None
+) -> "Perplexity":
+    """By a protocol of the literature, or on the windows that the options say."""
+    from gradprune.data.sources import load_tokens
+    from gradprune.data.windows import check_context
+    from gradprune.evaluation.perplexity import perplexity
+    from gradprune.evaluation.protocols import protocol_perplexity
+
+    if protocol is not None:
+        return protocol_perplexity(
+            model, tokenizer, protocol, dataset=config.dataset, batch_size=config.batch_size, console=PROGRESS
+        )
+    check_context(model.config, config.seq_len)
+    tokens = load_tokens(config.dataset, tokenizer, split="evaluation", vocab_size=model.config.vocab_size)
+    return perplexity(
+        model,
+        tokens,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        max_windows=config.eval_samples,
+        console=PROGRESS,
+    )
 
 
 def _diagnoses(config: PruneConfig, lengths: list[int]) -> "dict[int, Diagnosis]":

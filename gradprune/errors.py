@@ -17,6 +17,10 @@ class CalibrationError(GradPruneError):
     """The calibration or evaluation text is missing, empty or too short."""
 
 
+class EvaluationError(GradPruneError):
+    """Questions to ask a model are missing or malformed, or what asks them is not installed."""
+
+
 class NonFiniteError(GradPruneError):
     """A loss or a gradient is NaN or infinite; the message names the layer and the sample."""
 
@@ -31,3 +35,7 @@ class CheckpointError(GradPruneError):
 
 class BackendUnavailableError(GradPruneError):
     """A backend was asked for by name and cannot run here; the message gives the reason."""
+
+
+class ExportError(GradPruneError):
+    """A model cannot be written in the requested format; the message gives the reason."""

@@ -18,6 +18,7 @@ from gradprune.data.windows import check_context
 from gradprune.evaluation.perplexity import Perplexity, perplexity
 from gradprune.evaluation.size import model_size, weight_bytes_on_disk
 from gradprune.evaluation.speed import throughput
+from gradprune.evaluation.tasks import TaskAccuracy, check_tasks, evaluate_tasks
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
 from gradprune.ops.dispatch import select_ops
@@ -128,8 +129,10 @@ def _start(
     for each in configs:
         check_reachable(groups, each.pruning_ratio, view.parameters, each.constraints)
     select_ops(config.backend, model.device.type)
+    if config.tasks is not None:
+        check_tasks(config.tasks.split(","), tokenizer)
     samples = draw_samples(model, tokenizer, config, calibration, evaluation)
-    return Run(view, config, samples, console=console)
+    return Run(view, config, samples, tokenizer, console=console)
 
 
 def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResult:
@@ -166,14 +169,15 @@ def _measure_dense(run: Run) -> Measured:
         measured = _perplexity(run, run.view.model)
     size, base_model = model_size(run.view.model), run.config.base_model
     on_disk = weight_bytes_on_disk(base_model) if base_model else None
-    return Measured(size.parameters, on_disk or size.bytes, measured)
+    return Measured(size.parameters, on_disk or size.bytes, measured, tasks=_tasks(run, run.view.model, "tasks_before"))
 
 
 def _measure_pruned(run: Run, pruned_model: PreTrainedModel, dense: Measured) -> tuple[Measured, Measured]:
     """The dense and the pruned model's measurements; their speed in turns, where it is asked for."""
     with run.clock.stage("perplexity_after"):
         size = model_size(pruned_model)
-        pruned = Measured(size.parameters, size.bytes, _perplexity(run, pruned_model))
+        measured = _perplexity(run, pruned_model)
+    pruned = Measured(size.parameters, size.bytes, measured, tasks=_tasks(run, pruned_model, "tasks_after"))
     if not run.config.measure_speed or run.config.in_place:
         return dense, pruned
     with run.clock.stage("speed"):
@@ -192,6 +196,22 @@ def _perplexity(run: Run, model: PreTrainedModel) -> Perplexity:
         max_windows=config.eval_samples,
         console=run.console,
     )
+
+
+def _tasks(run: Run, model: PreTrainedModel, stage: str) -> tuple[TaskAccuracy, ...]:
+    """The zero-shot accuracies that are asked for, timed as `stage`."""
+    config = run.config
+    if config.tasks is None:
+        return ()
+    with run.clock.stage(stage):
+        return evaluate_tasks(
+            model,
+            run.tokenizer,
+            config.tasks.split(","),
+            batch_size=config.batch_size,
+            max_questions=config.task_questions,
+            console=run.console,
+        )
 
 
 def _analysis(evidence: Evidence, fix: str) -> GradientAnalysis:

@@ -11,6 +11,7 @@ from gradprune.calibration.evidence import Evidence
 from gradprune.config import PruneConfig
 from gradprune.evaluation.perplexity import Perplexity
 from gradprune.evaluation.speed import Throughput
+from gradprune.evaluation.tasks import TaskAccuracy
 from gradprune.models.masks import GroupMasks
 from gradprune.scoring.over_pruning import LayerPruning, pruning_distribution, pruning_warning
 from gradprune.scoring.table import GroupTable
@@ -24,12 +25,14 @@ class Measured:
     """A model before or after pruning.
 
     parameters: tied ones counted once. bytes_on_disk: of the weights' files, of the tensors where there is none.
+    tasks: zero-shot accuracies, where tasks were asked for.
     """
 
     parameters: int
     bytes_on_disk: int
     perplexity: Perplexity
     speed: Throughput | None = None
+    tasks: tuple[TaskAccuracy, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from functools import cached_property
 
 from rich.console import Console
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from gradprune.config import PruneConfig
 from gradprune.data.samples import Samples
@@ -17,13 +18,14 @@ from gradprune.progress import QUIET, Clock
 class Run:
     """A model with the options and the samples of one run.
 
-    view: the model with its prunable blocks.
+    view: the model with its prunable blocks. tokenizer: the model's, to ask it questions with.
     clock: takes the stages' times. console: where progress is shown.
     """
 
     view: PrunableModel
     config: PruneConfig
     samples: Samples
+    tokenizer: PreTrainedTokenizerBase | None = None
     clock: Clock = field(default_factory=Clock)
     console: Console = QUIET
 

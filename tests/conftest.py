@@ -56,3 +56,12 @@ def stories_text() -> tuple[Path, Path]:
     if not folder.is_dir():
         pytest.skip(f"the stories texts are not at {folder}")
     return folder / "stories_calibration.txt", folder / "stories_eval.txt"
+
+
+@pytest.fixture(scope="session")
+def shared_tasks() -> Path:
+    """Multiple-choice questions, one JSONL file per task."""
+    folder = SHARED / "tasks"
+    if not folder.is_dir():
+        pytest.skip(f"the questions are not at {folder}")
+    return folder

@@ -176,7 +176,7 @@ def test_info_says_why_a_backend_does_not_work(gradprune) -> None:
 
 def test_help_fits_80_columns(gradprune, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    for command in ([], ["prune"], ["search"], ["demo"], ["diagnose"], ["eval"], ["info"]):
+    for command in ([], ["prune"], ["search"], ["demo"], ["diagnose"], ["eval"], ["export"], ["info"]):
         code, out, _ = gradprune(*command, "--help")
         assert code == 0
         assert max(map(len, out.splitlines())) <= 80
@@ -228,6 +228,57 @@ def test_several_ratios_have_a_folder_each(gradprune, model_folder: Path, ids_fi
     assert code == 0
     assert sorted(path.name for path in Path("results/x").iterdir()) == ["0.1", "0.2", "report.html"]
     assert json.loads(Path("results/x/0.1/run.json").read_text())["config"]["pruning_ratio"] == 0.1
+
+
+@pytest.fixture
+def questions_file(tmp_path: Path) -> Path:
+    path = tmp_path / "quiz.jsonl"
+    lines = [{"context": f"{n} and", "choices": ["one", "another one"], "answer": n % 2} for n in range(6)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_tasks_are_measured_dense_and_pruned(gradprune, model_folder: Path, ids_file: Path, questions_file) -> None:
+    asked = ["--tasks", questions_file, "--task_questions", "4", "--dataset", ids_file]
+    code, out, err = gradprune("prune", "--base_model", model_folder, "--output_name", "x", *QUICK, *asked)
+    assert code == 0, err
+    assert "quiz accuracy per byte" in out
+    (task,) = json.loads(Path("results/x/analysis/summary.json").read_text())["tasks"]
+    assert (task["task"], task["questions"]) == ("quiz", 4)
+    assert "quiz accuracy" in Path("results/x/report.html").read_text()
+    for model, side in ((model_folder, "before"), ("results/x/model", "after")):
+        code, out, _ = gradprune("eval", "--model", model, *asked, "--seq_len", "16", "--json")
+        assert code == 0
+        assert json.loads(out)["tasks"] == [task[side]]
+    code, out, _ = gradprune("eval", "--model", model_folder, *asked, "--seq_len", "16")
+    assert "quiz: accuracy " in out
+
+
+def test_tasks_that_cannot_be_asked_are_told_before_calibration(gradprune, model_folder: Path) -> None:
+    code, out, err = gradprune("prune", "--base_model", model_folder, *QUICK, "--tasks", "no.jsonl")
+    assert (code, out) == (2, "")
+    assert "no.jsonl" in err
+
+
+def test_protocols_are_by_name(gradprune, model_folder: Path) -> None:
+    code, _, err = gradprune("eval", "--model", model_folder, "--protocol", "wikitext2-512")
+    assert code == 2
+    assert "wikitext2-128, wikitext2-2048" in err
+
+
+def test_export_writes_one_file(gradprune, model_folder: Path) -> None:
+    pytest.importorskip("gguf", reason="the gguf library is not installed (pip install gguf)")
+    export = ["export", "--model", model_folder, "--output", "tiny.gguf", "--outtype", "q8_0"]
+    code, out, err = gradprune(*export)
+    assert code == 0, err
+    assert out == f"tiny.gguf: {Path('tiny.gguf').stat().st_size:,} bytes\n"
+    code, _, err = gradprune(*export)
+    assert (code, "exists" in err) == (2, True)
+    assert gradprune(*export, "--overwrite")[0] == 0
+    code, _, err = gradprune(*export[:-1], "q2_k", "--overwrite")
+    assert (code, "f32, f16, bf16, q8_0" in err) == (2, True)
+    code, _, err = gradprune("export", "--format", "onnx")
+    assert (code, "'onnx'" in err) == (2, True)
 
 
 def test_eval_calls_its_model_by_the_name_it_has_there(gradprune) -> None:

@@ -58,6 +58,12 @@ class Data(Options):
     batch_size: int = option(8, "Samples per forward pass.", at_least(1))
     held_out_samples: int = option(32, "Further samples on which repair and search choose.", at_least(1))
     eval_samples: int | None = option(None, "Windows for perplexity, at most; default all.", at_least(1))
+    tasks: str | None = option(
+        None,
+        "Zero-shot tasks, separated by commas: .jsonl files of questions, or lm-eval's names.",
+        path("files of questions or names of tasks"),
+    )
+    task_questions: int | None = option(None, "Questions per task, at most; default all.", at_least(1))
     seed: int = option(0, "Seed for drawing the samples.", at_least(0, most=INT64_MAX))
 
 

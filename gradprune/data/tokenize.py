@@ -27,6 +27,12 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -
     return _encode_pieces(tokenizer, list(pieces)[1:])
 
 
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its beginning-of-text token before a text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a", verbose=False)["input_ids"][0] == bos
+
+
 def _encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> Tensor:
     ids = [torch.empty(0, dtype=torch.int64)]
     for start in range(0, len(pieces), _PIECES):

@@ -35,12 +35,12 @@ def sample_losses(model: PreTrainedModel, input_ids: Tensor, chunk: int | None =
     if hidden.requires_grad and not any(weight.requires_grad for weight in head.parameters()):
         nll: Tensor = _FrozenHeadNll.apply(hidden, targets, head, chunk)  # type: ignore[no-untyped-call]
     elif len(targets) <= chunk:
-        nll = _token_nll(head, hidden, targets)
+        nll = token_nll(head, hidden, targets)
     else:
         parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
         # Nothing is random here, so the random generator's state need not be saved for the recomputation.
         nll = torch.cat(
-            [checkpoint(_token_nll, head, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in parts]
+            [checkpoint(token_nll, head, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in parts]
         )
     samples, tokens = input_ids.shape
     return nll.view(samples, tokens - 1).mean(1)
@@ -53,7 +53,7 @@ def mean_loss(model: PreTrainedModel, batches: Sequence[Tensor]) -> float:
     return torch.cat(losses).double().mean().item()
 
 
-def _token_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def token_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """[K] negative log-likelihood of targets [K] given hidden states [K, H]."""
     logits = head(hidden)
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -61,7 +61,7 @@ def _token_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 class _FrozenHeadNll(torch.autograd.Function):
-    """`_token_nll` that computes its input's gradient in the forward pass.
+    """`token_nll` that computes its input's gradient in the forward pass.
 
     A token's loss depends on its own hidden state only, so the backward pass needs just d nll / d hidden, [K, H],
     instead of the logits [K, vocabulary]. With p = softmax(logits): d nll / d logits = p, minus 1 at the target.

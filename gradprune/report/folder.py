@@ -39,6 +39,10 @@ def summarize(result: PruneResult) -> dict[str, Any]:
             "requested": result.config.pruning_ratio,
             "achieved": 1.0 - result.after.parameters / result.before.parameters,
         },
+        "tasks": [
+            {"task": before.task, "questions": before.questions, "before": asdict(before), "after": asdict(after)}
+            for before, after in zip(result.before.tasks, result.after.tasks, strict=True)
+        ],
         "evaluation_tokens": result.before.perplexity.tokens,
         "layers": [_layer_summary(result.masks, layer) for layer in range(result.masks.layers)],
         "repair": [asdict(repair) for repair in result.repairs],

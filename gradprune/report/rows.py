@@ -21,6 +21,17 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         before, after = summary[key]["before"], summary[key]["after"]
         if before is not None and after is not None:
             rows.append((name, style.format(before), style.format(after), f"{after / before:.3f}x"))
+    return rows + [row for task in summary["tasks"] for row in _task_rows(task)]
+
+
+def _task_rows(task: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """A task's accuracies before and after, with their standard errors, and the difference in points."""
+    rows = []
+    for name, key in (("accuracy", "accuracy"), ("accuracy per byte", "per_byte")):
+        before, after = task["before"], task["after"]
+        if before[key] is not None:
+            dense, pruned = (f"{100 * e[key]:.1f} ± {100 * e[f'{key}_stderr']:.1f} %" for e in (before, after))
+            rows.append((f"{task['task']} {name}", dense, pruned, f"{100 * (after[key] - before[key]):+.1f}"))
     return rows
 
 

@@ -1,0 +1,356 @@
+"""Zero-shot accuracy on multiple-choice questions: from JSONL files, or by lm-eval's names."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gradprune.data.tokenize import begins_with_bos
+from gradprune.errors import EvaluationError
+from gradprune.models.loss import token_nll
+from gradprune.models.modes import evaluation_mode
+from gradprune.progress import QUIET, progress
+
+
+@dataclass(frozen=True)
+class TaskAccuracy:
+    """Zero-shot accuracy on one task, with standard errors over its questions.
+
+    accuracy: the continuation with the largest log-likelihood is right.
+    per_byte: as `accuracy`, by log-likelihood divided by the continuation's bytes, so that long answers are not at a
+        disadvantage. (lm-eval's `acc_norm`, which this is for its tasks, divides by characters.) None where all
+        continuations of a question are equal.
+    """
+
+    task: str
+    questions: int
+    accuracy: float
+    accuracy_stderr: float
+    per_byte: float | None = None
+    per_byte_stderr: float | None = None
+
+    def text(self) -> str:
+        """On one line, in percent."""
+        text = f"accuracy {_percent(self.accuracy, self.accuracy_stderr)}"
+        if self.per_byte is not None and self.per_byte_stderr is not None:
+            text += f", per byte {_percent(self.per_byte, self.per_byte_stderr)}"
+        return f"{text} ({self.questions:,} questions)"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question: each answer is a context and its continuation, and the model is to find one likelier than the rest.
+
+    answer: index of the right one.
+    """
+
+    contexts: tuple[str, ...]
+    continuations: tuple[str, ...]
+    answer: int
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    tasks: Sequence[str],
+    *,
+    batch_size: int = 8,
+    max_questions: int | None = None,
+    console: Console = QUIET,
+) -> tuple[TaskAccuracy, ...]:
+    """Measure a model's zero-shot accuracy on each task.
+
+    Args:
+        model: a causal LM; measured in evaluation mode, and left in the mode it was in.
+        tokenizer: its tokenizer.
+        tasks: paths of JSONL files, see `read_questions`, or names of lm-eval's tasks, which need the `eval` extra.
+        batch_size: questions per forward pass; changes nothing but memory and speed.
+        max_questions: ask only so many of each task, spread evenly over it; None asks all.
+        console: where progress is shown.
+
+    Raises:
+        EvaluationError: no tokenizer; a file is missing or malformed; lm-eval is not installed or does not know a name.
+    """
+    files = check_tasks(tasks, tokenizer)
+    assert tokenizer is not None
+    if max_questions is not None and max_questions < 1:
+        raise EvaluationError(f"max_questions: {max_questions} is not at least 1")
+    named = [task for task in tasks if task not in files]
+    measured = _by_lm_eval(model, tokenizer, named, batch_size, max_questions) if named else {}
+    for task, questions in files.items():
+        asked = questions if max_questions is None else _spread(questions, max_questions)
+        measured[task] = answer_questions(
+            model, tokenizer, asked, name=Path(task).stem, batch_size=batch_size, console=console
+        )
+    return tuple(measured[task] for task in tasks)
+
+
+def check_tasks(tasks: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> "dict[str, list[Question]]":
+    """The questions of those tasks that are files; raises what `evaluate_tasks` would without asking anything."""
+    if tokenizer is None:
+        raise EvaluationError("tasks: the model has no tokenizer to read questions with")
+    files = {task: read_questions(task) for task in tasks if task.endswith(".jsonl")}
+    if named := [task for task in tasks if task not in files]:
+        _lm_eval(named)
+    return files
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Read questions, one JSON object per line.
+
+    Either `{"context": str, "choices": [str, ...], "answer": int}`: the right choice continues the context, after a
+    space. Or `{"contexts": [str, ...], "continuation": str, "answer": int}`: the continuation follows the right
+    context.
+
+    Raises:
+        EvaluationError: the file is missing or empty, or a line has not this form; names the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"tasks: '{path}' cannot be read: {error}") from error
+    questions = [_question(line, f"line {n} of '{path}'") for n, line in enumerate(lines, 1) if line.strip()]
+    if not questions:
+        raise EvaluationError(f"tasks: '{path}' has no question")
+    return questions
+
+
+def _question(line: str, where: str) -> Question:
+    try:
+        record = json.loads(line)
+        if "contexts" in record:
+            contexts = tuple(record["contexts"])
+            continuations = (record["continuation"],) * len(contexts)
+        else:
+            continuations = tuple(record["choices"])
+            contexts = (record["context"],) * len(continuations)
+        answer = record["answer"]
+        texts_only = all(isinstance(text, str) and text for text in continuations)
+        texts_only = texts_only and all(isinstance(text, str) for text in contexts)
+        if not texts_only or type(answer) is not int or not 0 <= answer < len(contexts):
+            raise ValueError("texts must not be empty, and `answer` is the index of one")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise EvaluationError(
+            f"tasks: {where} is no question ({type(error).__name__}: {error}); needed are context, choices and answer, "
+            "or contexts, continuation and answer"
+        ) from error
+    return Question(contexts, continuations, answer)
+
+
+def answer_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    name: str,
+    batch_size: int = 8,
+    console: Console = QUIET,
+) -> TaskAccuracy:
+    """Ask a model questions; arguments as for `evaluate_tasks`.
+
+    A context and its continuation are tokenised together, as lm-eval does, so that tokens may cross the border. All
+    continuations of one context share a single pass over it: each attends to the context and to itself.
+    """
+    rows = [row for index, question in enumerate(questions) for row in _rows(tokenizer, index, question, model.config)]
+    rows.sort(key=lambda row: (-row.length, row.question))  # the longest first: too long a batch fails at once
+    likelihoods: list[dict[int, float]] = [{} for _ in questions]
+    shown = progress(console, f"Asking {name}", len(rows), "contexts")
+    with torch.inference_mode(), evaluation_mode(model), shown as advance:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            for row, sums in zip(batch, _log_likelihoods(model, batch), strict=True):
+                likelihoods[row.question] |= dict(zip(row.answers, sums, strict=True))
+            advance(len(batch))
+    right, right_per_byte = [], []
+    for question, found in zip(questions, likelihoods, strict=True):
+        values = [found[index] for index in range(len(question.contexts))]
+        per_byte = [v / len(text.encode()) for v, text in zip(values, question.continuations, strict=True)]
+        right.append(_largest(values) == question.answer)
+        right_per_byte.append(_largest(per_byte) == question.answer)
+    differ = any(len(set(question.continuations)) > 1 for question in questions)
+    rates = _rate(right), _rate(right_per_byte) if differ else (None, None)
+    return TaskAccuracy(name, len(questions), *rates[0], *rates[1])
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One context with the continuations that are asked after it, as token ids.
+
+    question: its index. answers: the indices of the continuations within the question.
+    """
+
+    question: int
+    answers: list[int]
+    context: list[int]
+    continuations: list[list[int]]
+
+    @property
+    def length(self) -> int:
+        return len(self.context) + sum(len(ids) for ids in self.continuations)
+
+
+def _rows(tokenizer: PreTrainedTokenizerBase, index: int, question: Question, config: Any) -> Iterator[_Row]:
+    for context in dict.fromkeys(question.contexts):
+        answers = [i for i, given in enumerate(question.contexts) if given == context]
+        start, continuations = _encode(tokenizer, context, [question.continuations[i] for i in answers])
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None:
+            start = start[-max(1, longest - max(len(ids) for ids in continuations)) :]
+        yield _Row(index, answers, start, continuations)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, context: str, continuations: list[str]
+) -> tuple[list[int], list[list[int]]]:
+    """Ids of the context, and those that each continuation, after a space, adds to it."""
+    # Spaces at the end of a context belong to the token of the word that follows.
+    text = context.rstrip(" ")
+    gap = context[len(text) :] or " "
+    start, *wholes = (_ids(tokenizer, each) for each in (text, *(text + gap + each for each in continuations)))
+    added = [whole[min(len(start), len(whole) - 1) :] for whole in wholes]
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    # The first token of a text is predicted from something too.
+    begins = not start or begins_with_bos(tokenizer)
+    return ([first or 0] if begins else []) + start, added
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _log_likelihoods(model: PreTrainedModel, rows: Sequence[_Row]) -> list[list[float]]:
+    """Log-likelihood of each row's continuations, in nats."""
+    longest = max(row.length for row in rows)
+    packed = [_pack(row, longest) for row in rows]
+    device = model.device
+    ids = torch.stack([each.ids for each in packed]).to(device)
+    positions = torch.stack([each.positions for each in packed]).to(device)
+    seen = torch.stack([each.seen for each in packed])[:, None].to(device)
+    # Added to the attention's scores; a form that every implementation but FlashAttention takes.
+    mask = torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, torch.finfo(model.dtype).min)
+    hidden = model.get_decoder()(
+        input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
+    ).last_hidden_state
+    predictors = torch.cat([hidden[b, each.predictors] for b, each in enumerate(packed)])
+    targets = torch.cat([ids[b, each.targets] for b, each in enumerate(packed)])
+    nll = -token_nll(model.get_output_embeddings(), predictors, targets).double().cpu()
+    sums = [part.sum().item() for part in nll.split([len(c) for row in rows for c in row.continuations])]
+    iterator = iter(sums)
+    return [[next(iterator) for _ in row.continuations] for row in rows]
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A row as one sequence of T tokens: the context, then its continuations one after another, then padding.
+
+    ids, positions: [T] int64; a continuation's positions go on from the context's. seen: [T, T] bool, what each token
+    attends to. predictors, targets: [K] int64, places of the tokens of all continuations and of those before them.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    seen: Tensor
+    predictors: Tensor
+    targets: Tensor
+
+
+def _pack(row: _Row, length: int) -> _Packed:
+    context = len(row.context)
+    ids, positions = torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.int64)
+    ids[: row.length] = torch.tensor([*row.context, *(i for c in row.continuations for i in c)])
+    positions[:context] = torch.arange(context)
+    seen = torch.ones(length, length, dtype=torch.bool).tril_()
+    start = context
+    predictors: list[int] = []
+    targets: list[int] = []
+    for continuation in row.continuations:
+        end = start + len(continuation)
+        positions[start:end] = torch.arange(context, context + len(continuation))
+        seen[start:end, context:start] = False
+        predictors += [context - 1, *range(start, end - 1)]
+        targets += range(start, end)
+        start = end
+    return _Packed(ids, positions, seen, torch.tensor(predictors), torch.tensor(targets))
+
+
+def _percent(rate: float, stderr: float) -> str:
+    return f"{100 * rate:.1f} ± {100 * stderr:.1f} %"
+
+
+def _largest(values: list[float]) -> int:
+    """Index of the largest value, the first of equals."""
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def _rate(right: list[bool]) -> tuple[float, float]:
+    """The mean, and its standard error sqrt(p (1 - p) / (n - 1))."""
+    p, n = sum(right) / len(right), len(right)
+    return p, math.sqrt(p * (1.0 - p) / (n - 1)) if n > 1 else math.nan
+
+
+def _spread(questions: Sequence[Question], count: int) -> list[Question]:
+    """At most `count` of the questions, spread evenly."""
+    count = min(count, len(questions))
+    return [questions[index * len(questions) // count] for index in range(count)]
+
+
+def _by_lm_eval(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    batch_size: int,
+    max_questions: int | None,
+) -> dict[str, TaskAccuracy]:
+    """The tasks as lm-eval defines them; it fetches their questions from the hub."""
+    simple_evaluate, manager = _lm_eval(names)
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    try:
+        found = simple_evaluate(model=wrapped, tasks=list(names), limit=max_questions, task_manager=manager)
+    # Fetching a task's data fails in as many ways as it has dependencies.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EvaluationError(f"tasks: lm-eval cannot ask {', '.join(names)}: {reason}") from error
+    return {name: _from_lm_eval(name, found) for name in names}
+
+
+def _lm_eval(names: Sequence[str]) -> tuple[Any, Any]:
+    """lm-eval's `simple_evaluate` and its manager of tasks, which knows all these names."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise EvaluationError(
+            f"tasks: {', '.join(names)} are asked by lm-eval, which the eval extra installs (pip install "
+            "'gradprune[eval]'); or give .jsonl files of questions"
+        ) from error
+    manager = TaskManager()
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        raise EvaluationError(f"tasks: lm-eval knows no {', '.join(unknown)}; `lm_eval ls tasks` lists what it knows")
+    return simple_evaluate, manager
+
+
+def _from_lm_eval(name: str, found: dict[str, Any]) -> TaskAccuracy:
+    """lm-eval's figures of one task or group of tasks."""
+    figures = found["results"][name]
+    if "acc,none" not in figures:
+        raise EvaluationError(f"tasks: '{name}' has no accuracy; gradprune asks tasks that have one")
+    counts = found.get("n-samples", {})
+    members = [name] if name in counts else found.get("group_subtasks", {}).get(name, [])
+    return TaskAccuracy(
+        name,
+        sum(counts[member]["effective"] for member in members),
+        figures["acc,none"],
+        float(figures["acc_stderr,none"]),
+        figures.get("acc_norm,none"),
+        figures.get("acc_norm_stderr,none"),
+    )

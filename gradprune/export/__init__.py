@@ -1,0 +1,1 @@
+"""MODEL -> ANOTHER PROGRAM'S FILE. One file per format."""

@@ -1,0 +1,139 @@
+"""GGUF files, which llama.cpp and programs built on it load. The `gguf` library writes them."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gradprune.errors import ExportError
+from gradprune.export.gguf_model import GGUFModel, GGUFTensor, lay_out
+from gradprune.export.gguf_tokenizer import add_tokenizer
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+Outtype = Literal["f32", "f16", "bf16", "q8_0"]
+
+_FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+# Values per block of a q8_0 row.
+_BLOCK = 32
+
+
+@torch.no_grad()
+def export_gguf(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    output: str | Path,
+    *,
+    outtype: Outtype | str = "f16",
+    overwrite: bool = False,
+) -> None:
+    """Write a dense or pruned causal LM and its tokenizer as one GGUF file.
+
+    Models whose layers all have the original architecture's shape keep that architecture's name. Others are written as
+    `deci` or `openelm`, which llama.cpp builds layer by layer. Only one converted tensor is in memory at a time.
+
+    Args:
+        model: a supported causal LM, any width per layer.
+        tokenizer: byte-level BPE with a pre-tokenizer that llama.cpp knows, or sentencepiece BPE.
+        output: the file to write; it appears whole or not at all, with the same bytes every time.
+        outtype: type of the matrices; vectors are always f32. With q8_0, MLPs are widened to whole blocks of 32
+            channels by zeros, which changes nothing they compute; a matrix whose rows are still not whole blocks is
+            stored as f16.
+        overwrite: replace an existing file.
+
+    Raises:
+        ExportError: `output` exists; the gguf library is not installed; llama.cpp cannot represent the model or its
+            tokenizer; a weight is beyond f16's range.
+    """
+    if outtype not in get_args(Outtype):
+        raise ExportError(f"outtype: '{outtype}' is unknown; choose one of {', '.join(get_args(Outtype))}")
+    gguf = _library()
+    if tokenizer is None:
+        raise ExportError("model: it has no tokenizer, which llama.cpp needs; add the tokenizer's files")
+    laid_out = lay_out(model, width_multiple=_BLOCK if outtype == "q8_0" else 1)
+    with _atomic_file(Path(output), overwrite=overwrite) as path:
+        writer = gguf.GGUFWriter(path, laid_out.architecture)
+        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[outtype]])
+        if outtype == "q8_0":
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        laid_out.add_keys(writer)
+        add_tokenizer(writer, tokenizer, model.config)
+        _write(writer, laid_out, outtype)
+
+
+def _library() -> Any:
+    """The `gguf` library, imported when it is needed."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ExportError("format: 'gguf' needs the gguf extra (pip install 'gradprune[gguf]')") from error
+    return gguf
+
+
+@contextmanager
+def _atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a hidden file beside `path` that takes its name when the body ends; deleted if the body fails."""
+    if path.is_dir():
+        raise ExportError(f"output: '{path}' is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise ExportError(f"output: '{path}' exists; choose another name or overwrite it (--overwrite)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o644)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write(writer: "GGUFWriter", laid_out: GGUFModel, outtype: str) -> None:
+    """The header, then each tensor, converted only when its turn comes."""
+    from gguf import quant_shape_to_byte_shape
+
+    types = [_stored_type(tensor, outtype) for tensor in laid_out.tensors]
+    for tensor, stored in zip(laid_out.tensors, types, strict=True):
+        shape = quant_shape_to_byte_shape(tensor.shape, stored)
+        # The library takes a shape of bytes for every type that numpy does not have.
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=stored)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor, stored in zip(laid_out.tensors, types, strict=True):
+            writer.write_tensor_data(_converted(tensor, stored))
+    finally:
+        writer.close()
+
+
+def _stored_type(tensor: GGUFTensor, outtype: str) -> "GGMLQuantizationType":
+    from gguf import GGMLQuantizationType
+
+    if len(tensor.shape) == 1:
+        return GGMLQuantizationType.F32
+    if outtype == "q8_0" and tensor.shape[-1] % _BLOCK:
+        return GGMLQuantizationType.F16
+    return GGMLQuantizationType[outtype.upper()]
+
+
+def _converted(tensor: GGUFTensor, stored: "GGMLQuantizationType") -> NDArray[Any]:
+    """The tensor's bytes in the stored type."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    values = tensor.values()
+    assert values.shape == tensor.shape, (tensor.name, values.shape, tensor.shape)
+    array = values.to(torch.float32).contiguous().cpu().numpy()
+    if stored == GGMLQuantizationType.F16 and np.abs(array).max(initial=0.0) > np.finfo(np.float16).max:
+        raise ExportError(f"outtype: {tensor.name} has values beyond f16's range; choose bf16 or f32")
+    return np.ascontiguousarray(quantize(array, stored))

@@ -1,0 +1,203 @@
+"""A Hugging Face tokenizer as GGUF states it: byte-level BPE ("gpt2") or sentencepiece BPE ("llama")."""
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from gradprune.errors import ExportError
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+# llama.cpp has its own code for splitting text before byte-level BPE, chosen by name: here is what each name splits
+# by. "bytes" is the splitting of `ByteLevel` itself, with use_regex.
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITTERS = {
+    ("bytes",): "gpt-2",
+    ("digits", "bytes"): "smollm",
+    (_CONTRACTIONS + r"\p{N}{1,3}" + _REST,): "llama-bpe",
+    (_CONTRACTIONS + r"\p{N}" + _REST,): "qwen2",
+    (_TEKKEN,): "tekken",
+}
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+
+
+def add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Add the tokenizer's vocabulary, merges, special tokens and chat template.
+
+    Args:
+        writer: of the file.
+        tokenizer: the model's.
+        config: of the model, whose vocabulary may be larger than the tokenizer's: the rest becomes unused tokens.
+
+    Raises:
+        ExportError: llama.cpp does not tokenize so.
+    """
+    state = _state(tokenizer)
+    model, vocab_size = state["model"], int(config.vocab_size)
+    if model["type"] != "BPE":
+        raise ExportError(f"model: its tokenizer is a {model['type']} one; gguf files of gradprune hold BPE ones")
+    if len(tokenizer) > vocab_size:
+        raise ExportError(
+            f"model: its tokenizer has {len(tokenizer)} tokens, but its embedding only {vocab_size} (vocab_size)"
+        )
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    if model.get("byte_fallback"):
+        _add_sentencepiece(writer, state, merges, tokenizer, vocab_size)
+    else:
+        _add_byte_level(writer, state, merges, tokenizer, vocab_size)
+    _add_special_tokens(writer, tokenizer)
+    if isinstance(template := getattr(tokenizer, "chat_template", None), str):
+        writer.add_chat_template(template)
+
+
+def _state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The content of tokenizer.json."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError(f"model: its tokenizer, a {type(tokenizer).__name__}, has no tokenizer.json to convert")
+    state: dict[str, Any] = json.loads(backend.to_str())
+    return state
+
+
+def _add_sentencepiece(
+    writer: "GGUFWriter",
+    state: dict[str, Any],
+    merges: list[tuple[str, ...]],
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+) -> None:
+    """BPE whose spaces are U+2581 and whose unknown characters are bytes."""
+    from gguf import TokenType
+
+    prefix = _space_prefix(state)
+    # llama.cpp joins the neighbours whose union scores highest; merges are tried in their order.
+    rank: dict[str, int] = {}
+    for index, merge in enumerate(merges):
+        rank.setdefault("".join(merge), index)
+    tokens = list(_tokens(state, tokenizer, vocab_size))
+    types = [TokenType.BYTE if kind == TokenType.NORMAL and _is_byte(text) else kind for text, kind in tokens]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([text for text, _ in tokens])
+    writer.add_token_scores([-float(rank.get(text, len(merges))) for text, _ in tokens])
+    writer.add_token_types(types)
+    writer.add_add_space_prefix(prefix)
+
+
+def _add_byte_level(
+    writer: "GGUFWriter",
+    state: dict[str, Any],
+    merges: list[tuple[str, ...]],
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+) -> None:
+    """BPE over bytes that are written as printable characters."""
+    # Without merges every byte is a token, however the text is split.
+    pre = _SPLITTERS.get(_splitting(state)) if merges else "gpt-2"
+    if pre is None:
+        raise ExportError(
+            "model: its tokenizer splits text in a way that no pre-tokenizer of llama.cpp which gradprune knows does "
+            f"({json.dumps(state['pre_tokenizer'])[:200]})"
+        )
+    if state["normalizer"] not in (None, {"type": "NFC"}):
+        raise ExportError(f"model: llama.cpp does not normalize text as its tokenizer does ({state['normalizer']})")
+    tokens = list(_tokens(state, tokenizer, vocab_size))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([text for text, _ in tokens])
+    writer.add_token_types([kind for _, kind in tokens])
+    # llama.cpp refuses an empty list; U+2581 is none of the characters that bytes are written as.
+    writer.add_token_merges([" ".join(merge) for merge in merges or [(_SPACE, _SPACE)]])
+
+
+def _tokens(state: dict[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Iterator[tuple[str, int]]:
+    """Text and GGUF type of every id of the model."""
+    from gguf import TokenType
+
+    by_id = {index: text for text, index in tokenizer.get_vocab().items()}
+    added = {token["id"]: token["special"] for token in state["added_tokens"]}
+    for index in range(vocab_size):
+        if index not in by_id:
+            yield f"[PAD{index}]", TokenType.UNUSED
+        elif by_id[index] == tokenizer.unk_token and state["model"].get("byte_fallback"):
+            yield by_id[index], TokenType.UNKNOWN
+        elif index in added:
+            yield by_id[index], TokenType.CONTROL if added[index] else TokenType.USER_DEFINED
+        else:
+            yield by_id[index], TokenType.NORMAL
+
+
+def _is_byte(text: str) -> bool:
+    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+
+
+def _space_prefix(state: dict[str, Any]) -> bool:
+    """Whether a space is put before the text; refuses any other change of it than spaces to U+2581."""
+    steps = [*_flat(state["normalizer"], "normalizers"), *_flat(state["pre_tokenizer"], "pretokenizers")]
+    prefix = replaced = False
+    for step in steps:
+        if step["type"] == "Prepend" and step["prepend"] == _SPACE:
+            prefix = True
+        elif step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == _SPACE:
+            replaced = True
+        elif step["type"] == "Metaspace" and step["replacement"] == _SPACE and not step.get("split", True):
+            prefix, replaced = step["prepend_scheme"] != "never", True
+        else:
+            raise ExportError(f"model: llama.cpp does not change text as its tokenizer does ({json.dumps(step)[:200]})")
+    if not replaced:
+        raise ExportError("model: its tokenizer does not write spaces as U+2581, as llama.cpp does with byte fallback")
+    return prefix
+
+
+def _splitting(state: dict[str, Any]) -> tuple[str, ...]:
+    """The pre-tokenizer in the words of `_SPLITTERS`; what has none makes it unknown."""
+    words = []
+    for step in _flat(state["pre_tokenizer"], "pretokenizers"):
+        if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+            words += ["bytes"] if step["use_regex"] else []
+        elif step["type"] == "Digits" and step["individual_digits"]:
+            words.append("digits")
+        elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+            words.append(step["pattern"].get("Regex", "unknown"))
+        else:
+            words.append("unknown")
+    return tuple(words)
+
+
+def _flat(step: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
+    """The steps of a sequence, a single one, or none."""
+    if step is None:
+        return []
+    return list(step[inside]) if step["type"] == "Sequence" else [step]
+
+
+def _add_special_tokens(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase) -> None:
+    for name in ("bos", "eos", "unk", "pad"):
+        if (index := getattr(tokenizer, f"{name}_token_id")) is not None:
+            getattr(writer, f"add_{name}_token_id")(index)
+    # What the post-processor puts around a text is seen on one.
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    before, after = _around(whole, bare)
+    allowed = [token for token in (tokenizer.bos_token_id,) if token is not None]
+    if before not in ([], allowed) or after not in ([], [tokenizer.eos_token_id]):
+        raise ExportError(f"model: its tokenizer puts {before} and {after} around a text; llama.cpp puts bos and eos")
+    writer.add_add_bos_token(bool(before))
+    writer.add_add_eos_token(bool(after))
+
+
+def _around(whole: list[int], bare: list[int]) -> tuple[list[int], list[int]]:
+    """The tokens before and after those of the text."""
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return whole, []

@@ -1,0 +1,196 @@
+import json
+import math
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradprune.checkpoint.load import load_model
+from gradprune.demo import byte_tokenizer
+from gradprune.errors import EvaluationError
+from gradprune.evaluation.tasks import Question, answer_questions, evaluate_tasks, read_questions
+from gradprune.surgery.cut import cut
+from helpers.cut_models import random_masks
+from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_model
+
+QUESTIONS = [
+    Question(("Sky is", "Sky is", "Sky is"), ("blue", "a green thing", "up"), 1),
+    Question(("One", "One"), ("two", "three"), 0),
+    Question(("The cat ate, so the cat", "The cat ate, so the dog"), ("slept.", "slept."), 1),
+    Question(("", "", "", ""), ("a", "bb", "ccc", "dddd"), 3),
+    Question(("Trailing ", "Trailing "), ("space", "spaces and more"), 1),
+]
+
+
+def log_likelihood(model, tokenizer, context: str, continuation: str) -> float:
+    """By one pass of its own over context and continuation."""
+    text = context.rstrip(" ")
+    start = tokenizer(text)["input_ids"]
+    ids = tokenizer(text + (context[len(text) :] or " ") + continuation)["input_ids"]
+    if not start:
+        start, ids = [tokenizer.eos_token_id], [tokenizer.eos_token_id, *ids]
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(log_p[i - 1, ids[i]].item() for i in range(len(start), len(ids)))
+
+
+def expected(model, tokenizer, questions: list[Question], per_byte: bool) -> float:
+    right = 0
+    for question in questions:
+        values = [
+            log_likelihood(model, tokenizer, c, e) / (len(e.encode()) if per_byte else 1)
+            for c, e in zip(question.contexts, question.continuations, strict=True)
+        ]
+        right += values.index(max(values)) == question.answer
+    return right / len(questions)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_accuracies_are_those_of_separate_passes(architecture: str) -> None:
+    tokenizer = byte_tokenizer()
+    # Other seeds give other answers, so that a wrong likelihood is seen.
+    for seed in range(4):
+        model = tiny_model(architecture, vocab=258, seed=seed)
+        model = cut(model, random_masks(model, 0.6, seed=seed)) if seed % 2 else model
+        for batch_size in (1, 3):
+            found = answer_questions(model, tokenizer, QUESTIONS, name="q", batch_size=batch_size)
+            assert found.accuracy == expected(model, tokenizer, QUESTIONS, per_byte=False)
+            assert found.per_byte == expected(model, tokenizer, QUESTIONS, per_byte=True)
+
+
+def test_likelihoods_do_not_depend_on_what_shares_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradprune.evaluation import tasks
+
+    model, tokenizer, seen = tiny_model(vocab=258), byte_tokenizer(), []
+    monkeypatch.setattr(tasks, "_largest", lambda values: seen.append(values) or 0)
+    answer_questions(model, tokenizer, QUESTIONS, name="q", batch_size=4)
+    for question, values in zip(QUESTIONS, seen[::2], strict=True):
+        pairs = zip(question.contexts, question.continuations, strict=True)
+        exact = [log_likelihood(model, tokenizer, context, continuation) for context, continuation in pairs]
+        assert values == pytest.approx(exact, rel=1e-9)
+
+
+def test_a_context_longer_than_the_model_s_loses_its_beginning() -> None:
+    model, tokenizer = tiny_model(vocab=258), byte_tokenizer()
+    question = Question(("x" * 500, "x" * 500), ("yes", "no"), 0)
+    shorter = Question(("x" * 60, "x" * 60), ("yes", "no"), 0)
+    assert answer_questions(model, tokenizer, [question], name="q").accuracy == (
+        answer_questions(model, tokenizer, [shorter], name="q").accuracy
+    )
+
+
+def test_standard_errors_and_equal_continuations() -> None:
+    model, tokenizer = tiny_model(vocab=258), byte_tokenizer()
+    found = answer_questions(model, tokenizer, [QUESTIONS[2]] * 3, name="q")
+    assert found.accuracy in (0.0, 1.0)
+    assert (found.accuracy_stderr, found.per_byte, found.per_byte_stderr, found.questions) == (0.0, None, None, 3)
+    mixed = [Question(q.contexts, q.continuations, answer) for answer in (0, 1) for q in (QUESTIONS[1],)]
+    found = answer_questions(model, tokenizer, mixed, name="q")
+    assert found.accuracy == 0.5
+    assert found.accuracy_stderr == pytest.approx(math.sqrt(0.25 / 1))
+
+
+def write(path: Path, *records: object) -> str:
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_both_forms_of_files_are_read(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "q.jsonl",
+        {"context": "One", "choices": ["two", "three"], "answer": 0},
+        {"contexts": ["a", "b"], "continuation": "c", "answer": 1},
+    )
+    assert read_questions(path) == [QUESTIONS[1], Question(("a", "b"), ("c", "c"), 1)]
+
+
+def test_files_are_measured_in_the_order_asked_and_limited_evenly(tmp_path: Path) -> None:
+    many = [{"context": f"{n}", "choices": ["two", "three"], "answer": 0} for n in range(10)]
+    first, second = write(tmp_path / "b.jsonl", *many), write(tmp_path / "a.jsonl", *many[:3])
+    found = evaluate_tasks(tiny_model(vocab=258), byte_tokenizer(), [first, second], max_questions=4)
+    assert [(each.task, each.questions) for each in found] == [("b", 4), ("a", 3)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[1]",
+        '{"context": "a", "choices": ["b", "c"]}',
+        '{"context": "a", "choices": ["b", "c"], "answer": 2}',
+        '{"context": "a", "choices": ["b", "c"], "answer": true}',
+        '{"context": "a", "choices": ["b", ""], "answer": 0}',
+        '{"context": 1, "choices": ["b", "c"], "answer": 0}',
+        '{"contexts": ["a", "b"], "answer": 0}',
+    ],
+)
+def test_a_malformed_line_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"context": "a", "choices": ["b", "c"], "answer": 1}\n' + line + "\n")
+    with pytest.raises(EvaluationError, match=r"tasks: line 2 of .*q.jsonl"):
+        read_questions(path)
+
+
+def test_missing_and_empty_files_and_tokenizers_are_told(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"nowhere.jsonl.* cannot be read"):
+        read_questions(tmp_path / "nowhere.jsonl")
+    with pytest.raises(EvaluationError, match="has no question"):
+        read_questions(write(tmp_path / "empty.jsonl"))
+    with pytest.raises(EvaluationError, match="no tokenizer"):
+        evaluate_tasks(tiny_model(), None, ["x.jsonl"])
+    path = write(tmp_path / "q.jsonl", {"context": "One", "choices": ["two", "three"], "answer": 0})
+    with pytest.raises(EvaluationError, match="max_questions: 0"):
+        evaluate_tasks(tiny_model(), byte_tokenizer(), [path], max_questions=0)
+
+
+def test_names_need_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(EvaluationError, match=r"piqa are asked by lm-eval.*pip install 'gradprune\[eval\]'"):
+        evaluate_tasks(tiny_model(), byte_tokenizer(), ["piqa"])
+
+
+def stand_in_for_lm_eval(monkeypatch: pytest.MonkeyPatch, results: dict) -> list[dict]:
+    """The three names that are imported of it; calls are recorded."""
+    calls: list[dict] = []
+    modules = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.models.huggingface", "lm_eval.tasks")}
+    modules["lm_eval"].simple_evaluate = lambda **options: calls.append(options) or results
+    modules["lm_eval.models.huggingface"].HFLM = lambda **options: options
+    modules["lm_eval.tasks"].TaskManager = lambda: types.SimpleNamespace(all_tasks=["piqa", "mmlu", "gsm8k"])
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return calls
+
+
+def test_names_are_asked_by_lm_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results = {
+        "results": {
+            "piqa": {"acc,none": 0.7, "acc_stderr,none": 0.01, "acc_norm,none": 0.71, "acc_norm_stderr,none": 0.02},
+            "mmlu": {"acc,none": 0.3, "acc_stderr,none": 0.03},
+        },
+        "n-samples": {"piqa": {"effective": 50}, "mmlu_a": {"effective": 20}, "mmlu_b": {"effective": 10}},
+        "group_subtasks": {"mmlu": ["mmlu_a", "mmlu_b"]},
+    }
+    calls = stand_in_for_lm_eval(monkeypatch, results)
+    path = write(tmp_path / "q.jsonl", {"context": "One", "choices": ["two", "three"], "answer": 0})
+    model, tokenizer = tiny_model(vocab=258), byte_tokenizer()
+    found = evaluate_tasks(model, tokenizer, ["piqa", path, "mmlu"], max_questions=50, batch_size=4)
+    assert [each.task for each in found] == ["piqa", "q", "mmlu"]
+    assert (found[0].accuracy, found[0].per_byte, found[0].questions) == (0.7, 0.71, 50)
+    assert (found[2].accuracy_stderr, found[2].per_byte, found[2].questions) == (0.03, None, 30)
+    assert calls[0]["model"] == {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
+    assert calls[0]["limit"] == 50
+    with pytest.raises(EvaluationError, match="knows no no_such_task"):
+        evaluate_tasks(model, tokenizer, ["no_such_task"])
+
+
+def test_the_real_tasks(stories_model: Path, shared_tasks: Path) -> None:
+    model, tokenizer = load_model(stories_model)
+    names = ("piqa", "winogrande")
+    found = evaluate_tasks(model, tokenizer, [str(shared_tasks / f"{name}.jsonl") for name in names], max_questions=100)
+    for each in found:
+        assert each.questions == 100
+        assert 0.3 < each.accuracy < 0.75, "a model of 260,000 parameters is close to chance"
+        assert each.accuracy_stderr == pytest.approx(0.05, abs=0.01)
+    assert found[1].per_byte is None

@@ -1,0 +1,236 @@
+"""What exported files state, and what is refused."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gradprune.demo import byte_tokenizer
+from gradprune.errors import ExportError
+from gradprune.export.gguf import export_gguf
+from gradprune.surgery.cut import cut
+from helpers.cut_models import full_masks, random_masks
+from helpers.llama_cpp import ascii_tokenizer
+from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_model
+
+gguf = pytest.importorskip("gguf", reason="the gguf library is not installed (pip install gguf)")
+
+TOKENIZER = ascii_tokenizer(61)
+
+
+def exported(model, path: Path, tokenizer=TOKENIZER, **options):
+    export_gguf(model, tokenizer, path, **options)
+    return gguf.GGUFReader(path)
+
+
+def value(reader, name: str):
+    found = reader.fields[name].contents()
+    return found.tolist() if isinstance(found, np.ndarray) else found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_widths_are_stated_per_layer(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture, tied=True)
+    masks = full_masks(model)
+    masks.attention[1][:] = False
+    masks.attention[2][0] = False
+    masks.mlp[0][:4] = False
+    masks.mlp[2][:] = False
+    reader = exported(cut(model, masks), tmp_path / "m.gguf", outtype="f32")
+    name = value(reader, "general.architecture")
+    assert name == ("openelm" if architecture == "qwen3" else "deci")
+    # Where llama.cpp knows no layer without attention, one head of zeros stands for it; always so for an MLP.
+    absent = 1 if name == "openelm" else 0
+    assert value(reader, f"{name}.attention.head_count") == [6, absent, 4]
+    assert value(reader, f"{name}.attention.head_count_kv") == [3, absent, 2]
+    assert value(reader, f"{name}.feed_forward_length") == [6, 10, 32]
+    assert value(reader, f"{name}.attention.key_length") == value(reader, f"{name}.rope.dimension_count") == 4
+    assert value(reader, f"{name}.vocab_size") == 61
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_plain_models_keep_the_architecture(architecture: str, tmp_path: Path) -> None:
+    reader = exported(tiny_model(architecture, hidden=24), tmp_path / "m.gguf")
+    name = value(reader, "general.architecture")
+    assert name == {"mistral": "llama"}.get(architecture, architecture)
+    assert value(reader, f"{name}.attention.head_count") == 6
+
+
+def test_heads_that_do_not_add_up_to_the_hidden_size_need_deci(tmp_path: Path) -> None:
+    assert value(exported(tiny_model("qwen2", hidden=20), tmp_path / "m.gguf"), "general.architecture") == "deci"
+
+
+def test_values_are_the_weights(tmp_path: Path) -> None:
+    model = tiny_model("phi3", dtype=torch.float32)
+    masks = full_masks(model)
+    masks.mlp[1][:3] = False
+    model = cut(model, masks)
+    tensors = {tensor.name: tensor.data for tensor in exported(model, tmp_path / "m.gguf", outtype="f32").tensors}
+    fused = model.model.layers[1].mlp.gate_up_proj.weight.detach().numpy()
+    np.testing.assert_array_equal(tensors["blk.1.ffn_gate.weight"], fused[:7])
+    np.testing.assert_array_equal(tensors["blk.1.ffn_up.weight"], fused[7:])
+    q = model.model.layers[1].self_attn.qkv_proj.weight.detach().numpy()[:24]
+    # Of each head of 4 rows: 0, 2, 1, 3.
+    order = [head * 4 + row for head in range(6) for row in (0, 2, 1, 3)]
+    np.testing.assert_array_equal(tensors["blk.1.attn_q.weight"], q[order])
+
+
+def test_q8_0_widens_mlps_to_whole_blocks_and_leaves_other_odd_rows_in_f16(tmp_path: Path) -> None:
+    model = tiny_model("mistral", hidden=64, channels=40, head_dim=8, dtype=torch.float32)
+    model = cut(model, random_masks(model, 0.8))
+    kept = model.model.layers[0].mlp.down_proj.weight
+    reader = exported(model, tmp_path / "m.gguf", outtype="q8_0")
+    widths = value(reader, "deci.feed_forward_length")
+    assert all(width % 32 == 0 for width in widths)
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    down = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_down.weight")
+    assert types["blk.0.ffn_down.weight"] == types["blk.0.ffn_gate.weight"] == types["token_embd.weight"] == "Q8_0"
+    assert types["blk.0.attn_norm.weight"] == "F32"
+    assert list(down.shape) == [widths[0], 64]
+    assert kept.shape[1] % 32, "the width is whole already: nothing is tested"
+    added = gguf.quants.dequantize(down.data, down.tensor_type)[:, kept.shape[1] :]
+    gate = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_gate.weight")
+    assert not added.any()
+    assert not gguf.quants.dequantize(gate.data, gate.tensor_type)[kept.shape[1] :].any()
+    odd = [name for name, kind in types.items() if kind == "F16"]
+    assert odd, "no matrix has rows that are not whole blocks: nothing is tested"
+    assert all(name.endswith("attn_output.weight") for name in odd)
+
+
+def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
+    reader = exported(tiny_model("mistral", sliding_window=24), tmp_path / "m.gguf")
+    assert value(reader, "llama.context_length") == 24
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        model = tiny_model()
+        export_gguf(cut(model, random_masks(model, 0.5)), TOKENIZER, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_an_existing_file_is_kept_unless_asked(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_text("precious")
+    with pytest.raises(ExportError, match=r"output: .* exists"):
+        export_gguf(tiny_model(), TOKENIZER, path)
+    assert path.read_text() == "precious"
+    export_gguf(tiny_model(), TOKENIZER, path, overwrite=True)
+    assert path.read_bytes().startswith(b"GGUF")
+    with pytest.raises(ExportError, match="is a folder"):
+        export_gguf(tiny_model(), TOKENIZER, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"hidden_act": "gelu"}, "'gelu'"),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            "mistral",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}},
+            "'yarn'",
+        ),
+    ],
+)
+def test_what_llama_cpp_does_not_compute_is_refused(architecture: str, options, message: str, tmp_path: Path) -> None:
+    if "rope_parameters" in options:
+        options = {"rope_parameters": {"rope_theta": 10000.0, **options["rope_parameters"]}}
+    with pytest.raises(ExportError, match=message):
+        export_gguf(tiny_model(architecture, **options), TOKENIZER, tmp_path / "m.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_untied_qwen3_whose_layers_differ_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    with pytest.raises(ExportError, match=r"tie_word_embeddings.*--uniform"):
+        export_gguf(cut(model, random_masks(model, 0.5)), TOKENIZER, tmp_path / "m.gguf")
+
+
+def test_other_refusals_leave_no_file(tmp_path: Path) -> None:
+    model = tiny_model()
+    with pytest.raises(ExportError, match="no tokenizer"):
+        export_gguf(model, None, tmp_path / "m.gguf")
+    with pytest.raises(ExportError, match=r"'q4_k'.*f32, f16, bf16, q8_0"):
+        export_gguf(model, TOKENIZER, tmp_path / "m.gguf", outtype="q4_k")
+    with pytest.raises(ExportError, match="258 tokens, but its embedding only 61"):
+        export_gguf(model, byte_tokenizer(), tmp_path / "m.gguf")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e6
+    with pytest.raises(ExportError, match=r"blk.1.ffn_up.weight .* f16's range"):
+        export_gguf(model, TOKENIZER, tmp_path / "m.gguf", outtype="f16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_library_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ExportError, match=r"pip install 'gradprune\[gguf\]'"):
+        export_gguf(tiny_model(), TOKENIZER, tmp_path / "m.gguf")
+
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_level(*steps, merges=(("a", "b"),), normalizer=None) -> PreTrainedTokenizerFast:
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    tokenizer = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(alphabet)}, merges=list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        ([WORDS], "gpt-2"),
+        ([pre_tokenizers.Digits(individual_digits=True), WORDS], "smollm"),
+        ([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES], "llama-bpe"),
+        ([pre_tokenizers.Split(Regex(LLAMA3.replace("{1,3}", "")), "isolated"), BYTES], "qwen2"),
+    ],
+)
+def test_the_splitting_of_byte_level_tokenizers_is_named(steps, name: str, tmp_path: Path) -> None:
+    reader = exported(tiny_model(vocab=260), tmp_path / "m.gguf", byte_level(*steps))
+    assert value(reader, "tokenizer.ggml.pre") == name
+    assert value(reader, "tokenizer.ggml.model") == "gpt2"
+    assert value(reader, "tokenizer.ggml.merges") == ["a b"]
+    tokens, types = value(reader, "tokenizer.ggml.tokens"), value(reader, "tokenizer.ggml.token_type")
+    assert tokens[256:] == ["ab", "</s>", "[PAD258]", "[PAD259]"]
+    assert types[255:] == [1, 1, 3, 5, 5]
+    assert value(reader, "tokenizer.ggml.eos_token_id") == 257
+    assert value(reader, "tokenizer.ggml.add_bos_token") is False
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (byte_level(pre_tokenizers.Split(Regex("x"), "isolated"), BYTES), "splits text"),
+        (byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)), "splits text"),
+        (byte_level(WORDS, normalizer=normalizers.Lowercase()), "normalize"),
+        (PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)], unk_id=0))), "Unigram"),
+    ],
+    ids=["regex", "prefix space", "lower case", "unigram"],
+)
+def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tokenizer, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=message):
+        export_gguf(tiny_model(vocab=300), tokenizer, tmp_path / "m.gguf")
+
+
+def test_the_chat_template_goes_along(tmp_path: Path) -> None:
+    tokenizer = byte_level(WORDS)
+    tokenizer.chat_template = "{{ messages }}"
+    assert value(exported(tiny_model(vocab=300), tmp_path / "m.gguf", tokenizer), "tokenizer.chat_template") == (
+        "{{ messages }}"
+    )
