@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gradprune.checkpoint.gguf_source import find_gguf, plain_copy
 from gradprune.errors import CheckpointError, UnsupportedArchitectureError
 from gradprune.models import ARCHITECTURES, supported_architectures
 from gradprune.models.modeling_gradprune import PRUNED_CLASSES, per_layer_overrides
@@ -33,8 +34,8 @@ def load_model(
     A pruned checkpoint is loaded by gradprune's own classes; none of the code beside its weights runs.
 
     Args:
-        base_model: a folder, or an id on the Hugging Face hub.
-        dtype: of the weights, e.g. "bfloat16"; "auto" keeps the checkpoint's.
+        base_model: a folder, an id on the Hugging Face hub, or a GGUF file, see `gguf_source.find_gguf`.
+        dtype: of the weights, e.g. "bfloat16"; "auto" keeps the checkpoint's, and is float32 for a GGUF file.
         device: where to put the model.
         trust_remote_code: run code that the checkpoint brings.
 
@@ -45,18 +46,13 @@ def load_model(
         CheckpointError: missing, truncated or incomplete; has no safetensors; its tokenizer cannot be read.
         UnsupportedArchitectureError: before any weight is read.
     """
+    file = find_gguf(base_model)
+    if file is not None:
+        return _load_gguf(file, "float32" if dtype == "auto" else dtype, device)
     _check_folder(base_model)
     source = {"trust_remote_code": trust_remote_code, "local_files_only": _only_cached(base_model)}
     config = _load_config(base_model, source)
-    if config.model_type not in ARCHITECTURES:
-        raise UnsupportedArchitectureError(
-            f"base_model: architecture '{config.model_type}' of '{base_model}' is not supported; "
-            f"supported are {supported_architectures()}"
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedArchitectureError(
-            f"base_model: the weights of '{base_model}' are quantised; name the unquantised checkpoint"
-        )
+    _check_supported(base_model, config)
     model = _load_weights(base_model, config, dtype, source)
     return model.to(device).eval(), _load_tokenizer(base_model, source)
 
@@ -74,6 +70,39 @@ def load_pruned(directory: str | Path, *, dtype: str = "auto", device: str = "cp
     return load_model(directory, dtype=dtype, device=device)[0]
 
 
+def _load_gguf(file: Path, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The dequantised model of a GGUF file and its tokenizer."""
+    source = {"gguf_file": file.name, "local_files_only": True}
+    try:
+        config = AutoConfig.from_pretrained(file.parent, **source)
+        _check_supported(file, config)
+        # transformers' annotation of from_pretrained does not know output_loading_info's pair.
+        model_class: Any = AutoModelForCausalLM
+        model, found = model_class.from_pretrained(
+            file.parent, **source, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+    except UnsupportedArchitectureError:
+        raise
+    except Exception as error:  # its readers raise almost anything for a damaged file
+        raise CheckpointError(f"base_model: '{file}' cannot be read as a GGUF model: {_one_line(error)}") from error
+    _check_complete(file, found)
+    plain: Any = plain_copy(model)
+    return plain.to(device).eval(), tokenizer
+
+
+def _check_supported(base_model: str | Path, config: PreTrainedConfig) -> None:
+    if config.model_type not in ARCHITECTURES:
+        raise UnsupportedArchitectureError(
+            f"base_model: architecture '{config.model_type}' of '{base_model}' is not supported; "
+            f"supported are {supported_architectures()}"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedArchitectureError(
+            f"base_model: the weights of '{base_model}' are quantised; name the unquantised checkpoint"
+        )
+
+
 def _check_folder(base_model: str | Path) -> None:
     """Refuse a path that is no checkpoint folder, before anything asks the hub for it."""
     path = Path(base_model)
@@ -83,7 +112,9 @@ def _check_folder(base_model: str | Path) -> None:
         return
     looks_like_id = isinstance(base_model, str) and base_model.count("/") <= 1 and not base_model.startswith((".", "/"))
     if path.exists() or not looks_like_id:
-        raise CheckpointError(f"base_model: '{path}' is not a folder; name a Hugging Face checkpoint folder or hub id")
+        raise CheckpointError(
+            f"base_model: '{path}' is not a folder; name a Hugging Face checkpoint folder, a hub id or a GGUF file"
+        )
 
 
 def _only_cached(base_model: str | Path) -> bool:
