@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from gradprune.models.modes import frozen
+from gradprune.models.modes import forward_replaced, frozen
 
 Observer = Callable[[Tensor, Tensor, Tensor], None]
 """Called in the backward pass with x: [N, T, I], dy: [N, T, O] and dx: [N, T, I] of one linear layer."""
@@ -62,7 +62,7 @@ def capture(model: PreTrainedModel, observers: dict[nn.Linear, Observer]) -> Ite
         handle = embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
         stack.callback(handle.remove)
         for linear, observer in observers.items():
-            stack.enter_context(_forward_replaced(linear, partial(_observed_forward, linear, observer)))
+            stack.enter_context(forward_replaced(linear, partial(_observed_forward, linear, observer)))
         yield
 
 
@@ -76,18 +76,5 @@ def checkpointed(layers: nn.ModuleList) -> Iterator[None]:
         for layer in layers:
             # Dropout is off: no generator's state is kept for when a layer runs again.
             recomputed = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-            stack.enter_context(_forward_replaced(layer, recomputed))
+            stack.enter_context(forward_replaced(layer, recomputed))
         yield
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    # An instance attribute hides the class's forward; deleting it brings that back.
-    replaced = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if replaced is not None:
-            module.forward = replaced

@@ -15,22 +15,28 @@ to the mean of G_KK's diagonal. No bias is added and no shape changes. (Least-sq
 output: He et al. 2017, arXiv:1707.06168.)
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+import bisect
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradprune.errors import NonFiniteError
-from gradprune.models import Block, BlockKey, PrunableModel
-from gradprune.models.loss import mean_loss
+from gradprune.models import Block, PrunableModel
 from gradprune.models.masks import GroupMasks
-from gradprune.surgery.masking import mask_output, masks_by_block, output_weights_restored
+from gradprune.surgery.gram import add_gram, add_product, symmetric
+from gradprune.surgery.masking import mask_output, masks_by_block
+from gradprune.surgery.streams import Streams
 
 BLENDS = (0.0, 0.5)
-"""Tried in turn; the one with the least loss on held-out samples is kept."""
+"""Candidates; the one with the least loss on held-out samples is kept."""
+TRIAL_SAMPLES = 32
+"""The blend is chosen on so many calibration samples at least."""
 RIDGES = (0.01, 0.1, 1.0)
 """Candidates, relative to the mean diagonal; each block takes the one with the least error on held-out samples."""
 
@@ -54,8 +60,8 @@ class BlockRepair:
 
 
 def repair_steps(view: PrunableModel, blends: Sequence[float] = BLENDS) -> int:
-    """How many blocks `least_squares` passes."""
-    return len(blends) * len(view.blocks)
+    """How many blocks `least_squares` passes: once to choose among `blends`, once to repair."""
+    return (1 + (len(blends) > 1)) * len(view.blocks)
 
 
 @torch.no_grad()
@@ -77,7 +83,8 @@ def least_squares(
         samples: batches of calibration ids, [N, T] int64 each.
         held_out: other batches, to choose among `blends` and `ridges`; without them, the first blend is taken and
             each ridge is chosen on `samples`.
-        blends, ridges: candidates, one at least.
+        blends, ridges: candidates, one at least. The blend is chosen on the first quarter of `samples`, but on
+            `TRIAL_SAMPLES` at least.
         advance: called after each of `repair_steps` blocks.
 
     Returns:
@@ -89,88 +96,230 @@ def least_squares(
     Raises:
         NonFiniteError: an input of a block is NaN or infinite.
     """
-    best: tuple[float, list[BlockRepair], list[Tensor]] | None = None
-    for blend in blends if held_out else blends[:1]:
-        with output_weights_restored(view, masks):
-            repairs = _solve_all(view, masks, [*samples, *held_out], len(samples), blend, ridges, advance)
-            loss = mean_loss(view.model, held_out) if held_out else 0.0
-            if best is None or loss < best[0]:
-                best = (loss, repairs, [parameter.clone() for parameter in _output_parameters(view, masks)])
-    assert best is not None
-    for parameter, solved in zip(_output_parameters(view, masks), best[2], strict=True):
-        parameter.copy_(solved)
-    return best[1]
+    left = iter(range(repair_steps(view, blends)))
+
+    def step() -> None:
+        next(left)
+        advance()
+
+    solve = partial(_solve_all, view, masks, held_out=held_out, ridges=ridges, step=step)
+    part = _first_samples(samples)
+    if not held_out or len(blends) == 1:
+        best = solve(samples, blends=blends[:1])[0]
+    else:
+        tried = solve(part, blends=blends)
+        # Of equals, the first.
+        best = min(tried, key=lambda path: math.inf if math.isnan(path.loss) else path.loss)
+        if len(part) < len(samples):
+            best = solve(samples, blends=(best.blend,))[0]
+    for _ in left:
+        advance()
+    for block, kept in masks_by_block(view, masks):
+        if block.output.linear in best.solved:
+            block.output.linear.weight.copy_(best.solved[block.output.linear])
+        mask_output(block, kept)
+    return best.repairs
 
 
-def _output_parameters(view: PrunableModel, masks: GroupMasks) -> list[nn.Parameter]:
-    """Those that repairing changes."""
-    pruned = [block for block, kept in masks_by_block(view, masks) if not kept.all()]
-    return [parameter for block in pruned for parameter in block.output.linear.parameters()]
+def _first_samples(samples: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The first batches that have together what a blend is chosen on."""
+    needed = max(TRIAL_SAMPLES, sum(map(len, samples)) // 4)
+    ends = list(itertools.accumulate(map(len, samples)))
+    return samples[: 1 + bisect.bisect_left(ends, needed)]
+
+
+@dataclass
+class _Path:
+    """The model pruned and repaired so far with one blend.
+
+    streams: per batch, [N, T, H] before the layer at hand. solved: weights [O, I] that are not the model's own.
+    loss: on the held-out samples, once all layers are passed.
+    """
+
+    blend: float
+    streams: list[Tensor]
+    solved: dict[nn.Linear, Tensor] = field(default_factory=dict)
+    repairs: list[BlockRepair] = field(default_factory=list)
+    loss: float = 0.0
 
 
 def _solve_all(
     view: PrunableModel,
     masks: GroupMasks,
-    batches: Sequence[Tensor],
-    samples: int,
-    blend: float,
+    samples: Sequence[Tensor],
+    *,
+    held_out: Sequence[Tensor],
+    blends: Sequence[float],
     ridges: Sequence[float],
-    advance: Callable[[], None],
-) -> list[BlockRepair]:
-    streams = _Streams(view, batches)
-    repairs = []
-    of_layer: dict[int, list[tuple[Block, Tensor]]] = {}
-    for block, kept in masks_by_block(view, masks):
-        of_layer.setdefault(block.layer, []).append((block, kept))
+    step: Callable[[], None],
+) -> list[_Path]:
+    """One path a blend; all pass the layers side by side, and share the dense model's stream."""
+    streams = Streams(view, [*samples, *held_out])
+    paths = [_Path(blend, list(streams.first)) for blend in blends]
+    dense = _Dense(streams) if any(blends) else None
     for layer in range(len(view.layers)):
-        streams.pass_dense(layer)
-        for block, kept in of_layer.get(layer, []):
-            if kept.any() and not kept.all():
-                repairs.append(_solve_block(streams, block, kept, samples, blend, ridges))
-            else:
-                mask_output(block, kept)
-            advance()
-        streams.pass_pruned(layer)
-    return repairs
+        blocks = [(block, masks[block]) for block in view.of_layer(layer)]
+        if dense is not None:
+            dense.pass_layer(layer)
+        for path in paths:
+            _pass_layer(streams, layer, blocks, path, dense, len(samples), ridges)
+        for _ in blocks:
+            step()
+    if held_out and len(paths) > 1:
+        for path in paths:
+            path.loss = streams.mean_loss(path.streams, len(samples))
+    return paths
+
+
+class _Dense:
+    """The dense model's stream: before the layer at hand, after it, and what its blocks write, per batch."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self.before: list[Tensor] = []
+        self.after = streams.first
+        self.written: list[dict[nn.Module, Tensor]] = []
+
+    def pass_layer(self, layer: int) -> None:
+        """Let it through one more layer."""
+        self.before = self.after
+        passed = [self._streams.layer_and_written(layer, batch, stream) for batch, stream in enumerate(self.before)]
+        self.after, self.written = [after for after, _ in passed], [written for _, written in passed]
+
+
+def _pass_layer(
+    streams: Streams,
+    layer: int,
+    blocks: Sequence[tuple[Block, Tensor]],
+    path: _Path,
+    dense: _Dense | None,
+    samples: int,
+    ridges: Sequence[float],
+) -> None:
+    """Solve a layer's blocks in the data's order, and let the path's stream through them."""
+    # What the dense stream is ahead of the path's, and per batch what the layer's blocks have written.
+    ahead = None if dense is None else [d - p for d, p in zip(dense.before, path.streams, strict=True)]
+    written: list[dict[nn.Module, Tensor]] = [{} for _ in path.streams]
+    for block, kept in blocks:
+        if kept.any():
+            inputs = [
+                streams.output_input(block, batch, stream, written[batch]) for batch, stream in enumerate(path.streams)
+            ]
+        if kept.any() and not kept.all():
+            wanted = None
+            if ahead is not None and path.blend:
+                assert dense is not None
+                wanted = [lead + write[block.module] for lead, write in zip(ahead, dense.written, strict=True)]
+            parts = [slice(samples), slice(samples, None)] if samples < len(inputs) else [slice(None)]
+            moments = [_moments(block, inputs[part], None if wanted is None else wanted[part]) for part in parts]
+            path.solved[block.output.linear], repair = _solve_block(block, kept, moments, path.blend, ridges)
+            path.repairs.append(repair)
+        for batch, stream in enumerate(path.streams):
+            write = _write(block, inputs[batch], path.solved) if kept.any() else torch.zeros_like(stream)
+            written[batch][block.module] = write
+            if ahead is not None:
+                assert dense is not None
+                ahead[batch] = ahead[batch] + (dense.written[batch][block.module] - write)
+    path.streams = [streams.layer(layer, batch, stream, written[batch]) for batch, stream in enumerate(path.streams)]
+
+
+def _write(block: Block, x: Tensor, solved: dict[nn.Linear, Tensor]) -> Tensor:
+    linear = block.output.linear
+    return F.linear(x, solved.get(linear, linear.weight), linear.bias)
 
 
 def _solve_block(
-    streams: "_Streams", block: Block, kept: Tensor, samples: int, blend: float, ridges: Sequence[float]
-) -> BlockRepair:
+    block: Block, kept: Tensor, moments: Sequence["_Moments"], blend: float, ridges: Sequence[float]
+) -> tuple[Tensor, BlockRepair]:
+    """The weight [O, I] with zeros in the columns that go; solved on the first moments, judged on the last."""
     weight = block.output.linear.weight
     columns = block.output.columns_of(kept.nonzero().flatten()).to(weight.device)
-    moments = streams.moments(block, columns, samples, blend)
     before = weight[:, columns].double()
-    candidates = [(_solve(moments[0], before, ridge), ridge) for ridge in ridges]
-    judge = moments[-1]
-    errors = [judge.error(solved) for solved, _ in candidates]
+    fitted, judge = (each.kept(weight, columns, blend) for each in (moments[0], moments[-1]))
+    candidates = [(_solve(fitted, before, ridge), ridge) for ridge in ridges]
+    errors = [judge.error(found) for found, _ in candidates]
     best = min(range(len(errors)), key=errors.__getitem__)
     unrepaired = judge.error(before)
-    if errors[best] < unrepaired:
-        weight[:, columns] = candidates[best][0].to(weight.dtype)
-    mask_output(block, kept)
-    return BlockRepair(
+    solved = torch.zeros_like(weight)
+    solved[:, columns] = (candidates[best][0] if errors[best] < unrepaired else before).to(weight.dtype)
+    return solved, BlockRepair(
         block.kind.name, block.layer, blend, candidates[best][1], unrepaired, min(errors[best], unrepaired)
     )
 
 
 @dataclass(frozen=True)
 class _Moments:
-    """Sums over tokens: gram x_K x_K^T [K, K], cross t x_K^T [O, K], square ||t||^2 [], all fp64."""
+    """Sums over tokens, with z what brings the stream to where the dense one is.
+
+    gram: [I, I], x x^T. cross: [O, I], z x^T. square: [], ||z||^2. The last two are zero where no blend needs them.
+    """
 
     gram: Tensor
     cross: Tensor
     square: Tensor
 
+    def kept(self, weight: Tensor, columns: Tensor, blend: float) -> "_KeptMoments":
+        """Those that solving for the kept columns takes, of the target t = W x + blend (z - W x)."""
+        weight, gram, cross = weight.double(), self.gram.double(), self.cross.double()
+        own = weight @ gram
+        target = torch.lerp(own, cross, blend)
+        square = (
+            (1.0 - blend) ** 2 * (own * weight).sum()
+            + 2.0 * blend * (1.0 - blend) * (cross * weight).sum()
+            + blend**2 * self.square.double()
+        )
+        return _KeptMoments(gram[columns[:, None], columns], target[:, columns], square, self.gram.dtype)
+
+
+@dataclass(frozen=True)
+class _KeptMoments:
+    """Sums over tokens: gram x_K x_K^T [K, K], cross t x_K^T [O, K], square ||t||^2 [], all fp64.
+
+    measured: in which type they were summed; an error needs no more.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    square: Tensor
+    measured: torch.dtype
+
     def error(self, weight: Tensor) -> float:
         """sum ||t - weight x_K||^2 / sum ||t||^2, weight: [O, K] fp64."""
         if self.square <= 0.0:
             return 0.0
-        rest = self.square - 2.0 * (weight * self.cross).sum() + ((weight @ self.gram) * weight).sum()
+        written = (weight.to(self.measured) @ self.gram.to(self.measured)).double()
+        rest = self.square - 2.0 * (weight * self.cross).sum() + (written * weight).sum()
         return float(rest / self.square)
 
 
-def _solve(moments: _Moments, before: Tensor, ridge: float) -> Tensor:
+def _moments(block: Block, inputs: Sequence[Tensor], wanted: Sequence[Tensor] | None) -> _Moments:
+    """Of a block's inputs x [N, T, I], and of what the block would have to write [N, T, O] to be level with the dense.
+
+    Raises:
+        NonFiniteError: an input is NaN or infinite.
+    """
+    linear = block.output.linear
+    dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
+    outputs, width = linear.weight.shape
+    gram, cross, square = (
+        torch.zeros(size, dtype=dtype, device=linear.weight.device) for size in ((width, width), (outputs, width), ())
+    )
+    for batch, x in enumerate(inputs):
+        rows = x.flatten(0, -2)
+        add_gram(gram, rows)
+        if wanted is not None:
+            z = (wanted[batch] if linear.bias is None else wanted[batch] - linear.bias).flatten(0, -2)
+            add_product(cross, z, rows)
+            square += z.to(dtype).square().sum()
+    if not (gram.diagonal().isfinite().all() and square.isfinite()):
+        raise NonFiniteError(
+            f"repair: the input of layer {block.layer}'s {block.output.path} is not finite; "
+            "load the model in a wider dtype (bfloat16 or float32)"
+        )
+    return _Moments(symmetric(gram), cross, square)
+
+
+def _solve(moments: _KeptMoments, before: Tensor, ridge: float) -> Tensor:
     """[O, K] fp64: W'_K from W_K = before."""
     unit = moments.gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     right = moments.cross - before @ moments.gram
@@ -183,120 +332,3 @@ def _solve(moments: _Moments, before: Tensor, ridge: float) -> Tensor:
         if ridge > _MOST_RIDGE:
             return before
         ridge = max(10.0 * ridge, 1e-10)
-
-
-class _StoppedError(Exception):
-    """Ends a forward pass at the point behind which nothing is needed."""
-
-
-class _Streams:
-    """The residual stream of every batch before the layer at hand: in the dense model, and in the one pruned so far.
-
-    Both run through the same modules: the dense stream passes a layer before it is changed.
-    """
-
-    def __init__(self, view: PrunableModel, batches: Sequence[Tensor]) -> None:
-        self._view = view
-        # What transformers passes to each layer beside the stream: masks, positions.
-        self._arguments: list[list[dict[str, Any]]] = []
-        self._dense: list[Tensor] = []
-        for batch in batches:
-            self._record(batch.to(view.device))
-        self._pruned = list(self._dense)
-        # The dense stream after each block of the layer.
-        self._targets: dict[BlockKey, list[Tensor]] = {}
-
-    def pass_dense(self, layer: int) -> None:
-        """Let the dense stream through a layer that is still whole."""
-        self._targets = {block.key: [] for block in self._view.of_layer(layer)}
-        for batch, stream in enumerate(self._dense):
-            behind, streams, _ = self._run(layer, batch, stream, None)
-            assert behind is not None
-            for block, after in zip(self._view.of_layer(layer), streams[1:], strict=True):
-                self._targets[block.key].append(after)
-            self._dense[batch] = behind
-
-    def pass_pruned(self, layer: int) -> None:
-        """Let the pruned stream through a layer that is repaired."""
-        for batch, stream in enumerate(self._pruned):
-            behind = self._run(layer, batch, stream, None)[0]
-            assert behind is not None
-            self._pruned[batch] = behind
-
-    def moments(self, block: Block, columns: Tensor, samples: int, blend: float) -> list[_Moments]:
-        """Over the first `samples` batches, and over the rest if there is one."""
-        linear = block.output.linear
-        dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
-        weight = linear.weight.to(dtype)
-        sizes = ((len(columns), len(columns)), (len(weight), len(columns)), ())
-        parts = [[torch.zeros(size, dtype=dtype, device=weight.device) for size in sizes] for _ in range(2)]
-        for batch, stream in enumerate(self._pruned):
-            _, streams, x = self._run(block.layer, batch, stream, linear)
-            assert x is not None
-            before = streams[-1]
-            own = x.to(dtype) @ weight.T
-            wanted = (self._targets[block.key][batch] - before).to(dtype)
-            if linear.bias is not None:
-                wanted = wanted - linear.bias.to(dtype)
-            target = torch.lerp(own, wanted, blend).flatten(0, -2)
-            kept = x.to(dtype)[..., columns].flatten(0, -2)
-            gram, cross, square = parts[batch >= samples]
-            gram.addmm_(kept.T, kept)
-            cross.addmm_(target.T, kept)
-            square += target.square().sum()
-        if not all(part[0].diagonal().isfinite().all() and part[2].isfinite() for part in parts):
-            raise NonFiniteError(
-                f"repair: the input of layer {block.layer}'s {block.output.path} is not finite; "
-                "load the model in a wider dtype (bfloat16 or float32)"
-            )
-        found = [_Moments(*(tensor.double() for tensor in part)) for part in parts]
-        return found if samples < len(self._pruned) else found[:1]
-
-    def _run(
-        self, layer: int, batch: int, stream: Tensor, stop_at: nn.Linear | None
-    ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
-        """The stream after a layer, before and after each block that ran, and the input of the linear it stopped at."""
-        streams = [stream]
-        reached: list[Tensor] = []
-
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            streams.append(streams[-1] + (output[0] if isinstance(output, tuple) else output))
-
-        def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            reached.append(args[0])
-            raise _StoppedError
-
-        handles = [block.module.register_forward_hook(keep) for block in self._view.of_layer(layer)]
-        if stop_at is not None:
-            handles.append(stop_at.register_forward_pre_hook(stop))
-        with _removed(handles):
-            try:
-                output = self._view.layers[layer](stream, **self._arguments[batch][layer])
-            except _StoppedError:
-                return None, streams, reached[0]
-        return (output[0] if isinstance(output, tuple) else output), streams, None
-
-    def _record(self, ids: Tensor) -> None:
-        """One pass that keeps what enters the first layer, and what every layer is given beside the stream."""
-        streams: list[Tensor] = []
-        arguments: list[dict[str, Any]] = []
-
-        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kwargs = dict(kwargs)
-            streams.append(args[0] if args else kwargs.pop("hidden_states"))
-            arguments.append(kwargs)
-
-        with _removed([layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self._view.layers]):
-            self._view.model.get_decoder()(input_ids=ids, use_cache=False)
-        self._dense.append(streams[0])
-        self._arguments.append(arguments)
-
-
-@contextmanager
-def _removed(handles: Sequence[Any]) -> Iterator[None]:
-    """Remove hooks at the end, whatever happens."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

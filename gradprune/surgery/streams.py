@@ -1,0 +1,130 @@
+"""Residual streams: run a model layer by layer, block by block, while what the blocks write is being changed.
+
+A decoder layer adds what its blocks write to the stream. Here a block is run up to its output projection, whose input
+is then known for all batches; what it writes is computed from that by weights of one's own, and the rest of the layer
+is run with it. So every module runs once a layer, and no weight of the model is touched.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradprune.models import Block, PrunableModel
+from gradprune.models.loss import sample_losses
+from gradprune.models.modes import forward_replaced
+
+
+class _StoppedError(Exception):
+    """Ends a forward pass where nothing after it is needed."""
+
+
+class Streams:
+    """What the layers of a model are called with for some batches; the streams themselves are the caller's.
+
+    first: per batch, [N, T, H], what enters the first layer.
+    """
+
+    def __init__(self, view: PrunableModel, batches: Sequence[Tensor]) -> None:
+        """Find out what the layers get for batches of ids, [N, T] int64 each, without running them on these."""
+        self._view = view
+        self._batches = [batch.to(view.device) for batch in batches]
+        self._returned = self._count_returned(self._batches[0][:1])
+        recorded = [self._record(batch) for batch in self._batches]
+        self.first = [stream for stream, _ in recorded]
+        # What transformers passes to each layer beside the stream: masks, positions.
+        self._arguments = [arguments for _, arguments in recorded]
+
+    def layer(self, layer: int, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
+        """The stream [N, T, H] after a layer; the modules in `written` are not run, and write what is given."""
+        with self._answering(written):
+            output = self._view.layers[layer](stream, **self._arguments[batch][layer])
+        after: Tensor = output[0] if isinstance(output, tuple) else output
+        return after
+
+    def layer_and_written(self, layer: int, batch: int, stream: Tensor) -> tuple[Tensor, dict[nn.Module, Tensor]]:
+        """The stream after a layer as it is, and what each of its blocks wrote, by the block's module."""
+        written: dict[nn.Module, Tensor] = {}
+
+        def keep(module: nn.Module, _args: Any, output: Any) -> None:
+            written[module] = output[0] if isinstance(output, tuple) else output
+
+        with _removed([block.module.register_forward_hook(keep) for block in self._view.of_layer(layer)]):
+            return self.layer(layer, batch, stream, {}), written
+
+    def output_input(self, block: Block, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
+        """[N, T, I] what a block's output projection reads, when the modules in `written` write what is given."""
+        reached: list[Tensor] = []
+
+        def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            reached.append(args[0])
+            raise _StoppedError
+
+        with _removed([block.output.linear.register_forward_pre_hook(stop)]):
+            try:
+                self.layer(block.layer, batch, stream, written)
+            except _StoppedError:
+                return reached[0]
+        raise AssertionError(f"layer {block.layer} does not run its {block.output.path}")
+
+    def mean_loss(self, streams: Sequence[Tensor], first: int) -> float:
+        """Mean loss of the samples from batch `first` on, in nats a token, given the streams after the last layer."""
+        losses = []
+        for batch, stream in enumerate(streams[first:], start=first):
+            with self._answering(dict.fromkeys(self._view.layers, stream)):
+                losses.append(sample_losses(self._view.model, self._batches[batch]))
+        return torch.cat(losses).double().mean().item()
+
+    def _count_returned(self, ids: Tensor) -> dict[nn.Module, int]:
+        """Of each block's module and each layer how many values it returns; 0 for a tensor that is not in a tuple."""
+        counts: dict[nn.Module, int] = {}
+
+        def count(module: nn.Module, _args: Any, output: Any) -> None:
+            counts[module] = len(output) if isinstance(output, tuple) else 0
+
+        modules = [*(block.module for block in self._view.blocks), *self._view.layers]
+        with _removed([module.register_forward_hook(count) for module in modules]):
+            self._view.model.get_decoder()(input_ids=ids, use_cache=False)
+        return counts
+
+    def _record(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """What enters the first layer, and what each is called with; none of them is run."""
+        entered: list[Tensor] = []
+        arguments: list[dict[str, Any]] = []
+
+        def skip(layer: nn.Module, hidden_states: Tensor, **kwargs: Any) -> Any:
+            entered.append(hidden_states)
+            arguments.append(kwargs)
+            return self._answer(layer, hidden_states)
+
+        with ExitStack() as stack:
+            for layer in self._view.layers:
+                stack.enter_context(forward_replaced(layer, partial(skip, layer)))
+            self._view.model.get_decoder()(input_ids=ids, use_cache=False)
+        return entered[0], arguments
+
+    @contextmanager
+    def _answering(self, given: dict[nn.Module, Tensor]) -> Iterator[None]:
+        """Modules return tensors that are given, without running."""
+        with ExitStack() as stack:
+            for module, value in given.items():
+                answer = self._answer(module, value)
+                stack.enter_context(forward_replaced(module, lambda *_args, _answer=answer, **_kwargs: _answer))
+            yield
+
+    def _answer(self, module: nn.Module, value: Tensor) -> Any:
+        count = self._returned[module]
+        return (value, *[None] * (count - 1)) if count else value
+
+
+@contextmanager
+def _removed(handles: Sequence[Any]) -> Iterator[None]:
+    """Remove hooks at the end, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
