@@ -26,12 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradprune.calibration.cholesky import cholesky, solve
+from gradprune.calibration.gram import add_gram, add_product, symmetric
 from gradprune.errors import NonFiniteError
 from gradprune.models import Block, PrunableModel
 from gradprune.models.masks import GroupMasks
-from gradprune.surgery.gram import add_gram, add_product, symmetric
+from gradprune.models.streams import Streams
 from gradprune.surgery.masking import mask_output, masks_by_block
-from gradprune.surgery.streams import Streams
 
 BLENDS = (0.0, 0.5)
 """Candidates; the one with the least loss on held-out samples is kept."""
@@ -102,16 +103,16 @@ def least_squares(
         next(left)
         advance()
 
-    solve = partial(_solve_all, view, masks, held_out=held_out, ridges=ridges, step=step)
+    pass_layers = partial(_solve_all, view, masks, held_out=held_out, ridges=ridges, step=step)
     part = _first_samples(samples)
     if not held_out or len(blends) == 1:
-        best = solve(samples, blends=blends[:1])[0]
+        best = pass_layers(samples, blends=blends[:1])[0]
     else:
-        tried = solve(part, blends=blends)
+        tried = pass_layers(part, blends=blends)
         # Of equals, the first.
         best = min(tried, key=lambda path: math.inf if math.isnan(path.loss) else path.loss)
         if len(part) < len(samples):
-            best = solve(samples, blends=(best.blend,))[0]
+            best = pass_layers(samples, blends=(best.blend,))[0]
     for _ in left:
         advance()
     for block, kept in masks_by_block(view, masks):
@@ -264,8 +265,8 @@ class _Moments:
         own = weight @ gram
         target = torch.lerp(own, cross, blend)
         square = (
-            (1.0 - blend) ** 2 * (own * weight).sum()
-            + 2.0 * blend * (1.0 - blend) * (cross * weight).sum()
+            (1.0 - blend) ** 2 * _dot(own, weight)
+            + 2.0 * blend * (1.0 - blend) * _dot(cross, weight)
             + blend**2 * self.square.double()
         )
         return _KeptMoments(gram[columns[:, None], columns], target[:, columns], square, self.gram.dtype)
@@ -288,7 +289,7 @@ class _KeptMoments:
         if self.square <= 0.0:
             return 0.0
         written = (weight.to(self.measured) @ self.gram.to(self.measured)).double()
-        rest = self.square - 2.0 * (weight * self.cross).sum() + (written * weight).sum()
+        rest = self.square - 2.0 * _dot(weight, self.cross) + _dot(written, weight)
         return float(rest / self.square)
 
 
@@ -310,13 +311,18 @@ def _moments(block: Block, inputs: Sequence[Tensor], wanted: Sequence[Tensor] | 
         if wanted is not None:
             z = (wanted[batch] if linear.bias is None else wanted[batch] - linear.bias).flatten(0, -2)
             add_product(cross, z, rows)
-            square += z.to(dtype).square().sum()
+            square += _dot(z.to(dtype), z.to(dtype))
     if not (gram.diagonal().isfinite().all() and square.isfinite()):
         raise NonFiniteError(
             f"repair: the input of layer {block.layer}'s {block.output.path} is not finite; "
             "load the model in a wider dtype (bfloat16 or float32)"
         )
     return _Moments(symmetric(gram), cross, square)
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """[] the sum of products, to the same bits at any number of threads: they never share one sum."""
+    return (left * right).sum(0).sum()
 
 
 def _solve(moments: _KeptMoments, before: Tensor, ridge: float) -> Tensor:
@@ -326,9 +332,9 @@ def _solve(moments: _KeptMoments, before: Tensor, ridge: float) -> Tensor:
     while True:
         shifted = moments.gram.clone()
         shifted.diagonal().add_(ridge * unit)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if not failed:
-            return before + torch.cholesky_solve(right.T, factor).T
+        factor = cholesky(shifted)
+        if factor is not None:
+            return before + solve(factor, right.T).T
         if ridge > _MOST_RIDGE:
             return before
         ridge = max(10.0 * ridge, 1e-10)

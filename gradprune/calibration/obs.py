@@ -13,12 +13,18 @@ of two equal channels one is free and the other is not. g is the mean over sampl
 sum over tokens dy dy^T, with dy the gradient of the sample's loss to the block's output: one number a block.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from gradprune.calibration.cholesky import cholesky, inverse
+from gradprune.calibration.gram import add_gram, one_thread, symmetric
+from gradprune.errors import NonFiniteError
+from gradprune.models import Block, BlockKey, PrunableModel
+from gradprune.models.modes import evaluation_mode
+from gradprune.models.streams import Streams
 
 RIDGE = 0.01
 """Added to A's diagonal, relative to its mean: how far few tokens are trusted."""
@@ -41,15 +47,65 @@ class RemovalPath:
     order: Tensor
     cost: Tensor
 
-    def importance(self) -> NDArray[np.float64]:
+    def importance(self) -> Tensor:
         """[groups] fp64 by group: costs that ascend along the path, so that sorting by them gives its order."""
-        ascending = np.empty(len(self.order))
-        ascending[self.order.numpy()] = _ascending(self.cost.numpy())
+        ascending = torch.empty_like(self.cost)
+        ascending[self.order] = _ascending(self.cost)
         return ascending
 
 
 @torch.no_grad()
-def removal_path(weight: Tensor, gram: Tensor, columns: int, *, curvature: float = 1.0) -> RemovalPath:
+def removal_costs(
+    view: PrunableModel, batches: Sequence[Tensor], curvatures: Mapping[BlockKey, float]
+) -> dict[BlockKey, Tensor]:
+    """[groups] fp64 on the CPU for each block: the importance along its removal path, in the dense model.
+
+    Args:
+        view: the model, which is run once, layer by layer.
+        batches: calibration ids, [N, T] int64 each.
+        curvatures: g of each block.
+
+    One Gram matrix is in memory at a time, summed in fp32 (fp64 for fp64 models).
+
+    Raises:
+        NonFiniteError: an input of a block is NaN or infinite; names the layer.
+    """
+    costs = {}
+    with evaluation_mode(view.model):
+        streams = Streams(view, batches)
+        current = streams.first
+        for layer in range(len(view.layers)):
+            written: list[dict[torch.nn.Module, Tensor]] = [{} for _ in current]
+            for block in view.of_layer(layer):
+                linear = block.output.linear
+                inputs = [streams.output_input(block, k, stream, written[k]) for k, stream in enumerate(current)]
+                path = removal_path(
+                    linear.weight, with_ridge(_mean_gram(block, inputs)), block.output.columns, curvatures[block.key]
+                )
+                costs[block.key] = path.importance()
+                for batch, x in enumerate(inputs):
+                    written[batch][block.module] = linear(x)
+            current = [streams.layer(layer, k, stream, written[k]) for k, stream in enumerate(current)]
+    return costs
+
+
+def _mean_gram(block: Block, inputs: Sequence[Tensor]) -> Tensor:
+    """[I, I], the mean over tokens of x x^T of inputs x [N, T, I]."""
+    weight = block.output.linear.weight
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=dtype, device=weight.device)
+    for x in inputs:
+        add_gram(gram, x.flatten(0, -2))
+    if not gram.diagonal().isfinite().all():
+        raise NonFiniteError(
+            f"obs: the input of layer {block.layer}'s {block.output.path} is not finite; "
+            "load the model in a wider dtype (bfloat16 or float32)"
+        )
+    return symmetric(gram) / sum(x.shape[:-1].numel() for x in inputs)
+
+
+@torch.no_grad()
+def removal_path(weight: Tensor, gram: Tensor, columns: int, curvature: float = 1.0) -> RemovalPath:
     """Remove the groups of a block one after the other, each time one of the cheapest.
 
     A round looks at the eighth of the groups that are cheapest by the weights and A^-1 as they are at its start, and
@@ -69,7 +125,7 @@ def removal_path(weight: Tensor, gram: Tensor, columns: int, *, curvature: float
     Raises:
         ValueError: `gram` is not positive definite.
     """
-    block = _Remaining(weight.double().to(gram.device), _inverse(gram.double()), columns)
+    block = _Remaining(weight.double().to(gram.device), inverse(_factor(gram.double())), columns)
     quota = max(1, len(block) // _ROUNDS)
     order: list[int] = []
     costs: list[float] = []
@@ -103,12 +159,11 @@ class _Remaining:
 
     def costs(self) -> Tensor:
         """[k] tr( W_j (A^-1_jj)^-1 W_j^T ), each group alone."""
-        k, c = len(self), self.columns
-        own = self._inverse.view(k, c, k, c).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        by_group = self._weight.T.reshape(k, c, -1)
+        c = self.columns
         if c == 1:
-            return by_group[:, 0].square().sum(1) / own[:, 0, 0]
-        return (by_group * torch.cholesky_solve(by_group, torch.linalg.cholesky(own))).sum((1, 2))
+            return self._weight.square().sum(0) / self._inverse.diagonal()
+        spans = [slice(j * c, (j + 1) * c) for j in range(len(self))]
+        return torch.stack([self._gone(span).square().sum(0).sum() for span in spans])
 
     def some(self, positions: Tensor) -> "_Remaining":
         """Groups at `positions`, cut loose: exact as long as only these go."""
@@ -122,12 +177,17 @@ class _Remaining:
         stay = torch.ones(len(self), dtype=torch.bool)
         stay[positions] = False
         out, rest = self._columns_of(positions), self._columns_of(stay.nonzero().flatten())
-        factor = torch.linalg.cholesky(self._inverse[out[:, None], out])
-        across = torch.linalg.solve_triangular(factor, self._inverse[out[:, None], rest], upper=False)
-        gone = torch.linalg.solve_triangular(factor, self._weight[:, out].T, upper=False)
+        factor = _factor(self._inverse[out[:, None], out])
+        with one_thread():
+            across = torch.linalg.solve_triangular(factor, self._inverse[out[:, None], rest], upper=False)
+            gone = torch.linalg.solve_triangular(factor, self._weight[:, out].T, upper=False)
         self._weight = self._weight[:, rest].addmm_(gone.T, across, alpha=-1.0)
         self._inverse = self._inverse[rest[:, None], rest].addmm_(across.T, across, alpha=-1.0)
         self.groups = self.groups[stay]
+
+    def _gone(self, span: slice) -> Tensor:
+        """[c, O] L^-1 W_j^T with L L^T = A^-1_jj: its square is the cost of the group with these columns."""
+        return torch.linalg.solve_triangular(_factor(self._inverse[span, span]), self._weight[:, span].T, upper=False)
 
     def _columns_of(self, positions: Tensor) -> Tensor:
         at = (positions[:, None] * self.columns + torch.arange(self.columns)).reshape(-1)
@@ -154,19 +214,19 @@ def _round(block: _Remaining, quota: int) -> tuple[Tensor, list[float]]:
     return torch.tensor(taken), marginal
 
 
-def _inverse(gram: Tensor) -> Tensor:
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed:
+def _factor(matrix: Tensor) -> Tensor:
+    factor = cholesky(matrix)
+    if factor is None:
         raise ValueError("gram: it is not positive definite; add a ridge to its diagonal")
-    return torch.cholesky_inverse(factor)
+    return factor
 
 
-def _ascending(costs: NDArray[np.float64]) -> NDArray[np.float64]:
+def _ascending(costs: Tensor) -> Tensor:
     """The least costs that ascend, and are apart enough to stay so in fp32."""
-    least = np.finfo(np.float32).tiny
+    least = torch.finfo(torch.float32).tiny
     ascending = []
     last = 0.0
     for cost in costs.tolist():
-        last = max(cost, last + max(_STEP * last, float(least)))
+        last = max(cost, last * (1.0 + _STEP), last + least)
         ascending.append(last)
-    return np.array(ascending)
+    return torch.tensor(ascending, dtype=torch.float64)

@@ -1,10 +1,14 @@
 """Sums of products over tokens: half the work for a Gram matrix, and half-precision products in fp32 sums on GPUs."""
 
 import itertools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+# Products with a side below this share their sums among threads, which rounds differently at each number of them.
+_NARROW = 128
 # Widths below this are one product: the triangle saves too little.
 _TILE = 192
 
@@ -34,7 +38,24 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.is_cuda and left.dtype == right.dtype in (torch.bfloat16, torch.float16) and _MIXED:
         total += torch.mm(left.T, right, out_dtype=total.dtype)
     else:
-        total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
+        with same_rounding(total):
+            total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """CPU work inside gets the same bits at any number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def same_rounding(product: Tensor) -> AbstractContextManager[None]:
+    """For a matrix product into `product`: one thread where several would share its sums."""
+    return one_thread() if min(product.shape) < _NARROW else nullcontext()
 
 
 def symmetric(gram: Tensor) -> Tensor:

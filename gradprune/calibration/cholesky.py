@@ -1,0 +1,45 @@
+"""Cholesky factors and inverses of large matrices, to the same bits whatever the number of threads.
+
+LAPACK's own factorisation splits the work by thread, and rounds accordingly. Here it only factors small blocks; all
+else is matrix products and triangular solves, each of whose results is one sum in a fixed order.
+"""
+
+import torch
+from torch import Tensor
+
+from gradprune.calibration.gram import add_gram, same_rounding, symmetric
+
+# LAPACK factors matrices up to this size on one thread.
+_BLOCK = 128
+
+
+def cholesky(matrix: Tensor) -> Tensor | None:
+    """[n, n] lower triangular L with L L^T = matrix; None where `matrix`, [n, n] fp64, is not positive definite."""
+    factor = matrix.tril()
+    for start in range(0, len(factor), _BLOCK):
+        end = min(start + _BLOCK, len(factor))
+        done = factor[start:, :start]
+        panel = factor[start:, start:end]
+        with same_rounding(panel):
+            panel.addmm_(done, done[: end - start].T, alpha=-1.0)
+        corner, failed = torch.linalg.cholesky_ex(factor[start:end, start:end])
+        if failed:
+            return None
+        factor[start:end, start:end] = corner
+        below = factor[end:, start:end]
+        below.copy_(torch.linalg.solve_triangular(corner, below.T, upper=False).T)
+    return factor.tril()
+
+
+def inverse(factor: Tensor) -> Tensor:
+    """[n, n] (L L^T)^-1 of a factor L."""
+    half = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype).to(factor), upper=False)
+    total = torch.zeros_like(factor)
+    add_gram(total, half)
+    return symmetric(total)
+
+
+def solve(factor: Tensor, right: Tensor) -> Tensor:
+    """[n, m] (L L^T)^-1 right of a factor L and right [n, m]."""
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    return torch.linalg.solve_triangular(factor.T, half, upper=True)
