@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from gradprune.calibration.evidence import Evidence
-from gradprune.config import GRADIENT_METHODS, METHODS, Normalize, Scoring
+from gradprune.config import GRADIENT_METHODS, Normalize, Scoring
 from gradprune.data.windows import batches
 from gradprune.models import PrunableModel
 from gradprune.models.loss import mean_loss
@@ -163,14 +163,14 @@ def _candidates(run: Run, evidence: Evidence) -> Iterator[_Candidate]:
 def _fixed(scoring: Scoring, evidence: Evidence) -> Iterator[Scoring]:
     """Every method without and with plain H-GSP; no fix but one that batches already had."""
     fix = evidence.fixes(FIXES)[0]
-    for method, (temperature, tau) in itertools.product(METHODS, (TEMPERATURES[0], TEMPERATURES[2])):
+    for method, (temperature, tau) in itertools.product(evidence.methods, (TEMPERATURES[0], TEMPERATURES[2])):
         if fix == "none" or method in GRADIENT_METHODS:
             yield replace(scoring, importance_method=method, temperature=temperature, tau=tau, gradient_fix=fix)
 
 
 def _space(scoring: Scoring, evidence: Evidence) -> Iterator[Scoring]:
     for method, (temperature, tau), fix, normalize, factor in itertools.product(
-        METHODS, TEMPERATURES, evidence.fixes(FIXES), NORMALIZATIONS, ATTENTION_FACTORS
+        evidence.methods, TEMPERATURES, evidence.fixes(FIXES), NORMALIZATIONS, ATTENTION_FACTORS
     ):
         if fix != "none" and method not in GRADIENT_METHODS:
             continue

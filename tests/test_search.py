@@ -38,7 +38,7 @@ def test_the_winner_is_no_worse_than_any_fixed_setting() -> None:
     held_out = draw_samples(model, None, config, TOKENS[:1500], TOKENS[1500:]).held_out
     assert len(held_out) == 8
     losses = []
-    for method in ("magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher"):
+    for method in ("magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher", "obs"):
         for temperature in (0.0, 1.0):
             table = score_groups(view, result.evidence, Scoring(method, temperature=temperature, tau=0.0))
             masks = table.masks(select(table, 0.2, result.before.parameters, Constraints()))

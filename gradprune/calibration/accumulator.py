@@ -40,6 +40,7 @@ class BlockAccumulator(ABC):
     second: [groups], sum of w^2 g^2 over the group's elements.
     mask_square: [groups], sum of (sum of w g over the group's output columns)^2, the squared gradient of a
         mask on the group.
+    output_square: [], sum of dy^2 at the output projection, of each sample's own loss.
     input_square, tokens: [I] sum of x^2 at the output projection, and over how many tokens.
     """
 
@@ -52,6 +53,7 @@ class BlockAccumulator(ABC):
         self.first = torch.zeros(block.groups, dtype=torch.float64, device=device)
         self.second = torch.zeros_like(self.first)
         self.mask_square = torch.zeros_like(self.first)
+        self.output_square = torch.zeros((), dtype=torch.float64, device=device)
         self.input_square = torch.zeros(block.output.linear.in_features, dtype=torch.float64, device=device)
         self.tokens = 0
         self.discard()
@@ -60,6 +62,7 @@ class BlockAccumulator(ABC):
         """Forget what the step at hand has brought so far."""
         self.pending = StepRecord()
         self._pending_sums = torch.zeros(3, self.block.groups, dtype=torch.float64, device=self.first.device)
+        self._pending_output_square = torch.zeros_like(self.output_square)
         self._pending_input_square = torch.zeros_like(self.input_square)
         self._pending_tokens = 0
 
@@ -69,6 +72,7 @@ class BlockAccumulator(ABC):
         self.first += scale * first
         self.second += scale**2 * second
         self.mask_square += scale**2 * mask_square
+        self.output_square += scale**2 * self._pending_output_square
         self.input_square += self._pending_input_square
         self.tokens += self._pending_tokens
         self.pending.scale = scale
@@ -89,8 +93,12 @@ class BlockAccumulator(ABC):
         self._pending_input_square += x.to(accumulation_dtype(x)).square().sum(0)
         self._pending_tokens += x.shape[0]
 
+    def curvature(self, samples: int) -> float:
+        """The mean over samples of the diagonal mean of sum over tokens dy dy^T, see `gradprune.calibration.obs`."""
+        return float(self.output_square) / samples / self.block.output.linear.out_features
+
     def component(self, name: str, count: int) -> Tensor:
-        """[groups] fp64, one of `gradprune.calibration.methods.COMPONENTS`, of `count` gradients."""
+        """[groups] fp64, one of `gradprune.calibration.methods.GRADIENT_COMPONENTS`, of `count` gradients."""
         if name == "magnitude":
             return self._folded_weights(None)
         if name == "wanda":
@@ -121,6 +129,11 @@ class BlockAccumulator(ABC):
             return entry.fold_columns(vector)
         return entry.fold_rows(vector, self.block.groups)
 
+    def _observe_output(self, dy: Tensor) -> None:
+        """dy: [N, T, O] at the output projection."""
+        # Rows first: threads never share one sum.
+        self._pending_output_square += dy.to(accumulation_dtype(dy)).square().sum(-1).flatten().double().sum()
+
     def _observe_mask(self, entry: OutputLinear, mask_gradient: Tensor, dy: Tensor) -> None:
         """mask_gradient: [N, I], the gradient of a mask on each input column; dy: [N, O], summed over tokens."""
         by_group = entry.fold_columns(mask_gradient).double()
@@ -150,6 +163,7 @@ class SampleAccumulator(BlockAccumulator):
         self._accumulate(entry, self._ops.linear_importance(x, dy, entry.linear.weight, _side(entry)))
         if isinstance(entry, OutputLinear):
             self._observe_mask(entry, _mask_gradient(x, dx), dy.sum(1))
+            self._observe_output(dy)
 
     def _first_order(self, count: int) -> Tensor:
         return self.first / count
@@ -187,6 +201,7 @@ class BatchAccumulator(BlockAccumulator):
         if isinstance(entry, OutputLinear):
             mask_gradient = _mask_gradient(x, dx).sum(0, keepdim=True) / samples
             self._observe_mask(entry, mask_gradient, dy.sum((0, 1))[None] / samples)
+            self._observe_output(dy)
 
     def _first_order(self, count: int) -> Tensor:
         total = torch.zeros_like(self.second)

@@ -42,4 +42,5 @@ def inverse(factor: Tensor) -> Tensor:
 def solve(factor: Tensor, right: Tensor) -> Tensor:
     """[n, m] (L L^T)^-1 right of a factor L and right [n, m]."""
     half = torch.linalg.solve_triangular(factor, right, upper=False)
-    return torch.linalg.solve_triangular(factor.T, half, upper=True)
+    solution: Tensor = torch.linalg.solve_triangular(factor.T, half, upper=True)
+    return solution

@@ -13,7 +13,8 @@ from gradprune.calibration.accumulator import BlockAccumulator, StepRecord
 from gradprune.calibration.capture import capture, checkpointed
 from gradprune.calibration.evidence import Evidence, Scores
 from gradprune.calibration.finite import raise_non_finite_gradient, raise_non_finite_loss, raise_overflow
-from gradprune.calibration.methods import COMPONENTS, FORWARD_COMPONENTS, WEIGHT_COMPONENTS
+from gradprune.calibration.methods import COMPONENTS, FORWARD_COMPONENTS, GRADIENT_COMPONENTS, WEIGHT_COMPONENTS
+from gradprune.calibration.obs import removal_costs
 from gradprune.calibration.reduction import REDUCTIONS
 from gradprune.config import GRADIENT_METHODS, METHODS, ImportanceBackend, Method, ReductionName, check_gradient_fix
 from gradprune.errors import ConfigError, GradPruneError, UnsupportedArchitectureError
@@ -46,6 +47,8 @@ class ImportanceEngine:
     - `taylor`: mean_n |w g_n| (Molchanov et al. 2019); `fisher`: mean_n 1/2 w^2 g_n^2 (Theis et al. 2018);
       `taylor_2nd`: their sum.
     - `group_fisher`: mean_n (sum of w g_n over the group's output columns)^2 (Liu et al. 2021).
+    - `obs`: the loss that least squares cannot restore, see `gradprune.calibration.obs`; the samples are run once more,
+      layer by layer, when scores are asked for. Other methods' scores can be had too.
     - `wanda`: |w| * rms(x) over the group's output columns (Sun et al. 2023); `magnitude`: |w|.
 
     `reduction="batch"` takes the gradient of each batch's mean loss instead: |w mean_b g_b| and w^2 mean_b g_b^2;
@@ -97,6 +100,7 @@ class ImportanceEngine:
         }
         self._samples: list[Tensor] = []
         self._losses: list[Tensor] = []
+        self._costs: Tensor | None = None
         self._stack = ExitStack()
         self._open = False
 
@@ -167,6 +171,7 @@ class ImportanceEngine:
         with torch.no_grad():
             for key, accumulator in self._accumulators.items():
                 accumulator.commit(scales[key.layer])
+        self._costs = None
         self._samples.append(input_ids)
         self._losses.append(losses)
 
@@ -233,7 +238,9 @@ class ImportanceEngine:
         """The names of what has been collected."""
         if not self._losses:
             return WEIGHT_COMPONENTS
-        return COMPONENTS if self._takes_gradients else FORWARD_COMPONENTS
+        if not self._takes_gradients:
+            return FORWARD_COMPONENTS
+        return COMPONENTS if self.method == "obs" else GRADIENT_COMPONENTS
 
     @property
     def _pending(self) -> dict[BlockKey, list[StepRecord]]:
@@ -275,8 +282,19 @@ class ImportanceEngine:
 
     def _component(self, name: str) -> Tensor:
         """[groups of all blocks] fp64 on the CPU."""
+        if name == "obs":
+            return self._removal_costs()
         count = self._count
         return torch.cat([accumulator.component(name, count).cpu() for accumulator in self._accumulators.values()])
+
+    def _removal_costs(self) -> Tensor:
+        """The component "obs", computed once for the samples so far."""
+        if self._costs is None:
+            samples = sum(len(ids) for ids in self._samples)
+            curvatures = {key: accumulator.curvature(samples) for key, accumulator in self._accumulators.items()}
+            costs = removal_costs(self._view, self._samples, curvatures)
+            self._costs = torch.cat([costs[key] for key in self._accumulators])
+        return self._costs
 
     def _gradients(self, steps: slice, count: int, *, scaled: bool = False) -> list[LayerGradients]:
         """Statistics over the `count` gradients of some steps; `scaled` as they were added."""

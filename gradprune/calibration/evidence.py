@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from gradprune.calibration.methods import COMPONENTS, importance
 from gradprune.calibration.priors import Priors
 from gradprune.calibration.reduction import REDUCTIONS
-from gradprune.config import Method, Prior, ReductionName
+from gradprune.config import METHODS, Method, Prior, ReductionName
 from gradprune.errors import CheckpointError, ConfigError, GradPruneError, NonFiniteError
 from gradprune.models import BlockKey, describe
 from gradprune.models.tensors import BlockTensors
@@ -125,6 +125,12 @@ class Evidence:
         if REDUCTIONS[self.reduction].scales_afterwards:
             return wanted
         return ("none" if self.applied is None else self.applied.fix,)
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods by which it can score."""
+        needed = {"taylor_2nd": {"taylor", "fisher"}}
+        return tuple(method for method in METHODS if needed.get(method, {method}) <= set(self.components))
 
     def importance(self, method: Method, fix: str = "none") -> Tensor:
         """[groups of all blocks] fp32, by `method`, of gradients scaled by `fix`.

@@ -38,10 +38,10 @@ def calibrate(engine: ImportanceEngine, windows: Tensor, batch_size: int, consol
 
 def _calibrated(run: Run) -> Evidence:
     config = run.config
-    # One pass with gradients serves every method, and the diagnosis.
+    # One pass with gradients serves every method, and the diagnosis; "obs" takes more.
     engine = ImportanceEngine(
         run.view.model,
-        "taylor",
+        "obs" if config.importance_method in ("obs", "auto") else "taylor",
         config.reduction,
         config.backend,
         config.use_gradient_checkpointing,

@@ -9,7 +9,9 @@ from gradprune.config import Method
 # sum of two of them.
 WEIGHT_COMPONENTS = ("magnitude",)
 FORWARD_COMPONENTS = ("wanda", *WEIGHT_COMPONENTS)
-COMPONENTS = ("taylor", "fisher", "group_fisher", *FORWARD_COMPONENTS)
+GRADIENT_COMPONENTS = ("taylor", "fisher", "group_fisher", *FORWARD_COMPONENTS)
+# "obs" takes another forward pass, layer by layer, and is collected where it is asked for.
+COMPONENTS = (*GRADIENT_COMPONENTS, "obs")
 
 
 def importance(method: Method, component: Callable[[str], Any], scale: Any) -> Any:
@@ -22,7 +24,7 @@ def importance(method: Method, component: Callable[[str], Any], scale: Any) -> A
     """
     if method == "taylor":
         return scale * component("taylor")
-    if method in ("fisher", "group_fisher"):
+    if method in ("fisher", "group_fisher", "obs"):
         return scale * scale * component(method)
     if method == "taylor_2nd":
         return scale * component("taylor") + scale * scale * component("fisher")

@@ -187,7 +187,9 @@ class _Remaining:
 
     def _gone(self, span: slice) -> Tensor:
         """[c, O] L^-1 W_j^T with L L^T = A^-1_jj: its square is the cost of the group with these columns."""
-        return torch.linalg.solve_triangular(_factor(self._inverse[span, span]), self._weight[:, span].T, upper=False)
+        factor = _factor(self._inverse[span, span])
+        gone: Tensor = torch.linalg.solve_triangular(factor, self._weight[:, span].T, upper=False)
+        return gone
 
     def _columns_of(self, positions: Tensor) -> Tensor:
         at = (positions[:, None] * self.columns + torch.arange(self.columns)).reshape(-1)

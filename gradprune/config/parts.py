@@ -11,7 +11,7 @@ from gradprune.config.gradient_fix import FIX_OR_CHAIN, GRADIENT_FIXES
 from gradprune.config.option import Options, option
 from gradprune.errors import ConfigError
 
-Method = Literal["magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher"]
+Method = Literal["magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher", "obs"]
 # "auto" searches, see `gradprune.search`.
 MethodOption = Literal["auto", Method]
 ReductionName = Literal["sample", "batch"]
@@ -25,7 +25,7 @@ ImportanceBackend = Literal["auto", "reference", "cpp", "triton"]
 GradientBackend = Literal["auto", "reference", "cpp", "cuda"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
-GRADIENT_METHODS = ("taylor", "taylor_2nd", "fisher", "group_fisher")
+GRADIENT_METHODS = ("taylor", "taylor_2nd", "fisher", "group_fisher", "obs")
 
 _DATASET = path("a .txt, .jsonl or .npy file, or wikitext2, ptb or c4")
 _UNIT_INTERVAL = numbers("between 0 and 1 (both excluded)", lambda x: 0.0 < x < 1.0)

@@ -30,6 +30,9 @@ def oracle_scores(
     for layer in range(model.config.num_hidden_layers):
         for kind, result in (("attention", attention), ("mlp", mlp)):
             groups = list(_groups(model, layer, kind))
+            if method == "obs":
+                result.append(_removal_costs(model, ids, groups, weights, inputs))
+                continue
             result.append(torch.stack([_importance(g, weights, gradients, inputs, method, reduction) for g in groups]))
     return attention, mlp
 
@@ -56,6 +59,46 @@ def _importance(group, weights, gradients, inputs, method, reduction) -> Tensor:
         h = torch.stack([g**2 for g in parts]).mean(0)
         total += ELEMENT_SCORES[method](w, a, h).sum()
     return total
+
+
+def _removal_costs(model, ids: Tensor, groups, weights, inputs) -> Tensor:
+    """Remove the group whose least-squares optimum is cheapest, again and again; what each adds, made to ascend."""
+    output = groups[0][-1][0]
+    w, x = weights[output], inputs[output]
+    gram = x.T @ x / len(x)
+    gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    squares = [
+        _output_gradient(model, sample, output.removesuffix(".weight")).square().sum() for sample in ids.split(1)
+    ]
+    curvature = torch.stack(squares).mean() / len(w)
+
+    def optimum(gone: list[int]) -> Tensor:
+        """1/2 g min tr((W' - W) A (W' - W)^T) over W' without the columns of some groups: a Schur complement."""
+        out = [column for group in gone for column in groups[group][-1][2]]
+        rest = [column for column in range(w.shape[1]) if column not in out]
+        across = gram[rest][:, out]
+        left = gram[out][:, out] - across.T @ torch.linalg.solve(gram[rest][:, rest], across)
+        return 0.5 * curvature * ((w[:, out] @ left) * w[:, out]).sum()
+
+    gone: list[int] = []
+    costs, last = torch.zeros(len(groups), dtype=torch.float64), 0.0
+    while len(gone) < len(groups):
+        totals = {group: optimum([*gone, group]) for group in range(len(groups)) if group not in gone}
+        cheapest = min(totals, key=totals.__getitem__)
+        last = max(last, float(totals[cheapest] - (optimum(gone) if gone else 0.0)))
+        costs[cheapest] = last
+        gone.append(cheapest)
+    return costs
+
+
+def _output_gradient(model: PreTrainedModel, ids: Tensor, name: str) -> Tensor:
+    """[T, O], the gradient of one sample's loss to the output of a module."""
+    found: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _m, _args, output: found.append(output))
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    handle.remove()
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    return torch.autograd.grad(loss, found[0])[0][0]
 
 
 def _gradients(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
