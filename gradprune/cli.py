@@ -156,7 +156,7 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a checkpoint's perplexity on held-out text, and its zero-shot accuracy."""
+    """Measure a checkpoint's perplexity and zero-shot accuracy."""
     from gradprune.evaluation.size import model_size
     from gradprune.evaluation.tasks import check_tasks, evaluate_tasks
 

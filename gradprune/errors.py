@@ -39,3 +39,7 @@ class BackendUnavailableError(GradPruneError):
 
 class ExportError(GradPruneError):
     """A model cannot be written in the requested format; the message gives the reason."""
+
+
+class RecoveryError(GradPruneError):
+    """A pruned model cannot be trained as asked: no teacher, another vocabulary, another run's state."""

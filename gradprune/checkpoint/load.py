@@ -20,7 +20,7 @@ from transformers import (
 from gradprune.checkpoint.gguf_source import find_gguf, plain_copy
 from gradprune.errors import CheckpointError, UnsupportedArchitectureError
 from gradprune.models import ARCHITECTURES, supported_architectures
-from gradprune.models.modeling_gradprune import PRUNED_CLASSES, per_layer_overrides
+from gradprune.models.modeling_gradprune import PRUNED_CLASSES, PRUNED_CONFIGS, per_layer_overrides
 
 # A folder with one of these has a tokenizer. From a tokenizer_config.json alone, transformers makes up an empty one.
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
@@ -131,7 +131,7 @@ def _only_cached(base_model: str | Path) -> bool:
 
 def _load_config(base_model: str | Path, source: dict[str, bool]) -> PreTrainedConfig:
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(base_model, **source)
+        config: PreTrainedConfig = _config_class(base_model, source).from_pretrained(base_model, **source)
         per_layer_overrides(config)
     except Exception as error:  # a damaged config.json makes transformers raise almost anything
         raise CheckpointError(
@@ -139,6 +139,13 @@ def _load_config(base_model: str | Path, source: dict[str, bool]) -> PreTrainedC
             "(name an existing folder, or a hub id while the hub can be reached)"
         ) from error
     return config
+
+
+def _config_class(base_model: str | Path, source: dict[str, bool]) -> Any:
+    """What reads the configuration: gradprune's own class where layers differ, because not every stock one can."""
+    stated, _ = PreTrainedConfig.get_config_dict(base_model, local_files_only=source["local_files_only"])
+    pruned = PRUNED_CONFIGS.get(str(stated.get("model_type")))
+    return pruned if pruned is not None and stated.get("per_layer_config") else AutoConfig
 
 
 def _load_weights(base_model: str | Path, config: PreTrainedConfig, dtype: str, source: dict[str, bool]) -> Any:

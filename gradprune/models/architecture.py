@@ -40,8 +40,8 @@ class Architecture:
     blocks: those of a decoder layer, in the order in which they add to the residual stream.
     layers: path of the decoder layers in the model.
     heads_divide_hidden: the configuration class refuses head counts that do not divide the hidden size.
-    per_layer_heads: the configuration class accepts `num_attention_heads` in `per_layer_config`; those that check
-        the global value when saving do not.
+    per_layer_heads: the stock configuration class accepts `num_attention_heads` in `per_layer_config`; those that check
+        the global value do so only where the configuration allows to read it.
     """
 
     model_type: str

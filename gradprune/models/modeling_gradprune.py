@@ -4,10 +4,10 @@ This file is saved beside the weights of a pruned checkpoint and needs only torc
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-`config.json` uses transformers' `per_layer_config`, which maps a layer's index to the values that differ from the
-model's global ones: `num_key_value_heads`; `num_attention_heads` (left out where the architecture's configuration class
-does not accept it per layer, and then `num_key_value_heads` times the model's ratio); `intermediate_size`; and `skip`,
-the names of the blocks ("attention", "mlp") that are gone, past which the residual stream is unchanged.
+AutoConfig and AutoModel work in the same way. `config.json` uses transformers' `per_layer_config`, which maps a layer's
+index to the values that differ from the model's global ones: `num_key_value_heads`; `num_attention_heads` (where it is
+left out, `num_key_value_heads` times the model's ratio); `intermediate_size`; and `skip`, the names of the blocks
+("attention", "mlp") that are gone, past which the residual stream is unchanged.
 """
 
 import copy
@@ -17,13 +17,75 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import (
+    LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
+    MistralConfig,
     MistralForCausalLM,
+    MistralModel,
+    Phi3Config,
     Phi3ForCausalLM,
+    Phi3Model,
     PreTrainedConfig,
+    Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
 )
+
+
+class PerLayerHeads:
+    """Mixin for a stock `...Config` class: states both numbers of heads of every layer in `per_layer_config`.
+
+    Stock classes check the global number of query heads, which transformers refuses to tell where layers differ; so
+    they are given the global values alone to check.
+    """
+
+    def __post_init__(self, per_layer_config: Any = None, **kwargs: Any) -> None:
+        """As the stock class; per_layer_config: {layer index: {name: value}}."""
+        super().__post_init__(**kwargs)
+        if per_layer_config:
+            self.per_layer_config = {
+                index: with_query_heads(self, overrides) for index, overrides in per_layer_config.items()
+            }
+
+    def validate(self) -> None:
+        """The stock class's checks of the global values."""
+        dense = homogeneous(self)
+        dense.__class__ = stock_class(type(self))
+        if hasattr(dense, "validate"):
+            dense.validate()
+
+
+class PrunedLlamaConfig(PerLayerHeads, LlamaConfig):
+    """Llama with layers of different widths."""
+
+
+class PrunedMistralConfig(PerLayerHeads, MistralConfig):
+    """Mistral with layers of different widths."""
+
+
+class PrunedQwen2Config(PerLayerHeads, Qwen2Config):
+    """Qwen2 with layers of different widths."""
+
+
+class PrunedQwen3Config(PerLayerHeads, Qwen3Config):
+    """Qwen3 with layers of different widths."""
+
+
+class PrunedPhi3Config(PerLayerHeads, Phi3Config):
+    """Phi-3 with layers of different widths."""
+
+
+PRUNED_CONFIGS: dict[str, Any] = {
+    "llama": PrunedLlamaConfig,
+    "mistral": PrunedMistralConfig,
+    "qwen2": PrunedQwen2Config,
+    "qwen3": PrunedQwen3Config,
+    "phi3": PrunedPhi3Config,
+}
 
 
 class DroppedAttention(nn.Module):
@@ -97,7 +159,7 @@ BLOCKS: dict[str, BlockPlace] = {
 
 
 class PerLayerWidths:
-    """Mixin for a stock `...ForCausalLM` class: builds each decoder layer at its own widths."""
+    """Mixin for a stock `...Model` or `...ForCausalLM` class: builds each decoder layer at its own widths."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         """config: the architecture's own, with `per_layer_config`."""
@@ -105,16 +167,19 @@ class PerLayerWidths:
         layers = per_layer_overrides(config)
         check_overrides(layers)
         super().__init__(dense)
+        body = getattr(self, "model", self)
         for index, overrides in layers.items():
             layer_config = resolve_layer_config(dense, overrides)
             for kind, place in BLOCKS.items():
                 if kind in overrides.get("skip", ()):
-                    drop_block(self.model.layers[index], kind)
+                    drop_block(body.layers[index], kind)
                 else:
-                    stock = getattr(self.model.layers[index], place.module)
-                    setattr(self.model.layers[index], place.module, place.rebuild(stock, layer_config, index))
+                    stock = getattr(body.layers[index], place.module)
+                    setattr(body.layers[index], place.module, place.rebuild(stock, layer_config, index))
         config._attn_implementation = dense._attn_implementation
-        self.config = self.model.config = config
+        config.auto_map = auto_map(config.model_type)
+        self.config: PreTrainedConfig = config
+        body.config = config
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -124,9 +189,29 @@ class PerLayerWidths:
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """The stock method, applied to the layers' own configurations too."""
         super().set_attn_implementation(*args, **kwargs)
-        for layer in self.model.layers:
+        for layer in getattr(self, "model", self).layers:
             if hasattr(layer.self_attn, "config"):
                 layer.self_attn.config._attn_implementation = self.config._attn_implementation
+
+
+class PrunedLlamaModel(PerLayerWidths, LlamaModel):
+    """Llama with layers of different widths, without a head."""
+
+
+class PrunedMistralModel(PerLayerWidths, MistralModel):
+    """Mistral with layers of different widths, without a head."""
+
+
+class PrunedQwen2Model(PerLayerWidths, Qwen2Model):
+    """Qwen2 with layers of different widths, without a head."""
+
+
+class PrunedQwen3Model(PerLayerWidths, Qwen3Model):
+    """Qwen3 with layers of different widths, without a head."""
+
+
+class PrunedPhi3Model(PerLayerWidths, Phi3Model):
+    """Phi-3 with layers of different widths, without a head."""
 
 
 class PrunedLlamaForCausalLM(PerLayerWidths, LlamaForCausalLM):
@@ -157,9 +242,30 @@ PRUNED_CLASSES = {
     "phi3": PrunedPhi3ForCausalLM,
 }
 
-# Saving a model of a registered class writes this file and the configuration's auto_map with it.
-for _pruned_class in PRUNED_CLASSES.values():
-    _pruned_class.register_for_auto_class("AutoModelForCausalLM")
+BASE_CLASSES = {
+    "llama": PrunedLlamaModel,
+    "mistral": PrunedMistralModel,
+    "qwen2": PrunedQwen2Model,
+    "qwen3": PrunedQwen3Model,
+    "phi3": PrunedPhi3Model,
+}
+
+# Saving an object of a registered class writes this file, and its class into the configuration's auto_map.
+AUTO_CLASSES: dict[str, dict[str, Any]] = {
+    "AutoConfig": PRUNED_CONFIGS,
+    "AutoModel": BASE_CLASSES,
+    "AutoModelForCausalLM": PRUNED_CLASSES,
+}
+for _auto_class, _classes in AUTO_CLASSES.items():
+    for _model_type, _class in _classes.items():
+        _class.register_for_auto_class(_auto_class)
+        if _auto_class != "AutoConfig":
+            _class.config_class = PRUNED_CONFIGS[_model_type]
+
+
+def auto_map(model_type: str) -> dict[str, str]:
+    """`config.auto_map` of a pruned checkpoint: which class of this file each of transformers' auto classes takes."""
+    return {auto: f"modeling_gradprune.{classes[model_type].__name__}" for auto, classes in AUTO_CLASSES.items()}
 
 
 def per_layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
@@ -188,6 +294,14 @@ def homogeneous(config: PreTrainedConfig) -> PreTrainedConfig:
     dense = copy.copy(config)
     dense.per_layer_config = None
     return dense
+
+
+def with_query_heads(dense: PreTrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Overrides of one layer in which the number of KV heads has the number of query heads beside it."""
+    if not isinstance(overrides, dict) or "num_key_value_heads" not in overrides:
+        return overrides
+    heads_per_group = dense.num_attention_heads // dense.num_key_value_heads
+    return {"num_attention_heads": overrides["num_key_value_heads"] * heads_per_group, **overrides}
 
 
 def resolve_layer_config(dense: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedConfig:

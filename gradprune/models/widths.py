@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from gradprune.models.blocks import Block, PrunableModel
 from gradprune.models.modeling_gradprune import (
     PRUNED_CLASSES,
+    PRUNED_CONFIGS,
+    auto_map,
     homogeneous,
     per_layer_overrides,
     resolve_layer_config,
@@ -49,18 +51,25 @@ def state_widths(view: PrunableModel, before: PrunableModel) -> None:
         assert attention is not None
         config.per_layer_config = None
         config.__dict__.pop("per_layer_config", None)
+        config.__dict__.pop("allow_global_per_layer_attribute_access", None)
         config.num_key_value_heads = kv_groups[0]
         config.num_attention_heads = kv_groups[0] * attention.heads_per_group
         config.intermediate_size = channels[0]
         model.__class__ = stock_class(PRUNED_CLASSES[config.model_type])
+        config.__class__ = stock_class(PRUNED_CONFIGS[config.model_type])
     else:
         if not _differs_in_width(homogeneous(config), kv_groups, channels):
             # transformers releases that do not know per_layer_config would load the stock model, with random weights
             # for the dropped blocks. A global width that fits no layer makes them refuse.
             config.intermediate_size = 0
         config.per_layer_config = _per_layer_config(view, attention, kv_groups, channels)
-        # The same object with the class that knows per-layer widths: saving and reloading then just work.
+        # The same objects with the classes that know per-layer widths: saving and reloading then just work.
         model.__class__ = PRUNED_CLASSES[config.model_type]
+        config.__class__ = PRUNED_CONFIGS[config.model_type]
+        config.auto_map = auto_map(config.model_type)
+        if not view.architecture.per_layer_heads:
+            # For the stock class, with which AutoTokenizer reads config.json where remote code is off.
+            config.allow_global_per_layer_attribute_access = True
     _state_attention(model, view)
 
 
@@ -98,7 +107,7 @@ def _per_layer_config(
     for layer, (groups, width) in enumerate(zip(kv_groups, channels, strict=True)):
         # A dropped attention block keeps one head in the cache, see DroppedAttention.
         own: dict[str, Any] = {"num_key_value_heads": groups or 1, "intermediate_size": width}
-        if attention is not None and view.architecture.per_layer_heads:
+        if attention is not None:
             own["num_attention_heads"] = (groups or 1) * attention.heads_per_group
         existing = {block.kind.name for block in view.of_layer(layer)}
         if skip := [layout.kind for layout in view.architecture.blocks if layout.kind not in existing]:

@@ -27,7 +27,7 @@ FRESH = """
 import sys
 sys.modules["gradprune"] = None
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 folders, ids = sys.argv[2:], torch.load(sys.argv[1])
 for folder in folders:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -39,6 +39,18 @@ for folder in folders:
     again = AutoModelForCausalLM.from_pretrained(folder + ".again", trust_remote_code=True)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, logits)
+    body = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(model.lm_head(body(ids).last_hidden_state), logits)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    # As vLLM reads it: one configuration per layer, from which it sizes the layer's attention and cache.
+    assert config.is_heterogeneous and len(config.per_layer_config) == config.num_hidden_layers
+    for layer, module in zip(config.per_layer_config, body.layers):
+        if "attention" not in layer.skip:
+            assert layer.num_attention_heads * layer.head_dim == module.self_attn.o_proj.in_features
+            assert layer.num_attention_heads // layer.num_key_value_heads == module.self_attn.num_key_value_groups
+        if "mlp" not in layer.skip:
+            assert layer.intermediate_size == module.mlp.down_proj.in_features
     half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
     assert half(ids).logits.isfinite().all()
 """
@@ -135,10 +147,11 @@ def test_a_model_loaded_by_remote_code_can_become_plain(tmp_path: Path, monkeypa
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), plain)
 
 
-def test_the_configuration_and_tokenizer_need_no_remote_code(tmp_path: Path) -> None:
-    model = tiny_model(vocab=300)
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_the_configuration_and_tokenizer_need_no_remote_code(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture, vocab=300)
     save_checkpoint(cut(model, random_masks(model, 0.5)), byte_tokenizer(), tmp_path / "x")
-    assert AutoConfig.from_pretrained(tmp_path / "x").model_type == "llama"
+    assert AutoConfig.from_pretrained(tmp_path / "x").model_type == architecture
     assert AutoTokenizer.from_pretrained(tmp_path / "x").decode([5, 6])
 
 
@@ -157,6 +170,28 @@ def test_per_layer_config_states_the_widths(tmp_path: Path) -> None:
     assert layers[1]["intermediate_size"] == 3
     assert layers[2]["skip"] == ["mlp"]
     assert (config["num_key_value_heads"], config["intermediate_size"], config["head_dim"]) == (3, 10, 4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_checkpoints_of_the_first_release_still_load(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture)
+    masks = random_masks(model, 0.5)
+    masks.attention[1][:] = False
+    save_checkpoint(cut(model, masks), None, tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    # It registered one class, and left the query heads of Llama and Phi-3 out.
+    layers = config["per_layer_config"]
+    if architecture in ("llama", "phi3"):
+        layers = {index: {k: v for k, v in own.items() if k != "num_attention_heads"} for index, own in layers.items()}
+        assert layers != config["per_layer_config"]
+    auto_map = {"AutoModelForCausalLM": config["auto_map"]["AutoModelForCausalLM"]}
+    state(tmp_path / "x", per_layer_config=layers, auto_map=auto_map)
+    found = load_pruned(tmp_path / "x")
+    assert_same(found, masked(model, masks))
+    kept = found.config.per_layer_config[0]
+    assert kept.num_attention_heads == 2 * kept.num_key_value_heads == 2 * int(masks.attention[0].sum())
+    save_checkpoint(found, None, tmp_path / "again")
+    assert "AutoModel" in json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)

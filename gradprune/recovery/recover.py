@@ -1,0 +1,265 @@
+"""Recovery: train a pruned model for a while, keep the best weights, merge what was added."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gradprune.data.windows import batches, check_context
+from gradprune.errors import CalibrationError, NonFiniteError, RecoveryError
+from gradprune.models import describe
+from gradprune.models.loss import mean_loss, sample_losses
+from gradprune.progress import QUIET, progress
+from gradprune.recovery.losses import distillation_loss
+from gradprune.recovery.options import RecoveryConfig
+from gradprune.recovery.state import Progress, Tensors, digest, load_state, save_state
+
+# Windows at the end of the text on which the best weights are chosen, and steps of linear warm-up.
+_CHOSEN_ON, _WARM_UP = 32, 10
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a recovery gives.
+
+    model: the recovered model, of the class, the widths and the dtype it had.
+    steps: done in all; best_step: the one whose weights were kept, 0 where training did not help.
+    history: (step, held-out loss in nats per token), the first before any step.
+    """
+
+    model: PreTrainedModel
+    steps: int
+    best_step: int
+    history: list[tuple[int, float]]
+
+
+def recover(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    tokens: Tensor,
+    config: RecoveryConfig | None = None,
+    *,
+    state: Path | None = None,
+    console: Console = QUIET,
+) -> Recovery:
+    """Train `model`, in place, with AdamW, a linear warm-up and a cosine decay to zero.
+
+    The last windows of the text are not trained on: the weights that predict them best are kept. With the same options
+    and the same number of steps the result has the same bytes, interrupted and resumed or not.
+
+    Args:
+        model: pruned, or any supported causal LM.
+        teacher: the dense model, for loss "kd"; its vocabulary is the model's.
+        tokens: [tokens] int64, the text to train on.
+        config: the options.
+        state: folder that an interrupted run is resumed from; it is written at every check and deleted at the end.
+        console: where progress is shown.
+
+    Raises:
+        RecoveryError: no teacher, or one of another vocabulary; PEFT is not installed; `state` is another run's.
+        CalibrationError: too little text, or samples longer than the context.
+        NonFiniteError: the loss of a step is NaN or infinite.
+    """
+    config = config or RecoveryConfig()
+    loss_of = _loss(model, teacher, config)
+    train, chosen_on = _split(model, tokens, config)
+    dtype = model.dtype
+    run = digest(asdict(config), dict(model.named_parameters()), tokens)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        merge = _prepare(model, config)
+    try:
+        trainer = _Trainer(model, loss_of, train, chosen_on, config, run, state, console)
+        found = trainer.train()
+    finally:
+        merge()
+    _cast(model, dtype)
+    if state is not None:
+        _remove(state)
+    return Recovery(model, found.step, found.best_step, found.history)
+
+
+def _loss(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, config: RecoveryConfig
+) -> Callable[[Tensor], Tensor]:
+    if config.loss == "lm":
+        return lambda ids: sample_losses(model, ids).mean()
+    if teacher is None:
+        raise RecoveryError("teacher: loss 'kd' learns from the dense model; name it, or choose loss 'lm'")
+    if teacher.config.vocab_size != model.config.vocab_size:
+        raise RecoveryError(
+            f"teacher: its vocabulary has {teacher.config.vocab_size} tokens, the model's {model.config.vocab_size}; "
+            "name the model that was pruned"
+        )
+    dense = teacher.eval()
+    return lambda ids: distillation_loss(model, dense, ids)
+
+
+def _split(model: PreTrainedModel, tokens: Tensor, config: RecoveryConfig) -> tuple[Tensor, Tensor]:
+    """Windows to train on, and those to choose on: the last tenth, at most 32."""
+    check_context(model.config, config.seq_len)
+    count = len(tokens) // config.seq_len
+    if count < 2:
+        raise CalibrationError(
+            f"dataset: {len(tokens)} tokens are not two windows of {config.seq_len}, one to train on and one to choose "
+            "on; give more text, or a smaller seq_len"
+        )
+    windows = tokens[: count * config.seq_len].view(count, config.seq_len)
+    kept = min(_CHOSEN_ON, max(1, count // 10))
+    return windows[:-kept], windows[-kept:]
+
+
+def _prepare(model: PreTrainedModel, config: RecoveryConfig) -> Callable[[], None]:
+    """Make the parameters that are trained trainable, and no others; returns what merges them into the model."""
+    if config.method == "full":
+        # Steps are smaller than the resolution of 16-bit weights.
+        _cast(model, torch.promote_types(model.dtype, torch.float32))
+        model.requires_grad_(True)
+        return lambda: None
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise RecoveryError(
+            "method: 'lora' needs the recover extra (pip install 'gradprune[recover]'); or choose method 'full'"
+        ) from error
+    layouts = describe(model).architecture.blocks
+    names = [path for layout in layouts for path in (*(entry.path for entry in layout.inputs), layout.output)]
+    wrapped: Any = get_peft_model(
+        model, LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
+    )
+    return lambda: wrapped.merge_and_unload()
+
+
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    model.to(dtype)
+
+
+class _Trainer:
+    """The loop. Which samples a step takes and its learning rate depend on the step's number alone."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        loss_of: Callable[[Tensor], Tensor],
+        train: Tensor,
+        chosen_on: Tensor,
+        config: RecoveryConfig,
+        run: str,
+        state: Path | None,
+        console: Console,
+    ) -> None:
+        self.model, self.loss_of, self.windows, self.chosen_on = model, loss_of, train, chosen_on
+        self.config, self.state, self.console = config, state, console
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=config.peak_rate, weight_decay=0.0)
+        resumed = load_state(state, run) if state is not None else None
+        if resumed is None:
+            self.progress = Progress(run, 0)
+            self._check()
+            self.progress.total = config.steps or self._planned_steps()
+        else:
+            self.progress, weights, self.best, moments = resumed
+            self._set(weights)
+            self._set_moments(moments)
+
+    def train(self) -> Progress:
+        """Train to the end; the model then has the best weights."""
+        now = self.progress
+        interval = max(1, now.total // self.config.checks)
+        shown = progress(self.console, "Recovering", now.total, "steps")
+        with shown as advance:
+            advance(now.step)
+            while now.step < now.total:
+                self._step()
+                advance()
+                if now.step % interval == 0 or now.step == now.total:
+                    self._check()
+        self._set(self.best)
+        return now
+
+    def _step(self) -> None:
+        step = self.progress.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.peak_rate * _schedule(step, self.progress.total)
+        self.model.train()
+        loss = self.loss_of(self._batch(step))
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"loss of step {step} is {loss.item()}; choose a smaller learning_rate")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+
+    def _batch(self, step: int) -> Tensor:
+        """The step's samples: every epoch goes over all windows in an order of its own."""
+        size = min(self.config.batch_size, len(self.windows))
+        per_epoch = len(self.windows) // size
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step // per_epoch)
+        order = torch.randperm(len(self.windows), generator=generator)
+        start = step % per_epoch * size
+        return self.windows[order[start : start + size]].to(self.model.device)
+
+    def _check(self) -> None:
+        """Measure held-out loss, keep the best weights, save the state."""
+        self.model.eval()
+        loss = mean_loss(self.model, list(batches(self.chosen_on, self.config.batch_size)))
+        now = self.progress
+        now.history.append((now.step, loss))
+        if loss < now.best:
+            now.best, now.best_step = loss, now.step
+            self.best = {name: p.detach().clone() for name, p in self.trained.items()}
+        if self.state is not None and now.step:
+            save_state(self.state, now, dict(self.trained), self.best, self._moments())
+
+    def _planned_steps(self) -> int:
+        """Steps that fit into the minutes, from the second of two passes; checks are counted in."""
+        for _ in range(2):
+            start = time.perf_counter()
+            self.model.train()
+            self.loss_of(self._batch(0)).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        self.model.eval()
+        mean_loss(self.model, list(batches(self.chosen_on, self.config.batch_size)))
+        checks = self.config.checks * (time.perf_counter() - start)
+        return max(1, int((60.0 * self.config.minutes - checks) / seconds))
+
+    @torch.no_grad()
+    def _set(self, weights: Tensors) -> None:
+        for name, parameter in self.trained.items():
+            parameter.copy_(weights[name])
+
+    def _moments(self) -> Tensors:
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self.trained.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+
+    def _set_moments(self, moments: Tensors) -> None:
+        for name, parameter in self.trained.items():
+            own = {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in own.items()
+            }
+
+
+def _schedule(step: int, total: int) -> float:
+    """Fraction of the peak learning rate: linear warm-up, then cosine decay to zero."""
+    return min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1.0 + math.cos(math.pi * step / total))
+
+
+def _remove(folder: Path) -> None:
+    for path in folder.glob("*"):
+        path.unlink()
+    if folder.is_dir():
+        folder.rmdir()

@@ -1,0 +1,77 @@
+"""What an interrupted recovery goes on from: safetensors and JSON, nothing pickled."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gradprune.checkpoint.atomic import atomic_directory
+from gradprune.errors import RecoveryError
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Progress:
+    """How far a recovery is.
+
+    run: digest of its options and of the model it started from. total: steps planned; step: steps done.
+    best: smallest held-out loss so far, in nats per token, of `best_step`. history: (step, loss) of every check.
+    """
+
+    run: str
+    total: int
+    step: int = 0
+    best: float = math.inf
+    best_step: int = 0
+    history: list[tuple[int, float]] = field(default_factory=list)
+
+
+def digest(options: dict[str, Any], tensors: Mapping[str, Tensor], tokens: Tensor) -> str:
+    """Names a run: equal for equal options, start and text."""
+    found = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name}{list(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    found.update(tokens.numpy().tobytes())
+    return found.hexdigest()
+
+
+def save_state(folder: Path, progress: Progress, weights: Tensors, best: Tensors, moments: Tensors) -> None:
+    """Replace the state at once: a kill leaves the one before or this one.
+
+    Args:
+        folder: of the state. progress: how far. weights, best: of the trained parameters. moments: the optimizer's.
+    """
+    with atomic_directory(folder, overwrite=True, argument="output_name") as partial:
+        for name, tensors in (("weights", weights), ("best", best), ("moments", moments)):
+            # Copied, because parameters may share memory, which the format does not take.
+            copies = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+            save_file(copies, partial / f"{name}.safetensors")
+        (partial / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+
+
+def load_state(folder: Path, run: str) -> tuple[Progress, Tensors, Tensors, Tensors] | None:
+    """What `save_state` saved of this run; None where there is nothing.
+
+    Raises:
+        RecoveryError: what is there is another run's.
+    """
+    if not folder.is_dir():
+        return None
+    stated = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    if stated["run"] != run:
+        raise RecoveryError(
+            f"output_name: '{folder}' holds an interrupted recovery with other options, model or text; give those to "
+            "go on with it, or delete the folder"
+        )
+    stated["history"] = [(step, loss) for step, loss in stated["history"]]
+    weights, best, moments = (load_file(folder / f"{name}.safetensors") for name in ("weights", "best", "moments"))
+    return Progress(**stated), weights, best, moments

@@ -1,0 +1,156 @@
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gradprune.checkpoint.load import load_pruned
+from gradprune.checkpoint.save import save_checkpoint
+from gradprune.errors import CalibrationError, NonFiniteError, RecoveryError
+from gradprune.models.loss import mean_loss
+from gradprune.recovery import recover as module
+from gradprune.recovery.losses import distillation_loss
+from gradprune.recovery.options import RecoveryConfig
+from gradprune.recovery.recover import recover
+from gradprune.surgery.cut import cut
+from helpers.cut_models import random_masks
+from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
+
+QUICK = {"seq_len": 16, "batch_size": 4, "steps": 12, "checks": 4, "learning_rate": 3e-3}
+# Words of an easy language, so that a few steps of training show.
+TEXT = torch.tensor([5, 9, 7, 30, 31, 8] * 200)
+
+
+def dense_and_pruned(architecture: str = "llama", **options):
+    dense = tiny_model(architecture, **options)
+    return dense, cut(dense, random_masks(dense, 0.6))
+
+
+def copies(model):
+    return copy.deepcopy(model)
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal_weights(found, expected) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_the_distillation_loss_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, pruned = dense_and_pruned()
+    ids = tiny_ids()
+    expected = F.log_softmax(dense(ids).logits, -1).detach()
+    found = F.log_softmax(pruned(ids).logits, -1)
+    exact = (expected.exp() * (expected - found)).sum(-1).mean()
+    gradients = torch.autograd.grad(exact, list(pruned.parameters()))
+    for chunk in (256, 5):
+        monkeypatch.setattr("gradprune.recovery.losses.MIN_TOKENS", chunk)
+        monkeypatch.setattr("gradprune.recovery.losses.LOGITS", 1)
+        loss = distillation_loss(pruned, dense, ids)
+        torch.testing.assert_close(loss, exact, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(torch.autograd.grad(loss, list(pruned.parameters())), gradients)
+    assert distillation_loss(dense, dense, ids).abs() < 1e-12
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_the_result_is_an_ordinary_pruned_checkpoint(architecture: str, method: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="PEFT is not installed (pip install peft)")
+    _, pruned = dense_and_pruned(architecture, dtype=torch.float32)
+    kind, names = type(pruned), list(pruned.state_dict())
+    before = mean_loss(pruned, [TEXT[:160].view(-1, 16)])
+    found = recover(pruned, None, TEXT, RecoveryConfig(method=method, loss="lm", **QUICK))
+    assert found.model is pruned
+    assert type(pruned) is kind
+    assert list(pruned.state_dict()) == names
+    assert pruned.dtype == torch.float32
+    assert found.steps == 12
+    assert mean_loss(pruned, [TEXT[:160].view(-1, 16)]) < before - 0.1
+    save_checkpoint(pruned, None, tmp_path / "x")
+    ids = tiny_ids()
+    with torch.no_grad():
+        assert torch.equal(load_pruned(tmp_path / "x")(ids).logits, pruned.eval()(ids).logits)
+
+
+def test_distillation_brings_the_student_to_its_teacher() -> None:
+    dense, pruned = dense_and_pruned()
+    text = tiny_ids(1, 2000).flatten()
+    ids = text[:64].view(-1, 16)
+    before = distillation_loss(pruned, dense, ids)
+    recover(pruned, dense, text, RecoveryConfig(method="full", **{**QUICK, "steps": 40}))
+    with torch.no_grad():
+        assert distillation_loss(pruned, dense, ids) < 0.8 * before
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_interrupted_and_resumed_is_the_same(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft", reason="PEFT is not installed (pip install peft)")
+    dense, pruned = dense_and_pruned()
+    config = RecoveryConfig(method=method, **QUICK)
+    whole = copies(pruned)
+    expected = recover(whole, dense, TEXT, config, state=tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+
+    step, taken = module._Trainer._step, []
+
+    def interrupted(self) -> None:
+        taken.append(self.progress.step)
+        if self.progress.step == 8 and taken.count(8) == 1:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(module._Trainer, "_step", interrupted)
+    state, first = tmp_path / "state", copies(pruned)
+    with pytest.raises(KeyboardInterrupt):
+        recover(first, dense, TEXT, config, state=state)
+    with pytest.raises(RecoveryError, match="interrupted recovery with other options"):
+        recover(copies(pruned), dense, TEXT, RecoveryConfig(method=method, **{**QUICK, "seed": 1}), state=state)
+    resumed = copies(pruned)
+    found = recover(resumed, dense, TEXT, config, state=state)
+    assert taken == [*range(9), *range(6, 12)], "it goes on from the last check"
+    assert found.history == expected.history
+    assert_equal_weights(weights(resumed), weights(whole))
+    assert not state.exists()
+
+
+def test_what_training_makes_worse_is_not_kept() -> None:
+    _, pruned = dense_and_pruned()
+    before = weights(pruned)
+    found = recover(
+        pruned,
+        None,
+        tiny_ids(1, 1000).flatten(),
+        RecoveryConfig(method="full", loss="lm", **{**QUICK, "learning_rate": 100.0}),
+    )
+    assert found.best_step == 0
+    assert_equal_weights(weights(pruned), before)
+
+
+def test_minutes_are_planned_by_the_speed_of_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, pruned = dense_and_pruned()
+    monkeypatch.setattr(module.time, "perf_counter", iter([0, 9, 10, 12, 20, 21]).__next__)
+    config = RecoveryConfig(method="full", loss="lm", minutes=0.5, **{**QUICK, "steps": None})
+    # Thirty seconds, less four checks of one second each, at two seconds per step.
+    assert recover(pruned, None, TEXT, config).steps == 13
+
+
+def test_what_cannot_be_trained_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, pruned = dense_and_pruned()
+    with pytest.raises(RecoveryError, match="teacher: loss 'kd'"):
+        recover(pruned, None, TEXT)
+    with pytest.raises(RecoveryError, match="teacher: its vocabulary has 99 tokens, the model's 61"):
+        recover(pruned, tiny_model(vocab=99), TEXT)
+    with pytest.raises(CalibrationError, match="not two windows of 16"):
+        recover(pruned, None, TEXT[:20], RecoveryConfig(loss="lm", **QUICK))
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(RecoveryError, match=r"pip install 'gradprune\[recover\]'"):
+        recover(pruned, None, TEXT, RecoveryConfig(loss="lm", **QUICK))
+    with torch.no_grad():
+        pruned.lm_head.weight[0] = torch.nan
+    with pytest.raises(NonFiniteError, match="step 0"):
+        recover(pruned, None, TEXT, RecoveryConfig(method="full", loss="lm", **QUICK))
