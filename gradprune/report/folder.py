@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from gradprune.checkpoint.atomic import atomic_directory
-from gradprune.checkpoint.save import save_checkpoint
+from gradprune.checkpoint.save import write_checkpoint
 from gradprune.config import PruneConfig, command_line
 from gradprune.evaluation.size import weight_bytes_on_disk
 from gradprune.models import KINDS, BlockKey
@@ -58,7 +58,7 @@ def _layer_summary(masks: GroupMasks, layer: int) -> dict[str, Any]:
 def write_results(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None, output: Path) -> PruneResult:
     """Write the results folder: all of it or, if interrupted, nothing."""
     with atomic_directory(output, overwrite=result.config.overwrite, argument="output_name") as folder:
-        save_checkpoint(result.model, tokenizer, folder / "model")
+        write_checkpoint(result.model, tokenizer, folder / "model")
         on_disk = weight_bytes_on_disk(folder / "model")
         result = replace(
             result, after=replace(result.after, bytes_on_disk=on_disk or result.after.bytes_on_disk), output=output

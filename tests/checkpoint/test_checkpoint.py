@@ -12,7 +12,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gradprune import load_pruned
-from gradprune.checkpoint.atomic import atomic_directory
 from gradprune.checkpoint.load import load_model
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.demo import byte_tokenizer
@@ -305,49 +304,14 @@ def test_an_existing_folder_is_kept_unless_asked(tmp_path: Path) -> None:
     (tmp_path / "x" / "mine").write_text("precious")
     with pytest.raises(CheckpointError, match=r"directory: .* exists"):
         save_checkpoint(tiny_model(), None, tmp_path / "x")
+    with pytest.raises(CheckpointError, match=r"directory: .* is not what a run of gradprune left"):
+        save_checkpoint(tiny_model(), None, tmp_path / "x", overwrite=True)
+    assert (tmp_path / "x" / "mine").read_text() == "precious"
+
+
+def test_an_existing_checkpoint_is_replaced_if_asked(tmp_path: Path) -> None:
+    save_checkpoint(tiny_model(), None, tmp_path / "x")
+    (tmp_path / "x" / "mine").touch()
     save_checkpoint(tiny_model(), None, tmp_path / "x", overwrite=True)
     assert not (tmp_path / "x" / "mine").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
-
-
-def test_an_interrupted_write_keeps_the_old_folder(tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "old").touch()
-
-    def write() -> None:
-        with atomic_directory(tmp_path / "x", overwrite=True, argument="x") as folder:
-            (folder / "new").touch()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write()
-    assert [path.name for path in tmp_path.rglob("*")] == ["x", "old"]
-
-
-def test_a_write_that_cannot_take_its_place_puts_the_old_folder_back(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "old").touch()
-    rename = Path.rename
-
-    def full(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
-            raise OSError("no space left")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", full)
-    with pytest.raises(OSError, match="no space left"), atomic_directory(tmp_path / "x", overwrite=True, argument="x"):
-        pass
-    assert [path.name for path in tmp_path.rglob("*")] == ["x", "old"]
-
-
-def test_a_killed_write_leaves_nothing_under_the_name(tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from gradprune.checkpoint import atomic_directory\n"
-        "with atomic_directory(Path(sys.argv[1]), overwrite=False, argument='x') as folder:\n"
-        "    (folder / 'config.json').write_text('{}')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], check=False)
-    assert not (tmp_path / "x").exists()
