@@ -31,3 +31,12 @@ class CheckpointError(GradPruneError):
 
 class BackendUnavailableError(GradPruneError):
     """A backend was asked for by name and cannot run here; the message gives the reason."""
+
+
+def one_line(error: BaseException) -> str:
+    """The start of another library's error message, which may go on for paragraphs; without a full stop."""
+    words = " ".join(str(error).split())
+    if not words or isinstance(error, KeyError):  # whose message is the bare key
+        words = f"{type(error).__name__} {words}".strip()
+    message = words if len(words) <= 200 else words[:200].rsplit(" ", 1)[0] + " ..."
+    return message.rstrip(".")

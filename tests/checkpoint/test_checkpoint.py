@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from gradprune import load_pruned
+from gradprune import hub, load_pruned
 from gradprune.checkpoint.load import load_model
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.demo import byte_tokenizer
@@ -278,13 +280,74 @@ def test_a_damaged_tokenizer_is_an_error_and_a_missing_one_is_none(tmp_path: Pat
 def test_a_name_is_not_asked_for_at_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        monkeypatch.setattr("gradprune.checkpoint.load.hub.ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        monkeypatch.setattr("gradprune.checkpoint.load.hub.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("gradprune.checkpoint.load.getproxies", dict)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         start = time.monotonic()
-        with pytest.raises(CheckpointError, match=r"^base_model: .*models/nowhere"):
-            load_model("models/nowhere")
+        with pytest.raises(CheckpointError, match=r"^model: there is no folder 'models/nowhere', nor .* be reached"):
+            load_model("models/nowhere", argument="model")
         assert time.monotonic() - start < 5.0
+
+
+def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_TIMEOUT", 0.1)
+    monkeypatch.setattr(hub, "_ask", lambda: time.sleep(3.0))  # as the resolution of a name, which has no limit
+    start = time.monotonic()
+    assert "no answer in 0.1 s" in str(hub.hub_fault())
+    assert time.monotonic() - start < 2.0
+
+
+def sharded(folder: Path) -> dict[str, str]:
+    """A checkpoint in shards; returns its index's map."""
+    tiny_model().save_pretrained(folder, max_shard_size="20KB")
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["evil.bin", "../outside.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", "a\\b.safetensors", 3, None],
+)
+def test_an_index_names_nothing_but_safetensors_beside_it(tmp_path: Path, name: object) -> None:
+    weights = sharded(tmp_path / "x")
+    load_model(tmp_path / "x")
+    first = next(iter(weights))
+    # Whatever is there, it is not opened.
+    torch.save({}, tmp_path / "x" / "evil.bin")
+    (tmp_path / "outside.safetensors").write_bytes((tmp_path / "x" / weights[first]).read_bytes())
+    index = {"metadata": {}, "weight_map": {**weights, first: name}}
+    (tmp_path / "x" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"names {name!r}; only *.safetensors files beside it are read" in told(tmp_path / "x")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', "[" * 100_000])
+def test_a_damaged_index_is_one_clear_error(tmp_path: Path, content: str) -> None:
+    sharded(tmp_path / "x")
+    (tmp_path / "x" / "model.safetensors.index.json").write_text(content)
+    assert "is not an index of weights" in told(tmp_path / "x")
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    shard = sorted(set(sharded(tmp_path / "x").values()))[-1]
+    (tmp_path / "x" / shard).unlink()
+    assert f"lacks '{shard}'" in told(tmp_path / "x")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_weights_of_eight_bits_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_checkpoint(tiny_model(), None, tmp_path / "x")
+    weights = load_file(tmp_path / "x" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"].to(dtype)
+    save_file(weights, tmp_path / "x" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"^base_model: model.layers.1.mlp.up_proj.weight .* stored as"
+    ):
+        load_model(tmp_path / "x")
+
+
+def test_a_configuration_may_not_name_the_file_of_weights(tmp_path: Path) -> None:
+    save_checkpoint(tiny_model(), None, tmp_path / "x")
+    state(tmp_path / "x", transformers_weights="adapter_model.bin")
+    assert "transformers_weights" in told(tmp_path / "x")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
