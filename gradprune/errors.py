@@ -33,6 +33,10 @@ class BackendUnavailableError(GradPruneError):
     """A backend was asked for by name and cannot run here; the message gives the reason."""
 
 
+class OutOfMemoryError(GradPruneError):
+    """Memory ran out; the message says what was running and which options need less."""
+
+
 def one_line(error: BaseException) -> str:
     """The start of another library's error message, which may go on for paragraphs; without a full stop."""
     words = " ".join(str(error).split())
