@@ -4,6 +4,7 @@ On a terminal it is a bar. Elsewhere, in a file or a pipe, it is a line at the s
 takes long, one every half minute.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+logger = logging.getLogger(__name__)
 
 _INTERVAL = 30.0  # seconds between two lines where there is no terminal
 
@@ -121,21 +124,15 @@ class Clock:
     running: the stage that is running, or that failed.
     """
 
-    def __init__(self, console: Console = QUIET, *, verbose: bool = False) -> None:
-        """No stage yet.
-
-        Args:
-            console: where the stages are named as they begin, unless it is a terminal, which shows what they do.
-            verbose: name them on a terminal too, and say how long each took.
-        """
+    def __init__(self, console: Console = QUIET) -> None:
+        """No stage yet; `console` is where each is named as it begins, unless it is a terminal, which shows bars."""
         self.seconds: dict[str, float] = {}
         self.running: str | None = None
-        self._console = console
-        self._verbose = verbose
+        self.console = console
 
     def copy(self) -> "Clock":
         """Another clock that has timed the same stages so far."""
-        copied = Clock()
+        copied = Clock(self.console)
         copied.seconds = dict(self.seconds)
         return copied
 
@@ -143,12 +140,11 @@ class Clock:
     def stage(self, name: str) -> Iterator[None]:
         """Time the body as stage `name`."""
         words = name.replace("_", " ").capitalize()
-        if self._verbose or not self._console.is_terminal:
-            say(self._console, f"{words} ...")
+        if not self.console.is_terminal:
+            say(self.console, f"{words} ...")
         self.running = name
         start = time.perf_counter()
         yield
         self.running = None
         self.seconds[name] = round(time.perf_counter() - start, 4)
-        if self._verbose:
-            say(self._console, f"{words} took {self.seconds[name]:.2f} s")
+        logger.info("%s took %.2f s", words, self.seconds[name])

@@ -39,15 +39,6 @@ def is_results(folder: Path) -> bool:
     return (folder / "run.json").is_file() or any(folder.glob("*/run.json"))
 
 
-def check_free(directory: Path, *, overwrite: bool, argument: str) -> None:
-    """Raise if the name is taken by what may not be replaced.
-
-    Raises:
-        CheckpointError: naming `argument`, the option the path came from.
-    """
-    Claim(directory, overwrite, argument, is_results, {}).check_name()
-
-
 class Claim:
     """A claimed name; made by `claimed`."""
 
@@ -75,7 +66,7 @@ class Claim:
             CheckpointError: something could not be written, or something else has taken the name meanwhile; then the
                 new content is kept beside it, and the message says where.
         """
-        partial = self._beside(f"partial-{secrets.token_hex(4)}")
+        partial = self._beside(f"partial-{secrets.token_hex(8)}")
         try:
             with self._told():
                 partial.mkdir()
@@ -93,7 +84,7 @@ class Claim:
         """
         self.check_name()
         with self._told():
-            trial = self._beside(f"partial-{secrets.token_hex(4)}")
+            trial = self._beside(f"partial-{secrets.token_hex(8)}")
             trial.mkdir()
             trial.rmdir()
             free = shutil.disk_usage(self.directory.parent).free
@@ -130,6 +121,11 @@ class Claim:
 
     def _check_name(self) -> None:
         directory, argument = self.directory, self._argument
+        try:
+            str(directory).encode()
+        except UnicodeEncodeError:
+            # tokenizers write to no such path.
+            raise CheckpointError(f"{argument}: {str(directory)!r} is not UTF-8; choose another name") from None
         if directory.is_symlink():
             raise CheckpointError(f"{argument}: '{directory}' is a symbolic link; name the folder it points to")
         if not directory.exists():

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gradprune.checkpoint.atomic import atomic_directory
 from gradprune.checkpoint.save import write_checkpoint
-from gradprune.config import PruneConfig, command_line
+from gradprune.config import PruneConfig, again, command_line
 from gradprune.evaluation.size import weight_bytes_on_disk
 from gradprune.models import KINDS, BlockKey
 from gradprune.models.masks import GroupMasks
@@ -40,6 +40,11 @@ def summarize(result: PruneResult) -> dict[str, Any]:
             "achieved": 1.0 - result.after.parameters / result.before.parameters,
         },
         "evaluation_tokens": result.before.perplexity.tokens,
+        "evaluation_held_out": result.held_out,
+        "calibration": {
+            name: getattr(result.evidence, name) for name in ("num_samples", "seq_len", "reduction", "seed", "dataset")
+        },
+        "warnings": result.warnings,
         "layers": [_layer_summary(result.masks, layer) for layer in range(result.masks.layers)],
         "repair": [asdict(repair) for repair in result.repairs],
     }
@@ -94,6 +99,7 @@ def _run_record(result: PruneResult) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "device": str(result.model.device),
+        "calibration": summarize(result)["calibration"],
         "seed": result.config.seed,
         "seconds": result.seconds,
     }
@@ -104,7 +110,7 @@ def search_to_dict(result: SearchResult, config: PruneConfig) -> dict[str, Any]:
     return {
         "candidates": result.candidates,
         "cut_short": result.cut_short,
-        "command": command_line(config),
+        "command": command_line(again(config)),
         "trials": [
             {"rank": rank, "setting": describe_scoring(trial.scoring), **asdict(trial)}
             for rank, trial in enumerate(result.trials, start=1)
