@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gradprune.calibration.evidence import Evidence
 from gradprune.calibration.gather import gather_evidence
 from gradprune.calibration.kept import evidence_kept
+from gradprune.calibration.resume import forget_calibration
 from gradprune.checkpoint.atomic import atomic_directory
 from gradprune.checkpoint.results import claimed_results, ratio_names
 from gradprune.config import PruneConfig
@@ -70,7 +71,10 @@ def prune(
         evidence = gather_evidence(run)
         with evidence_kept(evidence, output), memory_advice(clock, config):
             result = _prune_at_ratio(run, evidence, _measure_dense(run))
-            return result if output is None else _written(run, result, tokenizer, output)
+            if output is not None:
+                result = _written(run, result, tokenizer, output)
+        forget_calibration(config)
+        return result
 
 
 def prune_ratios(
@@ -111,6 +115,7 @@ def prune_ratios(
                     result = _written(at_ratio, _prune_at_ratio(at_ratio, evidence, dense), tokenizer, folder / name)
                 results.append(replace(result, output=output / name))
             write_curve_report(folder / "report.html", [summarize(result) for result in results])
+        forget_calibration(config)
         return results
 
 

@@ -87,7 +87,7 @@ class BlockAccumulator(ABC):
         if gates:
             state["gates"] = torch.cat(gates)
         for path in self.records[0].statistics if self.records else ():
-            state[f"statistics.{path}"] = torch.stack([record.statistics[path] for record in self.records])
+            state[f"statistics.{path}"] = torch.stack([record.statistics[path].pack() for record in self.records])
         return state
 
     def restore(self, state: dict[str, Tensor], gradients: list[int]) -> None:
@@ -102,7 +102,7 @@ class BlockAccumulator(ABC):
         }
         gates = state["gates"].to(device).split(gradients) if "gates" in state else [None] * len(gradients)
         self.records = [
-            StepRecord({path: of_steps[step] for path, of_steps in statistics.items()}, gate, scale)
+            StepRecord({path: GradientStatistics.unpack(of[step]) for path, of in statistics.items()}, gate, scale)
             for step, (gate, scale) in enumerate(zip(gates, state["scales"].tolist(), strict=True))
         ]
 

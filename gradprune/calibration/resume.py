@@ -1,22 +1,15 @@
 """A calibration that survives its process: the engine's sums in a file every so many samples, and on from there.
 
-The file, `results/.NAME.calibration`, lies beside the results folder to come. It holds the accumulators' state as
-safetensors, and as metadata what it belongs to and a digest against damage. It is replaced atomically, and deleted
-once the results are written.
+The file, `results/.NAME.calibration`, lies beside the results folder to come, holds the accumulators' state and what it
+belongs to, and is deleted once the results are written.
 """
 
-import json
 import logging
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
 from gradprune.calibration.engine import ImportanceEngine
+from gradprune.calibration.sealed import DamagedFileError, read_sealed, write_sealed
 from gradprune.config import PruneConfig
 from gradprune.errors import CheckpointError
 from gradprune.models.digest import model_digest, tensors_digest
@@ -34,6 +27,13 @@ def calibration_file(config: PruneConfig) -> Path | None:
     if config.output_name is None:
         return None
     return Path(config.output_dir) / f".{config.output_name}.calibration"
+
+
+def forget_calibration(config: PruneConfig) -> None:
+    """Delete the state, now that the results are written."""
+    path = calibration_file(config)
+    if path is not None:
+        path.unlink(missing_ok=True)
 
 
 class Resumable:
@@ -63,7 +63,13 @@ class Resumable:
         if not resume:
             logger.warning("'%s' of an interrupted run is not used; --resume would go on with it", self._path)
             return 0
-        state, belongs, done = _read(self._path)
+        try:
+            state, record = read_sealed(self._path)
+        except DamagedFileError as error:
+            raise CheckpointError(
+                f"resume: '{self._path}' is damaged ({error}); leave out --resume to start again"
+            ) from error
+        belongs, done = record["belongs"], int(record["done"])
         differing = [
             f"{name} ({belongs.get(name)}, now {value})"
             for name, value in self._belongs.items()
@@ -88,17 +94,10 @@ class Resumable:
         due = self._every is not None and (done - self._saved >= self._every or done == len(self._samples))
         if self._path is None or not due or done == self._saved:
             return
-        state = self._engine.state()
-        record = {"belongs": self._belongs, "done": done, "digest": _digest(state)}
-        new = self._path.with_name(f"{self._path.name}.new")
         try:
-            save_file(state, new, {"gradprune": json.dumps(record, sort_keys=True)})
-            with new.open("rb") as file:
-                os.fsync(file.fileno())
-            new.replace(self._path)
-        except (OSError, SafetensorError) as error:
-            new.unlink(missing_ok=True)
-            raise CheckpointError(f"checkpoint_every: '{self._path}' cannot be written: {error}") from error
+            write_sealed(self._path, self._engine.state(), {"belongs": self._belongs, "done": done})
+        except OSError as error:
+            raise CheckpointError(f"checkpoint_every: '{self._path}' cannot be written: {error.strerror}") from error
         self._saved = done
 
 
@@ -112,22 +111,3 @@ def _belongs(run: Run, engine: ImportanceEngine) -> dict[str, Any]:
         "model": model_digest(run.view.model),
         "data": tensors_digest([run.samples.calibration]),
     }
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any], int]:
-    """The state, what it belongs to, and how many samples it is of."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {})["gradprune"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        if record["digest"] != _digest(state):
-            raise ValueError("its content is not what was written")
-        return state, dict(record["belongs"]), int(record["done"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"resume: '{path}' is damaged ({error}); delete it, or leave out --resume to start again"
-        ) from error
-
-
-def _digest(state: Mapping[str, Tensor]) -> str:
-    return tensors_digest(state[name] for name in sorted(state))

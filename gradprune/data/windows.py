@@ -86,7 +86,7 @@ def overlap_of(evaluation: Tensor, calibration: Tensor, *, length: int = 64, pie
 def _occurs(piece: bytes, text: bytes) -> bool:
     """Whether `piece` occurs in `text` from a token's first byte on; both are int64."""
     position = text.find(piece)
-    while position % 8 > 0:
+    while position > 0 and position % 8:
         position = text.find(piece, position + 1)
     return position >= 0
 
