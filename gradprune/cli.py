@@ -1,6 +1,9 @@
 """The `gradprune` command. Heavy imports wait until a command runs, so that `--help` is quick."""
 
+import io
 import json
+import logging
+import os
 import signal
 import sys
 from dataclasses import asdict, replace
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from gradprune.checkpoint.results import claimed_results
 from gradprune.config import (
     OLDER_NAMES,
     OPTIONS,
@@ -22,10 +26,13 @@ from gradprune.config import (
     PruneConfig,
     Repair,
     Search,
+    again,
     command_line,
 )
 from gradprune.config.commands import StagedCommand, takes
-from gradprune.errors import ConfigError, GradPruneError
+from gradprune.errors import ConfigError, GradPruneError, one_line
+from gradprune.interrupts import Interrupted, interruptible
+from gradprune.progress import Clock, say
 from gradprune.version import __version__
 
 if TYPE_CHECKING:
@@ -38,8 +45,10 @@ if TYPE_CHECKING:
 # typer's usage errors share this base, in releases that depend on click as in those that carry their own.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
-OUT = Console()
-PROGRESS = Console(stderr=True)
+# Text of the user's, such as a path, is never taken for markup.
+_PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+OUT = Console(**_PLAIN)
+PROGRESS = Console(stderr=True, **_PLAIN)
 
 app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -54,9 +63,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 
 @app.callback(invoke_without_command=True)
 def gradprune(
-    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say more, such as how long each stage took.")] = False,
 ) -> None:
     """Gradient-based structured pruning of large language models. Options may be written with _ or -."""
+    OUT.quiet = PROGRESS.quiet = quiet
+    _log("WARNING" if not verbose else "INFO")
     if version:
         print(f"gradprune {__version__}")
         raise typer.Exit
@@ -162,7 +176,7 @@ def evaluate(
 
     # Here the option has another name, by which an error is to call it.
     config = PruneConfig(**options, base_model=replace(OPTIONS["base_model"], name="model").accepted(model))
-    loaded, tokenizer = _load(config)
+    loaded, tokenizer = _load(config, "model")
     tasks = config.tasks.split(",") if config.tasks else []
     if tasks:
         check_tasks(tasks, tokenizer)
@@ -228,19 +242,50 @@ def info(as_json: AsJson = False) -> None:
 
 def main() -> NoReturn:
     """Run the command; errors are one line on standard error, with exit code 2, and leave nothing half written."""
-    # A terminated run unwinds like an interrupted one, so that its temporary folder goes.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names need not be text in the stream's encoding.
+            stream.reconfigure(errors="backslashreplace")
+    arguments = sorted((_today(argument) for argument in sys.argv[1:]), key=_anywhere, reverse=True)
     try:
-        sys.exit(app([_today(argument) for argument in sys.argv[1:]], standalone_mode=False) or 0)
+        with interruptible():
+            sys.exit(app(arguments, standalone_mode=False) or 0)
     except GradPruneError as error:
-        message = str(error)
+        _fail(str(error))
     except _UsageError as error:
-        message = error.format_message()  # type: ignore[attr-defined]
-    except (KeyboardInterrupt, typer.Abort):
-        PROGRESS.print("interrupted; nothing was written")
-        sys.exit(130)
-    Console(stderr=True, soft_wrap=True).print(f"error: {message}", markup=False, highlight=False)
+        _fail(error.format_message())  # type: ignore[attr-defined]
+    except BrokenPipeError:
+        # Whoever read the output has seen enough. What is left in the buffer must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except Interrupted as interrupt:
+        say(Console(stderr=True), f"stopped by {interrupt.name}; unfinished results have been removed")
+        sys.exit(interrupt.exit_code)
+
+
+def _fail(message: str) -> NoReturn:
+    """End with an error on one line, whatever a name in it holds."""
+    line = "".join(f"\\x{ord(character):02x}" if ord(character) < 32 else character for character in message)
+    say(Console(stderr=True), f"error: {line}")
     sys.exit(2)
+
+
+def _anywhere(argument: str) -> bool:
+    """Whether an option is of no command: it may stand anywhere."""
+    return argument in ("--quiet", "--verbose")
+
+
+class _LogLines(logging.Handler):
+    """Shows gradprune's own log on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(Console(stderr=True), f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def _log(level: str) -> None:
+    logger = logging.getLogger("gradprune")
+    logger.handlers = [_LogLines()]
+    logger.setLevel(level)
 
 
 def _today(argument: str) -> str:
@@ -314,8 +359,9 @@ def _prune(config: PruneConfig) -> "PruneResult":
     from gradprune.report.folder import summarize
     from gradprune.report.tables import diagnosis_table, layer_table, search_table, summary_table
 
-    model, tokenizer = _load_free(config)
-    result = prune(model, tokenizer, config, console=PROGRESS)
+    with claimed_results(config):
+        model, tokenizer = _load(config)
+        result = prune(model, tokenizer, config, console=PROGRESS)
     summary, gradients = summarize(result), result.gradients
     OUT.print(diagnosis_table(gradients.before, gradients.seq_len))
     OUT.print(gradients.before.verdict_text())
@@ -325,12 +371,12 @@ def _prune(config: PruneConfig) -> "PruneResult":
         OUT.print(gradients.scaling_text())
     if result.search is not None:
         OUT.print(search_table(result.search))
-        OUT.print(f"Chosen: {command_line(result.config)}", soft_wrap=True)
+        say(OUT, f"Chosen: {command_line(again(result.config))}")
     OUT.print(layer_table(summary))
-    if result.warning:
-        OUT.print(f"Warning: {result.warning}")
+    for warning in result.warnings:
+        say(PROGRESS if OUT.quiet else OUT, f"Warning: {warning}")
     OUT.print(summary_table(summary))
-    OUT.print(f"Model:  {result.output}/model\nReport: {result.output}/report.html", soft_wrap=True)
+    say(OUT, f"Model:  {result.output}/model\nReport: {result.output}/report.html")
     return result
 
 
@@ -339,44 +385,52 @@ def _prune_ratios(config: PruneConfig, ratios: list[float]) -> None:
     from gradprune.report.folder import summarize
     from gradprune.report.tables import curve_table
 
-    model, tokenizer = _load_free(config)
-    results = prune_ratios(model, tokenizer, config, ratios, console=PROGRESS)
+    with claimed_results(config, ratios):
+        model, tokenizer = _load(config)
+        results = prune_ratios(model, tokenizer, config, ratios, console=PROGRESS)
     OUT.print(curve_table([summarize(result) for result in results]))
     for result in results:
-        if result.warning:
-            OUT.print(f"Warning, at {result.config.pruning_ratio:g}: {result.warning}")
-    OUT.print(f"Models: {results[0].output.parent}/*/model", soft_wrap=True)  # type: ignore[union-attr]
-    OUT.print(f"Report: {results[0].output.parent}/report.html", soft_wrap=True)  # type: ignore[union-attr]
+        for warning in result.warnings:
+            say(OUT, f"Warning, at {result.config.pruning_ratio:g}: {warning}")
+    folder = Path(config.output_dir, str(config.output_name))
+    say(OUT, f"Models: {folder}/*/model\nReport: {folder}/report.html")
 
 
-def _load_free(config: PruneConfig) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
-    """Load the model of a run whose results folder may be written."""
-    from gradprune.checkpoint.atomic import check_free
+def _load(
+    config: PruneConfig, argument: str = "base_model"
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
+    """The model on its device, and its tokenizer; the demo's, which is trained if need be, where none is named.
 
-    assert config.output_name is not None
-    check_free(Path(config.output_dir) / config.output_name, overwrite=config.overwrite, argument="output_name")
-    return _load(config)
-
-
-def _load(config: PruneConfig) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
-    """The model on its device, and its tokenizer; the demo's, which is trained if need be, where none is named."""
+    argument: the option that names it.
+    """
     import torch
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     from gradprune.checkpoint.load import load_model
     from gradprune.demo import demo_model_path
+    from gradprune.memory import memory_advice
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: '{device}' does not work here: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"device: '{device}' does not work here: {one_line(error)}") from error
+    if torch.device(device).type == "meta":
+        raise ConfigError("device: 'meta' holds no weights; choose cpu or cuda")
     path = str(demo_model_path(PROGRESS)) if config.base_model is None else config.base_model
-    return load_model(path, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
+    clock = Clock(PROGRESS)
+    with memory_advice(clock, config), clock.stage("loading the model"):
+        return load_model(
+            path,
+            dtype=config.dtype,
+            device=device,
+            trust_remote_code=config.trust_remote_code,
+            argument=argument,
+        )
 
 
 def _print_json(content: Any) -> None:

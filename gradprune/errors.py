@@ -43,3 +43,16 @@ class ExportError(GradPruneError):
 
 class RecoveryError(GradPruneError):
     """A pruned model cannot be trained as asked: no teacher, another vocabulary, another run's state."""
+
+
+class OutOfMemoryError(GradPruneError):
+    """Memory ran out; the message says what was running and which options need less."""
+
+
+def one_line(error: BaseException) -> str:
+    """The start of another library's error message, which may go on for paragraphs; without a full stop."""
+    words = " ".join(str(error).split())
+    if not words or isinstance(error, KeyError):  # whose message is the bare key
+        words = f"{type(error).__name__} {words}".strip()
+    message = words if len(words) <= 200 else words[:200].rsplit(" ", 1)[0] + " ..."
+    return message.rstrip(".")

@@ -11,7 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradprune.calibration.evidence import Evidence
 from gradprune.calibration.gather import gather_evidence
-from gradprune.checkpoint.atomic import atomic_directory, check_free
+from gradprune.calibration.kept import evidence_kept
+from gradprune.calibration.resume import forget_calibration
+from gradprune.checkpoint.atomic import atomic_directory
+from gradprune.checkpoint.results import claimed_results, ratio_names
 from gradprune.config import PruneConfig
 from gradprune.data.samples import draw_samples
 from gradprune.data.windows import check_context
@@ -19,10 +22,12 @@ from gradprune.evaluation.perplexity import Perplexity, perplexity
 from gradprune.evaluation.size import model_size, weight_bytes_on_disk
 from gradprune.evaluation.speed import throughput
 from gradprune.evaluation.tasks import TaskAccuracy, check_tasks, evaluate_tasks
+from gradprune.memory import memory_advice
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
+from gradprune.models.modes import evaluation_mode
 from gradprune.ops.dispatch import select_ops
-from gradprune.progress import QUIET
+from gradprune.progress import QUIET, Clock
 from gradprune.report.folder import summarize, write_results
 from gradprune.report.html import write_curve_report
 from gradprune.result import Measured, PruneResult
@@ -31,7 +36,7 @@ from gradprune.scoring.choose import choose
 from gradprune.scoring.selection import check_reachable
 from gradprune.scoring.table import empty_table
 from gradprune.search import search
-from gradprune.surgery.cut import cut
+from gradprune.surgery.cut import check_class, cut
 from gradprune.surgery.masking import output_weights_restored
 from gradprune.surgery.repair import REPAIRS, BlockRepair
 from gradprune.vanishing.analysis import GradientAnalysis
@@ -49,8 +54,8 @@ def prune(
     """Prune a loaded causal LM.
 
     Args:
-        model: stays as it is, unless `config.in_place`: then it is cut itself, which saves the memory of a copy of
-            its prunable weights.
+        model: stays as it is, in its mode too, unless `config.in_place`: then it is cut itself, which saves the
+            memory of a copy of its prunable weights. It is run in evaluation mode.
         tokenizer: for text datasets, and saved with the model; may be None with `calibration` and `evaluation`.
         config: the options; a results folder is written only where `config.output_name` is set.
         calibration: [tokens] int64 to draw calibration samples from, instead of `config.dataset`.
@@ -61,11 +66,16 @@ def prune(
         GradPruneError: an option, the data, the model or the requested ratio does not work; says what would.
     """
     config = config or PruneConfig()
-    output = _free_output(config)
-    run = _start(model, tokenizer, [config], calibration, evaluation, console)
-    evidence = gather_evidence(run)
-    result = _prune_at_ratio(run, evidence, _measure_dense(run))
-    return result if output is None else write_results(result, tokenizer, output)
+    clock = Clock(console)
+    with claimed_results(config) as output, memory_advice(clock, config), evaluation_mode(model):
+        run = _start(model, tokenizer, [config], calibration, evaluation, clock)
+        evidence = gather_evidence(run)
+        with evidence_kept(evidence, output), memory_advice(clock, config):
+            result = _prune_at_ratio(run, evidence, _measure_dense(run))
+            if output is not None:
+                result = _written(run, result, tokenizer, output)
+        forget_calibration(config)
+        return result
 
 
 def prune_ratios(
@@ -88,30 +98,32 @@ def prune_ratios(
     Raises:
         GradPruneError: as `prune`, and before anything is calibrated where one of the ratios cannot be reached.
     """
-    output = _free_output(config)
-    assert output is not None
     configs = [replace(config, pruning_ratio=ratio, in_place=False) for ratio in ratios]
-    run = _start(model, tokenizer, configs, None, None, console)
-    evidence = gather_evidence(run)
-    dense = _measure_dense(run)
-    results = []
-    with atomic_directory(output, overwrite=config.overwrite, argument="output_name") as folder:
-        for each in configs:
-            result = _prune_at_ratio(replace(run, config=each, clock=run.clock.copy()), evidence, dense)
-            name = f"{each.pruning_ratio:g}"
-            result = write_results(result, tokenizer, folder / name)
-            results.append(replace(result, output=output / name))
-        write_curve_report(folder / "report.html", [summarize(result) for result in results])
-    return results
+    clock = Clock(console)
+    with claimed_results(config, ratios) as output, memory_advice(clock, config), evaluation_mode(model):
+        assert output is not None
+        run = _start(model, tokenizer, configs, None, None, clock)
+        evidence = gather_evidence(run)
+        with (
+            evidence_kept(evidence, output),
+            atomic_directory(output, overwrite=config.overwrite, argument="output_name") as folder,
+        ):
+            dense = _measure_dense(run)
+            results = []
+            for each, name in zip(configs, ratio_names(ratios), strict=True):
+                at_ratio = replace(run, config=each, clock=clock.copy())
+                with memory_advice(at_ratio.clock, each):
+                    result = _written(at_ratio, _prune_at_ratio(at_ratio, evidence, dense), tokenizer, folder / name)
+                results.append(replace(result, output=output / name))
+            write_curve_report(folder / "report.html", [summarize(result) for result in results])
+        forget_calibration(config)
+        return results
 
 
-def _free_output(config: PruneConfig) -> Path | None:
-    """The results folder, which may be written; None where none is asked for."""
-    if config.output_name is None:
-        return None
-    output = Path(config.output_dir) / config.output_name
-    check_free(output, overwrite=config.overwrite, argument="output_name")
-    return output
+def _written(run: Run, result: PruneResult, tokenizer: PreTrainedTokenizerBase | None, output: Path) -> PruneResult:
+    """The result, after it has been written to `output`."""
+    with run.clock.stage("writing"):
+        return write_results(result, tokenizer, output)
 
 
 def _start(
@@ -120,9 +132,10 @@ def _start(
     configs: Sequence[PruneConfig],
     calibration: Tensor | None,
     evaluation: Tensor | None,
-    console: Console,
+    clock: Clock,
 ) -> Run:
     """The run of the first of `configs`, which differ in ratio; raises what would fail only after calibration."""
+    check_class(model)
     view, config = describe(model), configs[0]
     check_context(model.config, config.seq_len)
     groups = empty_table(view)
@@ -132,7 +145,7 @@ def _start(
     if config.tasks is not None:
         check_tasks(config.tasks.split(","), tokenizer)
     samples = draw_samples(model, tokenizer, config, calibration, evaluation)
-    return Run(view, config, samples, tokenizer, console=console)
+    return Run(view, config, samples, tokenizer, clock, clock.console)
 
 
 def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResult:
@@ -150,6 +163,7 @@ def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResul
     return PruneResult(
         pruned_model, config, before, after, choice.table, choice.pruned, choice.masks,
         _analysis(evidence, config.gradient_fix), evidence, repairs, found, run.clock.seconds,
+        evaluation_overlap=run.samples.overlap,
     )  # fmt: skip
 
 

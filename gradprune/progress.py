@@ -1,5 +1,10 @@
-"""Progress bars for long work: what, how far, at which rate, and how long it still takes."""
+"""Progress of long work: what, how far, at which rate, and how long it still takes.
 
+On a terminal it is a bar. Elsewhere, in a file or a pipe, it is a line at the start of each stage and, while a stage
+takes long, one every half minute.
+"""
+
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,32 +22,39 @@ from rich.progress import (
 )
 from rich.text import Text
 
+logger = logging.getLogger(__name__)
+
+_INTERVAL = 30.0  # seconds between two lines where there is no terminal
+
 
 class _Rate(ProgressColumn):
-    """Units a second."""
+    """Units per second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        if not speed:
-            rate = "-"
-        elif speed >= 1.0:
-            rate = f"{speed:,.{0 if speed >= 100.0 else 1}f}"
-        else:
-            rate = f"{speed:.2g}"
-        return Text(f"{rate} {task.fields['unit']}/s", no_wrap=True)
+        return Text(f"{_rate(speed) if speed else '-'} {task.fields['unit']}/s", no_wrap=True)
+
+
+def say(console: Console, line: str) -> None:
+    """Print one line of plain text; what looks like markup in a path or a name is not taken for it."""
+    console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def progress(console: Console, description: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
-    """Show a progress bar while the body runs; yields `advance(steps=1, total=None)`, which may correct the
-    total. It goes if the body raises.
+    """Show progress while the body runs; yields `advance(steps=1, total=None)`, which may correct the total. A bar goes
+    if the body raises.
 
     Args:
-        console: where it is drawn; nothing is where that is not a terminal.
+        console: where it is shown.
         description: what is going on.
         total: number of steps.
         unit: what a step is, in the plural.
     """
+    if not console.is_terminal:
+        lines = _Lines(console, description, total, unit)
+        yield lines.advance
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
@@ -52,7 +64,7 @@ def progress(console: Console, description: str, total: int, unit: str) -> Itera
         TextColumn("left"),
         TimeRemainingColumn(compact=True),
     )
-    bar = Progress(*columns, console=console, disable=not console.is_terminal or console.quiet, expand=True)
+    bar = Progress(*columns, console=console, disable=console.quiet, expand=True)
     with bar:
         task = bar.add_task(description, total=total, unit=unit)
 
@@ -67,25 +79,72 @@ def progress(console: Console, description: str, total: int, unit: str) -> Itera
             raise
 
 
+class _Lines:
+    """Progress where there is no terminal."""
+
+    def __init__(self, console: Console, description: str, total: int, unit: str) -> None:
+        self._console = console
+        self._description = description
+        self._total = total
+        self._unit = unit
+        self._done = 0
+        self._start = self._said = time.monotonic()
+
+    def advance(self, steps: int = 1, total: int | None = None) -> None:
+        self._done += steps
+        self._total = self._total if total is None else total
+        now = time.monotonic()
+        if now - self._said >= _INTERVAL:
+            self._said = now
+            rate = self._done / (now - self._start)
+            say(
+                self._console,
+                f"{self._description}: {self._done:,} of {self._total:,} {self._unit}, {_rate(rate)} {self._unit}/s, "
+                f"{_duration((self._total - self._done) / rate) if rate else 'unknown time'} left",
+            )
+
+
+def _rate(speed: float) -> str:
+    return f"{speed:,.{0 if speed >= 100.0 else 1}f}" if speed >= 1.0 else f"{speed:.2g}"
+
+
+def _duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 QUIET = Console(quiet=True)
 
 
 class Clock:
-    """Wall seconds by stage, in the order the stages ran."""
+    """Wall seconds by stage, in the order the stages ran.
 
-    def __init__(self) -> None:
-        """No stage yet."""
+    running: the stage that is running, or that failed.
+    """
+
+    def __init__(self, console: Console = QUIET) -> None:
+        """No stage yet; `console` is where each is named as it begins, unless it is a terminal, which shows bars."""
         self.seconds: dict[str, float] = {}
+        self.running: str | None = None
+        self.console = console
 
     def copy(self) -> "Clock":
         """Another clock that has timed the same stages so far."""
-        copied = Clock()
+        copied = Clock(self.console)
         copied.seconds = dict(self.seconds)
         return copied
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time the body as stage `name`."""
+        words = name.replace("_", " ").capitalize()
+        if not self.console.is_terminal:
+            say(self.console, f"{words} ...")
+        self.running = name
         start = time.perf_counter()
         yield
+        self.running = None
         self.seconds[name] = round(time.perf_counter() - start, 4)
+        logger.info("%s took %.2f s", words, self.seconds[name])

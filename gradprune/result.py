@@ -15,6 +15,7 @@ from gradprune.evaluation.tasks import TaskAccuracy
 from gradprune.models.masks import GroupMasks
 from gradprune.scoring.over_pruning import LayerPruning, pruning_distribution, pruning_warning
 from gradprune.scoring.table import GroupTable
+from gradprune.scoring.warnings import selection_warnings
 from gradprune.search import SearchResult
 from gradprune.surgery.least_squares import BlockRepair
 from gradprune.vanishing.analysis import GradientAnalysis
@@ -45,6 +46,7 @@ class PruneResult:
     evidence: what calibration found, to score again without it. repairs: what least squares did to each block.
     search: what was tried where importance_method was "auto"; `config` then has what it chose.
     seconds: wall time by stage. output: the results folder, None where nothing was written.
+    evaluation_overlap: the fraction of the evaluation text that occurs in the calibration text.
     """
 
     model: PreTrainedModel
@@ -60,6 +62,7 @@ class PruneResult:
     search: SearchResult | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     output: Path | None = None
+    evaluation_overlap: float = 0.0
 
     @property
     def distribution(self) -> list[LayerPruning]:
@@ -70,3 +73,19 @@ class PruneResult:
     def warning(self) -> str | None:
         """Names over-pruned blocks, and what to try next."""
         return pruning_warning(self.distribution, self.config)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether perplexity was measured on text that was not calibrated on."""
+        return self.evaluation_overlap == 0.0
+
+    @property
+    def warnings(self) -> list[str]:
+        """All that is not as it was asked for, or as it should be; `warning` is the last of them."""
+        found = list(selection_warnings(self.table, self.pruned, self.before.parameters, self.config))
+        if not self.held_out:
+            found.append(
+                f"{self.evaluation_overlap:.0%} of the evaluation text occurs in the calibration text, so that its "
+                "perplexity is not that of held-out text. Give another --eval_dataset."
+            )
+        return [*found, *([self.warning] if self.warning else [])]

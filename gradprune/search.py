@@ -20,6 +20,7 @@ from torch import Tensor
 from gradprune.calibration.evidence import Evidence
 from gradprune.config import GRADIENT_METHODS, Normalize, Scoring
 from gradprune.data.windows import batches
+from gradprune.errors import SelectionError
 from gradprune.models import PrunableModel
 from gradprune.models.loss import mean_loss
 from gradprune.models.masks import GroupMasks
@@ -87,10 +88,17 @@ def search(run: Run, evidence: Evidence) -> SearchResult:
             held-out samples, one at least.
         evidence: of its calibration, with the priors of `config.prior`.
 
+    Raises:
+        SelectionError: `epsilon` would leave no layer under any scoring.
+
     Deterministic, unless `search_minutes` cuts it short: then the latest complete round decides. The first round is
     always completed.
     """
     pool = list(_candidates(run, evidence))
+    if not pool:
+        raise SelectionError(
+            f"epsilon: {run.config.epsilon:g} would remove every layer, whatever the scoring; choose a smaller one"
+        )
     repaired = run.config.repair != "none"
     held_out = len(run.samples.held_out)
     # An upper bound: selections that come twice are tried once.
@@ -152,7 +160,10 @@ def _candidates(run: Run, evidence: Evidence) -> Iterator[_Candidate]:
     seen: set[bytes] = set()
     fixed = list(_fixed(config.scoring, evidence))
     for number, scoring in enumerate(itertools.chain(fixed, _space(config.scoring, evidence))):
-        choice = choose(run.view, evidence, scoring, config.constraints, config.pruning_ratio)
+        try:
+            choice = choose(run.view, evidence, scoring, config.constraints, config.pruning_ratio)
+        except SelectionError:
+            continue  # under this scoring epsilon would leave no layer
         key = np.packbits(choice.pruned).tobytes()
         if key in seen:
             continue

@@ -15,6 +15,9 @@ from gradprune.models.blocks import InputLinear, OutputLinear
 from gradprune.ops.dispatch import ImportanceOps
 from gradprune.ops.vectors import GradientStatistics, ImportanceVectors
 
+# What a block sums up over the steps.
+_SUMS = ("first", "second", "mask_square", "input_square")
+
 
 @dataclass
 class StepRecord:
@@ -78,6 +81,34 @@ class BlockAccumulator(ABC):
         self.pending.scale = scale
         self.records.append(self.pending)
         self.discard()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that has been committed, by name."""
+        state = {name: getattr(self, name) for name in _SUMS}
+        state["tokens"] = torch.tensor(self.tokens)
+        state["scales"] = torch.tensor([record.scale for record in self.records], dtype=torch.float64)
+        gates = [record.gate for record in self.records if record.gate is not None]
+        if gates:
+            state["gates"] = torch.cat(gates)
+        for path in self.records[0].statistics if self.records else ():
+            state[f"statistics.{path}"] = torch.stack([record.statistics[path].pack() for record in self.records])
+        return state
+
+    def restore(self, state: dict[str, Tensor], gradients: list[int]) -> None:
+        """Go on from what `state` gave; `gradients`: how many each step had."""
+        device = self.first.device
+        for name in _SUMS:
+            setattr(self, name, state[name].to(device))
+        self.tokens = int(state["tokens"])
+        prefix = "statistics."
+        statistics = {
+            name.removeprefix(prefix): value.to(device) for name, value in state.items() if name.startswith(prefix)
+        }
+        gates = state["gates"].to(device).split(gradients) if "gates" in state else [None] * len(gradients)
+        self.records = [
+            StepRecord({path: GradientStatistics.unpack(of[step]) for path, of in statistics.items()}, gate, scale)
+            for step, (gate, scale) in enumerate(zip(gates, state["scales"].tolist(), strict=True))
+        ]
 
     def observers(self) -> Iterator[tuple[nn.Linear, Observer]]:
         """Each linear layer of the block with what to call in its backward pass."""
@@ -191,6 +222,21 @@ class BatchAccumulator(BlockAccumulator):
             else:
                 self._gradient_sums[path] = scaled
         super().commit(scale)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that has been committed, by name."""
+        sums = {f"gradients.{path}": gradient for path, gradient in self._gradient_sums.items()}
+        return {**super().state(), **sums}
+
+    def restore(self, state: dict[str, Tensor], gradients: list[int]) -> None:
+        """Go on from what `state` gave; `gradients`: how many each step had."""
+        super().restore(state, gradients)
+        prefix = "gradients."
+        self._gradient_sums = {
+            name.removeprefix(prefix): value.to(self.first.device)
+            for name, value in state.items()
+            if name.startswith(prefix)
+        }
 
     def _observe(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
         samples = x.shape[0]

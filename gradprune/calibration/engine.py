@@ -175,6 +175,29 @@ class ImportanceEngine:
         self._samples.append(input_ids)
         self._losses.append(losses)
 
+    def state(self) -> dict[str, Tensor]:
+        """All that the steps so far have left, by name, to go on from in another process: see `restore`."""
+        state = {"losses": torch.cat(self._losses)}
+        for key, accumulator in self._accumulators.items():
+            state |= {f"{_prefix(key)}{name}": value for name, value in accumulator.state().items()}
+        return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+    def restore(self, state: dict[str, Tensor], batches: list[Tensor]) -> None:
+        """Go on from what `state` of an engine gave, as if this one had made its steps.
+
+        Args:
+            state: of an engine of the same model and options.
+            batches: [N, T] int64 each, what its steps were given.
+        """
+        device = self._model.device
+        self._samples = [batch.to(device) for batch in batches]
+        self._losses = list(state["losses"].to(device).split([len(batch) for batch in batches]))
+        gradients = [self._reduction.gradients_in(batch) for batch in batches]
+        for key, accumulator in self._accumulators.items():
+            prefix = _prefix(key)
+            of_block = {name.removeprefix(prefix): found for name, found in state.items() if name.startswith(prefix)}
+            accumulator.restore(of_block, gradients)
+
     def evidence(self, steps: int = 0) -> Evidence:
         """All that the steps so far say about the model's groups.
 
@@ -336,6 +359,11 @@ class ImportanceEngine:
         raise_non_finite_loss(self._view, self._samples, torch.cat(self._losses), 0)
         raise_non_finite_gradient(records, self._reduction.unit, 0)
         raise_overflow(records)
+
+
+def _prefix(key: BlockKey) -> str:
+    """Of the names of a block's state."""
+    return f"{key.layer}.{key.kind}."
 
 
 def _check_ids(input_ids: Tensor, vocabulary: int) -> None:

@@ -4,29 +4,27 @@ The file is `analysis/evidence.safetensors`: one fp64 vector over all groups, bl
 methods are made of, and as metadata the gradient statistics, the priors and what the pass was run on.
 """
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradprune.calibration.methods import COMPONENTS, importance
+from gradprune.calibration.methods import importance
 from gradprune.calibration.priors import Priors
 from gradprune.calibration.reduction import REDUCTIONS
+from gradprune.calibration.sealed import DamagedFileError, read_sealed, write_sealed
 from gradprune.config import METHODS, Method, Prior, ReductionName
-from gradprune.errors import CheckpointError, ConfigError, GradPruneError, NonFiniteError
+from gradprune.errors import CheckpointError, ConfigError, GradPruneError, NonFiniteError, one_line
 from gradprune.models import BlockKey, describe
+from gradprune.models.digest import model_digest
 from gradprune.models.tensors import BlockTensors
 from gradprune.vanishing.scaling import GradientScaling, resolve_fix, scales_of
 from gradprune.vanishing.statistics import LayerGradients
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Evidence:
     reduction, num_samples, seq_len: what the pass was run with.
     seed, dataset: how its samples were drawn, and from what; None where they were given.
     priors: by kind of prior, those that were measured.
-    model: a digest of the model's prunable shapes and weights; empty until the evidence is bound to one.
+    model: `model_digest` of the model; empty until the evidence is bound to one.
     """
 
     blocks: dict[BlockKey, int]
@@ -155,8 +153,7 @@ class Evidence:
         record["gradients"] = [asdict(layer) for layer in self.gradients]
         record["steps"] = [[asdict(layer) for layer in step] for step in self.steps]
         record["applied"] = None if self.applied is None else asdict(self.applied)
-        metadata = {"gradprune": json.dumps({"format": _FORMAT, **record}, sort_keys=True)}
-        save_file({name: values.contiguous() for name, values in self.components.items()}, path, metadata)
+        write_sealed(path, self.components, {"format": _FORMAT, **record})
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> "Evidence":
@@ -170,19 +167,22 @@ class Evidence:
                 f"evidence_file: there is no file '{path}'; a prune run writes analysis/evidence.safetensors"
             )
         try:
-            with safe_open(path, framework="pt") as file:
-                record = json.loads((file.metadata() or {})["gradprune"])
-                components = {name: file.get_tensor(name) for name in COMPONENTS if name in file.keys()}  # noqa: SIM118
+            components, record = read_sealed(path)
             evidence = _from_json(record, components)
-        except (SafetensorError, KeyError, TypeError, ValueError, NonFiniteError) as error:
+            for values in components.values():
+                evidence._by_block(values)  # as long as they say
+        except (DamagedFileError, KeyError, TypeError, ValueError, RuntimeError, NonFiniteError) as error:
             raise CheckpointError(
                 f"evidence_file: '{path}' is not a whole evidence file of this version of gradprune "
-                f"({type(error).__name__}: {error})"
+                f"({type(error).__name__}: {one_line(error)})"
             ) from error
-        if evidence.model != fingerprint(model):
+        if evidence.model != model_digest(model):
             raise CheckpointError(
-                f"evidence_file: '{path}' was measured on another model than this one; calibrate again"
+                f"evidence_file: '{path}' was measured on another model than this one, or in another dtype; "
+                "calibrate again"
             )
+        if evidence.blocks != {block.key: block.groups for block in describe(model).blocks}:
+            raise CheckpointError(f"evidence_file: '{path}' does not have the blocks of this model; calibrate again")
         return evidence
 
     def _component(self, name: str) -> Tensor:
@@ -203,17 +203,6 @@ class Evidence:
 
     def _by_block(self, values: Tensor) -> dict[BlockKey, Tensor]:
         return dict(zip(self.blocks, values.split(list(self.blocks.values())), strict=True))
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """A digest of the prunable layers' shapes and of some of each one's weights."""
-    digest = hashlib.sha256(str(model.config.model_type).encode())
-    for block in describe(model).blocks:
-        for entry in block.projections:
-            weight = entry.linear.weight.detach()
-            digest.update(f"{block.kind.name} {block.layer} {entry.path} {tuple(weight.shape)}".encode())
-            digest.update(weight[:: max(1, len(weight) // 8), :64].double().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _priors_to_json(priors: Priors) -> dict[str, Any]:

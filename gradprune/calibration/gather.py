@@ -1,14 +1,19 @@
 """Calibration: run the samples through the engine and measure the priors; together they are the evidence."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from rich.console import Console
 from torch import Tensor
 
 from gradprune.calibration.engine import ImportanceEngine
-from gradprune.calibration.evidence import Evidence, fingerprint
+from gradprune.calibration.evidence import Evidence
 from gradprune.calibration.priors import Priors, removal_priors, removal_steps, similarity_priors, taylor_priors
+from gradprune.calibration.resume import Resumable
+from gradprune.config import OPTIONS, PruneConfig
 from gradprune.data.windows import batches
+from gradprune.errors import ConfigError
+from gradprune.models.digest import model_digest
 from gradprune.progress import progress
 from gradprune.run import Run
 
@@ -19,6 +24,7 @@ def gather_evidence(run: Run) -> Evidence:
     with run.clock.stage("calibration"):
         if config.evidence_file is not None:
             evidence = Evidence.load(config.evidence_file, run.view.model)
+            _check_reduction(config, evidence)
         else:
             evidence = _calibrated(run)
     with run.clock.stage("priors"):
@@ -28,11 +34,30 @@ def gather_evidence(run: Run) -> Evidence:
     return evidence
 
 
-def calibrate(engine: ImportanceEngine, windows: Tensor, batch_size: int, console: Console) -> None:
-    """Run all calibration windows [N, T] through the engine, with progress."""
-    with engine, progress(console, "Calibrating", len(windows), "samples") as advance:
-        for batch in batches(windows, batch_size):
+def calibrate(
+    engine: ImportanceEngine,
+    windows: Tensor,
+    batch_size: int,
+    console: Console,
+    *,
+    start: int = 0,
+    after: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Run all calibration windows [N, T] through the engine, with progress.
+
+    Args:
+        engine: not yet open.
+        windows, batch_size: the samples, and how many make a batch.
+        console: where progress is shown.
+        start: samples that the engine has seen already.
+        after: called after each batch with how many samples the engine has seen.
+    """
+    done = start
+    with engine, progress(console, "Calibrating", len(windows) - start, "samples") as advance:
+        for batch in batches(windows[start:], batch_size):
             engine.step(batch)
+            done += len(batch)
+            after(done)
             advance(len(batch))
 
 
@@ -47,14 +72,25 @@ def _calibrated(run: Run) -> Evidence:
         config.use_gradient_checkpointing,
         config.gradient_fix,
     )
-    calibrate(engine, run.samples.calibration, config.batch_size, run.console)
+    state = Resumable(run, engine)
+    start = state.restore(resume=config.resume)
+    calibrate(engine, run.samples.calibration, config.batch_size, run.console, start=start, after=state.save)
     evidence = replace(
         engine.evidence(steps=config.collect_batches),
         seed=config.seed,
         dataset=config.dataset,
-        model=fingerprint(run.view.model),
+        model=model_digest(run.view.model),
     )
     return evidence.with_priors("taylor", taylor_priors(engine.gate_gradients()))
+
+
+def _check_reduction(config: PruneConfig, evidence: Evidence) -> None:
+    """Refuse a reduction that was asked for and is not the evidence's; the default goes with any evidence."""
+    if config.reduction not in (OPTIONS["reduction"].default, evidence.reduction):
+        raise ConfigError(
+            f"reduction: '{config.reduction}' needs another calibration; that of evidence_file "
+            f"'{config.evidence_file}' had '{evidence.reduction}'"
+        )
 
 
 def _priors(run: Run) -> Priors:

@@ -1,51 +1,332 @@
-"""Folders that appear whole or not at all."""
+"""Claim a folder's name for as long as a run takes: nobody else writes under it, and nothing is lost when it is given.
 
+A run that will write `results/x` holds the lock `results/.x.lock` from before it loads anything, writes into
+`results/.x.partial-*`, and exchanges the two at the end. A killed run leaves these two behind; the next run of that
+name takes over, removes them and says so.
+"""
+
+import errno
+import logging
+import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from gradprune.checkpoint.lock import FileLock, LockHeldError
+from gradprune.checkpoint.rename import exchange, rename_to_free
 from gradprune.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
 
-def check_free(directory: Path, *, overwrite: bool, argument: str) -> None:
-    """Raise if `directory` exists and may not be replaced, or is no folder.
+# Claims of the enclosing `with` blocks, so that the job may claim again what its command has claimed. Threads start
+# with none.
+_held: ContextVar[Mapping[Path, "Claim"] | None] = ContextVar("_held", default=None)
 
-    Raises:
-        CheckpointError: naming `argument`, the option the path came from.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{argument}: '{directory}' is a file; name a folder")
-    if directory.exists() and not overwrite:
-        raise CheckpointError(f"{argument}: '{directory}' exists; choose another name or overwrite it (--overwrite)")
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a model that may be replaced by another."""
+    return (folder / "config.json").is_file()
+
+
+def is_results(folder: Path) -> bool:
+    """Whether a folder is what a pruning run left, of one ratio or of several."""
+    return (folder / "run.json").is_file() or any(folder.glob("*/run.json"))
+
+
+class Claim:
+    """A claimed name; made by `claimed`."""
+
+    def __init__(
+        self,
+        directory: Path,
+        overwrite: bool,
+        argument: str,
+        replaces: Callable[[Path], bool],
+        reads: Mapping[str, str],
+    ) -> None:
+        """See `claimed`."""
+        self.directory = directory
+        self._overwrite = overwrite
+        self._argument = argument
+        self._replaces = replaces
+        self._reads = reads
+        self._aside = self._beside("old")
+
+    @contextmanager
+    def writing(self) -> Iterator[Path]:
+        """Yield an empty hidden folder that takes the name when the body ends, and is deleted if it fails.
+
+        Raises:
+            CheckpointError: something could not be written, or something else has taken the name meanwhile; then the
+                new content is kept beside it, and the message says where.
+        """
+        partial = self._beside(f"partial-{secrets.token_hex(8)}")
+        try:
+            with self._told():
+                partial.mkdir()
+                yield partial
+                _follow_umask(partial)
+                self._give_name(partial)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def check(self, free_bytes: int) -> None:
+        """Raise what could keep the results from being written, as far as it can be known before.
+
+        Raises:
+            CheckpointError: see `claimed`.
+        """
+        self.check_name()
+        with self._told():
+            trial = self._beside(f"partial-{secrets.token_hex(8)}")
+            trial.mkdir()
+            trial.rmdir()
+            free = shutil.disk_usage(self.directory.parent).free
+        if free < free_bytes:
+            raise CheckpointError(
+                f"{self._argument}: '{self.directory}' needs about {free_bytes:,} bytes, but its file system has "
+                f"{free:,} left; make room, or choose another output_dir"
+            )
+
+    def take_over(self) -> int:
+        """Remove what a killed run left; returns how many files and folders that were."""
+        if self._aside.exists() and not self.directory.exists():
+            self._aside.rename(self.directory)
+        left = [path for path in self.directory.parent.iterdir() if path.name.startswith(f".{self.directory.name}.")]
+        left = [path for path in left if path.is_dir() and (path == self._aside or self._is_partial(path))]
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        return len(left)
+
+    def _beside(self, what: str) -> Path:
+        return self.directory.with_name(f".{self.directory.name}.{what}")
+
+    def _is_partial(self, path: Path) -> bool:
+        return path.name.startswith(f".{self.directory.name}.partial-")
+
+    def check_name(self) -> None:
+        """Raise if the name is taken by what may not be replaced.
+
+        Raises:
+            CheckpointError: see `claimed`.
+        """
+        with self._told():
+            self._check_name()
+
+    def _check_name(self) -> None:
+        directory, argument = self.directory, self._argument
+        try:
+            str(directory).encode()
+        except UnicodeEncodeError:
+            # tokenizers write to no such path.
+            raise CheckpointError(f"{argument}: {str(directory)!r} is not UTF-8; choose another name") from None
+        if directory.is_symlink():
+            raise CheckpointError(f"{argument}: '{directory}' is a symbolic link; name the folder it points to")
+        if not directory.exists():
+            return
+        if not directory.is_dir():
+            raise CheckpointError(f"{argument}: '{directory}' is a file; name a folder")
+        if not self._overwrite:
+            raise CheckpointError(
+                f"{argument}: '{directory}' exists; choose another name or overwrite it (--overwrite)"
+            )
+        if any(directory.iterdir()) and not self._replaces(directory):
+            raise CheckpointError(
+                f"{argument}: '{directory}' is not what a run of gradprune left, and is never overwritten; "
+                "choose another name"
+            )
+        self._check_not_read(directory.resolve())
+
+    def _check_not_read(self, replaced: Path) -> None:
+        """Refuse to replace what the run reads, be it by way of a link."""
+        for option, value in self._reads.items():
+            read = Path(value)
+            # What cannot be looked into is not read either.
+            with suppress(OSError):
+                for path in [read, *(read.iterdir() if read.is_dir() else [])]:
+                    if path.resolve().is_relative_to(replaced):
+                        raise CheckpointError(
+                            f"{self._argument}: '{self.directory}' holds the {option} '{value}' that this run reads, "
+                            "and would be replaced; choose another name"
+                        )
+
+    def _give_name(self, partial: Path) -> None:
+        try:
+            rename_to_free(partial, self.directory)
+            return
+        except FileExistsError:
+            pass
+        try:
+            self.check_name()
+        except CheckpointError as error:
+            kept = self._keep(partial)
+            raise CheckpointError(f"{error} (it appeared during the run; the new results are in '{kept}')") from None
+        exchange(partial, self.directory, self._aside)
+
+    def _keep(self, partial: Path) -> Path:
+        """Give the finished content the first free name of its own."""
+        number = 2
+        while True:
+            kept = self.directory.with_name(f"{self.directory.name}-{number}")
+            try:
+                rename_to_free(partial, kept)
+                return kept
+            except FileExistsError:
+                number += 1
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors of the system as one line that names the option and the path."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._argument}: '{error.filename or self.directory}' cannot be written: {error.strerror or error}"
+            ) from error
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self._argument}: the weights in '{self.directory}' cannot be written: {error}"
+            ) from error
 
 
 @contextmanager
-def atomic_directory(directory: Path, *, overwrite: bool, argument: str) -> Iterator[Path]:
-    """Yield a hidden folder beside `directory` that takes its name when the body ends; deleted if it fails.
+def claimed(
+    directory: Path,
+    *,
+    overwrite: bool,
+    argument: str,
+    replaces: Callable[[Path], bool] = is_results,
+    reads: Mapping[str, str] | None = None,
+    free_bytes: int = 0,
+    patience: float = 0.0,
+) -> Iterator[Claim]:
+    """Hold the name `directory` while the body runs. A claim of the same name within it is the same claim.
+
+    Args:
+        directory: the folder to come.
+        overwrite: whether an existing one may be replaced.
+        argument: the option that the path came from, for messages.
+        replaces: which existing folders may be replaced; an empty one always may.
+        reads: by option, the files and folders that the run reads and that are never replaced.
+        free_bytes: about how much will be written.
+        patience: seconds to wait for another run that is writing it.
 
     Raises:
-        CheckpointError: `directory` exists and `overwrite` is False.
+        CheckpointError: the name is taken, by a folder that may not be replaced or by another run that is writing it;
+            or a folder cannot be made there; or there is too little room.
     """
-    check_free(directory, overwrite=overwrite, argument=argument)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
+    held = _held.get() or {}
+    path = directory.absolute()
+    if path in held:
+        yield held[path]
+        return
+    claim = Claim(directory, overwrite, argument, replaces, reads or {})
+    claim.check_name()
+    made = _make_folders(directory.parent, argument)
     try:
-        partial.chmod(0o755)
-        yield partial
-        if directory.exists():
-            # A rename cannot replace a filled folder; the old one is set aside until the new one is in place.
-            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old-", dir=directory.parent))
-            directory.rename(old / directory.name)
+        lock = _lock(directory, argument, patience)
+        try:
+            _say_taken_over(claim, lock)
+            claim.check(free_bytes)
+            token = _held.set({**held, path: claim})
             try:
-                partial.rename(directory)
-            except BaseException:
-                (old / directory.name).rename(directory)
-                raise
+                yield claim
             finally:
-                shutil.rmtree(old, ignore_errors=True)
-        else:
-            partial.rename(directory)
+                _held.reset(token)
+        finally:
+            lock.release()
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        # A run that fails leaves no empty folders.
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def atomic_directory(
+    directory: Path,
+    *,
+    overwrite: bool,
+    argument: str,
+    replaces: Callable[[Path], bool] = is_results,
+    patience: float = 0.0,
+) -> Iterator[Path]:
+    """Yield a hidden folder beside `directory` that takes its name when the body ends; deleted if it fails.
+
+    Args:
+        directory, overwrite, argument, replaces, patience: as for `claimed`, which may hold the name already.
+
+    Raises:
+        CheckpointError: as for `claimed` and `Claim.writing`.
+    """
+    claim = claimed(directory, overwrite=overwrite, argument=argument, replaces=replaces, patience=patience)
+    with claim as held, held.writing() as folder:
+        yield folder
+
+
+def _make_folders(folder: Path, argument: str) -> list[Path]:
+    """Make `folder` and those above it; returns the new ones, the lowest first."""
+    missing = []
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = folder.parent
+    made: list[Path] = []
+    try:
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            made.insert(0, path)
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    except OSError as error:
+        for path in made:
+            path.rmdir()
+        raise CheckpointError(
+            f"{argument}: the folder '{error.filename}' cannot be made: {error.strerror}; choose another output_dir"
+        ) from error
+    return made
+
+
+def _lock(directory: Path, argument: str, patience: float) -> FileLock:
+    path = directory.with_name(f".{directory.name}.lock")
+    deadline = time.monotonic() + patience
+    try:
+        while True:
+            try:
+                return FileLock(path)
+            except LockHeldError:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(0.05)
+    except LockHeldError as error:
+        who = "another run" if error.owner is None else f"another run ({error.owner})"
+        raise CheckpointError(
+            f"{argument}: '{directory}' is being written by {who}; wait for it, or choose another name"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{argument}: '{directory}' cannot be written: {error.strerror}; choose another name or output_dir"
+        ) from error
+
+
+def _say_taken_over(claim: Claim, lock: FileLock) -> None:
+    left = claim.take_over()
+    if lock.abandoned is not None or left:
+        who = "a run" if lock.abandoned is None else f"a run ({lock.abandoned})"
+        logger.warning(
+            "%s of '%s' was killed; its unfinished files have been removed (%d folders)", who, claim.directory, left
+        )
+
+
+def _follow_umask(folder: Path) -> None:
+    """Give files the permissions that the umask allows: safetensors writes them for the owner alone."""
+    # The folder was made with all permissions, so that its mode tells the umask without setting it.
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)

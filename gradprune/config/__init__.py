@@ -1,6 +1,6 @@
 """The options of a run: name, type, default, help and domain of each stand once, in `gradprune.config.parts`."""
 
-from gradprune.config.command_line import command_line
+from gradprune.config.command_line import again, command_line
 from gradprune.config.gradient_fix import GRADIENT_FIXES, check_gradient_fix
 from gradprune.config.option import Option, Options, options_of
 from gradprune.config.parts import (
@@ -56,6 +56,7 @@ __all__ = [
     "RepairName",
     "Scoring",
     "Search",
+    "again",
     "check_gradient_fix",
     "command_line",
     "options_of",

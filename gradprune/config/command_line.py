@@ -1,8 +1,18 @@
 """Configurations as shell commands."""
 
 import shlex
+from dataclasses import replace
 
 from gradprune.config.prune_config import OPTIONS, PruneConfig
+
+
+def again(config: PruneConfig) -> PruneConfig:
+    """`config` with a results folder of its own, so that its command can run as it stands beside the results."""
+    return (
+        config
+        if config.output_name is None
+        else replace(config, output_name=f"{config.output_name}-again", resume=False)
+    )
 
 
 def command_line(config: PruneConfig) -> str:

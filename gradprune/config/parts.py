@@ -177,6 +177,10 @@ class Output(Options):
     output_dir: str = option("results", "Folder of the results folders.", path("a folder"))
     output_name: str | None = option(None, "Results folder; default names model and method.", folder_name())
     overwrite: bool = option(False, "Replace an existing results folder.")
+    checkpoint_every: int | None = option(
+        None, "Samples after which calibration is written down, for --resume; default never.", at_least(1)
+    )
+    resume: bool = option(False, "Go on with the calibration of an interrupted run of this name.")
     measure_speed: bool = option(True, "Time the dense and the pruned model; both stay in memory.")
     in_place: bool = option(False, "Cut the given model itself, which saves the memory of a second.", library_only=True)
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradprune.config import PruneConfig
 from gradprune.data.sources import load_tokens
-from gradprune.data.windows import sample_windows, split_held_out
+from gradprune.data.windows import overlap_of, sample_windows, split_held_out
 from gradprune.errors import CalibrationError
 
 
@@ -18,11 +18,13 @@ class Samples:
     calibration: [num_samples, seq_len]. held_out: [at most held_out_samples, seq_len], none where nothing is chosen
         on them.
     evaluation: [tokens].
+    overlap: the fraction of the evaluation tokens that occur in the calibration text, 0 where they are held out.
     """
 
     calibration: Tensor
     held_out: Tensor
     evaluation: Tensor
+    overlap: float = 0.0
 
 
 def draw_samples(
@@ -32,7 +34,14 @@ def draw_samples(
     calibration: Tensor | None = None,
     evaluation: Tensor | None = None,
 ) -> Samples:
-    """The samples of a run, as given or from the datasets of `config`."""
+    """The samples of a run, as given or from the datasets of `config`.
+
+    Raises:
+        CalibrationError: text is missing or too short, or has ids that the model does not know.
+    """
+    for name, given in (("calibration", calibration), ("evaluation", evaluation)):
+        if given is not None:
+            _check_ids(name, given, model.config.vocab_size)
     calibration, evaluation = _tokens(tokenizer, config, calibration, evaluation, model.config.vocab_size)
     # As many held-out samples as the text has left over.
     spare = max(0, len(calibration) // config.seq_len - config.num_samples)
@@ -45,7 +54,25 @@ def draw_samples(
     windows = sample_windows(
         calibration, num_samples=config.num_samples + held_out, seq_len=config.seq_len, seed=config.seed
     )
-    return Samples(windows[: config.num_samples], windows[config.num_samples :], evaluation)
+    return Samples(
+        windows[: config.num_samples],
+        windows[config.num_samples :],
+        evaluation,
+        overlap_of(evaluation, calibration),
+    )
+
+
+def _check_ids(argument: str, tokens: Tensor, vocab_size: int) -> None:
+    """Refuse what is not one stream of the model's token ids."""
+    if tokens.ndim != 1 or tokens.is_floating_point():
+        raise CalibrationError(
+            f"{argument}: has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; [tokens] int64 is needed"
+        )
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        raise CalibrationError(
+            f"{argument}: has ids from {int(tokens.min())} to {int(tokens.max())}; those of the model go from 0 to "
+            f"{vocab_size - 1}"
+        )
 
 
 def _tokens(
@@ -58,7 +85,9 @@ def _tokens(
     """Calibration and held-out tokens, as given or from the datasets; the two never overlap."""
     held_out_in_file = evaluation is None and config.eval_dataset is None
     if evaluation is None and (config.eval_dataset is not None or (calibration is None and config.dataset is None)):
-        evaluation = load_tokens(config.eval_dataset, tokenizer, split="evaluation", vocab_size=vocab_size)
+        evaluation = load_tokens(
+            config.eval_dataset, tokenizer, split="evaluation", vocab_size=vocab_size, argument="eval_dataset"
+        )
         held_out_in_file = False
     if calibration is None:
         calibration = load_tokens(config.dataset, tokenizer, vocab_size=vocab_size)

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gradprune.data.tokenize import encode, encode_documents
-from gradprune.errors import CalibrationError
+from gradprune.errors import CalibrationError, one_line
+from gradprune.hub import hub_fault
 
 Split = Literal["calibration", "evaluation"]
 
@@ -63,7 +64,6 @@ _HUB = {
         rows=10_000,
     ),
 }
-_HUB_TIMEOUT = 5.0  # seconds
 
 
 def load_tokens(
@@ -72,6 +72,7 @@ def load_tokens(
     *,
     split: Split = "calibration",
     vocab_size: int | None = None,
+    argument: str = "dataset",
 ) -> Tensor:
     """Read a dataset as one stream of token ids.
 
@@ -80,7 +81,8 @@ def load_tokens(
             ptb and c4 (needs the `data` extra and the hub), or None for the embedded text.
         tokenizer: the model's; needed for everything but .npy.
         split: which part of a dataset that has two; files have one.
-        vocab_size: ids of a .npy file are below it; the tokenizer's by default.
+        vocab_size: of the model; ids are below it. For a .npy file the tokenizer's by default.
+        argument: the option that `dataset` came from, for messages.
 
     Returns:
         [tokens] int64. Documents of a .jsonl file and of c4 are separated by the end-of-text token (a blank line where
@@ -88,12 +90,26 @@ def load_tokens(
         documents of a shard.
 
     Raises:
-        CalibrationError: the dataset is unknown, missing, empty, malformed, or cannot be fetched.
+        CalibrationError: the dataset is unknown, missing, empty, malformed, or cannot be fetched; or the tokenizer
+            belongs to another model.
     """
+    try:
+        return _tokens(dataset, tokenizer, split, vocab_size)
+    except _Fault as fault:
+        raise CalibrationError(f"{argument}: {fault}") from fault.__cause__
+
+
+class _Fault(Exception):
+    """What is wrong with a dataset; `load_tokens` says which option named it."""
+
+
+def _tokens(
+    dataset: str | None, tokenizer: PreTrainedTokenizerBase | None, split: Split, vocab_size: int | None
+) -> Tensor:
     if dataset is not None and Path(dataset).suffix == ".npy":
         return _load_ids(Path(dataset), len(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size)
     if tokenizer is None:
-        raise CalibrationError("dataset: the model has no tokenizer; give token ids in a .npy file")
+        raise _Fault("the model has no tokenizer; give token ids in a .npy file")
     if dataset is None:
         from gradprune.data.embedded import embedded_text
 
@@ -104,7 +120,12 @@ def load_tokens(
     else:
         tokens = encode_documents(tokenizer, _read_file(dataset))
     if not len(tokens):
-        raise CalibrationError(f"dataset: '{dataset or 'the embedded text'}' is empty")
+        raise _Fault(f"'{dataset or 'the embedded text'}' is empty")
+    if vocab_size is not None and tokens.max() >= vocab_size:
+        raise _Fault(
+            f"the tokenizer gives '{dataset or 'the embedded text'}' ids up to {int(tokens.max())}, but the model has "
+            f"embeddings for {vocab_size}; the tokenizer is another model's"
+        )
     return tokens
 
 
@@ -115,17 +136,17 @@ def _load_ids(path: Path, vocab_size: int | None) -> Tensor:
             # Unlike `np.load` it takes nothing but the .npy format. A forged header asks for any amount of memory.
             ids = np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
-        raise CalibrationError(f"dataset: '{path}' is not a .npy array of integers: {_first_line(error)}") from error
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise CalibrationError(f"dataset: '{path}' holds {ids.dtype}; token ids are integers")
+        raise _Fault(f"'{path}' is not a .npy array of integers: {one_line(error)}") from error
+    if ids.dtype.kind not in "iu":  # NumPy counts times as integers too
+        raise _Fault(f"'{path}' holds {ids.dtype}; token ids are integers")
     if ids.ndim not in (1, 2):
-        raise CalibrationError(f"dataset: '{path}' has {ids.ndim} dimensions; token ids have 1, or 2 as rows of tokens")
+        raise _Fault(f"'{path}' has {ids.ndim} dimensions; token ids have 1, or 2 as rows of tokens")
     if not ids.size:
-        raise CalibrationError(f"dataset: '{path}' is empty")
+        raise _Fault(f"'{path}' is empty")
     below = np.iinfo(np.int64).max if vocab_size is None else vocab_size
     if ids.min() < 0 or ids.max() >= below:
         limit = "" if vocab_size is None else f" and below the vocabulary's {vocab_size}"
-        raise CalibrationError(f"dataset: '{path}' has ids from {ids.min()} to {ids.max()}; they are at least 0{limit}")
+        raise _Fault(f"'{path}' has ids from {ids.min()} to {ids.max()}; they are at least 0{limit}")
     return torch.from_numpy(ids.astype(np.int64).reshape(-1))
 
 
@@ -136,16 +157,14 @@ def _read_file(dataset: str) -> list[str]:
         ".jsonl": lambda: list(_jsonl_texts(path)),
     }
     if path.suffix not in readers:
-        raise CalibrationError(
-            f"dataset: '{dataset}' is unknown; give a .txt, .jsonl or .npy file, or one of {', '.join(_HUB)}"
-        )
+        raise _Fault(f"'{dataset}' is unknown; give a .txt, .jsonl or .npy file, or one of {', '.join(_HUB)}")
     _check_exists(path)
     try:
         return readers[path.suffix]()
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"dataset: '{path}' is not UTF-8 text: {error}") from error
+        raise _Fault(f"'{path}' is not UTF-8 text: {error}") from error
     except OSError as error:
-        raise CalibrationError(f"dataset: '{path}' cannot be read: {error.strerror}") from error
+        raise _Fault(f"'{path}' cannot be read: {error.strerror}") from error
 
 
 def _jsonl_texts(path: Path) -> Iterator[str]:
@@ -159,18 +178,18 @@ def _jsonl_text(line: bytes, where: str) -> str:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"dataset: {where} is not UTF-8 text: {error}") from error
+        raise _Fault(f"{where} is not UTF-8 text: {error}") from error
     # Beside malformed JSON there are numbers too long and nesting too deep for Python.
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"dataset: {where} is not JSON: {error}") from error
+        raise _Fault(f"{where} is not JSON: {error}") from error
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise CalibrationError(f"dataset: {where} has no string field 'text'")
+        raise _Fault(f"{where} has no string field 'text'")
     try:
         text.encode()
     # JSON can escape half of a surrogate pair, which tokenizers refuse.
     except UnicodeEncodeError as error:
-        raise CalibrationError(f"dataset: {where} has a lone surrogate in its field 'text': {error}") from error
+        raise _Fault(f"{where} has a lone surrogate in its field 'text': {error}") from error
     return text
 
 
@@ -178,40 +197,27 @@ def _load_hub(dataset: str, split: Split) -> list[str]:
     try:
         import datasets
     except ImportError as error:
-        raise CalibrationError(
-            f"dataset: '{dataset}' needs the data extra (pip install 'gradprune[data]'); or give a .txt file"
+        raise _Fault(
+            f"'{dataset}' needs the data extra (pip install 'gradprune[data]'); or give a .txt file"
         ) from error
-    if not datasets.config.HF_HUB_OFFLINE:
-        _check_hub(dataset)
+    # Offline, `datasets` answers from its cache at once; else it would ask for half a minute or more.
+    if not datasets.config.HF_HUB_OFFLINE and (fault := hub_fault()) is not None:
+        raise _Fault(
+            f"'{dataset}' needs the hub, but {fault}; set HF_HUB_OFFLINE=1 where it is cached, or give a .txt file"
+        )
     source = _HUB[dataset]
     try:
         rows = datasets.load_dataset(**source.arguments, **source.splits[split])
         return [row[source.field] for row in islice(rows, source.rows)]
     # Which of its many dependencies' errors says "no network" differs from release to release.
     except Exception as error:
-        raise CalibrationError(
-            f"dataset: '{dataset}' cannot be read from the hub: {_first_line(error)}; or give a .txt file"
-        ) from error
-
-
-def _check_hub(dataset: str) -> None:
-    """Ask once, by the hub's own client as that knows proxies; `datasets` would retry for half a minute or more."""
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT)
-    # The client, and with it its exceptions, differs from release to release.
-    except Exception as error:
-        raise CalibrationError(
-            f"dataset: '{dataset}' needs the hub, but {constants.ENDPOINT} cannot be reached ({_first_line(error)}); "
-            "set HF_HUB_OFFLINE=1 where it is cached, or give a .txt file"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise _Fault(f"'{dataset}' cannot be read from the hub: {one_line(error)}; or give a .txt file") from error
 
 
 def _check_exists(path: Path) -> None:
-    if not path.is_file():
-        raise CalibrationError(f"dataset: there is no file '{path}'")
+    try:
+        there = path.is_file()
+    except (OSError, ValueError) as error:  # a name too long, or with a zero in it
+        raise _Fault(f"'{path}' cannot be read: {one_line(error)}") from error
+    if not there:
+        raise _Fault(f"there is no file '{path}'")

@@ -66,6 +66,31 @@ def sample_windows(tokens: Tensor, *, num_samples: int, seq_len: int, seed: int)
     return windows[torch.randperm(available, generator=generator)[:num_samples]]
 
 
+def overlap_of(evaluation: Tensor, calibration: Tensor, *, length: int = 64, pieces: int = 16) -> float:
+    """The fraction of `evaluation` that occurs in `calibration`, as found by pieces spread evenly over it.
+
+    Args:
+        evaluation, calibration: [tokens] int64.
+        length: tokens per piece: more than any two texts have in common by chance.
+        pieces: how many are looked for.
+    """
+    length = min(length, len(evaluation))
+    if not length:
+        return 0.0
+    text = calibration.to(torch.int64).numpy().tobytes()
+    starts = range(0, len(evaluation) - length + 1, max(1, (len(evaluation) - length) // pieces))
+    found = sum(_occurs(evaluation[start : start + length].to(torch.int64).numpy().tobytes(), text) for start in starts)
+    return found / len(starts)
+
+
+def _occurs(piece: bytes, text: bytes) -> bool:
+    """Whether `piece` occurs in `text` from a token's first byte on; both are int64."""
+    position = text.find(piece)
+    while position > 0 and position % 8:
+        position = text.find(piece, position + 1)
+    return position >= 0
+
+
 def batches(windows: Tensor, batch_size: int) -> Iterator[Tensor]:
     """Split windows [N, T] into consecutive batches [<= batch_size, T]."""
     yield from windows.split(batch_size)

@@ -34,6 +34,8 @@ RECIPE = 2
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 # The 256 bytes and the two special tokens.
 VOCABULARY = 258
+# Seconds to wait for another process that is writing it too.
+_PATIENCE = 60.0
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json")
 
 
@@ -164,7 +166,10 @@ def _make(folder: Path, recipe: DemoTraining, console: Console) -> None:
             "python": platform.python_version(),
         },
     }
-    with atomic_directory(folder, overwrite=True, argument="GRADPRUNE_CACHE") as partial:
+    # Whatever has the name is a model that is not whole, or the same one that another process made meanwhile.
+    with atomic_directory(
+        folder, overwrite=True, argument="GRADPRUNE_CACHE", replaces=lambda _: True, patience=_PATIENCE
+    ) as partial:
         with _no_progress_bars():
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class ModelSize:
     bytes: int
 
 
-def model_size(model: PreTrainedModel) -> ModelSize:
+def model_size(model: "PreTrainedModel") -> ModelSize:
     """Parameters and bytes of a model's unique tensors."""
     parameters = list(model.parameters())
     return ModelSize(

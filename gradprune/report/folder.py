@@ -10,8 +10,8 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from gradprune.checkpoint.atomic import atomic_directory
-from gradprune.checkpoint.save import save_checkpoint
-from gradprune.config import PruneConfig, command_line
+from gradprune.checkpoint.save import write_checkpoint
+from gradprune.config import PruneConfig, again, command_line
 from gradprune.evaluation.size import weight_bytes_on_disk
 from gradprune.models import KINDS, BlockKey
 from gradprune.models.masks import GroupMasks
@@ -44,6 +44,11 @@ def summarize(result: PruneResult) -> dict[str, Any]:
             for before, after in zip(result.before.tasks, result.after.tasks, strict=True)
         ],
         "evaluation_tokens": result.before.perplexity.tokens,
+        "evaluation_held_out": result.held_out,
+        "calibration": {
+            name: getattr(result.evidence, name) for name in ("num_samples", "seq_len", "reduction", "seed", "dataset")
+        },
+        "warnings": result.warnings,
         "layers": [_layer_summary(result.masks, layer) for layer in range(result.masks.layers)],
         "repair": [asdict(repair) for repair in result.repairs],
     }
@@ -62,7 +67,7 @@ def _layer_summary(masks: GroupMasks, layer: int) -> dict[str, Any]:
 def write_results(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None, output: Path) -> PruneResult:
     """Write the results folder: all of it or, if interrupted, nothing."""
     with atomic_directory(output, overwrite=result.config.overwrite, argument="output_name") as folder:
-        save_checkpoint(result.model, tokenizer, folder / "model")
+        write_checkpoint(result.model, tokenizer, folder / "model")
         on_disk = weight_bytes_on_disk(folder / "model")
         result = replace(
             result, after=replace(result.after, bytes_on_disk=on_disk or result.after.bytes_on_disk), output=output
@@ -98,6 +103,7 @@ def _run_record(result: PruneResult) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "device": str(result.model.device),
+        "calibration": summarize(result)["calibration"],
         "seed": result.config.seed,
         "seconds": result.seconds,
     }
@@ -108,7 +114,7 @@ def search_to_dict(result: SearchResult, config: PruneConfig) -> dict[str, Any]:
     return {
         "candidates": result.candidates,
         "cut_short": result.cut_short,
-        "command": command_line(config),
+        "command": command_line(again(config)),
         "trials": [
             {"rank": rank, "setting": describe_scoring(trial.scoring), **asdict(trial)}
             for rank, trial in enumerate(result.trials, start=1)

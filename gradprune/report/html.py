@@ -57,6 +57,7 @@ $style</style>
 <body>
 <h1>$title</h1>
 <p>$lead</p>
+$warnings
 <h2>Before and after</h2>
 $measured
 <h2>What each layer keeps</h2>
@@ -96,18 +97,20 @@ def write_report(
         style=_STYLE,
         title=escape(f"gradprune: {Path(config['base_model'] or 'the model').name} pruned by {ratio:.1%}"),
         lead=escape(
-            f"{config['importance_method']} importance over {config['num_samples']} samples of "
-            f"{config['seq_len']} tokens; perplexity on {summary['evaluation_tokens']:,} held-out tokens."
+            f"{config['importance_method']} importance over {summary['calibration']['num_samples']} samples of "
+            f"{summary['calibration']['seq_len']} tokens; perplexity on {summary['evaluation_tokens']:,} "
+            f"{'held-out ' if summary['evaluation_held_out'] else ''}tokens."
         ),
         measured=_html_table(("", "dense", "pruned", "pruned / dense"), summary_rows(summary)),
         chart=kept_chart(summary["layers"]),
         layers=_html_table(("layer", *(cell for kind in KINDS for cell in (kind.groups, "kept"))), layer_rows(summary)),
+        warnings="".join(f'<p class="warning">{escape(warning)}</p>' for warning in summary["warnings"]),
         gradients=_gradient_section(gradients, plots),
         search="" if search is None else _search_section(search),
         options=_html_table(("option", "value"), options),
         versions=_html_table(("package", "version"), list(record["versions"].items())),
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def write_curve_report(path: Path, summaries: Sequence[dict[str, Any]]) -> None:
@@ -124,7 +127,7 @@ def write_curve_report(path: Path, summaries: Sequence[dict[str, Any]]) -> None:
     page = _CURVE_PAGE.substitute(
         style=_STYLE, chart=svg(figure), table=_html_table(CURVE_HEADER, curve_rows(summaries)), links=items
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _gradient_section(gradients: dict[str, Any], plots: Sequence[Path]) -> str:
@@ -135,8 +138,6 @@ def _gradient_section(gradients: dict[str, Any], plots: Sequence[Path]) -> str:
         f"{float(before['ratio']):,.1f} ({before['verdict']}; {escape(before['recommendation'])}). "
         f"Repair: {escape(gradients['gradient_fix'])}; after it {float(after['ratio']):,.1f} ({after['verdict']}).</p>"
     ]
-    if gradients["warning"]:
-        lines.append(f'<p class="warning">{escape(gradients["warning"])}</p>')
     scales = gradients["scales"]
     rows = [
         (

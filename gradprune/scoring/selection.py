@@ -8,7 +8,7 @@ down to the next multiple, or the groups of the same rank in every layer. A chun
 scores. The chunks of one block (under `uniform`: of one kind) form a chain and are taken in order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,9 +54,12 @@ def select(
         that fall below `epsilon` are removed whole.
 
     Raises:
-        SelectionError: the ratio cannot be reached under the constraints; says what can.
+        SelectionError: the ratio cannot be reached under the constraints; says what can. Or `epsilon` would leave
+            no layer.
         ConfigError: `uniform` on a model whose layers differ.
     """
+    if not len(table):
+        raise SelectionError("model: no block is left in it that could be pruned")
     chunks = _chunks(table, constraints)
     limits = _limits(table, constraints)
     budget = ratio * parameters
@@ -71,6 +74,11 @@ def select(
     pruned = _take(table, chunks, costs, limits, budget)
     if constraints.epsilon > 0.0:
         _drop_thin_layers(table, pruned, constraints.epsilon)
+        if pruned.all():
+            raise SelectionError(
+                f"epsilon: {constraints.epsilon:g} would remove every layer, since none keeps that much at "
+                f"pruning_ratio {ratio:g}; choose a smaller one"
+            )
     return pruned
 
 
@@ -80,8 +88,8 @@ def check_reachable(
     parameters: int,
     constraints: Constraints,
 ) -> None:
-    """Raise what `select` would for this ratio, before any score is known."""
-    select(table, ratio, parameters, constraints)
+    """Raise what `select` would for this ratio whatever the scores are, before any is known."""
+    select(table, ratio, parameters, replace(constraints, epsilon=0.0))
 
 
 def _take(

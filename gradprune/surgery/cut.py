@@ -34,7 +34,7 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
         UnsupportedArchitectureError: not the architecture's own causal LM class, or one that gradprune made of it.
     """
     view = describe(model)
-    _check_class(model)
+    check_class(model)
     _check_masks(view, masks)
     if not inplace:
         model = _sharing_copy(model)
@@ -50,8 +50,12 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
     return model
 
 
-def _check_class(model: PreTrainedModel) -> None:
-    """Refuse a class that cutting would replace, losing what it adds, such as a classifier's head."""
+def check_class(model: PreTrainedModel) -> None:
+    """Refuse a class that cutting would replace by another, losing what it adds: a classifier's head, say.
+
+    Raises:
+        UnsupportedArchitectureError: naming the class, and the one to load it as.
+    """
     pruned = PRUNED_CLASSES[model.config.model_type]
     # A model loaded with trust_remote_code has a class of the same name, defined by the file beside its weights.
     if type(model) is not stock_class(pruned) and type(model).__name__ != pruned.__name__:

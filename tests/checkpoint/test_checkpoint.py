@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from gradprune import load_pruned
-from gradprune.checkpoint.atomic import atomic_directory
+from gradprune import hub, load_pruned
 from gradprune.checkpoint.load import load_model
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.demo import byte_tokenizer
@@ -314,13 +315,74 @@ def test_a_damaged_tokenizer_is_an_error_and_a_missing_one_is_none(tmp_path: Pat
 def test_a_name_is_not_asked_for_at_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        monkeypatch.setattr("gradprune.checkpoint.load.hub.ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        monkeypatch.setattr("gradprune.checkpoint.load.hub.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("gradprune.checkpoint.load.getproxies", dict)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         start = time.monotonic()
-        with pytest.raises(CheckpointError, match=r"^base_model: .*models/nowhere"):
-            load_model("models/nowhere")
+        with pytest.raises(CheckpointError, match=r"^model: there is no folder 'models/nowhere', nor .* be reached"):
+            load_model("models/nowhere", argument="model")
         assert time.monotonic() - start < 5.0
+
+
+def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_TIMEOUT", 0.1)
+    monkeypatch.setattr(hub, "_ask", lambda: time.sleep(3.0))  # as the resolution of a name, which has no limit
+    start = time.monotonic()
+    assert "no answer in 0.1 s" in str(hub.hub_fault())
+    assert time.monotonic() - start < 2.0
+
+
+def sharded(folder: Path) -> dict[str, str]:
+    """A checkpoint in shards; returns its index's map."""
+    tiny_model().save_pretrained(folder, max_shard_size="20KB")
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["evil.bin", "../outside.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", "a\\b.safetensors", 3, None],
+)
+def test_an_index_names_nothing_but_safetensors_beside_it(tmp_path: Path, name: object) -> None:
+    weights = sharded(tmp_path / "x")
+    load_model(tmp_path / "x")
+    first = next(iter(weights))
+    # Whatever is there, it is not opened.
+    torch.save({}, tmp_path / "x" / "evil.bin")
+    (tmp_path / "outside.safetensors").write_bytes((tmp_path / "x" / weights[first]).read_bytes())
+    index = {"metadata": {}, "weight_map": {**weights, first: name}}
+    (tmp_path / "x" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"names {name!r}; only *.safetensors files beside it are read" in told(tmp_path / "x")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', "[" * 100_000])
+def test_a_damaged_index_is_one_clear_error(tmp_path: Path, content: str) -> None:
+    sharded(tmp_path / "x")
+    (tmp_path / "x" / "model.safetensors.index.json").write_text(content)
+    assert "is not an index of weights" in told(tmp_path / "x")
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    shard = sorted(set(sharded(tmp_path / "x").values()))[-1]
+    (tmp_path / "x" / shard).unlink()
+    assert f"lacks '{shard}'" in told(tmp_path / "x")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_weights_of_eight_bits_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_checkpoint(tiny_model(), None, tmp_path / "x")
+    weights = load_file(tmp_path / "x" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"].to(dtype)
+    save_file(weights, tmp_path / "x" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"^base_model: model.layers.1.mlp.up_proj.weight .* stored as"
+    ):
+        load_model(tmp_path / "x")
+
+
+def test_a_configuration_may_not_name_the_file_of_weights(tmp_path: Path) -> None:
+    save_checkpoint(tiny_model(), None, tmp_path / "x")
+    state(tmp_path / "x", transformers_weights="adapter_model.bin")
+    assert "transformers_weights" in told(tmp_path / "x")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
@@ -340,49 +402,14 @@ def test_an_existing_folder_is_kept_unless_asked(tmp_path: Path) -> None:
     (tmp_path / "x" / "mine").write_text("precious")
     with pytest.raises(CheckpointError, match=r"directory: .* exists"):
         save_checkpoint(tiny_model(), None, tmp_path / "x")
+    with pytest.raises(CheckpointError, match=r"directory: .* is not what a run of gradprune left"):
+        save_checkpoint(tiny_model(), None, tmp_path / "x", overwrite=True)
+    assert (tmp_path / "x" / "mine").read_text() == "precious"
+
+
+def test_an_existing_checkpoint_is_replaced_if_asked(tmp_path: Path) -> None:
+    save_checkpoint(tiny_model(), None, tmp_path / "x")
+    (tmp_path / "x" / "mine").touch()
     save_checkpoint(tiny_model(), None, tmp_path / "x", overwrite=True)
     assert not (tmp_path / "x" / "mine").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
-
-
-def test_an_interrupted_write_keeps_the_old_folder(tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "old").touch()
-
-    def write() -> None:
-        with atomic_directory(tmp_path / "x", overwrite=True, argument="x") as folder:
-            (folder / "new").touch()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write()
-    assert [path.name for path in tmp_path.rglob("*")] == ["x", "old"]
-
-
-def test_a_write_that_cannot_take_its_place_puts_the_old_folder_back(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "old").touch()
-    rename = Path.rename
-
-    def full(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
-            raise OSError("no space left")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", full)
-    with pytest.raises(OSError, match="no space left"), atomic_directory(tmp_path / "x", overwrite=True, argument="x"):
-        pass
-    assert [path.name for path in tmp_path.rglob("*")] == ["x", "old"]
-
-
-def test_a_killed_write_leaves_nothing_under_the_name(tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from gradprune.checkpoint import atomic_directory\n"
-        "with atomic_directory(Path(sys.argv[1]), overwrite=False, argument='x') as folder:\n"
-        "    (folder / 'config.json').write_text('{}')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], check=False)
-    assert not (tmp_path / "x").exists()

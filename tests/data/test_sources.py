@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from gradprune.data import sources, tokenize
+from gradprune import hub
+from gradprune.data import tokenize
 from gradprune.data.embedded import EmbeddedText
 from gradprune.data.sources import load_tokens
 from gradprune.data.tokenize import encode
@@ -349,7 +350,7 @@ def test_what_the_hub_complains_about_is_one_line(monkeypatch: pytest.MonkeyPatc
         raise ConnectionError(message)
 
     _pretend_hub(monkeypatch, load_dataset)
-    reason = message.splitlines()[0] if message else "ConnectionError"
+    reason = " ".join(message.split()) or "ConnectionError"
     with pytest.raises(CalibrationError, match=f"^dataset: 'ptb' cannot be read from the hub: {reason}; or give a"):
         load_tokens("ptb", TOKENIZER)
 
@@ -360,7 +361,8 @@ def test_a_hub_out_of_reach_is_told_at_once(monkeypatch: pytest.MonkeyPatch, sil
         raise AssertionError("the hub was asked for data, which is tried for long")
 
     _pretend_hub(monkeypatch, load_dataset, offline=False)
-    monkeypatch.setattr(sources, "_HUB_TIMEOUT", 0.2)
+    monkeypatch.setattr(hub, "_TIMEOUT", 0.2)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if silent:
@@ -368,7 +370,7 @@ def test_a_hub_out_of_reach_is_told_at_once(monkeypatch: pytest.MonkeyPatch, sil
         start = time.monotonic()
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(
-            CalibrationError, match=r"'c4' needs the hub, but http://127.* cannot be reached .*HF_HUB_OFF"
+            CalibrationError, match=r"'c4' needs the hub, but http://127.* cannot be reached.*HF_HUB_OFF"
         ):
             load_tokens("c4", TOKENIZER)
     assert time.monotonic() - start < 10, "waited for longer than the limit"
@@ -392,3 +394,27 @@ def test_a_sequence_longer_than_the_context_is_refused() -> None:
     check_context(config, 64)
     with pytest.raises(CalibrationError, match=r"seq_len: 65 is longer than .* of 64 tokens .max_position_embeddings"):
         check_context(config, 65)
+
+
+def test_text_that_the_model_has_no_embeddings_for_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("abc")
+    last = max(encode(TOKENIZER, "abc").tolist())
+    assert len(load_tokens(str(tmp_path / "text.txt"), TOKENIZER, vocab_size=last + 1)) == 3
+    with pytest.raises(
+        CalibrationError, match=rf"^dataset: .* ids up to {last}, but the model has embeddings for {last}"
+    ):
+        load_tokens(str(tmp_path / "text.txt"), TOKENIZER, vocab_size=last)
+
+
+@pytest.mark.parametrize("dtype", ["timedelta64[s]", "datetime64[s]", "bool", "float32", "complex64"])
+def test_only_whole_numbers_are_token_ids(tmp_path: Path, dtype: str) -> None:
+    np.save(tmp_path / "ids.npy", np.zeros(9, dtype))
+    with pytest.raises(CalibrationError, match=rf"^dataset: .* holds {dtype.split('[')[0]}.*; token ids are integers"):
+        load_tokens(str(tmp_path / "ids.npy"), None)
+
+
+@pytest.mark.parametrize("dataset", ["nothing.txt", "nothing.npy", "nothing.pdf", "n" * 300 + ".txt", "a\0b.txt"])
+def test_an_error_names_the_option_that_named_the_dataset(dataset: str) -> None:
+    with pytest.raises(CalibrationError, match=r"^eval_dataset: ") as error:
+        load_tokens(dataset, TOKENIZER, argument="eval_dataset")
+    assert "\n" not in str(error.value)

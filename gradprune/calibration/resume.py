@@ -1,0 +1,113 @@
+"""A calibration that survives its process: the engine's sums in a file every so many samples, and on from there.
+
+The file, `results/.NAME.calibration`, lies beside the results folder to come, holds the accumulators' state and what it
+belongs to, and is deleted once the results are written.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from gradprune.calibration.engine import ImportanceEngine
+from gradprune.calibration.sealed import DamagedFileError, read_sealed, write_sealed
+from gradprune.config import PruneConfig
+from gradprune.errors import CheckpointError
+from gradprune.models.digest import model_digest, tensors_digest
+from gradprune.run import Run
+from gradprune.version import __version__
+
+logger = logging.getLogger(__name__)
+
+# Options that the sums depend on.
+_OPTIONS = ("num_samples", "seq_len", "batch_size", "seed", "reduction", "gradient_fix", "use_gradient_checkpointing")
+
+
+def calibration_file(config: PruneConfig) -> Path | None:
+    """Where the state of a run's calibration is kept; None for a run that writes nothing."""
+    if config.output_name is None:
+        return None
+    return Path(config.output_dir) / f".{config.output_name}.calibration"
+
+
+def forget_calibration(config: PruneConfig) -> None:
+    """Delete the state, now that the results are written."""
+    path = calibration_file(config)
+    if path is not None:
+        path.unlink(missing_ok=True)
+
+
+class Resumable:
+    """The state of one run's calibration, on disk where `checkpoint_every` or `resume` asks for it."""
+
+    def __init__(self, run: Run, engine: ImportanceEngine) -> None:
+        """engine: has not run yet."""
+        self._engine = engine
+        self._samples = run.samples.calibration
+        self._batch_size = run.config.batch_size
+        self._every = run.config.checkpoint_every
+        self._saved = 0
+        self._path = calibration_file(run.config)
+        self._belongs = _belongs(run, engine) if self._every is not None or run.config.resume else {}
+
+    def restore(self, *, resume: bool) -> int:
+        """Take up what an interrupted run left; returns how many samples that were.
+
+        Args:
+            resume: go on with it; else it is only mentioned.
+
+        Raises:
+            CheckpointError: it is damaged, or belongs to a run with another model, data or options; says what differs.
+        """
+        if self._path is None or not self._path.is_file():
+            return 0
+        if not resume:
+            logger.warning("'%s' of an interrupted run is not used; --resume would go on with it", self._path)
+            return 0
+        try:
+            state, record = read_sealed(self._path)
+        except DamagedFileError as error:
+            raise CheckpointError(
+                f"resume: '{self._path}' is damaged ({error}); leave out --resume to start again"
+            ) from error
+        belongs, done = record["belongs"], int(record["done"])
+        differing = [
+            f"{name} ({belongs.get(name)}, now {value})"
+            for name, value in self._belongs.items()
+            if belongs.get(name) != value
+        ]
+        if differing:
+            raise CheckpointError(
+                f"resume: '{self._path}' belongs to a run with another {', another '.join(differing)}; give the same "
+                "options, or leave out --resume to start again"
+            )
+        self._engine.restore(state, list(self._samples[:done].split(self._batch_size)))
+        self._saved = done
+        logger.warning("calibration goes on after %d of %d samples", done, len(self._samples))
+        return done
+
+    def save(self, done: int) -> None:
+        """Write the state after `done` samples, if it is time to.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        due = self._every is not None and (done - self._saved >= self._every or done == len(self._samples))
+        if self._path is None or not due or done == self._saved:
+            return
+        try:
+            write_sealed(self._path, self._engine.state(), {"belongs": self._belongs, "done": done})
+        except OSError as error:
+            raise CheckpointError(f"checkpoint_every: '{self._path}' cannot be written: {error.strerror}") from error
+        self._saved = done
+
+
+def _belongs(run: Run, engine: ImportanceEngine) -> dict[str, Any]:
+    """What must be the same for the same bytes."""
+    return {
+        **{name: getattr(run.config, name) for name in _OPTIONS},
+        "backend": engine.backend,
+        "device": run.view.model.device.type,
+        "gradprune": __version__,
+        "model": model_digest(run.view.model),
+        "data": tensors_digest([run.samples.calibration]),
+    }

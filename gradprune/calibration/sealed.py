@@ -1,0 +1,73 @@
+"""Tensors with a record in one safetensors file, sealed by a digest and replaced atomically."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gradprune.errors import one_line
+from gradprune.models.digest import tensors_digest
+
+
+class DamagedFileError(Exception):
+    """A file is not what `write_sealed` wrote; says why."""
+
+
+def write_sealed(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Write a file; the same content gives the same bytes. It appears, or replaces another, whole or not at all.
+
+    Args:
+        path: of the file.
+        tensors: by name, on the CPU.
+        record: JSON-serialisable.
+
+    Raises:
+        OSError: it cannot be written; what was there before still is.
+    """
+    text = json.dumps(record, sort_keys=True)
+    new = path.with_name(f".{path.name}.new")
+    try:
+        with new.open("wb") as file:
+            mode = os.fstat(file.fileno()).st_mode & 0o777  # as the umask allows; safetensors takes its own
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            new,
+            {"gradprune": text, "digest": _digest(tensors, text)},
+        )
+        new.chmod(mode)
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        new.replace(path)
+    except SafetensorError as error:
+        raise OSError(0, one_line(error), str(path)) from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def read_sealed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the record of a file.
+
+    Raises:
+        DamagedFileError: not a whole file that `write_sealed` wrote.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if metadata["digest"] != _digest(tensors, metadata["gradprune"]):
+            raise DamagedFileError("its content is not what was written")
+        return tensors, dict(json.loads(metadata["gradprune"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(one_line(error)) from error
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    names = sorted(tensors)
+    content = tensors_digest(tensors[name] for name in names)
+    return hashlib.sha256(json.dumps([names, content, text]).encode()).hexdigest()

@@ -1,0 +1,55 @@
+"""The results folder of a run, from before its model is loaded until it is written."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from gradprune.checkpoint.atomic import claimed
+from gradprune.config import PruneConfig
+from gradprune.errors import ConfigError
+from gradprune.evaluation.size import weight_bytes_on_disk
+
+_READS = ("base_model", "dataset", "eval_dataset", "evidence_file")
+
+
+@contextmanager
+def claimed_results(config: PruneConfig, ratios: Sequence[float] = ()) -> Iterator[Path | None]:
+    """Hold the name of the results folder while the body runs; yields it, None where none is asked for.
+
+    Args:
+        config: with the options of the output, and what the run reads.
+        ratios: several, each of which gets a folder in it; by default the one of `config`.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or may not be replaced; see `claimed`.
+        ConfigError: two of the ratios have one name.
+    """
+    if config.output_name is None:
+        yield None
+        return
+    ratios = ratios or (config.pruning_ratio,)
+    ratio_names(ratios)
+    size = weight_bytes_on_disk(config.base_model) if config.base_model is not None else None
+    output = Path(config.output_dir) / config.output_name
+    claim = claimed(
+        output,
+        overwrite=config.overwrite,
+        argument="output_name",
+        reads={name: value for name in _READS if (value := getattr(config, name)) is not None},
+        free_bytes=int(sum(1.0 - ratio for ratio in ratios) * (size or 0)),
+    )
+    with claim:
+        yield output
+
+
+def ratio_names(ratios: Sequence[float]) -> list[str]:
+    """The names of the ratios' folders.
+
+    Raises:
+        ConfigError: two ratios have the same.
+    """
+    names = [f"{ratio:g}" for ratio in ratios]
+    for ratio, name in zip(ratios, names, strict=True):
+        if names.count(name) > 1:
+            raise ConfigError(f"pruning_ratio: {ratio!r} and another one are both written to '{name}'; leave one out")
+    return names

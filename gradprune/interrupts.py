@@ -1,0 +1,42 @@
+"""Signals that end a command: it unwinds as after an error, so that nothing half written stays."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# Ctrl-C, `kill` and batch systems, and a terminal that is closed.
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(BaseException):
+    """One of these signals came. No KeyboardInterrupt, which libraries catch and turn into what they like."""
+
+    def __init__(self, number: int) -> None:
+        """number: the signal's."""
+        super().__init__(number)
+        self.name = signal.Signals(number).name
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """The first of SIGINT, SIGTERM and SIGHUP raises `Interrupted`; those after it cannot disturb the unwinding.
+
+    A signal that is ignored when this begins, as SIGHUP is under `nohup`, stays so.
+    """
+    handlers = {number: signal.getsignal(number) for number in _ENDING}
+    heard = [number for number, handler in handlers.items() if handler != signal.SIG_IGN]
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        for other in heard:
+            signal.signal(other, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    for number in heard:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, handlers[number])

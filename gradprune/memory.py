@@ -1,0 +1,57 @@
+"""Running out of memory, told in one line: what was running, what it needed, and which options need less."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from gradprune.config import PruneConfig
+from gradprune.errors import OutOfMemoryError
+from gradprune.progress import Clock
+
+_CPU = re.compile(r"can't allocate memory|not enough memory|bad_alloc|cannot allocate memory", re.IGNORECASE)
+_AMOUNT = re.compile(r"allocate ([\d.]+ ?(?:[KMGT]i?B|bytes))")
+
+
+@contextmanager
+def memory_advice(clock: Clock, config: PruneConfig) -> Iterator[None]:
+    """Turn running out of memory into a `GradPruneError` that says what to do.
+
+    Raises:
+        OutOfMemoryError: the body ran out of memory, on the CPU or an accelerator.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and not _CPU.search(str(error)):
+            raise
+        amount = _AMOUNT.search(str(error))
+        stage = (clock.running or "the run").replace("_", " ")
+        raise OutOfMemoryError(
+            f"memory: {stage} ran out of it{f' when it needed another {amount[1]}' if amount else ''}; what needs "
+            f"less, cheapest first: {'; '.join(_cheaper(clock.running or '', config))}"
+        ) from error
+
+
+def _cheaper(stage: str, config: PruneConfig) -> list[str]:
+    """Options that need less memory than those of `config`, in the order of what they cost."""
+    advice = []
+    if config.batch_size > 1 and stage != "speed":
+        cost = "the same result" if config.reduction == "sample" else "another result"
+        advice.append(f"--batch_size {max(1, config.batch_size // 4)} ({cost})")
+    if stage == "calibration" and not config.use_gradient_checkpointing:
+        advice.append("--use_gradient_checkpointing (a third more time)")
+    if config.measure_speed:
+        advice.append("--no_measure_speed (no second model in memory)")
+    if stage == "calibration" and config.reduction == "batch":
+        advice.append("--reduction sample (keeps no gradients)")
+    if stage == "repair":
+        advice.append("--repair none (higher perplexity)")
+    if config.dtype in ("auto", "float32", "float64"):
+        advice.append("--dtype bfloat16 (coarser weights)")
+    if config.seq_len > 128:
+        advice.append(f"--seq_len {config.seq_len // 2} (another calibration)")
+    if config.device != "cpu":
+        advice.append("--device cpu (slow)")
+    return advice or ["a machine with more memory"]

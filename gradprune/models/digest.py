@@ -1,0 +1,40 @@
+"""A digest of a model: what it computes, in 64 characters."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# What differs between two copies of one model: where it was read from, by which release, and what generation does.
+_INCIDENTAL = ("_name_or_path", "transformers_version", "architectures", "auto_map", "use_cache", "output_attentions")
+_CHUNK = 1 << 24  # elements that are on the host at once
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """SHA-256 in hexadecimal of all weights and buffers, with names, shapes and dtypes, and of the configuration.
+
+    One pass over the weights: one tensor per thread, since hashing runs outside Python's lock.
+    """
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _INCIDENTAL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    tensors = dict(model.state_dict())
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for name, found in zip(tensors, pool.map(_tensor_digest, tensors.values()), strict=True):
+            digest.update(name.encode() + found)
+    return digest.hexdigest()
+
+
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256, in hexadecimal, of tensors with their shapes and dtypes."""
+    return hashlib.sha256(b"".join(_tensor_digest(tensor) for tensor in tensors)).hexdigest()
+
+
+def _tensor_digest(tensor: Tensor) -> bytes:
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    for chunk in tensor.detach().reshape(-1).split(_CHUNK):
+        digest.update(memoryview(chunk.cpu().contiguous().view(torch.uint8).numpy()))
+    return digest.digest()

@@ -1,0 +1,42 @@
+"""What a selection did that was not asked for, or that its numbers could not decide."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradprune.config import PruneConfig
+from gradprune.scoring.table import GroupTable
+
+# Of the ratio asked for, more than this fraction beyond it is said.
+_TOLERANCE = 1e-9
+
+
+def selection_warnings(
+    table: GroupTable, pruned: NDArray[np.bool_], parameters: int, config: PruneConfig
+) -> Iterator[str]:
+    """One sentence or two for each.
+
+    Args:
+        table: every group with its score.
+        pruned: [len(table)] bool, True for those that went.
+        parameters: of the whole model.
+        config: with the ratio and the constraints.
+    """
+    ratio = int(table.cost[pruned].sum()) / parameters
+    if ratio > config.pruning_ratio * (1.0 + _TOLERANCE):
+        yield (
+            f"epsilon {config.epsilon:g} dropped whole layers: {ratio:.1%} of the parameters are gone, "
+            f"{config.pruning_ratio:.1%} were asked for. Try a smaller --epsilon."
+        )
+    if not pruned.any():
+        yield (
+            f"Nothing was pruned: pruning_ratio {config.pruning_ratio:g} is {config.pruning_ratio * parameters:,.1f} "
+            f"parameters, and the smallest group that may go holds {int(table.cost.min()):,}."
+        )
+    zeros = int((table.score == 0.0).sum())
+    if zeros > int(pruned.sum()) and zeros > int((table.importance == 0.0).sum()):
+        yield (
+            f"The scores of {zeros:,} of {len(table):,} groups came out as 0, so that their order in the model decided "
+            "which went. Try a smaller --temperature, or an --attention_factor nearer to 1."
+        )

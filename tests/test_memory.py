@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+from gradprune.config import PruneConfig
+from gradprune.errors import OutOfMemoryError
+from gradprune.memory import memory_advice
+from gradprune.progress import Clock
+
+CPU = "[enforce fail at alloc_cpu.cpp:127] can't allocate memory: you tried to allocate 4096 bytes."
+CUDA = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB."
+
+
+def told(error: Exception, stage: str = "calibration", **options) -> str:
+    clock = Clock()
+
+    def fail() -> None:
+        with memory_advice(clock, PruneConfig(**options)), clock.stage(stage):
+            raise error
+
+    with pytest.raises(OutOfMemoryError) as found:
+        fail()
+    assert "\n" not in str(found.value)
+    return str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "needed"),
+    [
+        (RuntimeError(CPU), "another 4096 bytes"),
+        (torch.OutOfMemoryError(CUDA), "another 20.00 GiB"),
+        (MemoryError(), ""),
+    ],
+)
+def test_out_of_memory_says_what_ran_what_it_needed_and_what_needs_less(error: Exception, needed: str) -> None:
+    message = told(error)
+    assert message.startswith("memory: calibration ran out of it")
+    assert needed in message
+    order = ["--batch_size 2", "--use_gradient_checkpointing", "--no_measure_speed", "--dtype bfloat16"]
+    assert sorted(order, key=message.index) == order
+
+
+def test_only_what_is_not_yet_given_is_advised() -> None:
+    given = {"use_gradient_checkpointing": True, "measure_speed": False, "dtype": "bfloat16", "batch_size": 1}
+    assert told(MemoryError(), device="cpu", **given).endswith("a machine with more memory")
+    assert "--seq_len 512" in told(MemoryError(), seq_len=1024, **given)
+    assert "--repair none" in told(MemoryError(), "repair")
+
+
+def test_another_error_stays_as_it_is() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), memory_advice(Clock(), PruneConfig()):
+        raise RuntimeError("shapes do not match")
+
+
+def test_a_real_allocation_that_is_too_large_is_told() -> None:
+    with pytest.raises(OutOfMemoryError, match="needed another"), memory_advice(Clock(), PruneConfig()):
+        torch.empty(2**60, dtype=torch.uint8)
