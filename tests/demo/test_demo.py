@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-import gradprune.demo.corpus as corpus_module
+import gradprune.data.embedded as embedded_module
 import gradprune.demo.model as model_module
 from gradprune.data.embedded import Document, EmbeddedText, embedded_text, split_documents
 from gradprune.demo import DemoTraining, byte_tokenizer, demo_model_path, unigram_perplexity
@@ -116,7 +116,7 @@ def test_docstrings_are_read_without_importing(tmp_path: Path) -> None:
     write("site-packages/json.py", '"Never."')
     write("lib2to3/main.py", '"Never."')
     write("os.py", "def broken(:")
-    found = list(corpus_module._docstrings(tmp_path))
+    found = list(embedded_module._docstrings(tmp_path))
     assert found == [
         Document("module:json/__init__.py", ("Module.\n\nIndented.\n\nMore.",)),
         Document("module:json/tool.py", ("Function.", "Class \\d.")),
