@@ -38,7 +38,8 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str,
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             new,
-            {"gradprune": text, "digest": _digest(tensors, text)},
+            # One entry: safetensors writes several in any order.
+            {"gradprune": json.dumps({"digest": _digest(tensors, text), "record": text})},
         )
         new.chmod(mode)
         with new.open("rb") as file:
@@ -58,11 +59,11 @@ def read_sealed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            sealed = json.loads((file.metadata() or {})["gradprune"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        if metadata["digest"] != _digest(tensors, metadata["gradprune"]):
+        if sealed["digest"] != _digest(tensors, sealed["record"]):
             raise DamagedFileError("its content is not what was written")
-        return tensors, dict(json.loads(metadata["gradprune"]))
+        return tensors, dict(json.loads(sealed["record"]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(one_line(error)) from error
 
