@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from gradprune.kernels import linear_importance as linear_kernel
+from gradprune.kernels import mask_gradient as mask_kernel
 from gradprune.kernels import taylor_score as taylor_kernel
-from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, Side, sides
+from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, MaskGradient, Side, sides
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,6 +63,26 @@ def linear_importance_triton(x: Tensor, dy: Tensor, w: Tensor, side: Side = "bot
     of_rows = linear_kernel.linear_importance_triton(x, dy, w, columns=False) if rows else None
     of_columns = linear_kernel.linear_importance_triton(x, dy, w, columns=True) if columns else None
     return _vectors(of_rows, of_columns)
+
+
+def mask_gradient_triton(x: Tensor, dx: Tensor) -> MaskGradient:
+    """The gradient of a mask on each input column of a linear layer, by sample, and the input's sum of squares.
+
+    Args:
+        x: [N, T, I] fp32, bf16 or fp16, the layer's input; copied where its inner stride is not 1.
+        dx: [N, T, I] the same, the gradient of each sample's loss with respect to it.
+
+    One kernel reads both once. Accumulates in fp32 and in fixed order: the same bits every time.
+
+    Raises:
+        ValueError: shapes that differ or are not [N, T, I], or an unsupported dtype; names the argument.
+    """
+    for name, tensor in (("x", x), ("dx", dx)):
+        if tensor.ndim != 3 or tensor.shape != x.shape:
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; x and dx have one shape [N, T, I]")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name}: dtype {tensor.dtype} is not one of float32, bfloat16, float16")
+    return MaskGradient(*mask_kernel.mask_gradient_triton(_unit_inner_stride(x), _unit_inner_stride(dx)))
 
 
 def _vectors(rows: tuple[Tensor, Tensor] | None, columns: tuple[Tensor, Tensor] | None) -> ImportanceVectors:
