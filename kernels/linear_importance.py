@@ -307,7 +307,7 @@ _DESCRIPTORS = (
 _POINTERS = (LinearImportanceConfig(BLOCK_A=128, BLOCK_B=64, BLOCK_T=64),)
 _POINTERS_RAGGED = (LinearImportanceConfig(BLOCK_A=64, BLOCK_B=64, BLOCK_T=32),)
 _FP32 = (LinearImportanceConfig(BLOCK_A=128, BLOCK_B=64, BLOCK_T=16),)
-_FP32_RAGGED = (LinearImportanceConfig(BLOCK_A=64, BLOCK_B=32, BLOCK_T=16),)
+_FP32_RAGGED = (LinearImportanceConfig(BLOCK_A=64, BLOCK_B=32, BLOCK_T=16, num_stages=1),)
 _RECOUNT = {"BLOCK_T": 16, "SCAN": 256}
 
 
