@@ -1,234 +1,446 @@
-"""`linear_importance`: each sample's weight gradient of a linear layer, scored in registers and never written."""
+"""`linear_importance`: each sample's weight gradient of a linear layer, scored in registers and never written.
+
+A matrix product whose epilogue scores the product. The side asked for makes the rows of its tiles, so that every sum
+runs along a tile's rows and stays within a warp:
+
+    rows:    G   = dY^T X    a = dY [N, T, O]   b = X  [N, T, I]   w = W   [O, I]
+    columns: G^T = X^T dY    a = X  [N, T, I]   b = dY [N, T, O]   w = W^T [I, O]
+
+In the names below a tile is [A, B] of a's and b's widths.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradprune.kernels.taylor_score import merged_statistics
+from gradprune.kernels.launch import device_of
+from gradprune.kernels.partial_sums import add_partial_sums
+from gradprune.kernels.tuning import fastest
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.4: pointers everywhere
+    TensorDescriptor = None
+
+# Rows of a tile whose statistics are combined: those that a warp holds after a half-precision product on Hopper.
+STATISTICS_ROWS = 16
+# Bytes of partial sums. Beyond that a program takes several samples in turn and adds their sums in registers.
+WORKSPACE = 64 << 20
 
 
 @dataclass(frozen=True)
 class LinearImportanceConfig:
-    """How the gradient [O, I] is cut up.
+    """How the product is cut up.
 
-    A program computes one sample's tile of BLOCK_O x BLOCK_I, BLOCK_T tokens at a time. Tiles are walked down GROUP_O
-    rows of tiles and then to the next column, so that programs that run together share their inputs in the L2 cache.
+    A program computes tiles of BLOCK_A x BLOCK_B, BLOCK_T tokens at a time. Tiles are walked down GROUP_A rows of tiles
+    and then to the next column, so that programs that run together share their inputs in the L2 cache.
+
+    BLOCK_A, BLOCK_B, BLOCK_T and num_warps fix the order of summation; the others change no bit of the result. maxnreg:
+    the most registers that a thread may use.
     """
 
-    BLOCK_O: int
-    BLOCK_I: int
+    BLOCK_A: int
+    BLOCK_B: int
     BLOCK_T: int
-    GROUP_O: int = 8
+    GROUP_A: int = 8
     num_warps: int = 8
     num_stages: int = 3
+    maxnreg: int | None = None
 
 
 @triton.jit
-def _tile_of_program(O, I, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP_O: tl.constexpr):  # noqa: E741
-    """This program's row and column of tiles: down GROUP_O rows of tiles first, then to the next column."""
+def _tile_of_program(A, B, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, GROUP_A: tl.constexpr):
+    """This program's row and column of tiles: down GROUP_A rows of tiles first, then to the next column."""
     program = tl.program_id(0)
-    tiles_o = tl.cdiv(O, BLOCK_O)
-    tiles_i = tl.cdiv(I, BLOCK_I)
-    group = program // (GROUP_O * tiles_i)
-    height = tl.minimum(tiles_o - group * GROUP_O, GROUP_O)
-    within = program % (GROUP_O * tiles_i)
-    return group * GROUP_O + within % height, within // height
+    tiles_a = tl.cdiv(A, BLOCK_A)
+    tiles_b = tl.cdiv(B, BLOCK_B)
+    group = program // (GROUP_A * tiles_b)
+    height = tl.minimum(tiles_a - group * GROUP_A, GROUP_A)
+    within = program % (GROUP_A * tiles_b)
+    return group * GROUP_A + within % height, within // height
 
 
 @triton.jit
-def _gradient_tile(
-    x_ptr,
-    dy_ptr,
-    rows,
-    columns,
-    O,  # noqa: E741
-    I,  # noqa: E741
-    T,
-    stride_xt,
-    stride_dyt,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+def _product_by_descriptors(
+    a_desc, b_desc, n, row, column, T, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    """dy^T x of one sample, [BLOCK_O, BLOCK_I] fp32; x_ptr and dy_ptr point at the sample."""
-    tokens = tl.arange(0, BLOCK_T)
-    x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * stride_xt + columns[None, :]
-    dy_ptrs = dy_ptr + tokens.to(tl.int64)[None, :] * stride_dyt + rows[:, None]
-    g = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    """a_n^T b_n, [BLOCK_A, BLOCK_B] fp32 from `row` and `column` on. Elements beyond a tensor are read as zeros."""
+    g = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     for start in range(0, T, BLOCK_T):
-        in_tokens = start + tokens < T
-        x = tl.load(x_ptrs, mask=in_tokens[:, None] & (columns < I)[None, :], other=0.0)
-        dy = tl.load(dy_ptrs, mask=in_tokens[None, :] & (rows < O)[:, None], other=0.0)
-        g = tl.dot(dy, x, g, input_precision="ieee")
-        x_ptrs += tl.full((), BLOCK_T, tl.int64) * stride_xt
-        dy_ptrs += tl.full((), BLOCK_T, tl.int64) * stride_dyt
+        a = a_desc.load([n, start, row]).reshape(BLOCK_T, BLOCK_A)
+        b = b_desc.load([n, start, column]).reshape(BLOCK_T, BLOCK_B)
+        g = tl.dot(a.T, b, g, input_precision="ieee")
     return g
 
 
 @triton.jit
-def _store_statistics(base, sum_abs, sum_square, max_abs, min_abs, bad, in_rows):
-    """A tile's statistics from those of its rows; the first three are 0 beyond the matrix."""
-    tl.store(base, tl.sum(sum_abs, 0))
-    tl.store(base + 1, tl.sum(sum_square, 0))
-    tl.store(base + 2, tl.max(max_abs, 0))
-    tl.store(base + 3, tl.min(tl.where(in_rows, min_abs, float("inf")), 0))
-    tl.store(base + 4, tl.sum(tl.where(in_rows, bad, 0.0), 0))
+def _product_by_pointers(
+    a_ptr,
+    b_ptr,
+    rows,
+    columns,
+    A,
+    B,
+    T,
+    stride_at,
+    stride_bt,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """a^T b of one sample, [BLOCK_A, BLOCK_B] fp32; a_ptr and b_ptr point at the sample."""
+    tokens = tl.arange(0, BLOCK_T)
+    a_ptrs = a_ptr + tokens.to(tl.int64)[None, :] * stride_at + rows[:, None]
+    b_ptrs = b_ptr + tokens.to(tl.int64)[:, None] * stride_bt + columns[None, :]
+    g = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for start in range(0, T, BLOCK_T):
+        in_tokens = start + tokens < T
+        a = tl.load(a_ptrs, mask=in_tokens[None, :] & (rows < A)[:, None], other=0.0)
+        b = tl.load(b_ptrs, mask=in_tokens[:, None] & (columns < B)[None, :], other=0.0)
+        g = tl.dot(a, b, g, input_precision="ieee")
+        a_ptrs += tl.full((), BLOCK_T, tl.int64) * stride_at
+        b_ptrs += tl.full((), BLOCK_T, tl.int64) * stride_bt
+    return g
 
 
 @triton.jit
+def _weight_tile(
+    w, row, column, A, B, stride_w, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """w [BLOCK_A, BLOCK_B] fp32 from `row` and `column` on, zeros beyond it. COLUMNS: W is stored transposed."""
+    if DESCRIPTORS:
+        tile = w.load([column, row]).T if COLUMNS else w.load([row, column])
+    else:
+        rows = (row + tl.arange(0, BLOCK_A))[:, None]
+        columns = (column + tl.arange(0, BLOCK_B))[None, :]
+        outer, inner = (columns, rows) if COLUMNS else (rows, columns)
+        tile = tl.load(w + outer.to(tl.int64) * stride_w + inner, mask=(rows < A) & (columns < B), other=0.0)
+    return tile.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["N", "T", "samples_per_program"])
 def _linear_importance_kernel(
-    x_ptr,
-    dy_ptr,
-    w_ptr,
-    rows_ptr,
-    columns_ptr,
+    a,
+    b,
+    w,
+    sums_ptr,
     statistics_ptr,
+    N,
     T,
-    O,  # noqa: E741 - the number of rows, as everywhere in the project
-    I,  # noqa: E741
-    stride_xn,
-    stride_xt,
-    stride_dyn,
-    stride_dyt,
-    stride_wo,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
+    A,
+    B,
+    samples_per_program,
+    stride_an,
+    stride_at,
+    stride_bn,
+    stride_bt,
+    stride_w,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    GROUP_O: tl.constexpr,
-    HAS_I_TAIL: tl.constexpr,
-    ROW_SUMS: tl.constexpr,
-    COLUMN_SUMS: tl.constexpr,
+    GROUP_A: tl.constexpr,
+    STATISTICS_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
-    """One tile of g_n = dy_n^T x_n of sample n = program_id(1); scored, not written.
+    """One tile of g_n = a_n^T b_n, of samples_per_program samples n in turn; scored, not written.
 
-    X [N, T, I], dY [N, T, O] and W [O, I] have unit inner strides. fp32 accumulation, fixed order, no atomics.
+    a [N, T, A], b [N, T, B] and w are tensor descriptors, or pointers to tensors of unit inner stride. fp32
+    accumulation, fixed order, no atomics. Non-finite elements are not looked for: they make sums non-finite, and
+    `_recount_kernel` then corrects the statistics.
 
-    rows_ptr: [N, columns of tiles, 2, O] fp32; the tile's sums over its columns of |w g|, w^2 g^2, if ROW_SUMS.
-    columns_ptr: [N, rows of tiles, 2, I] fp32; the tile's sums over its rows, if COLUMN_SUMS.
-    statistics_ptr: [N, tiles, 5] fp32: sum|g|, sum g^2, max|g|, min|g|, non-finite count.
-    HAS_I_TAIL: I is no multiple of BLOCK_I, and the last tiles reach beyond it.
+    sums_ptr: [parts, columns of tiles, 2, A] fp32; the sums over the tile's columns of |w g| and w^2 g^2.
+    statistics_ptr: [parts, tiles, BLOCK_A / STATISTICS_ROWS, 5] fp32: sum|g|, sum g^2, max|g|, min|g|, 0.
+    COLUMNS: w is W^T, which is not stored. TAIL: some tiles reach beyond A or B.
     """
-    tile_o, tile_i = _tile_of_program(O, I, BLOCK_O, BLOCK_I, GROUP_O)
-    n = tl.program_id(1).to(tl.int64)
-    rows = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    columns = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
-    in_rows = rows < O
-    in_columns = columns < I
-    g = _gradient_tile(
-        x_ptr + n * stride_xn, dy_ptr + n * stride_dyn, rows, columns, O, I, T, stride_xt, stride_dyt,
-        BLOCK_O, BLOCK_I, BLOCK_T,
-    )  # fmt: skip
-    magnitude = tl.abs(g)
-    if HAS_I_TAIL:
-        magnitude = tl.where(in_columns[None, :], magnitude, float("inf"))
-    finite = magnitude < float("inf")  # false for NaN too
-    clean = tl.where(finite, magnitude, 0.0)
-    # The columns beyond I were counted too.
-    beyond = tl.maximum((tile_i + 1) * BLOCK_I - I, 0)
-    _store_statistics(
-        statistics_ptr + (n * tl.num_programs(0) + tl.program_id(0)) * 5,
-        tl.sum(clean, 1),
-        tl.sum(clean * clean, 1),
-        tl.max(clean, 1),
-        tl.min(tl.where(finite, magnitude, float("inf")), 1),
-        tl.sum(tl.where(finite, 0.0, 1.0), 1) - beyond,
-        in_rows,
-    )
+    tile_a, tile_b = _tile_of_program(A, B, BLOCK_A, BLOCK_B, GROUP_A)
+    row = tile_a * BLOCK_A
+    column = tile_b * BLOCK_B
+    part = tl.program_id(1)
+    rows = row + tl.arange(0, BLOCK_A)
+    columns = column + tl.arange(0, BLOCK_B)
+    GROUPS: tl.constexpr = BLOCK_A // STATISTICS_ROWS
+    row_abs = tl.zeros((BLOCK_A,), tl.float32)
+    row_square = tl.zeros((BLOCK_A,), tl.float32)
+    sum_abs = tl.zeros((GROUPS,), tl.float32)
+    sum_square = tl.zeros((GROUPS,), tl.float32)
+    max_abs = tl.zeros((GROUPS,), tl.float32)
+    min_abs = tl.full((GROUPS,), float("inf"), tl.float32)
+    first = part * samples_per_program
+    for n in range(first, tl.minimum(first + samples_per_program, N)):
+        if DESCRIPTORS:
+            g = _product_by_descriptors(a, b, n, row, column, T, BLOCK_A, BLOCK_B, BLOCK_T)
+        else:
+            sample = tl.cast(n, tl.int64)
+            g = _product_by_pointers(
+                a + sample * stride_an, b + sample * stride_bn, rows, columns, A, B, T, stride_at, stride_bt,
+                BLOCK_A, BLOCK_B, BLOCK_T,
+            )  # fmt: skip
+        magnitude = tl.abs(g)
+        sum_abs += tl.sum(tl.sum(magnitude, 1).reshape(GROUPS, STATISTICS_ROWS), 1)
+        sum_square += tl.sum(tl.sum(g * g, 1).reshape(GROUPS, STATISTICS_ROWS), 1)
+        max_abs = tl.maximum(max_abs, tl.max(tl.max(magnitude, 1).reshape(GROUPS, STATISTICS_ROWS), 1))
+        if TAIL:
+            magnitude = tl.where((rows < A)[:, None] & (columns < B)[None, :], magnitude, float("inf"))
+        min_abs = tl.minimum(min_abs, tl.min(tl.min(magnitude, 1).reshape(GROUPS, STATISTICS_ROWS), 1))
+        product = _weight_tile(w, row, column, A, B, stride_w, BLOCK_A, BLOCK_B, COLUMNS, DESCRIPTORS) * g
+        row_abs += tl.sum(tl.abs(product), 1)
+        row_square += tl.sum(product * product, 1)
 
-    # Beyond the matrix w is 0 and g is 0, or NaN where all of its row or column inside is non-finite.
-    inside = in_rows[:, None] & in_columns[None, :]
-    w_ptrs = w_ptr + rows.to(tl.int64)[:, None] * stride_wo + columns[None, :]
-    product = tl.load(w_ptrs, mask=inside, other=0.0).to(tl.float32) * g
-    if ROW_SUMS:
-        row_ptrs = rows_ptr + (n * tl.cdiv(I, BLOCK_I) + tile_i) * 2 * O + rows
-        tl.store(row_ptrs, tl.sum(tl.abs(product), 1), mask=in_rows)
-        tl.store(row_ptrs + O, tl.sum(product * product, 1), mask=in_rows)
-    if COLUMN_SUMS:
-        column_ptrs = columns_ptr + (n * tl.cdiv(O, BLOCK_O) + tile_o) * 2 * I + columns
-        tl.store(column_ptrs, tl.sum(tl.abs(product), 0), mask=in_columns)
-        tl.store(column_ptrs + I, tl.sum(product * product, 0), mask=in_columns)
-
-
-# Each compiles without spilled registers for sm_80 and sm_90. None has been timed on a GPU.
-_FP32 = LinearImportanceConfig(BLOCK_O=128, BLOCK_I=128, BLOCK_T=16)
-_FP32_RAGGED = LinearImportanceConfig(BLOCK_O=64, BLOCK_I=128, BLOCK_T=16)
-_HALF = LinearImportanceConfig(BLOCK_O=128, BLOCK_I=128, BLOCK_T=64, num_stages=4)
-_HALF_RAGGED = LinearImportanceConfig(BLOCK_O=64, BLOCK_I=128, BLOCK_T=32)
+    sums = sums_ptr + (part.to(tl.int64) * tl.cdiv(B, BLOCK_B) + tile_b) * 2 * A + rows
+    tl.store(sums, row_abs, mask=rows < A)
+    tl.store(sums + A, row_square, mask=rows < A)
+    tile = part.to(tl.int64) * tl.num_programs(0) + tile_a * tl.cdiv(B, BLOCK_B) + tile_b
+    statistics = statistics_ptr + (tile * GROUPS + tl.arange(0, GROUPS)) * 5
+    tl.store(statistics, sum_abs)
+    tl.store(statistics + 1, sum_square)
+    tl.store(statistics + 2, max_abs)
+    tl.store(statistics + 3, min_abs)
+    tl.store(statistics + 4, tl.zeros((GROUPS,), tl.float32))
 
 
-def config_for(O: int, I: int, dtype: torch.dtype) -> LinearImportanceConfig:  # noqa: E741
-    """The configuration for a gradient [O, I] from inputs of `dtype`.
+@triton.jit(do_not_specialize=["N", "T", "samples_per_program", "tiles_b", "per_tile"])
+def _recount_kernel(
+    a_ptr,
+    b_ptr,
+    statistics_ptr,
+    N,
+    T,
+    A,
+    B,
+    samples_per_program,
+    tiles_b,
+    per_tile,
+    stride_an,
+    stride_at,
+    stride_bn,
+    stride_bt,
+    TILE_A: tl.constexpr,
+    TILE_B: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    """Corrects the statistics of a row of tiles if some of its sums of |g| are not finite; else returns at once.
 
-    Widths that are not a multiple of 16 are read element by element, which takes registers.
+    The error path: plain, and as slow as it likes. A tile's first entry is overwritten with the statistics of its
+    finite elements and the number of others, its further entries with those of nothing.
+
+    statistics_ptr: [parts, rows of tiles, tiles_b, per_tile, 5] as `_linear_importance_kernel` leaves them, of tiles
+    TILE_A x TILE_B.
     """
-    ragged = bool(O % 16 or I % 16)
+    tile_a = tl.program_id(0)
+    part = tl.program_id(1)
+    base = statistics_ptr + (part.to(tl.int64) * tl.num_programs(0) + tile_a) * tiles_b * per_tile * 5
+    lanes = tl.arange(0, SCAN)
+    bad = tl.zeros((SCAN,), tl.float32)
+    for start in range(0, tiles_b * per_tile, SCAN):
+        entries = start + lanes
+        found = tl.load(base + entries.to(tl.int64) * 5, mask=entries < tiles_b * per_tile, other=0.0)
+        bad += tl.where(found < float("inf"), 0.0, 1.0)  # false for NaN too
+    if tl.sum(bad, 0) > 0:
+        for tile_b in range(0, tiles_b):
+            _recount_tile(
+                a_ptr, b_ptr, base + tl.cast(tile_b, tl.int64) * per_tile * 5, part, tile_a * TILE_A, tile_b * TILE_B,
+                N, T, A, B, samples_per_program, per_tile, stride_an, stride_at, stride_bn, stride_bt,
+                TILE_A, TILE_B, BLOCK_T,
+            )  # fmt: skip
+
+
+@triton.jit
+def _recount_tile(
+    a_ptr, b_ptr, statistics, part, row, column, N, T, A, B, samples_per_program, per_tile,
+    stride_an, stride_at, stride_bn, stride_bt,
+    TILE_A: tl.constexpr, TILE_B: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """The statistics of one tile's finite elements and the number of others."""
+    rows = row + tl.arange(0, TILE_A)
+    columns = column + tl.arange(0, TILE_B)
+    inside = (rows < A)[:, None] & (columns < B)[None, :]
+    sum_abs = tl.zeros((TILE_A,), tl.float32)
+    sum_square = tl.zeros((TILE_A,), tl.float32)
+    max_abs = tl.zeros((TILE_A,), tl.float32)
+    min_abs = tl.full((TILE_A,), float("inf"), tl.float32)
+    others = tl.zeros((TILE_A,), tl.float32)
+    first = part * samples_per_program
+    for n in range(first, tl.minimum(first + samples_per_program, N)):
+        sample = tl.cast(n, tl.int64)
+        g = _product_by_pointers(
+            a_ptr + sample * stride_an, b_ptr + sample * stride_bn, rows, columns, A, B, T, stride_at, stride_bt,
+            TILE_A, TILE_B, BLOCK_T,
+        )  # fmt: skip
+        magnitude = tl.abs(g)
+        finite = (magnitude < float("inf")) & inside
+        clean = tl.where(finite, magnitude, 0.0)
+        sum_abs += tl.sum(clean, 1)
+        sum_square += tl.sum(clean * clean, 1)
+        max_abs = tl.maximum(max_abs, tl.max(clean, 1))
+        min_abs = tl.minimum(min_abs, tl.min(tl.where(finite, magnitude, float("inf")), 1))
+        others += tl.sum(tl.where(inside & (finite == 0), 1.0, 0.0), 1)
+    for entry in range(1, per_tile):
+        tl.store(statistics + entry * 5, 0.0)
+        tl.store(statistics + entry * 5 + 1, 0.0)
+        tl.store(statistics + entry * 5 + 2, 0.0)
+        tl.store(statistics + entry * 5 + 3, float("inf"))
+    tl.store(statistics, tl.sum(sum_abs, 0))
+    tl.store(statistics + 1, tl.sum(sum_square, 0))
+    tl.store(statistics + 2, tl.max(max_abs, 0))
+    tl.store(statistics + 3, tl.min(min_abs, 0))
+    tl.store(statistics + 4, tl.sum(others, 0))
+
+
+# Compiled for sm_80 and sm_90 none of these spills a register; none has been timed on a GPU.
+#
+# By descriptors: with 3 stages a block takes 96 KiB of shared memory and 128 registers per thread: two blocks fit on an
+# SM, and one computes products during the other's epilogue. With 4 stages it is one block, with more loads in flight.
+_DESCRIPTORS = (
+    LinearImportanceConfig(BLOCK_A=128, BLOCK_B=128, BLOCK_T=64, maxnreg=128),
+    LinearImportanceConfig(BLOCK_A=128, BLOCK_B=128, BLOCK_T=64, GROUP_A=16, maxnreg=128),
+    LinearImportanceConfig(BLOCK_A=128, BLOCK_B=128, BLOCK_T=64, num_stages=4),
+)
+# By pointers, which take registers; most where widths are not a multiple of 16 and elements are read one by one.
+_POINTERS = (LinearImportanceConfig(BLOCK_A=128, BLOCK_B=64, BLOCK_T=64),)
+_POINTERS_RAGGED = (LinearImportanceConfig(BLOCK_A=64, BLOCK_B=64, BLOCK_T=32),)
+_FP32 = (LinearImportanceConfig(BLOCK_A=128, BLOCK_B=64, BLOCK_T=16),)
+_FP32_RAGGED = (LinearImportanceConfig(BLOCK_A=64, BLOCK_B=32, BLOCK_T=16, num_stages=1),)
+_RECOUNT = {"BLOCK_T": 16, "SCAN": 256}
+
+
+def configs_for(A: int, B: int, dtype: torch.dtype, descriptors: bool) -> tuple[LinearImportanceConfig, ...]:
+    """The configurations for a product [A, B] of inputs of `dtype`: the default, then others with the same result."""
+    ragged = bool(A % 16 or B % 16)
+    if descriptors:
+        return _DESCRIPTORS
     if dtype == torch.float32:
         return _FP32_RAGGED if ragged else _FP32
-    return _HALF_RAGGED if ragged else _HALF
+    return _POINTERS_RAGGED if ragged else _POINTERS
 
 
 def linear_importance_triton(
-    x: Tensor,
-    dy: Tensor,
-    w: Tensor,
-    row_sums: bool = True,
-    column_sums: bool = True,
-    config: LinearImportanceConfig | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Row sums, column sums and statistics of each sample's weight gradient g_n = dy_n^T x_n, summed over samples.
+    x: Tensor, dy: Tensor, w: Tensor, columns: bool, config: LinearImportanceConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """Row (or column) sums and statistics of each sample's weight gradient g_n = dy_n^T x_n, summed over samples.
 
     The gradient is formed and scored in registers, in fp32 (fp32 inputs are multiplied in fp32, not in TF32), and never
-    written. The tiles' partial sums are added by a second, small reduction, in fixed order, so that the result has the
-    same bits every time.
+    written. The programs' partial sums, at most 64 MiB of them unless one sample has more, are added by a second launch
+    in fixed order: the same bits every time.
 
     Args:
         x: [N, T, I] fp32, bf16 or fp16, unit inner stride, the layer's input.
         dy: [N, T, O] same dtype, unit inner stride, the gradient of each sample's loss with respect to the output.
         w: [O, I] fp32, bf16 or fp16, unit inner stride, the weight.
-        row_sums, column_sums: which sums to compute.
-        config: how the gradient is cut up; by default `config_for` its shape and dtype.
+        columns: sum over the rows of each column, instead of over the columns of each row.
+        config: how the product is cut up; by default the fastest of `configs_for` its sizes and dtype.
 
     Returns:
-        rows [2, O] and columns [2, I], each sums of |w g_n| and w^2 g_n^2, None if not asked for; and statistics [5] of
-        all g_n: sum|g|, sum g^2, max|g|, min|g|, number of non-finite elements (which enter none of the others). fp32.
+        [2, O] (columns: [2, I]) fp32, sums of |w g_n| and w^2 g_n^2, non-finite where an element of g_n is; and [5]
+        fp32, statistics of all g_n: sum|g|, sum g^2, max|g|, min|g|, number of non-finite elements (which enter none
+        of the others).
     """
-    samples, tokens, width = x.shape
-    height = w.shape[0]
-    config = config or config_for(height, width, x.dtype)
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
         # Triton's interpreter, the only way to run on the CPU, multiplies the bits of bf16. fp32 holds them exactly.
         x, dy = x.float(), dy.float()
-    tiles_o, tiles_i = triton.cdiv(height, config.BLOCK_O), triton.cdiv(width, config.BLOCK_I)
-    rows = torch.empty(samples * tiles_i, 2, height if row_sums else 0, dtype=torch.float32, device=w.device)
-    columns = torch.empty(samples * tiles_o, 2, width if column_sums else 0, dtype=torch.float32, device=w.device)
-    statistics = torch.empty(samples * tiles_o * tiles_i, 5, dtype=torch.float32, device=w.device)
-    if len(statistics):
-        _linear_importance_kernel[(tiles_o * tiles_i, samples)](
-            x,
-            dy,
-            w,
-            rows,
-            columns,
-            statistics,
-            tokens,
-            height,
-            width,
-            x.stride(0),
-            x.stride(1),
-            dy.stride(0),
-            dy.stride(1),
-            w.stride(0),
-            BLOCK_O=config.BLOCK_O,
-            BLOCK_I=config.BLOCK_I,
-            BLOCK_T=config.BLOCK_T,
-            GROUP_O=config.GROUP_O,
-            HAS_I_TAIL=width % config.BLOCK_I != 0,
-            ROW_SUMS=row_sums,
-            COLUMN_SUMS=column_sums,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+    a, b = (x, dy) if columns else (dy, x)
+    descriptors = descriptors_work(x, dy, w)
+    configs = configs_for(a.shape[2], b.shape[2], x.dtype, descriptors) if config is None else (config,)
+    with device_of(w):
+        chosen = fastest(
+            configs, lambda entry: _launch(a, b, w, columns, descriptors, entry), x, a.shape, b.shape[2], descriptors
         )
-    return rows.sum(0) if row_sums else None, columns.sum(0) if column_sums else None, merged_statistics(statistics)
+        return add_partial_sums(*_launch(a, b, w, columns, descriptors, chosen))
+
+
+def _launch(
+    a: Tensor, b: Tensor, w: Tensor, columns: bool, descriptors: bool, config: LinearImportanceConfig
+) -> tuple[Tensor, Tensor]:
+    """The partial sums [parts, 2, A] and statistics [entries, 5] of the product."""
+    samples, tokens, height = a.shape
+    width = b.shape[2]
+    tiles_a, tiles_b = triton.cdiv(height, config.BLOCK_A), triton.cdiv(width, config.BLOCK_B)
+    in_turn = samples_in_turn(samples, tiles_b, height)
+    parts = triton.cdiv(samples, in_turn)
+    per_tile = config.BLOCK_A // STATISTICS_ROWS
+    sums = torch.empty(parts * tiles_b, 2, height, dtype=torch.float32, device=w.device)
+    statistics = torch.empty(parts * tiles_a * tiles_b * per_tile, 5, dtype=torch.float32, device=w.device)
+    if not len(statistics):
+        return sums, statistics
+    strides = (a.stride(0), a.stride(1), b.stride(0), b.stride(1))
+    inputs: tuple[Any, Any, Any] = _describe(a, b, w, columns, config) if descriptors else (a, b, w)
+    _linear_importance_kernel[(tiles_a * tiles_b, parts)](
+        *inputs,
+        sums,
+        statistics,
+        samples,
+        tokens,
+        height,
+        width,
+        in_turn,
+        *strides,
+        w.stride(0),
+        BLOCK_A=config.BLOCK_A,
+        BLOCK_B=config.BLOCK_B,
+        BLOCK_T=config.BLOCK_T,
+        GROUP_A=config.GROUP_A,
+        STATISTICS_ROWS=STATISTICS_ROWS,
+        COLUMNS=columns,
+        DESCRIPTORS=descriptors,
+        TAIL=bool(height % config.BLOCK_A or width % config.BLOCK_B),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
+    )
+    _recount_kernel[(tiles_a, parts)](
+        a,
+        b,
+        statistics,
+        samples,
+        tokens,
+        height,
+        width,
+        in_turn,
+        tiles_b,
+        per_tile,
+        *strides,
+        TILE_A=config.BLOCK_A,
+        TILE_B=config.BLOCK_B,
+        **_RECOUNT,
+        num_warps=8,
+        num_stages=1,
+    )
+    return sums, statistics
+
+
+def samples_in_turn(samples: int, tiles_b: int, height: int) -> int:
+    """Samples that a program takes in turn, so that the partial sums stay within the workspace."""
+    of_sample = tiles_b * 2 * height * torch.float32.itemsize
+    at_once = max(1, WORKSPACE // max(1, of_sample))
+    return max(1, triton.cdiv(samples, at_once))
+
+
+def descriptors_work(*tensors: Tensor) -> bool:
+    """Whether the tensor memory accelerator of Hopper can read all tensors, or the interpreter stands in for it."""
+    if TensorDescriptor is None or (tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device)[0] < 9):
+        return False
+    return tensors[0].dtype != torch.float32 and all(map(is_describable, tensors))
+
+
+def is_describable(tensor: Tensor) -> bool:
+    """Every row begins at a multiple of 16 bytes, and no two rows at the same."""
+    steps = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
+    return tensor.numel() > 0 and tensor.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def _describe(
+    a: Tensor, b: Tensor, w: Tensor, columns: bool, config: LinearImportanceConfig
+) -> tuple[object, object, object]:
+    tile = [config.BLOCK_B, config.BLOCK_A] if columns else [config.BLOCK_A, config.BLOCK_B]
+    return (
+        TensorDescriptor.from_tensor(a, [1, config.BLOCK_T, config.BLOCK_A]),
+        TensorDescriptor.from_tensor(b, [1, config.BLOCK_T, config.BLOCK_B]),
+        TensorDescriptor.from_tensor(w, tile),
+    )

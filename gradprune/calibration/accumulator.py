@@ -116,10 +116,7 @@ class BlockAccumulator(ABC):
             yield entry.linear, partial(self._observe, entry)
 
     def observe_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Forward pre-hook of the output projection: the second moment of its input, for Wanda.
-
-        A layer recomputed under checkpointing counts twice in sum and tokens alike; the mean is the same.
-        """
+        """Forward pre-hook of the output projection, for passes without gradients: the second moment of its input."""
         x = args[0].detach().flatten(0, -2)
         self._pending_input_square += x.to(accumulation_dtype(x)).square().sum(0)
         self._pending_tokens += x.shape[0]
@@ -165,6 +162,13 @@ class BlockAccumulator(ABC):
         # Rows first: threads never share one sum.
         self._pending_output_square += dy.to(accumulation_dtype(dy)).square().sum(-1).flatten().double().sum()
 
+    def _input_gradient(self, x: Tensor, dx: Tensor) -> Tensor:
+        """[N, I], the gradient of a mask on the output projection's input; takes up its second moment on the way."""
+        found = self._ops.mask_gradient(x, dx)
+        self._pending_input_square += found.input_square
+        self._pending_tokens += x.shape[0] * x.shape[1]
+        return found.gradient
+
     def _observe_mask(self, entry: OutputLinear, mask_gradient: Tensor, dy: Tensor) -> None:
         """mask_gradient: [N, I], the gradient of a mask on each input column; dy: [N, O], summed over tokens."""
         by_group = entry.fold_columns(mask_gradient).double()
@@ -193,7 +197,7 @@ class SampleAccumulator(BlockAccumulator):
     def _observe(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
         self._accumulate(entry, self._ops.linear_importance(x, dy, entry.linear.weight, _side(entry)))
         if isinstance(entry, OutputLinear):
-            self._observe_mask(entry, _mask_gradient(x, dx), dy.sum(1))
+            self._observe_mask(entry, self._input_gradient(x, dx), dy.sum(1))
             self._observe_output(dy)
 
     def _first_order(self, count: int) -> Tensor:
@@ -245,7 +249,7 @@ class BatchAccumulator(BlockAccumulator):
         self._accumulate(entry, self._ops.taylor_score(entry.linear.weight, gradient, _side(entry)))
         self._pending_gradients[entry.path] = gradient
         if isinstance(entry, OutputLinear):
-            mask_gradient = _mask_gradient(x, dx).sum(0, keepdim=True) / samples
+            mask_gradient = self._input_gradient(x, dx).sum(0, keepdim=True) / samples
             self._observe_mask(entry, mask_gradient, dy.sum((0, 1))[None] / samples)
             self._observe_output(dy)
 
@@ -266,12 +270,3 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 def _side(entry: InputLinear | OutputLinear) -> Literal["rows", "columns"]:
     """Groups own rows of input projections and columns of the output projection."""
     return "columns" if isinstance(entry, OutputLinear) else "rows"
-
-
-def _mask_gradient(x: Tensor, dx: Tensor) -> Tensor:
-    """[N, I], the gradient of a mask on each input column of samples x with gradients dx, [N, T, I] both.
-
-    It equals the column sums of w g_n: the sum over tokens of x * dl/dx needs no weight gradient.
-    """
-    dtype = accumulation_dtype(x)
-    return (x.to(dtype) * dx.to(dtype)).sum(1)

@@ -120,14 +120,15 @@ class ImportanceEngine:
             raise GradPruneError(f"engine: {which}; leave its `with` block first")
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self._model))
-            for accumulator in self._accumulators.values():
-                handle = accumulator.block.output.linear.register_forward_pre_hook(accumulator.observe_input)
-                stack.callback(handle.remove)
             if self._takes_gradients:
                 observers = dict(pair for entry in self._accumulators.values() for pair in entry.observers())
                 stack.enter_context(capture(self._model, observers))
                 if self._checkpointing:
                     stack.enter_context(checkpointed(self._view.layers))
+            else:
+                for accumulator in self._accumulators.values():
+                    handle = accumulator.block.output.linear.register_forward_pre_hook(accumulator.observe_input)
+                    stack.callback(handle.remove)
             _OBSERVED.add(self._model)
             stack.callback(_OBSERVED.discard, self._model)
             self._stack = stack.pop_all()

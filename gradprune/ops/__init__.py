@@ -3,14 +3,16 @@
 from gradprune.ops import linear_importance, taylor_score
 """
 
-from gradprune.ops.dispatch import grad_stats, linear_importance, scale_gradients, taylor_score
-from gradprune.ops.vectors import GradientStatistics, ImportanceVectors
+from gradprune.ops.dispatch import grad_stats, linear_importance, mask_gradient, scale_gradients, taylor_score
+from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, MaskGradient
 
 __all__ = [
     "GradientStatistics",
     "ImportanceVectors",
+    "MaskGradient",
     "grad_stats",
     "linear_importance",
+    "mask_gradient",
     "scale_gradients",
     "taylor_score",
 ]

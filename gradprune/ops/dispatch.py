@@ -16,10 +16,11 @@ from gradprune.ops.backends import choose_backend, cpp_fault, cuda_fault, refere
 from gradprune.ops.reference import (
     grad_stats_reference,
     linear_importance_reference,
+    mask_gradient_reference,
     scale_gradients_reference,
     taylor_score_reference,
 )
-from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, Side
+from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, MaskGradient, Side
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class ImportanceOps:
     backend: str
     taylor_score: Callable[[Tensor, Tensor, Side], ImportanceVectors]
     linear_importance: Callable[[Tensor, Tensor, Tensor, Side], ImportanceVectors]
+    mask_gradient: Callable[[Tensor, Tensor], MaskGradient]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,21 @@ def linear_importance(
         ValueError: the shapes do not fit, `side` is unknown, or the backend cannot read a tensor.
     """
     return select_ops(backend, w.device.type).linear_importance(x, dy, w, side)
+
+
+def mask_gradient(x: Tensor, dx: Tensor, backend: ImportanceBackend = "auto") -> MaskGradient:
+    """The gradient of a mask on each input column of a linear layer, by sample, and the input's sum of squares.
+
+    Args:
+        x: [N, T, I] floating point, the layer's input.
+        dx: [N, T, I] floating point, the gradient of each sample's loss with respect to it.
+        backend: who computes it; "auto" takes the fastest that runs on x's device. On the CPU that is plain PyTorch.
+
+    Raises:
+        BackendUnavailableError: the backend asked for cannot run here.
+        ValueError: the shapes differ, or the backend cannot read a tensor.
+    """
+    return select_ops(backend, x.device.type).mask_gradient(x, dx)
 
 
 def grad_stats(grads: Sequence[Tensor], backend: GradientBackend = "auto") -> GradientStatistics[Tensor]:
@@ -169,19 +186,20 @@ class _Family(Generic[Ops]):
 
 
 def _importance_reference() -> ImportanceOps:
-    return ImportanceOps("reference", taylor_score_reference, linear_importance_reference)
+    return ImportanceOps("reference", taylor_score_reference, linear_importance_reference, mask_gradient_reference)
 
 
 def _importance_cpp() -> ImportanceOps:
     from gradprune.ops.cpp import linear_importance_cpp, taylor_score_cpp
 
-    return ImportanceOps("cpp", taylor_score_cpp, linear_importance_cpp)
+    # No C++ kernel: on a CPU the op's share of a step is small.
+    return ImportanceOps("cpp", taylor_score_cpp, linear_importance_cpp, mask_gradient_reference)
 
 
 def _importance_triton() -> ImportanceOps:
-    from gradprune.ops.triton import linear_importance_triton, taylor_score_triton
+    from gradprune.ops.triton import linear_importance_triton, mask_gradient_triton, taylor_score_triton
 
-    return ImportanceOps("triton", taylor_score_triton, linear_importance_triton)
+    return ImportanceOps("triton", taylor_score_triton, linear_importance_triton, mask_gradient_triton)
 
 
 def _gradient_reference() -> GradientOps:

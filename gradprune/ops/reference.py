@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, Side, sides
+from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, MaskGradient, Side, sides
 
 
 def taylor_score_reference(w: Tensor, g: Tensor, side: Side = "both") -> ImportanceVectors:
@@ -50,6 +50,21 @@ def linear_importance_reference(x: Tensor, dy: Tensor, w: Tensor, side: Side = "
     dtype = torch.float64 if x.dtype == dy.dtype == w.dtype == torch.float64 else torch.float32
     w = w.to(dtype)
     return sum_vectors([taylor_score_reference(w, dy[n].to(dtype).T @ x[n].to(dtype), side) for n in range(x.shape[0])])
+
+
+def mask_gradient_reference(x: Tensor, dx: Tensor) -> MaskGradient:
+    """The gradient of a mask on each input column of a linear layer, by sample, and the input's sum of squares.
+
+    Args:
+        x: [N, T, I] floating point, the layer's input.
+        dx: [N, T, I] floating point, the gradient of each sample's loss with respect to it.
+
+    The mask's squared gradient as a group's importance is Liu et al. 2021 (arXiv:2108.00708); the input's second moment
+    is Wanda's, Sun et al. 2023 (arXiv:2306.11695). Accumulates in fp32, in fp64 where both are fp64. Deterministic.
+    """
+    dtype = torch.float64 if x.dtype == dx.dtype == torch.float64 else torch.float32
+    x, dx = x.to(dtype), dx.to(dtype)
+    return MaskGradient((x * dx).sum(1), x.flatten(0, 1).square().sum(0))
 
 
 def sum_vectors(scores: Sequence[ImportanceVectors]) -> ImportanceVectors:

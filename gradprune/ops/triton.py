@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from gradprune.kernels import linear_importance as linear_kernel
+from gradprune.kernels import mask_gradient as mask_kernel
 from gradprune.kernels import taylor_score as taylor_kernel
-from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, Side, sides
+from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, MaskGradient, Side, sides
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,7 +40,7 @@ def linear_importance_triton(x: Tensor, dy: Tensor, w: Tensor, side: Side = "bot
         dy: [N, T, O] any of these types, the gradient of each sample's loss with respect to the layer's output. If its
             dtype differs from x's, both are converted to the wider one (bf16 and fp16: to fp32).
         w: [O, I] any of these types, the weight.
-        side: which sums to compute.
+        side: which sums to compute; "both" computes the gradient twice.
 
     One kernel multiplies and scores; a gradient is never written to memory. A tensor whose inner stride is not 1 is
     copied. Accumulates in fp32 and in fixed order: the same bits every time.
@@ -58,14 +59,39 @@ def linear_importance_triton(x: Tensor, dy: Tensor, w: Tensor, side: Side = "bot
         raise ValueError(f"w: has shape {tuple(w.shape)}; dy and x make it {(dy.shape[2], x.shape[2])}")
     dtype = torch.promote_types(x.dtype, dy.dtype)
     x, dy, w = (_unit_inner_stride(tensor) for tensor in (x.to(dtype), dy.to(dtype), w))
-    return _vectors(*linear_kernel.linear_importance_triton(x, dy, w, *sides(side)))
+    rows, columns = sides(side)
+    of_rows = linear_kernel.linear_importance_triton(x, dy, w, columns=False) if rows else None
+    of_columns = linear_kernel.linear_importance_triton(x, dy, w, columns=True) if columns else None
+    return _vectors(of_rows, of_columns)
 
 
-def _vectors(rows: Tensor | None, columns: Tensor | None, statistics: Tensor) -> ImportanceVectors:
-    """From a kernel's [2, O] and [2, I], |w g| and w^2 g^2 each, and [5]."""
-    row_abs, row_square = (None, None) if rows is None else rows.unbind()
-    column_abs, column_square = (None, None) if columns is None else columns.unbind()
-    return ImportanceVectors(row_abs, row_square, column_abs, column_square, GradientStatistics.unpack(statistics))
+def mask_gradient_triton(x: Tensor, dx: Tensor) -> MaskGradient:
+    """The gradient of a mask on each input column of a linear layer, by sample, and the input's sum of squares.
+
+    Args:
+        x: [N, T, I] fp32, bf16 or fp16, the layer's input; copied where its inner stride is not 1.
+        dx: [N, T, I] the same, the gradient of each sample's loss with respect to it.
+
+    One kernel reads both once. Accumulates in fp32 and in fixed order: the same bits every time.
+
+    Raises:
+        ValueError: shapes that differ or are not [N, T, I], or an unsupported dtype; names the argument.
+    """
+    for name, tensor in (("x", x), ("dx", dx)):
+        if tensor.ndim != 3 or tensor.shape != x.shape:
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; x and dx have one shape [N, T, I]")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name}: dtype {tensor.dtype} is not one of float32, bfloat16, float16")
+    return MaskGradient(*mask_kernel.mask_gradient_triton(_unit_inner_stride(x), _unit_inner_stride(dx)))
+
+
+def _vectors(rows: tuple[Tensor, Tensor] | None, columns: tuple[Tensor, Tensor] | None) -> ImportanceVectors:
+    """From a kernel's results for each side: sums [2, O] or [2, I], of |w g| and w^2 g^2, and statistics [5]."""
+    row_abs, row_square = (None, None) if rows is None else rows[0].unbind()
+    column_abs, column_square = (None, None) if columns is None else columns[0].unbind()
+    either = rows or columns
+    assert either is not None
+    return ImportanceVectors(row_abs, row_square, column_abs, column_square, GradientStatistics.unpack(either[1]))
 
 
 def _unit_inner_stride(tensor: Tensor) -> Tensor:

@@ -74,6 +74,17 @@ class GradientStatistics(Generic[Number]):
         return [GradientStatistics(*values) for values in self.pack().tolist()]
 
 
+class MaskGradient(NamedTuple):
+    """Of a linear layer's input x [N, T, I] and each sample's loss gradient dx at it; fp32, or fp64 where both are.
+
+    gradient: [N, I], sum over tokens of x dx: each sample's gradient of a mask (of value 1) on each input column. It
+    equals the column sums of w g_n and needs no weight gradient. input_square: [I], sum over all tokens of x^2.
+    """
+
+    gradient: Tensor
+    input_square: Tensor
+
+
 class SideSums(NamedTuple):
     """The sums over one side: abs, of |w g|, and square, of w^2 g^2; [O] for rows, [I] for columns."""
 

@@ -1,13 +1,16 @@
-"""Compile every Triton kernel in its shipped configuration without a GPU; prints one line of resource usage each.
+"""Compile the Triton kernels as they are launched, for devices that are not there; prints a line of JSON for each.
 
-Run as a program, because Triton compiles only where its interpreter is off, which is chosen at import.
+Run as a program, because Triton compiles only where its interpreter is off, which is chosen at import; and because the
+Triton that comes first on the path is the one that is checked.
 """
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,62 +18,155 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gradprune.kernels.linear_importance import _linear_importance_kernel, config_for
-from gradprune.kernels.taylor_score import TaylorScoreConfig, _taylor_score_kernel
+from gradprune.kernels import linear_importance as linear
+from gradprune.kernels import mask_gradient, partial_sums
+from gradprune.kernels import taylor_score as taylor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# O, I: whole tiles, a width that tiles reach beyond, one that is not a multiple of 16.
-SHAPES = ((4096, 4096), (4096, 4112), (4095, 4097))
-BOTH_SIDES = {"ROW_SUMS": True, "COLUMN_SUMS": True}
+# A, B: whole tiles, a width that tiles reach beyond, one that is not a multiple of 16.
+WIDTHS = {"whole": (4096, 4096), "tail": (4096, 4112), "ragged": (4095, 4097)}
+CAPABILITIES = (80, 90)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A kernel as one launch would specialise it.
+
+    types: of the arguments that are not fp32 pointers, int32 sizes or int64 strides. aligned: pointers, sizes and
+    strides are multiples of 16 and the compiler is told so, but for sizes that a launch does not specialise on.
+    elements: of a tile per thread, for counts of instructions; 0 where they are not counted.
+    """
+
+    name: str
+    kernel: object
+    dtype: str
+    types: dict[str, str]
+    constants: dict[str, object]
+    options: dict[str, int]
+    aligned: bool
+    capabilities: tuple[int, ...] = CAPABILITIES
+    elements: int = 0
 
 
 def main() -> None:
+    """Every variant whose name contains the argument, if there is one."""
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    for variant in variants():
+        for capability in variant.capabilities:
+            if wanted in variant.name:
+                print(json.dumps(compiled(variant, capability)), flush=True)
+
+
+def variants() -> Iterator[Variant]:
     for dtype in DTYPES:
-        compile_taylor_score(dtype)
-        compile_linear_importance(dtype)
+        yield from taylor_scores(dtype)
+        yield from linear_importances(dtype)
+        yield mask_gradients(dtype)
+    yield partial_sum()
 
 
-def compile_taylor_score(dtype: str) -> None:
-    config = TaylorScoreConfig()
-    tiles = {"ROWS": config.ROWS, "BLOCK_O": config.BLOCK_O, "BLOCK_I": config.BLOCK_I} | BOTH_SIDES
-    types = dict.fromkeys(("w_ptr", "g_ptr"), f"*{dtype}")
-    compile_kernel("taylor_score", _taylor_score_kernel, dtype, types, tiles, {"num_warps": config.num_warps}, False)
+def taylor_scores(dtype: str) -> Iterator[Variant]:
+    config = taylor.config_for(DTYPES[dtype])
+    for rows, columns in ((True, False), (False, True), (True, True)):
+        constants = dataclasses.asdict(config) | {"ROW_SUMS": rows, "COLUMN_SUMS": columns}
+        options = {"num_warps": constants.pop("num_warps")}
+        types = dict.fromkeys(("w_ptr", "g_ptr"), f"*{dtype}")
+        elements = config.BLOCK_O * config.BLOCK_I // (32 * config.num_warps)
+        name = f"taylor_score {'rows' if rows else ''}{'columns' if columns else ''}"
+        yield Variant(name, taylor._taylor_score_kernel, dtype, types, constants, options, True, elements=elements)
 
 
-def compile_linear_importance(dtype: str) -> None:
-    """Every configuration that `config_for` chooses, as a launch would specialise it."""
-    variants = {}
-    for shape in SHAPES:
-        config = config_for(*shape, DTYPES[dtype])
-        variants[config, shape[1] % config.BLOCK_I != 0, shape[1] % 16 == 0] = None
-    for config, has_i_tail, aligned in variants:
-        constants = dataclasses.asdict(config) | {"HAS_I_TAIL": has_i_tail} | BOTH_SIDES
-        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-        widths = "multiple_of_16" if aligned else "ragged"
-        name = f"linear_importance {config.BLOCK_O}x{config.BLOCK_I}x{config.BLOCK_T} {widths} {has_i_tail=}"
-        types = dict.fromkeys(("x_ptr", "dy_ptr", "w_ptr"), f"*{dtype}")
-        compile_kernel(name, _linear_importance_kernel, dtype, types, constants, options, aligned)
+def linear_importances(dtype: str) -> Iterator[Variant]:
+    """Every configuration, with and without descriptors, that a launch may choose."""
+    for name, (height, width) in WIDTHS.items():
+        if dtype == "fp16" and name != "whole":
+            continue  # compiled as bf16 is
+        for descriptors in (False, True) if dtype != "fp32" and name != "ragged" else (False,):
+            configs = linear.configs_for(height, width, DTYPES[dtype], descriptors)
+            yield recount(name, dtype, configs[0])
+            for config in configs:
+                tail = bool(height % config.BLOCK_A or width % config.BLOCK_B)
+                for columns in (False, True):
+                    yield linear_importance(name, dtype, config, columns, descriptors, tail)
 
 
-def compile_kernel(
-    name: str, kernel, dtype: str, types: dict[str, str], constants: dict, options: dict, aligned: bool
-) -> None:
-    """types: of the arguments that are not fp32 pointers, int32 sizes or int64 strides.
+def linear_importance(
+    widths: str, dtype: str, config: linear.LinearImportanceConfig, columns: bool, descriptors: bool, tail: bool
+) -> Variant:
+    flags = {"COLUMNS": columns, "DESCRIPTORS": descriptors, "TAIL": tail}
+    constants = dataclasses.asdict(config) | flags | {"STATISTICS_ROWS": linear.STATISTICS_ROWS}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
+    types = dict.fromkeys(("a", "b", "w"), f"*{dtype}")
+    if descriptors:
+        a, b = ([1, config.BLOCK_T, block] for block in (config.BLOCK_A, config.BLOCK_B))
+        w = [config.BLOCK_B, config.BLOCK_A] if columns else [config.BLOCK_A, config.BLOCK_B]
+        types = {name: f"tensordesc<{dtype}{box}>" for name, box in (("a", a), ("b", b), ("w", w))}
+    name = (
+        f"linear_importance {config.BLOCK_A}x{config.BLOCK_B}x{config.BLOCK_T} stages={config.num_stages} "
+        f"group={config.GROUP_A} {widths} {'columns' if columns else 'rows'} "
+        f"{'descriptors' if descriptors else 'pointers'}"
+    )
+    elements = config.BLOCK_A * config.BLOCK_B // (32 * config.num_warps)
+    capabilities = (90,) if descriptors else CAPABILITIES
+    return Variant(
+        name, linear._linear_importance_kernel, dtype, types, constants, options, widths != "ragged", capabilities,
+        elements,
+    )  # fmt: skip
 
-    aligned: every pointer, size and stride is a multiple of 16, and the compiler is told so.
-    """
-    signature = {name: types.get(name) or _argument_type(name, constants) for name in kernel.arg_names}
-    known = [i for i, name in enumerate(signature) if aligned and signature[name] != "constexpr"]
-    attributes = {(index,): [["tt.divisibility", 16]] for index in known}
+
+def recount(widths: str, dtype: str, config: linear.LinearImportanceConfig) -> Variant:
+    constants = {"TILE_A": config.BLOCK_A, "TILE_B": config.BLOCK_B, **linear._RECOUNT}
+    types = dict.fromkeys(("a_ptr", "b_ptr"), f"*{dtype}")
+    options = {"num_warps": 8, "num_stages": 1}
+    kernel = linear._recount_kernel
+    name = f"recount {config.BLOCK_A}x{config.BLOCK_B} {widths}"
+    return Variant(name, kernel, dtype, types, constants, options, widths != "ragged")
+
+
+def mask_gradients(dtype: str) -> Variant:
+    config = mask_gradient.MaskGradientConfig()
+    constants = dataclasses.asdict(config)
+    options = {"num_warps": constants.pop("num_warps")}
+    types = dict.fromkeys(("x_ptr", "dx_ptr"), f"*{dtype}")
+    elements = config.BLOCK_T * config.BLOCK_I // (32 * config.num_warps)
+    kernel = mask_gradient._mask_gradient_kernel
+    return Variant("mask_gradient", kernel, dtype, types, constants, options, True, elements=elements)
+
+
+def partial_sum() -> Variant:
+    constants = {"BLOCK": partial_sums._BLOCK, "PARTS": partial_sums._PARTS}
+    return Variant("partial_sums", partial_sums._add_kernel, "fp32", {}, constants, {}, True)
+
+
+def compiled(variant: Variant, capability: int) -> dict[str, object]:
+    """The variant's resources and instructions for one compute capability."""
+    kernel = variant.kernel
+    constants = variant.constants
+    signature = {name: variant.types.get(name) or _argument_type(name, constants) for name in kernel.arg_names}
+    unspecialised = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (name, kind) in enumerate(signature.items())
+        if variant.aligned and kind != "constexpr" and not kind.startswith("tensordesc") and name not in unspecialised
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    for capability in (80, 90):
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        matrix = "wgmma" if "wgmma.mma_async" in compiled.asm["ptx"] else "no wgmma"
-        used = f"{resource_usage(compiled.asm['cubin'])} {compiled.metadata.shared} bytes shared"
-        print(name, dtype, f"sm_{capability}", used, matrix)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
+    registers, stack = resource_usage(made.asm["cubin"])
+    return {
+        "triton": triton.__version__,
+        "name": variant.name,
+        "dtype": variant.dtype,
+        "capability": capability,
+        "warps": variant.options.get("num_warps", 4),
+        "registers": registers,
+        "stack": stack,
+        "shared": made.metadata.shared,
+        "elements": variant.elements,
+        **instructions(made.asm["cubin"]),
+    }
 
 
-def _argument_type(name: str, constants: dict) -> str:
+def _argument_type(name: str, constants: dict[str, object]) -> str:
     if name in constants:
         return "constexpr"
     if name.endswith("_ptr"):
@@ -78,17 +174,59 @@ def _argument_type(name: str, constants: dict) -> str:
     return "i64" if name.startswith("stride") else "i32"
 
 
-def resource_usage(cubin: bytes) -> str:
-    tool = next(Path(triton.__file__).parent.rglob("cuobjdump"), None)
-    if tool is None:
-        sys.exit("cuobjdump is not in this triton package")
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and its bytes of stack and of local memory, where spilled registers go."""
+    shown = _inspect("cuobjdump", "--dump-resource-usage", cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", shown)
+    assert found, shown
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def instructions(cubin: bytes) -> dict[str, int]:
+    """Counts in the machine code.
+
+    wgmma: Hopper's warp-group products. loop_barriers: barriers inside loops, beside those of products.
+    loop: instructions of the longest innermost loop. epilogue: instructions after the last product.
+    """
+    code = [line for line in _inspect("nvdisasm", "-c", cubin).splitlines() if _is_instruction(line) or _is_label(line)]
+    products = [at for at, line in enumerate(code) if "GMMA" in line]
+    barriers = [at for at, line in enumerate(code) if re.search(r"\bBAR\.", line)]
+    loops = list(_loops(code))
+    return {
+        "wgmma": len(products),
+        "loop": max((sum(map(_is_instruction, code[start:end])) for start, end in loops), default=0),
+        "loop_barriers": sum(any(start <= at < end for start, end in loops) for at in barriers),
+        "epilogue": sum(map(_is_instruction, code[products[-1] :])) if products else 0,
+    }
+
+
+def _is_instruction(line: str) -> bool:
+    return bool(re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", line)) and "NOP" not in line
+
+
+def _is_label(line: str) -> bool:
+    return bool(re.match(r"\s*\.L_x?_?\w+:", line))
+
+
+def _loops(code: list[str]) -> Iterator[tuple[int, int]]:
+    """The innermost loops: from a label to the last jump back to it that has no other inside."""
+    labels = {line.strip().rstrip(":"): at for at, line in enumerate(code) if _is_label(line)}
+    jumps = [(labels.get(found[1], len(code)), at) for at, line in enumerate(code)
+             if (found := re.search(r"\bBRA(?:\.\w+)*\s.*?`\((\.L_\w+)\)", line))]  # fmt: skip
+    back = [(start, end) for start, end in jumps if start < end]
+    for start, end in back:
+        if not any((start, end) != other and start <= other[0] and other[1] <= end for other in back):
+            yield start, end
+
+
+def _inspect(tool: str, option: str, cubin: bytes) -> str:
+    program = next(Path(triton.__file__).parent.rglob(tool), None)
+    if program is None:
+        sys.exit(f"{tool} is not in this triton package")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        shown = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:\d+ STACK:\d+ SHARED:\d+ LOCAL:\d+", shown.stdout)
-    assert found, shown.stdout
-    return found[0]
+        return subprocess.run([program, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

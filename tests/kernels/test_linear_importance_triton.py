@@ -13,7 +13,7 @@ from gradprune.ops.triton import linear_importance_triton
 from gradprune.ops.vectors import GradientStatistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = LinearImportanceConfig(BLOCK_O=16, BLOCK_I=32, BLOCK_T=16, GROUP_O=2, num_warps=4)
+SMALL = LinearImportanceConfig(BLOCK_A=16, BLOCK_B=32, BLOCK_T=16, GROUP_A=2, num_warps=4)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # 1, a block, one less and more than it, and several blocks, of each size in turn: N, T, O, I.
 SHAPES = [
@@ -22,7 +22,10 @@ SHAPES = [
     *((2, 9, 18, columns) for columns in (1, 31, 32, 33, 63, 64)),
     *((samples, 20, 49, 70) for samples in (1, 3)),
     (2, 16, 32, 64),
+    (1, 1, 60, 127),
+    (3, 63, 16, 24),
 ]
+both_sides = pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
 
 
 def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,23 +37,23 @@ def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int = 0)
     return x, dy, w
 
 
-def assert_equals_fp64(found, x: Tensor, dy: Tensor, w: Tensor) -> None:
+def assert_equals_fp64(found: tuple[Tensor, Tensor], x: Tensor, dy: Tensor, w: Tensor, columns: bool) -> None:
     """Against sums over fp64 gradients, with every rounding of the fp32 computation bounded.
 
     A gradient is a sum of T products: off by at most (T + 1) ulps of the sum of their magnitudes, `noise`. Sums of n
     such terms are off by their noise and by n + 5 ulps of their magnitudes. An ulp is 2^-23: tensor cores truncate.
     """
-    rows, columns, statistics = (part.double().cpu() for part in found)
+    sums, statistics = (part.double().cpu() for part in found)
     x, dy, w = (tensor.double().cpu() for tensor in (x, dy, w))
     ulp, count = 2.0**-23, x.shape[0] * max(*w.shape) + 5
     g = torch.einsum("nto,nti->noi", dy, x)
     noise = torch.einsum("nto,nti->noi", dy.abs(), x.abs()) * (x.shape[1] + 1) * ulp
     largest = g.abs() + noise
     terms = (((w * g).abs(), w.abs() * noise), ((w * g) ** 2, w**2 * (largest**2 - g**2)))
-    for dim, sums in ((2, rows), (1, columns)):
-        for k, (term, error) in enumerate(terms):
-            bound = (error + count * ulp * (term.abs() + error)).sum((0, dim))
-            assert ((sums[k] - term.sum((0, dim))).abs() <= bound).all(), (dim, k)
+    summed = (0, 1 if columns else 2)
+    for k, (term, error) in enumerate(terms):
+        bound = (error + count * ulp * (term.abs() + error)).sum(summed)
+        assert ((sums[k] - term.sum(summed)).abs() <= bound).all(), k
     every = g.numel() * ulp
     sum_abs, sum_square, max_abs, min_abs, bad = statistics
     assert (sum_abs - g.abs().sum()).abs() <= noise.sum() + every * largest.sum()
@@ -60,22 +63,56 @@ def assert_equals_fp64(found, x: Tensor, dy: Tensor, w: Tensor) -> None:
     assert bad == 0
 
 
+@both_sides
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_fp64_on_awkward_shapes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def test_equals_fp64_on_awkward_shapes(shape: tuple[int, int, int, int], dtype: torch.dtype, columns: bool) -> None:
     x, dy, w = tensors(shape, dtype)
-    assert_equals_fp64(kernel.linear_importance_triton(x, dy, w, config=SMALL), x, dy, w)
+    assert_equals_fp64(kernel.linear_importance_triton(x, dy, w, columns, SMALL), x, dy, w, columns)
 
 
+@both_sides
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 70, 33, 130), (2, 70, 160, 64), (1, 70, 160, 64)])
-def test_the_shipped_configurations_equal_fp64(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", [(2, 70, 33, 130), (2, 70, 160, 64)])
+def test_the_shipped_configurations_equal_fp64(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, columns: bool
+) -> None:
     x, dy, w = tensors(shape, dtype)
-    assert_equals_fp64(kernel.linear_importance_triton(x, dy, w), x, dy, w)
+    assert_equals_fp64(kernel.linear_importance_triton(x, dy, w, columns), x, dy, w, columns)
 
 
-def test_memory_around_the_tensors_is_neither_read_nor_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Views into NaN; what the kernel leaves unwritten of its scratch is NaN; behind the scratch lie canaries."""
+@both_sides
+@pytest.mark.parametrize("shape", [(3, 17, 24, 40), (2, 63, 16, 72), (1, 1, 8, 32)])
+def test_descriptors_and_pointers_give_the_same_bits(
+    shape: tuple[int, int, int, int], columns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles that reach beyond the widths, and tokens beyond a sample, which must not be the next sample's."""
+    x, dy, w = tensors(shape, torch.float16)
+    if not kernel.descriptors_work(x, dy, w):
+        pytest.skip("this Triton or this device has no tensor descriptors: they are NOT tested here")
+    found = kernel.linear_importance_triton(x, dy, w, columns, SMALL)
+    assert_equals_fp64(found, x, dy, w, columns)
+    monkeypatch.setattr(kernel, "descriptors_work", lambda *_tensors: False)
+    by_pointers = kernel.linear_importance_triton(x, dy, w, columns, SMALL)
+    assert torch.equal(found[0], by_pointers[0])
+    assert torch.equal(found[1], by_pointers[1])
+
+
+def test_descriptors_are_used_only_where_the_hardware_can_read_them() -> None:
+    if kernel.TensorDescriptor is None:
+        pytest.skip("this Triton has no tensor descriptors")
+    aligned = torch.zeros(2, 4, 16, dtype=torch.float16)
+    assert kernel.is_describable(aligned)
+    assert kernel.is_describable(aligned[:, ::2])
+    assert not kernel.is_describable(torch.zeros(2, 4, 12, dtype=torch.float16))  # rows of 24 bytes
+    assert not kernel.is_describable(torch.zeros(2, 4, 24, dtype=torch.float16)[..., 4:20])  # begins at 8 bytes
+    assert not kernel.is_describable(aligned[:1].expand(2, 4, 16))
+    assert not kernel.is_describable(aligned[:0])
+
+
+@both_sides
+def test_memory_around_the_tensors_is_neither_read_nor_written(columns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views into NaN; the scratch is NaN before the kernel runs, and canaries surround it."""
     buffers = []
 
     def guarded(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -92,11 +129,33 @@ def test_memory_around_the_tensors_is_neither_read_nor_written(monkeypatch: pyte
         view = surrounded[tuple(slice(4, 4 + size) for size in tensor.shape)]
         views.append(view.copy_(tensor))
     monkeypatch.setattr(torch, "empty", guarded)
-    found = kernel.linear_importance_triton(*views, config=SMALL)
+    found = kernel.linear_importance_triton(*views, columns, SMALL)
     monkeypatch.undo()
-    assert_equals_fp64(found, x, dy, w)
-    assert len(buffers) == 3
+    assert_equals_fp64(found, x, dy, w, columns)
+    assert len(buffers) == 4  # partial and total sums and statistics
     assert all((buffer[:32] == 12345.0).all() and (buffer[-32:] == 12345.0).all() for buffer in buffers)
+
+
+@both_sides
+@pytest.mark.parametrize("workspace", [1, 2 * 4 * 2 * 24 * 3])
+def test_a_small_workspace_only_changes_who_adds_the_samples(
+    workspace: int, columns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All samples in turn, and two at a time, of which the last program has one."""
+    x, dy, w = tensors((5, 9, 24, 40), torch.float32)
+    monkeypatch.setattr(kernel, "WORKSPACE", workspace)
+    in_turn = kernel.samples_in_turn(5, 2, 24)
+    assert in_turn == {1: 5, 2 * 4 * 2 * 24 * 3: 2}[workspace]
+    assert_equals_fp64(kernel.linear_importance_triton(x, dy, w, columns, SMALL), x, dy, w, columns)
+
+
+def test_partial_sums_stay_within_the_workspace() -> None:
+    """Llama-3-405B's gate at 128 samples: 15 GiB if each sample had its own."""
+    tiles_b, height = 16384 // 128, 53248
+    in_turn = kernel.samples_in_turn(128, tiles_b, height)
+    assert -(-128 // in_turn) * tiles_b * 2 * height * 4 <= max(kernel.WORKSPACE, tiles_b * 2 * height * 4)
+    assert kernel.samples_in_turn(1, tiles_b, height) == 1
+    assert kernel.samples_in_turn(2, 4, 4096) == 1
 
 
 @pytest.mark.parametrize(
@@ -115,59 +174,77 @@ def test_strided_and_transposed_inputs(view) -> None:
                 for size in ((2, 31, 31), (2, 31, 31), (31, 31)))  # fmt: skip
     w = w[:1].expand(dy.shape[2], x.shape[2])  # rows that lie on each other
     found = linear_importance_triton(x, dy, w)
-    rows, columns = torch.stack([*found.sums("rows")]), torch.stack([*found.sums("columns")])
-    assert_equals_fp64((rows, columns, found.statistics.pack()), x, dy, w)
+    for side in ("rows", "columns"):
+        sums = torch.stack([*found.sums(side)])
+        assert_equals_fp64((sums, found.statistics.pack()), x, dy, w, side == "columns")
 
 
-def test_samples_are_not_summed_before_they_are_scored() -> None:
+@both_sides
+def test_samples_are_not_summed_before_they_are_scored(columns: bool) -> None:
     x, dy, w = tensors((1, 10, 18, 35), torch.float32)
-    one = kernel.linear_importance_triton(x, dy, w, config=SMALL)
-    opposite = kernel.linear_importance_triton(x.repeat(2, 1, 1), torch.cat([dy, -dy]), w, config=SMALL)
-    for alone, both in zip(one[:2], opposite[:2], strict=True):
-        torch.testing.assert_close(both, 2 * alone, rtol=1e-6, atol=0.0)
+    one, _ = kernel.linear_importance_triton(x, dy, w, columns, SMALL)
+    opposite, _ = kernel.linear_importance_triton(x.repeat(2, 1, 1), torch.cat([dy, -dy]), w, columns, SMALL)
+    torch.testing.assert_close(opposite, 2 * one, rtol=1e-6, atol=0.0)
 
 
-def test_non_finite_gradients_are_counted_and_spread() -> None:
+@both_sides
+def test_non_finite_gradients_are_counted_and_spread(columns: bool) -> None:
     """One token of a sample makes element (row, column) overflow and no other."""
     x, dy, w = tensors((3, 20, 20, 40), torch.float32)
     for sample, token, row, column, huge in ((0, 19, 3, 7, 1e30), (2, 0, 18, 39, -1e30), (1, 5, 3, 7, -1e30)):
         x[sample, token], dy[sample, token] = 0.0, 0.0
         x[sample, token, column], dy[sample, token, row] = abs(huge), huge
-    rows, columns, statistics = kernel.linear_importance_triton(x, dy, w, config=SMALL)
-    expected = linear_importance_reference(x, dy, w)
+    sums, statistics = kernel.linear_importance_triton(x, dy, w, columns, SMALL)
+    expected = linear_importance_reference(x, dy, w).statistics
     assert statistics[4] == 3
-    torch.testing.assert_close(statistics, expected.statistics.pack(), rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(statistics, expected.pack(), rtol=1e-4, atol=0.0)
     for k in range(2):
-        assert (~rows[k].isfinite()).nonzero().flatten().tolist() == [3, 18]
-        assert (~columns[k].isfinite()).nonzero().flatten().tolist() == [7, 39]
+        assert (~sums[k].isfinite()).nonzero().flatten().tolist() == ([7, 39] if columns else [3, 18])
 
 
-def test_tiles_beyond_the_matrix_are_not_counted() -> None:
+@both_sides
+def test_tiles_beyond_the_matrix_are_not_counted(columns: bool) -> None:
     """An infinite input makes a row NaN as far as the tile reaches, an infinite gradient a column."""
     x, dy, w = tensors((2, 5, 20, 40), torch.float32)
     dy[0, 3, 19], x[1, 2, 39] = float("inf"), float("nan")
-    rows, columns, statistics = kernel.linear_importance_triton(x, dy, w, config=SMALL)
+    sums, statistics = kernel.linear_importance_triton(x, dy, w, columns, SMALL)
     assert statistics[4] == 40 + 20
-    expected = linear_importance_reference(x, dy, w)
-    torch.testing.assert_close(statistics, expected.statistics.pack(), rtol=1e-4, atol=0.0)
-    assert not rows.isfinite().any()
-    assert not columns.isfinite().any()
+    expected = linear_importance_reference(x, dy, w).statistics
+    torch.testing.assert_close(statistics, expected.pack(), rtol=1e-4, atol=0.0)
+    assert not sums.isfinite().any()
 
 
-def test_the_same_bits_every_time() -> None:
-    x, dy, w = tensors((3, 33, 33, 65), torch.bfloat16)
-    first = kernel.linear_importance_triton(x, dy, w, config=SMALL)
-    for _ in range(3):
-        again = kernel.linear_importance_triton(x, dy, w, config=SMALL)
+def test_finite_elements_whose_sum_overflows_are_not_counted() -> None:
+    """The sum is not finite, so that the elements are looked at again; all are finite."""
+    x, dy, w = torch.full((1, 1, 40), 1e19), torch.full((1, 1, 20), 2e19), torch.ones(20, 40)
+    _, statistics = kernel.linear_importance_triton(x.to(DEVICE), dy.to(DEVICE), w.to(DEVICE), False, SMALL)
+    assert statistics[0] == float("inf")
+    assert statistics[2:].tolist() == pytest.approx([2e38, 2e38, 0.0], rel=1e-6)
+
+
+@both_sides
+def test_the_same_bits_every_time(columns: bool) -> None:
+    x, dy, w = tensors((3, 17, 20, 40), torch.bfloat16)
+    first = kernel.linear_importance_triton(x, dy, w, columns, SMALL)
+    for _ in range(2):
+        again = kernel.linear_importance_triton(x, dy, w, columns, SMALL)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("widths", [(4096, 4096), (4095, 4096)])
+def test_a_choice_by_time_changes_no_bit(widths: tuple[int, int], descriptors: bool, dtype: torch.dtype) -> None:
+    """What fixes the order of summation is the same in all configurations that are chosen among."""
+    configs = kernel.configs_for(*widths, dtype, descriptors)
+    assert len({(c.BLOCK_A, c.BLOCK_B, c.BLOCK_T, c.num_warps) for c in configs}) == 1
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])
 def test_the_order_of_tiles_changes_nothing(group: int) -> None:
     x, dy, w = tensors((1, 5, 80, 100), torch.float32)
-    one, two = (kernel.linear_importance_triton(x, dy, w, config=replace(SMALL, GROUP_O=g)) for g in (2, group))
+    one, two = (kernel.linear_importance_triton(x, dy, w, False, replace(SMALL, GROUP_A=size)) for size in (2, group))
     assert torch.equal(one[0], two[0])
-    assert torch.equal(one[1], two[1])
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 5, 6), (2, 4, 0, 6), (2, 4, 5, 0)])

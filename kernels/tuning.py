@@ -1,0 +1,46 @@
+"""The choice among a kernel's configurations, by a micro-benchmark on the GPU at hand."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+Config = TypeVar("Config")
+
+_WARMUP, _RUNS = 3, 10
+_chosen: dict[Hashable, object] = {}
+
+
+def fastest(configs: Sequence[Config], launch: Callable[[Config], object], tensor: Tensor, *key: Hashable) -> Config:
+    """The configuration whose launch is fastest where `tensor` lies; off the GPU, the first.
+
+    Measured once for each kind of device, Triton version, dtype of `tensor` and `key`, and remembered. All of them
+    must give the same bits: a choice by time must not change a result.
+
+    Args:
+        configs: at least one, the default first.
+        launch: launches the kernel with a configuration.
+        tensor: an input, for its device and dtype.
+        key: what else the choice depends on: sizes.
+    """
+    if len(configs) == 1 or not tensor.is_cuda:
+        return configs[0]
+    known = (configs[0], torch.cuda.get_device_name(tensor.device), triton.__version__, tensor.dtype, *key)
+    if known not in _chosen:
+        _chosen[known] = min(configs, key=lambda config: _milliseconds(lambda: launch(config)))
+    return _chosen[known]  # type: ignore[return-value]
+
+
+def _milliseconds(launch: Callable[[], object]) -> float:
+    """Mean time of a launch."""
+    for _ in range(_WARMUP):
+        launch()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(_RUNS):
+        launch()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / _RUNS
