@@ -11,8 +11,11 @@ PACKAGE = Path(gradprune.__file__).parent
 ORDER = (
     "version",
     "errors",
+    "hub",
+    "interrupts",
     "progress",
     "config",
+    "memory",
     "models",
     "data",
     "checkpoint",
