@@ -422,7 +422,7 @@ def _load(
     if torch.device(device).type == "meta":
         raise ConfigError("device: 'meta' holds no weights; choose cpu or cuda")
     path = str(demo_model_path(PROGRESS)) if config.base_model is None else config.base_model
-    clock = Clock(PROGRESS)
+    clock = Clock()  # says nothing, so that an error of an argument stands alone
     with memory_advice(clock, config), clock.stage("loading the model"):
         return load_model(
             path,

@@ -14,12 +14,12 @@ from gradprune.calibration.gather import gather_evidence
 from gradprune.calibration.kept import evidence_kept
 from gradprune.calibration.resume import forget_calibration
 from gradprune.checkpoint.atomic import atomic_directory
-from gradprune.checkpoint.results import claimed_results, ratio_names
+from gradprune.checkpoint.results import claimed_results, ratio_names, weight_bytes_on_disk
 from gradprune.config import PruneConfig
 from gradprune.data.samples import draw_samples
 from gradprune.data.windows import check_context
 from gradprune.evaluation.perplexity import Perplexity, perplexity
-from gradprune.evaluation.size import model_size, weight_bytes_on_disk
+from gradprune.evaluation.size import model_size
 from gradprune.evaluation.speed import throughput
 from gradprune.evaluation.tasks import TaskAccuracy, check_tasks, evaluate_tasks
 from gradprune.memory import memory_advice

@@ -225,9 +225,9 @@ def test_quiet_and_verbose(work: Path, given_files: list[object]) -> None:
     assert "info: Calibration took" in err
     code, err = run(work, "prune", *given_files, "--output_name", "z")
     assert [line for line in err.splitlines() if line.endswith(" ...")][:3] == [
-        "Loading the model ...",
         "Calibration ...",
         "Priors ...",
+        "Perplexity before ...",
     ]
 
 

@@ -11,6 +11,8 @@ PACKAGE = Path(gradprune.__file__).parent
 ORDER = (
     "version",
     "errors",
+    "hub",
+    "interrupts",
     "progress",
     "interrupts",
     "hub",

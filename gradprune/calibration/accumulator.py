@@ -16,7 +16,7 @@ from gradprune.ops.dispatch import ImportanceOps
 from gradprune.ops.vectors import GradientStatistics, ImportanceVectors
 
 # What a block sums up over the steps.
-_SUMS = ("first", "second", "mask_square", "input_square")
+_SUMS = ("first", "second", "mask_square", "input_square", "output_square")
 
 
 @dataclass

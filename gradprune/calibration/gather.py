@@ -21,11 +21,11 @@ from gradprune.run import Run
 def gather_evidence(run: Run) -> Evidence:
     """Calibrate, or read what an earlier run found; with the priors that the options need."""
     config = run.config
-    with run.clock.stage("calibration"):
-        if config.evidence_file is not None:
-            evidence = Evidence.load(config.evidence_file, run.view.model)
-            _check_reduction(config, evidence)
-        else:
+    if config.evidence_file is not None:
+        evidence = Evidence.load(config.evidence_file, run.view.model)
+        _check_reduction(config, evidence)
+    else:
+        with run.clock.stage("calibration"):
             evidence = _calibrated(run)
     with run.clock.stage("priors"):
         needed = config.temperature > 0.0 or config.importance_method == "auto"

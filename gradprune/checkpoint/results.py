@@ -7,7 +7,6 @@ from pathlib import Path
 from gradprune.checkpoint.atomic import claimed
 from gradprune.config import PruneConfig
 from gradprune.errors import ConfigError
-from gradprune.evaluation.size import weight_bytes_on_disk
 
 _READS = ("base_model", "dataset", "eval_dataset", "evidence_file")
 
@@ -53,3 +52,9 @@ def ratio_names(ratios: Sequence[float]) -> list[str]:
         if names.count(name) > 1:
             raise ConfigError(f"pruning_ratio: {ratio!r} and another one are both written to '{name}'; leave one out")
     return names
+
+
+def weight_bytes_on_disk(checkpoint: str | Path) -> int | None:
+    """Bytes of a checkpoint folder's safetensors files; None where there are none, e.g. for a hub id."""
+    files = list(Path(checkpoint).glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files) if files else None

@@ -10,9 +10,9 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from gradprune.checkpoint.atomic import atomic_directory
+from gradprune.checkpoint.results import weight_bytes_on_disk
 from gradprune.checkpoint.save import write_checkpoint
 from gradprune.config import PruneConfig, again, command_line
-from gradprune.evaluation.size import weight_bytes_on_disk
 from gradprune.models import KINDS, BlockKey
 from gradprune.models.masks import GroupMasks
 from gradprune.report.html import write_report

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gradprune.checkpoint.results import weight_bytes_on_disk
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.data.sources import load_tokens
 from gradprune.errors import CalibrationError, ConfigError, NonFiniteError
 from gradprune.evaluation import perplexity as perplexity_module
 from gradprune.evaluation import speed as speed_module
 from gradprune.evaluation.perplexity import perplexity
-from gradprune.evaluation.size import model_size, weight_bytes_on_disk
+from gradprune.evaluation.size import model_size
 from gradprune.evaluation.speed import decode_throughput, throughput
 from gradprune.progress import progress
 from helpers.tiny_models import tiny_ids, tiny_model
