@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from gradprune import ImportanceEngine
 from gradprune.calibration.evidence import Evidence
-from gradprune.calibration.methods import COMPONENTS
+from gradprune.calibration.methods import GRADIENT_COMPONENTS
 from gradprune.config import Scoring
 from gradprune.errors import CheckpointError, ConfigError, NonFiniteError
 from gradprune.models import describe
@@ -56,7 +56,7 @@ def test_scores_of_one_method_serve_every_other(tmp_path: Path) -> None:
 def test_the_file_holds_one_vector_per_component(tmp_path: Path) -> None:
     result = run(tiny_model(), output_name="a", output_dir=str(tmp_path))
     found = load_file(tmp_path / "a" / "analysis" / "evidence.safetensors")
-    assert sorted(found) == sorted(COMPONENTS)
+    assert sorted(found) == sorted(GRADIENT_COMPONENTS)
     assert all(vector.shape == (len(result.table),) and vector.dtype == np.float64 for vector in found.values())
 
 
@@ -88,7 +88,7 @@ def test_a_saved_file_reads_back_equal(tmp_path: Path) -> None:
     assert again.priors == evidence.priors
     assert again.gradients == evidence.gradients
     assert again.steps == evidence.steps
-    for name in COMPONENTS:
+    for name in GRADIENT_COMPONENTS:
         assert torch.equal(again.components[name], evidence.components[name])
 
 
