@@ -28,11 +28,13 @@ from gradprune.config import (
     Search,
     again,
     command_line,
+    options_of,
 )
 from gradprune.config.commands import StagedCommand, takes
 from gradprune.errors import ConfigError, GradPruneError, one_line
 from gradprune.interrupts import Interrupted, interruptible
 from gradprune.progress import Clock, say
+from gradprune.recovery.options import RecoveryConfig
 from gradprune.version import __version__
 
 if TYPE_CHECKING:
@@ -226,6 +228,34 @@ def export(
     loaded, tokenizer = _load(config)
     export_gguf(loaded, tokenizer, output, outtype=outtype, overwrite=config.overwrite)
     OUT.print(f"{output}: {Path(output).stat().st_size:,} bytes", soft_wrap=True)
+
+
+@app.command(cls=StagedCommand)
+@takes(
+    *("device", "dtype", "trust_remote_code", "dataset", "eval_dataset"),
+    RecoveryConfig,
+    *("output_dir", "output_name", "overwrite"),
+)
+def recover(
+    options: dict[str, Any],
+    model: Annotated[str, typer.Option(help="Pruned checkpoint.", rich_help_panel="Model")],
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model that --loss kd learns from.", rich_help_panel="Model")
+    ] = None,
+) -> None:
+    """Train a pruned model, and write it again."""
+    from gradprune.recovery.job import recover_checkpoint
+
+    config = RecoveryConfig(**{name: options.pop(name) for name in options_of(RecoveryConfig)})
+    if options["output_name"] is None:
+        options["output_name"] = f"{Path(model).absolute().parent.name}-recovered"
+    places = PruneConfig(**options, base_model=model, seq_len=config.seq_len)
+    loaded, tokenizer = _load_free(places)
+    dense = None if teacher is None else _load(replace(places, base_model=teacher))[0]
+    summary = recover_checkpoint(loaded, tokenizer, dense, config, places, console=PROGRESS)
+    before, after = summary["perplexity"]["before"], summary["perplexity"]["after"]
+    OUT.print(f"perplexity {before:.4f} before, {after:.4f} after {summary['best_step']} of {summary['steps']} steps")
+    OUT.print(f"Model:  {places.output_dir}/{places.output_name}/model", soft_wrap=True)
 
 
 @app.command(cls=StagedCommand)

@@ -180,7 +180,7 @@ def test_info_says_why_a_backend_does_not_work(gradprune) -> None:
 
 def test_help_fits_80_columns(gradprune, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    for command in ([], ["prune"], ["search"], ["demo"], ["diagnose"], ["eval"], ["export"], ["info"]):
+    for command in ([], ["prune"], ["search"], ["demo"], ["diagnose"], ["eval"], ["export"], ["recover"], ["info"]):
         code, out, _ = gradprune(*command, "--help")
         assert code == 0
         assert max(map(len, out.splitlines())) <= 80
@@ -268,6 +268,23 @@ def test_protocols_are_by_name(gradprune, model_folder: Path) -> None:
     code, _, err = gradprune("eval", "--model", model_folder, "--protocol", "wikitext2-512")
     assert code == 2
     assert "wikitext2-128, wikitext2-2048" in err
+
+
+def test_recover_writes_a_checkpoint(gradprune, model_folder: Path) -> None:
+    code, _, err = gradprune("prune", "--base_model", model_folder, "--output_name", "x", *QUICK)
+    assert code == 0, err
+    options = ["--method", "full", "--steps", "3", "--seq_len", "16", "--output_name", "y"]
+    recover = ["recover", "--model", "results/x/model", *options]
+    code, _, err = gradprune(*recover)
+    assert (code, "teacher" in err) == (2, True)
+    code, out, err = gradprune(*recover, "--teacher", model_folder)
+    assert code == 0, err
+    summary = json.loads(Path("results/y/analysis/summary.json").read_text())
+    assert f"{summary['perplexity']['before']:.4f} before" in out
+    assert summary["steps"] == 3
+    assert sorted(path.name for path in Path("results").iterdir()) == ["x", "y"]
+    code, out, _ = gradprune("eval", "--model", "results/y/model", "--seq_len", "16", "--json")
+    assert json.loads(out)["perplexity"] == pytest.approx(summary["perplexity"]["after"], rel=1e-6)
 
 
 def test_export_writes_one_file(gradprune, model_folder: Path) -> None:

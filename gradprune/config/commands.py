@@ -49,9 +49,9 @@ def takes(
         several: by name of an option that takes several numbers separated by commas, what these are for. Their value
             in the mapping is a list of numbers, each once and within the option's domain.
     """
-    options = {
-        name: OPTIONS[name] for each in wanted for name in ([each] if isinstance(each, str) else options_of(each))
-    }
+    options: dict[str, Option] = {}
+    for each in wanted:
+        options |= {each: OPTIONS[each]} if isinstance(each, str) else options_of(each)
     options = {name: option for name, option in options.items() if not option.library_only}
     defaults, several = defaults or {}, several or {}
 

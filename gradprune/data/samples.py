@@ -42,7 +42,9 @@ def draw_samples(
     for name, given in (("calibration", calibration), ("evaluation", evaluation)):
         if given is not None:
             _check_ids(name, given, model.config.vocab_size)
-    calibration, evaluation = _tokens(tokenizer, config, calibration, evaluation, model.config.vocab_size)
+    calibration, evaluation = calibration_and_evaluation(
+        tokenizer, config, calibration, evaluation, model.config.vocab_size
+    )
     # As many held-out samples as the text has left over.
     spare = max(0, len(calibration) // config.seq_len - config.num_samples)
     chooses = config.repair != "none" or config.importance_method == "auto"
@@ -75,7 +77,7 @@ def _check_ids(argument: str, tokens: Tensor, vocab_size: int) -> None:
         )
 
 
-def _tokens(
+def calibration_and_evaluation(
     tokenizer: PreTrainedTokenizerBase | None,
     config: PruneConfig,
     calibration: Tensor | None,

@@ -1,0 +1,78 @@
+"""The whole job of `gradprune recover`: measure, train, measure again, write a checkpoint."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gradprune.checkpoint.atomic import atomic_directory, check_free
+from gradprune.checkpoint.save import save_checkpoint
+from gradprune.config import PruneConfig
+from gradprune.data.samples import calibration_and_evaluation
+from gradprune.evaluation.perplexity import perplexity
+from gradprune.evaluation.size import model_size
+from gradprune.progress import QUIET
+from gradprune.recovery.options import RecoveryConfig
+from gradprune.recovery.recover import recover
+from gradprune.report.strict_json import write_json
+from gradprune.version import __version__
+
+
+def recover_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher: PreTrainedModel | None,
+    config: RecoveryConfig,
+    places: PruneConfig,
+    *,
+    console: Console = QUIET,
+) -> dict[str, Any]:
+    """Recover a model and write `model/`, `analysis/summary.json` and `run.json` into a results folder.
+
+    An interrupted job leaves a hidden folder beside the results folder, from which the same command goes on.
+
+    Args:
+        model, tokenizer: the pruned checkpoint; the model is trained in place. teacher: the dense model, or None.
+        config: of the training.
+        places: datasets, output folder and whether it may be replaced; its other options are not read.
+        console: where progress is shown.
+
+    Returns:
+        The content of `summary.json`: parameters, perplexity before and after on text that was neither trained nor
+        chosen on, steps done, the step that was kept, and held-out loss by step.
+
+    Raises:
+        GradPruneError: as `recover`, or the output folder exists.
+    """
+    assert places.output_name is not None
+    output = Path(places.output_dir) / places.output_name
+    check_free(output, overwrite=places.overwrite, argument="output_name")
+    vocabulary = int(model.config.vocab_size)
+    text, held_out = calibration_and_evaluation(tokenizer, places, None, None, vocabulary)
+
+    def measured() -> float:
+        return _perplexity(model, held_out, config, console)
+
+    before = measured()
+    found = recover(model, teacher, text, config, state=output.with_name(f".{output.name}.recovery"), console=console)
+    summary = {
+        "parameters": model_size(model).parameters,
+        "perplexity": {"before": before, "after": measured()},
+        "steps": found.steps,
+        "best_step": found.best_step,
+        "history": [{"step": step, "loss": loss} for step, loss in found.history],
+    }
+    with atomic_directory(output, overwrite=places.overwrite, argument="output_name") as folder:
+        save_checkpoint(found.model, tokenizer, folder / "model")
+        (folder / "analysis").mkdir()
+        write_json(folder / "analysis" / "summary.json", summary)
+        write_json(folder / "run.json", {"config": asdict(config), "versions": {"gradprune": __version__}})
+    return summary
+
+
+def _perplexity(model: PreTrainedModel, tokens: Tensor, config: RecoveryConfig, console: Console) -> float:
+    found = perplexity(model, tokens, seq_len=config.seq_len, batch_size=config.batch_size, console=console)
+    return found.value
