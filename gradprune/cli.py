@@ -225,7 +225,7 @@ def export(
     if format != "gguf":
         raise ExportError(f"format: '{format}' is unknown; it can be gguf")
     config = PruneConfig(**options, base_model=replace(OPTIONS["base_model"], name="model").accepted(model))
-    loaded, tokenizer = _load(config)
+    loaded, tokenizer = _load(config, "model")
     export_gguf(loaded, tokenizer, output, outtype=outtype, overwrite=config.overwrite)
     OUT.print(f"{output}: {Path(output).stat().st_size:,} bytes", soft_wrap=True)
 
@@ -250,9 +250,10 @@ def recover(
     if options["output_name"] is None:
         options["output_name"] = f"{Path(model).absolute().parent.name}-recovered"
     places = PruneConfig(**options, base_model=model, seq_len=config.seq_len)
-    loaded, tokenizer = _load_free(places)
-    dense = None if teacher is None else _load(replace(places, base_model=teacher))[0]
-    summary = recover_checkpoint(loaded, tokenizer, dense, config, places, console=PROGRESS)
+    with claimed_results(places):
+        loaded, tokenizer = _load(places, "model")
+        dense = None if teacher is None else _load(replace(places, base_model=teacher), "teacher")[0]
+        summary = recover_checkpoint(loaded, tokenizer, dense, config, places, console=PROGRESS)
     before, after = summary["perplexity"]["before"], summary["perplexity"]["after"]
     OUT.print(f"perplexity {before:.4f} before, {after:.4f} after {summary['best_step']} of {summary['steps']} steps")
     OUT.print(f"Model:  {places.output_dir}/{places.output_name}/model", soft_wrap=True)

@@ -1,14 +1,14 @@
 """The whole job of `gradprune recover`: measure, train, measure again, write a checkpoint."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gradprune.checkpoint.atomic import atomic_directory, check_free
+from gradprune.checkpoint.atomic import atomic_directory
+from gradprune.checkpoint.results import claimed_results
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.config import PruneConfig
 from gradprune.data.samples import calibration_and_evaluation
@@ -47,29 +47,29 @@ def recover_checkpoint(
     Raises:
         GradPruneError: as `recover`, or the output folder exists.
     """
-    assert places.output_name is not None
-    output = Path(places.output_dir) / places.output_name
-    check_free(output, overwrite=places.overwrite, argument="output_name")
     vocabulary = int(model.config.vocab_size)
     text, held_out = calibration_and_evaluation(tokenizer, places, None, None, vocabulary)
 
     def measured() -> float:
         return _perplexity(model, held_out, config, console)
 
-    before = measured()
-    found = recover(model, teacher, text, config, state=output.with_name(f".{output.name}.recovery"), console=console)
-    summary = {
-        "parameters": model_size(model).parameters,
-        "perplexity": {"before": before, "after": measured()},
-        "steps": found.steps,
-        "best_step": found.best_step,
-        "history": [{"step": step, "loss": loss} for step, loss in found.history],
-    }
-    with atomic_directory(output, overwrite=places.overwrite, argument="output_name") as folder:
-        save_checkpoint(found.model, tokenizer, folder / "model")
-        (folder / "analysis").mkdir()
-        write_json(folder / "analysis" / "summary.json", summary)
-        write_json(folder / "run.json", {"config": asdict(config), "versions": {"gradprune": __version__}})
+    with claimed_results(places) as output:
+        assert output is not None, "output_name is needed"
+        before = measured()
+        state = output.with_name(f".{output.name}.recovery")
+        found = recover(model, teacher, text, config, state=state, console=console)
+        summary = {
+            "parameters": model_size(model).parameters,
+            "perplexity": {"before": before, "after": measured()},
+            "steps": found.steps,
+            "best_step": found.best_step,
+            "history": [{"step": step, "loss": loss} for step, loss in found.history],
+        }
+        with atomic_directory(output, overwrite=places.overwrite, argument="output_name") as folder:
+            save_checkpoint(found.model, tokenizer, folder / "model")
+            (folder / "analysis").mkdir()
+            write_json(folder / "analysis" / "summary.json", summary)
+            write_json(folder / "run.json", {"config": asdict(config), "versions": {"gradprune": __version__}})
     return summary
 
 
