@@ -14,8 +14,6 @@ ORDER = (
     "hub",
     "interrupts",
     "progress",
-    "interrupts",
-    "hub",
     "config",
     "memory",
     "models",
@@ -33,8 +31,8 @@ ORDER = (
     "result",
     "environment",
     "export",
-    "recovery",
     "report",
+    "recovery",
     "pipeline",
     "cli",
 )

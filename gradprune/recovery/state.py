@@ -50,12 +50,16 @@ def save_state(folder: Path, progress: Progress, weights: Tensors, best: Tensors
     Args:
         folder: of the state. progress: how far. weights, best: of the trained parameters. moments: the optimizer's.
     """
-    with atomic_directory(folder, overwrite=True, argument="output_name") as partial:
+    with atomic_directory(folder, overwrite=True, argument="output_name", replaces=_is_state) as partial:
         for name, tensors in (("weights", weights), ("best", best), ("moments", moments)):
             # Copied, because parameters may share memory, which the format does not take.
             copies = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
             save_file(copies, partial / f"{name}.safetensors")
         (partial / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+
+
+def _is_state(folder: Path) -> bool:
+    return (folder / "progress.json").is_file()
 
 
 def load_state(folder: Path, run: str) -> tuple[Progress, Tensors, Tensors, Tensors] | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import count
 from typing import Any
 
@@ -101,7 +101,8 @@ def corrupted(result: Any) -> Any:
         return result * 1.01
     if isinstance(result, list):
         return [result[0] * 1.01, *result[1:]]
-    return replace(result, row_abs=result.row_abs * 1.05)
+    first = fields(result)[0].name
+    return replace(result, **{first: getattr(result, first) * 1.05})
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
