@@ -150,7 +150,7 @@ def diagnose(options: dict[str, Any], as_json: AsJson = False) -> None:
         OUT.print(diagnosis.verdict_text())
     if len(lengths) > 1:
         OUT.print(comparison_table(diagnoses))
-        OUT.print(f"Stablest: {stablest(diagnoses)} tokens a sample, the smallest ratio.")
+        OUT.print(f"Stablest: {stablest(diagnoses)} tokens per sample, the smallest ratio.")
 
 
 @app.command("eval", cls=StagedCommand)

@@ -36,7 +36,7 @@ FIXES = ("none", "adaptive")
 NORMALIZATIONS: tuple[Normalize, ...] = ("none", "log")
 ATTENTION_FACTORS = (0.5, 1.0, 2.0, 4.0)
 
-_KEPT = 4  # of so many candidates, one goes on to the next round
+_KEPT = 4  # one candidate in this many goes on to the next round
 _FINALISTS = 8
 
 
@@ -44,7 +44,7 @@ _FINALISTS = 8
 class Trial:
     """A candidate with its loss in the last round it reached.
 
-    loss: mean held-out loss in nats a token, over `samples` samples. repaired: with the repair of the run.
+    loss: mean held-out loss in nats per token, over `samples` samples. repaired: with the repair of the run.
     fixed: one of the fixed settings.
     """
 

@@ -203,7 +203,7 @@ class ImportanceEngine:
         """All that the steps so far say about the model's groups.
 
         Args:
-            steps: of so many first steps the layers' gradient statistics are included one by one.
+            steps: the layers' gradient statistics are included one by one for this many of the first steps.
 
         Raises:
             NonFiniteError: a loss, a gradient or an importance was NaN or infinite; naming the sample and the layer.
@@ -294,7 +294,7 @@ class ImportanceEngine:
         return scales_of(self.gradient_fix, gradients, layers)
 
     def _applied_scaling(self) -> GradientScaling | None:
-        """What the batches' gradients were multiplied by as they came; None where nothing was."""
+        """What the batches' gradients were multiplied by before they were added; None if they were not scaled."""
         if self.gradient_fix == "none" or self._reduction.scales_afterwards:
             return None
         scales = [1.0] * len(self._view.layers)

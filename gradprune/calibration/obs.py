@@ -10,7 +10,7 @@ the loss's curvature in the block's output. With the columns Q forced to zero, t
 in the loss's own unit, so that blocks compare (optimal brain surgeon: Hassibi and Stork 1992; for columns of layers:
 LLM Surgeon, arXiv:2312.17244; ZipLM, arXiv:2302.04089). Groups go one after the other, the cheapest first, which is why
 of two equal channels one is free and the other is not. g is the mean over samples of the diagonal mean of
-sum over tokens dy dy^T, with dy the gradient of the sample's loss to the block's output: one number a block.
+sum over tokens dy dy^T, with dy the gradient of the sample's loss to the block's output: one number per block.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ RIDGE = 0.01
 _ROUNDS = 16
 # Costs along a path are apart by this, relative: sorting finds the path's order even after rounding to fp32.
 _STEP = 2.0**-20
-# Of the lowest costs that a round looks at, so many times what it removes.
+# A round looks at this many times as many of the cheapest groups as it removes.
 _SURPLUS = 2
 
 

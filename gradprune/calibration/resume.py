@@ -1,4 +1,4 @@
-"""A calibration that survives its process: the engine's sums in a file every so many samples, and on from there.
+"""A calibration that survives its process: the engine's sums are saved every few samples, and a later run resumes.
 
 The file, `results/.NAME.calibration`, lies beside the results folder to come, holds the accumulators' state and what it
 belongs to, and is deleted once the results are written.

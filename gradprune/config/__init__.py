@@ -1,4 +1,4 @@
-"""The options of a run: name, type, default, help and domain of each stand once, in `gradprune.config.parts`."""
+"""The options of a run. Each is defined once, with its default, help and domain, in `gradprune.config.parts`."""
 
 from gradprune.config.command_line import again, command_line
 from gradprune.config.gradient_fix import GRADIENT_FIXES, check_gradient_fix

@@ -25,8 +25,8 @@ class _HubSource:
     """Where a named dataset lies on the hub; none of them runs code of its own.
 
     arguments: of `datasets.load_dataset`, and by split what comes on top. field: the column of text.
-    joint: what stands between rows, as the literature has it; None is the tokenizer's end of text.
-    rows: at most so many are read.
+    joint: the separator between rows, as in the literature; None is the tokenizer's end-of-text token.
+    rows: the most that are read; None reads all.
     """
 
     arguments: dict[str, Any]

@@ -14,7 +14,7 @@ def split_held_out(tokens: Tensor, seq_len: int, fraction: float = 0.1) -> tuple
 
     Args:
         tokens: [tokens] int64.
-        seq_len: the held-out part has at least one window of so many tokens.
+        seq_len: tokens in a window; the held-out part has at least one.
         fraction: of the tokens to hold out, between 0 and 1.
 
     Returns:

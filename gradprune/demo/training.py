@@ -20,12 +20,12 @@ from gradprune.models.loss import sample_losses
 class DemoTraining:
     """The recipe of the demo model; the defaults are what `gradprune demo` uses.
 
-    steps, batch_size, seq_len: number of optimiser steps, each on so many windows of so many tokens.
+    steps, batch_size, seq_len: number of optimiser steps; windows per step; tokens per window.
     learning_rate: peak of AdamW's, for the embedding and the norms. matrix_learning_rate: peak of Muon's, for the
         matrices of the decoder layers.
     warmup: steps of linear warm-up; a cosine decay to zero follows.
     weight_decay: of the matrices.
-    evaluation_windows: held-out perplexity is measured on at most so many windows of `seq_len` tokens.
+    evaluation_windows: at most this many windows of `seq_len` tokens measure the held-out perplexity.
     """
 
     steps: int = 360
@@ -189,7 +189,7 @@ def _windows(recipe: DemoTraining, tokens: Tensor) -> Iterator[Tensor]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Matrices this small gain little from a second thread, and lose tenfold where something else has its core."""
+    """One thread: at this size a second one gains little, and costs ten times as much when its core is busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

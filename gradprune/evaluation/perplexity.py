@@ -19,7 +19,7 @@ from gradprune.progress import progress
 class Perplexity:
     """exp of the mean negative log-likelihood, over `tokens` predicted tokens in `windows` windows.
 
-    value: the perplexity, inf where it is too large for a float. nll: nats a token, finite.
+    value: the perplexity, inf where it is too large for a float. nll: nats per token, finite.
     """
 
     value: float
@@ -45,9 +45,9 @@ def perplexity(
     Args:
         model: a causal LM; measured in evaluation mode, and left in the mode it was in.
         tokens: [tokens] int64, held-out text.
-        seq_len: tokens a window, of which all but the first are predicted.
+        seq_len: tokens per window, of which all but the first are predicted.
         batch_size: windows a forward pass; changes nothing but memory and speed.
-        max_windows: measure only so many whole windows, spread evenly over the text; None measures all, and the rest.
+        max_windows: measure at most this many whole windows, spread evenly over the text; None measures all of it.
         console: where progress is shown.
 
     Raises:

@@ -87,7 +87,7 @@ def _random_ids(models: Mapping[str, PreTrainedModel], samples: int, tokens: int
 def _alternate(
     models: Mapping[str, PreTrainedModel], run: Callable[[PreTrainedModel], object], tokens: int, repeats: int
 ) -> dict[str, Throughput]:
-    """Rates of a run of so many tokens, the models taking turns within each repeat."""
+    """Tokens per second of each model; `tokens` is what one run processes. The models take turns within each repeat."""
     if repeats < 1:
         raise ConfigError(f"repeats: {repeats} is not at least 1")
     seconds: dict[str, list[float]] = {name: [] for name in models}

@@ -72,7 +72,7 @@ def evaluate_tasks(
         tokenizer: its tokenizer.
         tasks: paths of JSONL files, see `read_questions`, or names of lm-eval's tasks, which need the `eval` extra.
         batch_size: questions per forward pass; changes nothing but memory and speed.
-        max_questions: ask only so many of each task, spread evenly over it; None asks all.
+        max_questions: ask at most this many of each task, spread evenly over it; None asks all.
         console: where progress is shown.
 
     Raises:

@@ -71,7 +71,7 @@ class Streams:
         raise AssertionError(f"layer {block.layer} does not run its {block.output.path}")
 
     def mean_loss(self, streams: Sequence[Tensor], first: int) -> float:
-        """Mean loss of the samples from batch `first` on, in nats a token, given the streams after the last layer."""
+        """Mean loss of the samples from batch `first` on, in nats per token, given the streams after the last layer."""
         losses = []
         for batch, stream in enumerate(streams[first:], start=first):
             with self._answering(dict.fromkeys(self._view.layers, stream)):

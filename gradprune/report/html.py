@@ -134,7 +134,7 @@ def _gradient_section(gradients: dict[str, Any], plots: Sequence[Path]) -> str:
     """Verdict, repair and warning; the layers before and after; the plots."""
     before, after = gradients["before"], gradients["after"]
     lines = [
-        f"<p>Largest layer mean of |gradient| over smallest, at {gradients['seq_len']} tokens a sample: "
+        f"<p>Largest layer mean of |gradient| over smallest, at {gradients['seq_len']} tokens per sample: "
         f"{float(before['ratio']):,.1f} ({before['verdict']}; {escape(before['recommendation'])}). "
         f"Repair: {escape(gradients['gradient_fix'])}; after it {float(after['ratio']):,.1f} ({after['verdict']}).</p>"
     ]
@@ -165,7 +165,7 @@ def _search_section(search: SearchResult) -> str:
     axes.scatter([trial.loss for trial in last], range(len(last)), c=colors)
     axes.set_yticks(range(len(last)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel="held-out loss, nats a token (blue: fixed settings)")
+    axes.set(xlabel="held-out loss, nats per token (blue: fixed settings)")
     axes.grid(axis="x", alpha=0.4)
     rows = [
         (str(rank), name, f"{trial.loss:.4f}") for rank, (name, trial) in enumerate(zip(names, last, strict=True), 1)

@@ -46,7 +46,7 @@ def curve_table(summaries: Sequence[dict[str, Any]]) -> Table:
 def diagnosis_table(diagnosis: Diagnosis, seq_len: int, *, scaled_by: str | None = None) -> Table:
     """The layers' gradients for the terminal; `scaled_by` names the fix they are shown after."""
     after = f" after '{scaled_by}'" if scaled_by else ""
-    table = Table(title=f"Gradients at {seq_len} tokens a sample{after}", title_justify="left")
+    table = Table(title=f"Gradients at {seq_len} tokens per sample{after}", title_justify="left")
     for column in ("layer", "grad_mean", "grad_std", "norm", "largest / this", ""):
         table.add_column(column, justify="right")
     largest = max(layer.mean for layer in diagnosis.layers)
@@ -59,7 +59,7 @@ def diagnosis_table(diagnosis: Diagnosis, seq_len: int, *, scaled_by: str | None
 
 def comparison_table(diagnoses: dict[int, Diagnosis]) -> Table:
     """The layers' mean |g| by sequence length, side by side; the last rows are ratio and verdict."""
-    table = Table(title="grad_mean by tokens a sample", title_justify="left")
+    table = Table(title="grad_mean by tokens per sample", title_justify="left")
     table.add_column("layer", justify="right")
     for seq_len in diagnoses:
         table.add_column(str(seq_len), justify="right")

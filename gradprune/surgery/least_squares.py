@@ -6,7 +6,7 @@ A block with output projection W [O, I] keeps the columns K. With x its input in
     W'_K = argmin sum ||t - W' x_K||^2 + ridge ||W' - W_K||^2 = W_K + (E_K - W_K G_KK) (G_KK + ridge I)^-1,
 
 where E_K = sum t x_K^T. The target blends two: what the whole block would write for this input, and what brings the
-residual stream behind it to where the dense model has it:
+residual stream after it to where the dense model has it:
 
     t = W x + blend ((stream before, dense) - (stream before, pruned) + W x_dense - W x).
 
@@ -37,7 +37,7 @@ from gradprune.surgery.masking import mask_output, masks_by_block
 BLENDS = (0.0, 0.5)
 """Candidates; the one with the least loss on held-out samples is kept."""
 TRIAL_SAMPLES = 32
-"""The blend is chosen on so many calibration samples at least."""
+"""The blend is chosen on at least this many calibration samples."""
 RIDGES = (0.01, 0.1, 1.0)
 """Candidates, relative to the mean diagonal; each block takes the one with the least error on held-out samples."""
 
