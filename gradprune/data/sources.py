@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gradprune.data.embedded import embedded_text
 from gradprune.data.tokenize import encode, encode_documents
 from gradprune.errors import CalibrationError, one_line
 from gradprune.hub import hub_fault
@@ -111,8 +112,6 @@ def _tokens(
     if tokenizer is None:
         raise _Fault("the model has no tokenizer; give token ids in a .npy file")
     if dataset is None:
-        from gradprune.data.embedded import embedded_text
-
         tokens = encode(tokenizer, embedded_text().train if split == "calibration" else embedded_text().held_out)
     elif dataset in _HUB:
         documents, joint = _load_hub(dataset, split), _HUB[dataset].joint
