@@ -62,7 +62,7 @@ def test_stages_are_named_where_there_is_no_terminal() -> None:
 
 
 def test_how_long_a_stage_took_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO), Clock().stage("surgery"):
+    with caplog.at_level(logging.INFO, logger="gradprune"), Clock().stage("surgery"):
         pass
     assert caplog.messages[0].startswith("Surgery took 0.0")
 
