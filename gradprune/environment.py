@@ -12,9 +12,9 @@ from gradprune.version import __version__
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and, per backend and kind of device, None where it works or why it does not.
+    """Versions, devices and, per device type and backend, None if it works, else the reason why not.
 
-    `backends`: of the importance ops, those that `--backend` chooses among; `gradient_backends`: of the gradient ops.
+    `backends`: for the importance ops, the choices of `--backend`; `gradient_backends`: for the gradient ops.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
 
 
 def _named(backends: Any) -> list[Any]:
-    """The members of a `Literal` of backends that name one."""
+    """The members of a `Literal` of backends, without "auto"."""
     return [backend for backend in get_args(backends) if backend != "auto"]
 
 

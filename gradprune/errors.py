@@ -1,8 +1,8 @@
-"""Exceptions of gradprune. Every message names the argument, its value and what would be right."""
+"""Exceptions of gradprune. Every message names the argument, its value and what is expected."""
 
 
 class GradPruneError(Exception):
-    """Base of every error that gradprune raises on purpose; the command line turns it into exit code 2."""
+    """Base class of every error that gradprune raises on purpose; the command line turns it into exit code 2."""
 
 
 class ConfigError(GradPruneError):
@@ -10,7 +10,7 @@ class ConfigError(GradPruneError):
 
 
 class UnsupportedArchitectureError(GradPruneError):
-    """The model's architecture, or a layer in it, has no description in `gradprune.models`."""
+    """The model's architecture, or one of its layers, is not described in `gradprune.models`."""
 
 
 class CalibrationError(GradPruneError):
@@ -18,7 +18,7 @@ class CalibrationError(GradPruneError):
 
 
 class EvaluationError(GradPruneError):
-    """Questions to ask a model are missing or malformed, or what asks them is not installed."""
+    """The questions of a task are missing or malformed, or lm-eval is needed and not installed."""
 
 
 class NonFiniteError(GradPruneError):
@@ -42,7 +42,7 @@ class ExportError(GradPruneError):
 
 
 class RecoveryError(GradPruneError):
-    """A pruned model cannot be trained as asked: no teacher, another vocabulary, another run's state."""
+    """A pruned model cannot be trained as requested: no teacher, a different vocabulary, or another run's state."""
 
 
 class OutOfMemoryError(GradPruneError):
@@ -50,9 +50,9 @@ class OutOfMemoryError(GradPruneError):
 
 
 def one_line(error: BaseException) -> str:
-    """The start of another library's error message, which may go on for paragraphs; without a full stop."""
+    """The start of another library's error message, on one line and without a full stop."""
     words = " ".join(str(error).split())
-    if not words or isinstance(error, KeyError):  # whose message is the bare key
+    if not words or isinstance(error, KeyError):  # its message is only the key
         words = f"{type(error).__name__} {words}".strip()
     message = words if len(words) <= 200 else words[:200].rsplit(" ", 1)[0] + " ..."
     return message.rstrip(".")

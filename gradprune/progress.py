@@ -1,7 +1,7 @@
-"""Progress of long work: what, how far, at which rate, and how long it still takes.
+"""Progress of long operations: what is running, how far it is, its rate and the time left.
 
-On a terminal it is a bar. Elsewhere, in a file or a pipe, it is a line at the start of each stage and, while a stage
-takes long, one every half minute.
+On a terminal, progress is a bar. Otherwise (a file or a pipe) it is one line at the start of each stage and another
+every 30 seconds while the stage runs.
 """
 
 import logging
@@ -24,7 +24,7 @@ from rich.text import Text
 
 logger = logging.getLogger(__name__)
 
-_INTERVAL = 30.0  # seconds between two lines where there is no terminal
+_INTERVAL = 30.0  # seconds between lines if the output is not a terminal
 
 
 class _Rate(ProgressColumn):
@@ -36,18 +36,18 @@ class _Rate(ProgressColumn):
 
 
 def say(console: Console, line: str) -> None:
-    """Print one line of plain text; what looks like markup in a path or a name is not taken for it."""
+    """Print one line of plain text; square brackets in a path or a name are not interpreted as markup."""
     console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def progress(console: Console, description: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
-    """Show progress while the body runs; yields `advance(steps=1, total=None)`, which may correct the total. A bar goes
-    if the body raises.
+    """Show progress while the body runs; yields `advance(steps=1, total=None)`, where
+    `total` corrects the total. If the body raises, the bar is removed.
 
     Args:
-        console: where it is shown.
-        description: what is going on.
+        console: where progress is shown.
+        description: what is running.
         total: number of steps.
         unit: what a step is, in the plural.
     """
@@ -74,13 +74,13 @@ def progress(console: Console, description: str, total: int, unit: str) -> Itera
         try:
             yield advance
         except BaseException:
-            # An interrupted bar goes, so that the error stands alone.
+            # Remove the interrupted bar, so that only the error remains on screen.
             bar.live.transient = True
             raise
 
 
 class _Lines:
-    """Progress where there is no terminal."""
+    """Progress as lines of text, if the output is not a terminal."""
 
     def __init__(self, console: Console, description: str, total: int, unit: str) -> None:
         self._console = console
@@ -109,7 +109,7 @@ def _rate(speed: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as 1:02:03 or 2:03."""
+    """Format as 1:02:03 or, below an hour, 2:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -119,19 +119,19 @@ QUIET = Console(quiet=True)
 
 
 class Clock:
-    """Wall seconds by stage, in the order the stages ran.
+    """Wall time of each stage in seconds, in the order they ran.
 
     running: the stage that is running, or that failed.
     """
 
     def __init__(self, console: Console = QUIET) -> None:
-        """No stage yet; `console` is where each is named as it begins, unless it is a terminal, which shows bars."""
+        """Start without stages. Each is announced on `console` when it begins, unless that is a terminal (bars)."""
         self.seconds: dict[str, float] = {}
         self.running: str | None = None
         self.console = console
 
     def copy(self) -> "Clock":
-        """Another clock that has timed the same stages so far."""
+        """A new clock with the stages timed so far."""
         copied = Clock(self.console)
         copied.seconds = dict(self.seconds)
         return copied

@@ -1,4 +1,4 @@
-"""What a pruning run gives: `PruneResult`."""
+"""`PruneResult`: the result of a pruning run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +23,10 @@ from gradprune.vanishing.analysis import GradientAnalysis
 
 @dataclass(frozen=True)
 class Measured:
-    """A model before or after pruning.
+    """Measurements of a model before or after pruning.
 
-    parameters: tied ones counted once. bytes_on_disk: of the weights' files, of the tensors where there is none.
-    tasks: zero-shot accuracies, where tasks were asked for.
+    parameters: tied ones count once. bytes_on_disk: of the weight files, or of the tensors if there are no files.
+    tasks: zero-shot accuracies on the requested tasks.
     """
 
     parameters: int
@@ -38,14 +38,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What a pruning run gives.
+    """The result of a pruning run.
 
-    model: the pruned model. before, after: what was measured.
-    table, pruned: every group with its score, and whether it went.
-    masks: what each block kept. gradients: the layers' gradients before and after their repair.
-    evidence: what calibration found, to score again without it. repairs: what least squares did to each block.
-    search: what was tried where importance_method was "auto"; `config` then has what it chose.
-    seconds: wall time by stage. output: the results folder, None where nothing was written.
+    model: the pruned model. before, after: measurements of the dense and the pruned model.
+    table, pruned: every group with its score, and whether it was pruned.
+    masks: which groups each block kept. gradients: the layers' gradients before and after scaling.
+    evidence: statistics from calibration, to rescore without calibrating again. repairs: the least-squares repair of
+        each block.
+    search: the trials, if importance_method was "auto"; `config` then holds the chosen settings.
+    seconds: wall time by stage. output: the results folder; None if nothing was written.
     evaluation_overlap: the fraction of the evaluation text that occurs in the calibration text.
     """
 
@@ -66,22 +67,22 @@ class PruneResult:
 
     @property
     def distribution(self) -> list[LayerPruning]:
-        """What each layer lost."""
+        """Per layer, how much of each block was pruned."""
         return pruning_distribution(self.masks)
 
     @property
     def warning(self) -> str | None:
-        """Names over-pruned blocks, and what to try next."""
+        """A warning that names over-pruned blocks and what to try next; None if there are none."""
         return pruning_warning(self.distribution, self.config)
 
     @property
     def held_out(self) -> bool:
-        """Whether perplexity was measured on text that was not calibrated on."""
+        """Whether perplexity was measured on text that was not used for calibration."""
         return self.evaluation_overlap == 0.0
 
     @property
     def warnings(self) -> list[str]:
-        """All that is not as it was asked for, or as it should be; `warning` is the last of them."""
+        """Everything that deviates from the request or is suspicious; `warning`, if any, comes last."""
         found = list(selection_warnings(self.table, self.pruned, self.before.parameters, self.config))
         if not self.held_out:
             found.append(

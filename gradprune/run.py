@@ -1,4 +1,4 @@
-"""`Run`: what every stage of a pruning run works on."""
+"""`Run`: the state shared by all stages of a pruning run."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,8 +18,8 @@ from gradprune.progress import QUIET, Clock
 class Run:
     """A model with the options and the samples of one run.
 
-    view: the model with its prunable blocks. tokenizer: the model's, to ask it questions with.
-    clock: takes the stages' times. console: where progress is shown.
+    view: the model with its prunable blocks. tokenizer: the model's, for evaluation on tasks.
+    clock: times the stages. console: where progress is shown.
     """
 
     view: PrunableModel
@@ -36,5 +36,5 @@ class Run:
 
     @cached_property
     def held_out(self) -> list[Tensor]:
-        """The held-out samples in batches [N, T]; what is chosen by measuring is chosen on them."""
+        """The held-out samples in batches [N, T]; repair and search choose their settings on them."""
         return list(batches(self.samples.held_out, self.config.batch_size))

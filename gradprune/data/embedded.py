@@ -16,21 +16,21 @@ from gradprune.errors import CalibrationError
 
 _MIN_TRAIN, _MIN_HELD_OUT = 200_000, 8_000
 _HELD_OUT_EVERY = 20
-# Any remainder would do; with this one the held-out documents are a fair mix and none outweighs the others.
+# Any remainder works; this one gives a good mix of held-out documents, none of which dominates.
 _HELD_OUT_REMAINDER = 11
-# A line this long is hardly repeated by chance.
+# Characters: lines at least this long rarely repeat by chance, so a shared one means copied text.
 _TELLING_LINE = 40
-# Vendored code, and modules that are large tables with next to no text.
+# Vendored code, and modules that are mostly large tables with almost no text.
 _SKIPPED_MODULES = frozenset({"encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "turtledemo"})
 _SKIPPED_FOLDERS = frozenset({"test", "tests"})
 
 
 @dataclass(frozen=True)
 class EmbeddedText:
-    """Two texts with no document, passage or telling line in common.
+    """Two texts that share no document, no passage and no line of 40 characters or more.
 
     train: about 19 of 20 documents, 1.8 million characters under Python 3.11.
-    held_out: the other documents, whole but for the passages that repeat some of `train`.
+    held_out: the other documents, without the passages that repeat text from `train`.
     """
 
     train: str
@@ -39,7 +39,7 @@ class EmbeddedText:
 
 @dataclass(frozen=True)
 class Document:
-    """A named text, as its passages: paragraphs of the language reference, or docstrings."""
+    """A named text, split into passages: paragraphs of the language reference, or docstrings."""
 
     name: str
     passages: tuple[str, ...]
@@ -50,7 +50,7 @@ def embedded_text() -> EmbeddedText:
     """Collect the embedded text, the same every time on the same Python installation.
 
     Raises:
-        CalibrationError: this installation carries too little documentation (a stripped one).
+        CalibrationError: this installation carries too little documentation (it may have been stripped).
     """
     documents = (*_language_reference(), *_docstrings(Path(sysconfig.get_path("stdlib"))))
     text = split_documents(documents)
@@ -67,8 +67,8 @@ def split_documents(documents: Iterable[Document]) -> EmbeddedText:
     """Drop repeated passages and split into training and held-out text.
 
     Args:
-        documents: in a fixed order. Where a document goes depends on its name alone, so that it stays there whatever
-            other documents there are.
+        documents: in a fixed order. A document is assigned by its name alone, so adding or removing other documents
+            does not move it.
     """
     seen: set[str] = set()
     train: list[list[str]] = []
@@ -102,7 +102,7 @@ def _language_reference() -> Iterator[Document]:
 
 
 def _docstrings(library: Path) -> Iterator[Document]:
-    """A document for each source file of the standard library, in order of name; nothing is imported."""
+    """One document per source file of the standard library, sorted by name; nothing is imported."""
     for path in sorted(library.rglob("*.py")):
         relative = path.relative_to(library)
         module = relative.parts[0].removesuffix(".py")
@@ -113,14 +113,14 @@ def _docstrings(library: Path) -> Iterator[Document]:
                 warnings.simplefilter("ignore")
                 tree = ast.parse(path.read_bytes())
         except (OSError, SyntaxError, ValueError):
-            # Some distributions ship deliberately broken sources (templates); such a file has no docstrings.
+            # Some distributions ship sources that do not parse (templates); skip them.
             continue
         texts = (_clean(text) for node in _documented(tree) if (text := ast.get_docstring(node, clean=False)))
         yield Document(f"module:{relative.as_posix()}", tuple(text for text in texts if text))
 
 
 def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """The module, classes and functions in order of appearance; expressions, most of a tree, are not visited."""
+    """The module, classes and functions in source order; expressions, most of the tree, are skipped."""
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
@@ -133,6 +133,6 @@ def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.Fu
 
 
 def _clean(text: str) -> str:
-    """Docstring indentation and trailing blanks removed, runs of empty lines made one."""
+    """Remove docstring indentation and trailing blanks, and collapse runs of empty lines into one."""
     lines = (line.rstrip() for line in inspect.cleandoc(text).splitlines())
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")

@@ -1,4 +1,4 @@
-"""A run's samples: what it calibrates on, chooses on and is measured on; the three share no token."""
+"""A run's data: calibration samples, held-out samples to choose settings on, and evaluation text."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ from gradprune.errors import CalibrationError
 
 @dataclass(frozen=True)
 class Samples:
-    """Token ids of a run; none of the three shares a token with another.
+    """Token ids of a run. The calibration and held-out samples never overlap.
 
-    calibration: [num_samples, seq_len]. held_out: [at most held_out_samples, seq_len], none where nothing is chosen
-        on them.
-    evaluation: [tokens].
-    overlap: the fraction of the evaluation tokens that occur in the calibration text, 0 where they are held out.
+    calibration: [num_samples, seq_len]. held_out: [at most held_out_samples, seq_len], for repair and search to choose
+        settings on; empty if neither runs.
+    evaluation: [tokens], for perplexity.
+    overlap: the fraction of the evaluation tokens that occur in the calibration text; 0 if they are held out.
     """
 
     calibration: Tensor
@@ -34,7 +34,7 @@ def draw_samples(
     calibration: Tensor | None = None,
     evaluation: Tensor | None = None,
 ) -> Samples:
-    """The samples of a run, as given or from the datasets of `config`.
+    """Draw the samples of a run from the given tokens or, where None, from the datasets of `config`.
 
     Raises:
         CalibrationError: text is missing or too short, or has ids that the model does not know.
@@ -45,7 +45,7 @@ def draw_samples(
     calibration, evaluation = calibration_and_evaluation(
         tokenizer, config, calibration, evaluation, model.config.vocab_size
     )
-    # As many held-out samples as the text has left over.
+    # Held-out samples come from the windows that calibration leaves over.
     spare = max(0, len(calibration) // config.seq_len - config.num_samples)
     chooses = config.repair != "none" or config.importance_method == "auto"
     held_out = min(config.held_out_samples, spare) if chooses else 0
@@ -65,7 +65,7 @@ def draw_samples(
 
 
 def _check_ids(argument: str, tokens: Tensor, vocab_size: int) -> None:
-    """Refuse what is not one stream of the model's token ids."""
+    """Raise unless `tokens` is one stream of ids within the model's vocabulary."""
     if tokens.ndim != 1 or tokens.is_floating_point():
         raise CalibrationError(
             f"{argument}: has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; [tokens] int64 is needed"
@@ -84,7 +84,10 @@ def calibration_and_evaluation(
     evaluation: Tensor | None,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Calibration and held-out tokens, as given or from the datasets; the two never overlap."""
+    """Calibration and evaluation tokens, as given or from the datasets.
+
+    If only calibration text is given, its end is held out for evaluation.
+    """
     held_out_in_file = evaluation is None and config.eval_dataset is None
     if evaluation is None and (config.eval_dataset is not None or (calibration is None and config.dataset is None)):
         evaluation = load_tokens(

@@ -1,4 +1,4 @@
-"""Calibration and evaluation data: from a dataset's name or file to windows of token ids."""
+"""Calibration and evaluation data: load a named dataset or a file as one stream of token ids."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -22,11 +22,11 @@ Split = Literal["calibration", "evaluation"]
 
 @dataclass(frozen=True)
 class _HubSource:
-    """Where a named dataset lies on the hub; none of them runs code of its own.
+    """Where to find a named dataset on the hub; no dataset runs code of its own.
 
-    arguments: of `datasets.load_dataset`, and by split what comes on top. field: the column of text.
-    joint: the separator between rows, as in the literature; None is the tokenizer's end-of-text token.
-    rows: the most that are read; None reads all.
+    arguments: for `datasets.load_dataset`. splits: further arguments, per split. field: the text column.
+    joint: the separator between rows, as in the literature; None means the tokenizer's end-of-text token.
+    rows: read at most this many; None reads all.
     """
 
     arguments: dict[str, Any]
@@ -43,14 +43,14 @@ _HUB = {
         field="text",
         joint="\n\n",
     ),
-    # Its main branch holds a loading script, which `datasets` 4 refuses; the hub's own conversion holds the data.
+    # The main branch needs a loading script, which `datasets` 4 refuses; the hub's Parquet conversion does not.
     "ptb": _HubSource(
         arguments={"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet"},
         splits={"calibration": {"split": "train"}, "evaluation": {"split": "test"}},
         field="sentence",
         joint=" ",
     ),
-    # Streamed, because one shard is 356,000 documents, far more than is ever sampled.
+    # Streamed: one shard has 356,000 documents, far more than are ever sampled.
     "c4": _HubSource(
         arguments={"path": "allenai/c4", "streaming": True},
         splits={
@@ -81,14 +81,14 @@ def load_tokens(
         dataset: a .txt file (UTF-8), a .jsonl file (field `text`), a .npy file of token ids, one of wikitext2,
             ptb and c4 (needs the `data` extra and the hub), or None for the embedded text.
         tokenizer: the model's; needed for everything but .npy.
-        split: which part of a dataset that has two; files have one.
-        vocab_size: of the model; ids are below it. For a .npy file the tokenizer's by default.
-        argument: the option that `dataset` came from, for messages.
+        split: which split of a named dataset or the embedded text; a file has only one.
+        vocab_size: of the model; all ids must be below it. For a .npy file it defaults to the tokenizer's.
+        argument: the option that `dataset` came from, for error messages.
 
     Returns:
-        [tokens] int64. Documents of a .jsonl file and of c4 are separated by the end-of-text token (a blank line where
-        the tokenizer has none), rows of wikitext2 by a blank line, those of ptb by a space. c4 is the first 10,000
-        documents of a shard.
+        [tokens] int64. Documents of a .jsonl file and of c4 are separated by the end-of-text token (by a blank line if
+        the tokenizer has none), rows of wikitext2 by a blank line, rows of ptb by a space. Of c4, the first 10,000
+        documents of one shard are read.
 
     Raises:
         CalibrationError: the dataset is unknown, missing, empty, malformed, or cannot be fetched; or the tokenizer
@@ -101,7 +101,7 @@ def load_tokens(
 
 
 class _Fault(Exception):
-    """What is wrong with a dataset; `load_tokens` says which option named it."""
+    """A problem with a dataset; `load_tokens` adds the name of the option it came from."""
 
 
 def _tokens(
@@ -132,11 +132,11 @@ def _load_ids(path: Path, vocab_size: int | None) -> Tensor:
     _check_exists(path)
     try:
         with path.open("rb") as file:
-            # Unlike `np.load` it takes nothing but the .npy format. A forged header asks for any amount of memory.
+            # Unlike `np.load`, this reads only the .npy format. A forged header can request any amount of memory.
             ids = np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
         raise _Fault(f"'{path}' is not a .npy array of integers: {one_line(error)}") from error
-    if ids.dtype.kind not in "iu":  # NumPy counts times as integers too
+    if ids.dtype.kind not in "iu":  # not np.issubdtype: it counts timedelta64 as an integer
         raise _Fault(f"'{path}' holds {ids.dtype}; token ids are integers")
     if ids.ndim not in (1, 2):
         raise _Fault(f"'{path}' has {ids.ndim} dimensions; token ids have 1, or 2 as rows of tokens")
@@ -178,7 +178,7 @@ def _jsonl_text(line: bytes, where: str) -> str:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _Fault(f"{where} is not UTF-8 text: {error}") from error
-    # Beside malformed JSON there are numbers too long and nesting too deep for Python.
+    # Malformed JSON, but also numbers that are too long and nesting that is too deep for Python.
     except (ValueError, RecursionError) as error:
         raise _Fault(f"{where} is not JSON: {error}") from error
     text = record.get("text") if isinstance(record, dict) else None
@@ -186,7 +186,7 @@ def _jsonl_text(line: bytes, where: str) -> str:
         raise _Fault(f"{where} has no string field 'text'")
     try:
         text.encode()
-    # JSON can escape half of a surrogate pair, which tokenizers refuse.
+    # JSON can escape a lone surrogate, which tokenizers reject.
     except UnicodeEncodeError as error:
         raise _Fault(f"{where} has a lone surrogate in its field 'text': {error}") from error
     return text
@@ -199,7 +199,7 @@ def _load_hub(dataset: str, split: Split) -> list[str]:
         raise _Fault(
             f"'{dataset}' needs the data extra (pip install 'gradprune[data]'); or give a .txt file"
         ) from error
-    # Offline, `datasets` answers from its cache at once; else it would ask for half a minute or more.
+    # In offline mode `datasets` reads its cache at once; without it, an unreachable hub costs 30 s or more of retries.
     if not datasets.config.HF_HUB_OFFLINE and (fault := hub_fault()) is not None:
         raise _Fault(
             f"'{dataset}' needs the hub, but {fault}; set HF_HUB_OFFLINE=1 where it is cached, or give a .txt file"
@@ -208,7 +208,7 @@ def _load_hub(dataset: str, split: Split) -> list[str]:
     try:
         rows = datasets.load_dataset(**source.arguments, **source.splits[split])
         return [row[source.field] for row in islice(rows, source.rows)]
-    # Which of its many dependencies' errors says "no network" differs from release to release.
+    # Which dependency's exception signals "no network" changes from release to release.
     except Exception as error:
         raise _Fault(f"'{dataset}' cannot be read from the hub: {one_line(error)}; or give a .txt file") from error
 
@@ -216,7 +216,7 @@ def _load_hub(dataset: str, split: Split) -> list[str]:
 def _check_exists(path: Path) -> None:
     try:
         there = path.is_file()
-    except (OSError, ValueError) as error:  # a name too long, or with a zero in it
+    except (OSError, ValueError) as error:  # the name is too long or contains a NUL
         raise _Fault(f"'{path}' cannot be read: {one_line(error)}") from error
     if not there:
         raise _Fault(f"there is no file '{path}'")

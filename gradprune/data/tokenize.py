@@ -1,4 +1,4 @@
-"""Tokenising text of any length, piece by piece."""
+"""Tokenise text of any length, piece by piece."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -7,28 +7,29 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-# Characters in a piece of text, and pieces given to the tokenizer at once, which keeps far more than ids of each.
+# Text is tokenised in pieces of at least 64 Ki characters, 64 pieces per call: the tokenizer holds offsets and masks
+# besides the ids, so this bounds its memory.
 _PIECE = 1 << 16
 _PIECES = 64
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Token ids [tokens] int64 of a text of any length, piece by piece, without special tokens at the pieces' ends."""
+    """Token ids [tokens] int64 of a text of any length, with no special tokens added."""
     return _encode_pieces(tokenizer, list(_pieces(text)))
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Tensor:
-    """[tokens] int64, the end-of-text token between documents; a blank line where there is no such token."""
+    """Token ids [tokens] int64, documents separated by the end-of-text token, or by a blank line if there is none."""
     separator = tokenizer.eos_token
     if not separator:
         return encode(tokenizer, "\n\n".join(documents))
-    # As a piece of its own it is never cut.
+    # The separator is a piece of its own, so it is never split.
     pieces = chain.from_iterable((separator, *_pieces(document)) for document in documents)
     return _encode_pieces(tokenizer, list(pieces)[1:])
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts its beginning-of-text token before a text."""
+    """Whether the tokenizer prepends its beginning-of-text token."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a", verbose=False)["input_ids"][0] == bos
 
@@ -36,14 +37,14 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> Tensor:
     ids = [torch.empty(0, dtype=torch.int64)]
     for start in range(0, len(pieces), _PIECES):
-        # Given as a list, the pieces are tokenised in parallel. Not verbose: no warning about the model's context.
+        # A list is tokenised in parallel. verbose=False suppresses the warning about the model's context length.
         encoded = tokenizer(pieces[start : start + _PIECES], add_special_tokens=False, verbose=False)["input_ids"]
         ids += [torch.tensor(piece, dtype=torch.int64) for piece in encoded]
     return torch.cat(ids)
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a text after a line's end, where there is none for long before a space, else anywhere."""
+    """Cut a text after a newline; if none is near, before a space; failing that, anywhere."""
     start = 0
     while start < len(text):
         limit = start + 2 * _PIECE

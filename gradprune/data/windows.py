@@ -1,4 +1,4 @@
-"""From one stream of token ids to windows, samples and batches."""
+"""Cut a stream of token ids into windows, samples and batches."""
 
 from collections.abc import Iterator
 
@@ -10,18 +10,18 @@ from gradprune.errors import CalibrationError
 
 
 def split_held_out(tokens: Tensor, seq_len: int, fraction: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Cut a stream into calibration tokens and, its end, held-out tokens; the two share none.
+    """Split a stream into calibration tokens and held-out tokens: the held-out part is the end of the stream.
 
     Args:
         tokens: [tokens] int64.
-        seq_len: tokens in a window; the held-out part has at least one.
-        fraction: of the tokens to hold out, between 0 and 1.
+        seq_len: tokens per window; the held-out part has at least one window.
+        fraction: of the tokens to hold out, strictly between 0 and 1.
 
     Returns:
         calibration, evaluation: [tokens] int64 each, views of `tokens`.
 
     Raises:
-        CalibrationError: too short for one window of each, or `fraction` is out of its domain.
+        CalibrationError: `tokens` is too short for one window of each, or `fraction` is out of range.
     """
     if not 0.0 < fraction < 1.0:
         raise CalibrationError(f"fraction: {fraction} is not between 0 and 1 (both excluded)")
@@ -39,14 +39,15 @@ def sample_windows(tokens: Tensor, *, num_samples: int, seq_len: int, seed: int)
 
     Args:
         tokens: [tokens] int64.
-        num_samples, seq_len: how many windows of how many tokens, at least 1 each.
+        num_samples, seq_len: number of windows and tokens per window, at least 1 each.
         seed: the same seed draws the same windows.
 
     Returns:
         [num_samples, seq_len] int64.
 
     Raises:
-        CalibrationError: too little text; says how much there is, how much is needed and how many windows fit.
+        CalibrationError: too little text; the message says how much there is, how much is needed and how many
+            windows fit.
     """
     for name, value in (("num_samples", num_samples), ("seq_len", seq_len)):
         if value < 1:
@@ -67,12 +68,12 @@ def sample_windows(tokens: Tensor, *, num_samples: int, seq_len: int, seed: int)
 
 
 def overlap_of(evaluation: Tensor, calibration: Tensor, *, length: int = 64, pieces: int = 16) -> float:
-    """The fraction of `evaluation` that occurs in `calibration`, as found by pieces spread evenly over it.
+    """Estimate the fraction of `evaluation` that occurs in `calibration`, from pieces spread evenly over `evaluation`.
 
     Args:
         evaluation, calibration: [tokens] int64.
-        length: tokens per piece: more than any two texts have in common by chance.
-        pieces: how many are looked for.
+        length: tokens per piece: too many to match by chance.
+        pieces: about how many pieces to look for.
     """
     length = min(length, len(evaluation))
     if not length:
@@ -84,7 +85,7 @@ def overlap_of(evaluation: Tensor, calibration: Tensor, *, length: int = 64, pie
 
 
 def _occurs(piece: bytes, text: bytes) -> bool:
-    """Whether `piece` occurs in `text` from a token's first byte on; both are int64."""
+    """Whether `piece` occurs in `text` at a token boundary; both hold int64 ids."""
     position = text.find(piece)
     while position > 0 and position % 8:
         position = text.find(piece, position + 1)
@@ -100,7 +101,7 @@ def check_context(config: PreTrainedConfig, seq_len: int) -> None:
     """Raise if a sequence is longer than the model's context.
 
     Raises:
-        CalibrationError: naming both lengths.
+        CalibrationError: `seq_len` exceeds the context; the message gives both.
     """
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and seq_len > longest:

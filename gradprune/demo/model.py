@@ -1,4 +1,4 @@
-"""The demo model in the user's cache folder: trained on first use, whole or not at all."""
+"""The demo model in the user's cache folder: trained on first use and written atomically."""
 
 import hashlib
 import json
@@ -29,12 +29,12 @@ from gradprune.demo.training import DemoTraining, train_model
 from gradprune.errors import CheckpointError
 from gradprune.evaluation.perplexity import perplexity
 
-# Part of the cache folder's name: raise it whenever the recipe or the text changes.
+# Part of the cache folder's name: increment it whenever the recipe or the text changes.
 RECIPE = 2
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 # The 256 bytes and the two special tokens.
 VOCABULARY = 258
-# Seconds to wait for another process that is writing it too.
+# Seconds to wait for another process that is writing the same folder.
 _PATIENCE = 60.0
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json")
 
@@ -42,15 +42,15 @@ _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_confi
 def demo_model_path(
     console: Console | None = None, *, quiet: bool = False, training: DemoTraining | None = None
 ) -> Path:
-    """The folder of the demo model, which is trained first where the cache does not have it whole.
+    """The folder of the demo model; trains it first if the cache has no complete copy.
 
     The cache is `$GRADPRUNE_CACHE`, else `$XDG_CACHE_HOME/gradprune`, else `~/.cache/gradprune`. The folder is a
-    Hugging Face checkpoint with tokenizer, and `training.json` says how it came about and what it is worth.
+    Hugging Face checkpoint with its tokenizer; `training.json` records how it was trained and its perplexity.
 
     Args:
         console: where progress is shown; standard error by default.
         quiet: show nothing.
-        training: another recipe, cached apart.
+        training: a recipe other than the default, cached separately.
 
     Raises:
         CalibrationError: this Python installation carries too little text.
@@ -69,10 +69,10 @@ def demo_model_path(
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of the 256 bytes and two special tokens, end of text and padding; round-trips any text."""
+    """A byte-level tokenizer: 256 bytes and two special tokens, end of text and padding; round-trips any text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    # No merges, hence no need to cut the text into words first.
+    # There are no merges, so no need to split the text into words first.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
@@ -88,7 +88,7 @@ def unigram_perplexity(train_ids: Tensor, held_out_ids: Tensor, vocab_size: int 
 
     Args:
         train_ids, held_out_ids: [tokens] int64.
-        vocab_size: number of different tokens.
+        vocab_size: number of distinct tokens.
     """
     counts = torch.bincount(train_ids, minlength=vocab_size).double() + 1.0
     return math.exp(-(counts / counts.sum()).log()[held_out_ids].mean().item())
@@ -102,7 +102,7 @@ def _cache_folder() -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every file is there and the weights' file is as long as its header says."""
+    """Whether every file exists and the weight file is as long as its header says."""
     if not all((folder / name).is_file() for name in _FILES):
         return False
     try:
@@ -113,7 +113,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _check_writable(cache: Path) -> None:
-    """Raise before the training rather than after it."""
+    """Raise if the cache cannot be written: before training rather than after it."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
@@ -126,7 +126,7 @@ def _check_writable(cache: Path) -> None:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Without transformers' own bars, which know no console."""
+    """Disable transformers' own progress bars, which ignore our console."""
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -166,7 +166,7 @@ def _make(folder: Path, recipe: DemoTraining, console: Console) -> None:
             "python": platform.python_version(),
         },
     }
-    # Whatever has the name is a model that is not whole, or the same one that another process made meanwhile.
+    # Safe to overwrite: an existing folder is incomplete, or the same model that another process has just written.
     with atomic_directory(
         folder, overwrite=True, argument="GRADPRUNE_CACHE", replaces=lambda _: True, patience=_PATIENCE
     ) as partial:

@@ -21,11 +21,11 @@ class DemoTraining:
     """The recipe of the demo model; the defaults are what `gradprune demo` uses.
 
     steps, batch_size, seq_len: number of optimiser steps; windows per step; tokens per window.
-    learning_rate: peak of AdamW's, for the embedding and the norms. matrix_learning_rate: peak of Muon's, for the
-        matrices of the decoder layers.
+    learning_rate: peak rate of AdamW, for the embedding and the norms. matrix_learning_rate: peak rate of Muon, for
+        the matrices of the decoder layers.
     warmup: steps of linear warm-up; a cosine decay to zero follows.
-    weight_decay: of the matrices.
-    evaluation_windows: at most this many windows of `seq_len` tokens measure the held-out perplexity.
+    weight_decay: for the matrices only.
+    evaluation_windows: measure the held-out perplexity on at most this many windows of `seq_len` tokens.
     """
 
     steps: int = 360
@@ -48,9 +48,9 @@ class DemoTraining:
 def train_model(
     recipe: DemoTraining, tokens: Tensor, *, vocab_size: int, eos_token_id: int, console: Console
 ) -> LlamaForCausalLM:
-    """Train a Llama with tied embeddings from random weights.
+    """Train a Llama with tied embeddings from scratch.
 
-    The same recipe and tokens give the same weights, bit for bit, on the same kind of machine: it runs on one thread.
+    The same recipe and tokens give bit-identical weights on the same kind of machine: training uses one thread.
 
     Args:
         recipe: sizes and schedule.
@@ -62,7 +62,7 @@ def train_model(
         The model on the CPU, in fp32 and evaluation mode.
 
     Raises:
-        CalibrationError: less text than one window.
+        CalibrationError: the text has no more tokens than one window.
         NonFiniteError: the loss diverged.
     """
     model = random_model(recipe, vocab_size, eos_token_id)
@@ -71,7 +71,7 @@ def train_model(
 
 
 def fit(model: LlamaForCausalLM, recipe: DemoTraining, tokens: Tensor, console: Console) -> None:
-    """Train the parameters of `model` that require a gradient; arguments and errors as of `train_model`."""
+    """Train the parameters of `model` that require a gradient; arguments and errors as for `train_model`."""
     if len(tokens) <= recipe.seq_len:
         raise CalibrationError(f"seq_len: {recipe.seq_len} is not below the {len(tokens)} tokens of training text")
     model.train()
@@ -98,18 +98,18 @@ def fit(model: LlamaForCausalLM, recipe: DemoTraining, tokens: Tensor, console: 
 
 
 class Muon:
-    """Momentum whose update is made orthogonal, for matrices: W -= lr * sqrt(max(1, O/I)) * orthogonal(momentum).
+    """Muon, momentum with orthogonalised updates for matrices: W -= lr * sqrt(max(1, O/I)) * orthogonal(momentum).
 
-    Needs about a third of the steps of AdamW at this size. Jordan et al., "Muon: An optimizer for hidden layers in
+    Needs about a third as many steps as AdamW at this size. Jordan et al., "Muon: An optimizer for hidden layers in
     neural networks", 2024.
     """
 
     def __init__(self, matrices: Iterable[nn.Parameter], *, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-        """Keep the momentum of `matrices`.
+        """Start with zero momentum for each of `matrices`.
 
         Args:
             matrices: parameters `[O, I]`, with their gradients in `.grad` at each step.
-            momentum: of Nesterov's kind.
+            momentum: Nesterov momentum.
             weight_decay: decoupled, as in AdamW.
         """
         self._state = [(matrix, torch.zeros_like(matrix)) for matrix in matrices]
@@ -129,14 +129,14 @@ class Muon:
 
 
 def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Nearly U V^T of the singular value decomposition U S V^T, by a quintic Newton-Schulz iteration.
+    """Approximate U V^T of the singular value decomposition U S V^T, by a quintic Newton-Schulz iteration.
 
-    X <- (a + b X X^T + c (X X^T)^2) X, with the factors multiplied up on the small Gram matrix, which costs half as
-    much for the MLP's matrices. Its coefficients take small singular values up fast, to about 0.7 to 1.2, not to 1.
+    X <- (a + b X X^T + c (X X^T)^2) X. The factors are accumulated on the small Gram matrix, which halves the cost for
+    the MLP's matrices. The coefficients raise small singular values fast, into about [0.7, 1.2] rather than to 1.
 
     Args:
         matrix: [O, I].
-        iterations: five are enough for singular values from a hundredth of the norm on.
+        iterations: five are enough for singular values of at least 1 % of the Frobenius norm.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if tall else matrix
@@ -153,14 +153,14 @@ def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 
 def warmup_cosine(step: int, warmup: int, steps: int) -> float:
-    """Factor of the learning rate at a step (0-based): linear up over `warmup` steps, then a cosine down to 0."""
+    """Learning-rate factor at a step (0-based): linear warm-up over `warmup` steps, then cosine decay to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
 def random_model(recipe: DemoTraining, vocab_size: int, eos_token_id: int) -> LlamaForCausalLM:
-    """The Llama of a recipe with random weights."""
+    """A randomly initialised Llama of the recipe's sizes."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=recipe.hidden_size,
@@ -179,7 +179,7 @@ def random_model(recipe: DemoTraining, vocab_size: int, eos_token_id: int) -> Ll
 
 
 def _windows(recipe: DemoTraining, tokens: Tensor) -> Iterator[Tensor]:
-    """For each step, windows [batch_size, seq_len] drawn with replacement."""
+    """Per step, windows [batch_size, seq_len] drawn with replacement."""
     generator = torch.Generator().manual_seed(recipe.seed)
     within = torch.arange(recipe.seq_len)
     for _ in range(recipe.steps):

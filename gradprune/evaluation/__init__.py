@@ -1,1 +1,1 @@
-"""What a model is worth and what it costs."""
+"""Evaluation of a model: perplexity, zero-shot accuracy, size and speed."""

@@ -1,4 +1,4 @@
-"""What a model is worth and what it costs: perplexity, parameters, bytes, tokens per second."""
+"""Perplexity of a causal language model."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from gradprune.progress import progress
 class Perplexity:
     """exp of the mean negative log-likelihood, over `tokens` predicted tokens in `windows` windows.
 
-    value: the perplexity, inf where it is too large for a float. nll: nats per token, finite.
+    value: the perplexity, inf if it is too large for a float. nll: mean negative log-likelihood in nats, finite.
     """
 
     value: float
@@ -40,18 +40,18 @@ def perplexity(
 ) -> Perplexity:
     """exp(total negative log-likelihood / predicted tokens), over consecutive windows that do not overlap.
 
-    A rest of at least two tokens is a shorter window of its own. The total is accumulated in fp64.
+    If at least two tokens remain, they form a shorter last window. The total is accumulated in fp64.
 
     Args:
         model: a causal LM; measured in evaluation mode, and left in the mode it was in.
         tokens: [tokens] int64, held-out text.
         seq_len: tokens per window, of which all but the first are predicted.
-        batch_size: windows a forward pass; changes nothing but memory and speed.
+        batch_size: windows per forward pass; affects only memory and speed.
         max_windows: measure at most this many whole windows, spread evenly over the text; None measures all of it.
         console: where progress is shown.
 
     Raises:
-        CalibrationError: not one whole window of text, or windows of fewer than two tokens, or none.
+        CalibrationError: the text is shorter than one window, `seq_len` is below 2, or `max_windows` is below 1.
         NonFiniteError: a window's loss is NaN or infinite.
     """
     numbers, parts = _windows(tokens, seq_len, batch_size, max_windows)
@@ -69,7 +69,7 @@ def perplexity(
 
 
 def _windows(tokens: Tensor, seq_len: int, batch_size: int, max_windows: int | None) -> tuple[list[int], list[Tensor]]:
-    """Numbers of the windows to measure, and the windows in batches; the rest, if measured, is the last of both."""
+    """Indices of the windows to measure, and the windows in batches; the shorter last window, if any, comes last."""
     for name, value, least in (("seq_len", seq_len, 2), ("max_windows", max_windows, 1)):
         if value is not None and value < least:
             raise CalibrationError(f"{name}: {value} is not at least {least}")
@@ -78,7 +78,7 @@ def _windows(tokens: Tensor, seq_len: int, batch_size: int, max_windows: int | N
         raise CalibrationError(f"eval_dataset: {len(tokens)} held-out tokens are less than one window of {seq_len}")
     whole = tokens[: count * seq_len].reshape(count, seq_len)
     rest = tokens[count * seq_len :]
-    # A rest of one token predicts nothing.
+    # A single remaining token predicts nothing.
     if max_windows is None or max_windows > count:
         with_rest = len(rest) >= 2
         return list(range(count + with_rest)), [*batches(whole, batch_size), *([rest[None]] if with_rest else [])]
@@ -87,7 +87,7 @@ def _windows(tokens: Tensor, seq_len: int, batch_size: int, max_windows: int | N
 
 
 def _finite(losses: Tensor, windows: list[int]) -> list[float]:
-    """The losses [N] of windows of these numbers (the first N of them), on the host."""
+    """Copy the losses [N] of the first N of `windows` (indices) to the host; raise if one is not finite."""
     values: list[float] = losses.tolist()
     for window, value in zip(windows, values, strict=False):
         if not math.isfinite(value):

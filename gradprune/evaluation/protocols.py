@@ -1,4 +1,4 @@
-"""Perplexity as papers measure it: named, so that their figures and ours can be compared."""
+"""Perplexity by the named protocols of the literature, so that published figures and ours are comparable."""
 
 from typing import Literal, get_args
 
@@ -15,8 +15,8 @@ from gradprune.progress import QUIET
 
 Protocol = Literal["wikitext2-128", "wikitext2-2048"]
 
-# Tokens per window: as LLM-Pruner (Ma et al. 2023), and as SparseGPT (Frantar and Alistarh 2023) and Wanda (Sun et al.
-# 2024) have it.
+# Tokens per window: 128 as in LLM-Pruner (Ma et al. 2023); 2048 as in SparseGPT (Frantar and Alistarh 2023) and Wanda
+# (Sun et al. 2024).
 _WINDOW: dict[str, int] = {"wikitext2-128": 128, "wikitext2-2048": 2048}
 
 
@@ -29,15 +29,15 @@ def protocol_perplexity(
     batch_size: int = 8,
     console: Console = QUIET,
 ) -> Perplexity:
-    """Perplexity by a protocol of the literature.
+    """Measure perplexity by a protocol of the literature.
 
-    WikiText-2's raw test split as one text, its rows joined by blank lines, after the tokenizer's beginning-of-text
-    token if it adds one; cut into whole windows that do not overlap; the rest is dropped.
+    The text is WikiText-2's raw test split, its rows joined by blank lines, preceded by the beginning-of-text token if
+    the tokenizer adds one. It is cut into non-overlapping windows; an incomplete last window is dropped.
 
     Args:
         model, tokenizer: a causal LM and its tokenizer.
-        protocol: names the windows' length.
-        dataset: a file with that text, where the hub cannot be reached; the name wikitext2 by default.
+        protocol: its name ends in the window length.
+        dataset: a local file with that text, if the hub cannot be reached; `wikitext2` by default.
         batch_size, console: as for `perplexity`.
 
     Raises:

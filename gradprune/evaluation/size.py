@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class ModelSize:
-    """parameters: tied ones counted once. bytes: of their tensors in memory; buffers are left out."""
+    """parameters: tied ones count once. bytes: memory of the parameters, without buffers."""
 
     parameters: int
     bytes: int

@@ -1,4 +1,4 @@
-"""Tokens per second, of models that take turns."""
+"""Tokens per second; the models under comparison take turns."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -28,10 +28,10 @@ class Throughput:
 def throughput(
     models: Mapping[str, PreTrainedModel], *, seq_len: int, seed: int, batch_size: int = 4, repeats: int = 15
 ) -> dict[str, Throughput]:
-    """Tokens per second of forward passes without a cache, the models alternating so that both see the same machine.
+    """Tokens per second of forward passes without a KV cache; models alternate, so machine load affects all equally.
 
     Args:
-        models: by name, one at least.
+        models: by name, at least one.
         seq_len, batch_size: shape of the random input.
         seed: of the random input.
         repeats: timed passes of each model, after two untimed ones.
@@ -55,12 +55,12 @@ def decode_throughput(
     batch_size: int = 1,
     repeats: int = 5,
 ) -> dict[str, Throughput]:
-    """New tokens per second of greedy generation with a KV cache, reading the prompt included; the models alternate.
+    """New tokens per second of greedy generation with a KV cache, prefill included; the models alternate.
 
     Args:
-        models: by name, one at least.
+        models: by name, at least one.
         prompt_len, batch_size: shape of the random prompts.
-        new_tokens: generated after each prompt, however likely its end; the context holds both.
+        new_tokens: generated per prompt, ignoring end-of-text; prompt and new tokens must fit the context.
         seed: of the random prompts.
         repeats: timed generations of each model, after two untimed ones.
 
@@ -72,14 +72,14 @@ def decode_throughput(
 
     def generate(model: PreTrainedModel) -> None:
         prompt = ids.to(model.device)
-        # mypy takes an attribute of a mixin that it cannot follow for a submodule or a tensor.
+        # mypy cannot resolve the mixin that defines `generate`, and takes it for a submodule or a tensor.
         model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=options, use_cache=True)  # type: ignore[operator]
 
     return _alternate(models, generate, batch_size * new_tokens, repeats)
 
 
 def _random_ids(models: Mapping[str, PreTrainedModel], samples: int, tokens: int, seed: int) -> Tensor:
-    """[samples, tokens] int64, ids that every model has."""
+    """Random ids [samples, tokens] int64, within every model's vocabulary."""
     vocabulary = min(model.config.vocab_size for model in models.values())
     return torch.randint(vocabulary, (samples, tokens), generator=torch.Generator().manual_seed(seed))
 
@@ -87,7 +87,7 @@ def _random_ids(models: Mapping[str, PreTrainedModel], samples: int, tokens: int
 def _alternate(
     models: Mapping[str, PreTrainedModel], run: Callable[[PreTrainedModel], object], tokens: int, repeats: int
 ) -> dict[str, Throughput]:
-    """Tokens per second of each model; `tokens` is what one run processes. The models take turns within each repeat."""
+    """Tokens per second of each model; one call of `run` processes `tokens`. Models take turns within each repeat."""
     if repeats < 1:
         raise ConfigError(f"repeats: {repeats} is not at least 1")
     seconds: dict[str, list[float]] = {name: [] for name in models}

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy on multiple-choice questions: from JSONL files, or by lm-eval's names."""
+"""Zero-shot accuracy on multiple-choice questions, from JSONL files or from named lm-eval tasks."""
 
 import json
 import math
@@ -23,10 +23,10 @@ from gradprune.progress import QUIET, progress
 class TaskAccuracy:
     """Zero-shot accuracy on one task, with standard errors over its questions.
 
-    accuracy: the continuation with the largest log-likelihood is right.
-    per_byte: as `accuracy`, by log-likelihood divided by the continuation's bytes, so that long answers are not at a
-        disadvantage. (lm-eval's `acc_norm`, which this is for its tasks, divides by characters.) None where all
-        continuations of a question are equal.
+    accuracy: the fraction of questions whose right answer has the largest log-likelihood.
+    per_byte: the same with each log-likelihood divided by the continuation's length in bytes, so that long answers are
+        not penalised. For lm-eval tasks it is `acc_norm`, which divides by characters. None if the continuations are
+        equal within every question.
     """
 
     task: str
@@ -37,7 +37,7 @@ class TaskAccuracy:
     per_byte_stderr: float | None = None
 
     def text(self) -> str:
-        """On one line, in percent."""
+        """The accuracies on one line, in percent."""
         text = f"accuracy {_percent(self.accuracy, self.accuracy_stderr)}"
         if self.per_byte is not None and self.per_byte_stderr is not None:
             text += f", per byte {_percent(self.per_byte, self.per_byte_stderr)}"
@@ -46,9 +46,9 @@ class TaskAccuracy:
 
 @dataclass(frozen=True)
 class Question:
-    """A question: each answer is a context and its continuation, and the model is to find one likelier than the rest.
+    """A multiple-choice question: each choice is a context with a continuation; the most likely one is the answer.
 
-    answer: index of the right one.
+    answer: index of the right choice.
     """
 
     contexts: tuple[str, ...]
@@ -70,9 +70,9 @@ def evaluate_tasks(
     Args:
         model: a causal LM; measured in evaluation mode, and left in the mode it was in.
         tokenizer: its tokenizer.
-        tasks: paths of JSONL files, see `read_questions`, or names of lm-eval's tasks, which need the `eval` extra.
-        batch_size: questions per forward pass; changes nothing but memory and speed.
-        max_questions: ask at most this many of each task, spread evenly over it; None asks all.
+        tasks: paths of JSONL files (see `read_questions`), or names of lm-eval tasks (these need the `eval` extra).
+        batch_size: contexts per forward pass; affects only memory and speed.
+        max_questions: ask at most this many per task, spread evenly over a JSONL file; None asks all.
         console: where progress is shown.
 
     Raises:
@@ -93,7 +93,7 @@ def evaluate_tasks(
 
 
 def check_tasks(tasks: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> "dict[str, list[Question]]":
-    """The questions of those tasks that are files; raises what `evaluate_tasks` would without asking anything."""
+    """The questions of the JSONL tasks; raises the errors of `evaluate_tasks` before any question is asked."""
     if tokenizer is None:
         raise EvaluationError("tasks: the model has no tokenizer to read questions with")
     files = {task: read_questions(task) for task in tasks if task.endswith(".jsonl")}
@@ -110,7 +110,7 @@ def read_questions(path: str | Path) -> list[Question]:
     context.
 
     Raises:
-        EvaluationError: the file is missing or empty, or a line has not this form; names the line.
+        EvaluationError: the file is missing or empty, or a line is malformed; the message gives its number.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -155,11 +155,11 @@ def answer_questions(
 ) -> TaskAccuracy:
     """Ask a model questions; arguments as for `evaluate_tasks`.
 
-    A context and its continuation are tokenised together, as lm-eval does, so that tokens may cross the border. All
-    continuations of one context share a single pass over it: each attends to the context and to itself.
+    A context and its continuation are tokenised together, as lm-eval does, so a token may span the boundary. All
+    continuations of one context share a single pass over it: each attends only to the context and to itself.
     """
     rows = [row for index, question in enumerate(questions) for row in _rows(tokenizer, index, question, model.config)]
-    rows.sort(key=lambda row: (-row.length, row.question))  # the longest first: too long a batch fails at once
+    rows.sort(key=lambda row: (-row.length, row.question))  # longest first: if memory is short, it fails at once
     likelihoods: list[dict[int, float]] = [{} for _ in questions]
     shown = progress(console, f"Asking {name}", len(rows), "contexts")
     with torch.inference_mode(), evaluation_mode(model), shown as advance:
@@ -181,9 +181,9 @@ def answer_questions(
 
 @dataclass(frozen=True)
 class _Row:
-    """One context with the continuations that are asked after it, as token ids.
+    """One context with the continuations to score after it, as token ids.
 
-    question: its index. answers: the indices of the continuations within the question.
+    question: index of the question. answers: the indices of the continuations within the question.
     """
 
     question: int
@@ -209,14 +209,14 @@ def _rows(tokenizer: PreTrainedTokenizerBase, index: int, question: Question, co
 def _encode(
     tokenizer: PreTrainedTokenizerBase, context: str, continuations: list[str]
 ) -> tuple[list[int], list[list[int]]]:
-    """Ids of the context, and those that each continuation, after a space, adds to it."""
-    # Spaces at the end of a context belong to the token of the word that follows.
+    """Token ids of the context, and those that each continuation (after a space) adds to it."""
+    # Trailing spaces of the context move to the continuation: tokenizers merge them into the following word.
     text = context.rstrip(" ")
     gap = context[len(text) :] or " "
     start, *wholes = (_ids(tokenizer, each) for each in (text, *(text + gap + each for each in continuations)))
     added = [whole[min(len(start), len(whole) - 1) :] for whole in wholes]
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    # The first token of a text is predicted from something too.
+    # The first token also needs a predecessor to be predicted from.
     begins = not start or begins_with_bos(tokenizer)
     return ([first or 0] if begins else []) + start, added
 
@@ -234,7 +234,7 @@ def _log_likelihoods(model: PreTrainedModel, rows: Sequence[_Row]) -> list[list[
     ids = torch.stack([each.ids for each in packed]).to(device)
     positions = torch.stack([each.positions for each in packed]).to(device)
     seen = torch.stack([each.seen for each in packed])[:, None].to(device)
-    # Added to the attention's scores; a form that every implementation but FlashAttention takes.
+    # An additive mask: every attention implementation except FlashAttention accepts one.
     mask = torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, torch.finfo(model.dtype).min)
     hidden = model.get_decoder()(
         input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
@@ -251,8 +251,9 @@ def _log_likelihoods(model: PreTrainedModel, rows: Sequence[_Row]) -> list[list[
 class _Packed:
     """A row as one sequence of T tokens: the context, then its continuations one after another, then padding.
 
-    ids, positions: [T] int64; a continuation's positions go on from the context's. seen: [T, T] bool, what each token
-    attends to. predictors, targets: [K] int64, places of the tokens of all continuations and of those before them.
+    ids, positions: [T] int64; each continuation's positions continue the context's. seen: [T, T] bool, what each token
+    attends to. targets: [K] int64, indices of all continuation tokens. predictors: [K] int64, indices of the tokens
+    that predict them.
     """
 
     ids: Tensor
@@ -286,7 +287,7 @@ def _percent(rate: float, stderr: float) -> str:
 
 
 def _largest(values: list[float]) -> int:
-    """Index of the largest value, the first of equals."""
+    """Index of the largest value; the first one on ties."""
     return max(range(len(values)), key=values.__getitem__)
 
 
@@ -297,7 +298,7 @@ def _rate(right: list[bool]) -> tuple[float, float]:
 
 
 def _spread(questions: Sequence[Question], count: int) -> list[Question]:
-    """At most `count` of the questions, spread evenly."""
+    """At most `count` questions, evenly spaced."""
     count = min(count, len(questions))
     return [questions[index * len(questions) // count] for index in range(count)]
 
@@ -309,14 +310,14 @@ def _by_lm_eval(
     batch_size: int,
     max_questions: int | None,
 ) -> dict[str, TaskAccuracy]:
-    """The tasks as lm-eval defines them; it fetches their questions from the hub."""
+    """Run the tasks with lm-eval, which fetches their questions from the hub."""
     simple_evaluate, manager = _lm_eval(names)
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
         found = simple_evaluate(model=wrapped, tasks=list(names), limit=max_questions, task_manager=manager)
-    # Fetching a task's data fails in as many ways as it has dependencies.
+    # Fetching a task's data can raise the exceptions of any of lm-eval's dependencies.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise EvaluationError(f"tasks: lm-eval cannot ask {', '.join(names)}: {reason}") from error
@@ -324,7 +325,7 @@ def _by_lm_eval(
 
 
 def _lm_eval(names: Sequence[str]) -> tuple[Any, Any]:
-    """lm-eval's `simple_evaluate` and its manager of tasks, which knows all these names."""
+    """lm-eval's `simple_evaluate` and its `TaskManager`; raises if lm-eval is missing or does not know a name."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -340,7 +341,7 @@ def _lm_eval(names: Sequence[str]) -> tuple[Any, Any]:
 
 
 def _from_lm_eval(name: str, found: dict[str, Any]) -> TaskAccuracy:
-    """lm-eval's figures of one task or group of tasks."""
+    """Convert lm-eval's results for one task or group of tasks."""
     figures = found["results"][name]
     if "acc,none" not in figures:
         raise EvaluationError(f"tasks: '{name}' has no accuracy; gradprune asks tasks that have one")

@@ -1,1 +1,1 @@
-"""What a run leaves for people and programs: folder, tables, charts, plots."""
+"""The output of a run: results folder, tables, charts and plots."""

@@ -9,12 +9,12 @@ from matplotlib.ticker import MaxNLocator
 
 from gradprune.models import KINDS
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# From the Okabe-Ito palette, which is safe for colour-blind readers.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
 
 def kept_chart(layers: list[dict[str, Any]]) -> str:
-    """An SVG bar chart of the fraction of its groups that each layer's blocks keep.
+    """An SVG bar chart: the fraction of groups kept in each block, by layer.
 
     layers: as in `summary.json`.
     """
@@ -34,7 +34,7 @@ def kept_chart(layers: list[dict[str, Any]]) -> str:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an SVG element, the same bytes every time."""
+    """The figure as an SVG element; the same figure gives the same bytes."""
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": "gradprune"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -55,7 +55,7 @@ def summarize(result: PruneResult) -> dict[str, Any]:
 
 
 def _layer_summary(masks: GroupMasks, layer: int) -> dict[str, Any]:
-    """What each kind of block had and keeps; zeros where the layer has no such block."""
+    """Per kind of block, the number of groups before pruning and kept; zeros if the layer has no such block."""
     summary: dict[str, Any] = {"layer": layer}
     for kind in KINDS:
         key = BlockKey(layer, kind.name)
@@ -93,7 +93,7 @@ def write_results(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None
 
 
 def _run_record(result: PruneResult) -> dict[str, Any]:
-    """The content of `run.json`: what ran, with which versions, for how long."""
+    """The content of `run.json`: options, versions and timings."""
     return {
         "config": result.config.to_dict(),
         "versions": {
@@ -110,7 +110,7 @@ def _run_record(result: PruneResult) -> dict[str, Any]:
 
 
 def search_to_dict(result: SearchResult, config: PruneConfig) -> dict[str, Any]:
-    """The content of `analysis/search.json`; `config` is that of the winner."""
+    """The content of `analysis/search.json`; `config` is the winner's."""
     return {
         "candidates": result.candidates,
         "cut_short": result.cut_short,

@@ -1,4 +1,4 @@
-"""Self-contained HTML reports: of one run, and of several ratios."""
+"""Self-contained HTML reports, of one run or of several ratios."""
 
 import base64
 from collections.abc import Sequence
@@ -82,13 +82,13 @@ def write_report(
     plots: Sequence[Path],
     search: SearchResult | None = None,
 ) -> None:
-    """Write one HTML file that needs no other: tables, charts, the gradients' plots, options and versions.
+    """Write one self-contained HTML file: tables, charts, gradient plots, options and versions.
 
     Args:
         path: the file.
         summary, record, gradients: contents of `summary.json`, `run.json` and `gradients.json`.
-        plots: what `GradientVisualizer` wrote, images and text; embedded.
-        search: what was tried, if anything was.
+        plots: images and text written by `GradientVisualizer`, to be embedded.
+        search: the search result, if the run searched.
     """
     config = record["config"]
     ratio = summary["pruning_ratio"]["achieved"]
@@ -131,7 +131,7 @@ def write_curve_report(path: Path, summaries: Sequence[dict[str, Any]]) -> None:
 
 
 def _gradient_section(gradients: dict[str, Any], plots: Sequence[Path]) -> str:
-    """Verdict, repair and warning; the layers before and after; the plots."""
+    """The verdict and the fix; the layers before and after it; the plots."""
     before, after = gradients["before"], gradients["after"]
     lines = [
         f"<p>Largest layer mean of |gradient| over smallest, at {gradients['seq_len']} tokens per sample: "
@@ -175,7 +175,7 @@ def _search_section(search: SearchResult) -> str:
 
 
 def _embedded(plot: Path) -> str:
-    """An image, or a text in its own words."""
+    """The HTML of one plot file: an embedded image, or preformatted text."""
     if plot.suffix == ".txt":
         return f"<details><summary>{plot.name}</summary><pre>{escape(plot.read_text(encoding='utf-8'))}</pre></details>"
     image = base64.b64encode(plot.read_bytes()).decode()

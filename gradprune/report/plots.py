@@ -19,14 +19,14 @@ from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatt
 from gradprune.vanishing.diagnosis import Diagnosis, diagnose_gradients
 from gradprune.vanishing.statistics import LayerGradients, pool_steps
 
-# Fixed, so that the user's own matplotlib settings do not change the files.
+# Fixed, so that the user's matplotlib settings do not affect the files.
 STYLE: list[str | dict[str, Any]] = [
     "default",
     {"font.family": "DejaVu Sans", "hatch.color": "#808080", "axes.spines.top": False, "axes.spines.right": False},
 ]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without yellow, which is too pale for lines.
-# Each step has its own marker as well.
+# The Okabe-Ito palette, safe for colour-blind readers, without yellow, which is too pale for lines. Each step has its
+# own marker as well.
 _SERIES = (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
@@ -40,12 +40,12 @@ _BLUE, _PALE_BLUE, _FAINT_BLUE, _VERMILLION, _GREEN = "#0072B2", "#A6CBE3", "#E4
 _ABSENT: dict[str, Any] = {"facecolor": "#E8E8E8", "edgecolor": "#808080", "linewidth": 0.0, "hatch": "////"}
 _MISSING: dict[str, Any] = {"facecolor": "white", "edgecolor": "#B0B0B0", "linewidth": 0.0, "hatch": "...."}
 _NO_GRADIENT, _ZERO, _MARKED = "no gradient", "zero", "vanishing or frozen layer"
-# The smallest |g| of millions lies decades below everything else: the axis ends this far below the smallest mean.
+# The minimum of millions of |g| lies decades below the rest: the axis ends this many decades below the smallest mean.
 _DECADES_BELOW_MEAN = 2
 
 
 def distribution_figure(title: str, layers: list[LayerGradients]) -> Figure:
-    """Per layer a box from mean - std to mean + std of |g| with whiskers to its minimum and maximum."""
+    """Per layer, a box from mean - std to mean + std of |g| with whiskers to its minimum and maximum."""
     figure, axes = _layer_figure(layers, "|gradient|")
     live = [layer for layer in layers if layer.mean > 0.0]
     lowest = min((layer.mean for layer in live), default=1.0) / 10.0**_DECADES_BELOW_MEAN
@@ -84,7 +84,7 @@ def comparison_figure(names: list[str], steps: list[list[LayerGradients]]) -> Fi
 
 
 def variance_figure(steps: list[list[LayerGradients]]) -> Figure:
-    """Per layer the mean of |g|, its std over the weights within a step and the std of its mean across steps."""
+    """Per layer, the mean of |g|, its std over the weights within a step and the std of its mean across steps."""
     pooled = pool_steps(steps)
     figure, axes = _layer_figure(pooled, "|gradient|")
     entries = [[entry for step in steps for entry in step if entry.layer == layer.layer] for layer in pooled]
@@ -134,7 +134,7 @@ def heatmap_figure(title: str, layers: list[LayerGradients]) -> Figure:
 
 
 def plain(name: str) -> str:
-    """A name that people chose as figure text: one short line in which matplotlib finds no formula."""
+    """Make a user-chosen name safe for figures: one short line, `$` escaped so that matplotlib sees no formula."""
     line = " ".join(name.split())
     return (line if len(line) <= 48 else f"{line[:45]}...").replace("$", r"\$")
 
@@ -157,14 +157,14 @@ def _width(layers: int) -> float:
 
 
 def _integers(first: int, last: int) -> FixedLocator | MaxNLocator:
-    """Every layer where there is room, else round numbers."""
+    """Ticks at every layer if there is room, else at round numbers."""
     return FixedLocator(range(first, last + 1)) if last - first < 40 else MaxNLocator(20, integer=True)
 
 
 def _log_range(axes: Axes, values: Sequence[float]) -> float:
-    """Set whole decades around the positive `values`, so that the axis always has labels; returns its lower end."""
+    """Set the y limits to whole decades around the positive `values`, so that ticks have labels; returns the lower."""
     low, high = (math.log10(min(values)), math.log10(max(values))) if values else (-8.0, -0.1)
-    # A marker on the axis itself would be cut in half.
+    # The margin of 0.1 decade: a marker on the axis itself would be clipped.
     bottom, top = 10.0 ** max(math.floor(low - 0.1), -300), 10.0 ** math.ceil(high + 0.1)
     axes.set_ylim(bottom, top)
     axes.yaxis.set_major_locator(LogLocator(numticks=9))
@@ -183,7 +183,7 @@ def _boxes(axes: Axes, layers: list[LayerGradients], bottom: float) -> None:
 
 
 def _open_boxes(axes: Axes, layers: list[LayerGradients], bottom: float) -> None:
-    """Boxes of layers whose mean - std lies below the minimum: the lower half is pale and ends at the minimum."""
+    """Boxes of layers with mean - std below the minimum: the lower half is pale and ends at the minimum."""
     if not layers:
         return
     positions, mean = [layer.layer for layer in layers], [layer.mean for layer in layers]
@@ -196,7 +196,7 @@ def _open_boxes(axes: Axes, layers: list[LayerGradients], bottom: float) -> None
 
 def _line(axes: Axes, layers: list[LayerGradients], values: list[float], *, color: Any, marker: str,
           label: str | None) -> None:  # fmt: skip
-    """A line through the positive values, broken at zeros, which a log scale cannot show: crosses at the bottom."""
+    """A line through the positive values; zeros, which a log scale cannot show, are gaps with crosses at the bottom."""
     positions = range(layers[0].layer, layers[-1].layer + 1)
     known = {layer.layer: value for layer, value in zip(layers, values, strict=True)}
     shown = [known.get(position, 0.0) or math.nan for position in positions]
@@ -208,7 +208,7 @@ def _line(axes: Axes, layers: list[LayerGradients], values: list[float], *, colo
 
 
 def _color_scale(values: Any) -> Normalize:
-    """From the smallest to the largest finite value; at least half a decade to either side of equal ones."""
+    """From the smallest to the largest finite value, widened by half a decade on either side if they are equal."""
     if np.isnan(values).all():
         return Normalize(-1.0, 0.0)
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
@@ -217,7 +217,7 @@ def _color_scale(values: Any) -> Normalize:
 
 
 def _hatch(axes: Axes, cells: Any, first: int, label: str, style: dict[str, Any]) -> Patch | None:
-    """Hatch the True cells of an image; returns the legend's patch if there are any."""
+    """Hatch the True cells of an image; returns a patch for the legend, or None if no cell is True."""
     found = [Rectangle((column + first - 0.5, row - 0.5), 1.0, 1.0) for row, column in np.argwhere(cells)]
     if not found:
         return None
@@ -232,7 +232,7 @@ def _finish(
     diagnosis: Diagnosis,
     extra: Sequence[Patch] = (),
 ) -> None:
-    """Mark vanishing, zero and frozen layers above the axes, say the verdict in the title, add the legend."""
+    """Mark vanishing, zero and frozen layers above the axes, put the verdict in the title, add the legend."""
     marked = [layer.layer for layer in diagnosis.layers if diagnosis.mark(layer)]
     if marked:
         axes.plot(marked, [1.02] * len(marked), linestyle="none", marker="v", color=_VERMILLION,
@@ -246,12 +246,12 @@ def _finish(
 
 
 def _legend(figure: Figure, handles: list[Artist], labels: list[str], extra: Sequence[Patch]) -> None:
-    """Below the axes: each label once, however many artists carry it, in as many columns as fit."""
+    """Add a legend below the axes: each label once, in as many columns as fit."""
     entries = dict(zip(labels, handles, strict=True)) | {str(patch.get_label()): patch for patch in extra}
     if not entries:
         return
     ordered = sorted(entries, key=lambda label: label in (_NO_GRADIENT, _ZERO, _MARKED))
-    # A letter takes about 0.065 inch, the symbol and the gap 0.7.
+    # Estimated widths in inches: 0.065 per letter, 0.7 for symbol and gap.
     columns = int(figure.get_figwidth() / (0.065 * max(map(len, ordered)) + 0.7))
     figure.legend(
         [entries[label] for label in ordered], ordered,

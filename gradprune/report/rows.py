@@ -1,4 +1,4 @@
-"""What tables show, as text: the same rows for the terminal and for HTML."""
+"""Table rows as text, shared by the terminal and the HTML report."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _task_rows(task: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """A task's accuracies before and after, with their standard errors, and the difference in points."""
+    """A task's accuracies before and after, with their standard errors, and the difference in percentage points."""
     rows = []
     for name, key in (("accuracy", "accuracy"), ("accuracy per byte", "per_byte")):
         before, after = task["before"], task["after"]
@@ -47,7 +47,7 @@ def curve_rows(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def layer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """(layer, then per kind of block its groups kept and their fraction) as text, one row per layer."""
+    """(layer, then per kind of block the number and fraction of groups kept) as text, one row per layer."""
     rows = []
     for layer in summary["layers"]:
         cells = [str(layer["layer"])]

@@ -6,12 +6,12 @@ from typing import Any
 
 
 def json_text(content: Any) -> str:
-    """Strict JSON, indented; a NaN or infinity in `content` becomes a string, since JSON has no such number."""
+    """Strict JSON, indented; a NaN or infinity in `content` becomes a string, since JSON cannot represent it."""
     return json.dumps(_finite(content), indent=2, allow_nan=False)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `json_text`."""
+    """Write `content` as strict JSON."""
     path.write_text(json_text(content) + "\n", encoding="utf-8")
 
 

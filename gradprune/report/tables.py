@@ -44,7 +44,7 @@ def curve_table(summaries: Sequence[dict[str, Any]]) -> Table:
 
 
 def diagnosis_table(diagnosis: Diagnosis, seq_len: int, *, scaled_by: str | None = None) -> Table:
-    """The layers' gradients for the terminal; `scaled_by` names the fix they are shown after."""
+    """The layers' gradients for the terminal; `scaled_by` names the fix if they are shown after scaling."""
     after = f" after '{scaled_by}'" if scaled_by else ""
     table = Table(title=f"Gradients at {seq_len} tokens per sample{after}", title_justify="left")
     for column in ("layer", "grad_mean", "grad_std", "norm", "largest / this", ""):
@@ -58,7 +58,7 @@ def diagnosis_table(diagnosis: Diagnosis, seq_len: int, *, scaled_by: str | None
 
 
 def comparison_table(diagnoses: dict[int, Diagnosis]) -> Table:
-    """The layers' mean |g| by sequence length, side by side; the last rows are ratio and verdict."""
+    """The layers' mean |g|, one column per sequence length; the last rows are ratio and verdict."""
     table = Table(title="grad_mean by tokens per sample", title_justify="left")
     table.add_column("layer", justify="right")
     for seq_len in diagnoses:
@@ -72,7 +72,7 @@ def comparison_table(diagnoses: dict[int, Diagnosis]) -> Table:
 
 
 def search_table(result: SearchResult, rows: int = 15) -> Table:
-    """The best trials for the terminal; a fixed setting is every method without and with plain H-GSP."""
+    """The best trials for the terminal; "(fixed)" marks fixed settings: each method with and without plain H-GSP."""
     table = Table(title=f"Search: best of {result.candidates} selections", title_justify="left")
     for column in ("rank", "held-out loss", "samples", "setting"):
         table.add_column(column, justify="left" if column == "setting" else "right")
@@ -83,7 +83,7 @@ def search_table(result: SearchResult, rows: int = 15) -> Table:
 
 
 def describe_scoring(scoring: Scoring) -> str:
-    """A few words: what differs from plain scoring."""
+    """A short description: the method, and what differs from the default scoring."""
     parts: list[str] = [scoring.importance_method]
     if scoring.temperature > 0.0:
         tau = "25th percentile" if scoring.tau is None else f"{scoring.tau:g}"

@@ -25,15 +25,15 @@ class GradientVisualizer:
         visualizer.write_all()
 
     Only statistics are kept: a few numbers per parameter and step. Each writing method returns the path it wrote;
-    the same statistics give the same bytes. Without any collected step they raise `GradPruneError`, with a
-    `step_idx` out of range `ConfigError`.
+    the same statistics give the same bytes. These methods raise `GradPruneError` if no step was collected, and
+    `ConfigError` if `step_idx` is out of range.
     """
 
     def __init__(self, output_dir: str | PathLike[str] = "gradient_analysis") -> None:
         """Files go to `output_dir`, which is created when the first one is written.
 
         Raises:
-            ConfigError: `output_dir` exists and is no folder.
+            ConfigError: `output_dir` exists and is not a folder.
         """
         self.output_dir = Path(output_dir)
         if self.output_dir.exists() and not self.output_dir.is_dir():
@@ -46,17 +46,17 @@ class GradientVisualizer:
 
         Raises:
             GradPruneError: no parameter of a decoder layer has a `.grad`.
-            NonFiniteError: a gradient is NaN or infinite; naming the parameter.
+            NonFiniteError: a gradient is NaN or infinite; the message names the parameter.
             UnsupportedArchitectureError: no decoder layers found.
         """
         self.collect_statistics(gradients_of_model(model), step_name)
 
     def collect_statistics(self, layers: list[LayerGradients], step_name: str = "batch_0") -> None:
-        """Take statistics as they are, such as `ImportanceEngine.scores().gradients`.
+        """Add statistics computed elsewhere, such as `ImportanceEngine.scores().gradients`.
 
         Raises:
             GradPruneError: `layers` is empty.
-            NonFiniteError: a statistic is NaN or infinite; naming the layer.
+            NonFiniteError: a statistic is NaN or infinite; the message names the layer.
         """
         if not layers:
             raise GradPruneError(
@@ -70,19 +70,19 @@ class GradientVisualizer:
         self._steps.append(sorted(layers, key=lambda layer: layer.layer))
 
     def plot_gradient_distribution(self, step_idx: int = 0) -> Path:
-        """Minimum, mean - std, mean, mean + std and maximum of |g| per layer of one step."""
+        """Per layer, minimum, mean - std, mean, mean + std and maximum of |g| in one step."""
         layers = self._step(step_idx)
         title = f"Distribution of |gradient| in each layer, step {step_idx} ({plain(self._names[step_idx])})"
         return self._write(f"grad_dist_batch{step_idx}.png", lambda: distribution_figure(title, layers))
 
     def plot_gradient_heatmap(self, step_idx: int = 0) -> Path:
-        """log10 of the L2 norm of each parameter's gradient, by layer and name, of one step."""
+        """log10 of the L2 norm of each parameter's gradient in one step, by layer and name."""
         layers = self._step(step_idx)
         title = f"Gradient norm of each parameter, step {step_idx} ({plain(self._names[step_idx])})"
         return self._write(f"grad_heatmap_batch{step_idx}.png", lambda: heatmap_figure(title, layers))
 
     def plot_gradient_comparison(self) -> Path:
-        """The layers' mean |g|, one line for each collected step."""
+        """The layers' mean |g|, one line per collected step."""
         self._require_steps()
         return self._write("grad_comparison.png", lambda: comparison_figure(self._names, self._steps))
 
@@ -92,7 +92,7 @@ class GradientVisualizer:
         return self._write("layer_variance.png", lambda: variance_figure(self._steps))
 
     def generate_report(self) -> Path:
-        """Every step's table of layers and verdict, then the verdict on the mean over steps, as plain text."""
+        """A plain-text report: table of layers and verdict for each step, then the verdict on the mean over steps."""
         self._require_steps()
         parts = [f"Gradient analysis of {len(self._steps)} step{'s' if len(self._steps) > 1 else ''}"]
         for index, (name, layers) in enumerate(zip(self._names, self._steps, strict=True)):
@@ -104,7 +104,7 @@ class GradientVisualizer:
         return path
 
     def write_all(self) -> list[Path]:
-        """All four plots, those of a single step for step 0, and the report."""
+        """Write the four plots (single-step plots show step 0) and the report."""
         return [
             self.plot_gradient_distribution(),
             self.plot_gradient_heatmap(),
@@ -141,7 +141,7 @@ class GradientVisualizer:
 
 
 def write_plots(steps: Sequence[list[LayerGradients]], folder: Path) -> list[Path]:
-    """All files of `GradientVisualizer` in `folder`, of the first batches of a calibration."""
+    """Write all files of `GradientVisualizer` to `folder`; `steps` are the first calibration batches."""
     visualizer = GradientVisualizer(folder)
     for index, step in enumerate(steps):
         visualizer.collect_statistics(step, f"batch_{index}")

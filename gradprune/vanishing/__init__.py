@@ -1,1 +1,1 @@
-"""How the layers' gradients differ, and scales that even them out."""
+"""Vanishing gradients: diagnosis across layers, and scaling that evens them out."""

@@ -10,11 +10,11 @@ from gradprune.vanishing.statistics import LayerGradients
 
 @dataclass(frozen=True)
 class GradientAnalysis:
-    """What calibration saw of the layers' gradients.
+    """The layers' gradients, as measured during calibration.
 
-    gradients: their statistics over all samples, before any scaling. steps: those of the first batches.
-    requested, scaling: the fix asked for, and what it did; None if there was none.
-    seq_len, num_samples, reduction: of the calibration.
+    gradients: statistics over all samples, before any scaling. steps: statistics of each of the first batches.
+    requested: the fix asked for. scaling: what it did; None if no fix was asked for.
+    seq_len, num_samples, reduction: settings of the calibration.
     """
 
     gradients: list[LayerGradients]
@@ -27,12 +27,12 @@ class GradientAnalysis:
 
     @property
     def before(self) -> Diagnosis:
-        """The diagnosis of the gradients as they are."""
+        """The diagnosis of the unscaled gradients."""
         return diagnose_gradients(self.gradients)
 
     @property
     def after(self) -> Diagnosis:
-        """The diagnosis of the scaled gradients; that of `before` if nothing was scaled."""
+        """The diagnosis of the scaled gradients; the same as `before` if nothing was scaled."""
         return self.before if self.scaling is None else diagnose_gradients(self.scaling.after)
 
     def scaling_text(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Gradient-vanishing diagnosis: the ratio of layer means, the verdict, what to do about it."""
+"""Diagnosis of vanishing gradients: the ratio of layer means, the verdict and a recommendation."""
 
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -17,11 +17,11 @@ _ADVICE: dict[Verdict, str] = {
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The gradients of a model's layers, judged.
+    """The gradient statistics of a model's layers, with a verdict.
 
-    ratio: largest layer mean of |g| over the smallest; infinite where one is 0.
+    ratio: largest layer mean of |g| over the smallest; infinite if one is 0.
     verdict: "normal" below 100, "mild" from 100 to 1000, "severe" above.
-    vanishing: layers whose mean is over 100 times smaller than the largest.
+    vanishing: layers whose mean is less than 1/100 of the largest.
     """
 
     layers: list[LayerGradients]
@@ -35,17 +35,17 @@ class Diagnosis:
 
     @property
     def recommendation(self) -> str:
-        """What to do about it, in a few words."""
+        """What to do about the verdict, in a few words."""
         return _ADVICE[self.verdict]
 
     def mark(self, layer: LayerGradients) -> str:
-        """What is wrong with one of the layers: "frozen", "vanishing (zero)", "vanishing", or nothing."""
+        """The layer's problem: "frozen", "vanishing (zero)" or "vanishing"; empty if it has none."""
         if layer.mean == 0.0:
             return "frozen" if layer.frozen else "vanishing (zero)"
         return "vanishing" if layer.layer in self.vanishing else ""
 
     def marked_layers(self) -> str:
-        """The layers by mark, as ranges: "vanishing 0-3, 7; frozen 9"; "none" without any."""
+        """The marked layers as ranges, such as "vanishing 0-3, 7; frozen 9"; "none" if no layer is marked."""
         by_mark: dict[str, list[int]] = {}
         for layer in self.layers:
             if mark := self.mark(layer):
@@ -60,7 +60,7 @@ class Diagnosis:
 
 
 def diagnose_gradients(layers: list[LayerGradients]) -> Diagnosis:
-    """Judge the gradient statistics of a model's decoder layers (at least one)."""
+    """Diagnose the gradient statistics of a model's decoder layers (at least one)."""
     ratio = gradient_ratio(layers)
     largest = max(layer.mean for layer in layers)
     return Diagnosis(
@@ -72,18 +72,18 @@ def diagnose_gradients(layers: list[LayerGradients]) -> Diagnosis:
 
 
 def verdict_of(ratio: float) -> Verdict:
-    """Below 100 normal, up to and including 1000 mild, above severe."""
+    """Classify a ratio: "normal" below 100, "mild" up to and including 1000, "severe" above."""
     if ratio < 100.0:
         return "normal"
     return "mild" if ratio <= 1000.0 else "severe"
 
 
 def _ranges(indices: list[int]) -> str:
-    """Ascending numbers, runs of them as first-last: "0-3, 7"."""
+    """Format ascending indices, consecutive runs as ranges: "0-3, 7"."""
     runs = [[index for _, index in run] for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def stablest(diagnoses: dict[int, Diagnosis]) -> int:
-    """The sequence length with the smallest ratio; the shortest of equals."""
+    """The sequence length with the smallest ratio; the shortest one on ties."""
     return min(diagnoses, key=lambda seq_len: (diagnoses[seq_len].ratio, seq_len))

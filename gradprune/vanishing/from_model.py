@@ -15,13 +15,13 @@ from gradprune.vanishing.statistics import LayerGradients, layer_gradients
 def gradients_of_model(model: nn.Module, backend: GradientBackend = "auto") -> list[LayerGradients]:
     """Statistics of each decoder layer over all its parameters that have a `.grad`: weights, biases and norms.
 
-    Weights go by the name of their module ("self_attn.q_proj"), as in the engine's statistics; other parameters by
-    their own ("self_attn.q_proj.bias"). A layer without any `.grad` has mean 0 and no names; a layer without
+    Weights are named after their module ("self_attn.q_proj"), as in the engine's statistics; other parameters have
+    their own name ("self_attn.q_proj.bias"). A layer without any `.grad` has mean 0 and no names; a layer without
     parameters is left out. `backend` computes the statistics, in fp32 (fp64 for fp64 gradients). Deterministic.
 
     Raises:
         GradPruneError: no parameter of any decoder layer has a `.grad`.
-        NonFiniteError: a gradient is NaN or infinite, or its sum of squares is; naming the parameter.
+        NonFiniteError: a gradient is NaN or infinite, or its sum of squares overflows; the message names the parameter.
         UnsupportedArchitectureError: no decoder layers found.
     """
     layers = find_decoder_layers(model)
@@ -31,7 +31,7 @@ def gradients_of_model(model: nn.Module, backend: GradientBackend = "auto") -> l
             f"gradients: none of the {len(layers)} decoder layers has a .grad; call loss.backward() first, "
             "and read the gradients before optimizer.zero_grad()"
         )
-    # One call for all of them.
+    # One call for the gradients of all layers.
     found = iter(grad_stats([gradient for own in gradients.values() for gradient in own.values()], backend).to_list())
     return [_layer_gradients(index, own, {name: next(found) for name in own}) for index, own in gradients.items()]
 

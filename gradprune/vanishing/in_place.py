@@ -21,8 +21,8 @@ from gradprune.vanishing.scaling import DEPTH_STRATEGIES, LayerNorms, adaptive_s
 class ScaledGradients:
     """What was done to a model's gradients.
 
-    norms: per decoder layer, n_p by parameter name, before. scales: per decoder layer, what its gradients were
-        multiplied by; 1 where it has none.
+    norms: per decoder layer, n_p by parameter name, before scaling. scales: per decoder layer, the factor its gradients
+        were multiplied by; 1 if it has none.
     """
 
     norms: list[dict[str, float]]
@@ -33,19 +33,22 @@ def adaptive_gradient_scaling(model: nn.Module, backend: GradientBackend = "auto
     """Multiply layer l's gradients by clip(median of all n_p / mean n_p of layer l, 0.1, 10), in place.
 
     Args:
-        model: with `.grad` on parameters of its decoder layers; parameters without are left alone.
-        backend: who computes norms and products.
+        model: after `loss.backward()`; parameters without a `.grad` are left alone.
+        backend: computes the norms and the scaling.
 
     Raises:
         GradPruneError: no parameter of a decoder layer has a `.grad`: call `loss.backward()` first.
-        NonFiniteError: a gradient is NaN or infinite, or its square overflows; naming the parameter.
+        NonFiniteError: a gradient is NaN or infinite, or its sum of squares overflows; the message names the parameter.
         UnsupportedArchitectureError: no decoder layers found.
     """
     return _scale(model, adaptive_scales, backend)
 
 
 def normalize_gradients_per_layer(model: nn.Module, backend: GradientBackend = "auto") -> ScaledGradients:
-    """Multiply layer l's gradients by 1 / mean n_p of layer l, in place. Arguments and errors as above."""
+    """Multiply layer l's gradients by 1 / mean n_p of layer l, in place.
+
+    Arguments and errors as for `adaptive_gradient_scaling`.
+    """
     return _scale(model, normalize_scales, backend)
 
 
@@ -55,11 +58,11 @@ def weight_gradients_by_depth(
     """Multiply layer l's gradients by f((L - l) / L) + 0.5, larger for earlier layers, in place.
 
     Args:
-        model, backend: as above.
+        model, backend: as for `adaptive_gradient_scaling`.
         strategy: "linear", "sqrt" or "log".
 
     Raises:
-        ConfigError: unknown strategy; nothing was touched. Others as above.
+        ConfigError: unknown strategy; no gradient was changed. Others as for `adaptive_gradient_scaling`.
     """
     if strategy not in DEPTH_STRATEGIES:
         raise ConfigError(f"strategy: '{strategy}' is unknown; choose one of {', '.join(DEPTH_STRATEGIES)}")

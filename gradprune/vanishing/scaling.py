@@ -1,12 +1,12 @@
 """Fixes for vanishing gradients: pure functions from the layers' gradient norms to one scale per layer.
 
-n_p is the L2 norm of parameter p's gradient, m_l the mean of n_p over layer l's parameters. With L layers, l from 0:
+n_p is the L2 norm of parameter p's gradient, m_l the mean of n_p over layer l's parameters. For layers l = 0..L-1:
 
 - `adaptive`: clip(median of n_p over all parameters / m_l, 0.1, 10); the upper median.
 - `normalize`: 1 / m_l.
 - `depth:linear`: (L - l) / L + 0.5; `depth:sqrt`: sqrt((L - l) / L) + 0.5;
   `depth:log`: log(L - l + 1) / log(L + 1) + 0.5.
-- a chain such as `adaptive+depth:sqrt`: the product, each part computed on the result of the one before.
+- a chain such as `adaptive+depth:sqrt`: the product of the scales, each computed on the gradients scaled so far.
 
 A layer with m_l = 0 keeps scale 1. A scale s multiplies |w g| by s and w^2 g^2 by s^2.
 """
@@ -41,9 +41,9 @@ _FIX_OF_VERDICT: dict[Verdict, str] = {"normal": "none", "mild": "adaptive", "se
 class GradientScaling:
     """What a fix did.
 
-    fix: what was applied; "auto" is resolved, to "none" if nothing needed fixing.
-    scales: one per decoder layer; with `reduction="batch"`, which scales each batch, their mean over the batches.
-    after: the layers' gradient statistics after it.
+    fix: what was applied; "auto" is resolved, to "none" if no fix was needed.
+    scales: one per decoder layer; with `reduction="batch"`, which scales each batch, the mean over the batches.
+    after: the layers' gradient statistics after the fix.
     """
 
     fix: str
@@ -55,7 +55,7 @@ def layer_scales(fix: str, norms: LayerNorms) -> list[float]:
     """One scale per layer for the fix "none", one of `gradprune.config.GRADIENT_FIXES`, or a chain of them.
 
     Args:
-        fix: its name.
+        fix: name of the fix.
         norms: per layer, n_p of its parameters; a layer without any keeps scale 1.
 
     Raises:
@@ -117,7 +117,7 @@ def resolve_fix(fix: str, gradients: list[LayerGradients]) -> str:
 
 
 def scales_of(fix: str, gradients: list[LayerGradients], layers: int) -> list[float]:
-    """One scale for each of the model's decoder layers; layers that are not in `gradients` keep 1."""
+    """One scale per decoder layer of the model; layers that are not in `gradients` keep scale 1."""
     norms: list[list[float]] = [[] for _ in range(layers)]
     for layer in gradients:
         norms[layer.layer] = list(layer.parameter_norms.values())
