@@ -9,7 +9,7 @@ from gradprune.vanishing.statistics import LayerGradients, gradient_ratio
 Verdict = Literal["normal", "mild", "severe"]
 
 _ADVICE: dict[Verdict, str] = {
-    "normal": "no repair is needed",
+    "normal": "no fix is needed",
     "mild": "scale the layers' gradients adaptively",
     "severe": "scale the layers' gradients adaptively, then weight them by depth",
 }
