@@ -71,7 +71,7 @@ def job(model: LlamaForCausalLM, engine: ImportanceEngine, ratio: float) -> tupl
     """Seconds of scoring, selecting and cutting; the cut model shares the tensors that are not cut."""
     start = time.perf_counter()
     view = describe(model)
-    table = score_groups(view, engine.evidence(), Scoring(importance_method=engine.method))
+    table = score_groups(view, engine.evidence(method=engine.method), Scoring(importance_method=engine.method))
     scored = time.perf_counter()
     masks = table.masks(select(table, ratio, view.parameters, Constraints()))
     selected = time.perf_counter()

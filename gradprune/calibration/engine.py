@@ -13,7 +13,13 @@ from gradprune.calibration.accumulator import BlockAccumulator, StepRecord
 from gradprune.calibration.capture import capture, checkpointed
 from gradprune.calibration.evidence import Evidence, Scores
 from gradprune.calibration.finite import raise_non_finite_gradient, raise_non_finite_loss, raise_overflow
-from gradprune.calibration.methods import COMPONENTS, FORWARD_COMPONENTS, GRADIENT_COMPONENTS, WEIGHT_COMPONENTS
+from gradprune.calibration.methods import (
+    COMPONENTS,
+    FORWARD_COMPONENTS,
+    GRADIENT_COMPONENTS,
+    WEIGHT_COMPONENTS,
+    components_of,
+)
 from gradprune.calibration.obs import removal_costs
 from gradprune.calibration.reduction import REDUCTIONS
 from gradprune.config import GRADIENT_METHODS, METHODS, ImportanceBackend, Method, ReductionName, check_gradient_fix
@@ -199,11 +205,12 @@ class ImportanceEngine:
             of_block = {name.removeprefix(prefix): found for name, found in state.items() if name.startswith(prefix)}
             accumulator.restore(of_block, gradients)
 
-    def evidence(self, steps: int = 0) -> Evidence:
+    def evidence(self, steps: int = 0, method: Method | None = None) -> Evidence:
         """All that the steps so far say about the model's groups.
 
         Args:
             steps: the layers' gradient statistics are included one by one for this many of the first steps.
+            method: only what it needs is computed; by default, all that the engine collected.
 
         Raises:
             NonFiniteError: a loss, a gradient or an importance was NaN or infinite; naming the sample and the layer.
@@ -211,7 +218,8 @@ class ImportanceEngine:
         self._check_finite()
         gradients = self.gradients()
         with torch.no_grad():
-            components = {name: self._component(name) for name in self._components}
+            wanted = self._components if method is None else components_of(method)
+            components = {name: self._component(name) for name in wanted if name in self._components}
         return Evidence(
             blocks={key: accumulator.block.groups for key, accumulator in self._accumulators.items()},
             layers=len(self._view.layers),
@@ -236,7 +244,7 @@ class ImportanceEngine:
             raise GradPruneError(f"scores: '{method}' needs gradients, but the engine ran '{self.method}'")
         if method != "magnitude" and not self._losses:
             raise GradPruneError(f"scores: '{method}' needs calibration; call step(input_ids) first")
-        return self.evidence().scores(method, self.gradient_fix)
+        return self.evidence(method=method).scores(method, self.gradient_fix)
 
     def gradients(self) -> list[LayerGradients]:
         """Statistics of every decoder layer that has a block, before any scaling; empty without gradients."""

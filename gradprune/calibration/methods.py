@@ -14,6 +14,11 @@ GRADIENT_COMPONENTS = ("taylor", "fisher", "group_fisher", *FORWARD_COMPONENTS)
 COMPONENTS = (*GRADIENT_COMPONENTS, "obs")
 
 
+def components_of(method: Method) -> tuple[str, ...]:
+    """The components that the importance by `method` is made of."""
+    return ("taylor", "fisher") if method == "taylor_2nd" else (method,)
+
+
 def importance(method: Method, component: Callable[[str], Any], scale: Any) -> Any:
     """The importance of groups by `method`, of gradients multiplied by `scale`.
 
