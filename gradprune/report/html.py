@@ -136,7 +136,8 @@ def _gradient_section(gradients: dict[str, Any], plots: Sequence[Path]) -> str:
     lines = [
         f"<p>Largest layer mean of |gradient| over smallest, at {gradients['seq_len']} tokens per sample: "
         f"{float(before['ratio']):,.1f} ({before['verdict']}; {escape(before['recommendation'])}). "
-        f"Gradient fix: {escape(gradients['gradient_fix'])}; after it {float(after['ratio']):,.1f} ({after['verdict']}).</p>"
+        f"Gradient fix: {escape(gradients['gradient_fix'])}; after it {float(after['ratio']):,.1f} "
+        f"({after['verdict']}).</p>"
     ]
     scales = gradients["scales"]
     rows = [
