@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached: asked once and shortly, as its clients try for half a minute."""
+"""Whether the Hugging Face hub can be reached: checked once and briefly, as its clients retry for half a minute."""
 
 from threading import Thread
 
@@ -10,11 +10,11 @@ _TIMEOUT = 5.0  # seconds
 
 
 def hub_fault() -> str | None:
-    """Why the hub cannot be reached, in a few words; None where it can."""
+    """Why the hub cannot be reached, in a few words; None if it can."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     found: list[str | None] = []
-    # In a thread of its own, because a name's resolution knows no time limit.
+    # In a separate thread, because name resolution has no timeout.
     asking = Thread(target=lambda: found.append(_ask()), daemon=True)
     asking.start()
     asking.join(_TIMEOUT)

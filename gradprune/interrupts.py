@@ -1,4 +1,4 @@
-"""Signals that end a command: it unwinds as after an error, so that nothing half written stays."""
+"""Signals that end a command: it unwinds as after an error, so that nothing half-written remains."""
 
 import signal
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
-    """One of these signals came. No KeyboardInterrupt, which libraries catch and turn into what they like."""
+    """One of these signals came. Not a KeyboardInterrupt, which libraries catch and convert to other errors."""
 
     def __init__(self, number: int) -> None:
         """number: the signal's."""

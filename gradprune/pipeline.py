@@ -54,8 +54,8 @@ def prune(
     """Prune a loaded causal LM.
 
     Args:
-        model: stays as it is, in its mode too, unless `config.in_place`: then it is cut itself, which saves the
-            memory of a copy of its prunable weights. It is run in evaluation mode.
+        model: left unchanged, its mode included, unless `config.in_place`: then the model itself is cut, which saves
+            the memory of a copy of its prunable weights. It is run in evaluation mode.
         tokenizer: for text datasets, and saved with the model; may be None with `calibration` and `evaluation`.
         config: the options; a results folder is written only where `config.output_name` is set.
         calibration: [tokens] int64 to draw calibration samples from, instead of `config.dataset`.
@@ -89,7 +89,7 @@ def prune_ratios(
     """Prune one model at several ratios from one calibration and one measurement of the dense model.
 
     Args:
-        model: stays as it is, whatever `config.in_place` says.
+        model: left unchanged, whatever `config.in_place` says.
         tokenizer, console: as for `prune`.
         config: with `output_name`; each ratio's results go to a folder of its name in that folder, beside
             `report.html`, which has the curve of perplexity against size. `pruning_ratio` is not read.
@@ -170,7 +170,7 @@ def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResul
 def _repair_and_cut(run: Run, masks: GroupMasks) -> tuple[PreTrainedModel, list[BlockRepair]]:
     """The cut model, and what the repair did to its blocks."""
     in_place = run.config.in_place
-    # Weights are re-solved in the whole model, and then cut; what was cut no longer shares its memory.
+    # Weights are re-solved in the uncut model, and then cut; cut tensors no longer share its memory.
     with nullcontext() if in_place else output_weights_restored(run.view, masks):
         with run.clock.stage("repair"):
             repairs = REPAIRS[run.config.repair](run, masks)
@@ -187,7 +187,7 @@ def _measure_dense(run: Run) -> Measured:
 
 
 def _measure_pruned(run: Run, pruned_model: PreTrainedModel, dense: Measured) -> tuple[Measured, Measured]:
-    """The dense and the pruned model's measurements; their speed in turns, where it is asked for."""
+    """The dense and the pruned model's measurements; their speed, if requested, measured in alternation."""
     with run.clock.stage("perplexity_after"):
         size = model_size(pruned_model)
         measured = _perplexity(run, pruned_model)

@@ -1,6 +1,6 @@
 """Search: choose the scoring by held-out loss instead of guessing it.
 
-One calibration pass has left the evidence for every method, so a candidate costs no more than masking groups and a
+One calibration pass yields the evidence for every method, so a candidate costs no more than masking groups and a
 few forward passes. Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): all candidates on few held-out
 calibration samples, the best quarter on four times as many, and the last ones on all of them, repaired as they will be
 if repair is asked for. The fixed settings, every method without and with plain H-GSP, always reach the last round, so
@@ -30,7 +30,7 @@ from gradprune.scoring.choose import choose
 from gradprune.surgery.least_squares import BLENDS, least_squares
 from gradprune.surgery.masking import masked, output_weights_restored
 
-# What is tried; a candidate is one of each.
+# The search space; a candidate takes one value of each.
 TEMPERATURES: tuple[tuple[float, float | None], ...] = ((0.0, None), (0.5, 0.0), (1.0, 0.0), (1.0, math.inf))
 FIXES = ("none", "adaptive")
 NORMALIZATIONS: tuple[Normalize, ...] = ("none", "log")
@@ -84,7 +84,7 @@ def search(run: Run, evidence: Evidence) -> SearchResult:
     """Find the scoring with the least held-out loss at the ratio of the run.
 
     Args:
-        run: the model, which is as it was afterwards; ratio, constraints, repair and `search_minutes` of its options;
+        run: the model, which is restored afterwards; ratio, constraints, repair and `search_minutes` of its options;
             held-out samples, one at least.
         evidence: of its calibration, with the priors of `config.prior`.
 
@@ -107,7 +107,7 @@ def search(run: Run, evidence: Evidence) -> SearchResult:
 
 
 class _Tournament:
-    """Rounds of candidates on more and more held-out samples, until time is up."""
+    """Rounds of candidates on ever more held-out samples, until time runs out."""
 
     def __init__(self, run: Run, pool: list[_Candidate], advance: Callable[[], None]) -> None:
         self._run = run
@@ -144,7 +144,7 @@ class _Tournament:
         repaired: bool,
         may_end: bool,
     ) -> list[Trial] | None:
-        """One round; None where time ran out."""
+        """One round; None if time ran out."""
         trials = []
         for candidate in alive:
             if may_end and time.monotonic() > self._deadline:
@@ -212,7 +212,7 @@ def _survivors(alive: list[_Candidate], ranked: list[Trial]) -> list[_Candidate]
 
 
 def _planned(pool: list[_Candidate], held_out: int, repaired: bool) -> int:
-    """An upper bound of the evaluations."""
+    """An upper bound on the number of evaluations."""
     fixed, count, total = sum(c.fixed for c in pool), len(pool), 0
     for _ in _round_sizes(held_out):
         total += count
@@ -233,7 +233,7 @@ def _repaired_loss(run: Run, candidate: _Candidate) -> float:
 
 
 def _ranked(trials: list[Trial]) -> list[Trial]:
-    """By loss, least first, NaN last; equals in the order they came."""
+    """By loss, least first, NaN last; ties keep their order."""
     return sorted(trials, key=lambda trial: math.inf if math.isnan(trial.loss) else trial.loss)
 
 

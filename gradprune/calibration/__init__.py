@@ -1,1 +1,1 @@
-"""Windows to evidence: one backward pass a batch, and what it leaves."""
+"""Calibration windows to evidence: one backward pass per batch, and the statistics kept from it."""

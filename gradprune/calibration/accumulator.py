@@ -15,13 +15,13 @@ from gradprune.models.blocks import InputLinear, OutputLinear
 from gradprune.ops.dispatch import ImportanceOps
 from gradprune.ops.vectors import GradientStatistics, ImportanceVectors
 
-# What a block sums up over the steps.
+# The sums that a block accumulates over the steps.
 _SUMS = ("first", "second", "mask_square", "input_square", "output_square")
 
 
 @dataclass
 class StepRecord:
-    """What one step's gradients leave in a block beside its sums.
+    """What a block records of one step's gradients, in addition to its sums.
 
     statistics: per linear layer, those of its gradients.
     gate: the gradient of a gate on the block's output: [N] by sample, or [1] by batch; None without gradients.
@@ -36,8 +36,8 @@ class StepRecord:
 class BlockAccumulator(ABC):
     """Sums over samples (or batches) of one block's group importances, and a record of each step.
 
-    What a step brings is pending until `commit`: a step that fails is discarded whole, and the scale of a batch's
-    gradients is known only when all layers' gradients are.
+    A step's contributions stay pending until `commit`: a failed step is discarded as a whole, and the scale of a
+    batch's gradients is known only once all layers' gradients are.
 
     first: [groups], sum of |w g| over the group's elements, as far as it can be summed step by step.
     second: [groups], sum of w^2 g^2 over the group's elements.
@@ -62,7 +62,7 @@ class BlockAccumulator(ABC):
         self.discard()
 
     def discard(self) -> None:
-        """Forget what the step at hand has brought so far."""
+        """Drop the pending contributions of the current step."""
         self.pending = StepRecord()
         self._pending_sums = torch.zeros(3, self.block.groups, dtype=torch.float64, device=self.first.device)
         self._pending_output_square = torch.zeros_like(self.output_square)
@@ -70,7 +70,7 @@ class BlockAccumulator(ABC):
         self._pending_tokens = 0
 
     def commit(self, scale: float = 1.0) -> None:
-        """Add what the step brought, as if its gradients had been multiplied by `scale`."""
+        """Add the pending contributions, as if the step's gradients had been multiplied by `scale`."""
         first, second, mask_square = self._pending_sums
         self.first += scale * first
         self.second += scale**2 * second
@@ -83,7 +83,7 @@ class BlockAccumulator(ABC):
         self.discard()
 
     def state(self) -> dict[str, Tensor]:
-        """All that has been committed, by name."""
+        """Everything committed so far, by name."""
         state = {name: getattr(self, name) for name in _SUMS}
         state["tokens"] = torch.tensor(self.tokens)
         state["scales"] = torch.tensor([record.scale for record in self.records], dtype=torch.float64)
@@ -95,7 +95,7 @@ class BlockAccumulator(ABC):
         return state
 
     def restore(self, state: dict[str, Tensor], gradients: list[int]) -> None:
-        """Go on from what `state` gave; `gradients`: how many each step had."""
+        """Resume from a `state`; `gradients`: the number of gradients in each step."""
         device = self.first.device
         for name in _SUMS:
             setattr(self, name, state[name].to(device))
@@ -111,7 +111,7 @@ class BlockAccumulator(ABC):
         ]
 
     def observers(self) -> Iterator[tuple[nn.Linear, Observer]]:
-        """Each linear layer of the block with what to call in its backward pass."""
+        """Each linear layer of the block with its backward-pass observer."""
         for entry in self.block.projections:
             yield entry.linear, partial(self._observe, entry)
 
@@ -139,7 +139,7 @@ class BlockAccumulator(ABC):
 
     @abstractmethod
     def _observe(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
-        """Take up one linear layer's backward pass; x: [N, T, I], dy: [N, T, O], dx: [N, T, I]."""
+        """Accumulate from one linear layer's backward pass; x: [N, T, I], dy: [N, T, O], dx: [N, T, I]."""
 
     @abstractmethod
     def _first_order(self, count: int) -> Tensor:
@@ -159,11 +159,11 @@ class BlockAccumulator(ABC):
 
     def _observe_output(self, dy: Tensor) -> None:
         """dy: [N, T, O] at the output projection."""
-        # Rows first: threads never share one sum.
+        # Sum each row first, so that no sum is split between threads.
         self._pending_output_square += dy.to(accumulation_dtype(dy)).square().sum(-1).flatten().double().sum()
 
     def _input_gradient(self, x: Tensor, dx: Tensor) -> Tensor:
-        """[N, I], the gradient of a mask on the output projection's input; takes up its second moment on the way."""
+        """[N, I], the gradient of a mask on the output projection's input; also sums the input's second moment."""
         found = self._ops.mask_gradient(x, dx)
         self._pending_input_square += found.input_square
         self._pending_tokens += x.shape[0] * x.shape[1]
@@ -192,7 +192,7 @@ class BlockAccumulator(ABC):
 
 
 class SampleAccumulator(BlockAccumulator):
-    """Every sample's own gradient is scored: all that a group needs is a sum, and no gradient is kept."""
+    """Scores each sample's own gradient: running sums per group suffice, and no gradient is kept."""
 
     def _observe(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
         self._accumulate(entry, self._ops.linear_importance(x, dy, entry.linear.weight, _side(entry)))
@@ -205,7 +205,7 @@ class SampleAccumulator(BlockAccumulator):
 
 
 class BatchAccumulator(BlockAccumulator):
-    """The gradient of each batch's mean loss is scored. The first order needs the mean gradient, which is kept."""
+    """Scores the gradient of each batch's mean loss. The first-order term needs the mean gradient, which is kept."""
 
     def __init__(self, block: Block, ops: ImportanceOps) -> None:
         """As `BlockAccumulator`; one gradient per weight is kept, and the pending one until `commit`."""
@@ -213,12 +213,12 @@ class BatchAccumulator(BlockAccumulator):
         super().__init__(block, ops)
 
     def discard(self) -> None:
-        """Forget what the step at hand has brought so far."""
+        """Drop the pending contributions of the current step."""
         super().discard()
         self._pending_gradients: dict[str, Tensor] = {}
 
     def commit(self, scale: float = 1.0) -> None:
-        """Add what the step brought, as if its gradients had been multiplied by `scale`."""
+        """Add the pending contributions, as if the step's gradients had been multiplied by `scale`."""
         for path, gradient in self._pending_gradients.items():
             scaled = gradient if scale == 1.0 else gradient.mul_(scale)
             if path in self._gradient_sums:
@@ -228,12 +228,12 @@ class BatchAccumulator(BlockAccumulator):
         super().commit(scale)
 
     def state(self) -> dict[str, Tensor]:
-        """All that has been committed, by name."""
+        """Everything committed so far, by name."""
         sums = {f"gradients.{path}": gradient for path, gradient in self._gradient_sums.items()}
         return {**super().state(), **sums}
 
     def restore(self, state: dict[str, Tensor], gradients: list[int]) -> None:
-        """Go on from what `state` gave; `gradients`: how many each step had."""
+        """Resume from a `state`; `gradients`: the number of gradients in each step."""
         super().restore(state, gradients)
         prefix = "gradients."
         self._gradient_sums = {

@@ -1,7 +1,7 @@
 """Capture: run a model's prunable linear layers so that their weight gradients are never kept.
 
 Inside `capture(...)` each prunable `nn.Linear` runs an autograd function that returns only the input
-gradient and hands what the weight gradient would be made of to an observer. Every parameter is frozen, so
+gradient and hands the inputs of the weight gradient, x and dy, to an observer. Every parameter is frozen, so
 the backward pass computes no other weight gradient either and leaves no `.grad` anywhere.
 """
 
@@ -74,7 +74,7 @@ def checkpointed(layers: nn.ModuleList) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for layer in layers:
-            # Dropout is off: no generator's state is kept for when a layer runs again.
+            # Dropout is off, so the random generator's state need not be saved for the recomputation.
             recomputed = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
             stack.enter_context(forward_replaced(layer, recomputed))
         yield

@@ -1,7 +1,7 @@
 """Cholesky factors and inverses of large matrices, to the same bits whatever the number of threads.
 
-LAPACK's own factorisation splits the work by thread, and rounds accordingly. Here it only factors small blocks; all
-else is matrix products and triangular solves, each of whose results is one sum in a fixed order.
+LAPACK's own factorisation splits the work among threads, so its rounding depends on their number. Here it factors only
+small blocks; everything else is matrix products and triangular solves, whose results are each one sum in a fixed order.
 """
 
 import torch

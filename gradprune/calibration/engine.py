@@ -54,7 +54,7 @@ class ImportanceEngine:
       `taylor_2nd`: their sum.
     - `group_fisher`: mean_n (sum of w g_n over the group's output columns)^2 (Liu et al. 2021).
     - `obs`: the loss that least squares cannot restore, see `gradprune.calibration.obs`; the samples are run once more,
-      layer by layer, when scores are asked for. Other methods' scores can be had too.
+      layer by layer, when scores are requested. Other methods' scores remain available.
     - `wanda`: |w| * rms(x) over the group's output columns (Sun et al. 2023); `magnitude`: |w|.
 
     `reduction="batch"` takes the gradient of each batch's mean loss instead: |w mean_b g_b| and w^2 mean_b g_b^2;
@@ -149,7 +149,7 @@ class ImportanceEngine:
         self._stack.close()
 
     def step(self, input_ids: Tensor) -> None:
-        """Run one batch forward and, for gradient methods, backward. A step that raises leaves no trace.
+        """Run one batch forward and, for gradient methods, backward. A step that raises has no effect.
 
         Args:
             input_ids: [N, T] int64 or int32, N >= 1 samples of T >= 2 tokens.
@@ -157,7 +157,7 @@ class ImportanceEngine:
         Nothing is copied to the host on an accelerator; on the CPU a non-finite loss or gradient raises at once.
 
         Raises:
-            GradPruneError: outside the engine's context, or `input_ids` are no such ids; says what they are.
+            GradPruneError: outside the engine's context, or `input_ids` are not as above; the message says why.
             NonFiniteError: naming the sample and the layer.
         """
         if not self._open:
@@ -183,18 +183,18 @@ class ImportanceEngine:
         self._losses.append(losses)
 
     def state(self) -> dict[str, Tensor]:
-        """All that the steps so far have left, by name, to go on from in another process: see `restore`."""
+        """Everything accumulated so far, by name, so that another process can resume: see `restore`."""
         state = {"losses": torch.cat(self._losses)}
         for key, accumulator in self._accumulators.items():
             state |= {f"{_prefix(key)}{name}": value for name, value in accumulator.state().items()}
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
     def restore(self, state: dict[str, Tensor], batches: list[Tensor]) -> None:
-        """Go on from what `state` of an engine gave, as if this one had made its steps.
+        """Resume from another engine's `state`, as if this engine had run its steps.
 
         Args:
             state: of an engine of the same model and options.
-            batches: [N, T] int64 each, what its steps were given.
+            batches: [N, T] int64 each, the inputs of its steps.
         """
         device = self._model.device
         self._samples = [batch.to(device) for batch in batches]
@@ -251,7 +251,7 @@ class ImportanceEngine:
         return self._gradients(slice(None), self._count)
 
     def gradients_of_step(self, step: int) -> list[LayerGradients]:
-        """The same of one step's samples (its batch) alone; steps are counted from 0."""
+        """As `gradients`, of one step's samples (its batch) alone; steps are counted from 0."""
         return self._gradients(slice(step, step + 1), self._reduction.gradients_in(self._samples[step]))
 
     def gate_gradients(self) -> dict[BlockKey, float]:
@@ -276,7 +276,7 @@ class ImportanceEngine:
 
     @property
     def _pending(self) -> dict[BlockKey, list[StepRecord]]:
-        """What the step at hand has left in each block."""
+        """Each block's record of the current step."""
         return {key: [accumulator.pending] for key, accumulator in self._accumulators.items()}
 
     @property
@@ -285,8 +285,8 @@ class ImportanceEngine:
         return sum(self._reduction.gradients_in(ids) for ids in self._samples)
 
     def _run(self, input_ids: Tensor) -> Tensor:
-        """[N] each sample's loss, the accumulators having seen the backward pass."""
-        # Whatever mode the caller is in: a step under no_grad would leave no gradient to observe.
+        """[N] each sample's loss, after the backward pass has run through the accumulators."""
+        # Even if the caller is under no_grad, where there would be no gradient to observe.
         with torch.inference_mode(False), torch.set_grad_enabled(self._takes_gradients):
             losses = sample_losses(self._model, input_ids)
             if self._takes_gradients:
@@ -294,7 +294,7 @@ class ImportanceEngine:
         return losses.detach()
 
     def _step_scales(self, input_ids: Tensor) -> list[float]:
-        """What the pending gradients of each layer are multiplied by before they are added."""
+        """The factor for each layer's pending gradients, applied before they are added."""
         layers = len(self._view.layers)
         if self.gradient_fix == "none" or self._reduction.scales_afterwards or not self._takes_gradients:
             return [1.0] * layers
@@ -353,7 +353,7 @@ class ImportanceEngine:
         return [layer_gradients(layer, merged[layer], elements[layer], count) for layer in sorted(merged)]
 
     def _check_pending(self, input_ids: Tensor, losses: Tensor) -> None:
-        """Raise if the step at hand had a non-finite loss or gradient."""
+        """Raise if the current step had a non-finite loss or gradient."""
         first = {"sample": sum(len(ids) for ids in self._samples), "batch": len(self._samples)}
         raise_non_finite_loss(self._view, [input_ids], losses, first["sample"])
         records = self._pending
@@ -371,12 +371,12 @@ class ImportanceEngine:
 
 
 def _prefix(key: BlockKey) -> str:
-    """Of the names of a block's state."""
+    """Prefix of the names in a block's state."""
     return f"{key.layer}.{key.kind}."
 
 
 def _check_ids(input_ids: Tensor, vocabulary: int) -> None:
-    """Refuse what is not a batch of token ids."""
+    """Refuse anything but a batch of token ids."""
     if not isinstance(input_ids, Tensor):
         raise GradPruneError(
             f"input_ids: is a {type(input_ids).__name__}; a tensor [N, T] of token ids is needed "

@@ -1,7 +1,7 @@
-"""`Evidence`: all that one calibration pass says about a model's groups. It can be saved, and scored again and again.
+"""`Evidence`: everything one calibration pass says about a model's groups. It can be saved, and scored repeatedly.
 
 The file is `analysis/evidence.safetensors`: one fp64 vector over all groups, block by block, for each component that
-methods are made of, and as metadata the gradient statistics, the priors and what the pass was run on.
+methods are made of, and, as metadata, the gradient statistics, the priors, and the model and data of the pass.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -60,9 +60,9 @@ class Evidence:
     components: by name, of `gradprune.calibration.methods.COMPONENTS` those that were collected: [groups of all
         blocks] fp64, block after block.
     gradients: the layers' statistics over all samples; steps: those of the first batches, one by one.
-    applied: how gradients were scaled before they were added; None where they were not, and any fix can follow.
+    applied: how gradients were scaled before they were added; None if they were not; then any fix can still be applied.
     reduction, num_samples, seq_len: what the pass was run with.
-    seed, dataset: how its samples were drawn, and from what; None where they were given.
+    seed, dataset: how its samples were drawn, and from what; None if the caller passed the samples in.
     priors: by kind of prior, those that were measured.
     model: `model_digest` of the model; empty until the evidence is bound to one.
     """
@@ -96,14 +96,14 @@ class Evidence:
                     )
 
     def with_priors(self, prior: Prior, priors: Priors) -> "Evidence":
-        """The same with the priors of one more kind."""
+        """A copy with the priors of one more kind."""
         return replace(self, priors={**self.priors, prior: priors})
 
     def scaling(self, fix: str) -> GradientScaling | None:
         """What `fix` does to the layers' gradients; None if nothing is asked for, or there are none.
 
         Raises:
-            ConfigError: the gradients were scaled otherwise before they were added.
+            ConfigError: the gradients were scaled by a different fix before they were added.
         """
         if not self.gradients:
             return None
@@ -126,7 +126,7 @@ class Evidence:
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """The methods by which it can score."""
+        """The methods whose components were collected."""
         needed = {"taylor_2nd": {"taylor", "fisher"}}
         return tuple(method for method in METHODS if needed.get(method, {method}) <= set(self.components))
 
@@ -170,7 +170,7 @@ class Evidence:
             components, record = read_sealed(path)
             evidence = _from_json(record, components)
             for values in components.values():
-                evidence._by_block(values)  # as long as they say
+                evidence._by_block(values)  # checks the length
         except (DamagedFileError, KeyError, TypeError, ValueError, RuntimeError, NonFiniteError) as error:
             raise CheckpointError(
                 f"evidence_file: '{path}' is not a whole evidence file of this version of gradprune "
@@ -194,7 +194,7 @@ class Evidence:
         return self.components[name]
 
     def _group_scales(self, scaling: GradientScaling | None) -> Tensor:
-        """[groups of all blocks] fp64, what the sums' gradients are still to be multiplied by."""
+        """[groups of all blocks] fp64, the scale that is still to be applied to the sums' gradients."""
         if scaling is None or not REDUCTIONS[self.reduction].scales_afterwards:
             return torch.ones(sum(self.blocks.values()), dtype=torch.float64)
         layers = torch.tensor([key.layer for key in self.blocks])

@@ -19,7 +19,7 @@ from gradprune.run import Run
 
 
 def gather_evidence(run: Run) -> Evidence:
-    """Calibrate, or read what an earlier run found; with the priors that the options need."""
+    """Calibrate, or read what an earlier run found; including the priors that the options need."""
     config = run.config
     if config.evidence_file is not None:
         evidence = Evidence.load(config.evidence_file, run.view.model)
@@ -63,7 +63,7 @@ def calibrate(
 
 def _calibrated(run: Run) -> Evidence:
     config = run.config
-    # One pass with gradients serves every method, and the diagnosis; "obs" takes more.
+    # One pass with gradients serves every method and the gradient analysis; "obs" needs a further pass.
     engine = ImportanceEngine(
         run.view.model,
         "obs" if config.importance_method in ("obs", "auto") else "taylor",

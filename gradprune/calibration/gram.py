@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-# Products with a side below this share their sums among threads, which rounds differently at each number of them.
+# Below this size of either side, threads split the sums of a product, so rounding depends on the number of threads.
 _NARROW = 128
-# Widths below this are one product: the triangle saves too little.
+# Narrower matrices are computed in one product: skipping the upper triangle saves too little.
 _TILE = 192
 
 
@@ -54,7 +54,7 @@ def one_thread() -> Iterator[None]:
 
 
 def same_rounding(product: Tensor) -> AbstractContextManager[None]:
-    """For a matrix product into `product`: one thread where several would share its sums."""
+    """For a matrix product into `product`: one thread if several would split its sums."""
     return one_thread() if min(product.shape) < _NARROW else nullcontext()
 
 

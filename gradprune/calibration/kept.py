@@ -1,4 +1,4 @@
-"""What calibration found outlives a run that fails after it."""
+"""Keep the calibration evidence when a later stage of the run fails."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from gradprune.errors import GradPruneError
 
 @contextmanager
 def evidence_kept(evidence: Evidence, output: Path | None) -> Iterator[None]:
-    """If the body fails, write the evidence beside the results folder that does not come about, where that can be done.
+    """If the body fails, try to write the evidence next to where the results folder would have been.
 
     Args:
         evidence: of the run.

@@ -5,12 +5,12 @@ from typing import Any
 
 from gradprune.config import Method
 
-# What can be said of the weights alone, what a forward pass adds, and what a backward pass adds. `taylor_2nd` is the
-# sum of two of them.
+# Components from the weights alone, those that a forward pass adds, and those that a backward pass adds. `taylor_2nd`
+# is the sum of two: `taylor` and `fisher`.
 WEIGHT_COMPONENTS = ("magnitude",)
 FORWARD_COMPONENTS = ("wanda", *WEIGHT_COMPONENTS)
 GRADIENT_COMPONENTS = ("taylor", "fisher", "group_fisher", *FORWARD_COMPONENTS)
-# "obs" takes another forward pass, layer by layer, and is collected where it is asked for.
+# "obs" needs another forward pass, layer by layer, and is collected only on request.
 COMPONENTS = (*GRADIENT_COMPONENTS, "obs")
 
 
@@ -25,7 +25,7 @@ def importance(method: Method, component: Callable[[str], Any], scale: Any) -> A
     Args:
         method: the method.
         component: gives one of `COMPONENTS`, of the gradients as they are: an array or tensor over groups.
-        scale: a number, or one per group: the first order goes with it, the second with its square.
+        scale: a number, or one per group: first-order terms are multiplied by it, second-order terms by its square.
     """
     if method == "taylor":
         return scale * component("taylor")

@@ -8,9 +8,10 @@ the loss's curvature in the block's output. With the columns Q forced to zero, t
     A^-1 <- A^-1 - A^-1_:Q  (A^-1_QQ)^-1 A^-1_Q:,
 
 in the loss's own unit, so that blocks compare (optimal brain surgeon: Hassibi and Stork 1992; for columns of layers:
-LLM Surgeon, arXiv:2312.17244; ZipLM, arXiv:2302.04089). Groups go one after the other, the cheapest first, which is why
-of two equal channels one is free and the other is not. g is the mean over samples of the diagonal mean of
-sum over tokens dy dy^T, with dy the gradient of the sample's loss to the block's output: one number per block.
+LLM Surgeon, arXiv:2312.17244; ZipLM, arXiv:2302.04089). Groups are removed one by one, cheapest first, so that of
+two identical channels the first costs nothing and the second its full price. g is the mean over samples of the
+diagonal mean of sum over tokens dy dy^T, with dy the gradient of the sample's loss to the block's output: one
+number per block.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,18 +28,18 @@ from gradprune.models.modes import evaluation_mode
 from gradprune.models.streams import Streams
 
 RIDGE = 0.01
-"""Added to A's diagonal, relative to its mean: how far few tokens are trusted."""
+"""Added to A's diagonal, relative to its mean: guards against a Gram matrix estimated from few tokens."""
 
 _ROUNDS = 16
-# Costs along a path are apart by this, relative: sorting finds the path's order even after rounding to fp32.
+# Minimum relative gap between successive costs, so that sorting recovers the path's order even after fp32 rounding.
 _STEP = 2.0**-20
-# A round looks at this many times as many of the cheapest groups as it removes.
+# Candidates per round, as a multiple of the groups that it removes.
 _SURPLUS = 2
 
 
 @dataclass(frozen=True)
 class RemovalPath:
-    """The order in which a block's groups go, and what each costs when those before it are gone.
+    """The order in which a block's groups are removed, and each one's cost once those before it are removed.
 
     order: [groups] int64, the first to go first. cost: [groups] fp64 by position in `order`; their sum up to a position
     is the least-squares optimum's increase of the loss when the groups up to there are gone.
@@ -146,7 +147,7 @@ def with_ridge(gram: Tensor, ridge: float = RIDGE) -> Tensor:
 
 
 class _Remaining:
-    """What is left of a block: `groups`, their weights [O, k * columns] and A^-1, brought up to date as groups go."""
+    """What is left of a block: `groups`, their weights [O, k * columns] and A^-1, updated as groups are removed."""
 
     def __init__(self, weight: Tensor, inverse: Tensor, columns: int) -> None:
         self.groups = torch.arange(weight.shape[1] // columns)
@@ -166,14 +167,14 @@ class _Remaining:
         return torch.stack([self._gone(span).square().sum(0).sum() for span in spans])
 
     def some(self, positions: Tensor) -> "_Remaining":
-        """Groups at `positions`, cut loose: exact as long as only these go."""
+        """Groups at `positions`, as a separate problem: exact as long as only these are removed."""
         at = self._columns_of(positions)
         part = _Remaining(self._weight[:, at], self._inverse[at[:, None], at], self.columns)
         part.groups = positions
         return part
 
     def remove(self, positions: Tensor) -> None:
-        """Take groups out and let the others make up for them."""
+        """Remove groups and update the remaining weights and A^-1 to compensate."""
         stay = torch.ones(len(self), dtype=torch.bool)
         stay[positions] = False
         out, rest = self._columns_of(positions), self._columns_of(stay.nonzero().flatten())
@@ -224,7 +225,7 @@ def _factor(matrix: Tensor) -> Tensor:
 
 
 def _ascending(costs: Tensor) -> Tensor:
-    """The least costs that ascend, and are apart enough to stay so in fp32."""
+    """Costs raised as little as needed to be strictly ascending, even in fp32."""
     least = torch.finfo(torch.float32).tiny
     ascending = []
     last = 0.0

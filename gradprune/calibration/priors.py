@@ -32,7 +32,7 @@ class Priors:
 
 
 def removal_priors(view: PrunableModel, batches: list[Tensor], advance: Callable[[], None]) -> Priors:
-    """Loss without the block (layer) minus loss, in nats per token: its output is zeroed, nothing is cut.
+    """Loss without the block (layer) minus loss, in nats per token: the output is zeroed, nothing is cut.
 
     Args:
         view: the model.

@@ -1,7 +1,7 @@
 """A calibration that survives its process: the engine's sums are saved every few samples, and a later run resumes.
 
-The file, `results/.NAME.calibration`, lies beside the results folder to come, holds the accumulators' state and what it
-belongs to, and is deleted once the results are written.
+The file, `results/.NAME.calibration`, lies beside the future results folder. It holds the accumulators' state and the
+identity of its run, and is deleted once the results are written.
 """
 
 import logging
@@ -50,10 +50,10 @@ class Resumable:
         self._belongs = _belongs(run, engine) if self._every is not None or run.config.resume else {}
 
     def restore(self, *, resume: bool) -> int:
-        """Take up what an interrupted run left; returns how many samples that were.
+        """Restore the state of an interrupted run; returns the number of samples it had processed.
 
         Args:
-            resume: go on with it; else it is only mentioned.
+            resume: resume from it; otherwise its existence is only logged.
 
         Raises:
             CheckpointError: it is damaged, or belongs to a run with another model, data or options; says what differs.
@@ -102,7 +102,7 @@ class Resumable:
 
 
 def _belongs(run: Run, engine: ImportanceEngine) -> dict[str, Any]:
-    """What must be the same for the same bytes."""
+    """Everything that must match for a resumed run to give the same bytes."""
     return {
         **{name: getattr(run.config, name) for name in _OPTIONS},
         "backend": engine.backend,

@@ -20,7 +20,7 @@ class DamagedFileError(Exception):
 
 
 def write_sealed(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write a file; the same content gives the same bytes. It appears, or replaces another, whole or not at all.
+    """Write a file; the same content gives the same bytes. It is created or replaced atomically.
 
     Args:
         path: of the file.
@@ -28,17 +28,17 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str,
         record: JSON-serialisable.
 
     Raises:
-        OSError: it cannot be written; what was there before still is.
+        OSError: it cannot be written; an existing file is unchanged.
     """
     text = json.dumps(record, sort_keys=True)
     new = path.with_name(f".{path.name}.new")
     try:
         with new.open("wb") as file:
-            mode = os.fstat(file.fileno()).st_mode & 0o777  # as the umask allows; safetensors takes its own
+            mode = os.fstat(file.fileno()).st_mode & 0o777  # the umask's permissions; safetensors sets its own
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             new,
-            # One entry: safetensors writes several in any order.
+            # A single entry, because safetensors does not fix the order of several.
             {"gradprune": json.dumps({"digest": _digest(tensors, text), "record": text})},
         )
         new.chmod(mode)

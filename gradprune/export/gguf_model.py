@@ -54,7 +54,7 @@ LAYOUTS = {
     "deci": Layout(per_layer=True, interleaved=True),
     "openelm": Layout(per_layer=True, fused_qkv=True),
 }
-# By `config.model_type`: the architecture of layers that are all alike, and the one whose layers may differ.
+# By `config.model_type`: the architecture for uniform layers, and the one whose layers may differ.
 ARCHITECTURES = {
     "llama": ("llama", "deci"),
     "mistral": ("llama", "deci"),
@@ -110,7 +110,7 @@ def lay_out(model: PreTrainedModel, *, width_multiple: int = 1) -> GGUFModel:
         ExportError: llama.cpp has no architecture that computes the same.
     """
     view, config = describe(model), model.config
-    # A removed attention block remembers the width of its heads.
+    # A removed attention block still records its head_dim.
     attention: Any = view.layers[0].get_submodule(BLOCKS["attention"].module)
     head_dim = int(attention.head_dim)
     _check_supported(config)
@@ -118,7 +118,7 @@ def lay_out(model: PreTrainedModel, *, width_multiple: int = 1) -> GGUFModel:
     architecture = _architecture(config, layers, head_dim)
     layout = LAYOUTS[architecture]
     if layout.per_layer:
-        # deci takes layer 0 for the measure of all heads, and openelm has no layer without attention.
+        # deci reads the head size from layer 0, and openelm has no layers without attention.
         required = range(len(layers)) if architecture == "openelm" else range(1)
         layers = [
             layer.with_attention(config.hidden_size, head_dim, qk_norm=config.model_type == "qwen3")

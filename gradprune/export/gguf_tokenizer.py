@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer as GGUF states it: byte-level BPE ("gpt2") or sentencepiece BPE ("llama")."""
+"""A Hugging Face tokenizer in GGUF's terms: byte-level BPE ("gpt2") or sentencepiece BPE ("llama")."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 # llama.cpp has its own code for splitting text before byte-level BPE, chosen by name: here is what each name splits
-# by. "bytes" is the splitting of `ByteLevel` itself, with use_regex.
+# by. "bytes" is `ByteLevel`'s own splitting, with use_regex.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TEKKEN = (
@@ -39,7 +39,7 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase, conf
         config: of the model, whose vocabulary may be larger than the tokenizer's: the rest becomes unused tokens.
 
     Raises:
-        ExportError: llama.cpp does not tokenize so.
+        ExportError: llama.cpp cannot reproduce its tokenization.
     """
     state = _state(tokenizer)
     model, vocab_size = state["model"], int(config.vocab_size)
@@ -141,7 +141,7 @@ def _is_byte(text: str) -> bool:
 
 
 def _space_prefix(state: dict[str, Any]) -> bool:
-    """Whether a space is put before the text; refuses any other change of it than spaces to U+2581."""
+    """Whether a space is put before the text; refuses any normalisation other than spaces to U+2581."""
     steps = [*_flat(state["normalizer"], "normalizers"), *_flat(state["pre_tokenizer"], "pretokenizers")]
     prefix = replaced = False
     for step in steps:
@@ -159,7 +159,7 @@ def _space_prefix(state: dict[str, Any]) -> bool:
 
 
 def _splitting(state: dict[str, Any]) -> tuple[str, ...]:
-    """The pre-tokenizer in the words of `_SPLITTERS`; what has none makes it unknown."""
+    """The pre-tokenizer in terms of `_SPLITTERS`; steps not listed there become "unknown"."""
     words = []
     for step in _flat(state["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
@@ -184,7 +184,7 @@ def _add_special_tokens(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase
     for name in ("bos", "eos", "unk", "pad"):
         if (index := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(index)
-    # What the post-processor puts around a text is seen on one.
+    # Tokenise a sample text to see which tokens the post-processor adds around it.
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     before, after = _around(whole, bare)

@@ -1,8 +1,8 @@
-"""Residual streams: run a model layer by layer, block by block, while what the blocks write is being changed.
+"""Residual streams: run a model layer by layer and block by block, with replaced block outputs.
 
 A decoder layer adds what its blocks write to the stream. Here a block is run up to its output projection, whose input
-is then known for all batches; what it writes is computed from that by weights of one's own, and the rest of the layer
-is run with it. So every module runs once a layer, and no weight of the model is touched.
+is then known for all batches; its output is computed from that with the caller's weights, and the rest of the layer
+runs with this output. So every module runs once per layer, and no weight of the model is touched.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,13 +23,13 @@ class _StoppedError(Exception):
 
 
 class Streams:
-    """What the layers of a model are called with for some batches; the streams themselves are the caller's.
+    """The arguments that a model's layers receive for some batches; the caller keeps the streams.
 
     first: per batch, [N, T, H], what enters the first layer.
     """
 
     def __init__(self, view: PrunableModel, batches: Sequence[Tensor]) -> None:
-        """Find out what the layers get for batches of ids, [N, T] int64 each, without running them on these."""
+        """Record the arguments that the layers receive for batches of ids, [N, T] int64 each, without running them."""
         self._view = view
         self._batches = [batch.to(view.device) for batch in batches]
         self._returned = self._count_returned(self._batches[0][:1])
@@ -79,7 +79,7 @@ class Streams:
         return torch.cat(losses).double().mean().item()
 
     def _count_returned(self, ids: Tensor) -> dict[nn.Module, int]:
-        """Of each block's module and each layer how many values it returns; 0 for a tensor that is not in a tuple."""
+        """Number of values that each block's module and each layer returns; 0 for a bare tensor."""
         counts: dict[nn.Module, int] = {}
 
         def count(module: nn.Module, _args: Any, output: Any) -> None:
@@ -91,7 +91,7 @@ class Streams:
         return counts
 
     def _record(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """What enters the first layer, and what each is called with; none of them is run."""
+        """The first layer's input, and each layer's keyword arguments; no layer is run."""
         entered: list[Tensor] = []
         arguments: list[dict[str, Any]] = []
 
@@ -108,7 +108,7 @@ class Streams:
 
     @contextmanager
     def _answering(self, given: dict[nn.Module, Tensor]) -> Iterator[None]:
-        """Modules return tensors that are given, without running."""
+        """Make modules return the given tensors without running."""
         with ExitStack() as stack:
             for module, value in given.items():
                 answer = self._answer(module, value)

@@ -32,7 +32,7 @@ def recover_checkpoint(
 ) -> dict[str, Any]:
     """Recover a model and write `model/`, `analysis/summary.json` and `run.json` into a results folder.
 
-    An interrupted job leaves a hidden folder beside the results folder, from which the same command goes on.
+    An interrupted job leaves a hidden folder beside the results folder, from which the same command resumes.
 
     Args:
         model, tokenizer: the pruned checkpoint; the model is trained in place. teacher: the dense model, or None.
@@ -41,8 +41,8 @@ def recover_checkpoint(
         console: where progress is shown.
 
     Returns:
-        The content of `summary.json`: parameters, perplexity before and after on text that was neither trained nor
-        chosen on, steps done, the step that was kept, and held-out loss by step.
+        The content of `summary.json`: parameters, perplexity before and after on text used neither for training
+        nor for choosing weights, steps done, the step that was kept, and held-out loss by step.
 
     Raises:
         GradPruneError: as `recover`, or the output folder exists.

@@ -27,7 +27,7 @@ _CHOSEN_ON, _WARM_UP = 32, 10
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a recovery gives.
+    """The result of a recovery.
 
     model: the recovered model, of the class, the widths and the dtype it had.
     steps: done in all; best_step: the one whose weights were kept, 0 where training did not help.
@@ -119,7 +119,7 @@ def _split(model: PreTrainedModel, tokens: Tensor, config: RecoveryConfig) -> tu
 def _prepare(model: PreTrainedModel, config: RecoveryConfig) -> Callable[[], None]:
     """Make the parameters that are trained trainable, and no others; returns what merges them into the model."""
     if config.method == "full":
-        # Steps are smaller than the resolution of 16-bit weights.
+        # Updates are often smaller than the resolution of 16-bit weights.
         _cast(model, torch.promote_types(model.dtype, torch.float32))
         model.requires_grad_(True)
         return lambda: None
@@ -220,7 +220,7 @@ class _Trainer:
             save_state(self.state, now, dict(self.trained), self.best, self._moments())
 
     def _planned_steps(self) -> int:
-        """Steps that fit into the minutes, from the second of two passes; checks are counted in."""
+        """Steps that fit into the time limit, checks included; timed on the second of two passes."""
         for _ in range(2):
             start = time.perf_counter()
             self.model.train()

@@ -1,4 +1,4 @@
-"""What an interrupted recovery goes on from: safetensors and JSON, nothing pickled."""
+"""The state from which an interrupted recovery resumes: safetensors and JSON, nothing pickled."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class Progress:
-    """How far a recovery is.
+    """Progress of a recovery.
 
     run: digest of its options and of the model it started from. total: steps planned; step: steps done.
     best: smallest held-out loss so far, in nats per token, of `best_step`. history: (step, loss) of every check.
@@ -45,7 +45,7 @@ def digest(options: dict[str, Any], tensors: Mapping[str, Tensor], tokens: Tenso
 
 
 def save_state(folder: Path, progress: Progress, weights: Tensors, best: Tensors, moments: Tensors) -> None:
-    """Replace the state at once: a kill leaves the one before or this one.
+    """Replace the state atomically: a kill leaves either the previous state or this one.
 
     Args:
         folder: of the state. progress: how far. weights, best: of the trained parameters. moments: the optimizer's.
@@ -63,7 +63,7 @@ def _is_state(folder: Path) -> bool:
 
 
 def load_state(folder: Path, run: str) -> tuple[Progress, Tensors, Tensors, Tensors] | None:
-    """What `save_state` saved of this run; None where there is nothing.
+    """What `save_state` saved of this run; None if there is none.
 
     Raises:
         RecoveryError: what is there is another run's.

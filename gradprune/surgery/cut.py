@@ -17,7 +17,7 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
     """Remove the groups that `masks` does not keep.
 
     The result computes what `model` would if those groups' columns of the output projections were zero. A block that
-    keeps nothing is removed together with its norm; the residual stream then passes by unchanged.
+    keeps nothing is removed together with its norm, which leaves the residual stream unchanged.
 
     Args:
         model: a supported causal LM, pruned before or not.

@@ -10,9 +10,9 @@ residual stream after it to where the dense model has it:
 
     t = W x + blend ((stream before, dense) - (stream before, pruned) + W x_dense - W x).
 
-blend 0 changes least and suits few samples; a blend above 0 also takes back what earlier blocks lost. ridge is relative
-to the mean of G_KK's diagonal. No bias is added and no shape changes. (Least-squares reconstruction of a pruned layer's
-output: He et al. 2017, arXiv:1707.06168.)
+blend 0 changes least and suits few samples; a blend above 0 also compensates for the errors of earlier blocks. ridge is
+relative to the mean of G_KK's diagonal. No bias is added and no shape changes. (Least-squares reconstruction of a
+pruned layer's output: He et al. 2017, arXiv:1707.06168.)
 """
 
 import bisect
@@ -109,7 +109,7 @@ def least_squares(
         best = pass_layers(samples, blends=blends[:1])[0]
     else:
         tried = pass_layers(part, blends=blends)
-        # Of equals, the first.
+        # On ties, the first.
         best = min(tried, key=lambda path: math.inf if math.isnan(path.loss) else path.loss)
         if len(part) < len(samples):
             best = pass_layers(samples, blends=(best.blend,))[0]
@@ -123,7 +123,7 @@ def least_squares(
 
 
 def _first_samples(samples: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The first batches that have together what a blend is chosen on."""
+    """The first batches, enough to choose a blend on."""
     needed = max(TRIAL_SAMPLES, sum(map(len, samples)) // 4)
     ends = list(itertools.accumulate(map(len, samples)))
     return samples[: 1 + bisect.bisect_left(ends, needed)]
@@ -133,7 +133,7 @@ def _first_samples(samples: Sequence[Tensor]) -> Sequence[Tensor]:
 class _Path:
     """The model pruned and repaired so far with one blend.
 
-    streams: per batch, [N, T, H] before the layer at hand. solved: weights [O, I] that are not the model's own.
+    streams: per batch, [N, T, H] before the current layer. solved: weights [O, I] that are not the model's own.
     loss: on the held-out samples, once all layers are passed.
     """
 
@@ -154,7 +154,7 @@ def _solve_all(
     ridges: Sequence[float],
     step: Callable[[], None],
 ) -> list[_Path]:
-    """One path a blend; all pass the layers side by side, and share the dense model's stream."""
+    """One path per blend; all advance layer by layer together and share the dense model's stream."""
     streams = Streams(view, [*samples, *held_out])
     paths = [_Path(blend, list(streams.first)) for blend in blends]
     dense = _Dense(streams) if any(blends) else None
@@ -173,7 +173,7 @@ def _solve_all(
 
 
 class _Dense:
-    """The dense model's stream: before the layer at hand, after it, and what its blocks write, per batch."""
+    """The dense model's stream: before the current layer, after it, and what its blocks write, per batch."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
@@ -182,7 +182,7 @@ class _Dense:
         self.written: list[dict[nn.Module, Tensor]] = []
 
     def pass_layer(self, layer: int) -> None:
-        """Let it through one more layer."""
+        """Advance by one layer."""
         self.before = self.after
         passed = [self._streams.layer_and_written(layer, batch, stream) for batch, stream in enumerate(self.before)]
         self.after, self.written = [after for after, _ in passed], [written for _, written in passed]
@@ -197,8 +197,8 @@ def _pass_layer(
     samples: int,
     ridges: Sequence[float],
 ) -> None:
-    """Solve a layer's blocks in the data's order, and let the path's stream through them."""
-    # What the dense stream is ahead of the path's, and per batch what the layer's blocks have written.
+    """Solve a layer's blocks in order of execution, and pass the path's stream through them."""
+    # Dense stream minus the path's stream; and per batch, the outputs of the layer's blocks so far.
     ahead = None if dense is None else [d - p for d, p in zip(dense.before, path.streams, strict=True)]
     written: list[dict[nn.Module, Tensor]] = [{} for _ in path.streams]
     for block, kept in blocks:
@@ -232,7 +232,7 @@ def _write(block: Block, x: Tensor, solved: dict[nn.Linear, Tensor]) -> Tensor:
 def _solve_block(
     block: Block, kept: Tensor, moments: Sequence["_Moments"], blend: float, ridges: Sequence[float]
 ) -> tuple[Tensor, BlockRepair]:
-    """The weight [O, I] with zeros in the columns that go; solved on the first moments, judged on the last."""
+    """The weight [O, I] with zeros in the pruned columns; solved on the first moments, evaluated on the last."""
     weight = block.output.linear.weight
     columns = block.output.columns_of(kept.nonzero().flatten()).to(weight.device)
     before = weight[:, columns].double()
@@ -250,9 +250,9 @@ def _solve_block(
 
 @dataclass(frozen=True)
 class _Moments:
-    """Sums over tokens, with z what brings the stream to where the dense one is.
+    """Sums over tokens, with z the block output that would make the stream equal to the dense one.
 
-    gram: [I, I], x x^T. cross: [O, I], z x^T. square: [], ||z||^2. The last two are zero where no blend needs them.
+    gram: [I, I], x x^T. cross: [O, I], z x^T. square: [], ||z||^2. The last two are zero if no blend needs them.
     """
 
     gram: Tensor
@@ -260,7 +260,7 @@ class _Moments:
     square: Tensor
 
     def kept(self, weight: Tensor, columns: Tensor, blend: float) -> "_KeptMoments":
-        """Those that solving for the kept columns takes, of the target t = W x + blend (z - W x)."""
+        """The moments needed to solve for the kept columns, for the target t = W x + blend (z - W x)."""
         weight, gram, cross = weight.double(), self.gram.double(), self.cross.double()
         own = weight @ gram
         target = torch.lerp(own, cross, blend)
@@ -276,7 +276,7 @@ class _Moments:
 class _KeptMoments:
     """Sums over tokens: gram x_K x_K^T [K, K], cross t x_K^T [O, K], square ||t||^2 [], all fp64.
 
-    measured: in which type they were summed; an error needs no more.
+    measured: the dtype they were summed in, which is precise enough for the error.
     """
 
     gram: Tensor
@@ -294,7 +294,7 @@ class _KeptMoments:
 
 
 def _moments(block: Block, inputs: Sequence[Tensor], wanted: Sequence[Tensor] | None) -> _Moments:
-    """Of a block's inputs x [N, T, I], and of what the block would have to write [N, T, O] to be level with the dense.
+    """Of a block's inputs x [N, T, I], and of the outputs [N, T, O] that would make the stream equal to the dense one.
 
     Raises:
         NonFiniteError: an input is NaN or infinite.
@@ -321,7 +321,7 @@ def _moments(block: Block, inputs: Sequence[Tensor], wanted: Sequence[Tensor] | 
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """[] the sum of products, to the same bits at any number of threads: they never share one sum."""
+    """[] the sum of products, to the same bits at any number of threads: no sum is split between threads."""
     return (left * right).sum(0).sum()
 
 

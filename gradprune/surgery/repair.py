@@ -1,4 +1,4 @@
-"""The repairs: what can be done about the weights that stay, before the others are cut.
+"""The repairs: ways to re-solve the remaining weights before the pruned ones are cut.
 
 A repair is a function of the run and of what each block keeps. It changes the weights of the whole model in place (the
 caller restores them where the dense model is still needed) and says what it did to each block.
