@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gradprune.calibration.gram import one_thread
 from gradprune.errors import CalibrationError, NonFiniteError
 from gradprune.models.loss import sample_losses
 
@@ -82,7 +83,8 @@ def fit(model: LlamaForCausalLM, recipe: DemoTraining, tokens: Tensor, console: 
     others = [parameter for parameter in trained if id(parameter) not in chosen]
     muon = Muon(matrices, weight_decay=recipe.weight_decay)
     adam = torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    with _one_thread(), _bar(console, recipe.steps) as show:
+    # At this size a second thread gains little, and costs ten times as much when its core is busy.
+    with one_thread(), _bar(console, recipe.steps) as show:
         for step, windows in enumerate(_windows(recipe, tokens)):
             loss = sample_losses(model, windows).mean()
             if not loss.isfinite():
@@ -185,17 +187,6 @@ def _windows(recipe: DemoTraining, tokens: Tensor) -> Iterator[Tensor]:
     for _ in range(recipe.steps):
         starts = torch.randint(len(tokens) - recipe.seq_len, (recipe.batch_size, 1), generator=generator)
         yield tokens[starts + within]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread: at this size a second one gains little, and costs ten times as much when its core is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager
