@@ -260,6 +260,20 @@ def recover(
 
 
 @app.command(cls=StagedCommand)
+def push(
+    model: Annotated[str, typer.Option(help="Checkpoint that gradprune wrote.", rich_help_panel="Model")],
+    repo: Annotated[str, typer.Option(help="Repository on the hub, as user/name.", rich_help_panel="Output")],
+    private: Annotated[
+        bool, typer.Option("--private", help="A new repository is private.", rich_help_panel="Output")
+    ] = False,
+) -> None:
+    """Share a pruned checkpoint on the Hugging Face hub."""
+    from gradprune.checkpoint.push import push_checkpoint
+
+    OUT.print(push_checkpoint(model, repo, private=private), soft_wrap=True)
+
+
+@app.command(cls=StagedCommand)
 def info(as_json: AsJson = False) -> None:
     """Show versions, devices, and which backends work here."""
     from gradprune.environment import environment

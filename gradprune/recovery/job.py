@@ -1,6 +1,7 @@
 """The whole job of `gradprune recover`: measure, train, measure again, write a checkpoint."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from gradprune.evaluation.size import model_size
 from gradprune.progress import QUIET
 from gradprune.recovery.options import RecoveryConfig
 from gradprune.recovery.recover import recover
+from gradprune.report.card import write_recovered_card
 from gradprune.report.strict_json import write_json
 from gradprune.version import __version__
 
@@ -67,6 +69,7 @@ def recover_checkpoint(
         }
         with atomic_directory(output, overwrite=places.overwrite, argument="output_name") as folder:
             save_checkpoint(found.model, tokenizer, folder / "model")
+            write_recovered_card(folder / "model", found.model.config, Path(str(places.base_model)), summary)
             (folder / "analysis").mkdir()
             write_json(folder / "analysis" / "summary.json", summary)
             write_json(folder / "run.json", {"config": asdict(config), "versions": {"gradprune": __version__}})

@@ -15,6 +15,7 @@ from gradprune.checkpoint.save import write_checkpoint
 from gradprune.config import PruneConfig, again, command_line
 from gradprune.models import KINDS, BlockKey
 from gradprune.models.masks import GroupMasks
+from gradprune.report.card import write_card
 from gradprune.report.html import write_report
 from gradprune.report.strict_json import write_json
 from gradprune.report.tables import describe_scoring
@@ -86,6 +87,7 @@ def write_results(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None
             write_json(analysis / "search.json", search_to_dict(result.search, result.config))
         plots = write_plots(result.gradients.steps, folder / "gradient_analysis")
         summary, record = summarize(result), _run_record(result)
+        write_card(folder / "model", result.model.config, result.config, summary)
         write_json(analysis / "summary.json", summary)
         write_json(folder / "run.json", record)
         write_report(folder / "report.html", summary, record, gradients, plots, result.search)

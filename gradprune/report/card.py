@@ -1,0 +1,186 @@
+"""The model card: `README.md` beside the weights, which the Hugging Face hub shows and reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from transformers import PreTrainedConfig
+from transformers.utils.hub import cached_file
+
+from gradprune.checkpoint.card_head import CARD, TAG, card_head
+from gradprune.checkpoint.gguf_source import find_gguf
+from gradprune.checkpoint.push import PLACE
+from gradprune.config import OPTIONS, PruneConfig, command_line
+from gradprune.hub import hub_fault
+from gradprune.models import KINDS
+from gradprune.models.modeling_gradprune import per_layer_overrides
+from gradprune.report.rows import layer_rows, summary_rows
+from gradprune.version import __version__
+
+# Speed differs from run to run, and a checkpoint has the same bytes every time.
+_NOT_SHOWN = ("tokens per second",)
+_LICENSE = ("license", "license_name", "license_link")
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The dense model.
+
+    name: for people. hub_id: None where it is not known. license: entries of the card's head.
+    """
+
+    name: str
+    hub_id: str | None
+    license: dict[str, Any]
+
+
+def write_card(folder: Path, model: PreTrainedConfig, config: PruneConfig, summary: dict[str, Any]) -> None:
+    """Write the card of a pruned checkpoint. No path of this machine is in it.
+
+    Args:
+        folder: with the checkpoint.
+        model: its configuration.
+        config: the options of the run.
+        summary: the content of `analysis/summary.json`.
+    """
+    base = _base(config.base_model, model)
+    head = ModelCardData(
+        base_model=base.hub_id,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[TAG, "pruned", "structured-pruning"],
+        **base.license,
+    )
+    sections = [
+        f"# {base.name} pruned by {summary['pruning_ratio']['achieved']:.1%}",
+        _how(base, config, summary),
+        "## Measured",
+        _measured(summary),
+        "## Layers",
+        _table(("layer", *(cell for kind in KINDS for cell in (kind.groups, "kept"))), layer_rows(summary)),
+        "## Loading",
+        _loading(model),
+    ]
+    _write(folder, head.to_yaml(), "\n\n".join(sections))
+
+
+def write_recovered_card(folder: Path, model: PreTrainedConfig, source: Path, summary: dict[str, Any]) -> None:
+    """Write the card of a checkpoint that was trained after pruning: the card it had before, and what training did.
+
+    Args:
+        folder: with the trained checkpoint.
+        model: its configuration.
+        source: the folder of the pruned checkpoint; without a card of gradprune's, the new one is short.
+        summary: the content of the recovery's `analysis/summary.json`.
+    """
+    head = card_head(source)
+    before, after = summary["perplexity"]["before"], summary["perplexity"]["after"]
+    recovered = (
+        f"## Recovery\n\nTrained for {summary['best_step']:,} steps after pruning, by `gradprune recover` of version "
+        f"{__version__}. Perplexity on held-out text of that run: {before:.3f} before, {after:.3f} after."
+    )
+    if TAG in head.get("tags", ()):
+        text = (source / CARD).read_text(encoding="utf-8").split("---\n", 2)[2].strip()
+    else:
+        head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [TAG, "pruned"]}
+        text = f"# A pruned model\n\n## Loading\n\n{_loading(model)}"
+    _write(folder, ModelCardData(**head).to_yaml(), f"{text}\n\n{recovered}")
+
+
+def _write(folder: Path, head: str, text: str) -> None:
+    (folder / CARD).write_text(f"---\n{head}\n---\n\n{text}\n", encoding="utf-8", errors="backslashreplace")
+
+
+def _base(base_model: str | None, model: PreTrainedConfig) -> _Base:
+    if base_model is None:
+        return _Base(f"A {model.model_type} model", None, {})
+    folder = Path(base_model)
+    if folder.is_dir():
+        head = card_head(folder)
+        # A model that is pruned once more is still derived from the same one.
+        hub_id = head.get("base_model") if TAG in head.get("tags", ()) else None
+        return _Base(folder.absolute().name, hub_id if isinstance(hub_id, str) else None, _license(head))
+    if find_gguf(base_model) is not None:
+        return _Base(folder.stem, None, {})
+    card = cached_file(
+        base_model,
+        CARD,
+        local_files_only=hub_fault() is not None,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return _Base(base_model, base_model, {} if card is None else _license(card_head(Path(card).parent)))
+
+
+def _license(head: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name in _LICENSE if isinstance(value := head.get(name), str)}
+
+
+def _how(base: _Base, config: PruneConfig, summary: dict[str, Any]) -> str:
+    before, after = summary["parameters"]["before"], summary["parameters"]["after"]
+    calibration = summary["calibration"]
+    text = (
+        f"{base.name} with {after:,} of its {before:,} parameters: gradprune {__version__} removed the KV groups and "
+        f"MLP channels with the least `{config.importance_method}` importance over the whole model, measured on "
+        f"{calibration['num_samples']} samples of {calibration['seq_len']} tokens."
+    )
+    if config.repair != "none":
+        text += " The output projections of pruned blocks were re-solved by least squares."
+    return f"{text}\n\n```sh\n{command_line(_shown(base, config))}\n```"
+
+
+def _shown(base: _Base, config: PruneConfig) -> PruneConfig:
+    """The options without folders of this machine."""
+    shown: dict[str, Any] = {
+        name: OPTIONS[name].default for name in ("output_dir", "output_name", "overwrite", "resume")
+    }
+    for name in ("dataset", "eval_dataset", "evidence_file", "tasks"):
+        if (value := getattr(config, name)) is not None:
+            shown[name] = ",".join(Path(part).name for part in value.split(","))
+    if config.base_model is not None:
+        shown["base_model"] = base.hub_id or Path(config.base_model).name
+    return replace(config, **shown)
+
+
+def _measured(summary: dict[str, Any]) -> str:
+    rows = [row for row in summary_rows(summary) if row[0] not in _NOT_SHOWN]
+    text = "held-out text" if summary["evaluation_held_out"] else "text that was also used for calibration"
+    return (
+        f"{_table(('', 'dense', 'pruned', 'pruned / dense'), rows)}\n\n"
+        f"Perplexity is of {summary['evaluation_tokens']:,} tokens of {text}."
+    )
+
+
+def _loading(model: PreTrainedConfig) -> str:
+    """How to load the checkpoint in each runtime."""
+    layers = per_layer_overrides(model)
+    if not layers:
+        return f"A plain `{model.model_type}` checkpoint: whatever loads the dense model loads it.\n\n{_python('')}"
+    without = [index for index, own in layers.items() if "attention" in own.get("skip", ())]
+    vllm = (
+        f"- vLLM does not load it: layers {', '.join(map(str, without))} have no attention block."
+        if without
+        else f"- vLLM, by its Transformers backend: `vllm serve {PLACE} --trust-remote-code`"
+    )
+    lines = [
+        "Layers differ in width, so a modelling file lies beside the weights; it needs torch and transformers only.\n\n"
+        f"{_python(', trust_remote_code=True')}\n",
+        vllm,
+        f"- llama.cpp, after `gradprune export --model {PLACE} --output model.gguf`: `llama-cli -m model.gguf`",
+    ]
+    return "\n".join(lines)
+
+
+def _python(argument: str) -> str:
+    return (
+        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{PLACE}"{argument})\n```'
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))

@@ -1,0 +1,116 @@
+"""The model card that lies beside every checkpoint's weights."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+
+from gradprune import PruneConfig
+from gradprune.checkpoint.load import load_model
+from gradprune.checkpoint.save import save_checkpoint
+from gradprune.recovery.job import recover_checkpoint
+from gradprune.recovery.options import RecoveryConfig
+from gradprune.report.card import write_card, write_recovered_card
+from helpers.pipeline_runs import TOKENS, run
+from helpers.tiny_models import tiny_model
+
+HEAD = "---\nlicense: other\nlicense_name: small\nlicense_link: LICENSE\nbase_model: someone/else\n---\n\n# Dense\n"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three runs on one dense model whose card has `HEAD`: uneven, plain, and without attention in some layers."""
+    folder = tmp_path_factory.mktemp("card")
+    save_checkpoint(tiny_model(), None, folder / "secret" / "dense")
+    (folder / "secret" / "dense" / "README.md").write_text(HEAD)
+    usual = {"base_model": str(folder / "secret" / "dense"), "output_dir": str(folder)}
+    run(tiny_model(), output_name="uneven", **usual)
+    run(tiny_model(), output_name="plain", uniform=True, **usual)
+    run(tiny_model(), output_name="without", attention_factor=1e-6, pruning_ratio=0.3, **usual)
+    return folder
+
+
+def card_of(results: Path, name: str = "uneven") -> ModelCard:
+    return ModelCard.load(results / name / "model" / "README.md")
+
+
+def written_again(results: Path, folder: Path, head: str) -> ModelCard:
+    """The card of the first run, had the dense model's card another head."""
+    (folder / "README.md").write_text(head)
+    summary = json.loads((results / "uneven" / "analysis" / "summary.json").read_text())
+    write_card(folder, tiny_model().config, PruneConfig(base_model=str(folder)), summary)
+    return ModelCard.load(folder / "README.md")
+
+
+def test_it_says_what_was_pruned_how_and_what_was_measured(results: Path) -> None:
+    card = card_of(results)
+    assert card.data.library_name == "transformers"
+    assert "gradprune" in card.data.tags
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "small", "LICENSE")
+    # What the dense model was made from is not what this one was.
+    assert card.data.base_model is None
+    assert re.search(r"^# dense pruned by (1\d\.\d|20\.0)%$", card.text, flags=re.MULTILINE)
+    assert "| perplexity | " in card.text
+    assert "`group_fisher`" in card.text
+    assert "gradprune prune --base_model dense --num_samples 8" in card.text
+    assert "AutoModelForCausalLM.from_pretrained" in card.text
+
+
+def test_it_holds_no_path_of_this_machine_and_no_time(results: Path) -> None:
+    text = str(card_of(results))
+    assert str(results) not in text
+    assert "secret" not in text
+    assert "second" not in text
+
+
+def test_a_plain_checkpoint_needs_no_remote_code(results: Path) -> None:
+    assert "trust_remote_code=True" in card_of(results).text
+    assert "trust_remote_code" not in card_of(results, "plain").text
+    assert "A plain `llama` checkpoint" in card_of(results, "plain").text
+
+
+def test_vllm_is_not_promised_without_attention(results: Path) -> None:
+    assert "vllm serve" in card_of(results).text
+    text = card_of(results, "without").text
+    assert "vllm serve" not in text
+    assert "have no attention block" in text
+
+
+@pytest.mark.parametrize("head", ["---\n: [\n---\n", "---\n- a\n---\n", "no head", "---\nlicense: 3\n---\n"])
+def test_a_damaged_card_of_the_dense_model_does_not_matter(results: Path, tmp_path: Path, head: str) -> None:
+    assert written_again(results, tmp_path, head).data.license is None
+
+
+def test_a_model_that_is_pruned_again_keeps_its_origin(results: Path, tmp_path: Path) -> None:
+    head = HEAD.replace("license: other", "tags: [gradprune]\nlicense: mit")
+    card = written_again(results, tmp_path, head)
+    assert card.data.base_model == "someone/else"
+    assert card.data.license == "mit"
+    assert "--base_model someone/else" in card.text
+
+
+def test_recovery_adds_to_the_card(results: Path, tmp_path: Path) -> None:
+    before, folder = card_of(results), results / "uneven" / "model"
+    model, _ = load_model(folder, dtype="float32")
+    np.save(tmp_path / "ids.npy", TOKENS.numpy())
+    places = PruneConfig(
+        base_model=str(folder), dataset=str(tmp_path / "ids.npy"), output_dir=str(tmp_path), output_name="better"
+    )
+    config = RecoveryConfig(method="full", loss="lm", steps=2, seq_len=16, checks=1)
+    recover_checkpoint(model, None, None, config, places)
+    card = ModelCard.load(tmp_path / "better" / "model" / "README.md")
+    assert card.data.to_dict() == before.data.to_dict()
+    assert card.text.startswith(before.text.rstrip())
+    assert "## Recovery" in card.text
+    assert str(tmp_path) not in card.text
+
+
+def test_recovery_of_a_checkpoint_without_a_card(tmp_path: Path) -> None:
+    summary = {"perplexity": {"before": 3.0, "after": 2.0}, "best_step": 5}
+    write_recovered_card(tmp_path, tiny_model().config, tmp_path / "nowhere", summary)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "gradprune" in card.data.tags
+    assert "3.000 before, 2.000 after" in card.text
