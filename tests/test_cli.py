@@ -181,7 +181,18 @@ def test_info_says_why_a_backend_does_not_work(gradprune) -> None:
 
 def test_help_fits_80_columns(gradprune, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    for command in ([], ["prune"], ["search"], ["demo"], ["diagnose"], ["eval"], ["export"], ["recover"], ["info"]):
+    for command in (
+        [],
+        ["prune"],
+        ["search"],
+        ["demo"],
+        ["diagnose"],
+        ["eval"],
+        ["export"],
+        ["recover"],
+        ["push"],
+        ["info"],
+    ):
         code, out, _ = gradprune(*command, "--help")
         assert code == 0
         assert max(map(len, out.splitlines())) <= 80
