@@ -81,7 +81,7 @@ def gradprune(
 
 
 @app.command(cls=StagedCommand)
-@takes(*PARTS, several={"pruning_ratio": "Several, as 0.1,0.2,0.3, are pruned from one calibration."})
+@takes(*PARTS, several={"pruning_ratio": "Several, as 0.1,0.2,0.3, are pruned from one calibration."}, from_file=True)
 def prune(
     options: dict[str, Any],
     fix_gradient_vanishing: Annotated[
@@ -106,7 +106,7 @@ def prune(
 
 
 @app.command(cls=StagedCommand)
-@takes(Model, Data, Calibration, "prior", Search, Constraints, Repair, Output)
+@takes(Model, Data, Calibration, "prior", Search, Constraints, Repair, Output, from_file=True)
 def search(options: dict[str, Any]) -> None:
     """Choose the scoring by held-out loss, and prune with it."""
     _prune(_config({**options, "importance_method": "auto"}, f"search-{options['pruning_ratio']:g}"))
@@ -133,6 +133,7 @@ def demo(options: dict[str, Any]) -> None:
     *("reduction", "backend", "use_gradient_checkpointing"),
     defaults={"seq_len": 256, "num_samples": 32},
     several={"seq_len": "Several, as 128,256,512, are compared."},
+    from_file=True,
 )
 def diagnose(options: dict[str, Any], as_json: AsJson = False) -> None:
     """Show every layer's gradients, and whether they vanish."""
@@ -157,6 +158,7 @@ def diagnose(options: dict[str, Any], as_json: AsJson = False) -> None:
 @takes(
     *("device", "dtype", "trust_remote_code"),
     *("dataset", "seq_len", "batch_size", "eval_samples", "tasks", "task_questions"),
+    from_file=True,
 )
 def evaluate(
     options: dict[str, Any],
@@ -235,6 +237,7 @@ def export(
     *("device", "dtype", "trust_remote_code", "dataset", "eval_dataset"),
     RecoveryConfig,
     *("output_dir", "output_name", "overwrite"),
+    from_file=True,
 )
 def recover(
     options: dict[str, Any],

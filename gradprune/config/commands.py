@@ -9,11 +9,15 @@ import typer
 from typer.core import TyperCommand
 
 from gradprune.config.option import Option, Options, options_of
+from gradprune.config.options_file import options_from_file
 from gradprune.config.prune_config import OPTIONS
 from gradprune.errors import ConfigError
 
 # Longer lists of choices stand in the help text instead of beside the option's name.
 _LONGEST_CHOICES = 45
+
+# The parameter that names a file of options.
+_CONFIG = "config"
 
 Command = Callable[..., None]
 
@@ -38,6 +42,7 @@ def takes(
     *wanted: type[Options] | str,
     defaults: Mapping[str, Any] | None = None,
     several: Mapping[str, str] | None = None,
+    from_file: bool = False,
 ) -> Callable[[Command], Command]:
     """Give a typer command options as parameters.
 
@@ -48,6 +53,7 @@ def takes(
         defaults: by name, where the command's default is not the option's.
         several: by name of an option that takes several numbers separated by commas, what these are for. Their value
             in the mapping is a list of numbers, each once and within the option's domain.
+        from_file: whether `--config` names a file that all parameters may stand in, too.
     """
     options: dict[str, Option] = {}
     for each in wanted:
@@ -58,6 +64,7 @@ def takes(
     def decorate(function: Command) -> Command:
         @wraps(function)
         def command(**given: Any) -> None:
+            given.pop(_CONFIG, None)
             values = {name: given.pop(name) for name in options}
             values.update({name: _numbers(options[name], values[name]) for name in several})
             function(values, **given)
@@ -66,7 +73,7 @@ def takes(
             _parameter(option, defaults.get(name, option.default), several.get(name))
             for name, option in options.items()
         ]
-        own = list(inspect.signature(function).parameters.values())[1:]
+        own = list(inspect.signature(function).parameters.values())[1:] + ([_config_parameter()] if from_file else [])
         parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*made, *own)]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -90,6 +97,25 @@ def _parameter(option: Option, default: Any, several: str | None) -> inspect.Par
         default=f"{default:g}" if several else default,
         annotation=Annotated[str if several else option.type, info],
     )
+
+
+def _config_parameter() -> inspect.Parameter:
+    info = typer.Option(
+        help="YAML file of options, or the run.json of a run; the command line comes first.",
+        callback=_read_config,
+        is_eager=True,
+    )
+    return inspect.Parameter(
+        _CONFIG, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, info]
+    )
+
+
+def _read_config(context: typer.Context, value: str | None) -> str | None:
+    """Make what the file says the defaults of the command's parameters, which are read after this one."""
+    if value is not None:
+        taken = [str(parameter.name) for parameter in context.command.params if parameter.name not in (_CONFIG, "help")]
+        context.default_map = options_from_file(value, taken, str(context.info_name))
+    return value
 
 
 def _numbers(option: Option, text: str) -> list[Any]:

@@ -72,8 +72,16 @@ def recover_checkpoint(
             write_recovered_card(folder / "model", found.model.config, Path(str(places.base_model)), summary)
             (folder / "analysis").mkdir()
             write_json(folder / "analysis" / "summary.json", summary)
-            write_json(folder / "run.json", {"config": asdict(config), "versions": {"gradprune": __version__}})
+            record = {"config": _recorded(config, places, teacher), "versions": {"gradprune": __version__}}
+            write_json(folder / "run.json", record)
     return summary
+
+
+def _recorded(config: RecoveryConfig, places: PruneConfig, teacher: PreTrainedModel | None) -> dict[str, Any]:
+    """The options of the command, by their names."""
+    named = {name: getattr(places, name) for name in ("dataset", "eval_dataset", "output_dir", "output_name")}
+    taught_by = None if teacher is None else teacher.name_or_path or None
+    return {"model": places.base_model, "teacher": taught_by, **named, **asdict(config)}
 
 
 def _perplexity(model: PreTrainedModel, tokens: Tensor, config: RecoveryConfig, console: Console) -> float:

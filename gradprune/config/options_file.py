@@ -1,0 +1,61 @@
+"""`--config FILE`: options of a command from a YAML file, or from the `run.json` of an earlier run."""
+
+from collections.abc import Collection
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gradprune.config.prune_config import OLDER_NAMES, OPTIONS
+from gradprune.errors import ConfigError, one_line
+
+_NOTHING = ("null", "~", "")
+
+
+def options_from_file(path: str, taken: Collection[str], command: str) -> dict[str, str]:
+    """The options that a file gives, as text, as they would stand on the command line.
+
+    Args:
+        path: a YAML file that maps names to values, of which a list means several and null means none; or a `run.json`,
+            whose options that this command does not take are left out.
+        taken: names of the options that the command takes.
+        command: its name, for messages.
+
+    Raises:
+        ConfigError: the file cannot be read, holds no mapping, or names an option that the command does not take.
+    """
+    given = _mapping(path)
+    recorded = given.get("config")
+    options = recorded if isinstance(recorded, dict) else given
+    found: dict[str, str] = {}
+    for key, value in options.items():
+        name = str(key).replace("-", "_")
+        name = OLDER_NAMES.get(name, name)
+        if name not in taken:
+            if options is recorded and name in OPTIONS:
+                continue
+            raise ConfigError(
+                f"config: '{key}' in '{path}' is no option of gradprune {command}; {_nearest(name, taken)} is nearest"
+            )
+        if isinstance(value, dict) or (isinstance(value, list) and not all(isinstance(each, str) for each in value)):
+            raise ConfigError(f"config: '{key}' in '{path}' is neither a value nor a list of values")
+        text = ",".join(value) if isinstance(value, list) else value
+        if text not in _NOTHING:
+            found[name] = text
+    return found
+
+
+def _mapping(path: str) -> dict[Any, Any]:
+    try:
+        # Every value stays text, so that it means what it means on the command line. JSON is YAML, too.
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"config: '{path}' cannot be read as YAML: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config: '{path}' maps no names of options to values")
+    return content
+
+
+def _nearest(name: str, taken: Collection[str]) -> str:
+    return get_close_matches(name, taken, n=1, cutoff=0.0)[0]
