@@ -22,6 +22,7 @@ from gradprune.evaluation.perplexity import Perplexity, perplexity
 from gradprune.evaluation.size import model_size
 from gradprune.evaluation.speed import throughput
 from gradprune.evaluation.tasks import TaskAccuracy, check_tasks, evaluate_tasks
+from gradprune.export.serve import check_serve
 from gradprune.memory import memory_advice
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
@@ -141,6 +142,7 @@ def _start(
     groups = empty_table(view)
     for each in configs:
         check_reachable(groups, each.pruning_ratio, view.parameters, each.constraints)
+    check_serve(view, tokenizer, config.constraints)
     select_ops(config.backend, model.device.type)
     if config.tasks is not None:
         check_tasks(config.tasks.split(","), tokenizer)

@@ -3,6 +3,7 @@
 The first line of a group's docstring is its title in `gradprune prune --help` and in `docs/options.md`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,6 +19,8 @@ ReductionName = Literal["sample", "batch"]
 Prior = Literal["removal", "similarity", "taylor"]
 Normalize = Literal["none", "log", "minmax", "zscore", "sqrt"]
 NormalizePer = Literal["layer", "block"]
+# What the result is loaded by; see `docs/serving.md`.
+Serve = Literal["hf", "vllm", "gguf", "uniform"]
 RepairName = Literal["none", "least_squares"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 # Who computes the importance ops, and the gradient ops; see `gradprune.ops.dispatch`.
@@ -152,14 +155,41 @@ class Constraints(Options):
         "Drop layers that keep a smaller fraction.",
         numbers("between 0 and 1", lambda x: 0.0 <= x <= 1.0),
     )
+    serve: Serve | None = option(
+        None,
+        "Prune to what this loads, and write its file: hf, vllm, gguf (llama.cpp), or uniform, which anything loads.",
+    )
+    tensor_parallel: int = option(1, "Devices that vLLM is to split the result over.", at_least(1))
+
+    @property
+    def same_widths(self) -> bool:
+        """Whether all layers keep the same widths."""
+        return self.uniform or self.serve == "uniform"
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether every layer keeps attention."""
+        return self.serve == "vllm"
+
+    def multiple(self, *, rounded: bool) -> int:
+        """A pruned block keeps a multiple of this many groups; `rounded`: of a kind that `round_to` is for."""
+        # llama.cpp's common types store 32 values at a time.
+        own = math.lcm(self.round_to, 32 if self.serve == "gguf" else 1) if rounded else 1
+        return math.lcm(own, self.tensor_parallel)
 
     def check_together(self) -> None:
-        """Frozen layers keep their width, and uniform layers share one."""
+        """Frozen layers keep their width, and uniform layers share one; vLLM needs attention, and splits the widths."""
         super().check_together()
-        if self.uniform and (self.freeze_first_n_layers or self.freeze_last_n_layers):
+        if self.same_widths and (self.freeze_first_n_layers or self.freeze_last_n_layers):
             raise ConfigError(
-                "uniform: cannot be combined with freeze_first_n_layers or freeze_last_n_layers; "
-                "frozen layers keep their width, so all layers would"
+                f"{'uniform' if self.uniform else 'serve'}: cannot be combined with freeze_first_n_layers or "
+                "freeze_last_n_layers; frozen layers keep their width, so all layers would"
+            )
+        if self.keeps_attention and self.epsilon > 0.0:
+            raise ConfigError("epsilon: drops whole layers, but vllm (serve) needs attention in each; leave one out")
+        if self.tensor_parallel > 1 and self.serve not in ("vllm", "uniform"):
+            raise ConfigError(
+                f"tensor_parallel: {self.tensor_parallel} is for results that vLLM loads; add --serve vllm, or uniform"
             )
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradprune.errors import ExportError
-from gradprune.export.gguf_model import GGUFModel, GGUFTensor, lay_out
+from gradprune.export.gguf_model import GGUFModel, GGUFTensor, check_config, lay_out
 from gradprune.export.gguf_tokenizer import add_tokenizer
 
 if TYPE_CHECKING:
@@ -55,9 +55,7 @@ def export_gguf(
     """
     if outtype not in get_args(Outtype):
         raise ExportError(f"outtype: '{outtype}' is unknown; choose one of {', '.join(get_args(Outtype))}")
-    gguf = _library()
-    if tokenizer is None:
-        raise ExportError("model: it has no tokenizer, which llama.cpp needs; add the tokenizer's files")
+    gguf, tokenizer = _library(), _needed(tokenizer)
     laid_out = lay_out(model, width_multiple=_BLOCK if outtype == "q8_0" else 1)
     with _atomic_file(Path(output), overwrite=overwrite) as path:
         writer = gguf.GGUFWriter(path, laid_out.architecture)
@@ -67,6 +65,28 @@ def export_gguf(
         laid_out.add_keys(writer)
         add_tokenizer(writer, tokenizer, model.config)
         _write(writer, laid_out, outtype)
+
+
+def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, alike: bool) -> None:
+    """Refuse a model that `export_gguf` would refuse once it is pruned.
+
+    Args:
+        model, tokenizer: before pruning.
+        alike: whether its layers will all have the same widths.
+
+    Raises:
+        ExportError: with the reason.
+    """
+    gguf = _library()
+    check_config(model.config, alike=alike)
+    # Without a file: it only collects.
+    add_tokenizer(gguf.GGUFWriter(None, "llama"), _needed(tokenizer), model.config)
+
+
+def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise ExportError("model: it has no tokenizer, which llama.cpp needs; add the tokenizer's files")
+    return tokenizer
 
 
 def _library() -> Any:

@@ -113,7 +113,7 @@ def lay_out(model: PreTrainedModel, *, width_multiple: int = 1) -> GGUFModel:
     # A removed attention block still records its head_dim.
     attention: Any = view.layers[0].get_submodule(BLOCKS["attention"].module)
     head_dim = int(attention.head_dim)
-    _check_supported(config)
+    check_config(config, alike=True)
     layers = read_layers(view, width_multiple)
     architecture = _architecture(config, layers, head_dim)
     layout = LAYOUTS[architecture]
@@ -145,8 +145,16 @@ def _context(config: PreTrainedConfig) -> int:
     return longest if window is None else min(longest, int(window))
 
 
-def _check_supported(config: PreTrainedConfig) -> None:
-    """Refuse what none of the architectures computes."""
+def check_config(config: PreTrainedConfig, *, alike: bool) -> None:
+    """Refuse what none of the architectures computes.
+
+    Args:
+        config: of the model.
+        alike: whether its layers all have the same widths, and all their blocks.
+
+    Raises:
+        ExportError: with the reason.
+    """
     rope = _rope(config)
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         raise ExportError(
@@ -159,6 +167,14 @@ def _check_supported(config: PreTrainedConfig) -> None:
         raise ExportError(f"format: llama.cpp computes silu in these models' MLPs, not '{config.hidden_act}'")
     if config.model_type == "qwen3" and config.attention_bias:
         raise ExportError("format: llama.cpp has no biases in Qwen3's attention; attention_bias in config.json is true")
+    if config.model_type == "qwen3" and not alike:
+        if not config.tie_word_embeddings:
+            raise ExportError(
+                "format: llama.cpp loads a Qwen3 whose layers differ only with tied embeddings, and this one's are "
+                "not (tie_word_embeddings); prune it with --uniform"
+            )
+        if rope["rope_type"] == "llama3":
+            raise ExportError("format: llama.cpp loads no Qwen3 with llama3's rotary embedding whose layers differ")
 
 
 def _architecture(config: PreTrainedConfig, layers: list[Layer], head_dim: int) -> str:
@@ -169,14 +185,7 @@ def _architecture(config: PreTrainedConfig, layers: list[Layer], head_dim: int) 
     alike = len(shapes) == 1 and heads > 0 and channels > 0
     if alike and not (LAYOUTS[plain].square and heads * head_dim != config.hidden_size):
         return plain
-    if per_layer == "openelm":
-        if not config.tie_word_embeddings:
-            raise ExportError(
-                "format: llama.cpp loads a Qwen3 whose layers differ only with tied embeddings, and this one's are "
-                "not (tie_word_embeddings); prune it with --uniform"
-            )
-        if _rope(config)["rope_type"] == "llama3":
-            raise ExportError("format: llama.cpp loads no Qwen3 with llama3's rotary embedding whose layers differ")
+    check_config(config, alike=False)
     return per_layer
 
 

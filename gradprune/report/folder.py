@@ -13,6 +13,7 @@ from gradprune.checkpoint.atomic import atomic_directory
 from gradprune.checkpoint.results import weight_bytes_on_disk
 from gradprune.checkpoint.save import write_checkpoint
 from gradprune.config import PruneConfig, again, command_line
+from gradprune.export.serve import write_served
 from gradprune.models import KINDS, BlockKey
 from gradprune.models.masks import GroupMasks
 from gradprune.report.card import write_card
@@ -69,6 +70,7 @@ def write_results(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None
     """Write the results folder: all of it or, if interrupted, nothing."""
     with atomic_directory(output, overwrite=result.config.overwrite, argument="output_name") as folder:
         write_checkpoint(result.model, tokenizer, folder / "model")
+        write_served(result.model, tokenizer, result.config.constraints, folder)
         on_disk = weight_bytes_on_disk(folder / "model")
         result = replace(
             result, after=replace(result.after, bytes_on_disk=on_disk or result.after.bytes_on_disk), output=output

@@ -3,9 +3,9 @@
 Groups are sorted by score, ascending and stable (ties by layer, kind, index), and taken while their summed cost
 stays within the budget; one that no longer fits is skipped and smaller ones are still tried.
 
-Under `round_to` and `uniform`, groups are pruned in chunks: the lowest-scored channels of a block that bring its width
-down to the next multiple, or the groups of the same rank in every layer. A chunk's score is the mean of its groups'
-scores. The chunks of one block (under `uniform`: of one kind) form a chain and are taken in order.
+Under `round_to`, `uniform` and `serve`, groups are pruned in chunks: the lowest-scored channels of a block that bring
+its width down to the next multiple, or the groups of the same rank in every layer. A chunk's score is the mean of its
+groups' scores. The chunks of one block (under `uniform`: of one kind) form a chain and are taken in order.
 """
 
 from dataclasses import dataclass, replace
@@ -69,7 +69,7 @@ def select(
         raise SelectionError(
             f"pruning_ratio: {ratio:g} cannot be reached; the groups that may go hold {reachable / parameters:.4f} "
             f"of the model's {parameters:,} parameters (embeddings, norms, the head, frozen layers and what "
-            "max_layer_ratio or uniform keep are not among them)"
+            "max_layer_ratio, uniform or serve keep are not among them)"
         )
     pruned = _take(table, chunks, costs, limits, budget)
     if constraints.epsilon > 0.0:
@@ -123,7 +123,7 @@ def _sum_by_chunk(values: NDArray[np.float64] | NDArray[np.int64], chunks: _Chun
 
 
 def _chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
-    if constraints.uniform:
+    if constraints.same_widths:
         return _uniform_chunks(table, constraints)
     of_group = np.full(len(table), -1, np.int64)
     chain: list[int] = []
@@ -133,11 +133,14 @@ def _chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
         if not first <= key.layer < last:
             continue
         width = rows.stop - rows.start
+        step = _step(key.kind, constraints)
+        kept = step if constraints.keeps_attention and key.kind == "attention" else 0
         number = np.arange(width)
-        if _step(key.kind, constraints) > 1:
+        if step > 1 or kept:
+            ranks = _ranks(table.score[rows])
             # The first chunk is the remainder, after which the width is a multiple.
-            number = (_ranks(table.score[rows]) + -width % constraints.round_to) // constraints.round_to
-        of_group[rows] = len(chain) + number
+            number = np.where(ranks < width - kept, (ranks + -width % step) // step, -1)
+        of_group[rows] = np.where(number < 0, -1, len(chain) + number)
         count = int(number.max()) + 1
         chain += [block] * count
         owner += [key.layer] * count
@@ -166,7 +169,7 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
 
 def _step(kind: str, constraints: Constraints) -> int:
     """A block of that kind keeps a multiple of this many groups."""
-    return constraints.round_to if kind in _ROUNDED else 1
+    return constraints.multiple(rounded=kind in _ROUNDED)
 
 
 def _ranks(scores: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -180,7 +183,7 @@ def _limits(table: GroupTable, constraints: Constraints) -> NDArray[np.float64]:
     """Parameters that may go, per owner of chunks."""
     of_layer = np.bincount(table.layer, table.cost, table.layers)
     limits: NDArray[np.float64] = constraints.max_layer_ratio * of_layer.astype(np.float64)
-    return limits.sum(keepdims=True) if constraints.uniform else limits
+    return limits.sum(keepdims=True) if constraints.same_widths else limits
 
 
 def _drop_thin_layers(table: GroupTable, pruned: NDArray[np.bool_], epsilon: float) -> None:

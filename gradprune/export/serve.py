@@ -1,0 +1,65 @@
+"""`--serve`: what a runtime asks of the result beyond the selection's limits, checked before anything is calibrated."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gradprune.config import Constraints
+from gradprune.errors import ExportError
+from gradprune.export.gguf import Outtype, check_gguf, export_gguf
+from gradprune.models import PrunableModel
+
+GGUF_FILE = "model.gguf"
+
+
+def check_serve(view: PrunableModel, tokenizer: PreTrainedTokenizerBase | None, constraints: Constraints) -> None:
+    """Refuse a model that the runtime cannot serve once it is pruned.
+
+    Raises:
+        ExportError: with the reason.
+    """
+    if constraints.serve == "vllm":
+        _check_attention(view)
+    if constraints.tensor_parallel > 1:
+        _check_divisible(view, constraints.tensor_parallel)
+    if constraints.serve == "gguf":
+        try:
+            check_gguf(view.model, tokenizer, alike=constraints.same_widths)
+        except ExportError as error:
+            raise ExportError(f"serve: no gguf file can be written: {str(error).partition(': ')[2]}") from error
+
+
+def write_served(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, constraints: Constraints, folder: Path
+) -> None:
+    """Write what the runtime loads beside the checkpoint: `model.gguf` in `folder` for gguf, nothing for the others."""
+    if constraints.serve == "gguf":
+        export_gguf(model, tokenizer, folder / GGUF_FILE, outtype=_outtype(model))
+
+
+def _check_attention(view: PrunableModel) -> None:
+    without = [layer for layer, block in enumerate(view.of_kind("attention")) if block is None]
+    if without:
+        raise ExportError(
+            f"serve: vllm loads no model with a layer that has no attention block, and layer {without[0]} of this one "
+            "has none; choose hf, or gguf"
+        )
+
+
+def _check_divisible(view: PrunableModel, devices: int) -> None:
+    """Blocks that lose nothing keep their width, so that it must fit, too."""
+    for block in view.blocks:
+        if block.groups % devices:
+            raise ExportError(
+                f"tensor_parallel: {devices} does not divide the {block.groups} {block.kind.groups} of layer "
+                f"{block.layer}; choose a divisor"
+            )
+
+
+def _outtype(model: PreTrainedModel) -> Outtype:
+    """16 bits that hold all weights."""
+    if model.dtype == torch.bfloat16:
+        return "bf16"
+    most = torch.finfo(torch.float16).max
+    return "f16" if all(parameter.abs().max() <= most for parameter in model.parameters()) else "bf16"
