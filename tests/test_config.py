@@ -41,11 +41,13 @@ OTHER = {
     "freeze_last_n_layers": 2, "max_layer_ratio": 0.5, "round_to": 8, "uniform": True, "epsilon": 0.1,
     "repair": "none", "output_dir": "elsewhere", "output_name": "$name", "overwrite": True, "measure_speed": False,
     "in_place": True, "tasks": "piqa", "task_questions": 5, "checkpoint_every": 64, "resume": True,
+    "serve": "hf", "tensor_parallel": 2,
 }  # fmt: skip
 
 
 def other(**changes) -> PruneConfig:
-    return PruneConfig(**{**OTHER, "uniform": False, **changes})
+    # These contradict others.
+    return PruneConfig(**{**OTHER, "uniform": False, "tensor_parallel": 1, **changes})
 
 
 def test_the_parts_hold_every_option_once() -> None:
@@ -68,7 +70,7 @@ def test_a_part_is_a_hashable_value_of_its_own() -> None:
     assert scoring == Scoring(**{name: OTHER[name] for name in options_of(Scoring)})
     assert {scoring: 1}[other(seed=1).scoring] == 1
     assert scoring != PruneConfig().scoring
-    assert config.constraints == Constraints(1, 2, 0.5, 8, epsilon=0.1)
+    assert config.constraints == Constraints(1, 2, 0.5, 8, epsilon=0.1, serve="hf")
     assert config.part(Data).seq_len == 7
     assert PruneConfig().with_part(scoring).scoring == scoring
     assert PruneConfig().with_part(scoring).constraints == Constraints()
