@@ -1,5 +1,6 @@
 """Saving: a Hugging Face checkpoint, whole or not at all."""
 
+import shutil
 from pathlib import Path
 
 from transformers import (
@@ -7,7 +8,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import gradprune.models
 from gradprune.checkpoint.atomic import atomic_directory, is_checkpoint
+from gradprune.models.modeling_gradprune import per_layer_overrides
+
+# Never imported here, where MLX need not be installed.
+MLX_FILE = "modeling_mlx.py"
+MLX_SOURCE = Path(gradprune.models.__file__).with_name(MLX_FILE)
+MLX_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+"""Model types of which mlx-lm has what the file builds on."""
 
 
 def save_checkpoint(
@@ -17,7 +26,8 @@ def save_checkpoint(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write a Hugging Face checkpoint: weights as safetensors, configuration, tokenizer, modelling file if needed.
+    """Write a Hugging Face checkpoint: weights as safetensors, configuration, tokenizer, modelling files
+    for transformers and MLX if needed.
 
     The folder appears whole or not at all, and has the same bytes every time.
 
@@ -30,6 +40,11 @@ def save_checkpoint(
 
 def write_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write the same into `folder`, which itself will appear whole or not at all."""
+    model.config.__dict__.pop("model_file", None)
+    if model.config.model_type in MLX_TYPES and per_layer_overrides(model.config):
+        # The key by which mlx-lm finds it.
+        model.config.model_file = MLX_FILE
+        shutil.copyfile(MLX_SOURCE, folder / MLX_FILE)
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

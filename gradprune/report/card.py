@@ -12,6 +12,7 @@ from transformers.utils.hub import cached_file
 from gradprune.checkpoint.card_head import CARD, TAG, card_head
 from gradprune.checkpoint.gguf_source import find_gguf
 from gradprune.checkpoint.push import PLACE
+from gradprune.checkpoint.save import MLX_TYPES
 from gradprune.config import OPTIONS, PruneConfig, command_line
 from gradprune.hub import hub_fault
 from gradprune.models import KINDS
@@ -165,11 +166,13 @@ def _loading(model: PreTrainedConfig) -> str:
         if without
         else f"- vLLM, by its Transformers backend: `vllm serve {PLACE} --trust-remote-code`"
     )
+    mlx = f"- MLX: `mlx_lm.generate --model {PLACE} --trust-remote-code`"
     lines = [
         "Layers differ in width, so a modelling file lies beside the weights; it needs torch and transformers only.\n\n"
         f"{_python(', trust_remote_code=True')}\n",
         vllm,
         f"- llama.cpp, after `gradprune export --model {PLACE} --output model.gguf`: `llama-cli -m model.gguf`",
+        *([mlx] if model.model_type in MLX_TYPES else []),
     ]
     return "\n".join(lines)
 

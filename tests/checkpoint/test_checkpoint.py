@@ -213,7 +213,13 @@ def test_only_safetensors_are_written(tmp_path: Path) -> None:
     model = tiny_model()
     save_checkpoint(cut(model, random_masks(model, 0.5)), None, tmp_path / "x")
     names = {path.name for path in (tmp_path / "x").iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors", "modeling_gradprune.py"}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_gradprune.py",
+        "modeling_mlx.py",
+    }
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_it_says_what_was_pruned_how_and_what_was_measured(results: Path) -> Non
     assert "`group_fisher`" in card.text
     assert "gradprune prune --base_model dense --num_samples 8" in card.text
     assert "AutoModelForCausalLM.from_pretrained" in card.text
+    assert "mlx_lm.generate" in card.text
 
 
 def test_it_holds_no_path_of_this_machine_and_no_time(results: Path) -> None:
