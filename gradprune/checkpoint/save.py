@@ -41,10 +41,12 @@ def save_checkpoint(
 def write_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write the same into `folder`, which itself will appear whole or not at all."""
     model.config.__dict__.pop("model_file", None)
-    if model.config.model_type in MLX_TYPES and per_layer_overrides(model.config):
+    in_mlx = model.config.model_type in MLX_TYPES and bool(per_layer_overrides(model.config))
+    if in_mlx:
         # The key by which mlx-lm finds it.
         model.config.model_file = MLX_FILE
-        shutil.copyfile(MLX_SOURCE, folder / MLX_FILE)
     model.save_pretrained(folder)
+    if in_mlx:
+        shutil.copyfile(MLX_SOURCE, folder / MLX_FILE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
