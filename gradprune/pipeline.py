@@ -237,6 +237,6 @@ def _analysis(evidence: Evidence, fix: str) -> GradientAnalysis:
         requested=fix,
         scaling=evidence.scaling(fix),
         seq_len=evidence.seq_len,
-        num_samples=evidence.num_samples,
+        num_samples=evidence.diagnosed_samples,
         reduction=evidence.reduction,
     )

@@ -34,7 +34,7 @@ OTHER = {
     "base_model": "a folder/model", "pruning_ratio": 0.35, "device": "cpu", "dtype": "bfloat16",
     "trust_remote_code": True, "dataset": "it's.txt", "eval_dataset": "held-out.jsonl", "num_samples": 5, "seq_len": 7,
     "batch_size": 3, "held_out_samples": 9, "eval_samples": 11, "seed": 2**63 - 1, "reduction": "batch",
-    "backend": "cpp", "use_gradient_checkpointing": True, "prior_samples": 2, "collect_batches": 4,
+    "backend": "cpp", "use_gradient_checkpointing": True, "prior_samples": 2, "collect_batches": 4, "evidence": "all",
     "evidence_file": "evidence.safetensors", "importance_method": "taylor", "gradient_fix": "adaptive+depth:sqrt",
     "normalize_scores": "log", "normalize_per": "block", "clip_percentile": 99.5, "attention_factor": 2.0,
     "temperature": 0.5, "tau": float("inf"), "prior": "similarity", "search_minutes": 1.5, "freeze_first_n_layers": 1,

@@ -1,7 +1,8 @@
 """What one block accumulates over calibration: a handful of vectors over its groups, in fp64."""
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.calibration.capture import Observer
+from gradprune.calibration.methods import Depth
 from gradprune.models import Block
 from gradprune.models.blocks import InputLinear, OutputLinear
 from gradprune.ops.dispatch import ImportanceOps
@@ -23,7 +25,7 @@ _SUMS = ("first", "second", "mask_square", "input_square", "output_square")
 class StepRecord:
     """What a block records of one step's gradients, in addition to its sums.
 
-    statistics: per linear layer, those of its gradients.
+    statistics: per linear layer, those of its gradients; empty if no weight's gradient was taken.
     gate: the gradient of a gate on the block's output: [N] by sample, or [1] by batch; None without gradients.
     scale: what the step's gradients were multiplied by.
     """
@@ -91,7 +93,8 @@ class BlockAccumulator(ABC):
         if gates:
             state["gates"] = torch.cat(gates)
         for path in self.records[0].statistics if self.records else ():
-            state[f"statistics.{path}"] = torch.stack([record.statistics[path].pack() for record in self.records])
+            of_steps = [record.statistics[path].pack() for record in self.records if path in record.statistics]
+            state[f"statistics.{path}"] = torch.stack(of_steps)
         return state
 
     def restore(self, state: dict[str, Tensor], gradients: list[int]) -> None:
@@ -104,16 +107,23 @@ class BlockAccumulator(ABC):
         statistics = {
             name.removeprefix(prefix): value.to(device) for name, value in state.items() if name.startswith(prefix)
         }
-        gates = state["gates"].to(device).split(gradients) if "gates" in state else [None] * len(gradients)
+        gates = _of_first_steps(state["gates"].to(device), gradients) if "gates" in state else []
         self.records = [
-            StepRecord({path: GradientStatistics.unpack(of[step]) for path, of in statistics.items()}, gate, scale)
-            for step, (gate, scale) in enumerate(zip(gates, state["scales"].tolist(), strict=True))
+            StepRecord(
+                {path: GradientStatistics.unpack(of[step]) for path, of in statistics.items() if step < len(of)},
+                gates[step] if step < len(gates) else None,
+                scale,
+            )
+            for step, scale in enumerate(state["scales"].tolist())
         ]
 
-    def observers(self) -> Iterator[tuple[nn.Linear, Observer]]:
-        """Each linear layer of the block with its backward-pass observer."""
-        for entry in self.block.projections:
-            yield entry.linear, partial(self._observe, entry)
+    def observers(self, depth: Depth) -> Iterator[tuple[nn.Linear, Observer]]:
+        """The linear layers that steps of `depth` observe in the backward pass, with their observers."""
+        if depth is Depth.WEIGHTS:
+            for entry in self.block.projections:
+                yield entry.linear, partial(self._observe, entry)
+        else:
+            yield self.block.output.linear, self._observe_output
 
     def observe_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of the output projection, for passes without gradients: the second moment of its input."""
@@ -138,12 +148,28 @@ class BlockAccumulator(ABC):
         return self._first_order(count)
 
     @abstractmethod
-    def _observe(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
-        """Accumulate from one linear layer's backward pass; x: [N, T, I], dy: [N, T, O], dx: [N, T, I]."""
+    def _observe_weight(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor) -> None:
+        """Accumulate from the gradient of one linear layer's weight; x: [N, T, I], dy: [N, T, O]."""
+
+    @abstractmethod
+    def _reduced(self, of_samples: Tensor) -> Tensor:
+        """[gradients, ...] from the samples' own gradients, [N, ...]."""
 
     @abstractmethod
     def _first_order(self, count: int) -> Tensor:
         """[groups] fp64, the component "taylor" of `count` gradients."""
+
+    def _observe(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
+        """Accumulate from one linear layer's backward pass; x: [N, T, I], dy: [N, T, O], dx: [N, T, I]."""
+        self._observe_weight(entry, x, dy)
+        if isinstance(entry, OutputLinear):
+            self._observe_output(x, dy, dx)
+
+    def _observe_output(self, x: Tensor, dy: Tensor, dx: Tensor) -> None:
+        """As `_observe`, of the output projection, without its weight's gradient."""
+        self._observe_mask(self._reduced(self._input_gradient(x, dx)), self._reduced(dy.sum(1)))
+        # Sum each row first, so that no sum is split between threads.
+        self._pending_output_square += dy.to(accumulation_dtype(dy)).square().sum(-1).flatten().double().sum()
 
     def _accumulate(self, entry: InputLinear | OutputLinear, vectors: ImportanceVectors) -> None:
         sums = vectors.sums(_side(entry))
@@ -157,11 +183,6 @@ class BlockAccumulator(ABC):
             return entry.fold_columns(vector)
         return entry.fold_rows(vector, self.block.groups)
 
-    def _observe_output(self, dy: Tensor) -> None:
-        """dy: [N, T, O] at the output projection."""
-        # Sum each row first, so that no sum is split between threads.
-        self._pending_output_square += dy.to(accumulation_dtype(dy)).square().sum(-1).flatten().double().sum()
-
     def _input_gradient(self, x: Tensor, dx: Tensor) -> Tensor:
         """[N, I], the gradient of a mask on the output projection's input; also sums the input's second moment."""
         found = self._ops.mask_gradient(x, dx)
@@ -169,8 +190,9 @@ class BlockAccumulator(ABC):
         self._pending_tokens += x.shape[0] * x.shape[1]
         return found.gradient
 
-    def _observe_mask(self, entry: OutputLinear, mask_gradient: Tensor, dy: Tensor) -> None:
-        """mask_gradient: [N, I], the gradient of a mask on each input column; dy: [N, O], summed over tokens."""
+    def _observe_mask(self, mask_gradient: Tensor, dy: Tensor) -> None:
+        """mask_gradient: [gradients, I], of a mask on each input column; dy: [gradients, O], summed over tokens."""
+        entry = self.block.output
         by_group = entry.fold_columns(mask_gradient).double()
         self._pending_sums[2] += by_group.square().sum(0)
         gate = by_group.sum(1)
@@ -194,11 +216,11 @@ class BlockAccumulator(ABC):
 class SampleAccumulator(BlockAccumulator):
     """Scores each sample's own gradient: running sums per group suffice, and no gradient is kept."""
 
-    def _observe(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
+    def _observe_weight(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor) -> None:
         self._accumulate(entry, self._ops.linear_importance(x, dy, entry.linear.weight, _side(entry)))
-        if isinstance(entry, OutputLinear):
-            self._observe_mask(entry, self._input_gradient(x, dx), dy.sum(1))
-            self._observe_output(dy)
+
+    def _reduced(self, of_samples: Tensor) -> Tensor:
+        return of_samples
 
     def _first_order(self, count: int) -> Tensor:
         return self.first / count
@@ -242,16 +264,15 @@ class BatchAccumulator(BlockAccumulator):
             if name.startswith(prefix)
         }
 
-    def _observe(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
+    def _observe_weight(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor) -> None:
         samples = x.shape[0]
         dtype = accumulation_dtype(entry.linear.weight)
         gradient = dy.flatten(0, 1).to(dtype).T @ x.flatten(0, 1).to(dtype) / samples
         self._accumulate(entry, self._ops.taylor_score(entry.linear.weight, gradient, _side(entry)))
         self._pending_gradients[entry.path] = gradient
-        if isinstance(entry, OutputLinear):
-            mask_gradient = self._input_gradient(x, dx).sum(0, keepdim=True) / samples
-            self._observe_mask(entry, mask_gradient, dy.sum((0, 1))[None] / samples)
-            self._observe_output(dy)
+
+    def _reduced(self, of_samples: Tensor) -> Tensor:
+        return of_samples.mean(0, keepdim=True)
 
     def _first_order(self, count: int) -> Tensor:
         total = torch.zeros_like(self.second)
@@ -260,6 +281,13 @@ class BatchAccumulator(BlockAccumulator):
             vectors = self._ops.taylor_score(entry.linear.weight.detach(), mean, _side(entry))
             total += self._fold(entry, vectors.sums(_side(entry)).abs)
         return total
+
+
+def _of_first_steps(values: Tensor, gradients: Sequence[int]) -> tuple[Tensor, ...]:
+    """Values of the first steps' gradients, split by step; `gradients`: the number in each step."""
+    ends = list(itertools.accumulate(gradients))
+    of_steps: tuple[Tensor, ...] = values.split(list(gradients[: 1 + ends.index(len(values))]))
+    return of_steps
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

@@ -14,11 +14,10 @@ from gradprune.calibration.capture import capture, checkpointed
 from gradprune.calibration.evidence import Evidence, Scores
 from gradprune.calibration.finite import raise_non_finite_gradient, raise_non_finite_loss, raise_overflow
 from gradprune.calibration.methods import (
-    COMPONENTS,
-    FORWARD_COMPONENTS,
-    GRADIENT_COMPONENTS,
-    WEIGHT_COMPONENTS,
+    Depth,
+    components_at,
     components_of,
+    needed_depth,
 )
 from gradprune.calibration.obs import removal_costs
 from gradprune.calibration.reduction import REDUCTIONS
@@ -45,8 +44,8 @@ class ImportanceEngine:
         scores = engine.scores()
 
     While it is open the model is in evaluation mode, its parameters are frozen and its prunable linear layers are
-    observed; on exit the model is as it was, whatever happened. One pass serves every gradient method:
-    `scores(method=...)`.
+    observed; on exit the model is as it was, whatever happened. One pass serves every gradient method,
+    `scores(method=...)`, unless `weight_gradient_steps` restricts it to what `method` needs.
 
     Formulas, with w a weight, g_n its gradient of sample n's mean next-token loss, summed over a group's weights:
 
@@ -73,8 +72,16 @@ class ImportanceEngine:
         backend: ImportanceBackend = "auto",
         use_gradient_checkpointing: bool = False,
         gradient_fix: str = "none",
+        weight_gradient_steps: int | None = None,
     ) -> None:
         """Prepare to observe `model`, which is changed only between `__enter__` and `__exit__`.
+
+        Args:
+            model, method, reduction, backend, gradient_fix: as above and in the options.
+            use_gradient_checkpointing: recompute each layer in the backward pass.
+            weight_gradient_steps: take every weight's gradient in this many of the first steps only, for the layers'
+                statistics, and in the others just what `method` needs: `group_fisher` and `obs` need no weight's
+                gradient. A `gradient_fix` needs those of all steps. None: all steps serve every method.
 
         Raises:
             UnsupportedArchitectureError: the model has no description, or is no causal LM.
@@ -97,6 +104,8 @@ class ImportanceEngine:
         self.method = method
         self.gradient_fix = gradient_fix
         self._reduction = REDUCTIONS[reduction]
+        self._first_steps = weight_gradient_steps or 0
+        self._depth = _depth_of_all_steps(method, gradient_fix, weight_gradient_steps)
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[assignment, index]
         self._checkpointing = use_gradient_checkpointing
         ops = select_ops(backend, model.device.type)
@@ -108,12 +117,19 @@ class ImportanceEngine:
         self._losses: list[Tensor] = []
         self._costs: Tensor | None = None
         self._stack = ExitStack()
+        self._hooks = ExitStack()
+        self._observed: Depth | None = None
         self._open = False
 
     @property
     def reduction(self) -> ReductionName:
         """How samples are reduced."""
         return self._reduction.name
+
+    @property
+    def collects(self) -> str:
+        """What the steps collect; equal for engines whose states are interchangeable."""
+        return f"{self._depth.name.lower()} in all steps, weights in the first {self._first_steps}"
 
     def __enter__(self) -> "ImportanceEngine":
         """Start observing.
@@ -126,17 +142,10 @@ class ImportanceEngine:
             raise GradPruneError(f"engine: {which}; leave its `with` block first")
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self._model))
-            if self._takes_gradients:
-                observers = dict(pair for entry in self._accumulators.values() for pair in entry.observers())
-                stack.enter_context(capture(self._model, observers))
-                if self._checkpointing:
-                    stack.enter_context(checkpointed(self._view.layers))
-            else:
-                for accumulator in self._accumulators.values():
-                    handle = accumulator.block.output.linear.register_forward_pre_hook(accumulator.observe_input)
-                    stack.callback(handle.remove)
             _OBSERVED.add(self._model)
             stack.callback(_OBSERVED.discard, self._model)
+            stack.callback(self._observe, None)
+            self._observe(self._depth_of_step(len(self._samples)))
             self._stack = stack.pop_all()
         self._open = True
         return self
@@ -149,7 +158,7 @@ class ImportanceEngine:
         self._stack.close()
 
     def step(self, input_ids: Tensor) -> None:
-        """Run one batch forward and, for gradient methods, backward. A step that raises has no effect.
+        """Run one batch forward and, where gradients are needed, backward. A step that raises has no effect.
 
         Args:
             input_ids: [N, T] int64 or int32, N >= 1 samples of T >= 2 tokens.
@@ -163,11 +172,13 @@ class ImportanceEngine:
         if not self._open:
             raise GradPruneError("step() works inside the engine's context: with engine: engine.step(input_ids)")
         _check_ids(input_ids, self._vocabulary)
-        if self.method == "magnitude":
+        depth = self._depth_of_step(len(self._samples))
+        if depth is Depth.NOTHING:
             return
+        self._observe(depth)
         input_ids = input_ids.to(self._model.device, torch.int64)
         try:
-            losses = self._run(input_ids)
+            losses = self._run(input_ids, depth)
             if input_ids.device.type == "cpu":
                 self._check_pending(input_ids, losses)
             scales = self._step_scales(input_ids)
@@ -209,7 +220,8 @@ class ImportanceEngine:
         """All that the steps so far say about the model's groups.
 
         Args:
-            steps: the layers' gradient statistics are included one by one for this many of the first steps.
+            steps: the layers' gradient statistics are included one by one for this many of the first steps, as far
+                as these took every weight's gradient.
             method: only what it needs is computed; by default, all that the engine collected.
 
         Raises:
@@ -225,11 +237,12 @@ class ImportanceEngine:
             layers=len(self._view.layers),
             components=components,
             gradients=gradients,
-            steps=[self.gradients_of_step(step) for step in range(min(steps, len(self._losses)))],
+            steps=[self.gradients_of_step(step) for step in range(min(steps, self._diagnosed_steps))],
             applied=self._applied_scaling() if gradients else None,
             reduction=self.reduction,
             num_samples=sum(len(ids) for ids in self._samples),
             seq_len=max((ids.shape[1] for ids in self._samples), default=0),
+            diagnosed_samples=sum(len(ids) for ids in self._samples[: self._diagnosed_steps]),
         )
 
     def scores(self, method: Method | None = None) -> Scores:
@@ -240,39 +253,66 @@ class ImportanceEngine:
             NonFiniteError: a loss or gradient was NaN or infinite; naming the sample and the layer.
         """
         method = method or self.method
-        if method in GRADIENT_METHODS and not self._takes_gradients:
+        if method in GRADIENT_METHODS and self._depth < Depth.MASKS:
             raise GradPruneError(f"scores: '{method}' needs gradients, but the engine ran '{self.method}'")
         if method != "magnitude" and not self._losses:
             raise GradPruneError(f"scores: '{method}' needs calibration; call step(input_ids) first")
         return self.evidence(method=method).scores(method, self.gradient_fix)
 
     def gradients(self) -> list[LayerGradients]:
-        """Statistics of every decoder layer that has a block, before any scaling; empty without gradients."""
-        return self._gradients(slice(None), self._count)
+        """Statistics of every decoder layer that has a block, before any scaling; empty without gradients.
+
+        Over the steps that took every weight's gradient.
+        """
+        return self._gradients(slice(self._diagnosed_steps))
 
     def gradients_of_step(self, step: int) -> list[LayerGradients]:
         """As `gradients`, of one step's samples (its batch) alone; steps are counted from 0."""
-        return self._gradients(slice(step, step + 1), self._reduction.gradients_in(self._samples[step]))
+        return self._gradients(slice(step, step + 1))
 
     def gate_gradients(self) -> dict[BlockKey, float]:
-        """Gradient of the mean loss to a gate (of value 1) on each block's output."""
+        """Gradient of the mean loss to a gate (of value 1) on each block's output; empty unless all steps took it."""
+        if self._depth < Depth.MASKS or not self._losses:
+            return {}
         return {
             key: torch.cat([record.gate for record in entry.records if record.gate is not None]).mean().item()
             for key, entry in self._accumulators.items()
         }
 
+    def _depth_of_step(self, step: int) -> Depth:
+        return Depth.WEIGHTS if step < self._first_steps else self._depth
+
     @property
-    def _takes_gradients(self) -> bool:
-        return self.method in GRADIENT_METHODS
+    def _diagnosed_steps(self) -> int:
+        """How many of the steps so far, the first ones, took every weight's gradient."""
+        return len(self._samples) if self._depth is Depth.WEIGHTS else min(self._first_steps, len(self._samples))
+
+    def _observe(self, depth: Depth | None) -> None:
+        """Observe the model as steps of `depth` need it; None: not at all."""
+        if depth is self._observed:
+            return
+        self._hooks.close()
+        self._observed = None
+        with ExitStack() as stack:
+            accumulators = self._accumulators.values()
+            if depth is Depth.INPUTS:
+                for entry in accumulators:
+                    handle = entry.block.output.linear.register_forward_pre_hook(entry.observe_input)
+                    stack.callback(handle.remove)
+            elif depth is not None and depth >= Depth.MASKS:
+                observers = dict(pair for entry in accumulators for pair in entry.observers(depth))
+                stack.enter_context(capture(self._model, observers))
+                if self._checkpointing:
+                    stack.enter_context(checkpointed(self._view.layers))
+            self._hooks = stack.pop_all()
+        self._observed = depth
 
     @property
     def _components(self) -> tuple[str, ...]:
         """The names of what has been collected."""
         if not self._losses:
-            return WEIGHT_COMPONENTS
-        if not self._takes_gradients:
-            return FORWARD_COMPONENTS
-        return COMPONENTS if self.method == "obs" else GRADIENT_COMPONENTS
+            return components_at(Depth.NOTHING)
+        return (*components_at(self._depth), *(("obs",) if self.method == "obs" else ()))
 
     @property
     def _pending(self) -> dict[BlockKey, list[StepRecord]]:
@@ -284,19 +324,19 @@ class ImportanceEngine:
         """Number of gradients in the sums."""
         return sum(self._reduction.gradients_in(ids) for ids in self._samples)
 
-    def _run(self, input_ids: Tensor) -> Tensor:
+    def _run(self, input_ids: Tensor, depth: Depth) -> Tensor:
         """[N] each sample's loss, after the backward pass has run through the accumulators."""
         # Even if the caller is under no_grad, where there would be no gradient to observe.
-        with torch.inference_mode(False), torch.set_grad_enabled(self._takes_gradients):
+        with torch.inference_mode(False), torch.set_grad_enabled(depth >= Depth.MASKS):
             losses = sample_losses(self._model, input_ids)
-            if self._takes_gradients:
+            if depth >= Depth.MASKS:
                 losses.sum().backward()
         return losses.detach()
 
     def _step_scales(self, input_ids: Tensor) -> list[float]:
         """The factor for each layer's pending gradients, applied before they are added."""
         layers = len(self._view.layers)
-        if self.gradient_fix == "none" or self._reduction.scales_afterwards or not self._takes_gradients:
+        if self.gradient_fix == "none" or self._reduction.scales_afterwards or self._depth < Depth.WEIGHTS:
             return [1.0] * layers
         gradients = self._layer_gradients(self._pending, self._reduction.gradients_in(input_ids))
         return scales_of(self.gradient_fix, gradients, layers)
@@ -309,7 +349,7 @@ class ImportanceEngine:
         for key, accumulator in self._accumulators.items():
             of_steps = [record.scale for record in accumulator.records]
             scales[key.layer] = math.fsum(of_steps) / len(of_steps)
-        after = self._gradients(slice(None), self._count, scaled=True)
+        after = self._gradients(slice(None), scaled=True)
         return GradientScaling(resolve_fix(self.gradient_fix, self.gradients()), scales, after)
 
     def _component(self, name: str) -> Tensor:
@@ -328,9 +368,10 @@ class ImportanceEngine:
             self._costs = torch.cat([costs[key] for key in self._accumulators])
         return self._costs
 
-    def _gradients(self, steps: slice, count: int, *, scaled: bool = False) -> list[LayerGradients]:
-        """Statistics over the `count` gradients of some steps; `scaled` as they were added."""
-        if not self._takes_gradients or not self._losses:
+    def _gradients(self, steps: slice, *, scaled: bool = False) -> list[LayerGradients]:
+        """Statistics over the gradients of some steps, which took every weight's; `scaled` as they were added."""
+        count = sum(self._reduction.gradients_in(ids) for ids in self._samples[steps])
+        if not count:
             return []
         records = {key: accumulator.records[steps] for key, accumulator in self._accumulators.items()}
         return self._layer_gradients(records, count, scaled=scaled)
@@ -368,6 +409,14 @@ class ImportanceEngine:
         raise_non_finite_loss(self._view, self._samples, torch.cat(self._losses), 0)
         raise_non_finite_gradient(records, self._reduction.unit, 0)
         raise_overflow(records)
+
+
+def _depth_of_all_steps(method: Method, gradient_fix: str, weight_gradient_steps: int | None) -> Depth:
+    """How deep every step of an engine is, those included that take no more than is needed."""
+    if weight_gradient_steps is not None and gradient_fix == "none":
+        return needed_depth(method)
+    # One pass with gradients serves every method.
+    return Depth.WEIGHTS if method in GRADIENT_METHODS else needed_depth(method)
 
 
 def _prefix(key: BlockKey) -> str:

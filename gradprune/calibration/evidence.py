@@ -24,7 +24,7 @@ from gradprune.models.tensors import BlockTensors
 from gradprune.vanishing.scaling import GradientScaling, resolve_fix, scales_of
 from gradprune.vanishing.statistics import LayerGradients
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Evidence:
     blocks: the number of groups of each block, in the data's order; layers: number of decoder layers.
     components: by name, of `gradprune.calibration.methods.COMPONENTS` those that were collected: [groups of all
         blocks] fp64, block after block.
-    gradients: the layers' statistics over all samples; steps: those of the first batches, one by one.
+    gradients: the layers' statistics over the first `diagnosed_samples` samples; steps: those of the first batches,
+        one by one.
     applied: how gradients were scaled before they were added; None if they were not; then any fix can still be applied.
     reduction, num_samples, seq_len: what the pass was run with.
     seed, dataset: how its samples were drawn, and from what; None if the caller passed the samples in.
@@ -76,6 +77,7 @@ class Evidence:
     reduction: ReductionName
     num_samples: int
     seq_len: int
+    diagnosed_samples: int
     seed: int | None = None
     dataset: str | None = None
     priors: dict[str, Priors] = field(default_factory=dict)
@@ -103,23 +105,30 @@ class Evidence:
         """What `fix` does to the layers' gradients; None if nothing is asked for, or there are none.
 
         Raises:
-            ConfigError: the gradients were scaled by a different fix before they were added.
+            ConfigError: the gradients were scaled by a different fix before they were added, or weight gradients were
+                taken of some samples only.
         """
-        if not self.gradients:
+        if not self.gradients or (fix == "none" and REDUCTIONS[self.reduction].scales_afterwards):
             return None
+        if self.diagnosed_samples < self.num_samples and fix != "none":
+            raise ConfigError(
+                f"gradient_fix: '{fix}' needs the weight gradients of all {self.num_samples} samples, and this "
+                f"calibration took those of {self.diagnosed_samples}; calibrate again with this gradient_fix, or with "
+                "evidence 'all'"
+            )
         if not REDUCTIONS[self.reduction].scales_afterwards:
             done = "none" if self.applied is None else self.applied.fix
             if fix not in ("auto", done):
                 raise ConfigError(f"gradient_fix: '{fix}' needs another calibration; these batches had '{done}'")
             return self.applied
-        if fix == "none":
-            return None
         resolved = resolve_fix(fix, self.gradients)
         scales = scales_of(resolved, self.gradients, self.layers)
         return GradientScaling(resolved, scales, [layer.scaled(scales[layer.layer]) for layer in self.gradients])
 
     def fixes(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
         """Those of the `wanted` gradient fixes that can still be applied; without any, the one that has been."""
+        if self.diagnosed_samples < self.num_samples:
+            return ("none",)
         if REDUCTIONS[self.reduction].scales_afterwards:
             return wanted
         return ("none" if self.applied is None else self.applied.fix,)
@@ -189,7 +198,7 @@ class Evidence:
         if name not in self.components:
             raise GradPruneError(
                 f"importance_method: '{name}' was not collected in this calibration, which has "
-                f"{', '.join(self.components)}; calibrate again"
+                f"{', '.join(self.components)}; calibrate again for it, or with evidence 'all'"
             )
         return self.components[name]
 
@@ -239,7 +248,3 @@ def _from_json(record: dict[str, Any], components: dict[str, Tensor]) -> Evidenc
 
 def _layers(found: list[dict[str, Any]]) -> list[LayerGradients]:
     return [LayerGradients(**layer) for layer in found]
-
-
-def _scaling(found: dict[str, Any]) -> GradientScaling:
-    return GradientScaling(found["fix"], found["scales"], _layers(found["after"]))

@@ -65,7 +65,7 @@ def raise_overflow(records: dict[BlockKey, list[StepRecord]]) -> None:
     """
     for key, steps in records.items():
         for path in steps[0].statistics if steps else ():
-            overflowing = sum(int(record.statistics[path].non_finite) for record in steps)
+            overflowing = sum(int(record.statistics[path].non_finite) for record in steps if path in record.statistics)
             if overflowing:
                 raise NonFiniteError(f"gradient: {overflowing} elements of layer {key.layer}'s {path} overflow")
 

@@ -10,7 +10,7 @@ from gradprune.calibration.engine import ImportanceEngine
 from gradprune.calibration.evidence import Evidence
 from gradprune.calibration.priors import Priors, removal_priors, removal_steps, similarity_priors, taylor_priors
 from gradprune.calibration.resume import Resumable
-from gradprune.config import OPTIONS, PruneConfig
+from gradprune.config import OPTIONS, Method, PruneConfig
 from gradprune.data.windows import batches
 from gradprune.errors import ConfigError
 from gradprune.models.digest import model_digest
@@ -30,6 +30,11 @@ def gather_evidence(run: Run) -> Evidence:
     with run.clock.stage("priors"):
         needed = config.temperature > 0.0 or config.importance_method == "auto"
         if needed and config.prior not in evidence.priors:
+            if config.prior == "taylor":
+                raise ConfigError(
+                    "prior: 'taylor' is not in evidence_file, whose calibration took no gradients of all samples; "
+                    "calibrate again with it, or with evidence 'all'"
+                )
             evidence = evidence.with_priors(config.prior, _priors(run))
     return evidence
 
@@ -63,25 +68,42 @@ def calibrate(
 
 def _calibrated(run: Run) -> Evidence:
     config = run.config
-    # One pass with gradients serves every method and the gradient analysis; "obs" needs a further pass.
+    method, everything = _collected(config)
     engine = ImportanceEngine(
         run.view.model,
-        "obs" if config.importance_method in ("obs", "auto") else "taylor",
+        method,
         config.reduction,
         config.backend,
         config.use_gradient_checkpointing,
         config.gradient_fix,
+        None if everything else config.collect_batches,
     )
-    state = Resumable(run, engine)
+    samples = run.samples.calibration
+    if method == "magnitude":
+        # Only the diagnosis of the layers' gradients needs samples.
+        samples = samples[: config.collect_batches * config.batch_size]
+    state = Resumable(run, engine, samples)
     start = state.restore(resume=config.resume)
-    calibrate(engine, run.samples.calibration, config.batch_size, run.console, start=start, after=state.save)
+    calibrate(engine, samples, config.batch_size, run.console, start=start, after=state.save)
     evidence = replace(
         engine.evidence(steps=config.collect_batches),
         seed=config.seed,
         dataset=config.dataset,
         model=model_digest(run.view.model),
     )
-    return evidence.with_priors("taylor", taylor_priors(engine.gate_gradients()))
+    gates = engine.gate_gradients()
+    return evidence.with_priors("taylor", taylor_priors(gates)) if gates else evidence
+
+
+def _collected(config: PruneConfig) -> tuple[Method, bool]:
+    """The engine's method, and whether every step serves every method."""
+    method = config.importance_method
+    if config.evidence == "all" or method == "auto":
+        return "obs", True
+    # The taylor prior is read from the backward pass, which these methods do without.
+    if config.prior == "taylor" and config.temperature > 0.0 and method in ("magnitude", "wanda"):
+        return "group_fisher", False
+    return method, False
 
 
 def _check_reduction(config: PruneConfig, evidence: Evidence) -> None:

@@ -1,17 +1,49 @@
 """Each method's importance from its components, so that a scale on the gradients needs no second pass."""
 
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any
 
 from gradprune.config import Method
 
-# Components from the weights alone, those that a forward pass adds, and those that a backward pass adds. `taylor_2nd`
-# is the sum of two: `taylor` and `fisher`.
-WEIGHT_COMPONENTS = ("magnitude",)
-FORWARD_COMPONENTS = ("wanda", *WEIGHT_COMPONENTS)
-GRADIENT_COMPONENTS = ("taylor", "fisher", "group_fisher", *FORWARD_COMPONENTS)
+
+class Depth(IntEnum):
+    """How much of a calibration step is observed; each includes what those before it observe.
+
+    NOTHING: the step is not run. INPUTS: the output projections' inputs, in a forward pass. MASKS: the gradients at
+    these inputs too, in a backward pass that takes no weight's gradient. WEIGHTS: every weight's gradient.
+    """
+
+    NOTHING = 0
+    INPUTS = 1
+    MASKS = 2
+    WEIGHTS = 3
+
+
+_COLLECTED: dict[Depth, tuple[str, ...]] = {
+    Depth.NOTHING: ("magnitude",),
+    Depth.INPUTS: ("wanda",),
+    Depth.MASKS: ("group_fisher",),
+    # `taylor_2nd` is the sum of the two.
+    Depth.WEIGHTS: ("taylor", "fisher"),
+}
+
+
+def components_at(depth: Depth) -> tuple[str, ...]:
+    """The components that steps of this depth collect."""
+    return tuple(name for level in reversed(Depth) if level <= depth for name in _COLLECTED[level])
+
+
+GRADIENT_COMPONENTS = components_at(Depth.WEIGHTS)
 # "obs" needs another forward pass, layer by layer, and is collected only on request.
 COMPONENTS = (*GRADIENT_COMPONENTS, "obs")
+
+
+def needed_depth(method: Method) -> Depth:
+    """How deep each step has to be for the importance by `method`."""
+    if method == "obs":
+        return Depth.MASKS
+    return max(depth for depth, names in _COLLECTED.items() if set(names) & set(components_of(method)))
 
 
 def components_of(method: Method) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gradprune.calibration.engine import ImportanceEngine
 from gradprune.calibration.sealed import DamagedFileError, read_sealed, write_sealed
 from gradprune.config import PruneConfig
@@ -39,10 +41,10 @@ def forget_calibration(config: PruneConfig) -> None:
 class Resumable:
     """The state of one run's calibration, on disk where `checkpoint_every` or `resume` asks for it."""
 
-    def __init__(self, run: Run, engine: ImportanceEngine) -> None:
-        """engine: has not run yet."""
+    def __init__(self, run: Run, engine: ImportanceEngine, samples: Tensor) -> None:
+        """engine: has not run yet. samples: [N, T] int64, those of the run that it will be given."""
         self._engine = engine
-        self._samples = run.samples.calibration
+        self._samples = samples
         self._batch_size = run.config.batch_size
         self._every = run.config.checkpoint_every
         self._saved = 0
@@ -106,6 +108,7 @@ def _belongs(run: Run, engine: ImportanceEngine) -> dict[str, Any]:
     return {
         **{name: getattr(run.config, name) for name in _OPTIONS},
         "backend": engine.backend,
+        "evidence": engine.collects,
         "device": run.view.model.device.type,
         "gradprune": __version__,
         "model": model_digest(run.view.model),

@@ -22,6 +22,7 @@ NormalizePer = Literal["layer", "block"]
 # What the result is loaded by; see `docs/serving.md`.
 Serve = Literal["hf", "vllm", "gguf", "uniform"]
 RepairName = Literal["none", "least_squares"]
+EvidenceName = Literal["needed", "all"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 # Who computes the importance ops, and the gradient ops; see `gradprune.ops.dispatch`.
 ImportanceBackend = Literal["auto", "reference", "cpp", "triton"]
@@ -80,7 +81,12 @@ class Calibration(Options):
     backend: ImportanceBackend = option("auto", "Who computes importance; auto takes the fastest available.")
     use_gradient_checkpointing: bool = option(False, "Recompute activations: less memory, more time.")
     prior_samples: int = option(16, "Calibration samples on which the priors are measured.", at_least(1))
-    collect_batches: int = option(5, "Calibration batches that the gradient plots compare.", at_least(1))
+    evidence: EvidenceName = option(
+        "needed", "Collect what importance_method needs, or what every method and gradient_fix does; auto needs all."
+    )
+    collect_batches: int = option(
+        2, "First batches that are diagnosed and plotted; with evidence all, all are diagnosed.", at_least(1)
+    )
     evidence_file: str | None = option(
         None,
         "evidence.safetensors of an earlier run on this model, instead of calibrating again.",

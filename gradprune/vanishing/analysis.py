@@ -12,7 +12,7 @@ from gradprune.vanishing.statistics import LayerGradients
 class GradientAnalysis:
     """The layers' gradients, as measured during calibration.
 
-    gradients: statistics over all samples, before any scaling. steps: statistics of each of the first batches.
+    gradients: statistics over `num_samples` samples, before any scaling. steps: of each of the first batches.
     requested: the fix asked for. scaling: what it did; None if no fix was asked for.
     seq_len, num_samples, reduction: settings of the calibration.
     """

@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 
 from gradprune import ImportanceEngine
 from gradprune.calibration.evidence import Evidence
-from gradprune.calibration.methods import GRADIENT_COMPONENTS
-from gradprune.config import Scoring
+from gradprune.calibration.methods import COMPONENTS
+from gradprune.config import METHODS, Scoring
 from gradprune.errors import CheckpointError, ConfigError, NonFiniteError
 from gradprune.models import describe
 from gradprune.scoring.scoring import score_groups
@@ -45,18 +45,19 @@ def test_scores_of_a_file_give_the_bytes_of_the_full_run(options, tmp_path: Path
 
 
 def test_scores_of_one_method_serve_every_other(tmp_path: Path) -> None:
-    run(tiny_model(dtype=torch.float32), output_name="a", output_dir=str(tmp_path), importance_method="magnitude")
+    collected = {"importance_method": "magnitude", "evidence": "all"}
+    run(tiny_model(dtype=torch.float32), output_name="a", output_dir=str(tmp_path), **collected)
     scores = str(tmp_path / "a" / "analysis" / "evidence.safetensors")
-    for method in ("magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher"):
+    for method in METHODS:
         full = run(tiny_model(dtype=torch.float32), importance_method=method)
         reused = run(tiny_model(dtype=torch.float32), importance_method=method, evidence_file=scores)
         np.testing.assert_array_equal(full.table.score, reused.table.score)
 
 
 def test_the_file_holds_one_vector_per_component(tmp_path: Path) -> None:
-    result = run(tiny_model(), output_name="a", output_dir=str(tmp_path))
+    result = run(tiny_model(), output_name="a", output_dir=str(tmp_path), evidence="all")
     found = load_file(tmp_path / "a" / "analysis" / "evidence.safetensors")
-    assert sorted(found) == sorted(GRADIENT_COMPONENTS)
+    assert sorted(found) == sorted(COMPONENTS)
     assert all(vector.shape == (len(result.table),) and vector.dtype == np.float64 for vector in found.values())
 
 
@@ -82,13 +83,13 @@ def test_batches_cannot_be_scaled_afterwards(tmp_path: Path) -> None:
 
 def test_a_saved_file_reads_back_equal(tmp_path: Path) -> None:
     model = tiny_model()
-    evidence = run(model, temperature=1.0).evidence
+    evidence = run(model, temperature=1.0, evidence="all").evidence
     evidence.save(tmp_path / "evidence.safetensors")
     again = Evidence.load(tmp_path / "evidence.safetensors", model)
     assert again.priors == evidence.priors
     assert again.gradients == evidence.gradients
     assert again.steps == evidence.steps
-    for name in GRADIENT_COMPONENTS:
+    for name in COMPONENTS:
         assert torch.equal(again.components[name], evidence.components[name])
 
 

@@ -1,0 +1,158 @@
+"""What a calibration collects where `evidence` is "needed": no more than the method asks for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradprune import ImportanceEngine
+from gradprune.calibration.evidence import Evidence
+from gradprune.config import METHODS
+from gradprune.errors import ConfigError, GradPruneError
+from gradprune.models import describe
+from helpers.engine_runs import run_engine
+from helpers.flops import CountFlops
+from helpers.pipeline_runs import run
+from helpers.tiny_models import tiny_ids, tiny_model
+
+HOLDS = {
+    "magnitude": ["magnitude"],
+    "wanda": ["magnitude", "wanda"],
+    "group_fisher": ["group_fisher", "magnitude", "wanda"],
+    "obs": ["group_fisher", "magnitude", "obs", "wanda"],
+    "taylor": ["fisher", "group_fisher", "magnitude", "taylor", "wanda"],
+    "taylor_2nd": ["fisher", "group_fisher", "magnitude", "taylor", "wanda"],
+    "fisher": ["fisher", "group_fisher", "magnitude", "taylor", "wanda"],
+}
+
+
+def engine_of(model, ids, method="group_fisher", steps=1, batch_size=2, **options) -> ImportanceEngine:
+    """An engine that has run `ids` in batches and took every weight's gradient in the first `steps`."""
+    engine = ImportanceEngine(model, method, backend="reference", weight_gradient_steps=steps, **options)
+    with engine:
+        for batch in ids.split(batch_size):
+            engine.step(batch)
+    return engine
+
+
+def flops(engine: ImportanceEngine, ids) -> int:
+    with engine, CountFlops() as counter:
+        engine.step(ids)
+    return counter.total
+
+
+@pytest.mark.parametrize("reduction", ["sample", "batch"])
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_are_those_of_an_engine_that_collects_everything(method: str, reduction: str) -> None:
+    model, ids = tiny_model("qwen2"), tiny_ids(samples=6)
+    needed = engine_of(model, ids, method, reduction=reduction).scores()
+    everything = run_engine(model, ids, method, reduction)
+    for kind in ("attention", "mlp"):
+        for one, other in zip(getattr(needed, kind), getattr(everything, kind), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("reduction", ["sample", "batch"])
+def test_after_the_first_steps_no_weights_gradient_is_computed(reduction: str) -> None:
+    """One product of dy and x per projection, 2 N T O I operations each, is the whole difference."""
+    model, ids = tiny_model(dtype=torch.float32), tiny_ids(samples=4, tokens=9)
+    engine = ImportanceEngine(model, "group_fisher", reduction, "reference", weight_gradient_steps=1)
+    first, second = flops(engine, ids), flops(engine, ids)
+    weights = sum(entry.linear.weight.numel() for block in describe(model).blocks for entry in block.projections)
+    assert first - second == 2 * ids.numel() * weights
+
+
+@pytest.mark.parametrize(("method", "forward_passes"), [("magnitude", 1), ("wanda", 3), ("group_fisher", 3)])
+def test_a_method_runs_the_model_no_more_often_than_it_needs(method: str, forward_passes: int) -> None:
+    model, calls, gradients = tiny_model(), [], []
+    model.model.layers[0].register_forward_hook(
+        lambda _module, _args, output: calls.append(1) or gradients.append(output.requires_grad)
+    )
+    engine_of(model, tiny_ids(samples=6), method)
+    assert len(calls) == forward_passes
+    assert gradients == [step == 0 or method == "group_fisher" for step in range(forward_passes)]
+
+
+def test_the_diagnosis_is_of_the_first_batches() -> None:
+    model, ids = tiny_model(), tiny_ids(samples=6)
+    needed = engine_of(model, ids, steps=2).evidence(steps=3)
+    assert needed.gradients == run_engine(model, ids[:4]).gradients
+    assert len(needed.steps) == 2
+    assert (needed.num_samples, needed.diagnosed_samples) == (6, 4)
+
+
+def test_a_gradient_fix_takes_all_samples_gradients() -> None:
+    model, ids = tiny_model(), tiny_ids(samples=6)
+    fixed = engine_of(model, ids, gradient_fix="adaptive")
+    everything = run_engine(model, ids, "group_fisher", gradient_fix="adaptive")
+    assert fixed.scores().scaling == everything.scaling
+    assert fixed.evidence().diagnosed_samples == 6
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "group_fisher", "taylor"])
+def test_an_engine_resumes_from_a_state_in_which_steps_differ(method: str) -> None:
+    model, ids = tiny_model(), tiny_ids(samples=8)
+    whole = engine_of(model, ids, method, steps=2)
+    half = engine_of(model, ids[:6], method, steps=2)
+    resumed = ImportanceEngine(model, method, backend="reference", weight_gradient_steps=2)
+    done = ids[:6] if method != "magnitude" else ids[:4]
+    resumed.restore(half.state(), list(done.split(2)))
+    with resumed:
+        resumed.step(ids[6:])
+    one, other = whole.evidence(steps=4), resumed.evidence(steps=4)
+    assert one.gradients == other.gradients
+    assert one.steps == other.steps
+    assert one.components.keys() == other.components.keys()
+    assert all(torch.equal(one.components[name], other.components[name]) for name in one.components)
+    assert whole.gate_gradients() == resumed.gate_gradients()
+
+
+def test_the_model_is_as_it_was_after_steps_that_differ() -> None:
+    model = tiny_model()
+    engine_of(model, tiny_ids(), "wanda")
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_file_says_what_it_holds(method: str, tmp_path: Path) -> None:
+    model = tiny_model(dtype=torch.float32)
+    options = {"importance_method": method, "batch_size": 2, "collect_batches": 2, "repair": "none"}
+    run(model, output_name="a", output_dir=str(tmp_path), **options)
+    evidence = Evidence.load(tmp_path / "a" / "analysis" / "evidence.safetensors", model)
+    assert sorted(evidence.components) == HOLDS[method]
+    everywhere = method in ("taylor", "taylor_2nd", "fisher")
+    assert evidence.diagnosed_samples == (8 if everywhere else 4)
+    assert evidence.num_samples == (4 if method == "magnitude" else 8)
+    assert ("taylor" in evidence.priors) == (method not in ("magnitude", "wanda"))
+
+
+@pytest.fixture
+def needed_file(tmp_path: Path) -> str:
+    run(tiny_model(), output_name="a", output_dir=str(tmp_path), collect_batches=1, repair="none")
+    return str(tmp_path / "a" / "analysis" / "evidence.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"importance_method": "taylor"}, GradPruneError, r"'taylor' was not collected .* or with evidence 'all'"),
+        ({"importance_method": "obs"}, GradPruneError, r"'obs' was not collected .* or with evidence 'all'"),
+        ({"gradient_fix": "adaptive"}, ConfigError, r"gradient_fix: 'adaptive' needs .* all 8 samples.* 4; calibrate"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_the_remedy(options, error, named: str, needed_file: str) -> None:
+    with pytest.raises(error, match=named):
+        run(tiny_model(), evidence_file=needed_file, repair="none", **options)
+
+
+def test_a_prior_that_is_not_there_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    options = {"importance_method": "wanda", "repair": "none"}
+    run(tiny_model(), output_name="a", output_dir=str(tmp_path), **options)
+    file = str(tmp_path / "a" / "analysis" / "evidence.safetensors")
+    with pytest.raises(ConfigError, match=r"prior: 'taylor' is not in evidence_file.* evidence 'all'"):
+        run(tiny_model(), evidence_file=file, prior="taylor", temperature=1.0, **options)
+    asked = run(tiny_model(), prior="taylor", temperature=1.0, collect_batches=1, batch_size=2, **options)
+    full = run(tiny_model(), prior="taylor", temperature=1.0, evidence="all", batch_size=2, **options)
+    assert (asked.table.prior == full.table.prior).all()
