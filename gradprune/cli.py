@@ -405,7 +405,7 @@ def _diagnoses(config: PruneConfig, lengths: list[int]) -> "dict[int, Diagnosis]
 def _prune(config: PruneConfig) -> "PruneResult":
     from gradprune.pipeline import prune
     from gradprune.report.folder import summarize
-    from gradprune.report.tables import diagnosis_table, layer_table, search_table, summary_table
+    from gradprune.report.tables import diagnosis_table, layer_table, search_table, search_verdict, summary_table
 
     with claimed_results(config):
         model, tokenizer = _load(config)
@@ -419,6 +419,7 @@ def _prune(config: PruneConfig) -> "PruneResult":
         OUT.print(gradients.scaling_text())
     if result.search is not None:
         OUT.print(search_table(result.search))
+        say(OUT, search_verdict(result.search))
         say(OUT, f"Chosen: {command_line(again(result.config))}")
     OUT.print(layer_table(summary))
     for warning in result.warnings:

@@ -1,10 +1,15 @@
 """Search: choose the scoring by held-out loss instead of guessing it.
 
 One calibration pass yields the evidence for every method, so a candidate costs no more than masking groups and a
-few forward passes. Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): all candidates on few held-out
-calibration samples, the best quarter on four times as many, and the last ones on all of them, repaired as they will be
-if repair is asked for. The fixed settings, every method without and with plain H-GSP, always reach the last round, so
-that the result is never worse than the best of them. The evaluation text is never looked at.
+few forward passes. Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): all candidates on few samples,
+the best quarter on four times as many, and the last ones on all of them, repaired as they will be if repair is asked
+for. The fixed settings, every method without and with plain H-GSP, always reach the last round.
+
+The least of many measured losses is partly luck. So each candidate is compared with the default setting sample by
+sample, and the default stays unless a candidate's mean difference is below zero by more than `threshold` of its
+standard errors: sqrt(2 ln n), about where the luckiest of n candidates that are no better is expected (the maximum of n
+standard normal values), and 2 at least. The samples are apart from those that calibration and repair see, and
+the evaluation text is never looked at.
 """
 
 import itertools
@@ -15,14 +20,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gradprune.calibration.evidence import Evidence
-from gradprune.config import GRADIENT_METHODS, Normalize, Scoring
+from gradprune.config import GRADIENT_METHODS, OPTIONS, Normalize, Scoring
 from gradprune.data.windows import batches
 from gradprune.errors import SelectionError
 from gradprune.models import PrunableModel
-from gradprune.models.loss import mean_loss
+from gradprune.models.loss import losses_of
 from gradprune.models.masks import GroupMasks
 from gradprune.progress import progress
 from gradprune.run import Run
@@ -44,12 +50,15 @@ _FINALISTS = 8
 class Trial:
     """A candidate with its loss in the last round it reached.
 
-    loss: mean held-out loss in nats per token, over `samples` samples. repaired: with the repair of the run.
-    fixed: one of the fixed settings.
+    loss: mean held-out loss in nats per token, over `samples` samples. difference: its loss minus that of the default
+    setting in the same round, sample by sample, and `error` that mean's standard error; both 0 for the default.
+    repaired: with the repair of the run. fixed: one of the fixed settings.
     """
 
     scoring: Scoring
     loss: float
+    difference: float
+    error: float
     samples: int
     repaired: bool
     fixed: bool
@@ -61,16 +70,38 @@ class SearchResult:
 
     trials: the last round by loss, then the earlier rounds, latest first, each by loss.
     candidates: how many different selections were tried. cut_short: time ran out before the last round was over.
+    default: the setting that all are compared with, as it did in the deciding round.
     """
 
     trials: list[Trial]
     candidates: int
     cut_short: bool
+    default: Trial
+
+    @property
+    def threshold(self) -> float:
+        """How many standard errors below the default's a loss has to be."""
+        return max(2.0, math.sqrt(2.0 * math.log(self.candidates)))
 
     @property
     def winner(self) -> Trial:
-        """The candidate with the least loss in the last round."""
-        return self.trials[0]
+        """The candidate with the least loss of those that are surely better than the default; else the default."""
+        return next((trial for trial in self._deciding if self.surely_better(trial)), self.default)
+
+    @property
+    def best_other(self) -> Trial | None:
+        """The candidate other than the default with the least loss in the deciding round, if there is any."""
+        return next((trial for trial in self._deciding if trial != self.default), None)
+
+    def surely_better(self, trial: Trial) -> bool:
+        """Whether it is better than the default by more than `threshold` standard errors."""
+        return trial.difference < -self.threshold * trial.error
+
+    @property
+    def _deciding(self) -> list[Trial]:
+        """The trials of the last round that was over, by loss."""
+        last = (self.default.samples, self.default.repaired)
+        return [trial for trial in self.trials if (trial.samples, trial.repaired) == last]
 
 
 @dataclass(frozen=True)
@@ -81,11 +112,11 @@ class _Candidate:
 
 
 def search(run: Run, evidence: Evidence) -> SearchResult:
-    """Find the scoring with the least held-out loss at the ratio of the run.
+    """Find a scoring that is better than the default at the ratio of the run, if there is one.
 
     Args:
         run: the model, which is restored afterwards; ratio, constraints, repair and `search_minutes` of its options;
-            held-out samples, one at least.
+            search samples, two at least.
         evidence: of its calibration, with the priors of `config.prior`.
 
     Raises:
@@ -100,14 +131,14 @@ def search(run: Run, evidence: Evidence) -> SearchResult:
             f"epsilon: {run.config.epsilon:g} would remove every layer, whatever the scoring; choose a smaller one"
         )
     repaired = run.config.repair != "none"
-    held_out = len(run.samples.held_out)
+    samples = len(run.samples.searched)
     # An upper bound: selections that come twice are tried once.
-    with progress(run.console, "Searching", _planned(pool, held_out, repaired), "trials") as advance:
+    with progress(run.console, "Searching", _planned(pool, samples, repaired), "trials") as advance:
         return _Tournament(run, pool, advance).play(repaired)
 
 
 class _Tournament:
-    """Rounds of candidates on ever more held-out samples, until time runs out."""
+    """Rounds of candidates on ever more samples, until time runs out. The pool's first is the default."""
 
     def __init__(self, run: Run, pool: list[_Candidate], advance: Callable[[], None]) -> None:
         self._run = run
@@ -119,18 +150,18 @@ class _Tournament:
         """Play all rounds; the last one is of repaired candidates if `repaired`."""
         rounds: list[list[Trial]] = []
         alive = self._pool
-        held_out = self._run.samples.held_out
-        for size in _round_sizes(len(held_out)):
-            parts = list(batches(held_out[:size], self._run.config.batch_size))
-            loss = partial(_masked_loss, self._run.view, parts)
-            trials = self._round(alive, loss, size, repaired=False, may_end=bool(rounds))
+        searched = self._run.samples.searched
+        for size in _round_sizes(len(searched)):
+            parts = list(batches(searched[:size], self._run.config.batch_size))
+            losses = partial(_masked_losses, self._run.view, parts)
+            trials = self._round(alive, losses, repaired=False, may_end=bool(rounds))
             if trials is None:
                 return _result(rounds, self._pool, cut_short=True)
             rounds.append(_ranked(trials))
             alive = _survivors(alive, rounds[-1])
         if not repaired:
             return _result(rounds, self._pool, cut_short=False)
-        last = self._round(alive, partial(_repaired_loss, self._run), len(held_out), repaired=True, may_end=True)
+        last = self._round(alive, partial(_repaired_losses, self._run, parts), repaired=True, may_end=True)
         if last is not None:
             rounds.append(_ranked(last))
         return _result(rounds, self._pool, cut_short=last is None)
@@ -138,24 +169,35 @@ class _Tournament:
     def _round(
         self,
         alive: list[_Candidate],
-        loss: Callable[[_Candidate], float],
-        samples: int,
+        losses: Callable[[_Candidate], Tensor],
         *,
         repaired: bool,
         may_end: bool,
     ) -> list[Trial] | None:
-        """One round; None if time ran out."""
-        trials = []
+        """One round, given each candidate's losses [samples]; None if time ran out."""
+        trials: list[Trial] = []
+        default = torch.empty(0)
         for candidate in alive:
             if may_end and time.monotonic() > self._deadline:
                 return None
-            trials.append(Trial(candidate.scoring, loss(candidate), samples, repaired, candidate.fixed))
+            found = losses(candidate)
+            default = found if not trials else default
+            trials.append(_compared(candidate, found, default, repaired=repaired))
             self._advance()
         return trials
 
 
+def _compared(candidate: _Candidate, losses: Tensor, default: Tensor, *, repaired: bool) -> Trial:
+    """Of a candidate's losses and the default's, [samples] each."""
+    difference = losses - default
+    error = difference.std().item() / math.sqrt(len(losses))
+    return Trial(
+        candidate.scoring, losses.mean().item(), difference.mean().item(), error, len(losses), repaired, candidate.fixed
+    )
+
+
 def _candidates(run: Run, evidence: Evidence) -> Iterator[_Candidate]:
-    """Every scoring of the space that selects something new; the fixed settings come first."""
+    """Every scoring of the space that selects something new; first the default, then the other fixed settings."""
     config = run.config
     seen: set[bytes] = set()
     fixed = list(_fixed(config.scoring, evidence))
@@ -172,9 +214,10 @@ def _candidates(run: Run, evidence: Evidence) -> Iterator[_Candidate]:
 
 
 def _fixed(scoring: Scoring, evidence: Evidence) -> Iterator[Scoring]:
-    """Every method without and with plain H-GSP; no fix but one that batches already had."""
+    """Every method without and with plain H-GSP, the default first; no fix but one that batches already had."""
     fix = evidence.fixes(FIXES)[0]
-    for method, (temperature, tau) in itertools.product(evidence.methods, (TEMPERATURES[0], TEMPERATURES[2])):
+    methods = sorted(evidence.methods, key=lambda method: method != OPTIONS["importance_method"].default)
+    for method, (temperature, tau) in itertools.product(methods, (TEMPERATURES[0], TEMPERATURES[2])):
         if fix == "none" or method in GRADIENT_METHODS:
             yield replace(scoring, importance_method=method, temperature=temperature, tau=tau, gradient_fix=fix)
 
@@ -196,9 +239,9 @@ def _space(scoring: Scoring, evidence: Evidence) -> Iterator[Scoring]:
         )
 
 
-def _round_sizes(held_out: int) -> list[int]:
-    """Held-out samples in each round before the last, e.g. 2, 8, 32."""
-    sizes = [held_out]
+def _round_sizes(samples: int) -> list[int]:
+    """Samples in each round before the last, e.g. 4, 16, 64."""
+    sizes = [samples]
     while sizes[0] // _KEPT >= 2:
         sizes.insert(0, sizes[0] // _KEPT)
     return sizes
@@ -211,25 +254,25 @@ def _survivors(alive: list[_Candidate], ranked: list[Trial]) -> list[_Candidate]
     return [candidate for candidate in alive if candidate.fixed or candidate.scoring in best]
 
 
-def _planned(pool: list[_Candidate], held_out: int, repaired: bool) -> int:
+def _planned(pool: list[_Candidate], samples: int, repaired: bool) -> int:
     """An upper bound on the number of evaluations."""
     fixed, count, total = sum(c.fixed for c in pool), len(pool), 0
-    for _ in _round_sizes(held_out):
+    for _ in _round_sizes(samples):
         total += count
         count = min(count, max(_FINALISTS, count // _KEPT) + fixed)
     return total + count * repaired
 
 
-def _masked_loss(view: PrunableModel, held_out: Sequence[Tensor], candidate: _Candidate) -> float:
+def _masked_losses(view: PrunableModel, searched: Sequence[Tensor], candidate: _Candidate) -> Tensor:
     with masked(view, candidate.masks):
-        return mean_loss(view.model, held_out)
+        return losses_of(view.model, searched)
 
 
-def _repaired_loss(run: Run, candidate: _Candidate) -> float:
+def _repaired_losses(run: Run, searched: Sequence[Tensor], candidate: _Candidate) -> Tensor:
     with output_weights_restored(run.view, candidate.masks):
         # One blend for all: half the time, and they stay comparable.
         least_squares(run.view, candidate.masks, run.calibration, run.held_out, blends=BLENDS[-1:])
-        return mean_loss(run.view.model, run.held_out)
+        return losses_of(run.view.model, searched)
 
 
 def _ranked(trials: list[Trial]) -> list[Trial]:
@@ -244,4 +287,5 @@ def _result(rounds: list[list[Trial]], pool: list[_Candidate], *, cut_short: boo
         if trial.scoring not in seen:
             seen.add(trial.scoring)
             trials.append(trial)
-    return SearchResult(trials, len(pool), cut_short)
+    default = next(trial for trial in rounds[-1] if trial.scoring == pool[0].scoring)
+    return SearchResult(trials, len(pool), cut_short, default)

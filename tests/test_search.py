@@ -1,17 +1,22 @@
+import html
+import json
+import math
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import gradprune.search as search_module
 from gradprune import PruneConfig
 from gradprune.cli import app
-from gradprune.config import Constraints, Scoring, command_line
-from gradprune.data.windows import batches
+from gradprune.config import OPTIONS, Constraints, Scoring, command_line
+from gradprune.data.samples import draw_samples
 from gradprune.errors import CalibrationError, ConfigError
 from gradprune.models import describe
 from gradprune.models.loss import mean_loss
-from gradprune.report.tables import describe_scoring
+from gradprune.report.tables import describe_scoring, search_verdict
 from gradprune.scoring.scoring import score_groups
 from gradprune.scoring.selection import select
 from gradprune.surgery.masking import masked
@@ -20,41 +25,96 @@ from helpers.tiny_models import tiny_model
 
 
 def found(model=None, **options):
-    defaults = {"importance_method": "auto", "held_out_samples": 8, "repair": "none"}
+    defaults = {"importance_method": "auto", "search_samples": 8, "repair": "none"}
     return run(model or tiny_model(channels=24, dtype=torch.float32), **{**defaults, **options})
 
 
-def test_the_winner_is_no_worse_than_any_fixed_setting() -> None:
-    """Each method without and with H-GSP, its loss measured here once more, on the samples the search had."""
+def test_every_difference_is_measured_sample_by_sample() -> None:
+    """Each method without and with H-GSP, its losses measured here once more, on the samples the search had."""
     model = tiny_model(channels=24, dtype=torch.float32)
     result = found(model)
     view = describe(model)
-
-    from gradprune.data.samples import draw_samples
-
-    samples = draw_samples(model, None, result.config, TOKENS[:1500], TOKENS[1500:])
-    assert samples.held_out.shape == (0, 16)  # repair is off, and nothing is searched any more
-    config = PruneConfig(importance_method="auto", num_samples=8, seq_len=16, batch_size=4, held_out_samples=8)
-    held_out = draw_samples(model, None, config, TOKENS[:1500], TOKENS[1500:]).held_out
-    assert len(held_out) == 8
-    losses = []
-    for method in ("magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher", "obs"):
-        for temperature in (0.0, 1.0):
-            table = score_groups(view, result.evidence, Scoring(method, temperature=temperature, tau=0.0))
+    config = PruneConfig(
+        importance_method="auto", num_samples=8, seq_len=16, batch_size=4, search_samples=8, repair="none"
+    )
+    searched = draw_samples(model, None, config, TOKENS[:1500], TOKENS[1500:]).searched
+    assert len(searched) == 8
+    losses = {}
+    for method in ("group_fisher", "magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "obs"):
+        for temperature, tau in ((0.0, None), (1.0, 0.0)):
+            scoring = Scoring(method, temperature=temperature, tau=tau)
+            table = score_groups(view, result.evidence, scoring)
             masks = table.masks(select(table, 0.2, result.before.parameters, Constraints()))
             with masked(view, masks):
-                losses.append(mean_loss(model, list(batches(held_out, 4))))
-    assert result.search.winner.loss <= min(losses)
-    assert result.search.winner.samples == 8
-    assert result.search.candidates > 12
+                losses[scoring] = np.array([mean_loss(model, [sample[None]]) for sample in searched])
+    default = losses[Scoring(OPTIONS["importance_method"].default)]
+    trials = {trial.scoring: trial for trial in result.search.trials if trial.samples == 8}
+    compared = [scoring for scoring in losses if scoring in trials]
+    assert len(compared) >= 6  # the others select what one before them does
+    for scoring in compared:
+        difference = losses[scoring] - default
+        assert trials[scoring].loss == pytest.approx(losses[scoring].mean(), rel=1e-5)
+        assert trials[scoring].difference == pytest.approx(difference.mean(), abs=1e-6)
+        assert trials[scoring].error == pytest.approx(difference.std(ddof=1) / 8**0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "noise", "method"),
+    # With n selections, sqrt(2 ln n) standard errors are needed: about 3 here. 0.05 is 1.3 errors in the first case.
+    [(0.05, 0.15, "group_fisher"), (0.05, 0.01, "wanda"), (-0.05, 0.01, "group_fisher"), (0.0, 0.0, "group_fisher")],
+)
+def test_the_default_stays_unless_another_is_better_beyond_its_error(
+    advantage: float, noise: float, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted losses: samples differ a lot, `wanda` is better than the default by `advantage` with a spread `noise`."""
+    of_samples = torch.linspace(1.0, 5.0, 16, dtype=torch.float64)
+    spread = noise * torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(8)
+
+    def planted(_view, searched, candidate):
+        count = sum(map(len, searched))
+        if candidate.scoring.importance_method == OPTIONS["importance_method"].default:
+            return of_samples[:count]
+        better = advantage if candidate.scoring.importance_method == "wanda" else -0.2
+        return (of_samples - better + spread)[:count]
+
+    monkeypatch.setattr(search_module, "_masked_losses", planted)
+    result = found(search_samples=16)
+    assert result.search.winner.scoring.importance_method == method
+    assert result.search.threshold == pytest.approx(math.sqrt(2 * math.log(result.search.candidates)))
+    verdict = search_verdict(result.search)
+    assert verdict.startswith("The default (group_fisher" if method == "group_fisher" else "wanda")
+    if noise and advantage > 0.0:
+        errors = advantage / (noise * (16 / 15) ** 0.5 / 4)
+        assert f"{advantage:.4f} nats a token, {errors:.1f} standard errors over 16 samples" in verdict
+
+
+def test_search_and_repair_choose_on_samples_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(channels=24, dtype=torch.float32)
+    config = PruneConfig(importance_method="auto", num_samples=8, seq_len=16, held_out_samples=6, search_samples=10)
+    samples = draw_samples(model, None, config, TOKENS[:1500], TOKENS[1500:])
+    parts = [samples.calibration, samples.held_out, samples.searched]
+    assert [len(part) for part in parts] == [8, 6, 10]
+    windows = {tuple(window.tolist()) for part in parts for window in part}
+    assert len(windows) == 24
+    seen = []
+    repair = search_module.least_squares
+
+    def least_squares(view, masks, calibration, held_out, **options):
+        seen.append([torch.cat(calibration), torch.cat(held_out)])
+        return repair(view, masks, calibration, held_out, **options)
+
+    monkeypatch.setattr(search_module, "least_squares", least_squares)
+    found(model, repair="least_squares", held_out_samples=6, search_samples=10)
+    assert seen
+    assert all(torch.equal(one, samples.calibration) and torch.equal(other, samples.held_out) for one, other in seen)
 
 
 def test_the_model_and_the_pruned_result_follow_the_winner() -> None:
     model = tiny_model(channels=24, dtype=torch.float32)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    result = found(model, repair="least_squares")
+    result = found(model, repair="least_squares", held_out_samples=8)
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
-    assert result.search.winner.repaired
+    assert result.search.default.repaired
     again = run(
         tiny_model(channels=24, dtype=torch.float32),
         **{
@@ -81,14 +141,19 @@ def test_it_is_deterministic() -> None:
 def test_time_that_runs_out_leaves_the_first_round() -> None:
     result = found(search_minutes=1e-9)
     assert result.search.cut_short
-    assert result.search.winner.samples == 2
+    assert result.search.default.samples == 2
     assert result.search.candidates == len(result.search.trials)
 
 
 def test_results_and_command_line(tmp_path: Path) -> None:
     result = found(output_dir=str(tmp_path), output_name="s")
     assert (tmp_path / "s" / "analysis" / "search.json").is_file()
-    assert "<h2>Search</h2>" in (tmp_path / "s" / "report.html").read_text()
+    report = (tmp_path / "s" / "report.html").read_text()
+    assert "<h2>Search</h2>" in report
+    assert search_verdict(result.search) in html.unescape(report)
+    written = json.loads((tmp_path / "s" / "analysis" / "search.json").read_text())
+    assert written["verdict"] == search_verdict(result.search)
+    assert written["trials"][0].keys() >= {"loss", "difference", "error", "samples"}
     words = shlex.split(command_line(result.config))
     assert words[:2] == ["gradprune", "prune"]
     from typer.main import get_command

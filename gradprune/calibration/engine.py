@@ -178,7 +178,7 @@ class ImportanceEngine:
         self._observe(depth)
         input_ids = input_ids.to(self._model.device, torch.int64)
         try:
-            losses = self._run(input_ids, depth)
+            losses = self._run(input_ids)
             if input_ids.device.type == "cpu":
                 self._check_pending(input_ids, losses)
             scales = self._step_scales(input_ids)
@@ -324,12 +324,13 @@ class ImportanceEngine:
         """Number of gradients in the sums."""
         return sum(self._reduction.gradients_in(ids) for ids in self._samples)
 
-    def _run(self, input_ids: Tensor, depth: Depth) -> Tensor:
+    def _run(self, input_ids: Tensor) -> Tensor:
         """[N] each sample's loss, after the backward pass has run through the accumulators."""
         # Even if the caller is under no_grad, where there would be no gradient to observe.
-        with torch.inference_mode(False), torch.set_grad_enabled(depth >= Depth.MASKS):
+        backward = self._observed is not None and self._observed >= Depth.MASKS
+        with torch.inference_mode(False), torch.set_grad_enabled(backward):
             losses = sample_losses(self._model, input_ids)
-            if depth >= Depth.MASKS:
+            if backward:
                 losses.sum().backward()
         return losses.detach()
 

@@ -60,7 +60,7 @@ class Data(Options):
     num_samples: int = option(128, "Calibration samples, drawn without replacement.", at_least(1))
     seq_len: int = option(128, "Tokens per sample.", at_least(2))
     batch_size: int = option(8, "Samples per forward pass.", at_least(1))
-    held_out_samples: int = option(32, "Further samples on which repair and search choose.", at_least(1))
+    held_out_samples: int = option(32, "Further samples on which repair chooses.", at_least(1))
     eval_samples: int | None = option(None, "Windows for perplexity, at most; default all.", at_least(1))
     tasks: str | None = option(
         None,
@@ -140,6 +140,9 @@ class Scoring(Options):
 class Search(Options):
     """Search."""
 
+    search_samples: int = option(
+        64, "Samples on which settings are compared, apart from all that are calibrated or repaired on.", at_least(2)
+    )
     search_minutes: float = option(
         30.0,
         "Time limit when importance_method is auto; then the best so far wins.",

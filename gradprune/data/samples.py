@@ -10,19 +10,24 @@ from gradprune.data.sources import load_tokens
 from gradprune.data.windows import overlap_of, sample_windows, split_held_out
 from gradprune.errors import CalibrationError
 
+# A standard error needs two.
+_FEWEST_SEARCHED = 2
+
 
 @dataclass(frozen=True)
 class Samples:
-    """Token ids of a run. The calibration and held-out samples never overlap.
+    """Token ids of a run. Calibration, held-out and search samples never overlap.
 
-    calibration: [num_samples, seq_len]. held_out: [at most held_out_samples, seq_len], for repair and search to choose
-        settings on; empty if neither runs.
+    calibration: [num_samples, seq_len]. held_out: [at most held_out_samples, seq_len], for the repair to choose its
+        settings on. searched: [at most search_samples, seq_len], for the search to compare candidates on. Both are
+        empty where that is not done.
     evaluation: [tokens], for perplexity.
     overlap: the fraction of the evaluation tokens that occur in the calibration text; 0 if they are held out.
     """
 
     calibration: Tensor
     held_out: Tensor
+    searched: Tensor
     evaluation: Tensor
     overlap: float = 0.0
 
@@ -47,21 +52,18 @@ def draw_samples(
     )
     # Held-out samples come from the windows that calibration leaves over.
     spare = max(0, len(calibration) // config.seq_len - config.num_samples)
-    chooses = config.repair != "none" or config.importance_method == "auto"
-    held_out = min(config.held_out_samples, spare) if chooses else 0
-    if config.importance_method == "auto" and not held_out:
+    searches = config.importance_method == "auto"
+    if searches and spare < _FEWEST_SEARCHED:
         raise CalibrationError(
             f"num_samples: {config.num_samples} samples leave no text to search on; give more text, or fewer samples"
         )
-    windows = sample_windows(
-        calibration, num_samples=config.num_samples + held_out, seq_len=config.seq_len, seed=config.seed
-    )
-    return Samples(
-        windows[: config.num_samples],
-        windows[config.num_samples :],
-        evaluation,
-        overlap_of(evaluation, calibration),
-    )
+    # Of too little text, the search gets two thirds.
+    held_out = min(config.held_out_samples, spare // 3 if searches else spare) if config.repair != "none" else 0
+    searched = min(config.search_samples, spare - held_out) if searches else 0
+    sizes = [config.num_samples, held_out, searched]
+    windows = sample_windows(calibration, num_samples=sum(sizes), seq_len=config.seq_len, seed=config.seed)
+    calibrated, chosen_on, compared_on = windows.split(sizes)
+    return Samples(calibrated, chosen_on, compared_on, evaluation, overlap_of(evaluation, calibration))
 
 
 def _check_ids(argument: str, tokens: Tensor, vocab_size: int) -> None:

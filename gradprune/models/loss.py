@@ -49,8 +49,13 @@ def sample_losses(model: PreTrainedModel, input_ids: Tensor, chunk: int | None =
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, batches: Sequence[Tensor]) -> float:
     """Mean of l_n over the samples of all batches [N, T], in nats per token."""
-    losses = [sample_losses(model, batch.to(model.device)) for batch in batches]
-    return torch.cat(losses).double().mean().item()
+    return losses_of(model, batches).mean().item()
+
+
+@torch.no_grad()
+def losses_of(model: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
+    """[samples] fp64 on the CPU: l_n of each sample of all batches [N, T], in nats per token."""
+    return torch.cat([sample_losses(model, batch.to(model.device)) for batch in batches]).double().cpu()
 
 
 def token_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from gradprune.models.masks import GroupMasks
 from gradprune.report.card import write_card
 from gradprune.report.html import write_report
 from gradprune.report.strict_json import write_json
-from gradprune.report.tables import describe_scoring
+from gradprune.report.tables import describe_scoring, search_verdict
 from gradprune.report.visualizer import write_plots
 from gradprune.result import PruneResult
 from gradprune.scoring.over_pruning import to_json
@@ -118,6 +118,8 @@ def search_to_dict(result: SearchResult, config: PruneConfig) -> dict[str, Any]:
     return {
         "candidates": result.candidates,
         "cut_short": result.cut_short,
+        "verdict": search_verdict(result),
+        "standard_errors_needed": result.threshold,
         "command": command_line(again(config)),
         "trials": [
             {"rank": rank, "setting": describe_scoring(trial.scoring), **asdict(trial)}

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from gradprune.models import KINDS
 from gradprune.report.charts import COLORS, kept_chart, svg
 from gradprune.report.rows import CURVE_HEADER, curve_rows, layer_rows, summary_rows
-from gradprune.report.tables import describe_scoring
+from gradprune.report.tables import describe_scoring, search_verdict
 from gradprune.search import SearchResult
 
 _STYLE = """
@@ -169,10 +169,15 @@ def _search_section(search: SearchResult) -> str:
     axes.set(xlabel="held-out loss, nats per token (blue: fixed settings)")
     axes.grid(axis="x", alpha=0.4)
     rows = [
-        (str(rank), name, f"{trial.loss:.4f}") for rank, (name, trial) in enumerate(zip(names, last, strict=True), 1)
+        (str(rank), name, f"{trial.loss:.4f}", f"{trial.difference:+.4f}", f"{trial.error:.4f}")
+        for rank, (name, trial) in enumerate(zip(names, last, strict=True), 1)
     ]
-    lead = f"<p>{search.candidates} different selections; the last round, {search.winner.samples} held-out samples:</p>"
-    return "<h2>Search</h2>" + lead + svg(figure) + _html_table(("rank", "setting", "held-out loss"), rows)
+    lead = (
+        f"<p>{escape(search_verdict(search))}</p><p>{search.candidates} different selections; the last round, "
+        f"{search.winner.samples} held-out samples:</p>"
+    )
+    header = ("rank", "setting", "held-out loss", "minus default's", "standard error")
+    return "<h2>Search</h2>" + lead + svg(figure) + _html_table(header, rows)
 
 
 def _embedded(plot: Path) -> str:

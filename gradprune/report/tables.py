@@ -9,7 +9,7 @@ from rich.table import Table
 from gradprune.config import Scoring
 from gradprune.models import KINDS
 from gradprune.report.rows import CURVE_HEADER, curve_rows, layer_rows, summary_rows
-from gradprune.search import SearchResult
+from gradprune.search import SearchResult, Trial
 from gradprune.vanishing.diagnosis import Diagnosis
 
 
@@ -74,12 +74,38 @@ def comparison_table(diagnoses: dict[int, Diagnosis]) -> Table:
 def search_table(result: SearchResult, rows: int = 15) -> Table:
     """The best trials for the terminal; "(fixed)" marks fixed settings: each method with and without plain H-GSP."""
     table = Table(title=f"Search: best of {result.candidates} selections", title_justify="left")
-    for column in ("rank", "held-out loss", "samples", "setting"):
+    for column in ("rank", "held-out loss", "- default", "std. error", "samples", "setting"):
         table.add_column(column, justify="left" if column == "setting" else "right")
     for rank, trial in enumerate(result.trials[:rows], start=1):
         mark = " (fixed)" if trial.fixed else ""
-        table.add_row(str(rank), f"{trial.loss:.4f}", str(trial.samples), describe_scoring(trial.scoring) + mark)
+        figures = (f"{trial.loss:.4f}", f"{trial.difference:+.4f}", f"{trial.error:.4f}", str(trial.samples))
+        table.add_row(str(rank), *figures, describe_scoring(trial.scoring) + mark)
     return table
+
+
+def search_verdict(result: SearchResult) -> str:
+    """Why the setting was chosen, and how sure that is, in a sentence."""
+    default, winner = describe_scoring(result.default.scoring), result.winner
+    needed = f"{result.threshold:.1f} are needed for the best of {result.candidates}"
+    if winner != result.default:
+        return (
+            f"{describe_scoring(winner.scoring)} is better than the default ({default}) by {-winner.difference:.4f} "
+            f"nats a token, {_errors(winner)} ({needed})."
+        )
+    best = result.best_other
+    if best is None or best.difference >= 0.0:
+        return f"The default ({default}) stays: no other setting is better."
+    return (
+        f"The default ({default}) stays: {describe_scoring(best.scoring)} is better by only {-best.difference:.4f} "
+        f"nats a token, {_errors(best)} ({needed})."
+    )
+
+
+def _errors(trial: Trial) -> str:
+    """The size of a difference in standard errors."""
+    if trial.error == 0.0:
+        return f"the same in each of {trial.samples} samples"
+    return f"{abs(trial.difference) / trial.error:.1f} standard errors over {trial.samples} samples"
 
 
 def describe_scoring(scoring: Scoring) -> str:
