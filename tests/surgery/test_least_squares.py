@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+import gradprune.surgery.least_squares as solver
 from gradprune.errors import NonFiniteError
 from gradprune.models import BlockKey, describe
 from gradprune.models.loss import mean_loss
 from gradprune.models.masks import GroupMasks
 from gradprune.surgery.cut import cut
-from gradprune.surgery.least_squares import BLENDS, least_squares, repair_steps
+from gradprune.surgery.least_squares import RIDGES, least_squares, repair_steps
 from gradprune.surgery.masking import masked, masks_by_block, output_weights_restored
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
@@ -126,7 +127,7 @@ def test_a_blend_brings_the_loss_closer_than_pruning_alone(architecture: str) ->
         dense = model(ids).logits
         with masked(view, masks):
             pruned = (model(ids).logits - dense).square().mean()
-        for blend in BLENDS:
+        for blend in (0.0, 0.5):
             with output_weights_restored(view, masks):
                 least_squares(view, masks, batches, [], blends=(blend,))
                 assert (model(ids).logits - dense).square().mean() < 0.9 * pruned
@@ -137,14 +138,41 @@ def test_the_blend_with_the_least_held_out_loss_is_kept() -> None:
     view, samples, held_out = describe(model), [ids[:8]], [ids[8:]]
     masks = random_masks(view, 2)
     losses = {}
-    for blend in BLENDS:
+    for blend in (0.0, 0.5):
         with output_weights_restored(view, masks):
             least_squares(view, masks, samples, held_out, blends=(blend,))
             losses[blend] = mean_loss(model, held_out)
     with output_weights_restored(view, masks):
-        repairs = least_squares(view, masks, samples, held_out)
+        repairs = least_squares(view, masks, samples, held_out, blends=(0.0, 0.5))
         assert mean_loss(model, held_out) == min(losses.values())
         assert {repair.blend for repair in repairs} == {min(losses, key=losses.get)}
+
+
+@pytest.mark.parametrize(("tokens", "samples"), [(9, 4), (9, 8), (12, 40)])
+def test_the_ridge_with_the_least_held_out_error_is_found(tokens: int, samples: int) -> None:
+    """As by trying all of them, from two tokens a column to twenty; and with fewer attempts."""
+    model = tiny_model(channels=24, dtype=torch.float64)
+    view, attempts = describe(model), 0
+    masks = only(view, 0, "mlp", torch.arange(24) % 3 > 0)
+    fit, judge = tiny_ids(samples, tokens), [tiny_ids(24, 12, seed=5)]
+
+    def error(ridges) -> tuple[float, float]:
+        with output_weights_restored(view, masks):
+            repair = least_squares(view, masks, [fit], judge, ridges=ridges)[0]
+        return repair.error, repair.ridge
+
+    assert error(RIDGES) == min(error((ridge,)) for ridge in RIDGES)
+
+    def counted(moments, before, ridge):
+        nonlocal attempts
+        attempts += 1
+        return solve(moments, before, ridge)
+
+    solve = solver._solve
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solver, "_solve", counted)
+        error(RIDGES)
+    assert attempts < len(RIDGES)
 
 
 def test_the_cut_model_computes_what_the_repaired_one_does() -> None:
