@@ -18,6 +18,7 @@ from gradprune.checkpoint.results import claimed_results, ratio_names, weight_by
 from gradprune.config import PruneConfig
 from gradprune.data.samples import draw_samples
 from gradprune.data.windows import check_context
+from gradprune.evaluation.generations import continuations, drawn_prompts, read_prompts
 from gradprune.evaluation.perplexity import Perplexity, perplexity
 from gradprune.evaluation.size import model_size
 from gradprune.evaluation.speed import throughput
@@ -146,8 +147,13 @@ def _start(
     select_ops(config.backend, model.device.type)
     if config.tasks is not None:
         check_tasks(config.tasks.split(","), tokenizer)
+    prompts = read_prompts(config.prompts) if config.prompts is not None else None
     samples = draw_samples(model, tokenizer, config, calibration, evaluation)
-    return Run(view, config, samples, tokenizer, clock, clock.console)
+    if tokenizer is None or not config.generations:
+        prompts = []
+    elif prompts is None:
+        prompts = drawn_prompts(tokenizer, samples.evaluation)
+    return Run(view, config, samples, tokenizer, tuple(prompts), clock, clock.console)
 
 
 def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResult:
@@ -165,7 +171,7 @@ def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResul
     return PruneResult(
         pruned_model, config, before, after, choice.table, choice.pruned, choice.masks,
         _analysis(evidence, config.gradient_fix), evidence, repairs, found, run.clock.seconds,
-        evaluation_overlap=run.samples.overlap,
+        evaluation_overlap=run.samples.overlap, prompts=run.prompts,
     )  # fmt: skip
 
 
@@ -185,7 +191,10 @@ def _measure_dense(run: Run) -> Measured:
         measured = _perplexity(run, run.view.model)
     size, base_model = model_size(run.view.model), run.config.base_model
     on_disk = weight_bytes_on_disk(base_model) if base_model else None
-    return Measured(size.parameters, on_disk or size.bytes, measured, tasks=_tasks(run, run.view.model, "tasks_before"))
+    tasks = _tasks(run, run.view.model, "tasks_before")
+    return Measured(
+        size.parameters, on_disk or size.bytes, measured, tasks=tasks, generations=_generations(run, run.view.model)
+    )
 
 
 def _measure_pruned(run: Run, pruned_model: PreTrainedModel, dense: Measured) -> tuple[Measured, Measured]:
@@ -193,7 +202,8 @@ def _measure_pruned(run: Run, pruned_model: PreTrainedModel, dense: Measured) ->
     with run.clock.stage("perplexity_after"):
         size = model_size(pruned_model)
         measured = _perplexity(run, pruned_model)
-    pruned = Measured(size.parameters, size.bytes, measured, tasks=_tasks(run, pruned_model, "tasks_after"))
+    tasks = _tasks(run, pruned_model, "tasks_after")
+    pruned = Measured(size.parameters, size.bytes, measured, tasks=tasks, generations=_generations(run, pruned_model))
     if not run.config.measure_speed or run.config.in_place:
         return dense, pruned
     with run.clock.stage("speed"):
@@ -228,6 +238,14 @@ def _tasks(run: Run, model: PreTrainedModel, stage: str) -> tuple[TaskAccuracy, 
             max_questions=config.task_questions,
             console=run.console,
         )
+
+
+def _generations(run: Run, model: PreTrainedModel) -> tuple[str, ...]:
+    if not run.prompts:
+        return ()
+    assert run.tokenizer is not None
+    with run.clock.stage("generations"):
+        return continuations(model, run.tokenizer, run.prompts)
 
 
 def _analysis(evidence: Evidence, fix: str) -> GradientAnalysis:

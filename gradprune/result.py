@@ -26,7 +26,7 @@ class Measured:
     """Measurements of a model before or after pruning.
 
     parameters: tied ones count once. bytes_on_disk: of the weight files, or of the tensors if there are no files.
-    tasks: zero-shot accuracies on the requested tasks.
+    tasks: zero-shot accuracies on the requested tasks. generations: what it writes after each of the run's prompts.
     """
 
     parameters: int
@@ -34,6 +34,7 @@ class Measured:
     perplexity: Perplexity
     speed: Throughput | None = None
     tasks: tuple[TaskAccuracy, ...] = ()
+    generations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class PruneResult:
     search: the trials, if importance_method was "auto"; `config` then holds the chosen settings.
     seconds: wall time by stage. output: the results folder; None if nothing was written.
     evaluation_overlap: the fraction of the evaluation text that occurs in the calibration text.
+    prompts: what the models' `generations` continue.
     """
 
     model: PreTrainedModel
@@ -64,6 +66,7 @@ class PruneResult:
     seconds: dict[str, float] = field(default_factory=dict)
     output: Path | None = None
     evaluation_overlap: float = 0.0
+    prompts: tuple[str, ...] = ()
 
     @property
     def distribution(self) -> list[LayerPruning]:

@@ -19,13 +19,14 @@ class Run:
     """A model with the options and the samples of one run.
 
     view: the model with its prunable blocks. tokenizer: the model's, for evaluation on tasks.
-    clock: times the stages. console: where progress is shown.
+    prompts: what both models are to continue. clock: times the stages. console: where progress is shown.
     """
 
     view: PrunableModel
     config: PruneConfig
     samples: Samples
     tokenizer: PreTrainedTokenizerBase | None = None
+    prompts: tuple[str, ...] = ()
     clock: Clock = field(default_factory=Clock)
     console: Console = QUIET
 

@@ -68,6 +68,12 @@ class Data(Options):
         path("files of questions or names of tasks"),
     )
     task_questions: int | None = option(None, "Questions per task, at most; default all.", at_least(1))
+    prompts: str | None = option(
+        None,
+        "Text file, a prompt per line, for the report's continuations; default from eval_dataset.",
+        path("a text file"),
+    )
+    generations: bool = option(True, "Show what the dense and the pruned model write after the prompts.")
     seed: int = option(0, "Seed for drawing the samples.", at_least(0, most=INT64_MAX))
 
 

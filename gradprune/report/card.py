@@ -138,7 +138,7 @@ def _shown(base: _Base, config: PruneConfig) -> PruneConfig:
     shown: dict[str, Any] = {
         name: OPTIONS[name].default for name in ("output_dir", "output_name", "overwrite", "resume")
     }
-    for name in ("dataset", "eval_dataset", "evidence_file", "tasks"):
+    for name in ("dataset", "eval_dataset", "evidence_file", "tasks", "prompts"):
         if (value := getattr(config, name)) is not None:
             shown[name] = ",".join(Path(part).name for part in value.split(","))
     if config.base_model is not None:

@@ -45,6 +45,12 @@ def summarize(result: PruneResult) -> dict[str, Any]:
             {"task": before.task, "questions": before.questions, "before": asdict(before), "after": asdict(after)}
             for before, after in zip(result.before.tasks, result.after.tasks, strict=True)
         ],
+        "generations": [
+            {"prompt": prompt, "dense": dense, "pruned": pruned}
+            for prompt, dense, pruned in zip(
+                result.prompts, result.before.generations, result.after.generations, strict=True
+            )
+        ],
         "evaluation_tokens": result.before.perplexity.tokens,
         "evaluation_held_out": result.held_out,
         "calibration": {

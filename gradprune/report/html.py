@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from gradprune.models import KINDS
 from gradprune.report.charts import COLORS, kept_chart, svg
-from gradprune.report.rows import CURVE_HEADER, curve_rows, layer_rows, summary_rows
+from gradprune.report.rows import curve_header, curve_rows, layer_rows, summary_rows
 from gradprune.report.tables import describe_scoring, search_verdict
 from gradprune.search import SearchResult
 
@@ -23,6 +23,9 @@ _STYLE = """
   svg, img { max-width: 100%; height: auto; }
   .scroll { overflow-x: auto; }
   .warning { border-left: .3rem solid #D55E00; padding-left: .8rem; }
+  dl { display: grid; grid-template-columns: 5rem 1fr; margin: 1rem 0; border-bottom: 1px solid #ddd; }
+  dt { color: #666; }
+  dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
   pre { overflow-x: auto; font-size: .8rem; }
   code { background: #f4f4f4; padding: .1rem .3rem; }
 """
@@ -60,6 +63,7 @@ $style</style>
 $warnings
 <h2>Before and after</h2>
 $measured
+$generations
 <h2>What each layer keeps</h2>
 $chart
 $layers
@@ -102,6 +106,7 @@ def write_report(
             f"{'held-out ' if summary['evaluation_held_out'] else ''}tokens."
         ),
         measured=_html_table(("", "dense", "pruned", "pruned / dense"), summary_rows(summary)),
+        generations=_generation_section(summary["generations"]),
         chart=kept_chart(summary["layers"]),
         layers=_html_table(("layer", *(cell for kind in KINDS for cell in (kind.groups, "kept"))), layer_rows(summary)),
         warnings="".join(f'<p class="warning">{escape(warning)}</p>' for warning in summary["warnings"]),
@@ -125,9 +130,21 @@ def write_curve_report(path: Path, summaries: Sequence[dict[str, Any]]) -> None:
     links = [f"{s['pruning_ratio']['requested']:g}" for s in summaries]
     items = "".join(f'<li><a href="{name}/report.html">{name}</a></li>' for name in links)
     page = _CURVE_PAGE.substitute(
-        style=_STYLE, chart=svg(figure), table=_html_table(CURVE_HEADER, curve_rows(summaries)), links=items
+        style=_STYLE, chart=svg(figure), table=_html_table(curve_header(summaries), curve_rows(summaries)), links=items
     )
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def _generation_section(generations: Sequence[dict[str, str]]) -> str:
+    """What both models write after each prompt."""
+    if not generations:
+        return ""
+    parts = [
+        f"<dl><dt>prompt</dt><dd>{escape(each['prompt'])}</dd><dt>dense</dt><dd>{escape(each['dense'])}</dd>"
+        f"<dt>pruned</dt><dd>{escape(each['pruned'])}</dd></dl>"
+        for each in generations
+    ]
+    return "<h2>What they write</h2><p>Always the likeliest next token.</p>" + "\n".join(parts)
 
 
 def _gradient_section(gradients: dict[str, Any], plots: Sequence[Path]) -> str:

@@ -1,11 +1,15 @@
 """Table rows as text, shared by the terminal and the HTML report."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gradprune.models import KINDS
 
-CURVE_HEADER = ("ratio", "parameters", "perplexity", "tokens per second")
+
+def curve_header(summaries: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The columns of `curve_rows`."""
+    tasks = (f"{task['task']} accuracy" for task in summaries[0]["tasks"])
+    return ("ratio", "parameters", "perplexity", *tasks, "tokens per second")
 
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -30,20 +34,29 @@ def _task_rows(task: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     for name, key in (("accuracy", "accuracy"), ("accuracy per byte", "per_byte")):
         before, after = task["before"], task["after"]
         if before[key] is not None:
-            dense, pruned = (f"{100 * e[key]:.1f} ± {100 * e[f'{key}_stderr']:.1f} %" for e in (before, after))
+            dense, pruned = _percent(before, key), _percent(after, key)
             rows.append((f"{task['task']} {name}", dense, pruned, f"{100 * (after[key] - before[key]):+.1f}"))
     return rows
 
 
 def curve_rows(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """(ratio, parameters, perplexity, tokens per second) as text: the dense model, then one row per ratio."""
+    """(ratio, parameters, perplexity, accuracy of each task, tokens per second): the dense model, then each ratio."""
     first = summaries[0]
     rows = [("dense", first, "before")] + [(f"{s['pruning_ratio']['requested']:g}", s, "after") for s in summaries]
-    cells = [(name, s["parameters"][k], s["perplexity"][k], s["tokens_per_second"][k]) for name, s, k in rows]
-    return [
-        (name, f"{parameters:,}", f"{perplexity:.3f}", f"{speed:,.0f}" if speed else "-")
-        for name, parameters, perplexity, speed in cells
-    ]
+    return [(name, *_curve_cells(summary, key)) for name, summary, key in rows]
+
+
+def _curve_cells(summary: dict[str, Any], key: str) -> Iterator[str]:
+    yield f"{summary['parameters'][key]:,}"
+    yield f"{summary['perplexity'][key]:.3f}"
+    for task in summary["tasks"]:
+        yield _percent(task[key], "accuracy")
+    speed = summary["tokens_per_second"][key]
+    yield f"{speed:,.0f}" if speed else "-"
+
+
+def _percent(measured: dict[str, Any], key: str) -> str:
+    return f"{100 * measured[key]:.1f} ± {100 * measured[f'{key}_stderr']:.1f} %"
 
 
 def layer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from gradprune.config import Scoring
 from gradprune.models import KINDS
-from gradprune.report.rows import CURVE_HEADER, curve_rows, layer_rows, summary_rows
+from gradprune.report.rows import curve_header, curve_rows, layer_rows, summary_rows
 from gradprune.search import SearchResult, Trial
 from gradprune.vanishing.diagnosis import Diagnosis
 
@@ -36,7 +36,7 @@ def layer_table(summary: dict[str, Any]) -> Table:
 def curve_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """The ratios side by side, for the terminal."""
     table = Table(title="Perplexity against size", title_justify="left")
-    for column in CURVE_HEADER:
+    for column in curve_header(summaries):
         table.add_column(column, justify="right")
     for row in curve_rows(summaries):
         table.add_row(*row)

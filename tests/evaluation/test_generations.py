@@ -1,0 +1,77 @@
+"""Greedy continuations, and where a run shows them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradprune import PruneConfig, prune
+from gradprune.demo.model import byte_tokenizer
+from gradprune.errors import EvaluationError
+from gradprune.evaluation.generations import continuations, drawn_prompts, read_prompts
+from helpers.pipeline_runs import TOKENS
+from helpers.tiny_models import tiny_model
+
+TOKENIZER = byte_tokenizer()
+OPTIONS = {"num_samples": 8, "seq_len": 16, "batch_size": 4, "backend": "reference", "measure_speed": False}
+
+
+def test_they_are_the_likeliest_tokens() -> None:
+    model = tiny_model(vocab=300)
+    model.generation_config.do_sample = True
+    model.generation_config.eos_token_id = None
+    model.train()
+    ids = TOKENIZER("abacad", return_tensors="pt")["input_ids"]
+    found = ids
+    with torch.no_grad():
+        for _ in range(32):
+            found = torch.cat([found, model.eval()(found).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    expected = TOKENIZER.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+    assert continuations(model.train(), TOKENIZER, ["abacad"]) == (expected,)
+    assert model.training
+
+
+def test_a_prompt_longer_than_the_context_is_cut() -> None:
+    model = tiny_model(vocab=300)
+    assert continuations(model, TOKENIZER, ["ab" * 500]) == continuations(model, TOKENIZER, ["ab" * 16])
+
+
+def test_a_prompt_without_tokens_begins_at_the_beginning() -> None:
+    assert len(continuations(tiny_model(vocab=300), TOKENIZER, [""])) == 1
+
+
+def test_prompts_come_from_the_text_evenly() -> None:
+    prompts = drawn_prompts(TOKENIZER, TOKENS)
+    assert len(prompts) == 3
+    assert prompts[1] == TOKENIZER.decode(TOKENS[len(TOKENS) // 3 :][:24])
+    assert drawn_prompts(TOKENIZER, torch.zeros(0, dtype=torch.int64)) == []
+
+
+def test_prompts_are_the_lines_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("one\n\n two \n", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.txt") == ["one", " two "]
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    for name in ("empty.txt", "bytes.txt", "nowhere.txt"):
+        with pytest.raises(EvaluationError, match=r"^prompts: "):
+            read_prompts(tmp_path / name)
+
+
+def test_the_report_shows_both_models(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("ab<b>ac\n")
+    config = PruneConfig(**OPTIONS, prompts=str(tmp_path / "p.txt"), output_dir=str(tmp_path), output_name="x")
+    result = prune(tiny_model(vocab=300), TOKENIZER, config, calibration=TOKENS[:1500], evaluation=TOKENS[1500:])
+    (shown,) = json.loads((tmp_path / "x" / "analysis" / "summary.json").read_text())["generations"]
+    assert shown == {
+        "prompt": "ab<b>ac", "dense": result.before.generations[0], "pruned": result.after.generations[0]
+    }  # fmt: skip
+    assert shown["pruned"] == continuations(result.model, TOKENIZER, ["ab<b>ac"])[0]
+    report = (tmp_path / "x" / "report.html").read_text()
+    assert f"<dd>ab&lt;b&gt;ac</dd><dt>dense</dt><dd>{shown['dense']}</dd>" in report
+
+
+def test_they_can_be_left_out() -> None:
+    config = PruneConfig(**OPTIONS, generations=False)
+    result = prune(tiny_model(vocab=300), TOKENIZER, config, calibration=TOKENS[:1500], evaluation=TOKENS[1500:])
+    assert result.prompts == result.after.generations == ()
