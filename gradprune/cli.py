@@ -306,6 +306,9 @@ def main() -> NoReturn:
         # Whoever read the output has seen enough. What is left in the buffer must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        # The standard streams: what is written elsewhere has errors of its own.
+        _fail(f"{error.filename or 'standard output'}: {error.strerror or one_line(error)}")
     except Interrupted as interrupt:
         say(Console(stderr=True), f"stopped by {interrupt.name}; unfinished results have been removed")
         sys.exit(interrupt.exit_code)
@@ -471,7 +474,7 @@ def _load(
     if torch.device(device).type == "meta":
         raise ConfigError("device: 'meta' holds no weights; choose cpu or cuda")
     path = str(demo_model_path(PROGRESS)) if config.base_model is None else config.base_model
-    clock = Clock()  # says nothing, so that an error of an argument stands alone
+    clock = Clock(PROGRESS)
     with memory_advice(clock, config), clock.stage("loading the model"):
         return load_model(
             path,

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.cli import main
 from gradprune.config import PARTS, options_of
 from gradprune.demo.model import byte_tokenizer
+from gradprune.models import describe
+from gradprune.models.masks import GroupMasks
+from gradprune.surgery.cut import cut
 from gradprune.version import __version__
 from helpers.tiny_models import tiny_model
 
@@ -103,6 +107,8 @@ def test_the_default_output_name_tells_what_it_is(gradprune, model_folder: Path,
         (["--pruning_ratio", "0.2,1.5"], "pruning_ratio: 1.5 is not between 0 and 1"),
         (["--base_model", ""], "base_model: '' is empty; give a model folder or hub id"),
         (["--output_name", ""], "output_name: '' is not a plain folder name"),
+        (["--output_name", "--overwrite"], "output_name: '--overwrite' looks like an option"),
+        (["--device", "mps"], "device: 'mps' does not work here"),
         (["--scores", "nowhere.safetensors"], "there is no file 'nowhere.safetensors'"),
         (["--gradient_fix", "normalize", "--fix_gradient_vanishing"], "fix_gradient_vanishing: means gradient_fix"),
         (["--dataset", "no-such-file.txt"], "there is no file 'no-such-file.txt'"),
@@ -120,6 +126,30 @@ def test_a_bad_argument_is_one_line_and_exit_code_2(
     assert message in err
     assert only_line(err).startswith("error: ")
     assert not Path("results").exists()
+
+
+def test_an_error_of_a_device_is_short(gradprune, model_folder: Path) -> None:
+    _, _, err = gradprune("eval", "--model", model_folder, "--device", "mps")
+    assert len(only_line(err)) < 300
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is always full")
+def test_a_standard_output_that_is_full_is_one_line(gradprune, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        code, _, err = gradprune("info", "--json")
+    assert code == 2
+    assert only_line(err) == "error: standard output: No space left on device"
+
+
+@pytest.mark.parametrize("command", ["prune", "diagnose"])
+def test_a_model_with_nothing_left_is_refused(gradprune, tmp_path: Path, ids_file: Path, command: str) -> None:
+    model = tiny_model(channels=24, vocab=300)
+    empty = {block.key: torch.zeros(block.groups, dtype=torch.bool) for block in describe(model).blocks}
+    save_checkpoint(cut(model, GroupMasks(empty, 3)), byte_tokenizer(), tmp_path / "empty")
+    code, _, err = gradprune(command, "--base_model", tmp_path / "empty", "--dataset", ids_file, "--seq_len", "16")
+    assert code == 2
+    assert "has no KV group and no MLP channel left to prune" in only_line(err)
 
 
 def test_an_existing_output_folder_is_refused_before_anything_is_loaded(gradprune) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -224,7 +225,8 @@ def test_quiet_and_verbose(work: Path, given_files: list[object]) -> None:
     assert code == 0
     assert "info: Calibration took" in err
     code, err = run(work, "prune", *given_files, "--output_name", "z")
-    assert [line for line in err.splitlines() if line.endswith(" ...")][:3] == [
+    assert [line for line in err.splitlines() if line.endswith(" ...")][:4] == [
+        "Loading the model ...",
         "Calibration ...",
         "Priors ...",
         "Perplexity before ...",
@@ -292,6 +294,45 @@ def test_a_damaged_file_is_one_line_or_a_whole_result(work: Path, given_files: l
         assert code == 2, err
         assert err.splitlines()[-1].startswith("error: evidence_file: ")
         assert "Traceback" not in err
+
+    check()
+
+
+def test_a_damaged_model_is_one_line_or_a_whole_measurement(work: Path, given_files: list[object]) -> None:
+    whole = Path(str(given_files[1]))
+    files = sorted(path.name for path in whole.iterdir())
+
+    @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(
+        name=st.sampled_from(files),
+        how=st.sampled_from(["cut", "flip", "another file's content", "missing", "a folder"]),
+        at=st.floats(0.0, 0.999),
+        bit=st.integers(0, 7),
+    )
+    def check(name: str, how: str, at: float, bit: int) -> None:
+        shutil.rmtree(work / "m", ignore_errors=True)
+        shutil.copytree(whole, work / "m")
+        path = work / "m" / name
+        content = bytearray(path.read_bytes())
+        place = int(at * len(content))
+        if how == "cut":
+            path.write_bytes(content[:place])
+        elif how == "flip":
+            content[place] ^= 1 << bit
+            path.write_bytes(content)
+        elif how == "another file's content":
+            path.write_bytes((whole / files[files.index(name) - 1]).read_bytes())
+        else:
+            path.unlink()
+        if how == "a folder":
+            path.mkdir()
+        code, err = run(work, "eval", "--model", "m", "--dataset", given_files[3], "--seq_len", "16", "--json")
+        assert "Traceback" not in err
+        if code == 0:
+            assert json.loads(err[err.index("{") :])["perplexity"] > 0.0
+        else:
+            assert code == 2, err
+            assert err.splitlines()[-1].startswith("error: "), err
 
     check()
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from gradprune import PruneConfig, load_pruned, prune
-from gradprune.errors import CalibrationError, CheckpointError, ConfigError, GradPruneError, SelectionError
+from gradprune.errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    GradPruneError,
+    SelectionError,
+    UnsupportedArchitectureError,
+)
 from gradprune.models import describe
 from gradprune.scoring.table import empty_table
 from helpers.pipeline_runs import run
@@ -204,3 +211,11 @@ def test_a_real_model_keeps_most_of_its_ability(method: str, stories_model: Path
     assert result.before.perplexity.value < 4.6
     assert result.after.perplexity.value < 9.0
     assert 0 <= 0.1 * result.before.parameters - (result.before.parameters - result.after.parameters) < 3072
+
+
+def test_a_class_of_ones_own_is_refused_before_anything_is_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    model.__class__ = type("MyLlama", (type(model),), {})
+    monkeypatch.setattr("gradprune.pipeline.gather_evidence", lambda _run: pytest.fail("it calibrates"))
+    with pytest.raises(UnsupportedArchitectureError, match="a MyLlama cannot be cut; load it as LlamaForCausalLM"):
+        run(model)

@@ -100,7 +100,7 @@ class ImportanceEngine:
                 f"model: a {type(model).__name__} predicts no next token; load it with AutoModelForCausalLM"
             )
         self._model = model
-        self._view = describe(model)
+        self._view = describe(model).with_groups()
         self.method = method
         self.gradient_fix = gradient_fix
         self._reduction = REDUCTIONS[reduction]

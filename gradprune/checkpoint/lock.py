@@ -1,9 +1,14 @@
-"""A lock file that one process holds and that a crash leaves recognisable."""
+"""A lock file that one process holds and that a crash leaves recognisable.
+
+The file is locked by the file system (`flock`). Where it has no locks, the file itself is the lock: one `link`, which
+fails where the name is taken, makes it appear with its owner in it.
+"""
 
 import errno
 import fcntl
 import json
 import os
+import secrets
 import socket
 import time
 from contextlib import suppress
@@ -50,12 +55,17 @@ class FileLock:
             OSError: the file cannot be made.
         """
         self._path = path
+        me = Owner(os.getpid(), socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S"))
+        record = json.dumps(asdict(me)).encode()
+        if not _has_locks(path.parent):
+            self._descriptor = None
+            self.abandoned = _link(path, record)
+            return
         self._descriptor = _locked(path)
         self.abandoned = _read_owner(path)
-        me = Owner(os.getpid(), socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S"))
         try:
             os.truncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, json.dumps(asdict(me)).encode(), 0)
+            os.pwrite(self._descriptor, record, 0)
         except OSError:
             self.release()
             raise
@@ -65,7 +75,19 @@ class FileLock:
         # In this order: whoever waits for it finds another file, or none, under its name and tries again.
         with suppress(OSError):
             self._path.unlink()
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+def _has_locks(folder: Path) -> bool:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in _NO_LOCKS
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _locked(path: Path) -> int:
@@ -73,29 +95,59 @@ def _locked(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            _lock(descriptor, path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         except FileNotFoundError:
             pass  # released between open and lock
-        except BaseException:
+        except OSError as error:
             os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise LockHeldError(_read_owner(path)) from None
             raise
         os.close(descriptor)
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def _link(path: Path, record: bytes) -> Owner | None:
+    """Make the file with `record` in it; returns the owner that it was taken over from, if there was one.
+
+    Raises:
+        LockHeldError: it is there, and its owner lives or is on another machine, which cannot be asked.
+    """
+    mine = _beside(path)
+    mine.write_bytes(record)
+    abandoned = None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise LockHeldError(_read_owner(path)) from None
-        if error.errno not in _NO_LOCKS:
-            raise
-        # Without locks the owner's process decides. One on another machine cannot be asked.
-        owner = _read_owner(path)
-        if owner is not None and (owner.host != socket.gethostname() or _alive(owner.pid)):
-            raise LockHeldError(owner) from None
+        while True:
+            try:
+                os.link(mine, path)
+                return abandoned
+            except FileExistsError:
+                abandoned = _remove_abandoned(path)
+    finally:
+        mine.unlink()
+
+
+def _remove_abandoned(path: Path) -> Owner | None:
+    """Remove the file of an owner that has ended; returns that owner."""
+    owner = _read_owner(path)
+    if owner is not None and (owner.host != socket.gethostname() or _alive(owner.pid)):
+        raise LockHeldError(owner)
+    taken = _beside(path)
+    try:
+        path.rename(taken)
+    except FileNotFoundError:
+        return None
+    # Between reading and renaming, another run may have taken the lock: then it gets its file back.
+    if _read_owner(taken) != owner:
+        with suppress(FileExistsError):
+            os.link(taken, path)
+    taken.unlink()
+    return owner
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}-{secrets.token_hex(8)}")
 
 
 def _read_owner(path: Path) -> Owner | None:

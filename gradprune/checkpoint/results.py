@@ -1,5 +1,7 @@
 """The results folder of a run, from before its model is loaded until it is written."""
 
+import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +11,7 @@ from gradprune.config import PruneConfig
 from gradprune.errors import ConfigError
 
 _READS = ("base_model", "dataset", "eval_dataset", "evidence_file")
+_ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 @contextmanager
@@ -28,7 +31,7 @@ def claimed_results(config: PruneConfig, ratios: Sequence[float] = ()) -> Iterat
         return
     ratios = ratios or (config.pruning_ratio,)
     ratio_names(ratios)
-    size = weight_bytes_on_disk(config.base_model) if config.base_model is not None else None
+    size = None if config.base_model is None else _bytes_as(config.dtype, config.base_model)
     output = Path(config.output_dir) / config.output_name
     claim = claimed(
         output,
@@ -58,3 +61,21 @@ def weight_bytes_on_disk(checkpoint: str | Path) -> int | None:
     """Bytes of a checkpoint folder's safetensors files; None if there are none, e.g. for a hub id."""
     files = list(Path(checkpoint).glob("*.safetensors"))
     return sum(file.stat().st_size for file in files) if files else None
+
+
+def _bytes_as(dtype: str, checkpoint: str | Path) -> int | None:
+    """Bytes that a checkpoint folder's weights take in another dtype, as far as its files tell; None as above."""
+    stored = weight_bytes_on_disk(checkpoint)
+    if stored is None or dtype not in _ELEMENT_BYTES:
+        return stored
+    try:
+        return _ELEMENT_BYTES[dtype] * sum(map(_elements, Path(checkpoint).glob("*.safetensors")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return stored  # a damaged file is told when it is loaded
+
+
+def _elements(file: Path) -> int:
+    """Number of elements of all tensors, from the header: its length in 8 bytes, then JSON."""
+    with file.open("rb") as content:
+        header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")

@@ -68,6 +68,8 @@ def folder_name() -> Domain:
     def fault(value: str) -> str | None:
         if value in ("", ".", "..") or Path(value).name != value:
             return f"{value!r} is not a plain folder name; put its parent in output_dir"
+        if value.startswith("-"):
+            return f"{value!r} looks like an option; a name begins with something else"
         # Control characters, and bytes of the command line that are not UTF-8.
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
             return f"{value!r} holds control characters; use letters, digits, '.', '_' and '-'"

@@ -117,6 +117,18 @@ class PrunableModel:
         found = {block.layer: block for block in self.blocks if block.kind.name == kind}
         return [found.get(layer) for layer in range(len(self.layers))]
 
+    def with_groups(self) -> "PrunableModel":
+        """This model, which has something left to prune.
+
+        Raises:
+            UnsupportedArchitectureError: earlier prunings removed every block.
+        """
+        if not self.blocks:
+            raise UnsupportedArchitectureError(
+                "base_model: has no KV group and no MLP channel left to prune; name an earlier checkpoint of it"
+            )
+        return self
+
     @cached_property
     def parameters(self) -> int:
         """Parameters of the whole model, tied ones counted once."""

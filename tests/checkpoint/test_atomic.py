@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,13 +9,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from gradprune.checkpoint import lock, rename
+from gradprune import PruneConfig
+from gradprune.checkpoint import atomic, lock, rename
 from gradprune.checkpoint.atomic import atomic_directory, claimed, is_results
 from gradprune.checkpoint.lock import FileLock, LockHeldError
+from gradprune.checkpoint.results import claimed_results
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.errors import CheckpointError
 from helpers.tiny_models import tiny_model
@@ -193,11 +198,17 @@ def test_the_next_run_takes_over_from_a_killed_one_and_says_so(tmp_path: Path, c
     assert not caplog.text
 
 
-def test_without_locks_of_the_file_system_the_owner_decides(tmp_path: Path, monkeypatch) -> None:
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that has none."""
+
     def unsupported(descriptor: int, operation: int) -> None:
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+
+
+def test_without_locks_of_the_file_system_the_owner_decides(tmp_path: Path, monkeypatch) -> None:
+    without_locks(monkeypatch)
     held = FileLock(tmp_path / "lock")
     with pytest.raises(LockHeldError, match=f"process {os.getpid()} on "):
         FileLock(tmp_path / "lock")
@@ -213,6 +224,37 @@ def test_without_locks_of_the_file_system_the_owner_decides(tmp_path: Path, monk
     assert taken.abandoned is not None
     assert taken.abandoned.pid == ended.pid
     taken.release()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_of_many_processes_one_holds_the_lock(tmp_path: Path, monkeypatch, locks: bool) -> None:
+    if not locks:
+        without_locks(monkeypatch)
+
+    def take_turns() -> int:
+        turns = 0
+        for _ in range(200):
+            try:
+                held = FileLock(tmp_path / "lock")
+            except LockHeldError:
+                continue
+            os.close(os.open(tmp_path / "inside", os.O_CREAT | os.O_EXCL))
+            (tmp_path / "inside").unlink()
+            held.release()
+            turns += 1
+        return turns
+
+    children = [os.fork() for _ in range(4)]
+    for child in children:
+        if child == 0:
+            code = 1
+            try:
+                code = 0 if take_turns() else 2
+            finally:
+                os._exit(code)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0] * 4
     assert names(tmp_path) == []
 
 
@@ -290,6 +332,20 @@ def test_too_little_room_is_told_at_once(tmp_path: Path) -> None:
     ):
         pass
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(("dtype", "bytes_"), [("auto", 4_000), ("bfloat16", 2_000), ("float64", 8_000)])
+def test_the_room_needed_follows_the_dtype(tmp_path: Path, monkeypatch, dtype: str, bytes_: int) -> None:
+    (tmp_path / "model").mkdir()
+    save_file({"w": torch.zeros(1000)}, tmp_path / "model" / "model.safetensors")
+    config = PruneConfig(
+        base_model=str(tmp_path / "model"), output_dir=str(tmp_path), output_name="x", dtype=dtype, pruning_ratio=0.5
+    )
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=0))
+    with pytest.raises(CheckpointError, match=r"needs about .* bytes") as error, claimed_results(config):
+        pass
+    stated = int(re.search(r"about ([0-9,]+)", str(error.value))[1].replace(",", ""))
+    assert bytes_ / 2 <= stated <= bytes_ / 2 + 100  # the header's bytes, where the dtype stays
 
 
 def test_a_failed_run_leaves_no_empty_folders(tmp_path: Path) -> None:

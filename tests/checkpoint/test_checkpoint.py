@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from gradprune import hub, load_pruned
 from gradprune.checkpoint.load import load_model
@@ -130,6 +130,16 @@ def test_a_model_loaded_by_remote_code_can_be_cut_again(tmp_path: Path, monkeypa
     twice.set_attn_implementation("sdpa")
     save_checkpoint(twice, None, tmp_path / "twice")
     assert_same(load_pruned(tmp_path / "twice"), twice)
+
+
+def test_a_pipeline_takes_a_pruned_model_without_complaint(tmp_path: Path, monkeypatch, caplog) -> None:
+    model = tiny_model(vocab=300)
+    save_checkpoint(cut(model, random_masks(model, 0.7)), byte_tokenizer(), tmp_path / "pruned")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with caplog.at_level("WARNING", logger="transformers"):
+        text = pipeline("text-generation", model=str(tmp_path / "pruned"), trust_remote_code=True)
+        assert text("ab", max_new_tokens=2)[0]["generated_text"].startswith("ab")
+    assert "not supported" not in caplog.text
 
 
 def test_a_model_loaded_by_remote_code_can_become_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

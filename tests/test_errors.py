@@ -1,0 +1,19 @@
+"""Other libraries' error messages, on one line."""
+
+import pytest
+
+from gradprune.errors import one_line
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("two\n  lines."), "two lines"),
+        (KeyError("name"), "KeyError 'name'"),
+        (ValueError(), "ValueError"),
+        (ValueError("word " * 100), " ".join(["word"] * 40) + " ..."),
+        (ValueError("x" * 300), "x" * 200 + " ..."),
+    ],
+)
+def test_one_line(error: Exception, line: str) -> None:
+    assert one_line(error) == line
