@@ -54,5 +54,4 @@ def one_line(error: BaseException) -> str:
     words = " ".join(str(error).split())
     if not words or isinstance(error, KeyError):  # its message is only the key
         words = f"{type(error).__name__} {words}".strip()
-    message = words if len(words) <= 200 else words[:200].rsplit(" ", 1)[0] + " ..."
-    return message.rstrip(".")
+    return words.rstrip(".") if len(words) <= 200 else words[:200].rsplit(" ", 1)[0] + " ..."
