@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test bench gpu lint format clean
+.PHONY: demo test bench gpu docs lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gradprune demo
@@ -26,6 +26,10 @@ gpu:
 	$(PYTHON) -m benchmarks.run --device cuda $(if $(QUICK),--quick) --output "$${OUT:-benchmarks/results}" \
 		--seconds $$((530 - $$(date +%s) + start)) || status=1; \
 	exit $$status
+
+# The documentation's site, into build/site; fails where a link leads nowhere.
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -56,6 +60,10 @@ $(VENV)/.installed-dev: $(VENV)/.torch $(SOURCES)
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(PIP) --no-deps torch-pruning || echo 'torch-pruning cannot be installed: it takes no part in the benchmarks'
 	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.torch $(SOURCES)
+	$(PIP) --editable '.[docs]'
+	touch $@ $(VENV)/.installed
 
 clean:
 	rm -rf build dist $(VENV)

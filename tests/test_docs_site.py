@@ -1,0 +1,28 @@
+"""The documentation's site builds, and no link in it leads nowhere."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(package, reason="the docs extra is not installed (pip install 'gradprune[docs]')")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
+    assert pages >= {"api", "benchmarks", "gradient-vanishing", "methods", "options", "serving"}
+    assert "ImportanceEngine" in (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+    assert (tmp_path / "site" / "plots" / "perplexity-against-size.svg").is_file()
+    assert "gradprune prune" in (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+
+
+def test_every_page_is_in_the_order_of_pages() -> None:
+    hooks = (ROOT / "docs" / "hooks.py").read_text(encoding="utf-8")
+    missing = [path.name for path in (ROOT / "docs").glob("*.md") if f'"{path.name}"' not in hooks]
+    assert not missing
