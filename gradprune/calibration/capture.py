@@ -22,26 +22,43 @@ Observer = Callable[[Tensor, Tensor, Tensor], None]
 """Called in the backward pass with x: [N, T, I], dy: [N, T, O] and dx: [N, T, I] of one linear layer."""
 
 
+class _KeptInput(torch.autograd.Function):
+    """x as it is, kept for the backward pass.
+
+    A layer of its own, before the product: recomputation under checkpointing ends with the last tensor that it has to
+    bring back, and so leaves out the product of a decoder layer's last linear layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        # x itself is saved, not an autocast copy, so that layers with the same input keep it once.
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(_ctx: Any, dx: Tensor) -> Tensor:
+        return dx
+
+
 class _ObservedLinear(torch.autograd.Function):
-    """y = x W^T + b whose backward returns dx = dy W and shows (x, dy, dx) to an observer."""
+    """y = x W^T + b whose backward returns dx = dy W and shows (x, dy, dx) to an observer; x comes from _KeptInput."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, observer: Observer) -> Tensor:
-        # x itself is saved, not an autocast copy, so that layers with the same input keep it once.
-        ctx.save_for_backward(x, weight)
-        ctx.observer = observer
+        ctx.kept, ctx.weight, ctx.observer = x.grad_fn, weight, observer
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        x, weight = ctx.saved_tensors
-        dx = dy @ weight.to(dy.dtype)
+        (x,) = ctx.kept.saved_tensors
+        dx = dy @ ctx.weight.to(dy.dtype)
         ctx.observer(x.to(dy.dtype), dy, dx)
         return dx.to(x.dtype), None, None, None
 
 
 def _observed_forward(linear: nn.Linear, observer: Observer, x: Tensor) -> Tensor:
-    output: Tensor = _ObservedLinear.apply(x, linear.weight, linear.bias, observer)  # type: ignore[no-untyped-call]
+    kept = _KeptInput.apply(x)  # type: ignore[no-untyped-call]
+    output: Tensor = _ObservedLinear.apply(kept, linear.weight, linear.bias, observer)  # type: ignore[no-untyped-call]
     return output
 
 

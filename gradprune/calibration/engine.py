@@ -24,6 +24,7 @@ from gradprune.calibration.reduction import REDUCTIONS
 from gradprune.config import GRADIENT_METHODS, METHODS, ImportanceBackend, Method, ReductionName, check_gradient_fix
 from gradprune.errors import ConfigError, GradPruneError, UnsupportedArchitectureError
 from gradprune.models import BlockKey, describe
+from gradprune.models.backward import deterministic_attention, without_autocast
 from gradprune.models.loss import sample_losses
 from gradprune.models.modes import evaluation_mode
 from gradprune.ops.dispatch import select_ops
@@ -93,8 +94,7 @@ class ImportanceEngine:
         if reduction not in REDUCTIONS:
             raise ConfigError(f"reduction: '{reduction}' is unknown; choose one of {', '.join(REDUCTIONS)}")
         check_gradient_fix(gradient_fix)
-        if model.device.type == "meta":
-            raise ConfigError("model: is on the meta device, where it has no weights; load it on a real device")
+        _check_weights(model)
         if model.get_output_embeddings() is None:
             raise UnsupportedArchitectureError(
                 f"model: a {type(model).__name__} predicts no next token; load it with AutoModelForCausalLM"
@@ -176,7 +176,7 @@ class ImportanceEngine:
         if depth is Depth.NOTHING:
             return
         self._observe(depth)
-        input_ids = input_ids.to(self._model.device, torch.int64)
+        input_ids = _on_device(input_ids, self._model.device)
         try:
             losses = self._run(input_ids)
             if input_ids.device.type == "cpu":
@@ -301,6 +301,7 @@ class ImportanceEngine:
                     stack.callback(handle.remove)
             elif depth is not None and depth >= Depth.MASKS:
                 observers = dict(pair for entry in accumulators for pair in entry.observers(depth))
+                stack.enter_context(deterministic_attention())
                 stack.enter_context(capture(self._model, observers))
                 if self._checkpointing:
                     stack.enter_context(checkpointed(self._view.layers))
@@ -331,7 +332,8 @@ class ImportanceEngine:
         with torch.inference_mode(False), torch.set_grad_enabled(backward):
             losses = sample_losses(self._model, input_ids)
             if backward:
-                losses.sum().backward()
+                with without_autocast(input_ids.device):
+                    losses.sum().backward()
         return losses.detach()
 
     def _step_scales(self, input_ids: Tensor) -> list[float]:
@@ -423,6 +425,21 @@ def _depth_of_all_steps(method: Method, gradient_fix: str, weight_gradient_steps
 def _prefix(key: BlockKey) -> str:
     """Prefix of the names in a block's state."""
     return f"{key.layer}.{key.kind}."
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    """Refuse a model without weights."""
+    if model.device.type == "meta":
+        raise ConfigError("model: is on the meta device, where it has no weights; load it on a real device")
+
+
+def _on_device(input_ids: Tensor, device: torch.device) -> Tensor:
+    """[N, T] int64 on `device`, without waiting for it."""
+    ids = input_ids.to(torch.int64)
+    if device.type == "cuda" and ids.device.type == "cpu":
+        # A copy from pageable memory waits until the GPU has done what was queued before.
+        ids = ids.pin_memory()
+    return ids.to(device, non_blocking=True)
 
 
 def _check_ids(input_ids: Tensor, vocabulary: int) -> None:

@@ -1,0 +1,81 @@
+"""How a backward pass is run: without autocast, and attention adding in fixed order."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Gradients are computed in the types of the forward pass.
+
+    The threads of a backward pass on a GPU take over that autocast is on, but not the type it was given: they would
+    convert bfloat16 gradients to float16, autocast's default.
+    """
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def deterministic_attention() -> Iterator[None]:
+    """The backward pass of PyTorch's fused attention adds in fixed order: the same inputs give the same bits.
+
+    On GPUs it does so only where deterministic algorithms are asked for, which for a whole model would refuse products
+    too. So they are asked for while an attention is computed and while its gradient is, and nowhere else. The context
+    has to be open in the forward and in the backward pass; on exit the setting is as it was, whatever happened.
+    """
+    before, settings = ALL_ATTENTION_FUNCTIONS["sdpa"], _settings()
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _in_fixed_order(before)
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+        # A backward pass that raised inside an attention did not come to its end.
+        _set(settings)
+
+
+def _in_fixed_order(attention: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        settings = _settings()
+        _set(_DETERMINISTIC)
+        try:
+            output, weights = attention(*args, **kwargs)
+        finally:
+            _set(settings)
+        for node in _fused_attentions(output):
+            node.register_prehook(lambda _gradients: _set(_DETERMINISTIC))
+            node.register_hook(lambda _inputs, _outputs: _set(settings))
+        return output, weights
+
+    return forward
+
+
+def _fused_attentions(output: Tensor) -> Iterator[torch.autograd.graph.Node]:
+    """The nodes of fused attention right behind `output`; views of their results lie between."""
+    node = output.grad_fn
+    while node is not None and "ScaledDotProduct" not in node.name():
+        node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
+    if node is not None:
+        yield node
+
+
+_DETERMINISTIC = (True, False, False)
+
+
+def _settings() -> tuple[bool, bool, bool]:
+    """Whether algorithms are to be deterministic, whether others only warn, and whether new memory is filled."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+
+
+def _set(settings: tuple[bool, bool, bool]) -> None:
+    enabled, warn_only, fill = settings
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
