@@ -11,7 +11,7 @@ _BLOCK = 128
 _PARTS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "programs"])
 def _add_kernel(
     sums_ptr,
     statistics_ptr,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.calibration.capture import Observer
+from gradprune.calibration.gram import add_product
 from gradprune.calibration.methods import Depth
 from gradprune.models import Block
 from gradprune.models.blocks import InputLinear, OutputLinear
@@ -66,18 +67,21 @@ class BlockAccumulator(ABC):
     def discard(self) -> None:
         """Drop the pending contributions of the current step."""
         self.pending = StepRecord()
-        self._pending_sums = torch.zeros(3, self.block.groups, dtype=torch.float64, device=self.first.device)
-        self._pending_output_square = torch.zeros_like(self.output_square)
-        self._pending_input_square = torch.zeros_like(self.input_square)
+        groups, width = self.block.groups, len(self.input_square)
+        # One tensor, because on a GPU each would be a launch.
+        pending = torch.zeros(3 * groups + width + 1, dtype=torch.float64, device=self.first.device)
+        self._pending_sums = pending[: 3 * groups].view(3, groups)
+        self._pending_input_square = pending[3 * groups : -1]
+        self._pending_output_square = pending[-1]
         self._pending_tokens = 0
 
     def commit(self, scale: float = 1.0) -> None:
         """Add the pending contributions, as if the step's gradients had been multiplied by `scale`."""
         first, second, mask_square = self._pending_sums
-        self.first += scale * first
-        self.second += scale**2 * second
-        self.mask_square += scale**2 * mask_square
-        self.output_square += scale**2 * self._pending_output_square
+        self.first.add_(first, alpha=scale)
+        self.second.add_(second, alpha=scale**2)
+        self.mask_square.add_(mask_square, alpha=scale**2)
+        self.output_square.add_(self._pending_output_square, alpha=scale**2)
         self.input_square += self._pending_input_square
         self.tokens += self._pending_tokens
         self.pending.scale = scale
@@ -167,14 +171,17 @@ class BlockAccumulator(ABC):
 
     def _observe_output(self, x: Tensor, dy: Tensor, dx: Tensor) -> None:
         """As `_observe`, of the output projection, without its weight's gradient."""
-        self._observe_mask(self._reduced(self._input_gradient(x, dx)), self._reduced(dy.sum(1)))
-        # Sum each row first, so that no sum is split between threads.
-        self._pending_output_square += dy.to(accumulation_dtype(dy)).square().sum(-1).flatten().double().sum()
+        of_bias = None if self.block.output.linear.bias is None else self._reduced(dy.sum(1))
+        self._observe_mask(self._reduced(self._input_gradient(x, dx)), of_bias)
+        # Each row first, so that no sum is split between threads; in one read.
+        rows = torch.linalg.vector_norm(dy, dim=-1, dtype=accumulation_dtype(dy))
+        self._pending_output_square += rows.double().square().sum()
 
     def _accumulate(self, entry: InputLinear | OutputLinear, vectors: ImportanceVectors) -> None:
         sums = vectors.sums(_side(entry))
-        self._pending_sums[0] += self._fold(entry, sums.abs)
-        self._pending_sums[1] += self._fold(entry, sums.square)
+        # Not `+=`, which would copy the row onto itself.
+        self._pending_sums[0].add_(self._fold(entry, sums.abs))
+        self._pending_sums[1].add_(self._fold(entry, sums.square))
         self.pending.statistics[entry.path] = vectors.statistics
 
     def _fold(self, entry: InputLinear | OutputLinear, vector: Tensor) -> Tensor:
@@ -190,13 +197,16 @@ class BlockAccumulator(ABC):
         self._pending_tokens += x.shape[0] * x.shape[1]
         return found.gradient
 
-    def _observe_mask(self, mask_gradient: Tensor, dy: Tensor) -> None:
-        """mask_gradient: [gradients, I], of a mask on each input column; dy: [gradients, O], summed over tokens."""
+    def _observe_mask(self, mask_gradient: Tensor, dy: Tensor | None) -> None:
+        """mask_gradient: [gradients, I], of a mask on each input column; dy: [gradients, O], summed over tokens.
+
+        dy is needed where the output projection has a bias.
+        """
         entry = self.block.output
         by_group = entry.fold_columns(mask_gradient).double()
-        self._pending_sums[2] += by_group.square().sum(0)
+        self._pending_sums[2].add_(by_group.square().sum(0))
         gate = by_group.sum(1)
-        if entry.linear.bias is not None:
+        if dy is not None and entry.linear.bias is not None:
             gate = gate + dy.double() @ entry.linear.bias.detach().double()
         self.pending.gate = gate
 
@@ -267,7 +277,9 @@ class BatchAccumulator(BlockAccumulator):
     def _observe_weight(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor) -> None:
         samples = x.shape[0]
         dtype = accumulation_dtype(entry.linear.weight)
-        gradient = dy.flatten(0, 1).to(dtype).T @ x.flatten(0, 1).to(dtype) / samples
+        gradient = torch.zeros_like(entry.linear.weight, dtype=dtype, requires_grad=False)
+        add_product(gradient, dy.flatten(0, 1), x.flatten(0, 1))
+        gradient /= samples
         self._accumulate(entry, self._ops.taylor_score(entry.linear.weight, gradient, _side(entry)))
         self._pending_gradients[entry.path] = gradient
 

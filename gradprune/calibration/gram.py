@@ -36,7 +36,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
             CUDA, with fp32 sums, and converted first elsewhere.
     """
     if total.is_cuda and left.dtype == right.dtype in (torch.bfloat16, torch.float16) and _MIXED:
-        total += torch.mm(left.T, right, out_dtype=total.dtype)
+        total += torch.mm(left.T, right, out_dtype=torch.float32)
     else:
         with same_rounding(total):
             total.addmm_(left.T.to(total.dtype), right.to(total.dtype))

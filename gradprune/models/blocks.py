@@ -39,7 +39,7 @@ class InputLinear:
     def fold_rows(self, rows: Tensor, groups: int) -> Tensor:
         """Sum a vector over rows [O] into one over groups [groups], same dtype."""
         folded = [rows[p.offset : p.offset + groups * p.rows].view(groups, p.rows).sum(1) for p in self.parts]
-        return torch.stack(folded).sum(0)
+        return folded[0] if len(folded) == 1 else torch.stack(folded).sum(0)
 
 
 @dataclass(frozen=True)
