@@ -11,8 +11,9 @@ from gradprune.kernels.linear_importance import LinearImportanceConfig
 from gradprune.ops.reference import linear_importance_reference
 from gradprune.ops.triton import linear_importance_triton
 from gradprune.ops.vectors import GradientStatistics
+from helpers.devices import DEVICE, TRITON_TESTS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = TRITON_TESTS
 SMALL = LinearImportanceConfig(BLOCK_A=16, BLOCK_B=32, BLOCK_T=16, GROUP_A=2, num_warps=4)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # 1, a block, one less and more than it, and several blocks, of each size in turn: N, T, O, I.

@@ -7,8 +7,9 @@ pytest.importorskip("triton", reason="triton is not installed: its kernels are N
 from gradprune.kernels.mask_gradient import MaskGradientConfig
 from gradprune.kernels.mask_gradient import mask_gradient_triton as launch
 from gradprune.ops.triton import mask_gradient_triton
+from helpers.devices import DEVICE, TRITON_TESTS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = TRITON_TESTS
 SMALL = MaskGradientConfig(BLOCK_T=4, BLOCK_I=32, num_warps=4)
 
 

@@ -8,8 +8,9 @@ from gradprune.kernels.taylor_score import TaylorScoreConfig
 from gradprune.ops.reference import taylor_score_reference
 from gradprune.ops.triton import taylor_score_triton
 from gradprune.ops.vectors import GradientStatistics
+from helpers.devices import DEVICE, TRITON_TESTS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = TRITON_TESTS
 SMALL = TaylorScoreConfig(ROWS=16, BLOCK_O=4, BLOCK_I=32)
 # 1, a strip, and one less and more than it, in rows and in columns.
 ROWS, COLUMNS = [1, 15, 16, 17, 63], [1, 31, 32, 33]

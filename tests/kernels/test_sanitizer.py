@@ -1,0 +1,34 @@
+"""NVIDIA's checker of memory accesses and races over a small launch of every Triton kernel."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import torch
+from gradprune.ops import linear_importance, mask_gradient, taylor_score
+x, dy, w = (torch.randn(shape, device="cuda").bfloat16() for shape in ((2, 70, 130), (2, 70, 150), (150, 130)))
+linear_importance(x, dy, w, backend="triton")
+taylor_score(w, w.clone(), backend="triton")
+mask_gradient(x, x.clone(), backend="triton")
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_no_kernel_reads_or_writes_where_it_must_not(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is NOT here: the kernels' memory accesses are NOT checked")
+    # Where the caching allocator hands out memory an access beyond a tensor would go unseen.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", PROGRAM]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    if "Device not supported" in run.stdout + run.stderr:
+        pytest.skip("compute-sanitizer does NOT support this device: the kernels' memory accesses are NOT checked")
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    assert "ERROR SUMMARY: 0 errors" in run.stdout or "0 hazards" in run.stdout
