@@ -17,6 +17,8 @@ import torch
 from benchmarks.environment import last_level_cache_bytes
 from benchmarks.progress import say
 
+# About a millisecond: several times what Python takes to launch an op's kernels.
+_HEAD_START_CYCLES = 2_000_000
 _FLUSH_BYTES = 256 << 20
 _MIN_REPEATS = 3
 # Limits the sets for tiny inputs. These then fit in the cache, but there the fixed cost of a call dominates anyway.
@@ -196,8 +198,9 @@ def _cpu_seconds(run: Callable[..., Any], inputs: tuple[Any, ...], prepare: Call
 
 def _cuda_seconds(run: Callable[..., Any], inputs: tuple[Any, ...], prepare: Callable[[], object]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # This also keeps the GPU busy while the host enqueues the run, so that launch overhead is not timed.
     prepare()
+    # The GPU is busy while the host enqueues the run, so that launch overhead is not timed.
+    torch.cuda._sleep(_HEAD_START_CYCLES)
     start.record()
     run(*inputs)
     end.record()
