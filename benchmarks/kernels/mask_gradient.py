@@ -1,6 +1,6 @@
 """mask_gradient: the eager formula, torch.compile of it, our kernel; the floor is a copy of the same bytes.
 
-On a CPU ours is the eager formula.
+The C++ backend's is the eager formula.
 """
 
 from typing import Any
@@ -44,9 +44,7 @@ def _providers(case: Case, device: str) -> list[Provider]:
     providers = [Provider("copy", _copy, copied, floor=True), Provider("eager", mask_gradient_reference, _check)]
     if device == "cuda":
         providers.append(compiled(mask_gradient_reference, _check, device))
-        providers += importance_backends(lambda ops: ops.mask_gradient, _check, device)
-        providers = [provider for provider in providers if provider.name != "gradprune cpp"]
-    return providers
+    return providers + importance_backends(lambda ops: ops.mask_gradient, _check, device)
 
 
 def _bytes(case: Case) -> int:

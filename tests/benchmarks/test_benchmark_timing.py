@@ -101,6 +101,8 @@ def corrupted(result: Any) -> Any:
         return result * 1.01
     if isinstance(result, list):
         return [result[0] * 1.01, *result[1:]]
+    if isinstance(result, tuple):
+        return type(result)(result[0] * 1.05, *result[1:])
     first = fields(result)[0].name
     return replace(result, **{first: getattr(result, first) * 1.05})
 
