@@ -368,6 +368,17 @@ def test_a_killed_calibration_goes_on_to_the_same_bytes(
     assert names(work / "results") == ["undisturbed", "x"]
 
 
+def test_a_run_killed_after_its_calibration_does_not_repeat_it(work: Path, given_files: list[object]) -> None:
+    arguments = ("prune", *given_files, "--output_name")
+    assert run(work, *arguments, "undisturbed")[0] == 0
+    resumed = (*arguments, "x", "--checkpoint_every", "4", "--resume")
+    assert run(work, *resumed, prepare=at_stage("repair", signalled(signal.SIGKILL)))[0] == -9
+    code, err = run(work, *resumed)
+    assert code == 0, err
+    assert "calibration goes on after 8 of 8 samples" in err
+    assert_same_results(work / "results" / "undisturbed", work / "results" / "x")
+
+
 def killed_after_steps(steps: int) -> None:
     """For `prepare`: SIGKILL in the middle of a later step."""
     import gradprune.calibration.engine as engine

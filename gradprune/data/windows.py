@@ -93,8 +93,10 @@ def _occurs(piece: bytes, text: bytes) -> bool:
 
 
 def batches(windows: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """Split windows [N, T] into consecutive batches [<= batch_size, T]."""
-    yield from windows.split(batch_size)
+    """Split windows [N, T] into consecutive batches [<= batch_size, T]; no windows are no batches."""
+    # `split` makes one empty piece of nothing.
+    if len(windows):
+        yield from windows.split(batch_size)
 
 
 def check_context(config: PreTrainedConfig, seq_len: int) -> None:

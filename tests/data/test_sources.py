@@ -113,6 +113,10 @@ def test_batches_keep_order_and_lose_nothing() -> None:
     assert torch.equal(torch.cat(list(batches(windows, 3))), windows)
 
 
+def test_no_windows_are_no_batches() -> None:
+    assert list(batches(torch.empty(0, 16, dtype=torch.int64), 4)) == []
+
+
 def test_text_files(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     text = "héllo\nwörld\n" * 20_000
