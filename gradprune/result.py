@@ -12,12 +12,13 @@ from gradprune.config import PruneConfig
 from gradprune.evaluation.perplexity import Perplexity
 from gradprune.evaluation.speed import Throughput
 from gradprune.evaluation.tasks import TaskAccuracy
+from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
 from gradprune.scoring.over_pruning import LayerPruning, pruning_distribution, pruning_warning
 from gradprune.scoring.table import GroupTable
 from gradprune.scoring.warnings import selection_warnings
 from gradprune.search import SearchResult
-from gradprune.surgery.least_squares import BlockRepair
+from gradprune.surgery.repair import BlockRepair, repair_warning
 from gradprune.vanishing.analysis import GradientAnalysis
 
 
@@ -92,4 +93,7 @@ class PruneResult:
                 f"{self.evaluation_overlap:.0%} of the evaluation text occurs in the calibration text, so that its "
                 "perplexity is not that of held-out text. Give another --eval_dataset."
             )
+        widest = max((block.output.linear.in_features for block in describe(self.model).blocks), default=0)
+        if (hardly_determined := repair_warning(widest, self.config)) is not None:
+            found.append(hardly_determined)
         return [*found, *([self.warning] if self.warning else [])]

@@ -31,7 +31,7 @@ GradientBackend = Literal["auto", "reference", "cpp", "cuda"]
 METHODS: tuple[Method, ...] = get_args(Method)
 GRADIENT_METHODS = ("taylor", "taylor_2nd", "fisher", "group_fisher", "obs")
 
-_DATASET = path("a .txt, .jsonl or .npy file, or wikitext2, ptb or c4")
+_DATASET = path("a .txt, .jsonl or .npy file, or wikitext2, ptb or c4, or several as a.txt:0.7,b.jsonl:0.3")
 _UNIT_INTERVAL = numbers("between 0 and 1 (both excluded)", lambda x: 0.0 < x < 1.0)
 _UNIT_OR_ONE = numbers("above 0 and at most 1", lambda x: 0.0 < x <= 1.0)
 

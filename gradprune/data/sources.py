@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gradprune.data.embedded import embedded_text
+from gradprune.data.mixture import mixed, split_names
 from gradprune.data.tokenize import encode, encode_documents
 from gradprune.errors import CalibrationError, one_line
 from gradprune.hub import hub_fault
@@ -78,8 +79,9 @@ def load_tokens(
     """Read a dataset as one stream of token ids.
 
     Args:
-        dataset: a .txt file (UTF-8), a .jsonl file (field `text`), a .npy file of token ids, one of wikitext2,
-            ptb and c4 (needs the `data` extra and the hub), or None for the embedded text.
+        dataset: a .txt file (UTF-8), a .jsonl file (field `text`, or `messages` of a chat, which the tokenizer's
+            template puts into words), a .npy file of token ids, one of wikitext2, ptb and c4 (needs the `data` extra
+            and the hub), several of these with weights (see `gradprune.data.mixture`), or None for the embedded text.
         tokenizer: the model's; needed for everything but .npy.
         split: which split of a named dataset or the embedded text; a file has only one.
         vocab_size: of the model; all ids must be below it. For a .npy file it defaults to the tokenizer's.
@@ -95,13 +97,24 @@ def load_tokens(
             belongs to another model.
     """
     try:
-        return _tokens(dataset, tokenizer, split, vocab_size)
+        if dataset is None:
+            return _tokens(None, tokenizer, split, vocab_size)
+        names = _split_names(dataset)
+        streams = [_tokens(name, tokenizer, split, vocab_size) for name, _ in names]
+        return streams[0] if len(streams) == 1 else mixed(streams, [weight for _, weight in names])
     except _Fault as fault:
         raise CalibrationError(f"{argument}: {fault}") from fault.__cause__
 
 
 class _Fault(Exception):
     """A problem with a dataset; `load_tokens` adds the name of the option it came from."""
+
+
+def _split_names(dataset: str) -> list[tuple[str, float]]:
+    try:
+        return split_names(dataset)
+    except ValueError as error:
+        raise _Fault(str(error)) from error
 
 
 def _tokens(
@@ -117,7 +130,7 @@ def _tokens(
         documents, joint = _load_hub(dataset, split), _HUB[dataset].joint
         tokens = encode_documents(tokenizer, documents) if joint is None else encode(tokenizer, joint.join(documents))
     else:
-        tokens = encode_documents(tokenizer, _read_file(dataset))
+        tokens = encode_documents(tokenizer, _read_file(dataset, tokenizer))
     if not len(tokens):
         raise _Fault(f"'{dataset or 'the embedded text'}' is empty")
     if vocab_size is not None and tokens.max() >= vocab_size:
@@ -149,11 +162,11 @@ def _load_ids(path: Path, vocab_size: int | None) -> Tensor:
     return torch.from_numpy(ids.astype(np.int64).reshape(-1))
 
 
-def _read_file(dataset: str) -> list[str]:
+def _read_file(dataset: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     path = Path(dataset)
     readers: dict[str, Callable[[], list[str]]] = {
         ".txt": lambda: [path.read_text(encoding="utf-8-sig")],
-        ".jsonl": lambda: list(_jsonl_texts(path)),
+        ".jsonl": lambda: list(_jsonl_texts(path, tokenizer)),
     }
     if path.suffix not in readers:
         raise _Fault(f"'{dataset}' is unknown; give a .txt, .jsonl or .npy file, or one of {', '.join(_HUB)}")
@@ -166,14 +179,14 @@ def _read_file(dataset: str) -> list[str]:
         raise _Fault(f"'{path}' cannot be read: {error.strerror}") from error
 
 
-def _jsonl_texts(path: Path) -> Iterator[str]:
+def _jsonl_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip() and (text := _jsonl_text(line, f"line {number} of '{path}'")):
+            if line.strip() and (text := _jsonl_text(line, f"line {number} of '{path}'", tokenizer)):
                 yield text
 
 
-def _jsonl_text(line: bytes, where: str) -> str:
+def _jsonl_text(line: bytes, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -182,14 +195,33 @@ def _jsonl_text(line: bytes, where: str) -> str:
     except (ValueError, RecursionError) as error:
         raise _Fault(f"{where} is not JSON: {error}") from error
     text = record.get("text") if isinstance(record, dict) else None
+    if text is None and isinstance(record, dict) and "messages" in record:
+        text = _chat_text(record["messages"], where, tokenizer)
     if not isinstance(text, str):
-        raise _Fault(f"{where} has no string field 'text'")
+        raise _Fault(f"{where} has no string field 'text' and no chat in a field 'messages'")
     try:
         text.encode()
     # JSON can escape a lone surrogate, which tokenizers reject.
     except UnicodeEncodeError as error:
         raise _Fault(f"{where} has a lone surrogate in its field 'text': {error}") from error
     return text
+
+
+def _chat_text(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A chat in the words of the tokenizer's template, its special tokens included."""
+    if not tokenizer.chat_template:
+        raise _Fault(f"{where} is a chat, but the tokenizer has no chat template; give a field 'text' instead")
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise _Fault(f"{where} has 'messages' that are not a list of objects with the strings 'role' and 'content'")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    # A template raises what it likes, e.g. where roles do not alternate.
+    except Exception as error:
+        raise _Fault(f"{where} is a chat that the tokenizer's template refuses: {one_line(error)}") from error
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
 
 
 def _load_hub(dataset: str, split: Split) -> list[str]:

@@ -8,8 +8,11 @@ from transformers import PreTrainedConfig
 
 from gradprune.errors import CalibrationError
 
+HELD_OUT = 0.1
+"""The fraction of a stream's tokens, at its end, that is held out for evaluation."""
 
-def split_held_out(tokens: Tensor, seq_len: int, fraction: float = 0.1) -> tuple[Tensor, Tensor]:
+
+def split_held_out(tokens: Tensor, seq_len: int, fraction: float = HELD_OUT) -> tuple[Tensor, Tensor]:
     """Split a stream into calibration tokens and held-out tokens: the held-out part is the end of the stream.
 
     Args:

@@ -6,13 +6,15 @@ caller restores them where the dense model is still needed) and says what it did
 
 from collections.abc import Callable
 
-from gradprune.config import RepairName
+from gradprune.config import PruneConfig, RepairName
 from gradprune.models.masks import GroupMasks
 from gradprune.progress import progress
 from gradprune.run import Run
 from gradprune.surgery.least_squares import BlockRepair, least_squares, repair_steps
 
 __all__ = ["REPAIRS", "BlockRepair", "Repair"]
+
+_TOKENS_PER_COLUMN = 2
 
 Repair = Callable[[Run, GroupMasks], list[BlockRepair]]
 
@@ -26,6 +28,23 @@ def solve_least_squares(run: Run, masks: GroupMasks) -> list[BlockRepair]:
     """Re-solve each pruned block's output projection, see `gradprune.surgery.least_squares`."""
     with progress(run.console, "Repairing", repair_steps(run.view), "blocks") as advance:
         return least_squares(run.view, masks, run.calibration, run.held_out, advance=advance)
+
+
+def repair_warning(columns: int, config: PruneConfig) -> str | None:
+    """That the calibration samples hardly determine the weights that were solved for; None where they do.
+
+    Args:
+        columns: of the widest output projection that stays.
+        config: with the samples and the repair of the run.
+    """
+    tokens = config.num_samples * config.seq_len
+    if config.repair == "none" or tokens >= _TOKENS_PER_COLUMN * columns:
+        return None
+    return (
+        f"The repair solved for {columns:,} columns of a projection on {tokens:,} tokens, which hardly determine them. "
+        f"Give at least {_TOKENS_PER_COLUMN} tokens a column: --num_samples "
+        f"{-(-_TOKENS_PER_COLUMN * columns // config.seq_len)}."
+    )
 
 
 REPAIRS: dict[RepairName, Repair] = {"none": no_repair, "least_squares": solve_least_squares}

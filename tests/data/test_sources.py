@@ -135,6 +135,70 @@ def test_jsonl_documents_are_separated(tmp_path: Path) -> None:
     assert plain.decode(load_tokens(str(path), plain)) == "one\n\ntwo"
 
 
+CHAT = {"messages": [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}]}
+TEMPLATE = "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+
+
+def test_a_chat_reads_as_the_tokenizers_template_puts_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(CHAT) + '\n{"text": "plain"}\n', encoding="utf-8")
+    talking = byte_tokenizer()
+    talking.chat_template = TEMPLATE
+    assert talking.decode(load_tokens(str(path), talking)) == "[user]Tea?[assistant]Yes.<|endoftext|>plain"
+
+
+@pytest.mark.parametrize(
+    ("record", "template", "message"),
+    [
+        (CHAT, None, "line 1 of .* is a chat, but the tokenizer has no chat template"),
+        ({"messages": "hello"}, TEMPLATE, "line 1 of .* has 'messages' that are not a list"),
+        ({"messages": [{"role": "user"}]}, TEMPLATE, "line 1 of .* has 'messages' that are not a list"),
+        (CHAT, "{{ raise_exception('no user') }}", "line 1 of .* that the tokenizer's template refuses: .*no user"),
+    ],
+)
+def test_a_chat_that_cannot_be_read_is_named(tmp_path: Path, record, template, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(record), encoding="utf-8")
+    talking = byte_tokenizer()
+    talking.chat_template = template
+    with pytest.raises(CalibrationError, match=f"^dataset: {message}"):
+        load_tokens(str(path), talking)
+
+
+@pytest.mark.parametrize(("weights", "share"), [((":3", ":1"), 0.75), (("", ""), 0.5), ((":0.2", ":0.8"), 0.2)])
+def test_several_datasets_have_their_shares_in_what_is_drawn_and_held_out(tmp_path: Path, weights, share) -> None:
+    for name, letter, size in (("a.txt", "a", 5000), ("b.txt", "b", 3000)):
+        (tmp_path / name).write_text(letter * size)
+    names = ",".join(f"{tmp_path / name}{weight}" for name, weight in zip(("a.txt", "b.txt"), weights, strict=True))
+    tokens = load_tokens(names, TOKENIZER)
+    assert min(5000 / share, 3000 / (1 - share)) - len(tokens) < 3  # one of them is used up
+    a = int(TOKENIZER("a")["input_ids"][0])
+    for part in (tokens, *split_held_out(tokens, 16)):
+        assert float((part == a).double().mean()) == pytest.approx(share, abs=0.01)
+
+
+def test_a_file_with_a_comma_in_its_name_is_one_dataset(tmp_path: Path) -> None:
+    path = tmp_path / "a,b.txt"
+    path.write_text("one")
+    assert TOKENIZER.decode(load_tokens(str(path), TOKENIZER)) == "one"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "message"),
+    [
+        (":0,b.txt", "the weight of .*, 0, is not a finite number above 0"),
+        (":nan,b.txt", "the weight of .*, nan, is not"),
+        (",:2", "':2' names no dataset"),
+        (",b.pdf:2", "'b.pdf' is unknown"),
+    ],
+)
+def test_a_mixture_that_makes_no_sense_is_told(tmp_path: Path, suffix: str, message: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    with pytest.raises(CalibrationError, match=f"^dataset: {message}"):
+        load_tokens(f"{path}{suffix}", TOKENIZER)
+
+
 def test_the_end_of_a_document_is_never_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenize, "_PIECE", 3)
     path = tmp_path / "a.jsonl"

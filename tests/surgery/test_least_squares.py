@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import gradprune.surgery.least_squares as solver
+from gradprune.config import PruneConfig
 from gradprune.errors import NonFiniteError
 from gradprune.models import BlockKey, describe
 from gradprune.models.loss import mean_loss
@@ -12,6 +13,7 @@ from gradprune.models.masks import GroupMasks
 from gradprune.surgery.cut import cut
 from gradprune.surgery.least_squares import RIDGES, least_squares, repair_steps
 from gradprune.surgery.masking import masked, masks_by_block, output_weights_restored
+from gradprune.surgery.repair import repair_warning
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
 
@@ -234,3 +236,14 @@ def test_a_nan_input_is_named() -> None:
     view = describe(model)
     with pytest.raises(NonFiniteError, match=r"layer 1's down_proj is not finite"):
         least_squares(view, only(view, 1, "mlp", torch.arange(10) < 6), [tiny_ids()], [])
+
+
+@pytest.mark.parametrize(("samples", "warned"), [(9, True), (10, False)])
+def test_too_few_tokens_for_the_widest_projection_are_told(samples: int, warned: bool) -> None:
+    """200 columns want 400 tokens."""
+    found = repair_warning(200, PruneConfig(num_samples=samples, seq_len=40))
+    assert (found is not None) == warned
+    if found is not None:
+        assert "200 columns of a projection on 360 tokens" in found
+        assert found.endswith("--num_samples 10.")
+    assert repair_warning(200, PruneConfig(num_samples=samples, seq_len=40, repair="none")) is None
