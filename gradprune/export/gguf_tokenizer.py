@@ -50,10 +50,13 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase, conf
             f"model: its tokenizer has {len(tokenizer)} tokens, but its embedding only {vocab_size} (vocab_size)"
         )
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    tokens = list(_tokens(state, tokenizer, vocab_size))
     if model.get("byte_fallback"):
-        _add_sentencepiece(writer, state, merges, tokenizer, vocab_size)
+        _add_sentencepiece(writer, state, merges, [text for text, _ in tokens])
     else:
-        _add_byte_level(writer, state, merges, tokenizer, vocab_size)
+        _add_byte_level(writer, state, merges)
+    writer.add_token_list([text for text, _ in tokens])
+    writer.add_token_types([kind for _, kind in tokens])
     _add_special_tokens(writer, tokenizer)
     if isinstance(template := getattr(tokenizer, "chat_template", None), str):
         writer.add_chat_template(template)
@@ -69,38 +72,22 @@ def _state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _add_sentencepiece(
-    writer: "GGUFWriter",
-    state: dict[str, Any],
-    merges: list[tuple[str, ...]],
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
+    writer: "GGUFWriter", state: dict[str, Any], merges: list[tuple[str, ...]], texts: list[str]
 ) -> None:
-    """BPE whose spaces are U+2581 and whose unknown characters are bytes."""
-    from gguf import TokenType
-
+    """Add what BPE needs whose spaces are U+2581 and whose unknown characters are bytes."""
     prefix = _space_prefix(state)
     # llama.cpp joins the neighbours whose union scores highest; merges are tried in their order.
     rank: dict[str, int] = {}
     for index, merge in enumerate(merges):
         rank.setdefault("".join(merge), index)
-    tokens = list(_tokens(state, tokenizer, vocab_size))
-    types = [TokenType.BYTE if kind == TokenType.NORMAL and _is_byte(text) else kind for text, kind in tokens]
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([text for text, _ in tokens])
-    writer.add_token_scores([-float(rank.get(text, len(merges))) for text, _ in tokens])
-    writer.add_token_types(types)
+    writer.add_token_scores([-float(rank.get(text, len(merges))) for text in texts])
     writer.add_add_space_prefix(prefix)
 
 
-def _add_byte_level(
-    writer: "GGUFWriter",
-    state: dict[str, Any],
-    merges: list[tuple[str, ...]],
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-) -> None:
-    """BPE over bytes that are written as printable characters."""
+def _add_byte_level(writer: "GGUFWriter", state: dict[str, Any], merges: list[tuple[str, ...]]) -> None:
+    """Add what BPE needs over bytes that are written as printable characters."""
     # Without merges every byte is a token, however the text is split.
     pre = _SPLITTERS.get(_splitting(state)) if merges else "gpt-2"
     if pre is None:
@@ -110,11 +97,8 @@ def _add_byte_level(
         )
     if state["normalizer"] not in (None, {"type": "NFC"}):
         raise ExportError(f"model: llama.cpp does not normalize text as its tokenizer does ({state['normalizer']})")
-    tokens = list(_tokens(state, tokenizer, vocab_size))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list([text for text, _ in tokens])
-    writer.add_token_types([kind for _, kind in tokens])
     # llama.cpp refuses an empty list; U+2581 is none of the characters that bytes are written as.
     writer.add_token_merges([" ".join(merge) for merge in merges or [(_SPACE, _SPACE)]])
 
@@ -125,13 +109,16 @@ def _tokens(state: dict[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_siz
 
     by_id = {index: text for text, index in tokenizer.get_vocab().items()}
     added = {token["id"]: token["special"] for token in state["added_tokens"]}
+    byte_fallback = state["model"].get("byte_fallback")
     for index in range(vocab_size):
         if index not in by_id:
             yield f"[PAD{index}]", TokenType.UNUSED
-        elif by_id[index] == tokenizer.unk_token and state["model"].get("byte_fallback"):
+        elif by_id[index] == tokenizer.unk_token and byte_fallback:
             yield by_id[index], TokenType.UNKNOWN
         elif index in added:
             yield by_id[index], TokenType.CONTROL if added[index] else TokenType.USER_DEFINED
+        elif byte_fallback and _is_byte(by_id[index]):
+            yield by_id[index], TokenType.BYTE
         else:
             yield by_id[index], TokenType.NORMAL
 
