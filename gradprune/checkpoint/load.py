@@ -18,8 +18,8 @@ from gradprune.checkpoint.files import check_floating, check_index
 from gradprune.checkpoint.gguf_source import find_gguf, plain_copy
 from gradprune.errors import CheckpointError, UnsupportedArchitectureError, one_line
 from gradprune.hub import hub_fault
-from gradprune.models import ARCHITECTURES, supported_architectures
-from gradprune.models.modeling_gradprune import PRUNED_CLASSES, PRUNED_CONFIGS, per_layer_overrides
+from gradprune.models import accepted_kinds
+from gradprune.models.modeling_gradprune import auto_class, per_layer_overrides
 
 # A folder with one of these has a tokenizer. From a tokenizer_config.json alone, transformers makes up an empty one.
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
@@ -98,11 +98,12 @@ def _load_gguf(file: Path, dtype: str, device: str, argument: str) -> tuple[PreT
 
 
 def _check_supported(base_model: str | Path, config: PreTrainedConfig, argument: str) -> None:
-    if config.model_type not in ARCHITECTURES:
+    try:
+        accepted_kinds(config)
+    except UnsupportedArchitectureError as error:
         raise UnsupportedArchitectureError(
-            f"{argument}: architecture '{config.model_type}' of '{base_model}' is not supported; "
-            f"supported are {supported_architectures()}"
-        )
+            f"{argument}: '{base_model}': {str(error).removeprefix('base_model: ')}"
+        ) from None
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedArchitectureError(
             f"{argument}: the weights of '{base_model}' are quantised; name the unquantised checkpoint"
@@ -148,8 +149,8 @@ def _load_config(base_model: str | Path, source: dict[str, bool], argument: str)
 def _config_class(base_model: str | Path, source: dict[str, bool]) -> Any:
     """What reads the configuration: gradprune's own class where layers differ, because not every stock one can."""
     stated, _ = PreTrainedConfig.get_config_dict(base_model, local_files_only=source["local_files_only"])
-    pruned = PRUNED_CONFIGS.get(str(stated.get("model_type")))
-    return pruned if pruned is not None and stated.get("per_layer_config") else AutoConfig
+    pruned = stated.get("per_layer_config") and auto_class(str(stated.get("model_type")), "AutoConfig")
+    return pruned or AutoConfig
 
 
 def _load_weights(
@@ -165,7 +166,7 @@ def _load_weights(
         check_floating(Path(base_model), argument=argument)
     pruned = bool(per_layer_overrides(config))
     # transformers' annotation of from_pretrained does not know output_loading_info's pair.
-    model_class: Any = PRUNED_CLASSES[config.model_type] if pruned else AutoModelForCausalLM
+    model_class: Any = auto_class(config.model_type, "AutoModelForCausalLM") if pruned else AutoModelForCausalLM
     options: dict[str, Any] = {"local_files_only": source["local_files_only"]} if pruned else dict(source)
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
     # Mismatches are collected and refused below: transformers' own error does not say which weight.

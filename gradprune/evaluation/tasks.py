@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradprune.data.tokenize import begins_with_bos
 from gradprune.errors import EvaluationError
-from gradprune.models.loss import token_nll
+from gradprune.models.loss import logits_of, token_nll
 from gradprune.models.modes import evaluation_mode
 from gradprune.progress import QUIET, progress
 
@@ -241,7 +241,7 @@ def _log_likelihoods(model: PreTrainedModel, rows: Sequence[_Row]) -> list[list[
     ).last_hidden_state
     predictors = torch.cat([hidden[b, each.predictors] for b, each in enumerate(packed)])
     targets = torch.cat([ids[b, each.targets] for b, each in enumerate(packed)])
-    nll = -token_nll(model.get_output_embeddings(), predictors, targets).double().cpu()
+    nll = -token_nll(logits_of(model), predictors, targets).double().cpu()
     sums = [part.sum().item() for part in nll.split([len(c) for row in rows for c in row.continuations])]
     iterator = iter(sums)
     return [[next(iterator) for _ in row.continuations] for row in rows]

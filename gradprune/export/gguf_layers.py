@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradprune.models import Architecture, Block, PrunableModel
-from gradprune.models.modeling_gradprune import BLOCKS
+from gradprune.models import Block, PrunableModel
+from gradprune.models.modeling_gradprune import norms_of
 
 # By name, e.g. "q.weight", "down.bias", "attn_norm.weight": the shape, and what makes the tensor when it is written.
 Weight = tuple[tuple[int, ...], Callable[[], Tensor]]
@@ -60,28 +60,32 @@ def read_layers(view: PrunableModel, width_multiple: int) -> list[Layer]:
         heads = kv_heads = channels = 0
         if attention is not None:
             kv_heads, heads = attention.groups, attention.groups * attention.heads_per_group
-            weights["attn_norm.weight"] = _whole(layer, BLOCKS["attention"].norm)
-            weights |= _split(attention, view.architecture, "o")
+            weights["attn_norm.weight"] = _whole(layer, _norm_before(layer, "attention"))
+            weights |= _split(attention, "o")
             for name in ("q_norm", "k_norm"):
                 if hasattr(attention.module, name):
                     weights[f"{name}.weight"] = _whole(attention.module, name)
         if mlp is not None:
             padding = -mlp.groups % width_multiple
             channels = mlp.groups + padding
-            weights["ffn_norm.weight"] = _whole(layer, BLOCKS["mlp"].norm)
-            weights |= _widened(_split(mlp, view.architecture, "down"), padding)
+            weights["ffn_norm.weight"] = _whole(layer, _norm_before(layer, "mlp"))
+            weights |= _widened(_split(mlp, "down"), padding)
         layers.append(Layer(heads, kv_heads, channels, weights))
     return layers
 
 
-def _split(block: Block, architecture: Architecture, output: str) -> Weights:
+def _norm_before(layer: nn.Module, kind: str) -> str:
+    before, _ = norms_of(layer, kind)
+    return before[0]
+
+
+def _split(block: Block, output: str) -> Weights:
     """A block's weights and biases by projection; its output projection is called `output`."""
     found: Weights = {}
-    layout = next(layout for layout in architecture.blocks if layout.kind == block.kind.name)
-    for entry, projection in zip(block.inputs, layout.inputs, strict=True):
-        for name, part in zip(projection.parts, entry.parts, strict=True):
+    for entry in block.inputs:
+        for part in entry.parts:
             rows = slice(part.offset, part.offset + part.rows * block.groups)
-            found |= _linear(name, entry.linear, rows)
+            found |= _linear(part.name, entry.linear, rows)
     return found | _linear(output, block.output.linear, slice(None))
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gradprune.errors import ExportError
 from gradprune.export.gguf_layers import Layer, Weight, Weights, read_layers
 from gradprune.models import describe
-from gradprune.models.modeling_gradprune import BLOCKS
+from gradprune.models.modeling_gradprune import place_of
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -111,7 +111,12 @@ def lay_out(model: PreTrainedModel, *, width_multiple: int = 1) -> GGUFModel:
     """
     view, config = describe(model), model.config
     # A removed attention block still records its head_dim.
-    attention: Any = view.layers[0].get_submodule(BLOCKS["attention"].module)
+    if config.model_type not in ARCHITECTURES:
+        raise ExportError(
+            f"format: gradprune writes no gguf file of the architecture '{config.model_type}'; those it does are "
+            f"{', '.join(sorted(ARCHITECTURES))}"
+        )
+    attention: Any = view.layers[0].get_submodule(place_of(view.layers[0], "attention"))
     head_dim = int(attention.head_dim)
     check_config(config, alike=True)
     layers = read_layers(view, width_multiple)

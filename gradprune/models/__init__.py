@@ -1,17 +1,15 @@
-"""Models as blocks: what is prunable, per architecture."""
+"""Models as blocks: what is prunable in them."""
 
-from gradprune.models.architecture import ARCHITECTURES, Architecture
-from gradprune.models.blocks import Block, PrunableModel, describe, supported_architectures
+from gradprune.models.blocks import Block, PrunableModel
+from gradprune.models.describe import accepted_kinds, describe
 from gradprune.models.kinds import KINDS, BlockKey, Kind
 
 __all__ = [
-    "ARCHITECTURES",
     "KINDS",
-    "Architecture",
     "Block",
     "BlockKey",
     "Kind",
     "PrunableModel",
+    "accepted_kinds",
     "describe",
-    "supported_architectures",
 ]

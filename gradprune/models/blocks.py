@@ -1,6 +1,5 @@
 """The prunable blocks of a loaded model: which rows and columns of which weights form each group."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,15 +7,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gradprune.errors import UnsupportedArchitectureError
-from gradprune.models.architecture import ARCHITECTURES, Architecture, BlockLayout
-from gradprune.models.kinds import KINDS, BlockKey, Kind
+from gradprune.models.kinds import BlockKey, Kind
 
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive rows of an input projection: group g owns rows `offset + g*rows ... offset + (g+1)*rows`."""
+    """Consecutive rows of an input projection: group g owns rows `offset + g*rows ... offset + (g+1)*rows`.
 
+    name: "q", "k", "v" in attention, or "qkv" where each KV head has these together; "gate", "up" in an MLP.
+    """
+
+    name: str
     offset: int
     rows: int
 
@@ -40,6 +41,22 @@ class InputLinear:
         """Sum a vector over rows [O] into one over groups [groups], same dtype."""
         folded = [rows[p.offset : p.offset + groups * p.rows].view(groups, p.rows).sum(1) for p in self.parts]
         return folded[0] if len(folded) == 1 else torch.stack(folded).sum(0)
+
+
+@dataclass(frozen=True)
+class Rider:
+    """A parameter beside the projections with rows for every head, e.g. sinks; group g owns `g*rows ... (g+1)*rows`.
+
+    path: in the block.
+    """
+
+    path: str
+    parameter: nn.Parameter
+    rows: int
+
+    def rows_of(self, groups: Tensor) -> Tensor:
+        """Row indices owned by `groups` ([k] int64, ascending): [k * rows] int64."""
+        return (groups[:, None] * self.rows + torch.arange(self.rows)).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,9 @@ class Block:
     inputs, output: its projections, whose rows and columns belong to groups.
     cost: parameters removed with one group, biases included.
     head_dim: width of an attention head; 1 where a group is a single channel.
+    riders: parameters that are cut with the groups and are no projections.
+    adds: the factor with which the block's output is added to the residual stream; None where a norm stands between.
+    writer: the module whose output is added: the block's own, or the norm behind it.
     """
 
     kind: Kind
@@ -78,6 +98,9 @@ class Block:
     groups: int
     cost: int
     head_dim: int
+    riders: tuple[Rider, ...]
+    adds: float | None
+    writer: nn.Module
 
     @property
     def key(self) -> BlockKey:
@@ -101,12 +124,13 @@ class PrunableModel:
 
     blocks: the existing ones in the order in which they add to the residual stream; blocks that an earlier pruning
         removed are not among them.
+    dropped: those that an earlier pruning removed.
     """
 
     model: PreTrainedModel
-    architecture: Architecture
     layers: nn.ModuleList
     blocks: tuple[Block, ...]
+    dropped: frozenset[BlockKey]
 
     def of_layer(self, layer: int) -> tuple[Block, ...]:
         """The existing blocks of one decoder layer, in order."""
@@ -138,101 +162,3 @@ class PrunableModel:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
-
-
-def supported_architectures() -> str:
-    """The supported `model_type`s, for messages."""
-    return ", ".join(sorted(ARCHITECTURES))
-
-
-def describe(model: PreTrainedModel) -> PrunableModel:
-    """Find the prunable blocks of `model`.
-
-    Raises:
-        UnsupportedArchitectureError: the architecture is not described, or a projection is not a plain
-            floating-point `nn.Linear` (quantised weights, adapters).
-    """
-    model_type = getattr(model.config, "model_type", type(model).__name__)
-    architecture = ARCHITECTURES.get(model_type)
-    if architecture is None:
-        raise UnsupportedArchitectureError(
-            f"base_model: architecture '{model_type}' is not supported; supported are {supported_architectures()}"
-        )
-    layers = model.get_submodule(architecture.layers)
-    assert isinstance(layers, nn.ModuleList)
-    return PrunableModel(model, architecture, layers, tuple(_blocks(architecture, layers)))
-
-
-def _blocks(architecture: Architecture, layers: nn.ModuleList) -> Iterator[Block]:
-    for index, layer in enumerate(layers):
-        for layout in architecture.blocks:
-            module = layer.get_submodule(layout.module)
-            # The module that replaces a removed block has no projections.
-            if hasattr(module, layout.output):
-                yield _block(layout, module, index)
-
-
-def _block(layout: BlockLayout, module: nn.Module, layer: int) -> Block:
-    output = _linear(module, layout.output, layer)
-    linears = [_linear(module, projection.path, layer) for projection in layout.inputs]
-    shape = _GROUP_SHAPES[layout.kind](module, linears, output)
-    columns = output.in_features // shape.groups
-    inputs = []
-    cost = output.out_features * columns
-    for projection, linear in zip(layout.inputs, linears, strict=True):
-        parts, offset = [], 0
-        for name in projection.parts:
-            parts.append(Part(offset, shape.rows[name]))
-            offset += shape.rows[name] * shape.groups
-        inputs.append(InputLinear(projection.path, linear, tuple(parts)))
-        cost += sum(part.rows for part in parts) * (linear.in_features + (linear.bias is not None))
-    return Block(
-        _KINDS[layout.kind],
-        layer,
-        layout.module,
-        module,
-        tuple(inputs),
-        OutputLinear(layout.output, output, columns),
-        shape.groups,
-        cost,
-        shape.head_dim,
-    )
-
-
-@dataclass(frozen=True)
-class _GroupShape:
-    """groups: of the block. rows: of one group, by part of the input projections. head_dim: as in `Block`."""
-
-    groups: int
-    rows: dict[str, int]
-    head_dim: int
-
-
-def _kv_groups(module: nn.Module, inputs: list[nn.Linear], output: nn.Linear) -> _GroupShape:
-    """A group is a KV head with its query heads."""
-    head_dim = int(getattr(module, "head_dim"))  # noqa: B009 - nn.Module's __getattr__ is typed Tensor | Module
-    heads = output.in_features // head_dim
-    kv_heads = (sum(linear.out_features for linear in inputs) // head_dim - heads) // 2
-    return _GroupShape(kv_heads, {"q": heads // kv_heads * head_dim, "k": head_dim, "v": head_dim}, head_dim)
-
-
-def _channels(_module: nn.Module, _inputs: list[nn.Linear], output: nn.Linear) -> _GroupShape:
-    """A group is one intermediate channel."""
-    return _GroupShape(output.in_features, {"gate": 1, "up": 1}, 1)
-
-
-_KINDS: dict[str, Kind] = {kind.name: kind for kind in KINDS}
-_GROUP_SHAPES: dict[str, Callable[[nn.Module, list[nn.Linear], nn.Linear], _GroupShape]] = {
-    "attention": _kv_groups,
-    "mlp": _channels,
-}
-
-
-def _linear(module: nn.Module, path: str, layer: int) -> nn.Linear:
-    linear = module.get_submodule(path)
-    if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
-        raise UnsupportedArchitectureError(
-            f"base_model: layer {layer}'s {path} is a {type(linear).__name__} of {linear.weight.dtype}; "
-            "gradprune prunes plain floating-point nn.Linear layers (load the model unquantised, merge adapters)"
-        )
-    return linear

@@ -1,6 +1,6 @@
 """Each sample's own loss; the gradient of their sum is the sum of the samples' own gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,11 +8,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from gradprune.models.modes import forward_replaced
 
 # The head runs in chunks of tokens: at most so many logits are live at once, but a chunk is never below MIN_TOKENS, so
 # that each read of the head's weight is amortised. On a CPU they stay in its cache (4 MiB in fp32); a GPU has memory
 # for more (512 MiB), and fewer chunks are fewer launches.
 LOGITS, CUDA_LOGITS, MIN_TOKENS = 2**20, 2**27, 256
+
+Head = Callable[[Tensor], Tensor]
+"""From hidden states [K, H], the decoder's last ones, to logits [K, vocabulary]."""
+
+# Configurations with one of these do more to their logits than a linear layer does.
+_CHANGES_LOGITS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+
+# Never read: the decoder, which would, is answered for.
+_NO_IDS = torch.zeros(1, 1, dtype=torch.int64)
 
 
 def sample_losses(model: PreTrainedModel, input_ids: Tensor, chunk: int | None = None) -> Tensor:
@@ -30,9 +42,10 @@ def sample_losses(model: PreTrainedModel, input_ids: Tensor, chunk: int | None =
         [N] nats per token; fp32, or fp64 for an fp64 model.
     """
     hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
+    head = logits_of(model)
     hidden, targets = hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
-    chunk = chunk or max(MIN_TOKENS, (CUDA_LOGITS if hidden.is_cuda else LOGITS) // head.weight.shape[0])
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    chunk = chunk or max(MIN_TOKENS, (CUDA_LOGITS if hidden.is_cuda else LOGITS) // vocabulary)
     frozen = type(head) is nn.Linear and not any(weight.requires_grad for weight in head.parameters())
     if hidden.requires_grad and frozen:
         nll: Tensor = _FrozenHeadNll.apply(hidden, targets, head, chunk)  # type: ignore[no-untyped-call]
@@ -60,7 +73,27 @@ def losses_of(model: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
     return torch.cat([sample_losses(model, batch.to(model.device)) for batch in batches]).double().cpu()
 
 
-def token_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def logits_of(model: PreTrainedModel) -> Head:
+    """The model's head: its last linear layer, where that is all.
+
+    Where an architecture does something else to its logits (a scale, a soft cap), it is the model's own forward pass
+    around the decoder.
+    """
+    if not any(getattr(model.config, name, None) is not None for name in _CHANGES_LOGITS):
+        head: nn.Linear = model.get_output_embeddings()
+        return head
+    decoder: Any = model.get_decoder()
+
+    def logits(hidden: Tensor) -> Tensor:
+        answer = MoeModelOutputWithPast(last_hidden_state=hidden[None])  # type: ignore[arg-type]
+        with forward_replaced(decoder, lambda *_args, **_kwargs: answer):
+            found: Tensor = model(input_ids=_NO_IDS.to(hidden.device), use_cache=False).logits[0]
+        return found
+
+    return logits
+
+
+def token_nll(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     """[K] negative log-likelihood of targets [K] given hidden states [K, H]."""
     logits = head(hidden)
     logits = logits if logits.dtype == torch.float64 else logits.float()

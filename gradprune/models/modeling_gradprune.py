@@ -4,36 +4,89 @@ This file is saved beside the weights of a pruned checkpoint and needs only torc
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-AutoConfig and AutoModel work in the same way. `config.json` uses transformers' `per_layer_config`, which maps a layer's
-index to the values that differ from the model's global ones: `num_key_value_heads`; `num_attention_heads` (where it is
-left out, `num_key_value_heads` times the model's ratio); `intermediate_size`; and `skip`, the names of the blocks
+AutoConfig and AutoModel work in the same way. Every causal LM of transformers has its classes here: `PrunedXConfig`,
+`PrunedXModel`, `PrunedXForCausalLM` extend transformers' `X...` and are made when they are first asked for.
+
+`config.json` uses transformers' `per_layer_config`, which maps a layer's index to the values that differ from the
+model's global ones: `num_key_value_heads`; `num_attention_heads` (where it is left out, `num_key_value_heads` times the
+model's ratio); the MLP's `intermediate_size`, or what the architecture calls it; and `skip`, the names of the blocks
 ("attention", "mlp") that are gone, past which the residual stream is unchanged.
 """
 
 import copy
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
-    MistralModel,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Phi3Model,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+PLACES: dict[str, tuple[str, ...]] = {
+    "attention": ("self_attn", "self_attention", "attention", "attn"),
+    "mlp": ("mlp", "feed_forward", "ffn", "mlp_block"),
+}
+"""By kind of block, the attributes of a decoder layer that hold it."""
+OUTPUTS: dict[str, tuple[str, ...]] = {
+    "attention": ("o_proj", "out_proj", "dense"),
+    "mlp": ("down_proj", "c_proj", "fc2", "fc_out", "w2", "dense_4h_to_h"),
+}
+"""By kind of block, what its output projection is called."""
+KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+WIDTHS = ("intermediate_size", "ffn_hidden_size")
+"""What configurations call an MLP's number of channels."""
+
+# A layer's norms, and by kind of block those before it and those behind it, which go with the block. Where two blocks
+# share a norm, or the norms are others, they stay.
+_NORMS: dict[frozenset[str], dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    frozenset(names): {"attention": attention, "mlp": mlp}
+    for names, attention, mlp in (
+        (
+            ("input_layernorm", "post_attention_layernorm"),
+            (("input_layernorm",), ()),
+            (("post_attention_layernorm",), ()),
+        ),
+        (
+            ("attention_layernorm", "feedforward_layernorm"),
+            (("attention_layernorm",), ()),
+            (("feedforward_layernorm",), ()),
+        ),
+        (("operator_norm", "ffn_norm"), (("operator_norm",), ()), (("ffn_norm",), ())),
+        (("ln_attn", "ln_mlp"), (("ln_attn",), ()), (("ln_mlp",), ())),
+        (("input_layernorm", "pre_ff_layernorm"), (("input_layernorm",), ()), (("pre_ff_layernorm",), ())),
+        (
+            ("input_layernorm", "pre_feedforward_layernorm"),
+            (("input_layernorm",), ()),
+            (("pre_feedforward_layernorm",), ()),
+        ),
+        (
+            ("post_attention_layernorm", "post_feedforward_layernorm"),
+            ((), ("post_attention_layernorm",)),
+            ((), ("post_feedforward_layernorm",)),
+        ),
+        (
+            (
+                "input_layernorm",
+                "post_attention_layernorm",
+                "pre_feedforward_layernorm",
+                "post_feedforward_layernorm",
+            ),
+            (("input_layernorm",), ("post_attention_layernorm",)),
+            (("pre_feedforward_layernorm",), ("post_feedforward_layernorm",)),
+        ),
+        (
+            ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+            (("input_layernorm",), ("post_self_attn_layernorm",)),
+            (("post_attention_layernorm",), ("post_mlp_layernorm",)),
+        ),
+        (
+            ("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm"),
+            (("input_layernorm",), ("post_attention_layernorm",)),
+            (("pre_mlp_layernorm",), ("post_mlp_layernorm",)),
+        ),
+    )
+}
 
 
 class PerLayerHeads:
@@ -59,35 +112,6 @@ class PerLayerHeads:
             dense.validate()
 
 
-class PrunedLlamaConfig(PerLayerHeads, LlamaConfig):
-    """Llama with layers of different widths."""
-
-
-class PrunedMistralConfig(PerLayerHeads, MistralConfig):
-    """Mistral with layers of different widths."""
-
-
-class PrunedQwen2Config(PerLayerHeads, Qwen2Config):
-    """Qwen2 with layers of different widths."""
-
-
-class PrunedQwen3Config(PerLayerHeads, Qwen3Config):
-    """Qwen3 with layers of different widths."""
-
-
-class PrunedPhi3Config(PerLayerHeads, Phi3Config):
-    """Phi-3 with layers of different widths."""
-
-
-PRUNED_CONFIGS: dict[str, Any] = {
-    "llama": PrunedLlamaConfig,
-    "mistral": PrunedMistralConfig,
-    "qwen2": PrunedQwen2Config,
-    "qwen3": PrunedQwen3Config,
-    "phi3": PrunedPhi3Config,
-}
-
-
 class DroppedAttention(nn.Module):
     """An attention block that is gone: adds nothing to the residual stream.
 
@@ -103,16 +127,18 @@ class DroppedAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
+        *_args: Any,
         cache: Any = None,
         past_key_values: Any = None,
+        layer_past: Any = None,
         cache_position: Any = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """hidden_states: [B, T, H]; returns zeros like it, and no attention weights.
 
-        Older transformers releases name the cache `past_key_values`.
+        Older transformers releases name the cache `past_key_values`, some architectures `layer_past`.
         """
-        cache = past_key_values if cache is None else cache
+        cache = next((given for given in (cache, past_key_values, layer_past) if given is not None), None)
         if cache is not None:
             # Ones, because older static caches count the tokens whose key is not zero.
             ones = hidden_states.new_ones(hidden_states.shape[0], 1, hidden_states.shape[1], self.head_dim)
@@ -123,39 +149,9 @@ class DroppedAttention(nn.Module):
 class DroppedMLP(nn.Module):
     """An MLP block that is gone: adds nothing to the residual stream."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *_args: Any, **_: Any) -> torch.Tensor:
         """hidden_states: [B, T, H]; returns zeros like it."""
         return torch.zeros_like(hidden_states)
-
-
-class BlockPlace(NamedTuple):
-    """Where a kind of block is in a decoder layer of every class below.
-
-    module, norm: attributes of the layer, the norm being the one before the block.
-    rebuild: from the stock module, the layer's configuration and the layer's index, the module at its own width.
-    stand_in: from the stock module, what takes its place where the block is gone.
-    """
-
-    module: str
-    norm: str
-    rebuild: Callable[[Any, PreTrainedConfig, int], nn.Module]
-    stand_in: Callable[[Any], nn.Module]
-
-
-BLOCKS: dict[str, BlockPlace] = {
-    "attention": BlockPlace(
-        "self_attn",
-        "input_layernorm",
-        rebuild=lambda stock, config, index: type(stock)(config, index),
-        stand_in=lambda stock: DroppedAttention(stock.head_dim, stock.layer_idx),
-    ),
-    "mlp": BlockPlace(
-        "mlp",
-        "post_attention_layernorm",
-        rebuild=lambda stock, config, _index: type(stock)(config),
-        stand_in=lambda _stock: DroppedMLP(),
-    ),
-}
 
 
 class PerLayerWidths:
@@ -164,22 +160,18 @@ class PerLayerWidths:
     def __init__(self, config: PreTrainedConfig) -> None:
         """config: the architecture's own, with `per_layer_config`."""
         dense = homogeneous(config)
-        layers = per_layer_overrides(config)
-        check_overrides(layers)
+        overrides = per_layer_overrides(config)
+        check_overrides(overrides)
         super().__init__(dense)
-        body = getattr(self, "model", self)
-        for index, overrides in layers.items():
-            layer_config = resolve_layer_config(dense, overrides)
-            for kind, place in BLOCKS.items():
-                if kind in overrides.get("skip", ()):
-                    drop_block(body.layers[index], kind)
-                else:
-                    stock = getattr(body.layers[index], place.module)
-                    setattr(body.layers[index], place.module, place.rebuild(stock, layer_config, index))
+        layers = decoder_layers(self, config)
+        for index, own in overrides.items():
+            layers[index] = build_layer(layers[index], dense, own, index)
+            for kind in own.get("skip", ()):
+                drop_block(layers[index], kind)
         config._attn_implementation = dense._attn_implementation
         config.auto_map = auto_map(config.model_type)
         self.config: PreTrainedConfig = config
-        body.config = config
+        getattr(self, self.base_model_prefix, self).config = config
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -189,83 +181,57 @@ class PerLayerWidths:
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """The stock method, applied to the layers' own configurations too."""
         super().set_attn_implementation(*args, **kwargs)
-        for layer in getattr(self, "model", self).layers:
-            if hasattr(layer.self_attn, "config"):
-                layer.self_attn.config._attn_implementation = self.config._attn_implementation
+        for module in decoder_layers(self, self.config).modules():
+            if hasattr(module, "config"):
+                module.config._attn_implementation = self.config._attn_implementation
 
 
-class PrunedLlamaModel(PerLayerWidths, LlamaModel):
-    """Llama with layers of different widths, without a head."""
+def __getattr__(name: str) -> Any:
+    """The class `Pruned...` of that name."""
+    stock = getattr(transformers, name.removeprefix("Pruned"), None) if name.startswith("Pruned") else None
+    if not isinstance(stock, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return pruned_class(stock)
 
 
-class PrunedMistralModel(PerLayerWidths, MistralModel):
-    """Mistral with layers of different widths, without a head."""
+def pruned_class(stock: type) -> Any:
+    """The class that extends a stock class by per-layer widths: `PrunedLlamaForCausalLM` of `LlamaForCausalLM`."""
+    name = f"Pruned{stock.__name__}"
+    found = globals().get(name)
+    if found is not None:
+        return found
+    mixin = PerLayerHeads if issubclass(stock, PreTrainedConfig) else PerLayerWidths
+    about = f"{stock.__name__.removesuffix('Config')} with layers of different widths."
+    made: Any = type(name, (mixin, stock), {"__module__": __name__, "__doc__": about})
+    if issubclass(stock, PreTrainedConfig):
+        auto = "AutoConfig"
+    else:
+        auto = "AutoModelForCausalLM" if stock.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "AutoModel"
+        made.config_class = pruned_class(stock.config_class)
+    # Saving an object of a registered class writes this file, and its class into the configuration's auto_map.
+    made.register_for_auto_class(auto)
+    globals()[name] = made
+    return made
 
 
-class PrunedQwen2Model(PerLayerWidths, Qwen2Model):
-    """Qwen2 with layers of different widths, without a head."""
+def class_names(model_type: str) -> dict[str, str]:
+    """Which class of transformers each of its auto classes takes for an architecture; empty if it has no causal LM."""
+    names: tuple[Any, ...] = (CONFIG_MAPPING_NAMES, MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return {}
+    autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+    return {auto: of[model_type] for auto, of in zip(autos, names, strict=True) if isinstance(of.get(model_type), str)}
 
 
-class PrunedQwen3Model(PerLayerWidths, Qwen3Model):
-    """Qwen3 with layers of different widths, without a head."""
-
-
-class PrunedPhi3Model(PerLayerWidths, Phi3Model):
-    """Phi-3 with layers of different widths, without a head."""
-
-
-class PrunedLlamaForCausalLM(PerLayerWidths, LlamaForCausalLM):
-    """Llama with layers of different widths."""
-
-
-class PrunedMistralForCausalLM(PerLayerWidths, MistralForCausalLM):
-    """Mistral with layers of different widths."""
-
-
-class PrunedQwen2ForCausalLM(PerLayerWidths, Qwen2ForCausalLM):
-    """Qwen2 with layers of different widths."""
-
-
-class PrunedQwen3ForCausalLM(PerLayerWidths, Qwen3ForCausalLM):
-    """Qwen3 with layers of different widths."""
-
-
-class PrunedPhi3ForCausalLM(PerLayerWidths, Phi3ForCausalLM):
-    """Phi-3 with layers of different widths."""
-
-
-PRUNED_CLASSES = {
-    "llama": PrunedLlamaForCausalLM,
-    "mistral": PrunedMistralForCausalLM,
-    "qwen2": PrunedQwen2ForCausalLM,
-    "qwen3": PrunedQwen3ForCausalLM,
-    "phi3": PrunedPhi3ForCausalLM,
-}
-
-BASE_CLASSES = {
-    "llama": PrunedLlamaModel,
-    "mistral": PrunedMistralModel,
-    "qwen2": PrunedQwen2Model,
-    "qwen3": PrunedQwen3Model,
-    "phi3": PrunedPhi3Model,
-}
-
-# Saving an object of a registered class writes this file, and its class into the configuration's auto_map.
-AUTO_CLASSES: dict[str, dict[str, Any]] = {
-    "AutoConfig": PRUNED_CONFIGS,
-    "AutoModel": BASE_CLASSES,
-    "AutoModelForCausalLM": PRUNED_CLASSES,
-}
-for _auto_class, _classes in AUTO_CLASSES.items():
-    for _model_type, _class in _classes.items():
-        _class.register_for_auto_class(_auto_class)
-        if _auto_class != "AutoConfig":
-            _class.config_class = PRUNED_CONFIGS[_model_type]
+def auto_class(model_type: str, auto: str) -> Any:
+    """The class of this file that one of transformers' auto classes takes for an architecture; None if there is none."""
+    name = class_names(model_type).get(auto)
+    return None if name is None else pruned_class(getattr(transformers, name))
 
 
 def auto_map(model_type: str) -> dict[str, str]:
     """`config.auto_map` of a pruned checkpoint: which class of this file each of transformers' auto classes takes."""
-    return {auto: f"modeling_gradprune.{classes[model_type].__name__}" for auto, classes in AUTO_CLASSES.items()}
+    return {auto: f"modeling_gradprune.Pruned{name}" for auto, name in class_names(model_type).items()}
 
 
 def per_layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
@@ -275,18 +241,18 @@ def per_layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
 
 def check_overrides(layers: dict[int, dict[str, Any]]) -> None:
     """Refuse overrides that `PerLayerWidths` does not apply: ignoring them would load a different model."""
-    known = {"num_key_value_heads", "num_attention_heads", "intermediate_size", "skip"}
+    known = {*KV_HEADS, "num_attention_heads", *WIDTHS, "skip"}
     for index, overrides in layers.items():
-        if unknown := sorted(set(overrides) - known) or sorted(set(overrides.get("skip", ())) - set(BLOCKS)):
+        if unknown := sorted(set(overrides) - known) or sorted(set(overrides.get("skip", ())) - set(PLACES)):
             raise ValueError(
                 f"per_layer_config: layer {index} has {unknown}; known are {sorted(known)} "
-                f"and skip's {', '.join(BLOCKS)}"
+                f"and skip's {', '.join(PLACES)}"
             )
 
 
 def stock_class(pruned: type) -> Any:
-    """The architecture's own class, which `pruned` extends by per-layer widths."""
-    return next(base for base in pruned.__mro__ if base.__module__.startswith("transformers.models."))
+    """The architecture's own class, which `pruned` is or extends by per-layer widths."""
+    return next((base for base in pruned.__mro__ if base.__module__.startswith("transformers.models.")), pruned)
 
 
 def homogeneous(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -296,26 +262,130 @@ def homogeneous(config: PreTrainedConfig) -> PreTrainedConfig:
     return dense
 
 
-def with_query_heads(dense: PreTrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+def name_in(config: PreTrainedConfig, names: tuple[str, ...]) -> str | None:
+    """The first of the names that the configuration has."""
+    return next((name for name in names if isinstance(getattr(config, name, None), int)), None)
+
+
+def heads_per_group(dense: PreTrainedConfig) -> int:
+    """Query heads of one KV head; 1 where the architecture has as many of both and states one number."""
+    name = name_in(dense, KV_HEADS)
+    return 1 if name is None else dense.num_attention_heads // getattr(dense, name)
+
+
+def with_query_heads(dense: PreTrainedConfig, overrides: Any) -> Any:
     """Overrides of one layer in which the number of KV heads has the number of query heads beside it."""
-    if not isinstance(overrides, dict) or "num_key_value_heads" not in overrides:
+    if not isinstance(overrides, dict):
         return overrides
-    heads_per_group = dense.num_attention_heads // dense.num_key_value_heads
-    return {"num_attention_heads": overrides["num_key_value_heads"] * heads_per_group, **overrides}
+    name = next((name for name in KV_HEADS if name in overrides), None)
+    if name is None:
+        return overrides
+    return {"num_attention_heads": overrides[name] * heads_per_group(dense), **overrides}
 
 
 def resolve_layer_config(dense: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedConfig:
     """The homogeneous configuration of one layer."""
+    if not overrides:
+        return dense
     config = copy.copy(dense)
-    heads_per_group = dense.num_attention_heads // dense.num_key_value_heads
-    config.num_key_value_heads = overrides.get("num_key_value_heads", dense.num_key_value_heads)
-    config.num_attention_heads = config.num_key_value_heads * heads_per_group
-    config.intermediate_size = overrides.get("intermediate_size", dense.intermediate_size)
+    for name, value in with_query_heads(dense, overrides).items():
+        if name != "skip":
+            setattr(config, name, value)
     return config
 
 
+def decoder_layers(model: Any, config: PreTrainedConfig) -> nn.ModuleList:
+    """The model's decoder layers: its first list of as many modules as the configuration has layers."""
+    lists = (entry for entry in model.modules() if isinstance(entry, nn.ModuleList))
+    return next(entry for entry in lists if len(entry) == config.num_hidden_layers)
+
+
+def build_layer(stock: Any, dense: PreTrainedConfig, overrides: dict[str, Any], index: int) -> Any:
+    """A new decoder layer of `stock`'s class at its own widths.
+
+    Args:
+        stock: any decoder layer of the class.
+        dense: the model's global values.
+        overrides: those of this layer that differ.
+        index: the layer's.
+    """
+    config = resolve_layer_config(dense, overrides)
+    try:
+        layer = type(stock)(config, index)
+    except ValueError:  # some classes refuse numbers of heads that do not divide the hidden size
+        layer = None
+    if layer is not None and (not overrides or _heads_fit(layer, config, dense)):
+        return layer
+    kept = {name: value for name, value in overrides.items() if name in WIDTHS}
+    layer = type(stock)(resolve_layer_config(dense, kept), index)
+    place = place_of(layer, "attention")
+    setattr(layer, place, _narrow_attention(stock, config, head_dim(dense), index))
+    return layer
+
+
+def head_dim(dense: PreTrainedConfig) -> int:
+    """Width of an attention head."""
+    return getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
+
+
+def _heads_fit(layer: nn.Module, config: PreTrainedConfig, dense: PreTrainedConfig) -> bool:
+    """Whether the attention block, if it has heads to count, has heads of the model's width."""
+    place = place_of(layer, "attention")
+    output = None if place is None else output_of(getattr(layer, place), "attention")
+    linear = None if output is None else getattr(getattr(layer, place), output)
+    if not isinstance(linear, nn.Linear) or config is dense:
+        return True
+    return bool(linear.in_features == config.num_attention_heads * head_dim(dense))
+
+
+def _narrow_attention(stock: Any, config: PreTrainedConfig, width: int, index: int) -> nn.Module:
+    """An attention block of a class that takes the head's width for the hidden size divided by the number of heads.
+
+    It is built for a hidden size that gives its heads their width; then its projections get the model's.
+    """
+    narrow = copy.copy(config)
+    narrow.hidden_size = config.num_attention_heads * width
+    layer = type(stock)(narrow, index)
+    block = getattr(layer, place_of(layer, "attention"))
+    for name, linear in block.named_children():
+        if isinstance(linear, nn.Linear) and name in OUTPUTS["attention"]:
+            linear.out_features = config.hidden_size
+            linear.weight = nn.Parameter(linear.weight.new_empty(config.hidden_size, linear.in_features))
+            if linear.bias is not None:
+                linear.bias = nn.Parameter(linear.bias.new_empty(config.hidden_size))
+        elif isinstance(linear, nn.Linear):
+            linear.in_features = config.hidden_size
+            linear.weight = nn.Parameter(linear.weight.new_empty(linear.out_features, config.hidden_size))
+    for module in block.modules():
+        if hasattr(module, "config"):
+            module.config = config
+    return block
+
+
+def place_of(layer: nn.Module, kind: str) -> Any:
+    """The attribute of a decoder layer that holds its block of that kind, None if it has none."""
+    return next((name for name in PLACES[kind] if isinstance(getattr(layer, name, None), nn.Module)), None)
+
+
+def output_of(block: nn.Module, kind: str) -> Any:
+    """The attribute of a block that holds its output projection, None if it has none."""
+    return next((name for name in OUTPUTS[kind] if isinstance(getattr(block, name, None), nn.Module)), None)
+
+
+def norms_of(layer: nn.Module, kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The norms before the layer's block of that kind and those behind it, which serve no other block."""
+    own = frozenset(name for name, _ in layer.named_children() if "norm" in name or name.startswith("ln_"))
+    return _NORMS.get(own, {}).get(kind, ((), ()))
+
+
 def drop_block(layer: nn.Module, kind: str) -> None:
-    """Remove a decoder layer's block of that kind (a key of `BLOCKS`) and the norm before it."""
-    place = BLOCKS[kind]
-    setattr(layer, place.module, place.stand_in(getattr(layer, place.module)))
-    setattr(layer, place.norm, nn.Identity())
+    """Remove a decoder layer's block of that kind (a key of `PLACES`) and its norms."""
+    place = place_of(layer, kind)
+    stock = getattr(layer, place)
+    if kind == "attention":
+        width = getattr(stock, "head_dim", None) or stock.head_size
+        setattr(layer, place, DroppedAttention(width, stock.layer_idx))
+    else:
+        setattr(layer, place, DroppedMLP())
+    for name in (norm for side in norms_of(layer, kind) for norm in side):
+        setattr(layer, name, nn.Identity())

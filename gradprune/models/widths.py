@@ -4,20 +4,29 @@ Attention's widths are numbers of heads: KV heads, and query heads at the model'
 channels.
 """
 
+import copy
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
 
 from gradprune.models.blocks import Block, PrunableModel
 from gradprune.models.modeling_gradprune import (
-    PRUNED_CLASSES,
-    PRUNED_CONFIGS,
+    KV_HEADS,
+    WIDTHS,
     auto_map,
+    build_layer,
     homogeneous,
+    name_in,
     per_layer_overrides,
-    resolve_layer_config,
+    pruned_class,
     stock_class,
 )
+
+# What a module can hold that depends on its widths.
+_PLAIN = (bool, int, float, str, tuple, type(None))
+_UNTOUCHED = ("training", "layer_idx")
 
 
 def plain_widths(view: PrunableModel) -> dict[str, frozenset[int]]:
@@ -25,15 +34,19 @@ def plain_widths(view: PrunableModel) -> dict[str, frozenset[int]]:
 
     Kinds that accept any number are left out.
     """
-    first = _any_attention(view)
-    if not view.architecture.heads_divide_hidden or first is None:
+    first = _any(view, "attention")
+    if first is None:
         return {}
-    hidden = view.model.config.hidden_size
-    return {first.kind.name: frozenset(n for n in range(1, first.groups + 1) if _divides(n, first, hidden))}
+    dense = homogeneous(view.model.config)
+    dense.__class__ = stock_class(type(dense))
+    _state_head_dim(dense, first)
+    counts = range(1, first.groups + 1)
+    fitting = frozenset(n for n in counts if _is_valid(_with(dense, _own_widths(dense, {"attention": n}, first))))
+    return {} if len(fitting) == first.groups else {first.kind.name: fitting}
 
 
 def state_widths(view: PrunableModel, before: PrunableModel) -> None:
-    """Make the model's class, its configuration and its attention modules' attributes agree with its weights.
+    """Make the model's class, its configuration and its layers' attributes agree with its weights.
 
     Args:
         view: the model as its weights are now.
@@ -43,88 +56,164 @@ def state_widths(view: PrunableModel, before: PrunableModel) -> None:
     model = view.model
     config = model.config
     config.__dict__.pop("auto_map", None)
-    attention = _any_attention(before)
-    if attention is not None:
-        config.head_dim = attention.head_dim
-    kv_groups, channels = _widths(view, "attention"), _widths(view, "mlp")
-    if _is_plain(view, attention, kv_groups, channels):
-        assert attention is not None
+    attention = _any(before, "attention")
+    _state_head_dim(config, attention)
+    plain = _plain_widths(view, attention)
+    if plain is not None:
         config.per_layer_config = None
         config.__dict__.pop("per_layer_config", None)
         config.__dict__.pop("allow_global_per_layer_attribute_access", None)
-        config.num_key_value_heads = kv_groups[0]
-        config.num_attention_heads = kv_groups[0] * attention.heads_per_group
-        config.intermediate_size = channels[0]
-        model.__class__ = stock_class(PRUNED_CLASSES[config.model_type])
-        config.__class__ = stock_class(PRUNED_CONFIGS[config.model_type])
+        for name, value in plain.items():
+            setattr(config, name, value)
+        model.__class__ = stock_class(type(model))
+        config.__class__ = stock_class(type(config))
     else:
-        if not _differs_in_width(homogeneous(config), kv_groups, channels):
+        dense = homogeneous(config)
+        width = name_in(dense, WIDTHS)
+        if width is not None and not _differs_in_width(view, before, dense):
             # transformers releases that do not know per_layer_config would load the stock model, with random weights
             # for the dropped blocks. A global width that fits no layer makes them refuse.
-            config.intermediate_size = 0
-        config.per_layer_config = _per_layer_config(view, attention, kv_groups, channels)
+            setattr(config, width, 0)
+        config.per_layer_config = _per_layer_config(view, attention)
         # The same objects with the classes that know per-layer widths: saving and reloading then just work.
-        model.__class__ = PRUNED_CLASSES[config.model_type]
-        config.__class__ = PRUNED_CONFIGS[config.model_type]
+        model.__class__ = pruned_class(stock_class(type(model)))
+        config.__class__ = pruned_class(stock_class(type(config)))
         config.auto_map = auto_map(config.model_type)
-        if not view.architecture.per_layer_heads:
+        if not _stock_can_read(config):
             # For the stock class, with which AutoTokenizer reads config.json where remote code is off.
             config.allow_global_per_layer_attribute_access = True
-    _state_attention(model, view)
+    _state_attributes(view)
 
 
-def _any_attention(view: PrunableModel) -> Block | None:
-    """An attention block, for what all of them have in common: the head width and the query heads per KV head."""
-    return next((block for block in view.of_kind("attention") if block is not None), None)
+def _any(view: PrunableModel, kind: str) -> Block | None:
+    """A block of that kind, for what all of them have in common."""
+    return next((block for block in view.blocks if block.kind.name == kind), None)
 
 
-def _widths(view: PrunableModel, kind: str) -> list[int]:
-    """Groups per decoder layer, 0 where the block does not exist."""
-    return [block.groups if block else 0 for block in view.of_kind(kind)]
+def _state_head_dim(config: PreTrainedConfig, attention: Block | None) -> None:
+    """State the heads' width, which classes would otherwise compute from the number of heads."""
+    if attention is not None and not isinstance(getattr(type(config), "head_dim", None), property):
+        config.head_dim = attention.head_dim
 
 
-def _divides(kv_groups: int, attention: Block, hidden_size: int) -> bool:
-    return hidden_size % (kv_groups * attention.heads_per_group) == 0
+def _own_widths(config: PreTrainedConfig, groups: dict[str, int], attention: Block | None) -> dict[str, int]:
+    """What the configuration calls the widths of blocks, by the names of their kinds, and the values."""
+    stated: dict[str, int] = {}
+    if "attention" in groups and attention is not None:
+        if (name := name_in(config, KV_HEADS)) is not None:
+            stated[name] = groups["attention"]
+        stated["num_attention_heads"] = groups["attention"] * attention.heads_per_group
+    if "mlp" in groups and (name := name_in(config, WIDTHS)) is not None:
+        stated[name] = groups["mlp"]
+    return stated
 
 
-def _is_plain(view: PrunableModel, attention: Block | None, kv_groups: list[int], channels: list[int]) -> bool:
-    """Whether the architecture's own configuration can say it: no block is gone, all layers are alike."""
-    if attention is None or min(*kv_groups, *channels) == 0 or len(set(kv_groups)) > 1 or len(set(channels)) > 1:
+def _with(dense: PreTrainedConfig, widths: dict[str, int]) -> PreTrainedConfig:
+    """A copy of the configuration with other widths."""
+    config = copy.copy(dense)
+    for name, value in widths.items():
+        setattr(config, name, value)
+    return config
+
+
+def _is_valid(config: Any) -> bool:
+    """Whether the configuration's class accepts its values."""
+    if not hasattr(config, "validate"):
+        return True
+    try:
+        config.validate()
+    except Exception:  # huggingface_hub's own class, which wraps a ValueError
         return False
-    hidden = view.model.config.hidden_size
-    return not view.architecture.heads_divide_hidden or _divides(kv_groups[0], attention, hidden)
+    return True
 
 
-def _differs_in_width(dense: Any, kv_groups: list[int], channels: list[int]) -> bool:
+def _plain_widths(view: PrunableModel, attention: Block | None) -> dict[str, int] | None:
+    """What the architecture's own configuration says if it can: no block is gone, all layers are alike."""
+    groups: dict[str, set[int]] = {}
+    for block in view.blocks:
+        groups.setdefault(block.kind.name, set()).add(block.groups)
+    if view.dropped or any(len(found) > 1 for found in groups.values()):
+        return None
+    dense = homogeneous(view.model.config)
+    dense.__class__ = stock_class(type(dense))
+    widths = _own_widths(dense, {kind: found.pop() for kind, found in groups.items()}, attention)
+    config = _with(dense, widths)
+    return widths if _is_valid(config) and _builds(view, config) else None
+
+
+def _builds(view: PrunableModel, config: PreTrainedConfig) -> bool:
+    """Whether the stock layers of a configuration have the shapes of the model's."""
+    for index, layer in enumerate(view.layers):
+        try:
+            with torch.device("meta"):
+                stock = type(layer)(config, index)
+        except ValueError:
+            return False
+        shapes = {name: parameter.shape for name, parameter in stock.named_parameters()}
+        if shapes != {name: parameter.shape for name, parameter in layer.named_parameters()}:
+            return False
+    return True
+
+
+def _differs_in_width(view: PrunableModel, before: PrunableModel, dense: PreTrainedConfig) -> bool:
     """Whether a block that exists has other than the global width."""
-    return not (set(kv_groups) <= {0, dense.num_key_value_heads} and set(channels) <= {0, dense.intermediate_size})
+    attention = _any(before, "attention")
+    return any(
+        getattr(dense, name) != value
+        for block in view.blocks
+        for name, value in _own_widths(dense, {block.kind.name: block.groups}, attention).items()
+    )
 
 
-def _per_layer_config(
-    view: PrunableModel, attention: Block | None, kv_groups: list[int], channels: list[int]
-) -> dict[int | str, dict[str, Any]]:
+def _per_layer_config(view: PrunableModel, attention: Block | None) -> dict[int | str, dict[str, Any]]:
+    dense = homogeneous(view.model.config)
     overrides: dict[int | str, dict[str, Any]] = {}
-    for layer, (groups, width) in enumerate(zip(kv_groups, channels, strict=True)):
+    for layer in range(len(view.layers)):
+        groups = {block.kind.name: block.groups for block in view.of_layer(layer)}
+        skip = [kind for kind in ("attention", "mlp") if (layer, kind) in view.dropped]
         # A dropped attention block keeps one head in the cache, see DroppedAttention.
-        own: dict[str, Any] = {"num_key_value_heads": groups or 1, "intermediate_size": width}
-        if attention is not None:
-            own["num_attention_heads"] = (groups or 1) * attention.heads_per_group
-        existing = {block.kind.name for block in view.of_layer(layer)}
-        if skip := [layout.kind for layout in view.architecture.blocks if layout.kind not in existing]:
+        widths = {**groups, **{kind: int(kind == "attention") for kind in skip}}
+        own: dict[str, Any] = dict(_own_widths(dense, widths, attention))
+        if skip:
             own["skip"] = skip
-        overrides[layer] = own
+        if own:
+            overrides[layer] = own
     return overrides
 
 
-def _state_attention(model: PreTrainedModel, view: PrunableModel) -> None:
-    """Give each attention module its layer's configuration, which Phi-3's forward pass reads."""
-    overrides = per_layer_overrides(model.config)
-    dense = homogeneous(model.config)
-    for block in view.of_kind("attention"):
-        if block is None:
-            continue
-        module: Any = block.module
-        own = overrides.get(block.layer)
-        module.config = model.config if own is None else resolve_layer_config(dense, own)
-        if hasattr(module, "num_key_value_heads"):
-            module.num_key_value_heads = block.groups
+def _stock_can_read(config: PreTrainedConfig) -> bool:
+    """Whether the stock class accepts a configuration whose layers differ."""
+    try:
+        stock_class(type(config)).from_dict(config.to_dict())
+    except Exception:  # transformers' own classes, which earlier releases do not have
+        return False
+    return True
+
+
+def _state_attributes(view: PrunableModel) -> None:
+    """Give each layer's modules the attributes that they would have, were they built at their own widths."""
+    config = view.model.config
+    overrides = per_layer_overrides(config)
+    dense = homogeneous(config) if overrides else config
+    touched = {block.layer for block in view.blocks} | {key.layer for key in view.dropped}
+    for index in sorted(touched):
+        layer = view.layers[index]
+        with torch.device("meta"):
+            built = build_layer(layer, dense, overrides.get(index, {}), index)
+        for name, module in layer.named_modules():
+            _adopt(module, built, name)
+
+
+def _adopt(module: nn.Module, built: nn.Module, name: str) -> None:
+    """Take over the plain attributes of the module of that name in `built`, if it is of the same class."""
+    try:
+        other = built.get_submodule(name)
+    except AttributeError:
+        return
+    if type(other) is not type(module):
+        return
+    for attribute, value in vars(other).items():
+        if attribute == "config":
+            module.config = value
+        elif isinstance(value, _PLAIN) and not attribute.startswith("_") and attribute not in _UNTOUCHED:
+            setattr(module, attribute, value)

@@ -2,11 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from gradprune.models.loss import LOGITS, MIN_TOKENS
+from gradprune.models.loss import LOGITS, MIN_TOKENS, Head, logits_of
 
 
 def distillation_loss(student: PreTrainedModel, teacher: PreTrainedModel, input_ids: Tensor) -> Tensor:
@@ -25,8 +25,8 @@ def distillation_loss(student: PreTrainedModel, teacher: PreTrainedModel, input_
     with torch.no_grad():
         taught = teacher.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
     hidden = student.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    heads = student.get_output_embeddings(), teacher.get_output_embeddings()
-    chunk = max(MIN_TOKENS, LOGITS // heads[0].weight.shape[0])
+    heads = logits_of(student), logits_of(teacher)
+    chunk = max(MIN_TOKENS, LOGITS // student.get_output_embeddings().weight.shape[0])
     sums = [
         checkpoint(_kl_sum, *heads, *each, use_reentrant=False, preserve_rng_state=False)
         for each in zip(hidden.split(chunk), taught.split(chunk), strict=True)
@@ -34,7 +34,7 @@ def distillation_loss(student: PreTrainedModel, teacher: PreTrainedModel, input_
     return torch.stack(sums).sum() / len(hidden)
 
 
-def _kl_sum(student_head: nn.Module, teacher_head: nn.Module, hidden: Tensor, taught: Tensor) -> Tensor:
+def _kl_sum(student_head: Head, teacher_head: Head, hidden: Tensor, taught: Tensor) -> Tensor:
     """Sum over tokens of KL(teacher || student), given hidden states [K, H] of both."""
     with torch.no_grad():
         expected = F.log_softmax(_exact(teacher_head(taught)), dim=-1)

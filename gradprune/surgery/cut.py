@@ -2,15 +2,14 @@
 
 import copy
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gradprune.errors import UnsupportedArchitectureError
-from gradprune.models import Block, PrunableModel, describe
+from gradprune.models import PrunableModel, describe
 from gradprune.models.masks import GroupMasks
-from gradprune.models.modeling_gradprune import PRUNED_CLASSES, drop_block, stock_class
-from gradprune.models.widths import state_widths
+from gradprune.models.modeling_gradprune import class_names, stock_class
+from gradprune.models.narrow import narrow, parameter_like
 
 
 def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> PreTrainedModel:
@@ -39,14 +38,7 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
     if not inplace:
         model = _sharing_copy(model)
         view = describe(model)
-    with torch.no_grad():
-        for block in view.blocks:
-            kept = masks[block]
-            if kept.any():
-                _shrink(block, kept)
-            else:
-                drop_block(view.layers[block.layer], block.kind.name)
-    state_widths(describe(model), before=view)
+    narrow(view, masks)
     return model
 
 
@@ -56,19 +48,19 @@ def check_class(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedArchitectureError: naming the class, and the one to load it as.
     """
-    pruned = PRUNED_CLASSES[model.config.model_type]
-    # A model loaded with trust_remote_code has a class of the same name, defined by the file beside its weights.
-    if type(model) is not stock_class(pruned) and type(model).__name__ != pruned.__name__:
-        raise UnsupportedArchitectureError(
-            f"model: a {type(model).__name__} cannot be cut; load it as {stock_class(pruned).__name__}"
-        )
+    name = class_names(model.config.model_type)["AutoModelForCausalLM"]
+    # A model loaded with trust_remote_code has a class of gradprune's name, defined by the file beside its weights.
+    if type(model).__name__ != f"Pruned{name}" and not (
+        type(model) is stock_class(type(model)) and type(model).__name__ == name
+    ):
+        raise UnsupportedArchitectureError(f"model: a {type(model).__name__} cannot be cut; load it as {name}")
 
 
 def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
     """New modules and parameters on the same memory, so that the two models' dtypes and gradients are independent."""
     # deepcopy reuses the objects in its memo instead of copying them.
     memo: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
-    memo |= {id(old): _parameter(old, old.detach()) for old in model.parameters()}
+    memo |= {id(old): parameter_like(old, old.detach()) for old in model.parameters()}
     return copy.deepcopy(model, memo)
 
 
@@ -81,24 +73,3 @@ def _check_masks(view: PrunableModel, masks: GroupMasks) -> None:
                 f"masks: layer {key.layer} {key.kind} has {given.get(key, 0)} entries, "
                 f"but the model's block has {expected.get(key, 0)} groups"
             )
-
-
-def _shrink(block: Block, kept: Tensor) -> None:
-    """Keep only the rows and columns of the kept groups ([groups] bool, at least one True)."""
-    if kept.all():
-        return
-    groups = kept.nonzero().flatten()
-    for entry in block.inputs:
-        rows = entry.rows_of(groups).to(entry.linear.weight.device)
-        entry.linear.weight = _parameter(entry.linear.weight, entry.linear.weight.index_select(0, rows))
-        entry.linear.out_features = len(rows)
-        if entry.linear.bias is not None:
-            entry.linear.bias = _parameter(entry.linear.bias, entry.linear.bias.index_select(0, rows))
-    output = block.output.linear
-    columns = block.output.columns_of(groups).to(output.weight.device)
-    output.weight = _parameter(output.weight, output.weight.index_select(1, columns))
-    output.in_features = len(columns)
-
-
-def _parameter(old: Tensor, new: Tensor) -> nn.Parameter:
-    return nn.Parameter(new, requires_grad=old.requires_grad)

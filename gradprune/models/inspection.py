@@ -1,0 +1,175 @@
+"""Find the blocks of a decoder layer from its modules: which projections they have, and which rows make up a group.
+
+A block reads the residual stream through input projections, whose *rows* belong to groups, and writes to it through
+one output projection, whose *columns* do. The names that transformers uses for them are listed here; whether an
+architecture computes with them what its names say is for `gradprune.models.self_test` to find out.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from gradprune.errors import UnsupportedArchitectureError
+from gradprune.models.blocks import Block, InputLinear, OutputLinear, Part, Rider
+from gradprune.models.kinds import Kind
+from gradprune.models.modeling_gradprune import norms_of, output_of, place_of
+
+# By kind, the sets of input projections: attribute, and the parts whose rows it stacks. "qkv" is one part: each KV
+# head's query, key and value rows are neighbours.
+_INPUTS: dict[str, tuple[dict[str, tuple[str, ...]], ...]] = {
+    "attention": (
+        {"q_proj": ("q",), "k_proj": ("k",), "v_proj": ("v",)},
+        {"qkv_proj": ("q", "k", "v")},
+        {"query_key_value": ("qkv",)},
+    ),
+    "mlp": (
+        {"gate_proj": ("gate",), "up_proj": ("up",)},
+        {"gate_up_proj": ("gate", "up")},
+        {"w1": ("gate",), "w3": ("up",)},
+        {"up_proj": ("up",)},
+        {"c_fc": ("up",)},
+        {"fc1": ("up",)},
+        {"fc_in": ("up",)},
+        {"dense_h_to_4h": ("up",)},
+    ),
+}
+# Classes of linear layers that compute what nn.Linear does. Others quantise, or add to it.
+_LINEAR = ("Linear", "FalconLinear")
+
+
+def find_block(layer: nn.Module, index: int, kind: Kind) -> Block | str:
+    """The block of that kind in a decoder layer, or why there is none that can be pruned, for messages.
+
+    Raises:
+        UnsupportedArchitectureError: a projection is not a plain floating-point linear layer.
+    """
+    place = place_of(layer, kind.name)
+    if place is None:
+        return f"no {kind.name} block under a known name"
+    module: nn.Module = getattr(layer, place)
+    output, inputs = output_of(module, kind.name), _inputs_of(module, kind.name)
+    if output is None or not inputs:
+        return f"{place} has no known set of projections"
+    linears = {name: _linear(module, name, index) for name in (*inputs, output)}
+    shape = _GROUP_SHAPES[kind.name](module, linears, linears[output])
+    if isinstance(shape, str):
+        return f"{place}: {shape}"
+    rest = _others(module, linears, shape)
+    if isinstance(rest, str):
+        return f"{place}: {rest}"
+    gates, riders = rest
+    entries = tuple(
+        [_input(name, linears[name], parts, shape) for name, parts in inputs.items()]
+        + [InputLinear(name, gate, (Part("gate", 0, gate.out_features // shape.groups),)) for name, gate in gates]
+    )
+    columns = linears[output].in_features // shape.groups
+    cost = linears[output].out_features * columns + sum(rider.rows * rider.parameter[0].numel() for rider in riders)
+    for entry in entries:
+        cost += sum(part.rows for part in entry.parts) * (entry.linear.in_features + (entry.linear.bias is not None))
+    _, behind = norms_of(layer, kind.name)
+    return Block(
+        kind,
+        index,
+        place,
+        module,
+        entries,
+        OutputLinear(output, linears[output], columns),
+        shape.groups,
+        cost,
+        shape.head_dim,
+        riders=riders,
+        adds=None if behind else float(getattr(layer, "residual_multiplier", 1.0)),
+        writer=getattr(layer, behind[0]) if behind else module,
+    )
+
+
+@dataclass(frozen=True)
+class _GroupShape:
+    """groups: of the block. rows: of one group, by part of the input projections. heads, head_dim: as in `Block`."""
+
+    groups: int
+    rows: dict[str, int]
+    heads: int
+    head_dim: int
+
+
+def _inputs_of(module: nn.Module, kind: str) -> dict[str, tuple[str, ...]]:
+    """The first set of input projections that is there as a whole; empty where none is."""
+    names = {name for name, _ in module.named_children()}
+    return next((found for found in _INPUTS[kind] if found.keys() <= names), {})
+
+
+def _kv_groups(module: nn.Module, linears: dict[str, nn.Linear], output: nn.Linear) -> _GroupShape | str:
+    """A group is a KV head with its query heads."""
+    width: Any = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
+    if not isinstance(width, int):
+        return "its heads have no stated width"
+    heads = output.in_features // width
+    if "k_proj" in linears:
+        kv_heads = linears["k_proj"].out_features // width
+    else:
+        rows = sum(linear.out_features for linear in linears.values() if linear is not output)
+        kv_heads = (rows // width - heads) // 2
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        return f"{heads} query heads cannot be shared among {kv_heads} KV heads"
+    ratio = heads // kv_heads
+    rows_of = {"q": ratio * width, "k": width, "v": width, "qkv": (ratio + 2) * width}
+    if "q_proj" in linears:
+        # Some architectures stack a gate beside each head's query.
+        rows_of["q"] = linears["q_proj"].out_features // kv_heads
+    return _GroupShape(kv_heads, rows_of, heads, width)
+
+
+def _channels(_module: nn.Module, _linears: dict[str, nn.Linear], output: nn.Linear) -> _GroupShape | str:
+    """A group is one intermediate channel."""
+    return _GroupShape(output.in_features, {"gate": 1, "up": 1}, output.in_features, 1)
+
+
+_GROUP_SHAPES: dict[str, Callable[[nn.Module, dict[str, nn.Linear], nn.Linear], _GroupShape | str]] = {
+    "attention": _kv_groups,
+    "mlp": _channels,
+}
+
+
+def _input(name: str, linear: nn.Linear, parts: Sequence[str], shape: _GroupShape) -> InputLinear:
+    found, offset = [], 0
+    for part in parts:
+        found.append(Part(part, offset, shape.rows[part]))
+        offset += shape.rows[part] * shape.groups
+    return InputLinear(name, linear, tuple(found))
+
+
+def _others(
+    module: nn.Module, linears: dict[str, nn.Linear], shape: _GroupShape
+) -> tuple[list[tuple[str, nn.Linear]], tuple[Rider, ...]] | str:
+    """What a block has beside its projections: gates on heads, and parameters with rows for every head; or why not."""
+    gates, riders = [], []
+    for name, child in module.named_children():
+        if type(child).__name__ in _LINEAR and name not in linears:
+            if shape.head_dim == 1 or child.out_features not in (shape.heads, shape.heads * shape.head_dim):
+                return f"{name} is no known part of it"
+            gates.append((name, child))
+        elif name not in linears and list(child.parameters()) and not ("norm" in name or "act" in name):
+            return f"{name} is no known part of it"
+    for path, parameter in module.named_parameters():
+        owner = path.rpartition(".")[0]
+        if owner in linears or owner in dict(gates) or not parameter.ndim:
+            continue
+        per_head_norm = "norm" in path and parameter.shape == (shape.head_dim,)
+        kv = parameter.shape[0] == shape.groups and path.split(".")[0].startswith("k")
+        if not per_head_norm and shape.head_dim > 1 and (parameter.shape[0] == shape.heads or kv):
+            riders.append(Rider(path, parameter, parameter.shape[0] // shape.groups))
+    return gates, tuple(riders)
+
+
+def _linear(module: nn.Module, path: str, layer: int) -> nn.Linear:
+    linear: Any = module.get_submodule(path)
+    if type(linear).__name__ not in _LINEAR or not linear.weight.is_floating_point():
+        dtype = getattr(getattr(linear, "weight", None), "dtype", None)
+        raise UnsupportedArchitectureError(
+            f"base_model: layer {layer}'s {path} is a {type(linear).__name__} of {dtype}; "
+            "gradprune prunes plain floating-point nn.Linear layers (load the model unquantised, merge adapters)"
+        )
+    return linear  # type: ignore[no-any-return]

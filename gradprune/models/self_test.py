@@ -1,0 +1,201 @@
+"""The self-test of an architecture: is masking a group of a model the same as cutting it?
+
+On a tiny random model of the architecture's own configuration, for each kind of block: half of the groups, and one
+block whole, are masked (the output projection's columns are zeroed) and cut. The logits must be equal, generation with
+a cache must agree, and a model built anew from the configuration that cutting wrote must load the weights and compute
+the same. What scales with a width, or is a norm over all heads, fails.
+"""
+
+import copy
+import functools
+import json
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from gradprune.errors import one_line
+from gradprune.models.blocks import PrunableModel
+from gradprune.models.loss import sample_losses
+from gradprune.models.masks import GroupMasks
+from gradprune.models.modeling_gradprune import class_names
+from gradprune.models.narrow import narrow
+from gradprune.models.shrink import shrunk, tiny_model
+from gradprune.models.view import missing_kinds, view_of
+
+# The largest difference, relative to the logits' size. Some architectures compute parts in fp32; a wrong cut differs
+# by a tenth or more.
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What the self-test of an architecture found.
+
+    accepted: the kinds of blocks for which masked = cut.
+    refused: by kind, or "model" for all, what failed.
+    """
+
+    accepted: tuple[str, ...]
+    refused: dict[str, str]
+
+    def sentence(self) -> str:
+        """The result in a line."""
+        whole = "; ".join(f"{kind}: {reason}" for kind, reason in self.refused.items())
+        if not self.accepted:
+            return f"the self-test refused it: {whole}"
+        passed = f"its self-test passed for {' and '.join(self.accepted)} (masked = cut on a tiny random model)"
+        return f"{passed}; left whole: {whole}" if whole else passed
+
+
+def self_test(config: PreTrainedConfig, model_class: type | None = None) -> SelfTest:
+    """Test the architecture of a configuration; a result is kept for the rest of the process.
+
+    Args:
+        config: of any size, pruned before or not.
+        model_class: the causal LM's class; by default transformers' own for this configuration.
+    """
+    try:
+        small = shrunk(config)
+        key = json.dumps({"": type(small).__name__, **small.to_dict()}, sort_keys=True, default=str)
+    except Exception as error:  # configurations raise almost anything for values that they do not expect
+        return SelfTest((), {"model": f"its configuration cannot be made small: {one_line(error)}"})
+    return _tested(_Keyed(key, config, model_class))
+
+
+@dataclass(frozen=True, eq=False)
+class _Keyed:
+    """A configuration that is equal to another if they shrink to the same one."""
+
+    key: str
+    config: PreTrainedConfig
+    model_class: type | None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Keyed) and (self.key, self.model_class) == (other.key, other.model_class)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@functools.cache
+def _tested(given: _Keyed) -> SelfTest:
+    if given.model_class is None and not class_names(given.config.model_type):
+        return SelfTest((), {"model": "transformers has no causal LM of this model_type"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = tiny_model(given.config, given.model_class)
+            view = view_of(model)
+            refused = missing_kinds(model)
+            _check_loss(model)
+        except Exception as error:  # whatever an unknown architecture raises refuses it
+            return SelfTest((), {"model": one_line(error)})
+        accepted = []
+        for kind in dict.fromkeys(block.kind.name for block in view.blocks):
+            fault = _fault(model, kind)
+            if fault is None:
+                accepted.append(kind)
+            else:
+                refused[kind] = fault
+    return SelfTest(tuple(accepted), refused)
+
+
+def _ids(model: PreTrainedModel) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, model.get_input_embeddings().weight.shape[0], (2, 9), generator=generator)  # type: ignore[union-attr, index, arg-type]
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    found: Tensor = model(input_ids=ids, use_cache=False).logits
+    return found.detach()
+
+
+def _check_loss(model: PreTrainedModel) -> None:
+    """Importances are gradients of `sample_losses`, which must be the loss of the model's own logits."""
+    ids = _ids(model)
+    logits = _logits(model, ids)[:, :-1]
+    expected = (
+        F.cross_entropy(logits.flatten(0, 1).double(), ids[:, 1:].flatten(), reduction="none").view(2, -1).mean(1)
+    )
+    try:
+        with torch.no_grad():
+            found = sample_losses(model, ids)
+    except Exception as error:  # whatever an unknown architecture raises refuses it
+        raise ValueError(f"its logits cannot be had from the decoder's last hidden state: {one_line(error)}") from error
+    if not torch.allclose(found.double(), expected, rtol=1e-4):
+        raise ValueError("its loss is not that of its head on the decoder's last hidden state")
+
+
+def _fault(model: PreTrainedModel, kind: str) -> str | None:
+    """What is wrong with cutting blocks of that kind; None if nothing is."""
+    try:
+        cut = copy.deepcopy(model)
+        view = view_of(cut, [kind])
+        masks = _masks(view)
+        expected = copy.deepcopy(model)
+        _mask(view_of(expected, [kind]), masks)
+        narrow(view, masks)
+        ids = _ids(model)
+        wanted = _logits(expected, ids)
+        if not _differ(wanted, _logits(model, ids)):
+            return "masking its groups changes nothing"
+        if _differ(_logits(cut, ids), wanted):
+            return "masking a group is not cutting it: something depends on the block's width"
+        if _differ(_by_steps(cut, ids), wanted[:, -1]):
+            return "with a cache it computes something else after cutting"
+        if _differ(_logits(_rebuilt(cut), ids), wanted):
+            return "a model built from the configuration of the cut one computes something else"
+    except Exception as error:  # whatever an unknown architecture raises refuses it
+        return f"cutting it fails: {one_line(error)}"
+    return None
+
+
+def _masks(view: PrunableModel) -> GroupMasks:
+    """Every block keeps every other group, or all if there is but one; the first block keeps none."""
+    masks = {block.key: torch.arange(block.groups) % 2 == 0 for block in view.blocks}
+    masks[view.blocks[0].key][:] = False
+    return GroupMasks(masks, len(view.layers))
+
+
+@torch.no_grad()
+def _mask(view: PrunableModel, masks: GroupMasks) -> None:
+    for block in view.blocks:
+        gone = block.output.columns_of((~masks[block]).nonzero().flatten())
+        block.output.linear.weight[:, gone] = 0.0
+        if block.output.linear.bias is not None and not masks[block].any():
+            block.output.linear.bias.zero_()
+        if block.writer is not block.module and not masks[block].any():
+            # A norm with a bias would still write.
+            for parameter in block.writer.parameters():
+                parameter.zero_()
+
+
+def _differ(found: Tensor, expected: Tensor) -> bool:
+    found, expected = found.double(), expected.double()
+    return not bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+
+
+@torch.no_grad()
+def _by_steps(model: Any, ids: Tensor) -> Tensor:
+    """The last token's logits, all tokens before the last two in one step and these one at a time."""
+    out = model(input_ids=ids[:, :-2], use_cache=True)
+    for step in (-2, -1):
+        tokens = ids[:, step : ids.shape[1] + step + 1]
+        out = model(input_ids=tokens, use_cache=True, past_key_values=out.past_key_values)
+    found: Tensor = out.logits[:, -1]
+    return found
+
+
+def _rebuilt(model: PreTrainedModel) -> nn.Module:
+    """The model as its configuration says, with its weights."""
+    config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
+    config._attn_implementation = model.config._attn_implementation
+    with torch.random.fork_rng(devices=[]):
+        rebuilt: Any = type(model)._from_config(config, dtype=model.dtype)
+    rebuilt.load_state_dict(model.state_dict())
+    return rebuilt.double().eval()  # type: ignore[no-any-return]

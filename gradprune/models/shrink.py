@@ -1,0 +1,142 @@
+"""A tiny random model of a configuration: its structure, with a few layers and small widths."""
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from gradprune.models.modeling_gradprune import KV_HEADS, WIDTHS, class_names, homogeneous, stock_class
+
+_HEADS, _HEAD_DIM = 6, 4
+_HIDDEN = _HEADS * _HEAD_DIM
+# What else configurations say that grows a model or counts in its widths. Values that are smaller already stay.
+_SMALL: dict[str, int] = {
+    "vocab_size": 61,
+    "vocab_size_per_layer_input": 61,
+    "max_position_embeddings": 64,
+    "sliding_window": 4,
+    "attention_chunk_size": 4,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 8,
+    "moe_shared_expert_intermediate_size": 8,
+    "shared_intermediate_size": 8,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_local_experts": 4,
+    "moe_num_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 4,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 12,
+    "mamba_d_ssm": 48,
+    "mamba_d_state": 4,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+    "query_pre_attn_scalar": 4,
+    "hidden_size_per_layer_input": 0,
+    "lru_width": _HIDDEN,
+}
+
+
+def tiny_model(config: PreTrainedConfig, model_class: type | None) -> PreTrainedModel:
+    """A random fp64 model in evaluation mode of the structure that `config` describes; the same one every time.
+
+    It has one layer of every type that the configuration lists, two at least.
+
+    Raises:
+        Exception: whatever transformers raises where the shrunk configuration builds no model.
+    """
+    small = shrunk(config)
+    name = class_names(config.model_type).get("AutoModelForCausalLM")
+    stock: Any = model_class if model_class is not None else getattr(transformers, str(name))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = stock._from_config(small, dtype=torch.float32)
+        model = model.double().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Norms' weights and what else is one-dimensional stay near what they are.
+                noise = torch.randn_like(parameter) * 0.2
+                parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
+    return model
+
+
+def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration with small numbers, as its stock class; structure and options are its own."""
+    dense = homogeneous(config)
+    dense.__class__ = stock_class(type(dense))
+    values = dense.to_dict()
+    layers = _layers_kept(values)
+    found = _with_layers(values, layers) | {
+        name: min(small, values[name]) for name, small in _SMALL.items() if isinstance(values.get(name), int)
+    }
+    found |= {"num_hidden_layers": len(layers), "hidden_size": _HIDDEN, "num_attention_heads": _HEADS}
+    ratio = 1 if _kv_heads(values) in (None, values.get("num_attention_heads")) else 2
+    found |= {name: _HEADS // ratio for name in KV_HEADS if name in values}
+    found |= {name: 10 for name in WIDTHS if isinstance(values.get(name), int)}
+    if "head_dim" in values:
+        found["head_dim"] = _HEAD_DIM
+    found |= {name: None if name == "pad_token_id" else 1 for name in _TOKENS if name in values}
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(values.get(name), dict):
+            found[name] = _plain_rope(values[name])
+    for name in ("quantization_config", "auto_map", "per_layer_config", "dtype", "transformers_version"):
+        found.pop(name, None)
+    made: PreTrainedConfig = type(dense).from_dict(found)
+    # Grouped matrix products, the default for experts, are not made for fp64.
+    made._experts_implementation = "eager"
+    return made
+
+
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _kv_heads(values: dict[str, Any]) -> Any:
+    return next((values[name] for name in KV_HEADS if values.get(name) is not None), None)
+
+
+def _layers_kept(values: dict[str, Any]) -> list[int]:
+    """One layer of each type, and the last of the first type if that is one only."""
+    count = values.get("num_hidden_layers")
+    if not isinstance(count, int):
+        raise ValueError("its configuration states no num_hidden_layers")
+    lists = [value for value in values.values() if isinstance(value, list) and len(value) == count]
+    first: dict[tuple[Any, ...], int] = {}
+    for layer in range(count):
+        first.setdefault(tuple(str(each[layer]) for each in lists), layer)
+    kept = sorted(first.values())[:6]
+    rest = [layer for layer in range(count) if layer not in kept]
+    return kept if len(kept) > 1 else sorted(kept + rest[:1])
+
+
+def _with_layers(values: dict[str, Any], layers: list[int]) -> dict[str, Any]:
+    """The values, lists with an entry per layer cut down to those layers."""
+    count = values["num_hidden_layers"]
+    return {
+        name: [value[layer] for layer in layers] if isinstance(value, list) and len(value) == count else value
+        for name, value in copy.deepcopy(values).items()
+    }
+
+
+def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rotary embeddings without the lists of factors that are fitted to a head's width."""
+    if any(isinstance(value, dict) for value in rope.values()):
+        return {name: _plain_rope(value) if isinstance(value, dict) else value for name, value in rope.items()}
+    if not any(isinstance(value, list) for value in rope.values()):
+        return rope
+    kept = {name: value for name, value in rope.items() if name in ("rope_theta", "partial_rotary_factor")}
+    return {"rope_type": "default", **kept}

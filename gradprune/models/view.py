@@ -1,0 +1,63 @@
+"""A model's blocks of given kinds, found without judging whether cutting them is right."""
+
+from collections.abc import Collection
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from gradprune.errors import UnsupportedArchitectureError
+from gradprune.models.blocks import Block, PrunableModel
+from gradprune.models.inspection import find_block
+from gradprune.models.kinds import KIND_NAMES, KINDS, BlockKey
+from gradprune.models.modeling_gradprune import DroppedAttention, DroppedMLP, decoder_layers, place_of
+
+# By name, because a model loaded by remote code has classes of its own.
+_DROPPED = (DroppedAttention.__name__, DroppedMLP.__name__)
+
+
+def view_of(model: PreTrainedModel, kinds: Collection[str] = KIND_NAMES) -> PrunableModel:
+    """The blocks of those kinds; layers that have none, or none that is known, are passed over.
+
+    Raises:
+        UnsupportedArchitectureError: a projection is not a plain floating-point linear layer.
+    """
+    layers = layers_of(model)
+    blocks: list[Block] = []
+    dropped = set()
+    for index, layer in enumerate(layers):
+        for kind in KINDS:
+            if kind.name not in kinds:
+                continue
+            place = place_of(layer, kind.name)
+            if place is not None and type(getattr(layer, place)).__name__ in _DROPPED:
+                dropped.add(BlockKey(index, kind.name))
+                continue
+            found = find_block(layer, index, kind)
+            if isinstance(found, Block):
+                blocks.append(found)
+    return PrunableModel(model, layers, tuple(blocks), frozenset(dropped))
+
+
+def missing_kinds(model: PreTrainedModel) -> dict[str, str]:
+    """By kind, why the model has no block of it; kinds of which it has one are left out."""
+    layers = layers_of(model)
+    reasons = {}
+    for kind in KINDS:
+        found = [find_block(layer, index, kind) for index, layer in enumerate(layers)]
+        if all(isinstance(each, str) for each in found):
+            reasons[kind.name] = str(found[-1])
+    return reasons
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's decoder layers.
+
+    Raises:
+        UnsupportedArchitectureError: it has no list of as many modules as its configuration has layers.
+    """
+    try:
+        return decoder_layers(model, model.config)
+    except (StopIteration, AttributeError) as error:
+        raise UnsupportedArchitectureError(
+            f"base_model: a {type(model).__name__} has no list of decoder layers under num_hidden_layers"
+        ) from error
