@@ -277,11 +277,24 @@ def push(
 
 
 @app.command(cls=StagedCommand)
-def info(as_json: AsJson = False) -> None:
+def info(
+    as_json: AsJson = False,
+    architectures: Annotated[
+        bool, typer.Option("--architectures", help="Which causal LMs of the installed transformers can be pruned.")
+    ] = False,
+) -> None:
     """Show versions, devices, and which backends work here."""
     from gradprune.environment import environment
-    from gradprune.report.tables import environment_table
+    from gradprune.models.survey import survey
+    from gradprune.report.tables import architecture_table, environment_table
 
+    if architectures:
+        found = list(survey())
+        if as_json:
+            _print_json([asdict(support) for support in found])
+        else:
+            OUT.print(architecture_table(found))
+        return
     if as_json:
         _print_json(environment())
     else:

@@ -41,7 +41,7 @@ def removal_priors(view: PrunableModel, batches: list[Tensor], advance: Callable
     """
     modules: dict[int, list[nn.Module]] = {}
     for block in view.blocks:
-        modules.setdefault(block.layer, []).append(block.module)
+        modules.setdefault(block.layer, []).append(block.writer)
     dense = mean_loss(view.model, batches)
 
     def without(removed: list[nn.Module]) -> float:
@@ -51,7 +51,7 @@ def removal_priors(view: PrunableModel, batches: list[Tensor], advance: Callable
         return loss - dense
 
     return Priors(
-        block={block.key: without([block.module]) for block in view.blocks},
+        block={block.key: without([block.writer]) for block in view.blocks},
         layer={layer: without(removed) for layer, removed in modules.items()},
     )
 
@@ -132,7 +132,7 @@ class _ResidualProbe:
         for index, layer in enumerate(self._view.layers):
             handles.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
             handles.append(layer.register_forward_hook(self._after_layer(index)))
-        handles += [block.module.register_forward_hook(self._after_block(block)) for block in self._view.blocks]
+        handles += [block.writer.register_forward_hook(self._after_block(block)) for block in self._view.blocks]
         try:
             yield
         finally:
@@ -146,7 +146,8 @@ class _ResidualProbe:
     def _after_block(self, block: Block) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             assert self._stream is not None
-            after = self._stream + (output[0] if isinstance(output, tuple) else output)
+            written = output[0] if isinstance(output, tuple) else output
+            after = self._stream + (1.0 if block.adds is None else block.adds) * written
             self._add(block.key, self._stream, after)
             self._stream = after
 

@@ -145,9 +145,10 @@ def _others(
     module: nn.Module, linears: dict[str, nn.Linear], shape: _GroupShape
 ) -> tuple[list[tuple[str, nn.Linear]], tuple[Rider, ...]] | str:
     """What a block has beside its projections: gates on heads, and parameters with rows for every head; or why not."""
-    gates, riders = [], []
+    gates: list[tuple[str, nn.Linear]] = []
+    riders: list[Rider] = []
     for name, child in module.named_children():
-        if type(child).__name__ in _LINEAR and name not in linears:
+        if isinstance(child, nn.Linear) and type(child).__name__ in _LINEAR and name not in linears:
             if shape.head_dim == 1 or child.out_features not in (shape.heads, shape.heads * shape.head_dim):
                 return f"{name} is no known part of it"
             gates.append((name, child))

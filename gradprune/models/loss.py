@@ -85,7 +85,7 @@ def logits_of(model: PreTrainedModel) -> Head:
     decoder: Any = model.get_decoder()
 
     def logits(hidden: Tensor) -> Tensor:
-        answer = MoeModelOutputWithPast(last_hidden_state=hidden[None])  # type: ignore[arg-type]
+        answer = MoeModelOutputWithPast(last_hidden_state=hidden[None])
         with forward_replaced(decoder, lambda *_args, **_kwargs: answer):
             found: Tensor = model(input_ids=_NO_IDS.to(hidden.device), use_cache=False).logits[0]
         return found

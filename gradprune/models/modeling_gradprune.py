@@ -224,7 +224,7 @@ def class_names(model_type: str) -> dict[str, str]:
 
 
 def auto_class(model_type: str, auto: str) -> Any:
-    """The class of this file that one of transformers' auto classes takes for an architecture; None if there is none."""
+    """The class of this file that one of transformers' auto classes takes for an architecture; None if none."""
     name = class_names(model_type).get(auto)
     return None if name is None else pruned_class(getattr(transformers, name))
 
@@ -325,7 +325,7 @@ def build_layer(stock: Any, dense: PreTrainedConfig, overrides: dict[str, Any], 
 
 def head_dim(dense: PreTrainedConfig) -> int:
     """Width of an attention head."""
-    return getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
+    return int(getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads)
 
 
 def _heads_fit(layer: nn.Module, config: PreTrainedConfig, dense: PreTrainedConfig) -> bool:
@@ -346,7 +346,7 @@ def _narrow_attention(stock: Any, config: PreTrainedConfig, width: int, index: i
     narrow = copy.copy(config)
     narrow.hidden_size = config.num_attention_heads * width
     layer = type(stock)(narrow, index)
-    block = getattr(layer, place_of(layer, "attention"))
+    block: nn.Module = getattr(layer, place_of(layer, "attention"))
     for name, linear in block.named_children():
         if isinstance(linear, nn.Linear) and name in OUTPUTS["attention"]:
             linear.out_features = config.hidden_size
@@ -357,8 +357,8 @@ def _narrow_attention(stock: Any, config: PreTrainedConfig, width: int, index: i
             linear.in_features = config.hidden_size
             linear.weight = nn.Parameter(linear.weight.new_empty(linear.out_features, config.hidden_size))
     for module in block.modules():
-        if hasattr(module, "config"):
-            module.config = config
+        if "config" in vars(module):
+            vars(module)["config"] = config
     return block
 
 

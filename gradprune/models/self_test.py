@@ -10,11 +10,14 @@ import copy
 import functools
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -86,8 +89,7 @@ class _Keyed:
 def _tested(given: _Keyed) -> SelfTest:
     if given.model_class is None and not class_names(given.config.model_type):
         return SelfTest((), {"model": "transformers has no causal LM of this model_type"})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         try:
             model = tiny_model(given.config, given.model_class)
             view = view_of(model)
@@ -105,9 +107,23 @@ def _tested(given: _Keyed) -> SelfTest:
     return SelfTest(tuple(accepted), refused)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What transformers says of a configuration or a model inside the context is not shown, errors apart."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
 def _ids(model: PreTrainedModel) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, model.get_input_embeddings().weight.shape[0], (2, 9), generator=generator)  # type: ignore[union-attr, index, arg-type]
+    embedding: Any = model.get_input_embeddings()
+    return torch.randint(3, embedding.weight.shape[0], (2, 9), generator=generator)
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:

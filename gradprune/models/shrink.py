@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gradprune.models.modeling_gradprune import KV_HEADS, WIDTHS, class_names, homogeneous, stock_class
 
+_MOST_PARAMETERS = 2_000_000
 _HEADS, _HEAD_DIM = 6, 4
 _HIDDEN = _HEADS * _HEAD_DIM
 # What else configurations say that grows a model or counts in its widths. Values that are smaller already stay.
@@ -63,6 +64,10 @@ def tiny_model(config: PreTrainedConfig, model_class: type | None) -> PreTrained
     small = shrunk(config)
     name = class_names(config.model_type).get("AutoModelForCausalLM")
     stock: Any = model_class if model_class is not None else getattr(transformers, str(name))
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in stock._from_config(small).parameters())
+    if parameters > _MOST_PARAMETERS:
+        raise ValueError(f"its configuration cannot be made small: {parameters:,} parameters are left")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: PreTrainedModel = stock._from_config(small, dtype=torch.float32)

@@ -5,14 +5,38 @@ _BOTH = ("attention", "mlp")
 TESTED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
+            "apertus",
+            "arcee",
+            "cohere",
+            "cohere2",
+            "ernie4_5",
+            "exaone4",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "glm",
+            "glm4",
+            "gpt_neox",
+            "granite",
+            "helium",
+            "hunyuan_v1_dense",
             "llama",
+            "ministral",
             "mistral",
+            "nemotron",
+            "olmo",
+            "phi",
+            "phi3",
             "qwen2",
             "qwen3",
-            "phi3",
+            "seed_oss",
+            "smollm3",
+            "starcoder2",
         ),
         _BOTH,
     ),
+    # Their norms of queries and keys span all heads.
+    **dict.fromkeys(("olmo2", "olmo3"), ("mlp",)),
 }
 """By `config.model_type`. A kind that is not named is left whole."""
 

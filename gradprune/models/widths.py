@@ -70,7 +70,9 @@ def state_widths(view: PrunableModel, before: PrunableModel) -> None:
     else:
         dense = homogeneous(config)
         width = name_in(dense, WIDTHS)
-        if width is not None and not _differs_in_width(view, before, dense):
+        stated = {block.layer for block in view.blocks if block.kind.name == "mlp"}
+        stated |= {key.layer for key in view.dropped if key.kind == "mlp"}
+        if width is not None and len(stated) == len(view.layers) and not _differs_in_width(view, before, dense):
             # transformers releases that do not know per_layer_config would load the stock model, with random weights
             # for the dropped blocks. A global width that fits no layer makes them refuse.
             setattr(config, width, 0)
@@ -198,8 +200,10 @@ def _state_attributes(view: PrunableModel) -> None:
     touched = {block.layer for block in view.blocks} | {key.layer for key in view.dropped}
     for index in sorted(touched):
         layer = view.layers[index]
+        # A width of 0 says that the block is gone; torch warns of linear layers without weights.
+        own = {name: value for name, value in overrides.get(index, {}).items() if value != 0}
         with torch.device("meta"):
-            built = build_layer(layer, dense, overrides.get(index, {}), index)
+            built = build_layer(layer, dense, own, index)
         for name, module in layer.named_modules():
             _adopt(module, built, name)
 

@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from gradprune.config import Scoring
 from gradprune.models import KINDS
+from gradprune.models.survey import Support, cells
 from gradprune.report.rows import curve_header, curve_rows, layer_rows, summary_rows
 from gradprune.search import SearchResult, Trial
 from gradprune.vanishing.diagnosis import Diagnosis
@@ -121,6 +123,17 @@ def describe_scoring(scoring: Scoring) -> str:
     if scoring.attention_factor != 1.0:
         parts.append(f"attention x{scoring.attention_factor:g}")
     return ", ".join(parts)
+
+
+def architecture_table(found: Sequence[Support]) -> Table:
+    """Which architectures can be pruned, for the terminal."""
+    table = Table(title="Causal LMs of the installed transformers", title_justify="left")
+    for column in ("architecture", "status", "pruned"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("left whole or refused because", overflow="fold")
+    for support in found:
+        table.add_row(*map(escape, cells(support)))
+    return table
 
 
 def environment_table(found: dict[str, Any]) -> Table:

@@ -212,7 +212,7 @@ def _pass_layer(
             wanted = None
             if ahead is not None and path.blend:
                 assert dense is not None
-                wanted = [lead + write[block.module] for lead, write in zip(ahead, dense.written, strict=True)]
+                wanted = [_wanted(block, lead, write) for lead, write in zip(ahead, dense.written, strict=True)]
             parts = [slice(samples), slice(samples, None)] if samples < len(inputs) else [slice(None)]
             moments = [_moments(block, inputs[part], None if wanted is None else wanted[part]) for part in parts]
             path.solved[block.output.linear], repair = _solve_block(block, kept, moments, path.blend, ridges)
@@ -222,8 +222,17 @@ def _pass_layer(
             written[batch][block.module] = write
             if ahead is not None:
                 assert dense is not None
-                ahead[batch] = ahead[batch] + (dense.written[batch][block.module] - write)
+                ahead[batch] = ahead[batch] + (block.adds or 0.0) * (dense.written[batch][block.module] - write)
     path.streams = [streams.layer(layer, batch, stream, written[batch]) for batch, stream in enumerate(path.streams)]
+
+
+def _wanted(block: Block, ahead: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
+    """[N, T, O] what a block would have to write to bring the stream, which lags by `ahead`, to the dense one.
+
+    Behind a norm no multiple of it is added to the stream: there it is what the dense block writes before the norm.
+    """
+    own = written[block.module]
+    return own if block.adds is None else ahead / block.adds + own
 
 
 def _write(block: Block, x: Tensor, solved: dict[nn.Linear, Tensor]) -> Tensor:

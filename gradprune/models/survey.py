@@ -1,0 +1,88 @@
+"""Which causal LMs of the installed transformers can be pruned: tested, accepted by the self-test, or refused and why.
+
+python -m gradprune.models.survey > docs/architectures.md
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from gradprune.errors import one_line
+from gradprune.models.kinds import KIND_NAMES
+from gradprune.models.modeling_gradprune import class_names
+from gradprune.models.self_test import SelfTest, quiet, self_test
+from gradprune.models.tested import TESTED
+
+Status = Literal["tested", "self-test", "refused"]
+
+
+@dataclass(frozen=True)
+class Support:
+    """What is known of one architecture.
+
+    pruned: the kinds of blocks that are pruned. whole: by kind, or "model" for all, why it is left whole or refused.
+    """
+
+    architecture: str
+    status: Status
+    pruned: tuple[str, ...]
+    whole: dict[str, str]
+
+
+def survey() -> Iterator[Support]:
+    """Every causal LM of the installed transformers, by its default configuration; seconds to a minute in all."""
+    for architecture in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        yield support(architecture)
+
+
+def support(architecture: str) -> Support:
+    """One architecture, a `config.model_type`, by its default configuration."""
+    if architecture in TESTED:
+        complete = len(TESTED[architecture]) == len(KIND_NAMES)
+        whole = {} if complete else _tested(architecture).refused
+        return Support(architecture, "tested", TESTED[architecture], whole)
+    found = _tested(architecture)
+    return Support(architecture, "self-test" if found.accepted else "refused", found.accepted, found.refused)
+
+
+def _tested(architecture: str) -> SelfTest:
+    try:
+        with quiet():
+            config: Any = getattr(transformers, class_names(architecture)["AutoConfig"])()
+    except Exception as error:  # a configuration that needs values of its own, or a package
+        return SelfTest((), {"model": f"it has no default configuration: {one_line(error)}"})
+    return self_test(config)
+
+
+def markdown() -> str:
+    """`docs/architectures.md`."""
+    rows = list(survey())
+    counts = {status: sum(row.status == status for row in rows) for status in ("tested", "self-test", "refused")}
+    head = f"""# Architectures
+
+All causal LMs of transformers {transformers.__version__}, as `gradprune info --architectures` lists them. *tested*: the
+test suite prunes, saves and reloads them. *self-test*: pruned where a tiny random model of the given configuration
+passes *masked = cut*, as that of the default configuration did here. *refused*: not pruned, with what failed.
+{counts["tested"]} are tested, {counts["self-test"]} pass the self-test, {counts["refused"]} are refused.
+
+| architecture | status | pruned | left whole or refused because |
+|---|---|---|---|
+"""
+    return head + "".join(f"| {' | '.join(cells(row))} |\n" for row in rows)
+
+
+def cells(row: Support) -> tuple[str, str, str, str]:
+    """The row of a table."""
+    whole = "; ".join(f"{kind}: {reason}" for kind, reason in row.whole.items())
+    if len(whole) > _LONGEST:
+        whole = whole[: _LONGEST - 3] + "..."
+    return row.architecture, row.status, ", ".join(row.pruned), whole.replace("|", "/")
+
+
+_LONGEST = 160
+
+if __name__ == "__main__":
+    print(markdown(), end="")

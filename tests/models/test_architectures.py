@@ -1,0 +1,170 @@
+"""Every architecture on the tested list beyond the first five: importances, cutting, saving, loading."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from gradprune import ImportanceEngine, load_pruned
+from gradprune.checkpoint.save import save_checkpoint
+from gradprune.models import describe
+from gradprune.models.loss import sample_losses
+from gradprune.models.tested import TESTED
+from gradprune.surgery.cut import cut
+from gradprune.surgery.least_squares import least_squares
+from helpers.architectures import OPTIONS, random_masks_of, silenced, tiny
+from helpers.cut_models import TOLERANCE
+from helpers.tiny_models import CLASSES, tiny_ids
+
+# Attention of olmo2 and olmo3 norms all heads at once, and gpt_neox and olmo have no GQA to vary there.
+SHAPES = ((1, 4), (2, 4), (3, 6))
+FRESH = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+ids = torch.load(sys.argv[1])
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    assert "gradprune" not in sys.modules
+    torch.save(model(ids).logits.detach(), folder + ".out")
+"""
+
+
+def tolerance(architecture: str) -> dict[str, float]:
+    """Gemma's norms are computed in fp32 whatever the model's dtype is."""
+    return {"rtol": 1e-4, "atol": 1e-5} if architecture.startswith("gemma") else TOLERANCE
+
+
+def shapes_of(architecture: str) -> tuple[tuple[int, int], ...]:
+    return ((1, 4),) if architecture == "gpt_neox" else SHAPES
+
+
+CASES = [(architecture, *shape) for architecture in OPTIONS for shape in shapes_of(architecture)]
+
+
+def test_the_tested_list_is_what_is_tested_here_and_by_the_suite() -> None:
+    assert set(TESTED) == set(OPTIONS) | set(CLASSES)
+
+
+@pytest.mark.parametrize(("architecture", "ratio", "head_dim"), CASES)
+def test_cutting_equals_silencing_and_survives_saving(
+    architecture: str, ratio: int, head_dim: int, tmp_path: Path
+) -> None:
+    model, ids = tiny(architecture, ratio=ratio, head_dim=head_dim), tiny_ids(2)
+    kinds = {block.kind.name for block in describe(model).blocks}
+    assert kinds == set(TESTED[architecture])
+    masks = random_masks_of(model, 0.5)
+    masks[describe(model).blocks[0].key][:] = False
+    with torch.no_grad():
+        dense = model(ids).logits
+        with silenced(model, masks):
+            expected = model(ids).logits
+            tokens = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert not torch.allclose(dense, expected)
+        pruned = cut(model, masks)
+        torch.testing.assert_close(pruned(ids).logits, expected, **tolerance(architecture))
+        save_checkpoint(pruned, None, tmp_path / "x")
+        for found in (pruned, load_pruned(tmp_path / "x")):
+            torch.testing.assert_close(found(ids).logits, expected, **tolerance(architecture))
+            made = found.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+            assert torch.equal(made, tokens)
+        torch.testing.assert_close(model(ids).logits, dense, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("architecture", OPTIONS)
+def test_importances_equal_fp64_autograd_and_dead_groups_are_lowest(architecture: str) -> None:
+    model, ids = tiny(architecture, ratio=1), tiny_ids(3)
+    for block in describe(model).blocks:
+        # The last group reads and writes nothing.
+        dead = torch.tensor([block.groups - 1])
+        with torch.no_grad():
+            block.output.linear.weight[:, block.output.columns_of(dead)] = 0.0
+    with ImportanceEngine(model, method="taylor_2nd", backend="reference") as engine:
+        engine.step(ids)
+    found = {method: engine.evidence().scores(method, "none") for method in ("taylor", "group_fisher")}
+    for block in describe(model).blocks:
+        gradients = [sample_gradients(model, block, sample) for sample in ids.split(1)]
+        fisher = torch.stack([mask.square() for _, mask in gradients]).mean(0)
+        taylor = torch.stack([weights for weights, _ in gradients]).mean(0)
+        for method, expected in (("taylor", taylor), ("group_fisher", fisher)):
+            scores = found[method]
+            of_layer = getattr(scores, block.kind.name)[block.layer].double()
+            torch.testing.assert_close(of_layer, expected, rtol=1e-4, atol=1e-9)
+            assert of_layer.argmin() == block.groups - 1 or method == "taylor"
+
+
+def sample_gradients(model, block, ids):
+    """Per group: the sum of |w g| over its weights, and the gradient of a mask on it; from the model's own logits."""
+    linears = [entry.linear for entry in block.projections]
+    mask = torch.ones(block.groups, dtype=torch.float64, requires_grad=True)
+    width = block.output.linear.in_features // block.groups
+
+    def gate(_module, args):
+        return (args[0] * mask.repeat_interleave(width),)
+
+    handle = block.output.linear.register_forward_pre_hook(gate)
+    logits = model(ids).logits[:, :-1]
+    handle.remove()
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    *of_weights, of_mask = torch.autograd.grad(loss, [*(linear.weight for linear in linears), mask])
+    absolute = [(linear.weight * g).abs().detach() for linear, g in zip(linears, of_weights, strict=True)]
+    total = absolute[-1].sum(0).view(block.groups, width).sum(1)
+    for entry, values in zip(block.inputs, absolute, strict=False):
+        for group in range(block.groups):
+            total[group] += values[entry.rows_of(torch.tensor([group]))].sum()
+    return total, of_mask
+
+
+@pytest.mark.parametrize("architecture", OPTIONS)
+def test_the_loss_is_that_of_the_model_s_own_logits(architecture: str) -> None:
+    model, ids = tiny(architecture, seed=1), tiny_ids(2)
+    logits = model(ids).logits[:, :-1]
+    expected = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+    torch.testing.assert_close(sample_losses(model, ids, chunk=5), expected)
+
+
+@pytest.mark.parametrize("architecture", OPTIONS)
+def test_a_uniform_result_is_a_plain_checkpoint(architecture: str, tmp_path: Path) -> None:
+    model, ids = tiny(architecture, kv_heads=4), tiny_ids(2)
+    if architecture == "gpt_neox":
+        pytest.skip("its heads are as wide as the hidden size over their number")
+    masks = random_masks_of(model, 2.0)
+    for key in masks:
+        masks[key][: len(masks[key]) // 2] = False
+    save_checkpoint(cut(model, masks), None, tmp_path / "x")
+    assert not list((tmp_path / "x").glob("*.py"))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "x").eval()
+    assert type(found) is type(model)
+    with torch.no_grad(), silenced(model, masks):
+        torch.testing.assert_close(found(ids).logits, model(ids).logits, **tolerance(architecture))
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "granite", "cohere"])
+def test_least_squares_brings_what_a_block_writes_closer(architecture: str) -> None:
+    model, samples = tiny(architecture), [tiny_ids(8), tiny_ids(8, seed=2)]
+    repairs = least_squares(describe(model), random_masks_of(model, 0.7), samples, [tiny_ids(4, seed=3)])
+    assert repairs
+    assert all(repair.error <= repair.error_before for repair in repairs)
+    assert any(repair.error < repair.error_before for repair in repairs)
+
+
+def test_without_gradprune_installed(tmp_path: Path) -> None:
+    ids, folders, expected = tiny_ids(2), [], []
+    torch.save(ids, tmp_path / "ids.pt")
+    for architecture in OPTIONS:
+        model = tiny(architecture)
+        masks = random_masks_of(model, 0.5)
+        masks[describe(model).blocks[0].key][:] = False
+        folders.append(str(tmp_path / architecture))
+        save_checkpoint(cut(model, masks), None, folders[-1])
+        with torch.no_grad(), silenced(model, masks):
+            expected.append(model(ids).logits)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "ids.pt"), *folders]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
+    for architecture, folder, logits in zip(OPTIONS, folders, expected, strict=True):
+        torch.testing.assert_close(torch.load(folder + ".out"), logits, **tolerance(architecture))
