@@ -39,7 +39,7 @@ def write_served(
 
 
 def _check_attention(view: PrunableModel) -> None:
-    without = [layer for layer, block in enumerate(view.of_kind("attention")) if block is None]
+    without = sorted(key.layer for key in view.dropped if key.kind == "attention")
     if without:
         raise ExportError(
             f"serve: vllm loads no model with a layer that has no attention block, and layer {without[0]} of this one "

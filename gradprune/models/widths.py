@@ -40,8 +40,10 @@ def plain_widths(view: PrunableModel) -> dict[str, frozenset[int]]:
     dense = homogeneous(view.model.config)
     dense.__class__ = stock_class(type(dense))
     _state_head_dim(dense, first)
+    layer = view.layers[first.layer]
     counts = range(1, first.groups + 1)
-    fitting = frozenset(n for n in counts if _is_valid(_with(dense, _own_widths(dense, {"attention": n}, first))))
+    stated = ((n, _with(dense, _own_widths(dense, {"attention": n}, first))) for n in counts)
+    fitting = frozenset(n for n, config in stated if _is_valid(config) and _has_heads(layer, config, first, n))
     return {} if len(fitting) == first.groups else {first.kind.name: fitting}
 
 
@@ -127,6 +129,14 @@ def _is_valid(config: Any) -> bool:
     except Exception:  # huggingface_hub's own class, which wraps a ValueError
         return False
     return True
+
+
+def _has_heads(layer: nn.Module, config: PreTrainedConfig, attention: Block, groups: int) -> bool:
+    """Whether a stock layer of a configuration has attention of that many groups; some make it as wide as the model."""
+    with torch.device("meta"):
+        built: Any = type(layer)(config, attention.layer)
+    output = getattr(getattr(built, attention.path), attention.output.path)
+    return bool(output.in_features == groups * attention.output.columns)
 
 
 def _plain_widths(view: PrunableModel, attention: Block | None) -> dict[str, int] | None:

@@ -154,6 +154,8 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
     for number_of_kind, kind in enumerate(KINDS):
         blocks = [rows for key, rows in table.blocks() if key.kind == kind.name]
         widths = sorted({rows.stop - rows.start for rows in blocks})
+        if not blocks:
+            continue
         if len(widths) != 1 or len(blocks) != table.layers:
             raise ConfigError(f"uniform: the layers of this model already differ in their {kind.name} widths: {widths}")
         width = widths[0]

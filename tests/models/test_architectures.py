@@ -15,14 +15,16 @@ from gradprune.checkpoint.save import save_checkpoint
 from gradprune.models import describe
 from gradprune.models.loss import sample_losses
 from gradprune.models.tested import TESTED
+from gradprune.models.widths import plain_widths
 from gradprune.surgery.cut import cut
 from gradprune.surgery.least_squares import least_squares
 from helpers.architectures import OPTIONS, random_masks_of, silenced, tiny
 from helpers.cut_models import TOLERANCE
+from helpers.pipeline_runs import run
 from helpers.tiny_models import CLASSES, tiny_ids
 
 # Attention of olmo2 and olmo3 norms all heads at once, and gpt_neox and olmo have no GQA to vary there.
-SHAPES = ((1, 4), (2, 4), (3, 6))
+SHAPES = ((1, 4), (2, 4), (3, 8))
 FRESH = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -130,11 +132,15 @@ def test_the_loss_is_that_of_the_model_s_own_logits(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", OPTIONS)
 def test_a_uniform_result_is_a_plain_checkpoint(architecture: str, tmp_path: Path) -> None:
     model, ids = tiny(architecture, kv_heads=4), tiny_ids(2)
-    if architecture == "gpt_neox":
-        pytest.skip("its heads are as wide as the hidden size over their number")
     masks = random_masks_of(model, 2.0)
+    # What a plain checkpoint can state: these two have attention as wide as the model, whatever their heads are.
+    heads_can_go = architecture not in ("gpt_neox", "helium")
+    assert plain_widths(describe(model)) == (
+        {} if heads_can_go else {"attention": frozenset({describe(model).blocks[0].groups})}
+    )
     for key in masks:
-        masks[key][: len(masks[key]) // 2] = False
+        if key.kind == "mlp" or heads_can_go:
+            masks[key][: len(masks[key]) // 2] = False
     save_checkpoint(cut(model, masks), None, tmp_path / "x")
     assert not list((tmp_path / "x").glob("*.py"))
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "x").eval()
@@ -168,3 +174,22 @@ def test_without_gradprune_installed(tmp_path: Path) -> None:
     subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
     for architecture, folder, logits in zip(OPTIONS, folders, expected, strict=True):
         torch.testing.assert_close(torch.load(folder + ".out"), logits, **tolerance(architecture))
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "olmo2", "gpt_neox"])
+@pytest.mark.parametrize("prior", ["removal", "similarity", "taylor"])
+def test_a_whole_run(architecture: str, prior: str, tmp_path: Path) -> None:
+    model = tiny(architecture, ratio=1)
+    before = model.num_parameters()
+    result = run(model, temperature=1.0, prior=prior, output_dir=str(tmp_path), output_name="out")
+    assert 0.7 * before < result.model.num_parameters() < 0.85 * before
+    ids = tiny_ids(2)
+    with torch.no_grad():
+        loaded = load_pruned(tmp_path / "out" / "model")
+        torch.testing.assert_close(loaded(ids).logits, result.model(ids).logits, **tolerance(architecture))
+
+
+def test_uniform_leaves_alone_what_an_architecture_does_not_prune() -> None:
+    result = run(tiny("olmo2"), uniform=True)
+    assert type(result.model).__name__ == "Olmo2ForCausalLM"
+    assert len({block.groups for block in describe(result.model).blocks}) == 1
