@@ -135,9 +135,7 @@ def test_a_uniform_result_is_a_plain_checkpoint(architecture: str, tmp_path: Pat
     masks = random_masks_of(model, 2.0)
     # What a plain checkpoint can state: these two have attention as wide as the model, whatever their heads are.
     heads_can_go = architecture not in ("gpt_neox", "helium")
-    assert plain_widths(describe(model)) == (
-        {} if heads_can_go else {"attention": frozenset({describe(model).blocks[0].groups})}
-    )
+    assert (2 in plain_widths(describe(model)).get("attention", {2})) is heads_can_go
     for key in masks:
         if key.kind == "mlp" or heads_can_go:
             masks[key][: len(masks[key]) // 2] = False
