@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gradprune.errors import UnsupportedArchitectureError
 from gradprune.models.kinds import BlockKey, Kind
 
 
