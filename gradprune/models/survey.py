@@ -66,8 +66,8 @@ def markdown() -> str:
 All causal LMs of transformers {transformers.__version__}, as `gradprune info --architectures` lists them. *tested*: the
 test suite prunes, saves and reloads them. *self-test*: pruned where a tiny random model of the given configuration
 passes *masked = cut*, as that of the default configuration did here. *refused*: not pruned, with what failed.
-Here {counts["tested"]} are tested, {counts["self-test"]} pass the self-test, {counts["refused"]} are refused. Of a mixture of
-experts, attention and the MLPs of layers without experts are pruned; the experts are left whole.
+Here {counts["tested"]} are tested, {counts["self-test"]} pass the self-test, {counts["refused"]} are refused.
+Of a mixture of experts, attention and the MLPs of layers without experts are pruned; the experts are left whole.
 
 | architecture | status | pruned | left whole or refused because |
 |---|---|---|---|
