@@ -136,7 +136,9 @@ def _measure_seed(subject: Subject, seed: int, dense: float, deadline: Deadline,
     """Every method, temperature and ratio from one calibration; False if time ran out on the way."""
     model = subject.model
     config = PruneConfig(num_samples=options.num_samples, seq_len=options.seq_len, seed=seed, held_out_samples=32)
-    samples = draw_samples(model, None, config, subject.calibration, subject.evaluation)
+    # The search compares on samples of its own.
+    drawn = replace(config, importance_method="auto") if options.search else config
+    samples = draw_samples(model, None, drawn, subject.calibration, subject.evaluation)
     run = Run(describe(model), config, samples)
     for choice in _choices(run, options):
         if not deadline.allows(0.0):
