@@ -34,6 +34,7 @@ from gradprune.config.commands import StagedCommand, takes
 from gradprune.errors import ConfigError, GradPruneError, one_line
 from gradprune.interrupts import Interrupted, interruptible
 from gradprune.progress import Clock, say
+from gradprune.ranks import current, is_lead, launched
 from gradprune.recovery.options import RecoveryConfig
 from gradprune.version import __version__
 
@@ -60,6 +61,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# The commands whose work several processes can share.
+_SHARED = ("prune", "search", "diagnose", "eval")
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 
 
@@ -71,8 +75,13 @@ def gradprune(
     verbose: Annotated[bool, typer.Option("--verbose", help="Say more, such as how long each stage took.")] = False,
 ) -> None:
     """Gradient-based structured pruning of large language models. Options may be written with _ or -."""
-    OUT.quiet = PROGRESS.quiet = quiet
-    _log("WARNING" if not verbose else "INFO")
+    OUT.quiet = PROGRESS.quiet = quiet or not current().leads
+    _log("ERROR" if not current().leads else "INFO" if verbose else "WARNING")
+    if current().world > 1 and context.invoked_subcommand not in _SHARED:
+        raise ConfigError(
+            f"{context.invoked_subcommand or 'gradprune'}: is work for one process; start it without torchrun "
+            f"(what several share is {', '.join(_SHARED)})"
+        )
     if version:
         print(f"gradprune {__version__}")
         raise typer.Exit
@@ -309,8 +318,9 @@ def main() -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     arguments = sorted((_today(argument) for argument in sys.argv[1:]), key=_anywhere, reverse=True)
     try:
-        with interruptible():
-            sys.exit(app(arguments, standalone_mode=False) or 0)
+        with interruptible(), launched():
+            code = app(arguments, standalone_mode=False) or 0
+        sys.exit(code)
     except GradPruneError as error:
         _fail(str(error))
     except _UsageError as error:
@@ -323,12 +333,15 @@ def main() -> NoReturn:
         # The standard streams: what is written elsewhere has errors of its own.
         _fail(f"{error.filename or 'standard output'}: {error.strerror or one_line(error)}")
     except Interrupted as interrupt:
-        say(Console(stderr=True), f"stopped by {interrupt.name}; unfinished results have been removed")
+        if is_lead():
+            say(Console(stderr=True), f"stopped by {interrupt.name}; unfinished results have been removed")
         sys.exit(interrupt.exit_code)
 
 
 def _fail(message: str) -> NoReturn:
     """End with an error on one line, whatever a name in it holds."""
+    if not is_lead():
+        sys.exit(2)
     line = "".join(f"\\x{ord(character):02x}" if ord(character) < 32 else character for character in message)
     say(Console(stderr=True), f"error: {line}")
     sys.exit(2)
@@ -366,6 +379,8 @@ def _config(options: dict[str, Any], name: str) -> PruneConfig:
     if options["output_name"] is None:
         base_model = options["base_model"]
         options["output_name"] = f"{'demo' if base_model is None else Path(base_model).absolute().name}-{name}"
+    if not current().leads:
+        options["output_name"] = None
     # Nobody needs the dense model any more, unless it is timed.
     return PruneConfig(**options, in_place=not options["measure_speed"])
 
@@ -381,7 +396,13 @@ def _measure_perplexity(
 
     if protocol is not None:
         return protocol_perplexity(
-            model, tokenizer, protocol, dataset=config.dataset, batch_size=config.batch_size, console=PROGRESS
+            model,
+            tokenizer,
+            protocol,
+            dataset=config.dataset,
+            batch_size=config.batch_size,
+            console=PROGRESS,
+            ranks=current(),
         )
     check_context(model.config, config.seq_len)
     tokens = load_tokens(config.dataset, tokenizer, split="evaluation", vocab_size=model.config.vocab_size)
@@ -392,6 +413,7 @@ def _measure_perplexity(
         batch_size=config.batch_size,
         max_windows=config.eval_samples,
         console=PROGRESS,
+        ranks=current(),
     )
 
 
@@ -412,7 +434,9 @@ def _diagnoses(config: PruneConfig, lengths: list[int]) -> "dict[int, Diagnosis]
     }
     diagnoses = {}
     for length in lengths:
-        engine = ImportanceEngine(model, "taylor", config.reduction, config.backend, config.use_gradient_checkpointing)
+        engine = ImportanceEngine(
+            model, "taylor", config.reduction, config.backend, config.use_gradient_checkpointing, ranks=current()
+        )
         calibrate(engine, windows[length], config.batch_size, PROGRESS)
         diagnoses[length] = diagnose_gradients(engine.gradients())
     return diagnoses
@@ -425,7 +449,7 @@ def _prune(config: PruneConfig) -> "PruneResult":
 
     with claimed_results(config):
         model, tokenizer = _load(config)
-        result = prune(model, tokenizer, config, console=PROGRESS)
+        result = prune(model, tokenizer, config, console=PROGRESS, ranks=current())
     summary, gradients = summarize(result), result.gradients
     OUT.print(diagnosis_table(gradients.before, gradients.seq_len))
     OUT.print(gradients.before.verdict_text())
@@ -452,7 +476,7 @@ def _prune_ratios(config: PruneConfig, ratios: list[float]) -> None:
 
     with claimed_results(config, ratios):
         model, tokenizer = _load(config)
-        results = prune_ratios(model, tokenizer, config, ratios, console=PROGRESS)
+        results = prune_ratios(model, tokenizer, config, ratios, console=PROGRESS, ranks=current())
     OUT.print(curve_table([summarize(result) for result in results]))
     for result in results:
         for warning in result.warnings:
@@ -480,13 +504,15 @@ def _load(
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and current().world > 1:
+        device = f"cuda:{current().local}"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device: '{device}' does not work here: {one_line(error)}") from error
     if torch.device(device).type == "meta":
         raise ConfigError("device: 'meta' holds no weights; choose cpu or cuda")
-    path = str(demo_model_path(PROGRESS)) if config.base_model is None else config.base_model
+    path = config.base_model or current().after_lead(lambda: str(demo_model_path(PROGRESS)))
     clock = Clock(PROGRESS)
     with memory_advice(clock, config), clock.stage("loading the model"):
         return load_model(
@@ -501,4 +527,5 @@ def _load(
 def _print_json(content: Any) -> None:
     from gradprune.report.strict_json import json_text
 
-    print(json_text(content))
+    if current().leads:
+        print(json_text(content))

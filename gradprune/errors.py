@@ -45,6 +45,10 @@ class RecoveryError(GradPruneError):
     """A pruned model cannot be trained as requested: no teacher, a different vocabulary, or another run's state."""
 
 
+class RankError(GradPruneError):
+    """One of the processes that torchrun started has failed or gone; says which and why."""
+
+
 class OutOfMemoryError(GradPruneError):
     """Memory ran out; the message says what was running and which options need less."""
 

@@ -1,7 +1,7 @@
 """The whole job on a loaded model: calibrate, choose, repair, cut, measure, and write the results if asked."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from gradprune.checkpoint.results import claimed_results, ratio_names, weight_by
 from gradprune.config import PruneConfig
 from gradprune.data.samples import draw_samples
 from gradprune.data.windows import check_context
+from gradprune.errors import ConfigError
 from gradprune.evaluation.generations import continuations, drawn_prompts, read_prompts
 from gradprune.evaluation.perplexity import Perplexity, perplexity
 from gradprune.evaluation.size import model_size
@@ -30,6 +31,7 @@ from gradprune.models.masks import GroupMasks
 from gradprune.models.modes import evaluation_mode
 from gradprune.ops.dispatch import select_ops
 from gradprune.progress import QUIET, Clock
+from gradprune.ranks import ALONE, Ranks
 from gradprune.report.folder import summarize, write_results
 from gradprune.report.html import write_curve_report
 from gradprune.result import Measured, PruneResult
@@ -52,6 +54,7 @@ def prune(
     calibration: Tensor | None = None,
     evaluation: Tensor | None = None,
     console: Console = QUIET,
+    ranks: Ranks = ALONE,
 ) -> PruneResult:
     """Prune a loaded causal LM.
 
@@ -63,14 +66,16 @@ def prune(
         calibration: [tokens] int64 to draw calibration samples from, instead of `config.dataset`.
         evaluation: [tokens] int64 held-out tokens for perplexity, instead of `config.eval_dataset`.
         console: where progress is shown; nowhere by default.
+        ranks: the processes that share the work, each with the same arguments, see `gradprune.ranks`; the leading one
+            writes.
 
     Raises:
         GradPruneError: an option, the data, the model or the requested ratio does not work; says what would.
     """
-    config = config or PruneConfig()
+    config = _of_rank(config or PruneConfig(), ranks)
     clock = Clock(console)
     with claimed_results(config) as output, memory_advice(clock, config), evaluation_mode(model):
-        run = _start(model, tokenizer, [config], calibration, evaluation, clock)
+        run = _start(model, tokenizer, [config], calibration, evaluation, clock, ranks)
         evidence = gather_evidence(run)
         with evidence_kept(evidence, output), memory_advice(clock, config):
             result = _prune_at_ratio(run, evidence, _measure_dense(run))
@@ -87,12 +92,13 @@ def prune_ratios(
     ratios: Sequence[float],
     *,
     console: Console = QUIET,
+    ranks: Ranks = ALONE,
 ) -> list[PruneResult]:
     """Prune one model at several ratios from one calibration and one measurement of the dense model.
 
     Args:
         model: left unchanged, whatever `config.in_place` says.
-        tokenizer, console: as for `prune`.
+        tokenizer, console, ranks: as for `prune`.
         config: with `output_name`; each ratio's results go to a folder of its name in that folder, beside
             `report.html`, which has the curve of perplexity against size. `pruning_ratio` is not read.
         ratios: ascending, each once.
@@ -100,26 +106,52 @@ def prune_ratios(
     Raises:
         GradPruneError: as `prune`, and before anything is calibrated where one of the ratios cannot be reached.
     """
+    config = _of_rank(config, ranks)
     configs = [replace(config, pruning_ratio=ratio, in_place=False) for ratio in ratios]
     clock = Clock(console)
     with claimed_results(config, ratios) as output, memory_advice(clock, config), evaluation_mode(model):
-        assert output is not None
-        run = _start(model, tokenizer, configs, None, None, clock)
+        run = _start(model, tokenizer, configs, None, None, clock, ranks)
         evidence = gather_evidence(run)
         with (
             evidence_kept(evidence, output),
-            atomic_directory(output, overwrite=config.overwrite, argument="output_name") as folder,
+            _whole(config, output) as folder,
         ):
             dense = _measure_dense(run)
             results = []
             for each, name in zip(configs, ratio_names(ratios), strict=True):
                 at_ratio = replace(run, config=each, clock=clock.copy())
                 with memory_advice(at_ratio.clock, each):
-                    result = _written(at_ratio, _prune_at_ratio(at_ratio, evidence, dense), tokenizer, folder / name)
-                results.append(replace(result, output=output / name))
-            write_curve_report(folder / "report.html", [summarize(result) for result in results])
+                    result = _prune_at_ratio(at_ratio, evidence, dense)
+                    if folder is not None and output is not None:
+                        result = replace(_written(at_ratio, result, tokenizer, folder / name), output=output / name)
+                results.append(result)
+            if folder is not None:
+                write_curve_report(folder / "report.html", [summarize(result) for result in results])
         forget_calibration(config)
         return results
+
+
+def _whole(config: PruneConfig, output: Path | None) -> AbstractContextManager[Path | None]:
+    """The folder to write to, which becomes `output` at the end; None without one."""
+    if output is None:
+        return nullcontext()
+    return atomic_directory(output, overwrite=config.overwrite, argument="output_name")
+
+
+def _of_rank(config: PruneConfig, ranks: Ranks) -> PruneConfig:
+    """The options as this rank follows them: only the leading one writes and measures speed.
+
+    Raises:
+        ConfigError: they need a single process.
+    """
+    if ranks.world == 1:
+        return config
+    for name in ("checkpoint_every", "resume"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"{name}: the sums of an unfinished calibration lie in {ranks.world} ranks; it works with one process"
+            )
+    return config if ranks.leads else replace(config, output_name=None, measure_speed=False)
 
 
 def _written(run: Run, result: PruneResult, tokenizer: PreTrainedTokenizerBase | None, output: Path) -> PruneResult:
@@ -135,6 +167,7 @@ def _start(
     calibration: Tensor | None,
     evaluation: Tensor | None,
     clock: Clock,
+    ranks: Ranks,
 ) -> Run:
     """The run of the first of `configs`, which differ in ratio; raises what would fail only after calibration."""
     check_class(model)
@@ -153,7 +186,7 @@ def _start(
         prompts = []
     elif prompts is None:
         prompts = drawn_prompts(tokenizer, samples.evaluation)
-    return Run(view, config, samples, tokenizer, tuple(prompts), clock, clock.console)
+    return Run(view, config, samples, tokenizer, tuple(prompts), clock, clock.console, ranks)
 
 
 def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResult:
@@ -221,6 +254,7 @@ def _perplexity(run: Run, model: PreTrainedModel) -> Perplexity:
         batch_size=config.batch_size,
         max_windows=config.eval_samples,
         console=run.console,
+        ranks=run.ranks,
     )
 
 

@@ -12,6 +12,7 @@ from gradprune.data.samples import Samples
 from gradprune.data.windows import batches
 from gradprune.models import PrunableModel
 from gradprune.progress import QUIET, Clock
+from gradprune.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Run:
 
     view: the model with its prunable blocks. tokenizer: the model's, for evaluation on tasks.
     prompts: what both models are to continue. clock: times the stages. console: where progress is shown.
+    ranks: the processes that share the work.
     """
 
     view: PrunableModel
@@ -29,6 +31,7 @@ class Run:
     prompts: tuple[str, ...] = ()
     clock: Clock = field(default_factory=Clock)
     console: Console = QUIET
+    ranks: Ranks = ALONE
 
     @cached_property
     def calibration(self) -> list[Tensor]:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from gradprune.calibration.evidence import Evidence
@@ -174,17 +173,24 @@ class _Tournament:
         repaired: bool,
         may_end: bool,
     ) -> list[Trial] | None:
-        """One round, given each candidate's losses [samples]; None if time ran out."""
-        trials: list[Trial] = []
-        default = torch.empty(0)
-        for candidate in alive:
+        """One round, given each candidate's losses [samples], divided over the ranks; None if one ran out of time."""
+        ranks = self._run.ranks
+        own: list[Tensor] = []
+        own_candidates = ranks.share(alive)
+        for candidate in own_candidates:
             if may_end and time.monotonic() > self._deadline:
-                return None
-            found = losses(candidate)
-            default = found if not trials else default
-            trials.append(_compared(candidate, found, default, repaired=repaired))
+                break
+            own.append(losses(candidate))
             self._advance()
-        return trials
+        if not all(ranks.gather_json(len(own) == len(own_candidates))):
+            return None
+        for _ in alive[len(own) :]:
+            self._advance()
+        found = ranks.joined(own)
+        return [
+            _compared(candidate, each, found[0], repaired=repaired)
+            for candidate, each in zip(alive, found, strict=True)
+        ]
 
 
 def _compared(candidate: _Candidate, losses: Tensor, default: Tensor, *, repaired: bool) -> Trial:

@@ -14,6 +14,7 @@ ORDER = (
     "hub",
     "interrupts",
     "progress",
+    "ranks",
     "config",
     "memory",
     "models",

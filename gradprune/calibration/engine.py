@@ -1,6 +1,7 @@
 """`ImportanceEngine`: one forward and backward pass per calibration batch, group importances at the end."""
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from weakref import WeakSet
@@ -13,6 +14,7 @@ from gradprune.calibration.accumulator import BlockAccumulator, StepRecord
 from gradprune.calibration.capture import capture, checkpointed
 from gradprune.calibration.evidence import Evidence, Scores
 from gradprune.calibration.finite import raise_non_finite_gradient, raise_non_finite_loss, raise_overflow
+from gradprune.calibration.joined import joined_state
 from gradprune.calibration.methods import (
     Depth,
     components_at,
@@ -29,6 +31,7 @@ from gradprune.models.loss import sample_losses
 from gradprune.models.modes import evaluation_mode
 from gradprune.ops.dispatch import select_ops
 from gradprune.ops.vectors import GradientStatistics
+from gradprune.ranks import ALONE, Ranks
 from gradprune.vanishing.scaling import GradientScaling, resolve_fix, scales_of
 from gradprune.vanishing.statistics import LayerGradients, layer_gradients
 
@@ -74,12 +77,14 @@ class ImportanceEngine:
         use_gradient_checkpointing: bool = False,
         gradient_fix: str = "none",
         weight_gradient_steps: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Prepare to observe `model`, which is changed only between `__enter__` and `__exit__`.
 
         Args:
             model, method, reduction, backend, gradient_fix: as above and in the options.
             use_gradient_checkpointing: recompute each layer in the backward pass.
+            ranks: the processes that divide the steps, see `join`.
             weight_gradient_steps: take every weight's gradient in this many of the first steps only, for the layers'
                 statistics, and in the others just what `method` needs: `group_fisher` and `obs` need no weight's
                 gradient. A `gradient_fix` needs those of all steps. None: all steps serve every method.
@@ -101,6 +106,12 @@ class ImportanceEngine:
             )
         self._model = model
         self._view = describe(model).with_groups()
+        if reduction == "batch" and ranks.world > 1:
+            raise ConfigError(
+                f"reduction: 'batch' keeps a gradient of every weight, too much to exchange between {ranks.world} "
+                "ranks; choose 'sample', or one process"
+            )
+        self.ranks = ranks
         self.method = method
         self.gradient_fix = gradient_fix
         self._reduction = REDUCTIONS[reduction]
@@ -195,6 +206,8 @@ class ImportanceEngine:
 
     def state(self) -> dict[str, Tensor]:
         """Everything accumulated so far, by name, so that another process can resume: see `restore`."""
+        if not self._losses:
+            return {}
         state = {"losses": torch.cat(self._losses)}
         for key, accumulator in self._accumulators.items():
             state |= {f"{_prefix(key)}{name}": value for name, value in accumulator.state().items()}
@@ -215,6 +228,17 @@ class ImportanceEngine:
             prefix = _prefix(key)
             of_block = {name.removeprefix(prefix): found for name, found in state.items() if name.startswith(prefix)}
             accumulator.restore(of_block, gradients)
+
+    def join(self, batches: Sequence[Tensor]) -> None:
+        """Take in what the other ranks' engines accumulated, as if this one had run all batches.
+
+        Every rank then has the same bits; sums are equal to those of one process to fp64 rounding.
+
+        Args:
+            batches: [N, T] each, all of them; this engine has run its rank's share.
+        """
+        if self.ranks.world > 1:
+            self.restore(joined_state(self.ranks.gather(self.state()), batches), list(batches))
 
     def evidence(self, steps: int = 0, method: Method | None = None) -> Evidence:
         """All that the steps so far say about the model's groups.
@@ -280,7 +304,9 @@ class ImportanceEngine:
         }
 
     def _depth_of_step(self, step: int) -> Depth:
-        return Depth.WEIGHTS if step < self._first_steps else self._depth
+        """step: counted on this rank."""
+        of_all = self.ranks.rank + step * self.ranks.world
+        return Depth.WEIGHTS if of_all < self._first_steps else self._depth
 
     @property
     def _diagnosed_steps(self) -> int:
@@ -367,7 +393,7 @@ class ImportanceEngine:
         if self._costs is None:
             samples = sum(len(ids) for ids in self._samples)
             curvatures = {key: accumulator.curvature(samples) for key, accumulator in self._accumulators.items()}
-            costs = removal_costs(self._view, self._samples, curvatures)
+            costs = removal_costs(self._view, self._samples, curvatures, self.ranks)
             self._costs = torch.cat([costs[key] for key in self._accumulators])
         return self._costs
 

@@ -1,5 +1,6 @@
 """Calibration: run the samples through the engine and measure the priors; together they are the evidence."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ from gradprune.errors import ConfigError
 from gradprune.models.digest import model_digest
 from gradprune.progress import progress
 from gradprune.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 def gather_evidence(run: Run) -> Evidence:
@@ -50,6 +53,8 @@ def calibrate(
 ) -> None:
     """Run all calibration windows [N, T] through the engine, with progress.
 
+    Whole batches are divided over the engine's ranks, so that each is computed as one process computes it.
+
     Args:
         engine: not yet open.
         windows, batch_size: the samples, and how many make a batch.
@@ -57,13 +62,21 @@ def calibrate(
         start: samples that the engine has seen already.
         after: called after each batch with how many samples the engine has seen.
     """
-    done = start
-    with engine, progress(console, "Calibrating", len(windows) - start, "samples") as advance:
-        for batch in batches(windows[start:], batch_size):
+    done, ranks = start, engine.ranks
+    parts = list(batches(windows[start:], batch_size))
+    own = ranks.share(parts)
+    if len(parts) < ranks.world and ranks.leads:
+        logger.warning(
+            "%d of %d ranks have no samples to calibrate on: %d batches; a smaller --batch_size makes more",
+            ranks.world - len(parts), ranks.world, len(parts),
+        )  # fmt: skip
+    with engine, progress(console, "Calibrating", sum(map(len, own)), "samples") as advance:
+        for batch in own:
             engine.step(batch)
             done += len(batch)
             after(done)
             advance(len(batch))
+    engine.join(parts)
 
 
 def _calibrated(run: Run) -> Evidence:
@@ -77,6 +90,7 @@ def _calibrated(run: Run) -> Evidence:
         config.use_gradient_checkpointing,
         config.gradient_fix,
         None if everything else config.collect_batches,
+        run.ranks,
     )
     samples = run.samples.calibration
     if method == "magnitude":
@@ -121,4 +135,4 @@ def _priors(run: Run) -> Priors:
         with progress(run.console, "Measuring priors", len(parts), "batches") as advance:
             return similarity_priors(run.view, parts, advance)
     with progress(run.console, "Measuring priors", removal_steps(run.view), "losses") as advance:
-        return removal_priors(run.view, parts, advance)
+        return removal_priors(run.view, parts, advance, run.ranks)

@@ -26,6 +26,7 @@ from gradprune.errors import NonFiniteError
 from gradprune.models import Block, BlockKey, PrunableModel
 from gradprune.models.modes import evaluation_mode
 from gradprune.models.streams import Streams
+from gradprune.ranks import ALONE, Ranks
 
 RIDGE = 0.01
 """Added to A's diagonal, relative to its mean: guards against a Gram matrix estimated from few tokens."""
@@ -57,7 +58,7 @@ class RemovalPath:
 
 @torch.no_grad()
 def removal_costs(
-    view: PrunableModel, batches: Sequence[Tensor], curvatures: Mapping[BlockKey, float]
+    view: PrunableModel, batches: Sequence[Tensor], curvatures: Mapping[BlockKey, float], ranks: Ranks = ALONE
 ) -> dict[BlockKey, Tensor]:
     """[groups] fp64 on the CPU for each block: the importance along its removal path, in the dense model.
 
@@ -65,6 +66,7 @@ def removal_costs(
         view: the model, which is run once, layer by layer.
         batches: calibration ids, [N, T] int64 each.
         curvatures: g of each block.
+        ranks: the processes that divide `batches`, which all of them give.
 
     One Gram matrix is in memory at a time, summed in fp32 (fp64 for fp64 models).
 
@@ -73,7 +75,7 @@ def removal_costs(
     """
     costs = {}
     with evaluation_mode(view.model):
-        streams = Streams(view, batches)
+        streams = Streams(view, ranks.share(batches))
         current = streams.first
         for layer in range(len(view.layers)):
             written: list[dict[torch.nn.Module, Tensor]] = [{} for _ in current]
@@ -81,7 +83,10 @@ def removal_costs(
                 linear = block.output.linear
                 inputs = [streams.output_input(block, k, stream, written[k]) for k, stream in enumerate(current)]
                 path = removal_path(
-                    linear.weight, with_ridge(_mean_gram(block, inputs)), block.output.columns, curvatures[block.key]
+                    linear.weight,
+                    with_ridge(_mean_gram(block, inputs, ranks)),
+                    block.output.columns,
+                    curvatures[block.key],
                 )
                 costs[block.key] = path.importance()
                 for batch, x in enumerate(inputs):
@@ -90,19 +95,21 @@ def removal_costs(
     return costs
 
 
-def _mean_gram(block: Block, inputs: Sequence[Tensor]) -> Tensor:
-    """[I, I], the mean over tokens of x x^T of inputs x [N, T, I]."""
+def _mean_gram(block: Block, inputs: Sequence[Tensor], ranks: Ranks) -> Tensor:
+    """[I, I], the mean over all ranks' tokens of x x^T of inputs x [N, T, I]."""
     weight = block.output.linear.weight
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=dtype, device=weight.device)
     for x in inputs:
         add_gram(gram, x.flatten(0, -2))
+    gram = ranks.sum(gram)
     if not gram.diagonal().isfinite().all():
         raise NonFiniteError(
             f"obs: the input of layer {block.layer}'s {block.output.path} is not finite; "
             "load the model in a wider dtype (bfloat16 or float32)"
         )
-    return symmetric(gram) / sum(x.shape[:-1].numel() for x in inputs)
+    tokens: int = sum(ranks.gather_json(sum(x.shape[:-1].numel() for x in inputs)))
+    return symmetric(gram) / tokens
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gradprune.models import Block, BlockKey, PrunableModel
 from gradprune.models.loss import mean_loss, sample_losses
+from gradprune.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -31,28 +32,32 @@ class Priors:
     layer: dict[int, float]
 
 
-def removal_priors(view: PrunableModel, batches: list[Tensor], advance: Callable[[], None]) -> Priors:
+def removal_priors(
+    view: PrunableModel, batches: list[Tensor], advance: Callable[[], None], ranks: Ranks = ALONE
+) -> Priors:
     """Loss without the block (layer) minus loss, in nats per token: the output is zeroed, nothing is cut.
 
     Args:
         view: the model.
         batches: [N, T] int64 each, the samples the loss is measured on.
-        advance: called after each of the `removal_steps(view)` measurements.
+        advance: called for each of the `removal_steps(view)` measurements.
+        ranks: the processes that divide the blocks and layers; the result is the same to the bit.
     """
-    modules: dict[int, list[nn.Module]] = {}
+    removed: dict[BlockKey | int, list[nn.Module]] = {block.key: [block.writer] for block in view.blocks}
     for block in view.blocks:
-        modules.setdefault(block.layer, []).append(block.writer)
+        removed.setdefault(block.layer, []).append(block.writer)
     dense = mean_loss(view.model, batches)
-
-    def without(removed: list[nn.Module]) -> float:
-        with _silenced(removed):
-            loss = mean_loss(view.model, batches)
+    own = []
+    for of in ranks.share(list(removed)):
+        with _silenced(removed[of]):
+            own.append(mean_loss(view.model, batches) - dense)
         advance()
-        return loss - dense
-
+    for _ in range(len(removed) - len(own)):
+        advance()
+    changes = dict(zip(removed, ranks.joined_json(own), strict=True))
     return Priors(
-        block={block.key: without([block.writer]) for block in view.blocks},
-        layer={layer: without(removed) for layer, removed in modules.items()},
+        block={of: change for of, change in changes.items() if isinstance(of, BlockKey)},
+        layer={of: change for of, change in changes.items() if isinstance(of, int)},
     )
 
 

@@ -1,5 +1,6 @@
 """Perplexity of a causal language model."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from gradprune.errors import CalibrationError, NonFiniteError
 from gradprune.models.loss import sample_losses
 from gradprune.models.modes import evaluation_mode
 from gradprune.progress import progress
+from gradprune.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ def perplexity(
     batch_size: int,
     max_windows: int | None = None,
     console: Console | None = None,
+    ranks: Ranks = ALONE,
 ) -> Perplexity:
     """exp(total negative log-likelihood / predicted tokens), over consecutive windows that do not overlap.
 
@@ -49,22 +52,24 @@ def perplexity(
         batch_size: windows per forward pass; affects only memory and speed.
         max_windows: measure at most this many whole windows, spread evenly over the text; None measures all of it.
         console: where progress is shown.
+        ranks: the processes that divide the windows; the result is the same to the bit.
 
     Raises:
         CalibrationError: the text is shorter than one window, `seq_len` is below 2, or `max_windows` is below 1.
         NonFiniteError: a window's loss is NaN or infinite.
     """
     numbers, parts = _windows(tokens, seq_len, batch_size, max_windows)
-    nll: list[float] = []
-    predicted = 0
-    shown = progress(console or Console(quiet=True), "Measuring perplexity", len(numbers), "windows")
+    numbered = iter(numbers)
+    own = ranks.share([(part, list(itertools.islice(numbered, len(part)))) for part in parts])
+    nll: list[Tensor] = []
+    shown = progress(console or Console(quiet=True), "Measuring perplexity", sum(len(n) for _, n in own), "windows")
     with shown as advance, evaluation_mode(model):
-        for part in parts:
-            losses = _finite(sample_losses(model, part.to(model.device)), numbers[len(nll) :])
-            nll += [loss * (part.shape[1] - 1) for loss in losses]
-            predicted += part.shape[0] * (part.shape[1] - 1)
+        for part, windows in own:
+            found = _finite(sample_losses(model, part.to(model.device)), windows)
+            nll.append(torch.tensor(found, dtype=torch.float64) * (part.shape[1] - 1))
             advance(len(part))
-    mean = math.fsum(nll) / predicted
+    predicted = sum(part.shape[0] * (part.shape[1] - 1) for part in parts)
+    mean = math.fsum(torch.cat(ranks.joined(nll)).tolist()) / predicted
     return Perplexity(_exp(mean), mean, predicted, len(numbers))
 
 

@@ -12,6 +12,7 @@ from gradprune.data.windows import check_context
 from gradprune.errors import ConfigError
 from gradprune.evaluation.perplexity import Perplexity, perplexity
 from gradprune.progress import QUIET
+from gradprune.ranks import ALONE, Ranks
 
 Protocol = Literal["wikitext2-128", "wikitext2-2048"]
 
@@ -28,6 +29,7 @@ def protocol_perplexity(
     dataset: str | None = None,
     batch_size: int = 8,
     console: Console = QUIET,
+    ranks: Ranks = ALONE,
 ) -> Perplexity:
     """Measure perplexity by a protocol of the literature.
 
@@ -38,7 +40,7 @@ def protocol_perplexity(
         model, tokenizer: a causal LM and its tokenizer.
         protocol: its name ends in the window length.
         dataset: a local file with that text, if the hub cannot be reached; `wikitext2` by default.
-        batch_size, console: as for `perplexity`.
+        batch_size, console, ranks: as for `perplexity`.
 
     Raises:
         ConfigError: the protocol is unknown.
@@ -52,5 +54,11 @@ def protocol_perplexity(
     if tokenizer is not None and begins_with_bos(tokenizer):
         tokens = torch.cat([torch.tensor([tokenizer.bos_token_id]), tokens])
     return perplexity(
-        model, tokens, seq_len=window, batch_size=batch_size, max_windows=max(1, len(tokens) // window), console=console
+        model,
+        tokens,
+        seq_len=window,
+        batch_size=batch_size,
+        max_windows=max(1, len(tokens) // window),
+        console=console,
+        ranks=ranks,
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gradprune.models import Block, PrunableModel
 from gradprune.models.loss import sample_losses
 from gradprune.models.modes import forward_replaced
+from gradprune.ranks import ALONE, Ranks
 
 
 class _StoppedError(Exception):
@@ -32,7 +33,7 @@ class Streams:
         """Record the arguments that the layers receive for batches of ids, [N, T] int64 each, without running them."""
         self._view = view
         self._batches = [batch.to(view.device) for batch in batches]
-        self._returned = self._count_returned(self._batches[0][:1])
+        self._returned = self._count_returned(self._batches[0][:1]) if self._batches else {}
         recorded = [self._record(batch) for batch in self._batches]
         self.first = [stream for stream, _ in recorded]
         # What transformers passes to each layer beside the stream: masks, positions.
@@ -70,13 +71,13 @@ class Streams:
                 return reached[0]
         raise AssertionError(f"layer {block.layer} does not run its {block.output.path}")
 
-    def mean_loss(self, streams: Sequence[Tensor], first: int) -> float:
-        """Mean loss of the samples from batch `first` on, in nats per token, given the streams after the last layer."""
+    def mean_loss(self, streams: Sequence[Tensor], first: int, ranks: Ranks = ALONE) -> float:
+        """Mean loss of all ranks' samples from batch `first` on, in nats per token, given the last layer's streams."""
         losses = []
         for batch, stream in enumerate(streams[first:], start=first):
             with self._answering(dict.fromkeys(self._view.layers, stream)):
                 losses.append(sample_losses(self._view.model, self._batches[batch]))
-        return torch.cat(losses).double().mean().item()
+        return torch.cat(ranks.joined(losses)).double().mean().item()
 
     def _count_returned(self, ids: Tensor) -> dict[nn.Module, int]:
         """Number of values that each block's module and each layer returns; 0 for a bare tensor."""

@@ -32,6 +32,7 @@ from gradprune.errors import NonFiniteError
 from gradprune.models import Block, PrunableModel
 from gradprune.models.masks import GroupMasks
 from gradprune.models.streams import Streams
+from gradprune.ranks import ALONE, Ranks
 from gradprune.surgery.masking import mask_output, masks_by_block
 
 BLENDS = (0.5,)
@@ -76,6 +77,7 @@ def least_squares(
     *,
     blends: Sequence[float] = BLENDS,
     ridges: Sequence[float] = RIDGES,
+    ranks: Ranks = ALONE,
     advance: Callable[[], None] = lambda: None,
 ) -> list[BlockRepair]:
     """Zero the output columns of pruned groups and re-solve the kept ones, in place.
@@ -88,6 +90,8 @@ def least_squares(
             each ridge is chosen on `samples`.
         blends, ridges: candidates, one at least, ridges ascending. Among several blends, the choice is made on the
             first quarter of `samples`, but on `TRIAL_SAMPLES` at least.
+        ranks: the processes that divide `samples` and `held_out`, which all of them give; each solves every block from
+            the sums of all.
         advance: called after each of `repair_steps` blocks.
 
     Returns:
@@ -105,7 +109,7 @@ def least_squares(
         next(left)
         advance()
 
-    pass_layers = partial(_solve_all, view, masks, held_out=held_out, ridges=ridges, step=step)
+    pass_layers = partial(_solve_all, view, masks, held_out=held_out, ridges=ridges, ranks=ranks, step=step)
     part = _first_samples(samples)
     if not held_out or len(blends) == 1:
         best = pass_layers(samples, blends=blends[:1])[0]
@@ -154,10 +158,13 @@ def _solve_all(
     held_out: Sequence[Tensor],
     blends: Sequence[float],
     ridges: Sequence[float],
+    ranks: Ranks,
     step: Callable[[], None],
 ) -> list[_Path]:
     """One path per blend; all advance layer by layer together and share the dense model's stream."""
-    streams = Streams(view, [*samples, *held_out])
+    own = ranks.share(samples)
+    streams = Streams(view, [*own, *ranks.share(held_out)])
+    parts = [slice(len(own)), slice(len(own), None)] if held_out else [slice(None)]
     paths = [_Path(blend, list(streams.first)) for blend in blends]
     dense = _Dense(streams) if any(blends) else None
     for layer in range(len(view.layers)):
@@ -165,12 +172,12 @@ def _solve_all(
         if dense is not None:
             dense.pass_layer(layer)
         for path in paths:
-            _pass_layer(streams, layer, blocks, path, dense, len(samples), ridges)
+            _pass_layer(streams, layer, blocks, path, dense, parts, ridges, ranks)
         for _ in blocks:
             step()
     if held_out and len(paths) > 1:
         for path in paths:
-            path.loss = streams.mean_loss(path.streams, len(samples))
+            path.loss = streams.mean_loss(path.streams, len(own), ranks)
     return paths
 
 
@@ -196,10 +203,14 @@ def _pass_layer(
     blocks: Sequence[tuple[Block, Tensor]],
     path: _Path,
     dense: _Dense | None,
-    samples: int,
+    parts: Sequence[slice],
     ridges: Sequence[float],
+    ranks: Ranks,
 ) -> None:
-    """Solve a layer's blocks in order of execution, and pass the path's stream through them."""
+    """Solve a layer's blocks in order of execution, and pass the path's stream through them.
+
+    parts: the batches that blocks are solved on, and those that choose the ridge.
+    """
     # Dense stream minus the path's stream; and per batch, the outputs of the layer's blocks so far.
     ahead = None if dense is None else [d - p for d, p in zip(dense.before, path.streams, strict=True)]
     written: list[dict[nn.Module, Tensor]] = [{} for _ in path.streams]
@@ -213,8 +224,7 @@ def _pass_layer(
             if ahead is not None and path.blend:
                 assert dense is not None
                 wanted = [_wanted(block, lead, write) for lead, write in zip(ahead, dense.written, strict=True)]
-            parts = [slice(samples), slice(samples, None)] if samples < len(inputs) else [slice(None)]
-            moments = [_moments(block, inputs[part], None if wanted is None else wanted[part]) for part in parts]
+            moments = [_moments(block, inputs[part], None if wanted is None else wanted[part], ranks) for part in parts]
             path.solved[block.output.linear], repair = _solve_block(block, kept, moments, path.blend, ridges)
             path.repairs.append(repair)
         for batch, stream in enumerate(path.streams):
@@ -330,8 +340,8 @@ class _KeptMoments:
         return float(rest / self.square)
 
 
-def _moments(block: Block, inputs: Sequence[Tensor], wanted: Sequence[Tensor] | None) -> _Moments:
-    """Of a block's inputs x [N, T, I], and of the outputs [N, T, O] that would make the stream equal to the dense one.
+def _moments(block: Block, inputs: Sequence[Tensor], wanted: Sequence[Tensor] | None, ranks: Ranks) -> _Moments:
+    """Of a block's inputs x [N, T, I] on all ranks, and of the outputs [N, T, O] that make the stream the dense one.
 
     Raises:
         NonFiniteError: an input is NaN or infinite.
@@ -349,6 +359,9 @@ def _moments(block: Block, inputs: Sequence[Tensor], wanted: Sequence[Tensor] | 
             z = (wanted[batch] if linear.bias is None else wanted[batch] - linear.bias).flatten(0, -2)
             add_product(cross, z, rows)
             square += _dot(z.to(dtype), z.to(dtype))
+    gram = ranks.sum(gram)
+    if wanted is not None:
+        cross, square = ranks.sum(cross), ranks.sum(square)
     if not (gram.diagonal().isfinite().all() and square.isfinite()):
         raise NonFiniteError(
             f"repair: the input of layer {block.layer}'s {block.output.path} is not finite; "

@@ -27,7 +27,7 @@ def no_repair(_run: Run, _masks: GroupMasks) -> list[BlockRepair]:
 def solve_least_squares(run: Run, masks: GroupMasks) -> list[BlockRepair]:
     """Re-solve each pruned block's output projection, see `gradprune.surgery.least_squares`."""
     with progress(run.console, "Repairing", repair_steps(run.view), "blocks") as advance:
-        return least_squares(run.view, masks, run.calibration, run.held_out, advance=advance)
+        return least_squares(run.view, masks, run.calibration, run.held_out, ranks=run.ranks, advance=advance)
 
 
 def repair_warning(columns: int, config: PruneConfig) -> str | None:

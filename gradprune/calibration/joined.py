@@ -1,0 +1,43 @@
+"""The states of the ranks' engines, put together as if one engine had run all batches."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gradprune.ranks import in_order
+
+# Per block: what is added, what has an entry for each step, and what has one for each sample.
+_BY_STEP, _BY_SAMPLE = ("scales", "statistics."), ("gates", "losses")
+
+
+def joined_state(states: Sequence[Mapping[str, Tensor]], batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The state of an engine that has run all batches.
+
+    Sums are added in fp64 in the order of the ranks; what was recorded of each step comes in the order of the batches.
+
+    Args:
+        states: of each rank's engine, which has run the batches of its share; empty where it had none.
+        batches: all of them, [N, T] each.
+    """
+    sizes = [[len(batch) for batch in batches[rank :: len(states)]] for rank in range(len(states))]
+    whole: dict[str, Tensor] = {}
+    # The first rank has the first step, so it has everything that any rank has.
+    for name, _first in states[0].items():
+        values = [state.get(name, torch.empty(0)) for state in states]
+        own = name.split(".", 2)[-1]
+        if own.startswith(_BY_STEP):
+            whole[name] = torch.stack(in_order([list(value) for value in values]))
+        elif own in _BY_SAMPLE:
+            whole[name] = torch.cat(in_order([_by_step(*each) for each in zip(values, sizes, strict=True)]))
+        else:
+            found = [state[name] for state in states if name in state]
+            whole[name] = sum(found[1:], found[0])
+    return whole
+
+
+def _by_step(values: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Values of the first steps' samples, split by step; `sizes`: the samples of each step."""
+    ends = itertools.accumulate(sizes)
+    return [values[end - size : end] for size, end in zip(sizes, ends, strict=True) if end <= len(values)]

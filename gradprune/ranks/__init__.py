@@ -1,0 +1,137 @@
+"""The ranks of a job: processes, started by torchrun, that share its work and end together.
+
+Work is divided by striding: of a sequence of parts, rank r takes parts r, r + world, ... What they find is put together
+in the order of the parts, or added in the order of the ranks, so every rank holds the same bits. With one process
+(`ALONE`) all of it is the identity. Nothing is pickled: JSON and safetensors travel.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gradprune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_T = TypeVar("_T")
+
+# What a launcher sets for each process.
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Ranks:
+    """One process of a job; this one is all of it.
+
+    rank, world: which one, and of how many. local: its number on its machine.
+    """
+
+    rank = 0
+    world = 1
+    local = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the one that prints and writes."""
+        return self.rank == 0
+
+    def share(self, parts: Sequence[_T]) -> Sequence[_T]:
+        """The parts that are this rank's to work on."""
+        return parts if self.world == 1 else parts[self.rank :: self.world]
+
+    def gather(self, tensors: "Mapping[str, Tensor]") -> "list[dict[str, Tensor]]":
+        """Every rank's tensors by name, in the order of the ranks; those that travelled are on the CPU."""
+        return [dict(tensors)]
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's JSON-serialisable value, in the order of the ranks."""
+        return [value]
+
+    def joined(self, own: "Sequence[Tensor]") -> "list[Tensor]":
+        """The tensors of all parts in their order, where `own` are those of this rank's share."""
+        if self.world == 1:
+            return list(own)
+        return in_order([list(found.values()) for found in self.gather({f"{k:09}": own[k] for k in range(len(own))})])
+
+    def joined_json(self, own: Sequence[Any]) -> list[Any]:
+        """As `joined`, of JSON-serialisable values."""
+        return in_order(self.gather_json(list(own)))
+
+    def sum(self, own: "Tensor") -> "Tensor":
+        """The ranks' tensors of one shape, added in the order of the ranks in their own dtype and on their device."""
+        return own
+
+    def after_lead(self, act: Callable[[], _T]) -> _T:
+        """`act()`, which the leading rank finishes before the others begin, so that they find what it made."""
+        if self.leads:
+            found = act()
+            self.gather_json(None)
+            return found
+        self.gather_json(None)
+        return act()
+
+
+ALONE = Ranks()
+
+
+def in_order(shares: Sequence[Sequence[_T]]) -> list[_T]:
+    """The parts of all ranks' shares in the order that they had before they were divided."""
+    world = len(shares)
+    return [shares[k % world][k // world] for k in range(sum(map(len, shares)))]
+
+
+_current: Ranks = ALONE
+
+
+def current() -> Ranks:
+    """The ranks of the job that this process is part of."""
+    return _current
+
+
+def is_lead() -> bool:
+    """Whether this process prints; also where it has not met the other ranks."""
+    alone = None in [os.environ.get(name) for name in _LAUNCHED]
+    return alone or os.environ["RANK"] == "0"
+
+
+@contextmanager
+def launched() -> Iterator[Ranks]:
+    """The ranks that a launcher started, from the first to the last: they all leave together.
+
+    Raises:
+        RankError: on every rank, where one of them failed; names it and says why.
+        ConfigError: what the launcher says is no rank.
+    """
+    global _current
+    place = _launcher()
+    if place is None:
+        yield ALONE
+        return
+    from gradprune.ranks.process_group import connected
+
+    ranks = connected(*place)
+    _current = ranks
+    try:
+        yield ranks
+        ranks.finish()
+    except Exception as error:
+        ranks.fail(error)
+        raise
+    finally:
+        _current = ALONE
+        ranks.leave()
+
+
+def _launcher() -> tuple[int, int, int] | None:
+    """This process's rank, their number and its number on its machine, where a launcher started several."""
+    said = [os.environ.get(name) for name in _LAUNCHED]
+    if None in said or said[1] == "1":
+        return None
+    try:
+        rank, world, local = (int(os.environ.get(name, said[0] or "")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except ValueError:
+        raise ConfigError(
+            f"RANK, WORLD_SIZE: '{said[0]}' and '{said[1]}' are no whole numbers; torchrun sets them"
+        ) from None
+    return rank, world, local

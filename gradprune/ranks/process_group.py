@@ -1,0 +1,130 @@
+"""Ranks that exchange by `torch.distributed`."""
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from gradprune.errors import ConfigError, GradPruneError, RankError, one_line
+from gradprune.ranks import Ranks
+
+_TIMEOUT = "GRADPRUNE_RANK_TIMEOUT"
+# Tensors are added in pieces of this many bytes, of which every rank holds one of each rank.
+_PIECE = 2**24
+
+
+class LaunchedRanks(Ranks):
+    """One of several processes. Every exchange begins with whether each of them is well."""
+
+    def __init__(self, rank: int, world: int, local: int) -> None:
+        """The process group is there already."""
+        self.rank, self.world, self.local = rank, world, local
+        self._connected = True
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """As `Ranks.gather`."""
+        own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        return [safetensors.torch.load(found) for found in self._exchange(safetensors.torch.save(own))]
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """As `Ranks.gather_json`."""
+        return [json.loads(found) for found in self._exchange(json.dumps(value).encode())]
+
+    def sum(self, own: Tensor) -> Tensor:
+        """As `Ranks.sum`."""
+        self._exchange(b"")
+        flat = own.contiguous().flatten()
+        total = torch.empty_like(flat)
+        size = max(1, _PIECE // flat.element_size())
+        for piece, into in zip(flat.split(size), total.split(size), strict=True):
+            pieces = self._all(piece.contiguous())
+            into.copy_(pieces[0])
+            for other in pieces[1:]:
+                into += other
+        return total.view_as(own)
+
+    def fail(self, error: Exception) -> None:
+        """Tell the others, who hear it in their next exchange, why this rank ends.
+
+        Raises:
+            RankError: what all of them say, in the words of the first that failed.
+        """
+        if self._connected:
+            words = str(error) if isinstance(error, GradPruneError) or not str(error) else one_line(error)
+            self._exchange((words or type(error).__name__).encode(), well=False)
+
+    def finish(self) -> None:
+        """Wait until all are done."""
+        self._exchange(b"")
+
+    def leave(self) -> None:
+        """Close the connections."""
+        torch.distributed.destroy_process_group()
+
+    def _exchange(self, payload: bytes, *, well: bool = True) -> list[bytes]:
+        """Every rank's payload.
+
+        Raises:
+            RankError: one of them is not well, and its payload says why; or one does not answer.
+        """
+        heads = torch.stack(self._all(torch.tensor([int(well), len(payload)]))).tolist()
+        longest = max(length for _, length in heads)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        if payload:
+            padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        found = self._all(padded) if longest else [padded] * self.world
+        payloads = [each[:length].numpy().tobytes() for each, (_, length) in zip(found, heads, strict=True)]
+        ill = {rank: payloads[rank].decode(errors="replace") for rank, (is_well, _) in enumerate(heads) if not is_well}
+        if ill:
+            self._connected = False
+            first, words = next(iter(ill.items()))
+            same = len(ill) == self.world and len(set(ill.values())) == 1
+            raise RankError(words if same or first == 0 else f"rank {first}: {words}")
+        return payloads
+
+    def _all(self, own: Tensor) -> list[Tensor]:
+        found = [torch.empty_like(own) for _ in range(self.world)]
+        try:
+            torch.distributed.all_gather(found, own)
+        except RuntimeError as error:
+            self._connected = False
+            raise RankError(
+                f"ranks: rank {self.rank} lost the others: one of them was ended, or did not answer within "
+                f"{_seconds():g} seconds (environment variable {_TIMEOUT}): {one_line(error)}"
+            ) from error
+        return found
+
+
+def connected(rank: int, world: int, local: int) -> LaunchedRanks:
+    """Meet the other ranks: gloo on the CPU, NCCL on the GPU that has this one's number on its machine.
+
+    Raises:
+        RankError: they do not come.
+    """
+    cuda = torch.cuda.is_available()
+    try:
+        if cuda:
+            torch.cuda.set_device(local % torch.cuda.device_count())
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=_seconds()), rank=rank, world_size=world
+        )
+    except (RuntimeError, ValueError) as error:
+        raise RankError(f"ranks: rank {rank} of {world} cannot meet the others: {one_line(error)}") from error
+    return LaunchedRanks(rank, world, local)
+
+
+def _seconds() -> float:
+    """How long a rank waits for the others."""
+    said = os.environ.get(_TIMEOUT, "3600")
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds < 1e8:
+        raise ConfigError(f"{_TIMEOUT}: '{said}' is not a number of seconds above 0")
+    return seconds

@@ -1,0 +1,40 @@
+"""The command as several ranks, the processes that torchrun would start."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from helpers.commands import Process, start
+
+
+def start_ranks(
+    cwd: Path, world: int, *arguments: object, prepare: dict[int, Callable[[], object]] | None = None
+) -> list[Process]:
+    """Start `gradprune arguments` as `world` ranks; `prepare`: by rank, what is done first in its process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def place(rank: int) -> Callable[[], None]:
+        def become() -> None:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "GRADPRUNE_RANK_TIMEOUT": "60",
+            }
+            (prepare or {}).get(rank, lambda: None)()
+
+        return become
+
+    return [start(cwd, *arguments, prepare=place(rank)) for rank in range(world)]
+
+
+def run_ranks(
+    cwd: Path, world: int, *arguments: object, prepare: dict[int, Callable[[], object]] | None = None
+) -> list[tuple[int, str]]:
+    """Exit code and output of each rank."""
+    return [process.wait() for process in start_ranks(cwd, world, *arguments, prepare=prepare)]

@@ -1,0 +1,187 @@
+"""Several ranks do what one process does, write once, and end together."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gradprune.calibration.engine import ImportanceEngine
+from gradprune.calibration.evidence import Evidence
+from gradprune.calibration.joined import joined_state
+from gradprune.checkpoint.load import load_pruned
+from gradprune.errors import GradPruneError
+from gradprune.ranks import ALONE, in_order
+from helpers.commands import QUICK, at_stage, run, signalled
+from helpers.launched import run_ranks
+from helpers.tiny_models import tiny_ids, tiny_model
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and a text of tokens."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny_model(channels=24).save_pretrained(folder / "model")
+    np.save(folder / "text.npy", tiny_ids(samples=1, tokens=4000).flatten().numpy())
+    return folder
+
+
+def options(name: str, *more: object, **changed: object) -> tuple[object, ...]:
+    given = dict(zip(QUICK[:-1:2], QUICK[1:-1:2], strict=True)) | {f"--{key}": value for key, value in changed.items()}
+    flat = [word for pair in given.items() for word in pair]
+    return ("--base_model", "model", "--dataset", "text.npy", "--output_name", name, *flat, QUICK[-1], *more)
+
+
+def groups(place: Path, name: str) -> list[dict[str, str]]:
+    with (place / "results" / name / "analysis/groups.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_result(place: Path, one: str, several: str) -> None:
+    left, right = groups(place, one), groups(place, several)
+    assert [row["pruned"] for row in left] == [row["pruned"] for row in right]
+    assert "1" in {row["pruned"] for row in left} or "True" in {row["pruned"] for row in left}
+    evidence = [
+        Evidence.load(place / "results" / name / "analysis/evidence.safetensors", load_pruned(place / "model"))
+        for name in (one, several)
+    ]
+    assert evidence[0].components.keys() == evidence[1].components.keys()
+    for name, values in evidence[0].components.items():
+        torch.testing.assert_close(evidence[1].components[name], values, rtol=1e-12, atol=0.0)
+    assert evidence[0].steps == evidence[1].steps
+    assert evidence[0].priors.keys() == evidence[1].priors.keys()
+
+
+@pytest.mark.parametrize(
+    ("world", "method", "changed"),
+    [
+        (2, "group_fisher", {"num_samples": 22}),  # batches of 4, 4, 4, 4, 4 and 2 samples
+        (3, "taylor_2nd", {"num_samples": 14, "temperature": 1, "collect_batches": 3}),
+        (3, "obs", {"num_samples": 8}),  # the last rank has no batch
+    ],
+)
+def test_ranks_prune_what_one_process_prunes(place: Path, world: int, method: str, changed: dict[str, object]) -> None:
+    names = f"{method}-one", f"{method}-{world}"
+    code, said = run(place, "prune", *options(names[0], importance_method=method, **changed))
+    assert code == 0, said
+    ended = run_ranks(place, world, "prune", *options(names[1], importance_method=method, **changed))
+    assert [code for code, _ in ended] == [0] * world, ended
+    assert f"results/{names[1]}/model" in ended[0][1]
+    assert not any(said for _, said in ended[1:])
+    assert_same_result(place, *names)
+
+
+def test_search_divides_its_candidates(place: Path) -> None:
+    changed = {"num_samples": 8, "held_out_samples": 8}
+    code, said = run(place, "search", *options("search-one", **changed))
+    assert code == 0, said
+    ended = run_ranks(place, 2, "search", *options("search-2", **changed))
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert_same_result(place, "search-one", "search-2")
+    chosen = [[line for line in text.splitlines() if line.startswith("Chosen")] for text in (said, ended[0][1])]
+    assert chosen[0] == chosen[1] != []
+
+
+def test_the_same_ranks_give_the_same_bytes_twice(place: Path) -> None:
+    for name in ("once", "twice"):
+        assert [code for code, _ in run_ranks(place, 2, "prune", *options(name))] == [0, 0]
+    for file in ("model/model.safetensors", "analysis/groups.csv", "analysis/evidence.safetensors"):
+        contents = [(place / "results" / name / file).read_bytes() for name in ("once", "twice")]
+        assert contents[0] == contents[1], file
+
+
+def test_perplexity_is_the_same_to_the_digit(place: Path) -> None:
+    command = ("eval", "--model", "model", "--dataset", "text.npy", "--seq_len", 16, "--batch_size", 3, "--json")
+    ended = run_ranks(place, 3, *command)
+    assert ended == [run(place, *command), (0, ""), (0, "")]
+
+
+def test_diagnose_says_the_same_as_one_process(place: Path) -> None:
+    command = ("--quiet", "diagnose", "--base_model", "model", "--dataset", "text.npy", "--seq_len", 16, "--json")
+    ended = run_ranks(place, 2, *command, "--num_samples", 12, "--batch_size", 4)
+    assert ended == [run(place, *command, "--num_samples", 12, "--batch_size", 4), (0, "")]
+
+
+def fail() -> None:
+    raise GradPruneError("disk: it is gone")
+
+
+def test_a_rank_that_fails_ends_all_with_its_error_in_one_line(place: Path) -> None:
+    ended = run_ranks(place, 3, "--quiet", "prune", *options("failed"), prepare={1: at_stage("repair", fail)})
+    assert [code for code, _ in ended] == [2, 2, 2]
+    assert ended[0][1].startswith("error: rank 1: disk: it is gone")
+    assert [said.count("\n") for _, said in ended] == [1, 0, 0]
+    assert not (place / "results/failed").exists()
+
+
+def test_an_error_of_all_ranks_is_told_once(place: Path) -> None:
+    ended = run_ranks(place, 2, "prune", *options("wrong", pruning_ratio=1.5))
+    assert [code for code, _ in ended] == [2, 2]
+    assert ended[0][1].startswith("error: pruning_ratio")
+    assert ended[0][1].count("\n") == 1
+    assert ended[1][1] == ""
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_ends_the_others(place: Path, killed: int) -> None:
+    prepare = {killed: at_stage("repair", signalled(signal.SIGKILL))}
+    ended = run_ranks(place, 3, "--quiet", "prune", *options("killed"), prepare=prepare)
+    assert [code for code, _ in ended] == [-signal.SIGKILL if rank == killed else 2 for rank in range(3)]
+    if killed:
+        assert ended[0][1].startswith("error: ranks: rank 0 lost the others")
+        assert ended[0][1].count("\n") == 1
+    assert not (place / "results/killed").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("prune", "--checkpoint_every", 4), "checkpoint_every: "),
+        (("prune", "--reduction", "batch"), "reduction: 'batch' keeps"),
+        (("info",), "info: is work for one process"),
+    ],
+)
+def test_what_needs_one_process_is_refused(place: Path, command: tuple[object, ...], message: str) -> None:
+    given = options("refused") if command[0] == "prune" else ()
+    ended = run_ranks(place, 2, command[0], *given, *command[1:])
+    assert [code for code, _ in ended] == [2, 2]
+    assert f"error: {message}" in ended[0][1]
+    assert ended[1][1] == ""
+
+
+def test_torchrun_starts_it(place: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "gradprune", "prune", *map(str, options("torchrun"))]
+    ended = subprocess.run(
+        command, cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("results/torchrun/model") == 1
+    assert (place / "results/torchrun/model/model.safetensors").is_file()
+
+
+def test_shares_are_put_in_order_again() -> None:
+    for world in (1, 2, 3, 5):
+        assert in_order([range(7)[rank::world] for rank in range(world)]) == list(range(7))
+    assert ALONE.joined_json([1, 2]) == [1, 2]
+
+
+def test_a_joined_state_is_that_of_one_engine() -> None:
+    parts = [*tiny_ids(samples=7).split(3)]
+
+    def state(batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        engine = ImportanceEngine(tiny_model(), "taylor", backend="reference")
+        with engine:
+            for batch in batches:
+                engine.step(batch)
+        return engine.state()
+
+    whole, joined = state(parts), joined_state([state(parts[rank::4]) for rank in range(4)], parts)
+    assert whole.keys() == joined.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(joined[name], value, rtol=1e-13, atol=0.0)
