@@ -36,6 +36,7 @@ ORDER = (
     "recovery",
     "pipeline",
     "cli",
+    "__main__",
 )
 # The built extension and the Triton kernels, which import nothing of the package.
 LEAVES = ("_C", "kernels")

@@ -112,7 +112,9 @@ def fail() -> None:
 
 
 def test_a_rank_that_fails_ends_all_with_its_error_in_one_line(place: Path) -> None:
-    ended = run_ranks(place, 3, "--quiet", "prune", *options("failed"), prepare={1: at_stage("repair", fail)})
+    ended = run_ranks(
+        place, 3, "--quiet", "prune", *options("failed", num_samples=12), prepare={1: at_stage("repair", fail)}
+    )
     assert [code for code, _ in ended] == [2, 2, 2]
     assert ended[0][1].startswith("error: rank 1: disk: it is gone")
     assert [said.count("\n") for _, said in ended] == [1, 0, 0]
@@ -130,7 +132,7 @@ def test_an_error_of_all_ranks_is_told_once(place: Path) -> None:
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_ends_the_others(place: Path, killed: int) -> None:
     prepare = {killed: at_stage("repair", signalled(signal.SIGKILL))}
-    ended = run_ranks(place, 3, "--quiet", "prune", *options(f"killed-{killed}"), prepare=prepare)
+    ended = run_ranks(place, 3, "--quiet", "prune", *options(f"killed-{killed}", num_samples=12), prepare=prepare)
     assert [code for code, _ in ended] == [-signal.SIGKILL if rank == killed else 2 for rank in range(3)]
     if killed:
         assert ended[0][1].startswith("error: ranks: rank 0 lost the others")
