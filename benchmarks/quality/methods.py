@@ -1,38 +1,46 @@
 """Perplexity by importance method and ratio, with and without H-GSP and repair, and by Torch-Pruning's choice.
 
     python -m benchmarks.quality.methods [--base_model MODEL --dataset TEXT --eval_dataset TEXT] [--eval_samples N]
+    python -m benchmarks.quality.methods --models smollm2-135m --prunable [--tasks FOLDER]
 
 Without --base_model: stories260k where it lies beside the repository, and the demo model; each also with its KV heads
-repeated, which Torch-Pruning can trace. One calibration pass a seed serves every method; Torch-Pruning gets the
-same samples, and removes no more parameters than this project may. The whole table with --search takes hours;
---quick measures one ratio, seed and temperature of it, with the same samples.
+repeated, which Torch-Pruning can trace. SmolLM2-135M takes part when it is named, on texts of WikiText-2. One
+calibration pass a seed serves every method; peers get the same samples, and remove no more parameters than this project
+may. The whole table with --search takes hours; --quick measures one ratio, seed and temperature of it, with the same
+samples.
 """
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from benchmarks.environment import ROOT
 from benchmarks.options import listed, parse, parser
 from benchmarks.progress import Deadline, say
-from benchmarks.quality.peer import torch_pruning_scores, uniform_masks, without_grouped_queries
+from benchmarks.quality.peers import PEERS
+from benchmarks.quality.peers.choice import PeerChoice, applied, uniform_masks
+from benchmarks.quality.peers.torch_pruning import torch_pruning_scores, without_grouped_queries
 from benchmarks.results import append, record
 from benchmarks.timing import first_line
 from gradprune.calibration.gather import gather_evidence
+from gradprune.checkpoint.gguf_source import find_gguf
 from gradprune.checkpoint.load import load_model
 from gradprune.config import METHODS, PruneConfig, Scoring
 from gradprune.data.samples import draw_samples
 from gradprune.data.sources import load_tokens
 from gradprune.data.windows import batches
 from gradprune.demo import demo_model_path
+from gradprune.errors import CheckpointError
 from gradprune.evaluation.perplexity import perplexity
 from gradprune.evaluation.size import model_size
-from gradprune.models import describe
+from gradprune.evaluation.tasks import evaluate_tasks
+from gradprune.models import BlockKey, describe
 from gradprune.models.masks import GroupMasks
 from gradprune.run import Run
 from gradprune.scoring.choose import choose
@@ -41,8 +49,10 @@ from gradprune.surgery.cut import cut
 from gradprune.surgery.masking import output_weights_restored
 from gradprune.surgery.repair import REPAIRS
 
-PEER = "torch-pruning GroupTaylor"
+TORCH_PRUNING = "torch-pruning GroupTaylor"
 MODELS = ("stories260k", "stories260k-repeated", "demo", "demo-repeated")
+SMOLLM2 = "smollm2-135m"
+SHARED = ROOT.parent / "shared"
 
 
 @dataclass(frozen=True)
@@ -51,33 +61,49 @@ class Subject:
 
     name: str
     model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
     calibration: Tensor
     evaluation: Tensor
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What is measured of a model: accuracies in [0, 1] by task, and parameters."""
+
+    perplexity: float
+    accuracies: dict[str, float]
+    parameters: int
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure model by model, seed by seed."""
     made = parser(__doc__)
     made.add_argument("--base_model")
-    made.add_argument("--models", type=listed(str), default=MODELS, help=f"without --base_model: {', '.join(MODELS)}")
+    made.add_argument(
+        "--models", type=listed(str), default=MODELS, help=f"without --base_model: {', '.join((*MODELS, SMOLLM2))}"
+    )
     made.add_argument("--methods", type=listed(str), default=METHODS, help="importance methods to measure")
+    made.add_argument("--peers", type=listed(str), default=tuple(PEERS), help="peers to measure")
     made.add_argument("--dataset")
     made.add_argument("--eval_dataset")
     made.add_argument("--ratios", type=listed(float), default=None)
+    made.add_argument("--prunable", action="store_true", help="ratios are of the prunable parameters, not of all")
     made.add_argument("--seeds", type=listed(int), default=None)
     made.add_argument("--temperatures", type=listed(float), default=None)
     made.add_argument("--num_samples", type=int, default=None)
     made.add_argument("--seq_len", type=int, default=128)
     made.add_argument("--search", action="store_true", help="search too, which takes minutes a ratio and seed")
     made.add_argument("--eval_samples", type=int, default=64, help="windows to measure; 0 measures the whole text")
+    made.add_argument("--tasks", type=Path, default=None, help="folder of .jsonl files with zero-shot questions")
+    made.add_argument("--max_questions", type=int, default=None, help="at most this many of each task")
     options = _with_defaults(parse(made, arguments))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     deadline = Deadline(options.seconds)
     for subject in _subjects(options):
-        dense = _perplexity(subject.model, subject, options)
-        say(f"quality of {subject.name}: dense perplexity {dense:.2f}")
-        _append(subject, "dense", 0.0, 0, subject.model, dense, dense, options)
+        dense = _quality(subject.model, subject, options)
+        say(f"quality of {subject.name}: dense perplexity {dense.perplexity:.2f}")
+        _append(subject, "dense", 0.0, 0, dense, dense, options)
         for seed in options.seeds:
             if not _measure_seed(subject, seed, dense, deadline, options):
                 say("    the time for this run is used up")
@@ -95,16 +121,10 @@ def _with_defaults(options: Namespace) -> Namespace:
 
 
 def _subjects(options: Namespace) -> Iterator[Subject]:
-    shared = ROOT.parent / "shared"
-    stories = shared / "models" / "stories260k"
-    texts = tuple(str(shared / "text" / f"stories_{part}.txt") for part in ("calibration", "eval"))
     if options.base_model is not None:
         yield _load(options.base_model, options.dataset, options.eval_dataset, options.device)
         return
-    models = {"stories260k": (str(stories), *texts)} if stories.is_dir() else {}
-    if not (options.toy or (options.quick and stories.is_dir())):
-        models["demo"] = (str(demo_model_path()), None, None)
-    for name, source in models.items():
+    for name, source in _sources(options).items():
         chosen = {name, f"{name}-repeated"} & set(options.models)
         if not chosen:
             continue
@@ -116,23 +136,47 @@ def _subjects(options: Namespace) -> Iterator[Subject]:
             yield replace(subject, name=f"{name}, KV heads repeated", model=repeated)
 
 
+def _sources(options: Namespace) -> dict[str, tuple[str, str | None, str | None]]:
+    """By model, where it is and its two texts; those that are not there are left out."""
+    sources: dict[str, tuple[str, str | None, str | None]] = {}
+    stories = SHARED / "models" / "stories260k"
+    if stories.is_dir():
+        sources["stories260k"] = (str(stories), *_texts("stories"))
+    if not (options.toy or (options.quick and stories.is_dir())):
+        sources["demo"] = (str(demo_model_path()), None, None)
+    if SMOLLM2 in options.models:
+        texts = (options.dataset, options.eval_dataset) if options.dataset else _texts("wikitext2_raw")
+        try:
+            find_gguf(SMOLLM2)
+            sources[SMOLLM2] = (SMOLLM2, *texts)
+        except CheckpointError as error:
+            say(f"SKIPPED: {SMOLLM2}: {error}")
+    return sources
+
+
+def _texts(name: str) -> tuple[str, str]:
+    calibration, evaluation = (str(SHARED / "text" / f"{name}_{part}.txt") for part in ("calibration", "eval"))
+    return calibration, evaluation
+
+
 def _load(base_model: str, dataset: str | None, eval_dataset: str | None, device: str) -> Subject:
     model, tokenizer = load_model(base_model, device=device)
     evaluation = load_tokens(eval_dataset, tokenizer, split="evaluation")
-    return Subject(Path(base_model).name, model, load_tokens(dataset, tokenizer), evaluation)
+    return Subject(Path(base_model).name, model, tokenizer, load_tokens(dataset, tokenizer), evaluation)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A provider's selection, and whether what stays is re-solved by least squares."""
+    """A provider's selection, and whether what stays is re-solved by least squares; or a peer's with its own way."""
 
     provider: str
     ratio: float
     masks: GroupMasks
     repaired: bool = False
+    peer: PeerChoice | None = None
 
 
-def _measure_seed(subject: Subject, seed: int, dense: float, deadline: Deadline, options: Namespace) -> bool:
+def _measure_seed(subject: Subject, seed: int, dense: Quality, deadline: Deadline, options: Namespace) -> bool:
     """Every method, temperature and ratio from one calibration; False if time ran out on the way."""
     model = subject.model
     config = PruneConfig(num_samples=options.num_samples, seq_len=options.seq_len, seed=seed, held_out_samples=32)
@@ -143,69 +187,82 @@ def _measure_seed(subject: Subject, seed: int, dense: float, deadline: Deadline,
     for choice in _choices(run, options):
         if not deadline.allows(0.0):
             return False
-        with output_weights_restored(run.view, choice.masks):
-            if choice.repaired:
-                REPAIRS["least_squares"](run, choice.masks)
-            pruned = cut(model, choice.masks)
-        value = _perplexity(pruned, subject, options)
-        _append(subject, choice.provider, choice.ratio, seed, pruned, dense, value, options)
+        measured = _pruned_quality(run, choice, subject, options)
+        _append(subject, choice.provider, choice.ratio, seed, measured, dense, options)
     return True
+
+
+def _pruned_quality(run: Run, choice: Choice, subject: Subject, options: Namespace) -> Quality:
+    if choice.peer is not None:
+        with applied(run.view, choice.peer):
+            measured = _quality(subject.model, subject, options)
+        added = sum(len(bias) for bias in choice.peer.biases.values())
+        return replace(measured, parameters=model_size(cut(subject.model, choice.masks)).parameters + added)
+    with output_weights_restored(run.view, choice.masks):
+        if choice.repaired:
+            REPAIRS["least_squares"](run, choice.masks)
+        pruned = cut(subject.model, choice.masks)
+    return _quality(pruned, subject, options)
 
 
 def _choices(run: Run, options: Namespace) -> Iterator[Choice]:
     """Ratio by ratio, so that each is complete before the next."""
     run = replace(run, config=replace(run.config, importance_method="auto", search_minutes=60.0))
     evidence, model, constraints = gather_evidence(run), run.view.model, run.config.constraints
-    peer = _peer_scores(model, run.samples.calibration)
-    for ratio in options.ratios:
+    traced = _torch_pruning(model, run.samples.calibration)
+    prunable = sum(block.groups * block.cost for block in run.view.blocks) / run.view.parameters
+    for given in options.ratios:
+        ratio = given * prunable if options.prunable else given
         for temperature in options.temperatures:
             for method in options.methods:
                 scoring = Scoring(importance_method=method, temperature=temperature, tau=0.0)
                 masks = choose(run.view, evidence, scoring, constraints, ratio).masks
                 for repaired in (False, True):
                     name = f"gradprune {method}" + (" + least squares" if repaired else "")
-                    yield Choice(f"{name} T={temperature:g}", ratio, masks, repaired)
+                    yield Choice(f"{name} T={temperature:g}", given, masks, repaired)
         if options.search:
             found = search(replace(run, config=replace(run.config, pruning_ratio=ratio)), evidence)
             masks = choose(run.view, evidence, found.winner.scoring, constraints, ratio).masks
-            yield Choice("gradprune search + least squares", ratio, masks, repaired=True)
-        if peer is not None:
-            yield Choice(PEER, ratio, uniform_masks(model, *peer, int(ratio * run.view.parameters)))
+            yield Choice("gradprune search + least squares", given, masks, repaired=True)
+        budget = int(ratio * run.view.parameters)
+        if traced is not None:
+            yield Choice(TORCH_PRUNING, given, uniform_masks(run.view, traced, budget))
+        for name in options.peers:
+            found_by_peer = PEERS[name](run.view, list(batches(run.samples.calibration, 8)), budget)
+            yield Choice(name, given, found_by_peer.masks, peer=found_by_peer)
 
 
-def _peer_scores(model: PreTrainedModel, windows: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
+def _torch_pruning(model: PreTrainedModel, windows: Tensor) -> dict[BlockKey, Tensor] | None:
     """None where Torch-Pruning cannot trace the model, or is not installed."""
     if model.config.num_key_value_heads != model.config.num_attention_heads:
         return None
     try:
         return torch_pruning_scores(model, list(batches(windows, 8)))
     except ImportError as error:
-        say(f"    {PEER} takes no part: {first_line(error)}")
+        say(f"    {TORCH_PRUNING} takes no part: {first_line(error)}")
         return None
 
 
-def _perplexity(model: PreTrainedModel, subject: Subject, options: Namespace) -> float:
-    return perplexity(
+def _quality(model: PreTrainedModel, subject: Subject, options: Namespace) -> Quality:
+    value = perplexity(
         model, subject.evaluation, seq_len=options.seq_len, batch_size=8, max_windows=options.eval_samples
     ).value
+    files = [] if options.tasks is None else sorted(str(path) for path in options.tasks.glob("*.jsonl"))
+    answered = evaluate_tasks(model, subject.tokenizer, files, max_questions=options.max_questions) if files else ()
+    return Quality(value, {found.task: found.accuracy for found in answered}, model_size(model).parameters)
 
 
 def _append(
-    subject: Subject,
-    provider: str,
-    ratio: float,
-    seed: int,
-    pruned: PreTrainedModel,
-    dense: float,
-    value: float,
-    options: Namespace,
+    subject: Subject, provider: str, ratio: float, seed: int, measured: Quality, dense: Quality, options: Namespace
 ) -> None:
-    kept = model_size(pruned).parameters / model_size(subject.model).parameters
+    kept = measured.parameters / dense.parameters
     extra = {
         "ratio": ratio,
+        "ratio_of": "prunable" if options.prunable else "all",
         "seed": seed,
-        "perplexity": value,
-        "perplexity_dense": dense,
+        "perplexity": measured.perplexity,
+        "perplexity_dense": dense.perplexity,
+        "accuracies": measured.accuracies,
         "kept": kept,
         "num_samples": options.num_samples,
         "seq_len": options.seq_len,
@@ -214,7 +271,9 @@ def _append(
     append(
         record("quality", subject.name, provider, f"{ratio:.0%}", "fp32", options.device, extra=extra), options.output
     )
-    say(f"    {provider:32s} {ratio:4.0%} seed {seed}: {value:8.2f} with {kept:.1%} of the parameters")
+    zero_shot = f", zero-shot {fmean(measured.accuracies.values()):.1%}" if measured.accuracies else ""
+    shown = f"{measured.perplexity:8.2f} with {kept:.1%} of the parameters{zero_shot}"
+    say(f"    {provider:32s} {ratio:4.0%} seed {seed}: {shown}")
 
 
 if __name__ == "__main__":

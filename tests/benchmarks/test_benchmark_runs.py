@@ -17,7 +17,9 @@ from benchmarks.jobs.models import Load, build
 from benchmarks.jobs.session import Session, Task, TurnError, Worker
 from benchmarks.kernels import run as kernels
 from benchmarks.quality import methods, vanishing
-from benchmarks.quality.peer import uniform_masks, without_grouped_queries
+from benchmarks.quality.peers import PEERS
+from benchmarks.quality.peers.choice import uniform_masks
+from benchmarks.quality.peers.torch_pruning import without_grouped_queries
 from benchmarks.results import read
 from gradprune.models import describe
 from helpers.tiny_models import tiny_ids, tiny_model
@@ -85,8 +87,9 @@ def test_quality(tmp_path: Path) -> None:
     found = read(tmp_path / "results")
     providers = [record.provider for record in found]
     assert "gradprune group_fisher T=1" in providers
-    # The dense model, seven methods at two temperatures without and with repair, the peer where installed.
-    assert len(providers) in (29, 30)
+    # The dense model, seven methods at two temperatures without and with repair, the peers, Torch-Pruning if installed.
+    assert len(providers) in (29 + len(PEERS), 30 + len(PEERS))
+    assert set(PEERS) <= set(providers)
     assert all(record.extra["perplexity"] > 1.0 and record.extra["kept"] >= 0.8 for record in found)
 
 
@@ -114,20 +117,20 @@ def test_repeating_kv_heads_changes_no_logit() -> None:
 
 
 def test_the_peers_choice_is_uniform_and_within_the_budget() -> None:
-    model = build("toy")
-    view = describe(model)
-    heads = [torch.rand(4) for _ in view.layers]
-    channels = [torch.rand(48) for _ in view.layers]
+    view = describe(build("toy"))
+    scores = {block.key: torch.rand(block.groups) for block in view.blocks}
     budget = sum(block.groups * block.cost for block in view.blocks) // 3
-    masks = uniform_masks(model, heads, channels, budget)
+    masks = uniform_masks(view, scores, budget)
     removed = 0
-    attention, mlp = view.of_kind("attention"), view.of_kind("mlp")
-    for kept, scores, blocks in ((masks.attention, heads, attention), (masks.mlp, channels, mlp)):
-        assert len({int(mask.sum()) for mask in kept}) == 1
-        for mask, values, block in zip(kept, scores, blocks, strict=True):
-            removed += int((~mask).sum()) * block.cost
-            assert values[~mask].max() < values[mask].min()
-    assert budget - len(view.layers) * mlp[0].cost < removed <= budget
+    lost: dict[str, set[int]] = {}
+    for block in view.blocks:
+        kept, values = masks[block], scores[block.key]
+        lost.setdefault(block.kind.name, set()).add(int((~kept).sum()))
+        removed += int((~kept).sum()) * block.cost
+        assert values[~kept].max() < values[kept].min()
+    assert {kind: len(counts) for kind, counts in lost.items()} == {"attention": 1, "mlp": 1}
+    channel = next(block.cost for block in view.blocks if block.kind.name == "mlp")
+    assert budget - len(view.layers) * channel < removed <= budget
 
 
 def test_a_deadline_in_the_past_is_recorded(tmp_path: Path) -> None:

@@ -1,17 +1,15 @@
 """Torch-Pruning's choice of groups on a model that its graph can trace, as masks that this project cuts.
 
 Scores are those of its `GroupTaylorImportance` with its defaults; the lowest of every layer go, the same share in all
-layers, which is its default too (`global_pruning=False`). Its importances, its ranking; the same cut for both.
+layers, which is its default too (`global_pruning=False`): `choice.uniform_masks` selects so.
 """
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from gradprune.models import Block, describe
-from gradprune.models.masks import GroupMasks
+from gradprune.models import BlockKey, describe
 
 
 def without_grouped_queries(model: LlamaForCausalLM) -> LlamaForCausalLM:
@@ -32,8 +30,8 @@ def without_grouped_queries(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return repeated
 
 
-def torch_pruning_scores(model: PreTrainedModel, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Per layer, its importances of the heads and of the MLP channels.
+def torch_pruning_scores(model: PreTrainedModel, batches: Sequence[Tensor]) -> dict[BlockKey, Tensor]:
+    """By block, [groups]: its importances of the heads and of the MLP channels.
 
     Raises:
         ImportError: torch-pruning is not installed.
@@ -52,42 +50,17 @@ def torch_pruning_scores(model: PreTrainedModel, batches: Sequence[Tensor]) -> t
             verbose=False,
         )
         importance = torch_pruning.importance.GroupTaylorImportance()
-        heads, channels = [], []
-        for layer in describe(model).layers:
+        scores = {}
+        for index, layer in enumerate(describe(model).layers):
             roots = (layer.self_attn.k_proj, layer.mlp.gate_proj)
             groups = [
                 graph.get_pruning_group(root, torch_pruning.prune_linear_out_channels, list(range(root.out_features)))
                 for root in roots
             ]
             by_row, by_channel = (importance(group) for group in groups)
-            heads.append(by_row.view(-1, layer.self_attn.head_dim).sum(1))
-            channels.append(by_channel)
-        return heads, channels
+            scores[BlockKey(index, "attention")] = by_row.view(-1, layer.self_attn.head_dim).sum(1)
+            scores[BlockKey(index, "mlp")] = by_channel
+        return scores
     finally:
         model.zero_grad(set_to_none=True)
         model.set_attn_implementation(attention)
-
-
-def uniform_masks(model: PreTrainedModel, heads: list[Tensor], channels: list[Tensor], budget: int) -> GroupMasks:
-    """Keep what scores highest in each layer: the same number in all, removing at most `budget` parameters."""
-    view = describe(model)
-    attention, mlp = (_first(view.of_kind(kind)) for kind in ("attention", "mlp"))
-    of_layer = budget // len(view.layers)
-    share = of_layer / (attention.groups * attention.cost + mlp.groups * mlp.cost)
-    lost_heads = min(int(share * attention.groups), attention.groups - 1)
-    lost_channels = min((of_layer - lost_heads * attention.cost) // mlp.cost, mlp.groups - 1)
-    return GroupMasks.of_layers(
-        attention=tuple(_without_lowest(scores, lost_heads) for scores in heads),
-        mlp=tuple(_without_lowest(scores, lost_channels) for scores in channels),
-    )
-
-
-def _first(blocks: Sequence[Block | None]) -> Block:
-    """All layers of a dense model are alike."""
-    return next(block for block in blocks if block is not None)
-
-
-def _without_lowest(scores: Tensor, count: int) -> Tensor:
-    kept = torch.ones(len(scores), dtype=torch.bool)
-    kept[scores.argsort(stable=True)[:count]] = False
-    return kept

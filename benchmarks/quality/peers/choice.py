@@ -1,0 +1,130 @@
+"""What a peer chooses, how it is applied to a model, and the two ways in which peers spend their budget."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradprune.models import Block, BlockKey, PrunableModel
+from gradprune.models.masks import GroupMasks
+from gradprune.models.modes import evaluation_mode
+from gradprune.models.streams import Streams
+from gradprune.surgery.masking import mask_output, masked, output_weights_restored
+
+Decide = Callable[[Block, Tensor], Tensor]
+"""From a block and its output projection's inputs [tokens, I]: which groups it keeps, [groups] bool. It may change the
+projection's weights."""
+
+
+@dataclass(frozen=True)
+class PeerChoice:
+    """What a peer keeps, and how it compensates for the rest.
+
+    weights: [O, I], output projections that the peer changed. biases: [O], what it adds to a block's output; the
+    architectures have no such bias, so the pruned model gains O parameters for each.
+    """
+
+    masks: GroupMasks
+    weights: Mapping[BlockKey, Tensor] = field(default_factory=dict)
+    biases: Mapping[BlockKey, Tensor] = field(default_factory=dict)
+
+
+Peer = Callable[[PrunableModel, Sequence[Tensor], int], PeerChoice]
+"""From a model, calibration ids [N, T] int64 in batches, and how many parameters may go at most. It leaves the model as
+it was."""
+
+
+@contextmanager
+def applied(view: PrunableModel, choice: PeerChoice) -> Iterator[None]:
+    """Inside the context the model computes what the peer's pruned model would."""
+    with ExitStack() as stack:
+        stack.enter_context(output_weights_restored(view, nothing_kept(view)))
+        for block in view.blocks:
+            if block.key in choice.weights:
+                with torch.no_grad():
+                    block.output.linear.weight.copy_(choice.weights[block.key])
+            if block.key in choice.biases:
+                bias = choice.biases[block.key]
+                hook = block.output.linear.register_forward_hook(lambda _m, _x, y, bias=bias: y + bias.to(y))
+                stack.callback(hook.remove)
+        stack.enter_context(masked(view, choice.masks))
+        yield
+
+
+@torch.no_grad()
+def in_order(view: PrunableModel, batches: Sequence[Tensor], decide: Decide) -> GroupMasks:
+    """Decide block by block, in the order the data passes them: each sees its input in the model as pruned so far.
+
+    The output projections keep what `decide` writes into them, with the pruned columns zeroed.
+    """
+    kept: dict[BlockKey, Tensor] = {}
+    with evaluation_mode(view.model):
+        streams = Streams(view, batches)
+        current = streams.first
+        for layer in range(len(view.layers)):
+            written: list[dict[torch.nn.Module, Tensor]] = [{} for _ in current]
+            for block in view.of_layer(layer):
+                inputs = [streams.output_input(block, k, stream, written[k]) for k, stream in enumerate(current)]
+                kept[block.key] = decide(block, torch.cat([x.flatten(0, -2) for x in inputs]))
+                mask_output(block, kept[block.key])
+                for batch, x in enumerate(inputs):
+                    written[batch][block.module] = block.output.linear(x)
+            current = [streams.layer(layer, k, stream, written[k]) for k, stream in enumerate(current)]
+    return GroupMasks(kept, len(view.layers))
+
+
+def nothing_kept(view: PrunableModel) -> GroupMasks:
+    """Masks that remove all groups; `output_weights_restored` with them guards every output projection."""
+    kept = {block.key: torch.zeros(block.groups, dtype=torch.bool) for block in view.blocks}
+    return GroupMasks(kept, len(view.layers))
+
+
+def uniform_counts(view: PrunableModel, budget: int, layers: Sequence[int] | None = None) -> dict[str, int]:
+    """By kind, how many groups go from each of `layers` (None: all), `budget` parameters in all at most.
+
+    Heads are coarse: their share is rounded down, and channels make up for it. One group of each stays.
+    """
+    count = len(view.layers if layers is None else layers)
+    attention, mlp = (next(b for b in view.blocks if b.kind.name == kind) for kind in ("attention", "mlp"))
+    of_layer = budget // count
+    share = of_layer / (attention.groups * attention.cost + mlp.groups * mlp.cost)
+    lost_heads = min(int(share * attention.groups), attention.groups - 1)
+    lost_channels = min((of_layer - lost_heads * attention.cost) // mlp.cost, mlp.groups - 1)
+    return {"attention": lost_heads, "mlp": lost_channels}
+
+
+def uniform_masks(
+    view: PrunableModel, scores: Mapping[BlockKey, Tensor], budget: int, layers: Sequence[int] | None = None
+) -> GroupMasks:
+    """Remove what scores lowest in each of `layers` (None: all), the same number in each; nothing elsewhere."""
+    lost = uniform_counts(view, budget, layers)
+    kept = {
+        block.key: without_lowest(
+            scores[block.key], lost[block.kind.name] if layers is None or block.layer in layers else 0
+        )
+        for block in view.blocks
+    }
+    return GroupMasks(kept, len(view.layers))
+
+
+def global_masks(view: PrunableModel, scores: Mapping[BlockKey, Tensor], budget: int) -> GroupMasks:
+    """Remove what scores lowest in the whole model, as long as it fits into the budget."""
+    masks = GroupMasks(
+        {block.key: torch.ones(block.groups, dtype=torch.bool) for block in view.blocks}, len(view.layers)
+    )
+    groups = [(block, group) for block in view.blocks for group in range(block.groups)]
+    order = torch.cat([scores[block.key] for block in view.blocks]).argsort(stable=True).tolist()
+    for block, group in (groups[position] for position in order):
+        if block.cost <= budget:
+            masks[block][group] = False
+            budget -= block.cost
+    return masks
+
+
+def without_lowest(scores: Tensor, count: int) -> Tensor:
+    """[groups] bool: all but the `count` that score lowest."""
+    kept = torch.ones(len(scores), dtype=torch.bool)
+    kept[scores.argsort(stable=True)[:count].to(kept.device)] = False
+    return kept

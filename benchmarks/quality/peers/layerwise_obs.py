@@ -1,0 +1,82 @@
+"""Layerwise optimal brain surgeon at a uniform ratio, as ZipLM (arXiv:2302.04089) and SlimGPT (arXiv:2412.18110) do.
+
+A block's output projection W reads x; H = mean over tokens of x x^T, with a hundredth of its mean diagonal added to its
+diagonal, as SparseGPT and SlimGPT do. Greedily the group Q goes whose removal costs least once the columns that stay
+are re-solved, tr( W_Q ((H^-1)_QQ)^-1 W_Q^T ), and then
+
+    W <- W - W_Q ((H^-1)_QQ)^-1 (H^-1)_Q:        H^-1 <- H^-1 - (H^-1)_:Q ((H^-1)_QQ)^-1 (H^-1)_Q:
+
+until the block has lost as many groups as every other. Blocks are pruned in order, and see the pruned model's inputs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.quality.peers.choice import PeerChoice, in_order, nothing_kept, uniform_counts
+from gradprune.models import Block, BlockKey, PrunableModel
+from gradprune.surgery.masking import output_weights_restored
+
+_DAMPING = 0.01
+
+
+def layerwise_obs(view: PrunableModel, batches: Sequence[Tensor], budget: int) -> PeerChoice:
+    """Uniform, local to each block, with the weights that stay re-solved."""
+    lost = uniform_counts(view, budget)
+    weights: dict[BlockKey, Tensor] = {}
+
+    def decide(block: Block, x: Tensor) -> Tensor:
+        linear = block.output.linear
+        weight, kept = surgeon(linear.weight, damped(x), block.output.columns, lost[block.kind.name])
+        weights[block.key] = weight.to(linear.weight.dtype)
+        linear.weight.copy_(weight)
+        return kept
+
+    with output_weights_restored(view, nothing_kept(view)):
+        return PeerChoice(in_order(view, batches, decide), weights=weights)
+
+
+def damped(x: Tensor) -> Tensor:
+    """[I, I] fp64: H of inputs x [tokens, I]."""
+    hessian = x.double().T @ x.double() / len(x)
+    hessian.diagonal().add_(_DAMPING * hessian.diagonal().mean())
+    return hessian
+
+
+def surgeon(weight: Tensor, hessian: Tensor, columns: int, count: int) -> tuple[Tensor, Tensor]:
+    """Remove `count` groups of `columns` consecutive columns each.
+
+    Args:
+        weight: [O, I] floating point.
+        hessian: [I, I] fp64, positive definite.
+
+    Returns:
+        [O, I] fp64, the weights with the removed columns zero, and [groups] bool, what is kept.
+    """
+    w, inverse = weight.detach().double().clone(), torch.linalg.inv(hessian)
+    kept = torch.ones(w.shape[1] // columns, dtype=torch.bool)
+    for _ in range(count):
+        costs = _costs(w, inverse, columns)
+        costs[~kept.to(costs.device)] = torch.inf
+        group = int(costs.argmin())
+        span = slice(group * columns, (group + 1) * columns)
+        across = torch.linalg.solve(inverse[span, span], inverse[span])
+        w -= w[:, span] @ across
+        inverse -= inverse[:, span] @ across
+        # Exactly zero, and invertible on its own, whatever rounding left.
+        w[:, span] = 0.0
+        inverse[span] = 0.0
+        inverse[:, span] = 0.0
+        inverse.diagonal()[span] = 1.0
+        kept[group] = False
+    return w, kept
+
+
+def _costs(weight: Tensor, inverse: Tensor, columns: int) -> Tensor:
+    """[groups] tr( W_Q ((H^-1)_QQ)^-1 W_Q^T ) of each group alone."""
+    groups = weight.shape[1] // columns
+    at = torch.arange(groups * columns, device=weight.device).view(groups, columns)
+    blocks = inverse[at[:, :, None], at[:, None, :]]
+    w = weight.T.reshape(groups, columns, -1)
+    return (w * torch.linalg.solve(blocks, w)).sum((1, 2))

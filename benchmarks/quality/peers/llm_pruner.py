@@ -1,0 +1,56 @@
+"""LLM-Pruner: first-order Taylor importance of dependent structures (Ma et al. 2023, arXiv:2305.11627).
+
+The element-wise first-order score |w dL/dw|, with L the mean loss of the whole calibration batch, is summed over all
+the weights that go with a group: its rows of the input projections and its columns of the output projection. The lowest
+of each block go, the same number in every layer but the first 4 and the last 2 of LLaMA-7B's 32, which stay as they
+are; a model of n layers keeps ceil(n * 4/32) and ceil(n * 2/32), where that leaves it one to prune.
+"""
+
+from collections.abc import Sequence
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from benchmarks.quality.peers.choice import PeerChoice, uniform_masks
+from gradprune.models import Block, PrunableModel
+from gradprune.models.modes import evaluation_mode
+
+
+def llm_pruner(view: PrunableModel, batches: Sequence[Tensor], budget: int) -> PeerChoice:
+    """Uniform over the layers in the middle, local to each block, without compensation.
+
+    A block keeps at least one group, so less than the budget goes where the middle layers do not hold it.
+    """
+    model = view.model
+    windows = sum(len(ids) for ids in batches)
+    try:
+        with evaluation_mode(model), torch.enable_grad():
+            for ids in batches:
+                ids = ids.to(view.device)
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+                (loss * (len(ids) / windows)).backward()
+        scores = {block.key: group_scores(block).cpu() for block in view.blocks}
+    finally:
+        model.zero_grad(set_to_none=True)
+    return PeerChoice(uniform_masks(view, scores, budget, middle_layers(len(view.layers))))
+
+
+@torch.no_grad()
+def group_scores(block: Block) -> Tensor:
+    """[groups] fp64: sum of |w g| over each group's weights; the gradients are in place."""
+    total = block.output.fold_columns(_elements(block.output.linear).sum(0))
+    for projection in block.inputs:
+        total = total + projection.fold_rows(_elements(projection.linear).sum(1), block.groups)
+    return total
+
+
+def middle_layers(layers: int) -> range:
+    """The layers that are pruned."""
+    first, last = ceil(layers * 4 / 32), ceil(layers * 2 / 32)
+    return range(first, layers - last) if first + last < layers else range(layers)
+
+
+def _elements(linear: torch.nn.Linear) -> Tensor:
+    assert linear.weight.grad is not None
+    return (linear.weight.double() * linear.weight.grad.double()).abs()

@@ -1,0 +1,31 @@
+"""Wanda-sp: structured Wanda (Sun et al. 2023, arXiv:2306.11695), as FLAP's authors compare with it (arXiv:2312.11983).
+
+A group scores the sum of |W_ij| * ||x_j||_2 over its columns of the output projection, x_j being that column's input
+over all calibration tokens. The lowest of each block go, the same number in every layer; inputs are those of the model
+as pruned so far, block by block. No compensation.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from benchmarks.quality.peers.choice import PeerChoice, in_order, nothing_kept, uniform_counts, without_lowest
+from gradprune.models import Block, PrunableModel
+from gradprune.surgery.masking import output_weights_restored
+
+
+def wanda_sp(view: PrunableModel, batches: Sequence[Tensor], budget: int) -> PeerChoice:
+    """Uniform, local to each block."""
+    lost = uniform_counts(view, budget)
+
+    def decide(block: Block, x: Tensor) -> Tensor:
+        columns = wanda(block.output.linear.weight, x)
+        return without_lowest(block.output.fold_columns(columns), lost[block.kind.name])
+
+    with output_weights_restored(view, nothing_kept(view)):
+        return PeerChoice(in_order(view, batches, decide))
+
+
+def wanda(weight: Tensor, x: Tensor) -> Tensor:
+    """[I] fp64: sum over rows of |weight [O, I]| times the norm of each column of x [tokens, I]."""
+    return weight.double().abs().sum(0) * x.double().norm(dim=0)
