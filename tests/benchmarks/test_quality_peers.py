@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.peers.choice import PeerChoice, applied, uniform_counts
-from benchmarks.quality.peers.flap import flap
+from benchmarks.quality.peers.flap import flap, fluctuation, standardised
 from benchmarks.quality.peers.layerwise_obs import damped, layerwise_obs, surgeon
 from benchmarks.quality.peers.llm_pruner import llm_pruner, middle_layers
-from benchmarks.quality.peers.wanda_sp import wanda_sp
+from benchmarks.quality.peers.wanda_sp import wanda, wanda_sp
 from gradprune.models import Block, BlockKey, PrunableModel, describe
 from gradprune.models.masks import GroupMasks
 from helpers.tiny_models import tiny_ids, tiny_model
@@ -75,6 +75,18 @@ def test_a_peer_stays_within_the_budget_and_leaves_the_model_as_it_was(name: str
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(choice.masks[block], again.masks[block]) for block in view.blocks)
+
+
+def test_column_scores() -> None:
+    rng = np.random.default_rng(3)
+    w, x = rng.normal(size=(4, 7)), rng.normal(size=(20, 7)) * np.arange(1, 8) + np.arange(7)[::-1] * 9.0
+    given = torch.from_numpy(w), torch.from_numpy(x)
+    variance = ((x - x.sum(0) / 20) ** 2).sum(0) / 19
+    np.testing.assert_allclose(fluctuation(*given).numpy(), variance * (w**2).sum(0), rtol=1e-12)
+    by_hand = [sum(abs(w[i, j]) * np.sqrt(sum(x[:, j] ** 2)) for i in range(4)) for j in range(7)]
+    np.testing.assert_allclose(wanda(*given).numpy(), by_hand, rtol=1e-12)
+    scores = standardised(torch.from_numpy(variance)).numpy()
+    np.testing.assert_allclose((scores.sum(), (scores**2).sum()), (0.0, 6.0), atol=1e-12)
 
 
 def test_flap_is_fluctuation_standardised_by_block_and_sorted_globally() -> None:
