@@ -137,7 +137,7 @@ def demo(options: dict[str, Any]) -> None:
 
 @app.command(cls=StagedCommand)
 @takes(
-    *("base_model", "device", "dtype", "trust_remote_code"),
+    *("base_model", "device", "dtype", "trust_remote_code", "stream_layers", "stream_memory"),
     *("dataset", "seq_len", "num_samples", "batch_size", "seed"),
     *("reduction", "backend", "use_gradient_checkpointing"),
     defaults={"seq_len": 256, "num_samples": 32},
@@ -165,7 +165,7 @@ def diagnose(options: dict[str, Any], as_json: AsJson = False) -> None:
 
 @app.command("eval", cls=StagedCommand)
 @takes(
-    *("device", "dtype", "trust_remote_code"),
+    *("device", "dtype", "trust_remote_code", "stream_layers", "stream_memory"),
     *("dataset", "seq_len", "batch_size", "eval_samples", "tasks", "task_questions"),
     from_file=True,
 )
@@ -236,7 +236,7 @@ def export(
     if format != "gguf":
         raise ExportError(f"format: '{format}' is unknown; it can be gguf")
     config = PruneConfig(**options, base_model=replace(OPTIONS["base_model"], name="model").accepted(model))
-    loaded, tokenizer = _load(config, "model")
+    loaded, tokenizer = _load(config, "model", streams=False)
     export_gguf(loaded, tokenizer, output, outtype=outtype, overwrite=config.overwrite)
     OUT.print(f"{output}: {Path(output).stat().st_size:,} bytes", soft_wrap=True)
 
@@ -263,8 +263,8 @@ def recover(
         options["output_name"] = f"{Path(model).absolute().parent.name}-recovered"
     places = PruneConfig(**options, base_model=model, seq_len=config.seq_len)
     with claimed_results(places):
-        loaded, tokenizer = _load(places, "model")
-        dense = None if teacher is None else _load(replace(places, base_model=teacher), "teacher")[0]
+        loaded, tokenizer = _load(places, "model", streams=False)
+        dense = None if teacher is None else _load(replace(places, base_model=teacher), "teacher", streams=False)[0]
         summary = recover_checkpoint(loaded, tokenizer, dense, config, places, console=PROGRESS)
     before, after = summary["perplexity"]["before"], summary["perplexity"]["after"]
     OUT.print(f"perplexity {before:.4f} before, {after:.4f} after {summary['best_step']} of {summary['steps']} steps")
@@ -486,11 +486,11 @@ def _prune_ratios(config: PruneConfig, ratios: list[float]) -> None:
 
 
 def _load(
-    config: PruneConfig, argument: str = "base_model"
+    config: PruneConfig, argument: str = "base_model", *, streams: bool = True
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
     """The model on its device, and its tokenizer; the demo's, which is trained if need be, where none is named.
 
-    argument: the option that names it.
+    argument: the option that names it. streams: whether its layers may be streamed.
     """
     import torch
     from transformers.utils import logging as transformers_logging
@@ -520,6 +520,8 @@ def _load(
             dtype=config.dtype,
             device=device,
             trust_remote_code=config.trust_remote_code,
+            stream_layers=config.stream_layers if streams else "off",
+            stream_memory=config.stream_memory,
             argument=argument,
         )
 

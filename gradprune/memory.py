@@ -48,6 +48,8 @@ def _cheaper(stage: str, config: PruneConfig) -> list[str]:
         advice.append("--reduction sample (keeps no gradients)")
     if stage == "repair":
         advice.append("--repair none (higher perplexity)")
+    if config.stream_layers != "on" and config.reduction == "sample":
+        advice.append("--stream_layers on (the same result, one decoder layer in memory at a time)")
     if config.dtype in ("auto", "float32", "float64"):
         advice.append("--dtype bfloat16 (coarser weights)")
     if config.seq_len > 128:

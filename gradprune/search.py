@@ -27,13 +27,13 @@ from gradprune.config import GRADIENT_METHODS, OPTIONS, Normalize, Scoring
 from gradprune.data.windows import batches
 from gradprune.errors import SelectionError
 from gradprune.models import PrunableModel
-from gradprune.models.loss import losses_of
 from gradprune.models.masks import GroupMasks
+from gradprune.models.passes import Variant, losses_of, variant_losses
 from gradprune.progress import progress
 from gradprune.run import Run
 from gradprune.scoring.choose import choose
 from gradprune.surgery.least_squares import BLENDS, least_squares
-from gradprune.surgery.masking import masked, output_weights_restored
+from gradprune.surgery.masking import masked_layer, masks_by_block, output_weights_restored
 
 # The search space; a candidate takes one value of each.
 TEMPERATURES: tuple[tuple[float, float | None], ...] = ((0.0, None), (0.5, 0.0), (1.0, 0.0), (1.0, math.inf))
@@ -168,19 +168,20 @@ class _Tournament:
     def _round(
         self,
         alive: list[_Candidate],
-        losses: Callable[[_Candidate], Tensor],
+        losses: Callable[[Sequence[_Candidate]], Iterator[Tensor]],
         *,
         repaired: bool,
         may_end: bool,
     ) -> list[Trial] | None:
-        """One round, given each candidate's losses [samples], divided over the ranks; None if one ran out of time."""
+        """One round, given what yields candidates' losses [samples]; divided over the ranks. None if time ran out."""
         ranks = self._run.ranks
         own: list[Tensor] = []
         own_candidates = ranks.share(alive)
-        for candidate in own_candidates:
+        own_losses = losses(own_candidates)
+        for _ in own_candidates:
             if may_end and time.monotonic() > self._deadline:
                 break
-            own.append(losses(candidate))
+            own.append(next(own_losses))
             self._advance()
         if not all(ranks.gather_json(len(own) == len(own_candidates))):
             return None
@@ -269,16 +270,23 @@ def _planned(pool: list[_Candidate], samples: int, repaired: bool) -> int:
     return total + count * repaired
 
 
-def _masked_losses(view: PrunableModel, searched: Sequence[Tensor], candidate: _Candidate) -> Tensor:
-    with masked(view, candidate.masks):
-        return losses_of(view.model, searched)
+def _masked_losses(
+    view: PrunableModel, searched: Sequence[Tensor], candidates: Sequence[_Candidate]
+) -> Iterator[Tensor]:
+    def variant(masks: GroupMasks) -> Variant:
+        changed = sorted({block.layer for block, kept in masks_by_block(view, masks) if not kept.all()})
+        return Variant(lambda layer: masked_layer(view, masks, layer), changed or [0])
+
+    return variant_losses(view, searched, [variant(candidate.masks) for candidate in candidates])
 
 
-def _repaired_losses(run: Run, searched: Sequence[Tensor], candidate: _Candidate) -> Tensor:
-    with output_weights_restored(run.view, candidate.masks):
-        # One blend for all: half the time, and they stay comparable.
-        least_squares(run.view, candidate.masks, run.calibration, run.held_out, blends=BLENDS[-1:])
-        return losses_of(run.view.model, searched)
+def _repaired_losses(run: Run, searched: Sequence[Tensor], candidates: Sequence[_Candidate]) -> Iterator[Tensor]:
+    for candidate in candidates:
+        with output_weights_restored(run.view, candidate.masks):
+            # One blend for all: half the time, and they stay comparable.
+            least_squares(run.view, candidate.masks, run.calibration, run.held_out, blends=BLENDS[-1:])
+            found = losses_of(run.view.model, searched)
+        yield found
 
 
 def _ranked(trials: list[Trial]) -> list[Trial]:

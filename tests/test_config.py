@@ -42,6 +42,7 @@ OTHER = {
     "epsilon": 0.1, "repair": "none", "output_dir": "elsewhere", "output_name": "$name", "overwrite": True,
     "measure_speed": False, "in_place": True, "tasks": "piqa", "task_questions": 5, "checkpoint_every": 64,
     "resume": True, "serve": "hf", "tensor_parallel": 2, "prompts": "prompts.txt", "generations": False,
+    "stream_layers": "off", "stream_memory": "2GiB",
 }  # fmt: skip
 
 

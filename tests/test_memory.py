@@ -40,10 +40,18 @@ def test_out_of_memory_says_what_ran_what_it_needed_and_what_needs_less(error: E
 
 
 def test_only_what_is_not_yet_given_is_advised() -> None:
-    given = {"use_gradient_checkpointing": True, "measure_speed": False, "dtype": "bfloat16", "batch_size": 1}
+    given = {
+        "use_gradient_checkpointing": True,
+        "measure_speed": False,
+        "dtype": "bfloat16",
+        "batch_size": 1,
+        "stream_layers": "on",
+    }
     assert told(MemoryError(), device="cpu", **given).endswith("a machine with more memory")
     assert "--seq_len 512" in told(MemoryError(), seq_len=1024, **given)
     assert "--repair none" in told(MemoryError(), "repair")
+    assert "--stream_layers on" in told(MemoryError(), "repair")
+    assert "--stream_layers on" not in told(MemoryError(), reduction="batch")
 
 
 def test_another_error_stays_as_it_is() -> None:

@@ -15,7 +15,7 @@ from gradprune.config import OPTIONS, Constraints, Scoring, command_line
 from gradprune.data.samples import draw_samples
 from gradprune.errors import CalibrationError, ConfigError
 from gradprune.models import describe
-from gradprune.models.loss import mean_loss
+from gradprune.models.passes import mean_loss
 from gradprune.report.tables import describe_scoring, search_verdict
 from gradprune.scoring.scoring import score_groups
 from gradprune.scoring.selection import select
@@ -70,8 +70,10 @@ def test_the_default_stays_unless_another_is_better_beyond_its_error(
     of_samples = torch.linspace(1.0, 5.0, 16, dtype=torch.float64)
     spread = noise * torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(8)
 
-    def planted(_view, searched, candidate):
-        count = sum(map(len, searched))
+    def planted(_view, searched, candidates):
+        return (losses(candidate, sum(map(len, searched))) for candidate in candidates)
+
+    def losses(candidate, count):
         if candidate.scoring.importance_method == OPTIONS["importance_method"].default:
             return of_samples[:count]
         better = advantage if candidate.scoring.importance_method == "wanda" else -0.2

@@ -36,6 +36,15 @@ class StepRecord:
     scale: float = 1.0
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A point in an accumulator's history: its sums by name, its number of tokens, and its number of steps."""
+
+    sums: dict[str, Tensor]
+    tokens: int
+    steps: int
+
+
 class BlockAccumulator(ABC):
     """Sums over samples (or batches) of one block's group importances, and a record of each step.
 
@@ -50,12 +59,11 @@ class BlockAccumulator(ABC):
     input_square, tokens: [I] sum of x^2 at the output projection, and over how many tokens.
     """
 
-    def __init__(self, block: Block, ops: ImportanceOps) -> None:
-        """Start at zero; `ops` computes the vectors of one weight's gradient."""
+    def __init__(self, block: Block, ops: ImportanceOps, device: torch.device) -> None:
+        """Start at zero; `ops` computes the vectors of one weight's gradient on `device`."""
         self.block = block
         self.records: list[StepRecord] = []
         self._ops = ops
-        device = block.output.linear.weight.device
         self.first = torch.zeros(block.groups, dtype=torch.float64, device=device)
         self.second = torch.zeros_like(self.first)
         self.mask_square = torch.zeros_like(self.first)
@@ -86,6 +94,19 @@ class BlockAccumulator(ABC):
         self.tokens += self._pending_tokens
         self.pending.scale = scale
         self.records.append(self.pending)
+        self.discard()
+
+    def mark(self) -> "Mark":
+        """What is committed so far, to go back to."""
+        sums = {name: getattr(self, name).clone() for name in _SUMS}
+        return Mark(sums, self.tokens, len(self.records))
+
+    def back_to(self, mark: "Mark") -> None:
+        """Undo what was committed since `mark` was taken, and drop what is pending."""
+        for name, value in mark.sums.items():
+            setattr(self, name, value)
+        self.tokens = mark.tokens
+        del self.records[mark.steps :]
         self.discard()
 
     def state(self) -> dict[str, Tensor]:
@@ -239,10 +260,10 @@ class SampleAccumulator(BlockAccumulator):
 class BatchAccumulator(BlockAccumulator):
     """Scores the gradient of each batch's mean loss. The first-order term needs the mean gradient, which is kept."""
 
-    def __init__(self, block: Block, ops: ImportanceOps) -> None:
+    def __init__(self, block: Block, ops: ImportanceOps, device: torch.device) -> None:
         """As `BlockAccumulator`; one gradient per weight is kept, and the pending one until `commit`."""
         self._gradient_sums: dict[str, Tensor] = {}
-        super().__init__(block, ops)
+        super().__init__(block, ops, device)
 
     def discard(self) -> None:
         """Drop the pending contributions of the current step."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from gradprune.models.loss import times
 from gradprune.models.modes import forward_replaced, frozen
 
 Observer = Callable[[Tensor, Tensor, Tensor], None]
@@ -51,7 +52,7 @@ class _ObservedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.kept.saved_tensors
-        dx = dy @ ctx.weight.to(dy.dtype)
+        dx = times(dy, ctx.weight.to(dy.dtype))
         ctx.observer(x.to(dy.dtype), dy, dx)
         return dx.to(x.dtype), None, None, None
 

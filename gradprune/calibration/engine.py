@@ -1,8 +1,9 @@
 """`ImportanceEngine`: one forward and backward pass per calibration batch, group importances at the end."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from weakref import WeakSet
 
@@ -23,12 +24,22 @@ from gradprune.calibration.methods import (
 )
 from gradprune.calibration.obs import removal_costs
 from gradprune.calibration.reduction import REDUCTIONS
-from gradprune.config import GRADIENT_METHODS, METHODS, ImportanceBackend, Method, ReductionName, check_gradient_fix
+from gradprune.checkpoint.load import load_model
+from gradprune.config import (
+    GRADIENT_METHODS,
+    METHODS,
+    ImportanceBackend,
+    Method,
+    ReductionName,
+    StreamLayers,
+    check_gradient_fix,
+)
 from gradprune.errors import ConfigError, GradPruneError, UnsupportedArchitectureError
 from gradprune.models import BlockKey, describe
 from gradprune.models.backward import deterministic_attention, without_autocast
 from gradprune.models.loss import sample_losses
 from gradprune.models.modes import evaluation_mode
+from gradprune.models.passes import backward_by_layers, waves
 from gradprune.ops.dispatch import select_ops
 from gradprune.ops.vectors import GradientStatistics
 from gradprune.ranks import ALONE, Ranks
@@ -91,7 +102,8 @@ class ImportanceEngine:
 
         Raises:
             UnsupportedArchitectureError: the model has no description, or is no causal LM.
-            ConfigError: unknown method, reduction or fix; a model without weights (on the meta device).
+            ConfigError: unknown method, reduction or fix; a model without weights (on the meta device); "batch" with a
+                streamed model.
             BackendUnavailableError: the backend asked for by name cannot run on the model's device.
         """
         if method not in METHODS:
@@ -112,6 +124,11 @@ class ImportanceEngine:
                 "ranks; choose 'sample', or one process"
             )
         self.ranks = ranks
+        if reduction == "batch" and self._view.residency is not None:
+            raise ConfigError(
+                "reduction: 'batch' keeps a gradient of every weight, more than the model that streaming keeps out of "
+                "memory; choose 'sample', or stream_layers 'off'"
+            )
         self.method = method
         self.gradient_fix = gradient_fix
         self._reduction = REDUCTIONS[reduction]
@@ -122,7 +139,7 @@ class ImportanceEngine:
         ops = select_ops(backend, model.device.type)
         self.backend = ops.backend
         self._accumulators: dict[BlockKey, BlockAccumulator] = {
-            block.key: self._reduction.accumulator(block, ops) for block in self._view.blocks
+            block.key: self._reduction.accumulator(block, ops, model.device) for block in self._view.blocks
         }
         self._samples: list[Tensor] = []
         self._losses: list[Tensor] = []
@@ -131,6 +148,40 @@ class ImportanceEngine:
         self._hooks = ExitStack()
         self._observed: Depth | None = None
         self._open = False
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: str | Path,
+        method: Method = "group_fisher",
+        *,
+        device: str = "cpu",
+        dtype: str = "auto",
+        stream_layers: StreamLayers = "auto",
+        stream_memory: str = "4GiB",
+        backend: ImportanceBackend = "auto",
+        gradient_fix: str = "none",
+    ) -> "ImportanceEngine":
+        """An engine of a checkpoint that need not fit in memory; `model` is its model.
+
+        With a streamed model give `steps` many batches at once, as `waves` divides them.
+
+        Args:
+            checkpoint, device, dtype, stream_layers, stream_memory: as in `gradprune.checkpoint.load.load_model`.
+            method, backend, gradient_fix: as above.
+
+        Raises:
+            GradPruneError: as `load_model` and `ImportanceEngine`.
+        """
+        model, _ = load_model(
+            checkpoint, dtype=dtype, device=device, stream_layers=stream_layers, stream_memory=stream_memory
+        )
+        return cls(model, method, backend=backend, use_gradient_checkpointing=True, gradient_fix=gradient_fix)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that it observes."""
+        return self._model
 
     @property
     def reduction(self) -> ReductionName:
@@ -180,14 +231,41 @@ class ImportanceEngine:
             GradPruneError: outside the engine's context, or `input_ids` are not as above; the message says why.
             NonFiniteError: naming the sample and the layer.
         """
+        self.steps([input_ids])
+
+    def steps(self, batches: Sequence[Tensor]) -> None:
+        """Run several batches, each as `step` does. If one raises, those before it stay.
+
+        A streamed model reads each layer's weights twice for all of them, and they have no effect if one raises. Their
+        residual streams at every layer are kept in the host's memory; `waves` divides batches accordingly.
+
+        Args:
+            batches: [N, T] each, as in `step`.
+        """
         if not self._open:
             raise GradPruneError("step() works inside the engine's context: with engine: engine.step(input_ids)")
-        _check_ids(input_ids, self._vocabulary)
-        depth = self._depth_of_step(len(self._samples))
-        if depth is Depth.NOTHING:
-            return
-        self._observe(depth)
-        input_ids = _on_device(input_ids, self._model.device)
+        for batch in batches:
+            _check_ids(batch, self._vocabulary)
+        left = [_on_device(batch, self._model.device) for batch in batches]
+        while left:
+            done = len(self._samples)
+            depth = self._depth_of_step(done)
+            if depth is Depth.NOTHING:
+                return
+            self._observe(depth)
+            if self._view.residency is None or depth < Depth.MASKS:
+                self._step(left.pop(0))
+                continue
+            first = self._first_steps - done
+            alike = first if first > 0 and self._depth is not Depth.WEIGHTS else len(left)
+            self._wave(left[:alike])
+            left = left[alike:]
+
+    def waves(self, batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Divide batches [N, T] into what `steps` is to be given at once: all that fits `stream_memory`."""
+        return waves(self._view, batches, kept=len(self._view.layers) + 1)
+
+    def _step(self, input_ids: Tensor) -> None:
         try:
             losses = self._run(input_ids)
             if input_ids.device.type == "cpu":
@@ -203,6 +281,40 @@ class ImportanceEngine:
         self._costs = None
         self._samples.append(input_ids)
         self._losses.append(losses)
+
+    def _wave(self, batches: list[Tensor]) -> None:
+        """Batches that pass through a streamed model's layers together, forward and backward."""
+        marks = {key: accumulator.mark() for key, accumulator in self._accumulators.items()}
+        try:
+            # As in `_run`, even if the caller is under no_grad.
+            with torch.inference_mode(False), torch.enable_grad():
+                losses = backward_by_layers(self._view, batches, self._commit_layer)
+            if self._model.device.type == "cpu":
+                self._check_wave(batches, losses)
+        except BaseException:
+            for key, accumulator in self._accumulators.items():
+                accumulator.back_to(marks[key])
+            raise
+        self._costs = None
+        self._samples += batches
+        self._losses += losses
+
+    @torch.no_grad()
+    def _commit_layer(self, layer: int) -> None:
+        """One batch's backward pass has run through a layer; the scale of `reduction="sample"` comes at the end."""
+        for key, accumulator in self._accumulators.items():
+            if key.layer == layer:
+                accumulator.commit()
+
+    def _check_wave(self, batches: list[Tensor], losses: list[Tensor]) -> None:
+        """Raise if a batch of the current wave had a non-finite loss or gradient."""
+        first = sum(len(ids) for ids in self._samples)
+        for number, (batch, of_batch) in enumerate(zip(batches, losses, strict=True), start=len(self._losses)):
+            records = {key: [entry.records[number]] for key, entry in self._accumulators.items()}
+            raise_non_finite_loss(self._view, [batch], of_batch, first)
+            raise_non_finite_gradient(records, self._reduction.unit, first)
+            raise_overflow(records)
+            first += len(batch)
 
     def state(self) -> dict[str, Tensor]:
         """Everything accumulated so far, by name, so that another process can resume: see `restore`."""
@@ -255,7 +367,7 @@ class ImportanceEngine:
         gradients = self.gradients()
         with torch.no_grad():
             wanted = self._components if method is None else components_of(method)
-            components = {name: self._component(name) for name in wanted if name in self._components}
+            components = self._collected([name for name in wanted if name in self._components])
         return Evidence(
             blocks={key: accumulator.block.groups for key, accumulator in self._accumulators.items()},
             layers=len(self._view.layers),
@@ -381,12 +493,15 @@ class ImportanceEngine:
         after = self._gradients(slice(None), scaled=True)
         return GradientScaling(resolve_fix(self.gradient_fix, self.gradients()), scales, after)
 
-    def _component(self, name: str) -> Tensor:
-        """[groups of all blocks] fp64 on the CPU."""
-        if name == "obs":
-            return self._removal_costs()
+    def _collected(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """By name of a component, [groups of all blocks] fp64 on the CPU; each layer's weights are read once."""
         count = self._count
-        return torch.cat([accumulator.component(name, count).cpu() for accumulator in self._accumulators.values()])
+        found: dict[str, list[Tensor]] = {name: [] for name in names if name != "obs"}
+        for key, accumulator in self._accumulators.items():
+            with self._view.resident(key.layer, key.layer + 1):
+                for name, of_blocks in found.items():
+                    of_blocks.append(accumulator.component(name, count).cpu())
+        return {name: self._removal_costs() if name == "obs" else torch.cat(found[name]) for name in names}
 
     def _removal_costs(self) -> Tensor:
         """The component "obs", computed once for the samples so far."""

@@ -71,11 +71,12 @@ def calibrate(
             ranks.world - len(parts), ranks.world, len(parts),
         )  # fmt: skip
     with engine, progress(console, "Calibrating", sum(map(len, own)), "samples") as advance:
-        for batch in own:
-            engine.step(batch)
-            done += len(batch)
+        for wave in engine.waves(own):
+            engine.steps(wave)
+            samples = sum(map(len, wave))
+            done += samples
             after(done)
-            advance(len(batch))
+            advance(samples)
     engine.join(parts)
 
 

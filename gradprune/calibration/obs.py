@@ -79,19 +79,16 @@ def removal_costs(
         current = streams.first
         for layer in range(len(view.layers)):
             written: list[dict[torch.nn.Module, Tensor]] = [{} for _ in current]
-            for block in view.of_layer(layer):
-                linear = block.output.linear
-                inputs = [streams.output_input(block, k, stream, written[k]) for k, stream in enumerate(current)]
-                path = removal_path(
-                    linear.weight,
-                    with_ridge(_mean_gram(block, inputs, ranks)),
-                    block.output.columns,
-                    curvatures[block.key],
-                )
-                costs[block.key] = path.importance()
-                for batch, x in enumerate(inputs):
-                    written[batch][block.module] = linear(x)
-            current = [streams.layer(layer, k, stream, written[k]) for k, stream in enumerate(current)]
+            with view.resident(layer, layer + 1):
+                for block in view.of_layer(layer):
+                    linear = block.output.linear
+                    inputs = [streams.output_input(block, k, stream, written[k]) for k, stream in enumerate(current)]
+                    gram = with_ridge(_mean_gram(block, inputs, ranks))
+                    path = removal_path(linear.weight, gram, block.output.columns, curvatures[block.key])
+                    costs[block.key] = path.importance()
+                    for batch, x in enumerate(inputs):
+                        written[batch][block.module] = linear(x.to(view.device)).to(streams.home)
+                current = [streams.layer(layer, k, stream, written[k]) for k, stream in enumerate(current)]
     return costs
 
 
@@ -101,7 +98,7 @@ def _mean_gram(block: Block, inputs: Sequence[Tensor], ranks: Ranks) -> Tensor:
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=dtype, device=weight.device)
     for x in inputs:
-        add_gram(gram, x.flatten(0, -2))
+        add_gram(gram, x.to(gram.device).flatten(0, -2))
     gram = ranks.sum(gram)
     if not gram.diagonal().isfinite().all():
         raise NonFiniteError(

@@ -7,7 +7,7 @@ At T = 0 M is 1 and no prior is computed.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradprune.models import Block, BlockKey, PrunableModel
-from gradprune.models.loss import mean_loss, sample_losses
+from gradprune.models.passes import Variant, losses, mean_loss, variant_losses
 from gradprune.ranks import ALONE, Ranks
 
 
@@ -46,11 +46,17 @@ def removal_priors(
     removed: dict[BlockKey | int, list[nn.Module]] = {block.key: [block.writer] for block in view.blocks}
     for block in view.blocks:
         removed.setdefault(block.layer, []).append(block.writer)
+
+    def without(of: BlockKey | int) -> Variant:
+        def at(_layer: int) -> AbstractContextManager[None]:
+            return _silenced(removed[of])
+
+        return Variant(at, [of if isinstance(of, int) else of.layer])
+
     dense = mean_loss(view.model, batches)
     own = []
-    for of in ranks.share(list(removed)):
-        with _silenced(removed[of]):
-            own.append(mean_loss(view.model, batches) - dense)
+    for loss in variant_losses(view, batches, [without(of) for of in ranks.share(list(removed))]):
+        own.append(loss.mean().item() - dense)
         advance()
     for _ in range(len(removed) - len(own)):
         advance()
@@ -75,9 +81,8 @@ def similarity_priors(view: PrunableModel, batches: list[Tensor], advance: Calla
         advance: called after each batch.
     """
     probe = _ResidualProbe(view)
-    with probe.attached(), torch.no_grad():
-        for batch in batches:
-            sample_losses(view.model, batch.to(view.device))
+    with torch.no_grad():
+        for _ in losses(view.model, batches, probe.attached):
             advance()
     return Priors(
         block={block.key: probe.distance(block.key) for block in view.blocks},

@@ -22,7 +22,7 @@ def check_index(base_model: str | Path, *, argument: str, local_files_only: bool
     """
     folder = Path(base_model)
     if folder.is_dir():
-        missing = [path.name for path in _weight_files(folder, argument) if not path.is_file()]
+        missing = [path.name for path in weight_files(folder, argument) if not path.is_file()]
         if missing and (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
             raise CheckpointError(
                 f"{argument}: '{base_model}' lacks '{missing[0]}', which its {SAFE_WEIGHTS_INDEX_NAME} names"
@@ -46,7 +46,7 @@ def check_floating(folder: Path, *, argument: str) -> None:
         UnsupportedArchitectureError: naming the first.
         CheckpointError: a file is damaged.
     """
-    for path in _weight_files(folder, argument):
+    for path in weight_files(folder, argument):
         try:
             with safe_open(path, framework="pt") as file:
                 types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -60,7 +60,7 @@ def check_floating(folder: Path, *, argument: str) -> None:
                 )
 
 
-def _weight_files(folder: Path, argument: str) -> list[Path]:
+def weight_files(folder: Path, argument: str) -> list[Path]:
     """The files that transformers reads: one, unless there are only an index and its shards."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():

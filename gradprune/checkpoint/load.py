@@ -1,5 +1,7 @@
 """Checkpoints: load dense and pruned models, save them whole or not at all. Only safetensors, never a pickle."""
 
+import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,18 @@ from transformers.utils.hub import cached_file
 
 from gradprune.checkpoint.files import check_floating, check_index
 from gradprune.checkpoint.gguf_source import find_gguf, plain_copy
-from gradprune.errors import CheckpointError, UnsupportedArchitectureError, one_line
+from gradprune.checkpoint.streamed import EmptyModel, local_folder, weight_bytes
+from gradprune.config import StreamLayers, bytes_of
+from gradprune.errors import CheckpointError, ConfigError, GradPruneError, UnsupportedArchitectureError, one_line
 from gradprune.hub import hub_fault
 from gradprune.models import accepted_kinds
 from gradprune.models.modeling_gradprune import auto_class, per_layer_overrides
+from gradprune.models.sizes import free_memory, in_gib
+
+logger = logging.getLogger(__name__)
+
+# Bytes; PyTorch allocates at multiples of it.
+_ALIGNMENT = 64
 
 # A folder with one of these has a tokenizer. From a tokenizer_config.json alone, transformers makes up an empty one.
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
@@ -31,6 +41,8 @@ def load_model(
     dtype: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    stream_layers: StreamLayers = "off",
+    stream_memory: str = "4GiB",
     argument: str = "base_model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a dense or pruned causal LM and its tokenizer.
@@ -42,6 +54,9 @@ def load_model(
         dtype: of the weights, e.g. "bfloat16"; "auto" keeps the checkpoint's, and is float32 for a GGUF file.
         device: where to put the model.
         trust_remote_code: run code that the checkpoint brings.
+        stream_layers: "on" leaves the decoder layers' weights in their files until they are needed, see
+            `gradprune.models.residency`; "auto" does where they would not all fit on the device.
+        stream_memory: for the residual streams of a streamed model's samples, e.g. "4GiB".
         argument: the option that `base_model` came from, for messages.
 
     Returns:
@@ -49,18 +64,28 @@ def load_model(
 
     Raises:
         CheckpointError: missing, truncated or incomplete; has no safetensors; its tokenizer cannot be read.
+        ConfigError: stream_layers is "on" for a GGUF file.
         UnsupportedArchitectureError: before any weight is read.
     """
     file = find_gguf(base_model)
     if file is not None:
+        if stream_layers == "on":
+            raise ConfigError(
+                f"stream_layers: a GGUF file ('{file}') is dequantised as a whole; choose 'off', or name a folder with "
+                "safetensors"
+            )
         return _load_gguf(file, "float32" if dtype == "auto" else dtype, device, argument)
     _check_folder(base_model, argument)
     source = {"trust_remote_code": trust_remote_code, "local_files_only": _only_cached(base_model)}
     config = _load_config(base_model, source, argument)
     _check_supported(base_model, config, argument)
-    model = _load_weights(base_model, config, dtype, source, argument)
-    tokenizer = _load_tokenizer(base_model, source, argument)
-    return model.to(device).eval(), tokenizer
+    place = torch.device(device)
+    if stream_layers == "on" or (stream_layers == "auto" and _does_not_fit(base_model, config, dtype, source, place)):
+        budget = bytes_of(stream_memory)
+        model = _streamed(base_model, config, dtype, source, argument, device=place, budget=budget)
+    else:
+        model = _aligned(_load_weights(base_model, config, dtype, source, argument).to(device).eval())
+    return model, _load_tokenizer(base_model, source, argument)
 
 
 def load_pruned(directory: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -156,12 +181,7 @@ def _config_class(base_model: str | Path, source: dict[str, bool]) -> Any:
 def _load_weights(
     base_model: str | Path, config: PreTrainedConfig, dtype: str, source: dict[str, bool], argument: str
 ) -> Any:
-    if getattr(config, "transformers_weights", None) is not None:
-        raise CheckpointError(
-            f"{argument}: config.json of '{base_model}' names its weights' file (transformers_weights); only "
-            "model.safetensors and its shards are read"
-        )
-    check_index(base_model, argument=argument, local_files_only=source["local_files_only"])
+    _check_weight_files(base_model, config, source, argument)
     if Path(base_model).is_dir():
         check_floating(Path(base_model), argument=argument)
     pruned = bool(per_layer_overrides(config))
@@ -174,10 +194,7 @@ def _load_weights(
     try:
         model, found = model_class.from_pretrained(base_model, config=config, **options)
     except Exception as error:  # as for the configuration, whose values are first used here
-        raise CheckpointError(
-            f"{argument}: the weights of '{base_model}' cannot be loaded: {one_line(error)} "
-            "(whole safetensors files that fit config.json are needed; pickled .bin weights are never read)"
-        ) from error
+        raise _unreadable(base_model, error, argument) from error
     _check_complete(base_model, found, argument)
     if not Path(base_model).is_dir():
         # A hub model's files have been downloaded only now.
@@ -185,6 +202,84 @@ def _load_weights(
             Path(str(cached_file(base_model, "config.json", local_files_only=True))).parent, argument=argument
         )
     return model
+
+
+def _aligned(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with weights where PyTorch puts its own: matrix products on CPUs round by a matrix's address.
+
+    Weights that transformers leaves in the mapped file lie wherever the file has them: the same weights in other files
+    would give other results. They are copied one by one, and the pages of the file go as others come.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
+    return model
+
+
+def _streamed(
+    base_model: str | Path,
+    config: PreTrainedConfig,
+    dtype: str,
+    source: dict[str, bool],
+    argument: str,
+    *,
+    device: torch.device,
+    budget: int,
+) -> PreTrainedModel:
+    """The model without its decoder layers' weights."""
+    _check_weight_files(base_model, config, source, argument)
+    make: Any
+    if per_layer_overrides(config):
+        pruned: Any = auto_class(config.model_type, "AutoModelForCausalLM")
+        make = pruned._from_config
+    else:
+        make = partial(AutoModelForCausalLM.from_config, trust_remote_code=source["trust_remote_code"])
+    try:
+        folder = local_folder(base_model, local_files_only=source["local_files_only"])
+        check_floating(folder, argument=argument)
+        empty = EmptyModel(folder, config, make, dtype, argument)
+        _check_complete(base_model, empty.found, argument)
+        return empty.streamed(device, budget)
+    except GradPruneError:
+        raise
+    except Exception as error:  # as in `_load_weights`
+        raise _unreadable(base_model, error, argument) from error
+
+
+def _does_not_fit(
+    base_model: str | Path, config: PreTrainedConfig, dtype: str, source: dict[str, bool], device: torch.device
+) -> bool:
+    """Whether a checkpoint's weights take more than what is free on the device; says so if they do."""
+    try:
+        folder = local_folder(base_model, local_files_only=source["local_files_only"])
+        needed, free = weight_bytes(folder, config, dtype), free_memory(device)
+    except Exception:  # whatever is wrong with the files, loading them says it
+        return False
+    if needed > free:
+        logger.warning(
+            "the weights take %s and %s are free on %s: decoder layers are streamed (stream_layers auto)",
+            *(in_gib(needed), in_gib(free), device),
+        )
+    return needed > free
+
+
+def _check_weight_files(
+    base_model: str | Path, config: PreTrainedConfig, source: dict[str, bool], argument: str
+) -> None:
+    """Refuse what would make transformers read other files than safetensors."""
+    if getattr(config, "transformers_weights", None) is not None:
+        raise CheckpointError(
+            f"{argument}: config.json of '{base_model}' names its weights' file (transformers_weights); only "
+            "model.safetensors and its shards are read"
+        )
+    check_index(base_model, argument=argument, local_files_only=source["local_files_only"])
+
+
+def _unreadable(base_model: str | Path, error: Exception, argument: str) -> CheckpointError:
+    return CheckpointError(
+        f"{argument}: the weights of '{base_model}' cannot be loaded: {one_line(error)} "
+        "(whole safetensors files that fit config.json are needed; pickled .bin weights are never read)"
+    )
 
 
 def _check_complete(base_model: str | Path, found: dict[str, Any], argument: str) -> None:

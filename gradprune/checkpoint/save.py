@@ -10,7 +10,9 @@ from transformers import (
 
 import gradprune.models
 from gradprune.checkpoint.atomic import atomic_directory, is_checkpoint
+from gradprune.checkpoint.shards import save_streamed
 from gradprune.models.modeling_gradprune import per_layer_overrides
+from gradprune.models.residency import residency_of
 
 # Never imported here, where MLX need not be installed.
 MLX_FILE = "modeling_mlx.py"
@@ -45,7 +47,11 @@ def write_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
     if in_mlx:
         # The key by which mlx-lm finds it.
         model.config.model_file = MLX_FILE
-    model.save_pretrained(folder)
+    residency = residency_of(model)
+    if residency is None:
+        model.save_pretrained(folder)
+    else:
+        save_streamed(model, residency, folder)
     if in_mlx:
         shutil.copyfile(MLX_SOURCE, folder / MLX_FILE)
     if tokenizer is not None:

@@ -1,6 +1,7 @@
 """The options of a run. Each is defined once, with its default, help and domain, in `gradprune.config.parts`."""
 
 from gradprune.config.command_line import again, command_line
+from gradprune.config.domains import bytes_of
 from gradprune.config.gradient_fix import GRADIENT_FIXES, check_gradient_fix
 from gradprune.config.option import Option, Options, options_of
 from gradprune.config.parts import (
@@ -25,6 +26,7 @@ from gradprune.config.parts import (
     RepairName,
     Scoring,
     Search,
+    StreamLayers,
 )
 from gradprune.config.prune_config import OLDER_NAMES, OPTIONS, PruneConfig
 
@@ -56,7 +58,9 @@ __all__ = [
     "RepairName",
     "Scoring",
     "Search",
+    "StreamLayers",
     "again",
+    "bytes_of",
     "check_gradient_fix",
     "command_line",
     "options_of",

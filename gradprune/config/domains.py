@@ -1,6 +1,7 @@
 """Domains: which values of its type an option takes, and in which words it refuses the others."""
 
 import math
+import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +50,39 @@ def finite(words: str, contains: Callable[[float], bool]) -> Domain:
     return Domain(
         phrase, lambda value: None if math.isfinite(value) and contains(value) else f"{value} is not {phrase}"
     )
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?B)?", re.IGNORECASE)
+
+
+def bytes_of(size: str) -> int:
+    """The bytes of a size such as "4GiB", "512 MiB", "1.5G" or "80GB".
+
+    KB, MB, GB and TB are powers of 1000; KiB and K, and so on, are powers of 1024.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    match = _SIZE.fullmatch(size.strip())
+    if match is None:
+        raise ValueError(size)
+    number, unit, suffix = match.groups()
+    power = 1000 ** "_KMGT".index(unit.upper()) if unit and (suffix or "").upper() == "B" else _UNITS[unit.upper()]
+    return int(float(number) * power)
+
+
+def memory_size() -> Domain:
+    """Text that says how much memory: at least one byte."""
+    words = "a size such as 4GiB or 512MiB"
+
+    def fault(value: str) -> str | None:
+        try:
+            return None if bytes_of(value) > 0 else f"{value!r} is nothing; give {words}"
+        except ValueError:
+            return f"{value!r} is not {words}"
+
+    return Domain(words, fault)
 
 
 def path(what: str) -> Domain:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from gradprune.config.domains import INT64_MAX, at_least, finite, folder_name, numbers, path
+from gradprune.config.domains import INT64_MAX, at_least, finite, folder_name, memory_size, numbers, path
 from gradprune.config.gradient_fix import FIX_OR_CHAIN, GRADIENT_FIXES
 from gradprune.config.option import Options, option
 from gradprune.errors import ConfigError
@@ -24,6 +24,8 @@ Serve = Literal["hf", "vllm", "gguf", "uniform"]
 RepairName = Literal["none", "least_squares"]
 EvidenceName = Literal["needed", "all"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+# Whether decoder layers pass through the device one at a time; see `gradprune.models.residency`.
+StreamLayers = Literal["auto", "on", "off"]
 # Who computes the importance ops, and the gradient ops; see `gradprune.ops.dispatch`.
 ImportanceBackend = Literal["auto", "reference", "cpp", "triton"]
 GradientBackend = Literal["auto", "reference", "cpp", "cuda"]
@@ -47,6 +49,14 @@ class Model(Options):
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA if available.", path("a device of PyTorch"))
     dtype: Dtype = option("auto", "Type of the weights; auto keeps the checkpoint's.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
+    stream_layers: StreamLayers = option(
+        "auto", "Keep one decoder layer in memory at a time; auto does where the whole model would not fit."
+    )
+    stream_memory: str = option(
+        "4GiB",
+        "Memory for the residual streams of streamed samples; more of it reads the weights less often.",
+        memory_size(),
+    )
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from gradprune.data.windows import batches
 from gradprune.errors import CalibrationError, NonFiniteError
-from gradprune.models.loss import sample_losses
 from gradprune.models.modes import evaluation_mode
+from gradprune.models.passes import losses
 from gradprune.progress import progress
 from gradprune.ranks import ALONE, Ranks
 
@@ -64,9 +64,8 @@ def perplexity(
     nll: list[Tensor] = []
     shown = progress(console or Console(quiet=True), "Measuring perplexity", sum(len(n) for _, n in own), "windows")
     with shown as advance, evaluation_mode(model):
-        for part, windows in own:
-            found = _finite(sample_losses(model, part.to(model.device)), windows)
-            nll.append(torch.tensor(found, dtype=torch.float64) * (part.shape[1] - 1))
+        for (part, windows), found in zip(own, losses(model, [part for part, _ in own]), strict=True):
+            nll.append(torch.tensor(_finite(found, windows), dtype=torch.float64) * (part.shape[1] - 1))
             advance(len(part))
     predicted = sum(part.shape[0] * (part.shape[1] - 1) for part in parts)
     mean = math.fsum(torch.cat(ranks.joined(nll)).tolist()) / predicted
@@ -91,9 +90,9 @@ def _windows(tokens: Tensor, seq_len: int, batch_size: int, max_windows: int | N
     return numbers, list(batches(whole[numbers], batch_size))
 
 
-def _finite(losses: Tensor, windows: list[int]) -> list[float]:
+def _finite(found: Tensor, windows: list[int]) -> list[float]:
     """Copy the losses [N] of the first N of `windows` (indices) to the host; raise if one is not finite."""
-    values: list[float] = losses.tolist()
+    values: list[float] = found.tolist()
     for window, value in zip(windows, values, strict=False):
         if not math.isfinite(value):
             raise NonFiniteError(f"loss of evaluation window {window} is {value}")

@@ -1,5 +1,7 @@
 """The prunable blocks of a loaded model: which rows and columns of which weights form each group."""
 
+from collections.abc import Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,6 +11,7 @@ from transformers import PreTrainedModel
 
 from gradprune.errors import UnsupportedArchitectureError
 from gradprune.models.kinds import BlockKey, Kind
+from gradprune.models.residency import Residency, residency_of
 
 
 @dataclass(frozen=True)
@@ -163,3 +166,25 @@ class PrunableModel:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
+
+    @property
+    def residency(self) -> Residency | None:
+        """How the layers of a streamed model come and go; None for a model that is whole in memory."""
+        return residency_of(self.model)
+
+    def resident(self, layer: int, then: int | None = None) -> AbstractContextManager[None]:
+        """Inside the context the weights of a decoder layer are in memory; see `Residency.resident`."""
+        return nullcontext() if self.residency is None else self.residency.resident(layer, then)
+
+    @contextmanager
+    def rewriting(self, block: Block) -> Iterator[None]:
+        """Inside the context the parameters of a block's output projection can be changed in place, for good."""
+        with self.resident(block.layer, block.layer + 1):
+            yield
+            if self.residency is not None:
+                for name, _ in block.output.linear.named_parameters():
+                    self.residency.replace(block.layer, f"{block.path}.{block.output.path}.{name}")
+
+    def shelf(self) -> MutableMapping[nn.Linear, Tensor]:
+        """An empty mapping for weights of the model's output projections: in files where the model is streamed."""
+        return {} if self.residency is None else self.residency.shelf()

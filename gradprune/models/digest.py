@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gradprune.models.residency import residency_of
+
 # What differs between two copies of one model: where it was read from, by which release, and what generation does.
 _INCIDENTAL = ("_name_or_path", "transformers_version", "architectures", "auto_map", "use_cache", "output_attentions")
 _CHUNK = 1 << 24  # elements that are on the host at once
@@ -21,9 +23,15 @@ def model_digest(model: PreTrainedModel) -> str:
     """
     config = {name: value for name, value in model.config.to_dict().items() if name not in _INCIDENTAL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    tensors = dict(model.state_dict())
+    tensors, residency = dict(model.state_dict()), residency_of(model)
+
+    def of(name: str) -> bytes:
+        if residency is not None and name in residency.sources:
+            return _tensor_digest(residency.read(name))
+        return _tensor_digest(tensors[name])
+
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for name, found in zip(tensors, pool.map(_tensor_digest, tensors.values()), strict=True):
+        for name, found in zip(tensors, pool.map(of, tensors), strict=True):
             digest.update(name.encode() + found)
     return digest.hexdigest()
 

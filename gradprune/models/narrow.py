@@ -20,35 +20,37 @@ def narrow(view: PrunableModel, masks: GroupMasks) -> None:
     for block in view.blocks:
         kept = masks[block]
         if kept.any():
-            _shrink(block, kept)
+            _shrink(view, block, kept)
         else:
             drop_block(view.layers[block.layer], block.kind.name)
     state_widths(view_of(view.model, kinds), before=view)
 
 
-def _shrink(block: Block, kept: Tensor) -> None:
+def _shrink(view: PrunableModel, block: Block, kept: Tensor) -> None:
     """Keep only the rows and columns of the kept groups ([groups] bool, at least one True)."""
     if kept.all():
         return
     groups = kept.nonzero().flatten()
     for entry in block.inputs:
-        rows = entry.rows_of(groups).to(entry.linear.weight.device)
-        entry.linear.weight = parameter_like(entry.linear.weight, entry.linear.weight.index_select(0, rows))
+        rows = entry.rows_of(groups)
         entry.linear.out_features = len(rows)
-        if entry.linear.bias is not None:
-            entry.linear.bias = parameter_like(entry.linear.bias, entry.linear.bias.index_select(0, rows))
+        for name, _ in list(entry.linear.named_parameters()):
+            _select(view, block, f"{entry.path}.{name}", 0, rows)
     for rider in block.riders:
-        owner, _, name = rider.path.rpartition(".")
-        rows = rider.rows_of(groups).to(rider.parameter.device)
-        setattr(
-            block.module.get_submodule(owner),
-            name,
-            parameter_like(rider.parameter, rider.parameter.index_select(0, rows)),
-        )
-    output = block.output.linear
-    columns = block.output.columns_of(groups).to(output.weight.device)
-    output.weight = parameter_like(output.weight, output.weight.index_select(1, columns))
-    output.in_features = len(columns)
+        _select(view, block, rider.path, 0, rider.rows_of(groups))
+    columns = block.output.columns_of(groups)
+    block.output.linear.in_features = len(columns)
+    _select(view, block, f"{block.output.path}.weight", 1, columns)
+
+
+def _select(view: PrunableModel, block: Block, path: str, dim: int, index: Tensor) -> None:
+    """Keep only the `index` ([k] int64) rows (dim 0) or columns (dim 1) of the parameter at `path` in the block."""
+    owner, _, name = path.rpartition(".")
+    module = block.module.get_submodule(owner)
+    old = module.get_parameter(name)
+    setattr(module, name, parameter_like(old, old.index_select(dim, index.to(old.device))))
+    if view.residency is not None:
+        view.residency.cut(block.layer, f"{block.path}.{path}", dim, index)
 
 
 def parameter_like(old: Tensor, new: Tensor) -> nn.Parameter:

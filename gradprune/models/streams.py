@@ -3,10 +3,13 @@
 A decoder layer adds what its blocks write to the stream. Here a block is run up to its output projection, whose input
 is then known for all batches; its output is computed from that with the caller's weights, and the rest of the layer
 runs with this output. So every module runs once per layer, and no weight of the model is touched.
+
+Where the model is streamed (see `gradprune.models.residency`), what is between its layers is kept in the host's memory,
+and one batch of it at a time is on the device.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -27,20 +30,26 @@ class Streams:
     """The arguments that a model's layers receive for some batches; the caller keeps the streams.
 
     first: per batch, [N, T, H], what enters the first layer.
+    home: where streams, and what blocks read and write, are kept between calls.
     """
 
     def __init__(self, view: PrunableModel, batches: Sequence[Tensor]) -> None:
         """Record the arguments that the layers receive for batches of ids, [N, T] int64 each, without running them."""
         self._view = view
+        self.home = view.device if view.residency is None else torch.device("cpu")
         self._batches = [batch.to(view.device) for batch in batches]
         self._returned = self._count_returned(self._batches[0][:1]) if self._batches else {}
         recorded = [self._record(batch) for batch in self._batches]
-        self.first = [stream for stream, _ in recorded]
+        self.first = [stream.to(self.home) for stream, _ in recorded]
         # What transformers passes to each layer beside the stream: masks, positions.
         self._arguments = [arguments for _, arguments in recorded]
 
     def layer(self, layer: int, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
         """The stream [N, T, H] after a layer; the modules in `written` are not run, and write what is given."""
+        return self.on_device(layer, batch, stream.to(self._view.device), written).to(self.home)
+
+    def on_device(self, layer: int, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
+        """`layer` of a stream that is on the device already; the result is there, too, and differentiable."""
         with self._answering(written):
             output = self._view.layers[layer](stream, **self._arguments[batch][layer])
         after: Tensor = output[0] if isinstance(output, tuple) else output
@@ -51,7 +60,7 @@ class Streams:
         written: dict[nn.Module, Tensor] = {}
 
         def keep(module: nn.Module, _args: Any, output: Any) -> None:
-            written[module] = output[0] if isinstance(output, tuple) else output
+            written[module] = (output[0] if isinstance(output, tuple) else output).to(self.home)
 
         with _removed([block.module.register_forward_hook(keep) for block in self._view.of_layer(layer)]):
             return self.layer(layer, batch, stream, {}), written
@@ -68,26 +77,40 @@ class Streams:
             try:
                 self.layer(block.layer, batch, stream, written)
             except _StoppedError:
-                return reached[0]
+                return reached[0].to(self.home)
         raise AssertionError(f"layer {block.layer} does not run its {block.output.path}")
 
     def mean_loss(self, streams: Sequence[Tensor], first: int, ranks: Ranks = ALONE) -> float:
         """Mean loss of all ranks' samples from batch `first` on, in nats per token, given the last layer's streams."""
-        losses = []
-        for batch, stream in enumerate(streams[first:], start=first):
-            with self._answering(dict.fromkeys(self._view.layers, stream)):
-                losses.append(sample_losses(self._view.model, self._batches[batch]))
-        return torch.cat(ranks.joined(losses)).double().mean().item()
+        return torch.cat(ranks.joined(self._losses_from(streams, first))).double().mean().item()
 
-    def _count_returned(self, ids: Tensor) -> dict[nn.Module, int]:
-        """Number of values that each block's module and each layer returns; 0 for a bare tensor."""
-        counts: dict[nn.Module, int] = {}
+    def losses_of(self, streams: Sequence[Tensor], first: int) -> Tensor:
+        """[samples] fp64 on the CPU: the losses of the samples from batch `first` on, as in `mean_loss`."""
+        return torch.cat(self._losses_from(streams, first)).double().cpu()
+
+    def _losses_from(self, streams: Sequence[Tensor], first: int) -> list[Tensor]:
+        return [
+            self.losses(batch, stream.to(self._view.device))
+            for batch, stream in enumerate(streams[first:], start=first)
+        ]
+
+    def losses(self, batch: int, stream: Tensor) -> Tensor:
+        """[N] each sample's loss, given the stream after the last layer, on the device; differentiable."""
+        with self._answering(dict.fromkeys(self._view.layers, stream)):
+            return sample_losses(self._view.model, self._batches[batch])
+
+    def _count_returned(self, ids: Tensor) -> dict[type[nn.Module], int]:
+        """Number of values that each class of blocks' modules and of layers returns; 0 for a bare tensor."""
+        modules = [*(block.module for block in self._view.blocks), *self._view.layers]
+        wanted = {type(module) for module in modules}
+        counts: dict[type[nn.Module], int] = {}
 
         def count(module: nn.Module, _args: Any, output: Any) -> None:
-            counts[module] = len(output) if isinstance(output, tuple) else 0
+            counts[type(module)] = len(output) if isinstance(output, tuple) else 0
+            if wanted <= counts.keys():
+                raise _StoppedError
 
-        modules = [*(block.module for block in self._view.blocks), *self._view.layers]
-        with _removed([module.register_forward_hook(count) for module in modules]):
+        with _removed([module.register_forward_hook(count) for module in modules]), suppress(_StoppedError):
             self._view.model.get_decoder()(input_ids=ids, use_cache=False)
         return counts
 
@@ -112,12 +135,12 @@ class Streams:
         """Make modules return the given tensors without running."""
         with ExitStack() as stack:
             for module, value in given.items():
-                answer = self._answer(module, value)
+                answer = self._answer(module, value.to(self._view.device))
                 stack.enter_context(forward_replaced(module, lambda *_args, _answer=answer, **_kwargs: _answer))
             yield
 
     def _answer(self, module: nn.Module, value: Tensor) -> Any:
-        count = self._returned[module]
+        count = self._returned[type(module)]
         return (value, *[None] * (count - 1)) if count else value
 
 

@@ -49,6 +49,13 @@ def missing_kinds(model: PreTrainedModel) -> dict[str, str]:
     return reasons
 
 
+def layers_path(model: PreTrainedModel) -> str:
+    """The name of the model's list of decoder layers, such as "model.layers"."""
+    layers = layers_of(model)
+    path: str = next(name for name, module in model.named_modules() if module is layers)
+    return path
+
+
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The model's decoder layers.
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from gradprune.data.windows import batches, check_context
 from gradprune.errors import CalibrationError, NonFiniteError, RecoveryError
 from gradprune.models import describe
-from gradprune.models.loss import mean_loss, sample_losses
+from gradprune.models.loss import sample_losses
+from gradprune.models.passes import mean_loss
 from gradprune.progress import QUIET, progress
 from gradprune.recovery.losses import distillation_loss
 from gradprune.recovery.options import RecoveryConfig

@@ -24,6 +24,8 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
         inplace: cut `model` itself, layer by layer. Otherwise `model` is unchanged, and the result is a new model
             that shares memory with it for every tensor that was not cut.
 
+    A streamed model's weights are cut when they are read.
+
     Returns:
         The cut model: of its original class where all layers have the same widths, else of the class in
         `modeling_gradprune`, with `per_layer_config` in its configuration.
@@ -35,9 +37,13 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
     view = describe(model)
     check_class(model)
     _check_masks(view, masks)
+    if view.residency is not None:
+        view.residency.release()
     if not inplace:
-        model = _sharing_copy(model)
-        view = describe(model)
+        copied = _sharing_copy(model)
+        if view.residency is not None:
+            view.residency.copy_for(copied)
+        model, view = copied, describe(copied)
     narrow(view, masks)
     return model
 

@@ -18,7 +18,7 @@ pruned layer's output: He et al. 2017, arXiv:1707.06168.)
 import bisect
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -122,9 +122,12 @@ def least_squares(
     for _ in left:
         advance()
     for block, kept in masks_by_block(view, masks):
-        if block.output.linear in best.solved:
-            block.output.linear.weight.copy_(best.solved[block.output.linear])
-        mask_output(block, kept)
+        if kept.all():
+            continue
+        with view.rewriting(block):
+            if block.output.linear in best.solved:
+                block.output.linear.weight.copy_(best.solved[block.output.linear])
+            mask_output(block, kept)
     return best.repairs
 
 
@@ -145,7 +148,7 @@ class _Path:
 
     blend: float
     streams: list[Tensor]
-    solved: dict[nn.Linear, Tensor] = field(default_factory=dict)
+    solved: MutableMapping[nn.Linear, Tensor]
     repairs: list[BlockRepair] = field(default_factory=list)
     loss: float = 0.0
 
@@ -165,14 +168,15 @@ def _solve_all(
     own = ranks.share(samples)
     streams = Streams(view, [*own, *ranks.share(held_out)])
     parts = [slice(len(own)), slice(len(own), None)] if held_out else [slice(None)]
-    paths = [_Path(blend, list(streams.first)) for blend in blends]
+    paths = [_Path(blend, list(streams.first), view.shelf()) for blend in blends]
     dense = _Dense(streams) if any(blends) else None
     for layer in range(len(view.layers)):
         blocks = [(block, masks[block]) for block in view.of_layer(layer)]
-        if dense is not None:
-            dense.pass_layer(layer)
-        for path in paths:
-            _pass_layer(streams, layer, blocks, path, dense, parts, ridges, ranks)
+        with view.resident(layer, layer + 1):
+            if dense is not None:
+                dense.pass_layer(layer)
+            for path in paths:
+                _pass_layer(streams, layer, blocks, path, dense, parts, ridges, ranks)
         for _ in blocks:
             step()
     if held_out and len(paths) > 1:
@@ -228,7 +232,9 @@ def _pass_layer(
             path.solved[block.output.linear], repair = _solve_block(block, kept, moments, path.blend, ridges)
             path.repairs.append(repair)
         for batch, stream in enumerate(path.streams):
-            write = _write(block, inputs[batch], path.solved) if kept.any() else torch.zeros_like(stream)
+            write = (
+                _write(block, inputs[batch], path.solved).to(streams.home) if kept.any() else torch.zeros_like(stream)
+            )
             written[batch][block.module] = write
             if ahead is not None:
                 assert dense is not None
@@ -245,9 +251,9 @@ def _wanted(block: Block, ahead: Tensor, written: dict[nn.Module, Tensor]) -> Te
     return own if block.adds is None else ahead / block.adds + own
 
 
-def _write(block: Block, x: Tensor, solved: dict[nn.Linear, Tensor]) -> Tensor:
+def _write(block: Block, x: Tensor, solved: MutableMapping[nn.Linear, Tensor]) -> Tensor:
     linear = block.output.linear
-    return F.linear(x, solved.get(linear, linear.weight), linear.bias)
+    return F.linear(x.to(linear.weight.device), solved.get(linear, linear.weight), linear.bias)
 
 
 def _solve_block(
@@ -353,10 +359,11 @@ def _moments(block: Block, inputs: Sequence[Tensor], wanted: Sequence[Tensor] | 
         torch.zeros(size, dtype=dtype, device=linear.weight.device) for size in ((width, width), (outputs, width), ())
     )
     for batch, x in enumerate(inputs):
-        rows = x.flatten(0, -2)
+        rows = x.to(gram.device).flatten(0, -2)
         add_gram(gram, rows)
         if wanted is not None:
-            z = (wanted[batch] if linear.bias is None else wanted[batch] - linear.bias).flatten(0, -2)
+            z = wanted[batch].to(gram.device)
+            z = (z if linear.bias is None else z - linear.bias).flatten(0, -2)
             add_product(cross, z, rows)
             square += _dot(z.to(dtype), z.to(dtype))
     gram = ranks.sum(gram)

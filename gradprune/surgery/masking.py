@@ -3,8 +3,8 @@
 Zeroing a group's columns of the output projection has the same effect as cutting the group.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +22,41 @@ def masks_by_block(view: PrunableModel, masks: GroupMasks) -> Iterator[tuple[Blo
 @contextmanager
 def output_weights_restored(view: PrunableModel, masks: GroupMasks) -> Iterator[None]:
     """On exit, restore the output projections (weights and biases) of the blocks that `masks` prunes."""
-    saved: list[tuple[Tensor, Tensor]] = []
-    for block, kept in masks_by_block(view, masks):
-        if not kept.all():
-            saved += [(parameter, parameter.detach().clone()) for parameter in block.output.linear.parameters()]
+    pruned = (block for block, kept in masks_by_block(view, masks) if not kept.all())
+    # A streamed model's weights are not changed in memory: others take their place.
+    with _restored(pruned) if view.residency is None else view.residency.restored():
+        yield
+
+
+@contextmanager
+def masked(view: PrunableModel, masks: GroupMasks) -> Iterator[None]:
+    """Inside the context the model, which is whole in memory, computes what the cut one would."""
+    with ExitStack() as stack:
+        for layer in range(len(view.layers)):
+            stack.enter_context(masked_layer(view, masks, layer))
+        yield
+
+
+@contextmanager
+def masked_layer(view: PrunableModel, masks: GroupMasks, layer: int) -> Iterator[None]:
+    """Inside the context a decoder layer, whose weights are in memory, computes what the cut one would."""
+    pruned = [block for block in view.of_layer(layer) if not masks[block].all()]
+    with _restored(pruned):
+        for block in pruned:
+            mask_output(block, masks[block])
+        yield
+
+
+@contextmanager
+def _restored(blocks: Iterable[Block]) -> Iterator[None]:
+    """On exit, restore the output projections (weights and biases) of blocks in memory."""
+    saved = [(own, own.detach().clone()) for block in blocks for own in block.output.linear.parameters()]
     try:
         yield
     finally:
         with torch.no_grad():
             for parameter, before in saved:
                 parameter.copy_(before)
-
-
-@contextmanager
-def masked(view: PrunableModel, masks: GroupMasks) -> Iterator[None]:
-    """Inside the context the model computes what the cut one would."""
-    with output_weights_restored(view, masks):
-        for block, kept in masks_by_block(view, masks):
-            mask_output(block, kept)
-        yield
 
 
 @torch.no_grad()

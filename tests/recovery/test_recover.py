@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from gradprune.checkpoint.load import load_pruned
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.errors import CalibrationError, NonFiniteError, RecoveryError
-from gradprune.models.loss import mean_loss
+from gradprune.models.passes import mean_loss
 from gradprune.recovery import recover as module
 from gradprune.recovery.losses import distillation_loss
 from gradprune.recovery.options import RecoveryConfig

@@ -8,8 +8,8 @@ import gradprune.surgery.least_squares as solver
 from gradprune.config import PruneConfig
 from gradprune.errors import NonFiniteError
 from gradprune.models import BlockKey, describe
-from gradprune.models.loss import mean_loss
 from gradprune.models.masks import GroupMasks
+from gradprune.models.passes import mean_loss
 from gradprune.surgery.cut import cut
 from gradprune.surgery.least_squares import RIDGES, least_squares, repair_steps
 from gradprune.surgery.masking import masked, masks_by_block, output_weights_restored

@@ -1,0 +1,180 @@
+"""Losses of batches: batch by batch where the model is whole, layer by layer for many batches where it is streamed.
+
+A streamed model's batches advance together, so that each layer is read once for all of them. What is computed for a
+batch, and in which order, is the same either way.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gradprune.models import PrunableModel, describe
+from gradprune.models.backward import without_autocast
+from gradprune.models.loss import sample_losses
+from gradprune.models.residency import residency_of
+from gradprune.models.streams import Streams
+
+
+def losses(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    watched: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[Tensor]:
+    """[N] each sample's loss, batch by batch, on the model's device, in nats per token; not differentiable.
+
+    Args:
+        model: a causal LM, whole or streamed.
+        batches: [N, T] int64 each.
+        watched: a context in which all layers run, once for each batch, and are not called otherwise.
+    """
+    if residency_of(model) is None:
+        for batch in batches:
+            with watched():
+                found = sample_losses(model, batch.to(model.device)).detach()
+            yield found
+        return
+    view = describe(model)
+    # Two streams of each sample at a time: before a layer, and after it.
+    for wave in waves(view, batches, kept=2):
+        streams = Streams(view, wave)
+        current = streams.first
+        with watched():
+            for layer in range(len(view.layers)):
+                current = [streams.layer(layer, k, stream, {}) for k, stream in enumerate(current)]
+        for k, stream in enumerate(current):
+            yield streams.losses(k, stream.to(view.device)).detach()
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, batches: Sequence[Tensor]) -> float:
+    """Mean of l_n over the samples of all batches [N, T], in nats per token."""
+    return losses_of(model, batches).mean().item()
+
+
+@torch.no_grad()
+def losses_of(model: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
+    """[samples] fp64 on the CPU: l_n of each sample of all batches [N, T], in nats per token."""
+    return torch.cat(list(losses(model, batches))).double().cpu()
+
+
+def waves(view: PrunableModel, batches: Sequence[Tensor], kept: int) -> Iterator[list[Tensor]]:
+    """Consecutive batches that pass through a model's layers together.
+
+    One by one where the model is whole; where it is streamed, as many as have their streams within its budget.
+
+    Args:
+        view: the model.
+        batches: [N, T] int64 each.
+        kept: residual streams [N, T, H] of each batch that are in memory at once.
+    """
+    residency = view.residency
+    budget = 0 if residency is None else residency.budget
+    wave: list[Tensor] = []
+    taken = 0
+    for batch in batches:
+        size = kept * stream_bytes(view, [batch])
+        if wave and taken + size > budget:
+            yield wave
+            wave, taken = [], 0
+        wave.append(batch)
+        taken += size
+    if wave:
+        yield wave
+
+
+def stream_bytes(view: PrunableModel, batches: Sequence[Tensor]) -> int:
+    """Bytes of one residual stream [N, T, H] of every batch."""
+    hidden: int = view.model.config.hidden_size
+    return sum(batch.numel() for batch in batches) * hidden * view.model.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The model with some layers changed.
+
+    at: the context in which a layer runs; what it changes about the layer it undoes on exit.
+    layers: those that it changes, at least one.
+    """
+
+    at: Callable[[int], AbstractContextManager[None]]
+    layers: Sequence[int]
+
+
+@torch.no_grad()
+def variant_losses(view: PrunableModel, batches: Sequence[Tensor], variants: Sequence[Variant]) -> Iterator[Tensor]:
+    """For each variant, [samples] fp64 on the CPU: each sample's loss, in nats per token.
+
+    Where the model is streamed, many variants pass through a layer while it is in memory, and each leaves the common
+    stream at the first layer that it changes.
+    """
+    if view.residency is None:
+        for variant in variants:
+            with ExitStack() as stack:
+                for layer in variant.layers:
+                    stack.enter_context(variant.at(layer))
+                found = losses_of(view.model, batches)
+            yield found
+        return
+    together = max(1, view.residency.budget // stream_bytes(view, batches) - 2)
+    for start in range(0, len(variants), together):
+        yield from _streamed_losses(view, batches, variants[start : start + together])
+
+
+def _streamed_losses(view: PrunableModel, batches: Sequence[Tensor], variants: Sequence[Variant]) -> list[Tensor]:
+    streams = Streams(view, batches)
+    common = streams.first
+    current: list[list[Tensor]] = [[] for _ in variants]
+    for layer in range(len(view.layers)):
+        with view.resident(layer, layer + 1):
+            for number, variant in enumerate(variants):
+                if layer < min(variant.layers):
+                    continue
+                before = current[number] or common
+                with ExitStack() as stack:
+                    if layer in variant.layers:
+                        stack.enter_context(variant.at(layer))
+                    current[number] = [streams.layer(layer, k, stream, {}) for k, stream in enumerate(before)]
+            if any(layer < min(variant.layers) for variant in variants):
+                common = [streams.layer(layer, k, stream, {}) for k, stream in enumerate(common)]
+    return [streams.losses_of(each, 0) for each in current]
+
+
+def backward_by_layers(view: PrunableModel, batches: Sequence[Tensor], passed: Callable[[int], None]) -> list[Tensor]:
+    """Backpropagate the sum of each batch's sample losses through a streamed model; each weight is read twice.
+
+    What a whole model computes that recomputes its layers in the backward pass: forward without gradients, keeping the
+    stream before every layer in the host's memory; then, from the last layer to the first, forward again and backward.
+
+    Args:
+        view: the model, whose parameters are frozen.
+        batches: [N, T] int64 each, on the model's device.
+        passed: called with the layer after each batch's backward pass through it, while its weights are in memory.
+
+    Returns:
+        Per batch, [N] each sample's loss.
+    """
+    streams = Streams(view, batches)
+    before: list[list[Tensor]] = [[stream.detach() for stream in streams.first]]
+    with torch.no_grad():
+        for layer in range(len(view.layers)):
+            before.append([streams.layer(layer, k, stream, {}) for k, stream in enumerate(before[-1])])
+    losses, gradients = [], []
+    for k, stream in enumerate(before.pop()):
+        top = stream.to(view.device).requires_grad_()
+        losses.append(streams.losses(k, top))
+        with without_autocast(view.device):
+            gradients.append(torch.autograd.grad(losses[-1].sum(), top)[0].to(streams.home))
+    for layer in reversed(range(len(view.layers))):
+        with view.resident(layer, layer - 1):
+            for k, stream in enumerate(before.pop()):
+                entered = stream.to(view.device).requires_grad_()
+                after = streams.on_device(layer, k, entered, {})
+                with without_autocast(view.device):
+                    gradient = torch.autograd.grad(after, entered, gradients[k].to(view.device))[0]
+                gradients[k] = gradient.to(streams.home)
+                passed(layer)
+    return [each.detach() for each in losses]

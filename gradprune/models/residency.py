@@ -1,0 +1,324 @@
+"""Residency: a model whose decoder layers' weights are in memory only while they are needed.
+
+The embedding, the last norm and the head stay on the device. A decoder layer's parameters are placeholders on the meta
+device until the layer runs: then its weights are read from their safetensors files, which are mapped and not read
+whole, and they are let go when another layer is needed. While one layer computes on an accelerator, the next one is
+read. Whoever runs the layers in order for many samples reads each weight once for all of them.
+
+Everything else sees an ordinary model: it can be run, described, cut and saved. Cutting and re-solved weights change
+where a weight comes from, see `Source`; no weight of the files is ever written to.
+"""
+
+import tempfile
+import weakref
+from collections.abc import Iterator, MutableMapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class Source(Protocol):
+    """Where a weight comes from."""
+
+    def read(self) -> Tensor:
+        """The weight on the CPU; it may share memory with a mapped file."""
+
+
+class WeightFile:
+    """A safetensors file, mapped into memory."""
+
+    def __init__(self, path: Path) -> None:
+        """path: of the file, which stays open."""
+        self.path = path
+
+    @cached_property
+    def _file(self) -> Any:
+        return safe_open(self.path, framework="pt")
+
+    def shape(self, name: str) -> list[int]:
+        """Of a tensor in it."""
+        return list(self._file.get_slice(name).get_shape())
+
+    def names(self) -> list[str]:
+        """Of all tensors in it."""
+        return list(self._file.keys())
+
+    def tensor(self, name: str) -> Tensor:
+        """[...] on the CPU, a view of the file."""
+        found: Tensor = self._file.get_tensor(name)
+        return found
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight as it is in a file."""
+
+    file: WeightFile
+    name: str
+
+    def read(self) -> Tensor:
+        """As the file has it."""
+        return self.file.tensor(self.name)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A weight of which only some rows (dim 0) or columns (dim 1) are left."""
+
+    whole: Source
+    dim: int
+    index: Tensor
+
+    def read(self) -> Tensor:
+        """A copy of these rows or columns."""
+        return self.whole.read().index_select(self.dim, self.index)
+
+
+class Spilled:
+    """A tensor in a file of its own, which is deleted with this object."""
+
+    def __init__(self, tensor: Tensor, folder: Path) -> None:
+        """Write `tensor` into a new file in `folder`."""
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".safetensors", delete=False) as file:
+            path = Path(file.name)
+        self._delete = weakref.finalize(self, partial(path.unlink, missing_ok=True))
+        save_file({"tensor": tensor.detach().cpu().contiguous()}, path)
+        self._stored = Stored(WeightFile(path), "tensor")
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU."""
+        return self._stored.read()
+
+
+class Shelf(MutableMapping[nn.Linear, Tensor]):
+    """Weights by module that wait in files; the last one read or written is in memory too."""
+
+    def __init__(self, device: torch.device, folder: Path) -> None:
+        """device: where weights are wanted. folder: of the files."""
+        self._device, self._folder = device, folder
+        self._spilled: dict[nn.Linear, Spilled] = {}
+        self._last: tuple[nn.Linear, Tensor] | None = None
+
+    def __setitem__(self, linear: nn.Linear, weight: Tensor) -> None:
+        """Write a module's weight, [O, I], into a file."""
+        self._spilled[linear] = Spilled(weight, self._folder)
+        self._last = linear, weight
+
+    def __getitem__(self, linear: nn.Linear) -> Tensor:
+        """[O, I] on the device."""
+        if self._last is None or self._last[0] is not linear:
+            self._last = linear, self._spilled[linear].read().to(self._device, copy=True)
+        return self._last[1]
+
+    def __delitem__(self, linear: nn.Linear) -> None:
+        """Delete a module's file."""
+        del self._spilled[linear]
+        self._last = None
+
+    def __iter__(self) -> Iterator[nn.Linear]:
+        """The modules."""
+        return iter(self._spilled)
+
+    def __len__(self) -> int:
+        """How many modules."""
+        return len(self._spilled)
+
+
+_RESIDENCIES: "weakref.WeakKeyDictionary[PreTrainedModel, Residency]" = weakref.WeakKeyDictionary()
+
+
+def residency_of(model: PreTrainedModel) -> "Residency | None":
+    """How the layers of a streamed model come and go; None for a model that is whole in memory."""
+    return _RESIDENCIES.get(model)
+
+
+class Residency:
+    """The decoder layers of one model, of which at most one is in memory, and the next one while it is read.
+
+    sources: by the parameter's name in the model, where the weights of the decoder layers come from.
+    budget: bytes that the residual streams of the samples under way may take.
+    """
+
+    def __init__(
+        self,
+        layers_path: str,
+        sources: dict[str, Source],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        budget: int,
+        prefetch: bool | None = None,
+    ) -> None:
+        """layers_path: of the decoder layers in the model.
+
+        Args:
+            layers_path, sources, budget: as above.
+            device, dtype: of the weights in memory.
+            prefetch: read the next layer while one computes; by default on accelerators, where it costs no time.
+        """
+        self.sources, self.budget, self.device = sources, budget, device
+        self._path, self._dtype = layers_path, dtype
+        self._prefetch = device.type != "cpu" if prefetch is None else prefetch
+        self._layers: weakref.ref[nn.ModuleList]
+        self._held: int | None = None
+        self._users = 0
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._reader = ThreadPoolExecutor(1)
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "Residency":
+        """A copied model gets its own by `copy_for`."""
+        return self
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Make each decoder layer of `model`, whose parameters are on the meta device, load itself when it runs."""
+        layers = model.get_submodule(self._path)
+        assert isinstance(layers, nn.ModuleList)
+        self._layers = weakref.ref(layers)
+        for index, layer in enumerate(layers):
+            layer.forward = partial(self._run, index, type(layer).forward.__get__(layer))
+        _RESIDENCIES[model] = self
+
+    def copy_for(self, model: PreTrainedModel) -> "Residency":
+        """The same weights for a copy of the model."""
+        copied = Residency(
+            self._path,
+            dict(self.sources),
+            device=self.device,
+            dtype=self._dtype,
+            budget=self.budget,
+            prefetch=self._prefetch,
+        )
+        copied._scratch = self._scratch
+        copied.attach(model)
+        return copied
+
+    @contextmanager
+    def resident(self, layer: int, then: int | None = None) -> Iterator[None]:
+        """Inside the context the weights of `layer` are in memory; `then` is the layer that will be needed next.
+
+        Afterwards they stay until another layer is needed, or `release`.
+        """
+        if self._held != layer:
+            assert not self._users, f"layer {self._held} is in use"
+            self._load(layer)
+        if self._prefetch and then is not None and 0 <= then < len(self._modules) and self._ahead is None:
+            self._ahead = then, self._reader.submit(self._fetch, then)
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """On exit, the weights come from where they came from on entry."""
+        before = dict(self.sources)
+        try:
+            yield
+        finally:
+            self.release()
+            self.sources = before
+
+    def release(self) -> None:
+        """Let go of all layers."""
+        self._drop_ahead()
+        if self._held is not None:
+            for name, parameter in list(self._modules[self._held].named_parameters()):
+                self._set(self._held, name, torch.empty_like(parameter, device="meta"))
+        self._held = None
+
+    def read(self, name: str) -> Tensor:
+        """One weight by its name in the model, on the CPU and in the model's dtype."""
+        return self.sources[name].read().to(self._dtype)
+
+    def replace(self, layer: int, name: str) -> None:
+        """The parameter of that name in `layer`, which is in memory, takes the place of the one in the files."""
+        self.sources[self._name(layer, name)] = self.spill(self._modules[layer].get_parameter(name))
+
+    def cut(self, layer: int, name: str, dim: int, index: Tensor) -> None:
+        """From now on only the `index` ([k] int64) rows (dim 0) or columns (dim 1) of a parameter are there."""
+        full = self._name(layer, name)
+        self.sources[full] = Cut(self.sources[full], dim, index)
+
+    def spill(self, tensor: Tensor) -> Spilled:
+        """Write a tensor into a scratch file, which goes away with what is returned."""
+        return Spilled(tensor, self.scratch)
+
+    def shelf(self) -> Shelf:
+        """A mapping for weights of the model's output projections, of which only one is in memory."""
+        return Shelf(self.device, self.scratch)
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for this process alone, in the system's folder for temporary files."""
+        if self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="gradprune-")
+        return Path(self._scratch.name)
+
+    @property
+    def _modules(self) -> nn.ModuleList:
+        layers = self._layers()
+        assert layers is not None
+        return layers
+
+    def _name(self, layer: int, name: str) -> str:
+        return f"{self._path}.{layer}.{name}"
+
+    def _run(self, layer: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward pass, with its weights in memory."""
+        with self.resident(layer, then=layer + 1):
+            return forward(*args, **kwargs)
+
+    def _load(self, layer: int) -> None:
+        """Make `layer` the one that is in memory."""
+        if self._ahead is not None and self._ahead[0] == layer:
+            ahead, self._ahead = self._ahead[1], None
+            self._replace_held(layer, ahead.result())
+        else:
+            self.release()  # before anything is read, so that there are never two
+            self._replace_held(layer, self._fetch(layer))
+
+    def _replace_held(self, layer: int, weights: dict[str, Tensor]) -> None:
+        self.release()
+        for name, weight in weights.items():
+            if weight.is_cuda:
+                # It was allocated on the reader's stream: its memory is free again only after the work queued here.
+                weight.record_stream(torch.cuda.current_stream(self.device))
+            self._set(layer, name, weight)
+        self._held = layer
+
+    def _fetch(self, layer: int) -> dict[str, Tensor]:
+        """The weights of a layer on the device, by name within the layer."""
+        names = [name for name, _ in self._modules[layer].named_parameters()]
+        with torch.inference_mode(False), torch.no_grad():
+            if self.device.type != "cuda":
+                return {name: self._copied(layer, name) for name in names}
+            stream = torch.cuda.Stream(self.device)
+            with torch.cuda.stream(stream):
+                pinned = {name: self.read(self._name(layer, name)).pin_memory() for name in names}
+                weights = {name: weight.to(self.device, non_blocking=True) for name, weight in pinned.items()}
+            stream.synchronize()
+            return weights
+
+    def _copied(self, layer: int, name: str) -> Tensor:
+        """A copy in memory of its own: a mapped file's may lie where matrix products round differently."""
+        return self.sources[self._name(layer, name)].read().to(self.device, self._dtype, copy=True)
+
+    def _set(self, layer: int, name: str, weight: Tensor) -> None:
+        module, _, own = name.rpartition(".")
+        self._modules[layer].get_submodule(module)._parameters[own] = nn.Parameter(weight, requires_grad=False)
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead[1].result()
+            self._ahead = None

@@ -1,0 +1,109 @@
+"""A streamed model computes what the whole one does, and holds no more than one layer, or two while reading ahead."""
+
+import gc
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from gradprune.checkpoint.load import load_model
+from gradprune.checkpoint.save import save_checkpoint
+from gradprune.errors import CheckpointError
+from gradprune.models import describe
+from gradprune.models.digest import model_digest
+from gradprune.models.passes import losses, mean_loss, waves
+from gradprune.models.residency import Residency, Spilled, residency_of
+from helpers.streaming import both, saved
+from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_losses_have_the_same_bits_as_the_whole_model(architecture: str, tmp_path) -> None:
+    whole, streamed = both(tiny_model(architecture), tmp_path, stream_memory="3KiB")
+    batches = tiny_ids(samples=7).split(2)
+    assert len(list(waves(describe(streamed), batches, kept=2))) > 1
+    with torch.no_grad():
+        for found, expected in zip(losses(streamed, batches), losses(whole, batches), strict=True):
+            assert torch.equal(found, expected)
+        assert torch.equal(streamed(tiny_ids()).logits, whole(tiny_ids()).logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_converted_as_they_are_read(dtype: str, tmp_path) -> None:
+    saved(tiny_model(), tmp_path)
+    whole, _ = load_model(tmp_path, dtype=dtype)
+    streamed, _ = load_model(tmp_path, dtype=dtype, stream_layers="on")
+    assert streamed.dtype == getattr(torch, dtype)
+    assert mean_loss(streamed, [tiny_ids()]) == mean_loss(whole, [tiny_ids()])
+    assert model_digest(streamed) == model_digest(whole)
+
+
+def test_tied_embeddings_stay_tied(tmp_path) -> None:
+    whole, streamed = both(tiny_model("qwen2", tied=True), tmp_path)
+    assert streamed.lm_head.weight is streamed.model.embed_tokens.weight
+    assert mean_loss(streamed, [tiny_ids()]) == mean_loss(whole, [tiny_ids()])
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_layers_that_are_not_needed_are_gone(prefetch: bool, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted are the layers whose weights anything still refers to whenever one has been read."""
+    alive: list[StorageWeakRef] = []
+    most = 0
+    read = Residency._fetch
+
+    def counted(self: Residency, layer: int) -> dict[str, torch.Tensor]:
+        nonlocal most
+        weights = read(self, layer)
+        alive.append(StorageWeakRef(weights["mlp.down_proj.weight"].untyped_storage()))
+        gc.collect()
+        most = max(most, sum(not each.expired() for each in alive))
+        return weights
+
+    saved(tiny_model(layers=6), tmp_path)
+    model, _ = load_model(tmp_path, stream_layers="on")
+    residency = residency_of(model)
+    assert residency is not None
+    residency._prefetch = prefetch
+    monkeypatch.setattr(Residency, "_fetch", counted)
+    mean_loss(model, list(tiny_ids(samples=6).split(2)))
+    assert len(alive) == 6  # each layer once
+    assert most == (2 if prefetch else 1)
+    residency.release()
+    gc.collect()
+    assert all(each.expired() for each in alive)
+    assert all(parameter.is_meta for parameter in model.model.layers.parameters())
+
+
+def test_a_spilled_tensor_takes_its_file_with_it(tmp_path) -> None:
+    spilled = Spilled(torch.arange(6.0), tmp_path)
+    assert torch.equal(spilled.read(), torch.arange(6.0))
+    assert len(list(tmp_path.iterdir())) == 1
+    del spilled
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_a_saved_streamed_model_has_the_same_bytes(architecture: str, tmp_path) -> None:
+    whole, streamed = both(tiny_model(architecture), tmp_path / "model")
+    save_checkpoint(whole, None, tmp_path / "whole")
+    save_checkpoint(streamed, None, tmp_path / "streamed")
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert names == {path.name for path in (tmp_path / "streamed").iterdir()}
+    for name in names:
+        assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_missing_and_misshapen_weights_are_refused(tmp_path) -> None:
+    model = tiny_model()
+    saved(model, tmp_path)
+    for shard in tmp_path.glob("model*"):
+        shard.unlink()
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = dict(model.state_dict())
+    for change, words in ((None, f"lacks 1 weights .*{name}"), (torch.zeros(3, 2), f"do not have the shape .*{name}")):
+        changed = {**weights, name: change} if change is not None else {k: v for k, v in weights.items() if k != name}
+        save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=words):
+            load_model(tmp_path, stream_layers="on")

@@ -1,0 +1,22 @@
+"""The commands and the code of docs/large-models.md, run as they are printed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "large-models.md"
+
+
+def test_every_block_runs_in_order(tmp_path: Path) -> None:
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert [language for language, _ in blocks] == ["sh", "python"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    for language, block in blocks:
+        command = ["bash", "-euc", block] if language == "sh" else [sys.executable, "-c", block]
+        environment = {**os.environ, "PATH": path}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+    for name in ("streamed", "searched"):
+        assert (tmp_path / "results" / name / "model" / "model.safetensors").is_file()

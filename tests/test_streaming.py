@@ -1,0 +1,132 @@
+"""Whole runs with `--stream_layers`: the files are those of the whole model, byte for byte."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gradprune import PruneConfig, prune
+from gradprune.checkpoint.load import load_model
+from gradprune.errors import ConfigError
+from gradprune.models import sizes
+from gradprune.models.residency import residency_of
+from gradprune.pipeline import prune_ratios
+from helpers.commands import run as command
+from helpers.streaming import both, saved
+from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
+
+TOKENS = tiny_ids(samples=1, tokens=1500).flatten()
+
+
+def run(model, folder: Path, **options):
+    config = PruneConfig(
+        **{
+            "pruning_ratio": 0.2, "num_samples": 8, "held_out_samples": 4, "seq_len": 12, "batch_size": 4,
+            "backend": "reference", "use_gradient_checkpointing": True, "measure_speed": False,
+            "output_dir": str(folder), "output_name": "run", **options,
+        }
+    )  # fmt: skip
+    return prune(model, None, config, calibration=TOKENS[:1000], evaluation=TOKENS[1000:])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All files but those that hold the time that a run took; without the name of the folder."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("run.json", "report.html")]
+    return {str(path.relative_to(folder)): path.read_bytes().replace(str(folder).encode(), b"") for path in paths}
+
+
+def assert_same_run(whole, streamed, folder: Path, **options) -> None:
+    results = [run(model, folder / name, **options) for name, model in (("whole", whole), ("streamed", streamed))]
+    assert results[0].after.perplexity == results[1].after.perplexity
+    expected, found = files(folder / "whole"), files(folder / "streamed")
+    assert expected.keys() == found.keys()
+    assert "run/analysis/groups.csv" in found
+    assert "run/model/model.safetensors" in found
+    for name, content in expected.items():
+        assert found[name] == content, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_results_have_the_same_bytes_as_the_whole_model(architecture: str, tmp_path) -> None:
+    model = tiny_model(architecture, tied=architecture == "mistral", dtype=torch.float32)
+    whole, streamed = both(model, tmp_path / "model", stream_memory="40KB")
+    assert_same_run(whole, streamed, tmp_path, temperature=1.0, importance_method="obs")
+
+
+@pytest.mark.parametrize("options", [{"in_place": True}, {"repair": "none", "epsilon": 0.5}, {"uniform": True}])
+def test_other_ways_to_cut_give_the_same_bytes(options: dict[str, object], tmp_path) -> None:
+    whole, streamed = both(tiny_model(dtype=torch.bfloat16), tmp_path / "model")
+    assert_same_run(whole, streamed, tmp_path, prior="similarity", temperature=0.5, **options)
+
+
+def test_a_pruned_checkpoint_is_streamed_and_pruned_again(tmp_path) -> None:
+    saved(run(tiny_model(channels=20, dtype=torch.float32), tmp_path / "first", epsilon=0.4).model, tmp_path / "model")
+    whole, streamed = (load_model(tmp_path / "model", stream_layers=how)[0] for how in ("off", "on"))
+    assert_same_run(whole, streamed, tmp_path)
+
+
+def test_the_dense_model_is_as_before(tmp_path) -> None:
+    whole, streamed = both(tiny_model(), tmp_path / "model")
+    pruned = run(streamed, tmp_path, pruning_ratio=0.3).model
+    with torch.no_grad():
+        assert torch.equal(streamed(tiny_ids()).logits, whole(tiny_ids()).logits)
+        expected = run(whole, tmp_path, pruning_ratio=0.3, overwrite=True).model(tiny_ids()).logits
+        assert torch.equal(pruned(tiny_ids()).logits, expected)
+
+
+def test_several_ratios_from_one_calibration(tmp_path) -> None:
+    numbers = tmp_path / "tokens.npy"
+    np.save(numbers, TOKENS.numpy())
+    whole, streamed = both(tiny_model(dtype=torch.float32), tmp_path / "model")
+    for name, model in (("whole", whole), ("streamed", streamed)):
+        config = PruneConfig(
+            num_samples=8, held_out_samples=4, seq_len=12, batch_size=4, use_gradient_checkpointing=True,
+            measure_speed=False, dataset=str(numbers), output_dir=str(tmp_path), output_name=name,
+        )  # fmt: skip
+        prune_ratios(model, None, config, [0.1, 0.3])
+    expected, found = files(tmp_path / "whole"), files(tmp_path / "streamed")
+    assert expected.keys() == found.keys()
+    assert all(found[name] == content for name, content in expected.items())
+
+
+def test_search_chooses_the_same(tmp_path) -> None:
+    whole, streamed = both(tiny_model(dtype=torch.float32), tmp_path / "model", stream_memory="60KB")
+    assert_same_run(whole, streamed, tmp_path, importance_method="auto")
+
+
+def test_auto_streams_where_the_weights_do_not_fit(tmp_path, monkeypatch, caplog) -> None:
+    saved(tiny_model(dtype=torch.bfloat16), tmp_path)
+    assert residency_of(load_model(tmp_path, stream_layers="auto")[0]) is None
+    assert not caplog.records
+    model, _ = load_model(tmp_path)
+    needed = sizes.model_shape(model).bytes
+    for free, streams in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr("gradprune.checkpoint.load.free_memory", lambda _device, free=free: free)
+        assert (residency_of(load_model(tmp_path, stream_layers="auto")[0]) is not None) == streams
+    assert "are free on cpu: decoder layers are streamed" in caplog.text
+    # In fp32 they take twice as much.
+    monkeypatch.setattr("gradprune.checkpoint.load.free_memory", lambda _device: 2 * needed - 1)
+    assert residency_of(load_model(tmp_path, dtype="float32", stream_layers="auto")[0]) is not None
+
+
+def test_commands_take_the_option(tmp_path) -> None:
+    saved(tiny_model(vocab=300, dtype=torch.float32), tmp_path / "model")
+    np.save(tmp_path / "tokens.npy", TOKENS.numpy())
+    data = ("--dataset", tmp_path / "tokens.npy", "--seq_len", 16, "--json")
+    for arguments in (
+        ("eval", "--model", tmp_path / "model", "--eval_samples", 4, *data),
+        ("diagnose", "--base_model", tmp_path / "model", "--num_samples", 4, "--use_gradient_checkpointing", *data),
+    ):
+        found, expected = (command(tmp_path, *arguments, "--stream_layers", how) for how in ("on", "off"))
+        assert found == expected
+        assert found[0] == 0
+        assert "{" in found[1]
+
+
+def test_sizes_that_are_none_are_refused() -> None:
+    for value in ("4", "0.5MiB", "2 GB"):
+        assert PruneConfig(stream_memory=value).stream_memory == value
+    for value in ("", "much", "-1GiB", "0GiB"):
+        with pytest.raises(ConfigError, match="stream_memory: "):
+            PruneConfig(stream_memory=value)
