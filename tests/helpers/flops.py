@@ -1,7 +1,11 @@
 """Floating-point operations of matrix products, also where `torch.autograd.grad` runs inside the forward pass."""
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+# Torch has no formula for the products that add to a sum in place.
+_ALIKE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}
 
 
 class CountFlops(TorchDispatchMode):
@@ -13,7 +17,8 @@ class CountFlops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        op = func._overloadpacket
+        formula = flop_registry.get(_ALIKE.get(op, op))
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out
