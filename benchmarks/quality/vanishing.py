@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokens, held_out = encode(tokenizer, text.train), encode(tokenizer, text.held_out)
     say(f"vanishing gradients: training the {name} model, {recipe.layers} layers")
     healthy = healthy_model(tokens, len(tokenizer), tokenizer.eos_token_id, QUIET, recipe)
-    config = PruneConfig(num_samples=samples, temperature=1.0, tau=0.0, prior="removal", repair="none")
+    config = PruneConfig(num_samples=samples, temperature=1.0, tau=0.0, prior="removal", repair="none", evidence="all")
     for kind, model in (("healthy", healthy), ("suffering", suffering_model(healthy))):
         say(f"    {name} {kind}")
         for found in _measure(model.to(options.device), tokens, held_out, config, options):
