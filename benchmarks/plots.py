@@ -15,6 +15,7 @@ from benchmarks.results import Record
 
 # Colours: this project, the floor, everyone else.
 _OURS, _FLOOR, _OTHERS = "#c1272d", "#777777", ("#0000a7", "#eecc16", "#008176", "#b35806", "#5e3c99", "#c77cba")
+_PEER_DASHES = ("--", "-.", ":", (0, (5, 1)), (0, (1, 3)), (0, (3, 1, 1, 1)))
 
 
 def kernel_plot(records: Sequence[Record], path: Path) -> None:
@@ -52,7 +53,7 @@ def kernel_plot(records: Sequence[Record], path: Path) -> None:
 def quality_plot(records: Sequence[Record], path: Path) -> None:
     """Mean perplexity against parameters kept: one line per provider, one panel without H-GSP and one with it.
 
-    Each method has its own colour, solid with repair and dotted without; peers are black.
+    Each method has its own colour, solid with repair and dotted without; peers are black, each with its own dashes.
 
     Args:
         records: of one model.
@@ -132,15 +133,18 @@ def _quality_panel(axis: Axes, records: Sequence[Record], colors: Mapping[str, s
         if found.provider != "dense":
             values[found.provider][found.extra["ratio"]].append((found.extra["kept"], found.extra["perplexity"]))
     dense = [found.extra["perplexity"] for found in records if found.provider == "dense"]
+    dashes = cycle(_PEER_DASHES)
     for provider, by_ratio in sorted(values.items()):
         points = [tuple(map(fmean, zip(*pairs, strict=True))) for _, pairs in sorted(by_ratio.items())]
         points = [(1.0, dense[0]), *points] if dense else points
         x, y = zip(*points, strict=True)
         ours, repaired = provider.startswith("gradprune"), " + " in provider
-        style = ("o-" if repaired else "o:") if ours else "--"
+        style = ("o-" if repaired else "o:") if ours else ""
         color = colors[_method(provider)] if ours else "black"
         label = provider.removeprefix("gradprune ").split(" T=")[0]
-        axis.plot(x, y, style, color=color, label=label, markersize=3)
+        (line,) = axis.plot(x, y, style, color=color, label=label, markersize=3)
+        if not ours:
+            line.set_linestyle(next(dashes))
 
 
 def _size_axes(axis: Axes) -> None:

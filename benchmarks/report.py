@@ -117,7 +117,8 @@ def _quality(records: Sequence[Record], folder: Path) -> str:
     for name, of_model in tables.grouped(measured, lambda found: found.name).items():
         dense = of_model[0].extra["perplexity_dense"]
         image = _plot(plots.quality_plot, of_model, folder, f"quality-{name}")
-        parts.append(f"#### {name}, dense {dense:.2f}\n\n{image}{tables.quality_table(of_model)}")
+        title = f"#### {name}, dense {dense:.2f}{tables.dense_accuracy(of_model)}"
+        parts.append(f"{title}\n\n{image}{tables.quality_table(of_model)}")
     return "\n\n".join(parts)
 
 

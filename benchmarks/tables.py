@@ -96,13 +96,26 @@ def timing_table(records: Sequence[Record]) -> str:
 
 
 def quality_table(records: Sequence[Record]) -> str:
-    """One model: one row per provider, one column per ratio; the mean over seeds (lowest to highest)."""
+    """One model: one row per provider, one column per ratio; the mean over seeds (lowest to highest).
+
+    Where zero-shot questions were asked, a second column per ratio has the mean accuracy over tasks, in percent.
+    """
+    asked = any(found.extra.get("accuracies") for found in records)
     ratios = sorted({found.extra["ratio"] for found in records if found.provider != "dense"})
     rows = []
     for provider, group in grouped(records, lambda found: found.provider).items():
         if provider != "dense":
-            rows.append([provider, *(_spread([f for f in group if f.extra["ratio"] == ratio]) for ratio in ratios)])
-    return table(["provider", *(f"{ratio:.0%} removed" for ratio in ratios)], rows)
+            cells = [[f for f in group if f.extra["ratio"] == ratio] for ratio in ratios]
+            accuracies = map(_accuracy, cells) if asked else ()
+            rows.append([provider, *map(_spread, cells), *accuracies])
+    header = ["provider", *(f"{ratio:.0%} removed" for ratio in ratios)]
+    return table([*header, *(f"zero-shot, {ratio:.0%}" for ratio in ratios if asked)], rows)
+
+
+def dense_accuracy(records: Sequence[Record]) -> str:
+    """The dense model's mean zero-shot accuracy, to follow its perplexity; empty where no question was asked."""
+    value = _accuracy([found for found in records if found.provider == "dense"])
+    return "" if value == "-" else f", zero-shot {value} %"
 
 
 def inference_table(records: Sequence[Record]) -> str:
@@ -139,6 +152,12 @@ def _times(found: Record) -> list[str]:
 
 def _number(value: float | None, style: str, unit: float = 1.0) -> str:
     return "-" if value is None else format(value / unit, style)
+
+
+def _accuracy(records: Sequence[Record]) -> str:
+    """Mean over tasks and seeds."""
+    values = [fmean(accuracies.values()) for found in records if (accuracies := found.extra.get("accuracies"))]
+    return f"{100 * fmean(values):.1f}" if values else "-"
 
 
 def _spread(records: Sequence[Record]) -> str:

@@ -101,6 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()
     deadline = Deadline(options.seconds)
     for subject in _subjects(options):
+        if options.prunable:
+            # Ratios of different parameters never share a table.
+            subject = replace(subject, name=f"{subject.name}, ratios of its prunable parameters")
         dense = _quality(subject.model, subject, options)
         say(f"quality of {subject.name}: dense perplexity {dense.perplexity:.2f}")
         _append(subject, "dense", 0.0, 0, dense, dense, options)
@@ -258,7 +261,6 @@ def _append(
     kept = measured.parameters / dense.parameters
     extra = {
         "ratio": ratio,
-        "ratio_of": "prunable" if options.prunable else "all",
         "seed": seed,
         "perplexity": measured.perplexity,
         "perplexity_dense": dense.perplexity,

@@ -59,8 +59,9 @@ def fixture_records() -> list[Record]:
     for seed in (0, 1):
         for provider, value in PERPLEXITIES.items():
             extra = {"ratio": 0.2, "seed": seed, "perplexity": value + seed, "perplexity_dense": 4.25, "kept": 0.8}
+            answered = {**extra, "accuracies": {"piqa": 0.5, "arc": 0.25 + 0.02 * seed}}
             records += [
-                made("quality", "stories", provider, shape="20%", extra=extra),
+                made("quality", "stories", provider, shape="20%", extra=answered),
                 made("quality", MODELS[0], provider, shape="20%", extra={**extra, "perplexity": 2.0 * value}),
             ]
     for name, best in (("deep healthy", "none"), ("deep suffering", "adaptive")):
@@ -112,6 +113,9 @@ def test_the_report_shows_the_records(results: Path, tmp_path: Path) -> None:
     assert "out of memory: x / y" in report
     assert "| samples, 1 to 4 | plain | 1.00 | 0.00 |" in report
     assert "7.50 (7.00 to 8.00)" in report
+    assert "| provider | 20% removed | zero-shot, 20% |" in report
+    assert "| gradprune taylor T=0 | 7.50 (7.00 to 8.00) | 38.0 |" in report
+    assert f"#### {MODELS[0]}, dense 4.25\n" in report
     assert "1500.0 | 1.50 |" in report
     assert "skipped: the time for this run was used up" in report
     assert "| deep healthy | 0 | none | 5,642 | 276 | 84% | 3 | 9.00 | 9.50 |" in report

