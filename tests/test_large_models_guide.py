@@ -11,12 +11,12 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "large-models.md"
 
 def test_every_block_runs_in_order(tmp_path: Path) -> None:
     blocks = re.findall(r"```(sh|python)\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert [language for language, _ in blocks] == ["sh", "python"]
+    assert [language for language, _ in blocks] == ["sh", "python", "sh"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for language, block in blocks:
         command = ["bash", "-euc", block] if language == "sh" else [sys.executable, "-c", block]
         environment = {**os.environ, "PATH": path}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{block}\n{done.stderr}"
-    for name in ("streamed", "searched"):
+    for name in ("streamed", "searched", "together"):
         assert (tmp_path / "results" / name / "model" / "model.safetensors").is_file()
