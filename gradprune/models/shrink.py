@@ -71,12 +71,17 @@ def tiny_model(config: PreTrainedConfig, model_class: type | None) -> PreTrained
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: PreTrainedModel = stock._from_config(small, dtype=torch.float32)
-        model = model.double().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                # Norms' weights and what else is one-dimensional stay near what they are.
-                noise = torch.randn_like(parameter) * 0.2
-                parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
+        return with_random_weights(model)
+
+
+@torch.no_grad()
+def with_random_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in fp64 and evaluation mode, with weights drawn anew in place by torch's random generator."""
+    model = model.double().eval()
+    for parameter in model.parameters():
+        # Norms' weights and what else is one-dimensional stay near what they are.
+        noise = torch.randn_like(parameter) * 0.2
+        parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
     return model
 
 

@@ -8,6 +8,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gradprune.models import describe
+from gradprune.models.shrink import with_random_weights
 
 # By model_type: what a tiny configuration states beside the common values.
 OPTIONS: dict[str, dict[str, object]] = {
@@ -66,12 +67,7 @@ def tiny(architecture: str, *, ratio: int = 2, kv_heads: int = 3, head_dim: int 
         del values["num_key_value_heads"], values["head_dim"]
     torch.manual_seed(seed)
     model = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture])(config_class(**values))
-    model = model.double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter) * 0.2
-            parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
-    return model
+    return with_random_weights(model)
 
 
 def random_masks_of(model, keep: float, seed: int = 0):
