@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/gradprune demo
 
 test: $(VENV)/.installed-dev $(VENV)/triton-3.6.0 lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --durations 15
 
 # Measures into benchmarks/results and shows it: under 15 minutes on two cores, under 3 with QUICK=1.
 bench: $(VENV)/.installed-bench

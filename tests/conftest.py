@@ -12,8 +12,10 @@ from transformers.utils import logging
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The models here are tiny: a second thread costs more than it brings. Tests of threading set their own number.
+# The models here are tiny: a second thread costs more than it brings, and where the cores are taken by other tests it
+# waits for them by spinning. So in this process and in those that tests start. Tests of threading set their own number.
 torch.set_num_threads(1)
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -21,6 +21,7 @@ from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
 from gradprune.surgery.cut import cut
 from gradprune.version import __version__
+from helpers.programs import run_program
 from helpers.tiny_models import tiny_model
 
 QUICK = ["--num_samples", "8", "--seq_len", "16", "--batch_size", "4"]
@@ -378,14 +379,17 @@ def test_a_terminated_run_leaves_nothing(tmp_path: Path, model_folder: Path, ids
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    # The results folder's hidden forerunner appears while the results are written; until then there is nothing.
-    # By `fnmatch`: a glob raises if the folder goes away while it looks.
+    # The results folder's hidden forerunner appears for a moment as the place is tried, and while the results are
+    # written. By `fnmatch`: a glob raises if the folder goes away while it looks.
     while process.poll() is None and time.monotonic() < deadline:
         if fnmatch.filter(names(tmp_path / "results"), ".x.partial*"):
             break
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    try:
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
     left = [name for name in names(tmp_path / "results") if not name.startswith(".")]
     # Either it was caught half way and took its folder with it, or it had just finished.
     assert left in ([], ["x"])
@@ -400,4 +404,5 @@ def test_the_package_imports_without(blocked: str) -> None:
         "assert 'torch' not in sys.modules, 'import gradprune is not light'\n"
         "from gradprune import ImportanceEngine, prune, load_pruned\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = run_program([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr

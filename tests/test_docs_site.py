@@ -1,10 +1,11 @@
 """The documentation's site builds, and no link in it leads nowhere."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from helpers.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -13,7 +14,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for package in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(package, reason="the docs extra is not installed (pip install 'gradprune[docs]')")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_program(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     pages = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
     assert pages >= {"api", "benchmarks", "gradient-vanishing", "methods", "options", "serving"}

@@ -2,9 +2,10 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+
+from helpers.programs import run_program
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "large-models.md"
 
@@ -15,8 +16,8 @@ def test_every_block_runs_in_order(tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for language, block in blocks:
         command = ["bash", "-euc", block] if language == "sh" else [sys.executable, "-c", block]
-        environment = {**os.environ, "PATH": path}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        environment = {"PATH": path}
+        done = run_program(command, cwd=tmp_path, environment=environment)
         assert done.returncode == 0, f"{block}\n{done.stderr}"
     for name in ("streamed", "searched", "together"):
         assert (tmp_path / "results" / name / "model" / "model.safetensors").is_file()

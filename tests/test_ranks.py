@@ -1,9 +1,7 @@
 """Several ranks do what one process does, write once, and end together."""
 
 import csv
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from gradprune.errors import GradPruneError
 from gradprune.ranks import ALONE, in_order
 from helpers.commands import QUICK, at_stage, run, signalled
 from helpers.launched import run_ranks
+from helpers.programs import run_program
 from helpers.tiny_models import tiny_ids, tiny_model
 
 
@@ -159,9 +158,7 @@ def test_what_needs_one_process_is_refused(place: Path, command: tuple[object, .
 def test_torchrun_starts_it(place: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "gradprune", "prune", *map(str, options("torchrun"))]
-    ended = subprocess.run(
-        command, cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
+    ended = run_program(command, cwd=place)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("results/torchrun/model") == 1
     assert (place / "results/torchrun/model/model.safetensors").is_file()

@@ -85,8 +85,11 @@ class Claim:
         self.check_name()
         with self._told():
             trial = self._beside(f"partial-{secrets.token_hex(8)}")
-            trial.mkdir()
-            trial.rmdir()
+            try:
+                trial.mkdir()
+            finally:
+                with suppress(FileNotFoundError):
+                    trial.rmdir()
             free = shutil.disk_usage(self.directory.parent).free
         if free < free_bytes:
             raise CheckpointError(

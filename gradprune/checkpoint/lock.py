@@ -129,8 +129,11 @@ def _link(path: Path, record: bytes) -> Owner | None:
 
 
 def _remove_abandoned(path: Path) -> Owner | None:
-    """Remove the file of an owner that has ended; returns that owner."""
-    owner = _read_owner(path)
+    """Remove the file of an owner that has ended; returns that owner, None where the file has gone by itself."""
+    try:
+        owner = _owner(path.read_bytes())
+    except FileNotFoundError:
+        return None  # released meanwhile
     if owner is not None and (owner.host != socket.gethostname() or _alive(owner.pid)):
         raise LockHeldError(owner)
     taken = _beside(path)
@@ -152,8 +155,15 @@ def _beside(path: Path) -> Path:
 
 def _read_owner(path: Path) -> Owner | None:
     try:
-        return Owner(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return _owner(path.read_bytes())
+    except OSError:
+        return None
+
+
+def _owner(record: bytes) -> Owner | None:
+    try:
+        return Owner(**json.loads(record))
+    except (ValueError, TypeError):
         return None
 
 

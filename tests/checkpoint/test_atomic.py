@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from gradprune.checkpoint.lock import FileLock, LockHeldError
 from gradprune.checkpoint.results import claimed_results
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.errors import CheckpointError
+from helpers.commands import Process
 from helpers.tiny_models import tiny_model
 
 # Writes half of a folder, says so, and waits to be killed.
@@ -228,6 +230,15 @@ def test_without_locks_of_the_file_system_the_owner_decides(tmp_path: Path, monk
     assert names(tmp_path) == []
 
 
+def test_a_lock_that_was_released_and_taken_meanwhile_is_left_alone(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "lock"
+    path.write_text("the next owner's")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", Mock(side_effect=FileNotFoundError))
+        assert lock._remove_abandoned(path) is None
+    assert path.read_text() == "the next owner's"
+
+
 @pytest.mark.parametrize("locks", [True, False])
 def test_of_many_processes_one_holds_the_lock(tmp_path: Path, monkeypatch, locks: bool) -> None:
     if not locks:
@@ -246,16 +257,18 @@ def test_of_many_processes_one_holds_the_lock(tmp_path: Path, monkeypatch, locks
             held.release()
             turns += 1
 
-    children = [os.fork() for _ in range(4)]
-    for child in children:
-        if child == 0:
-            code = 1
-            try:
-                take_turns()
-                code = 0
-            finally:
-                os._exit(code)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    def started() -> Process:
+        child = os.fork()
+        if child:
+            return Process(child, os.open(os.devnull, os.O_RDONLY))
+        try:
+            take_turns()
+            os._exit(0)
+        finally:
+            os._exit(1)
+
+    children = [started() for _ in range(4)]
+    codes = [child.wait()[0] for child in children]
     assert codes == [0] * 4
     assert names(tmp_path) == []
 

@@ -1,8 +1,6 @@
 import json
-import os
 import re
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +19,7 @@ from gradprune.errors import CheckpointError, UnsupportedArchitectureError
 from gradprune.models.modeling_gradprune import PerLayerWidths
 from gradprune.surgery.cut import cut
 from helpers.cut_models import assert_same, extreme_masks, full_masks, greedy, masked, random_masks
+from helpers.programs import run_program
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
 # Runs where gradprune cannot be imported; prints what the reloaded model computes.
@@ -80,9 +79,9 @@ def test_fresh_environment_without_gradprune(tmp_path: Path) -> None:
         save_checkpoint(cut(model, masks), None, folder)
         folders.append(str(folder))
         expected.append(masked(model, masks))
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", FRESH, str(tmp_path / "ids.pt"), *folders]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
+    done = run_program(command, cwd=tmp_path, environment={"HF_MODULES_CACHE": str(tmp_path / "modules")})
+    assert done.returncode == 0, done.stderr
     for folder, model in zip(folders, expected, strict=True):
         logits, tokens = torch.load(folder + ".out")
         with torch.no_grad():

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import math
-import os
-import subprocess
 import sys
 import sysconfig
 from dataclasses import replace
@@ -23,6 +21,7 @@ from gradprune.data.embedded import Document, EmbeddedText, embedded_text, split
 from gradprune.demo import DemoTraining, byte_tokenizer, demo_model_path, unigram_perplexity
 from gradprune.demo.training import Muon, orthogonal, train_model, warmup_cosine
 from gradprune.errors import CalibrationError, CheckpointError, NonFiniteError
+from helpers.programs import run_program
 
 TINY = DemoTraining(
     steps=3, batch_size=2, seq_len=16, warmup=1, hidden_size=16, intermediate_size=24, layers=2, heads=4, kv_heads=2
@@ -49,8 +48,7 @@ def test_the_text_is_the_same_in_every_process() -> None:
         "print(hashlib.sha256(repr((t.train, t.held_out)).encode()).hexdigest())"
     )
     root = str(Path(model_module.__file__).parents[2])
-    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": root}
-    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    printed = run_program([sys.executable, "-c", code], environment={"PYTHONHASHSEED": "1", "PYTHONPATH": root})
     text = embedded_text()
     assert printed.stdout.strip() == hashlib.sha256(repr((text.train, text.held_out)).encode()).hexdigest()
 

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from gradprune.demo.model import byte_tokenizer
 from gradprune.evaluation.tasks import evaluate_tasks
 from gradprune.surgery.cut import cut
 from helpers.cut_models import random_masks
+from helpers.programs import run_program
 from helpers.tiny_models import tiny_model
 
 TASK = """task: quiz
@@ -45,11 +44,8 @@ def test_it_measures_what_we_measure(tmp_path: Path) -> None:
     quiz.write_text("".join(json.dumps(question) + "\n" for question in questions))
     (tmp_path / "quiz.yaml").write_text(TASK.format(file=quiz))
     arguments = [*COMMAND.split(), f"pretrained={tmp_path / 'model'},trust_remote_code=True"]
-    done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", *arguments],
-        cwd=tmp_path, env={**os.environ, "HF_HOME": str(tmp_path / "home")},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "lm_eval", *arguments]
+    done = run_program(command, cwd=tmp_path, environment={"HF_HOME": str(tmp_path / "home")})
     assert done.returncode == 0, done.stderr[-3000:]
     (results,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(results.read_text())["results"]["quiz"]

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pytest
 
 from gradprune.cli import main
 from gradprune.progress import Clock
+from helpers.programs import DEADLINE
 
 QUICK = ("--num_samples", "8", "--seq_len", "16", "--batch_size", "4", "--backend", "reference", "--no_measure_speed")
 
@@ -25,10 +27,21 @@ class Process:
     output: int
 
     def wait(self) -> tuple[int, str]:
-        """Its exit code, negative for the signal that killed it, and what it wrote."""
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        with os.fdopen(self.output, "rb") as output:
-            return code, output.read().decode(errors="replace")
+        """Its exit code, negative for the signal that killed it, and what it wrote.
+
+        Raises:
+            AssertionError: it did not end by the deadline, and is gone now; the message has what it wrote.
+        """
+        alarm = threading.Timer(DEADLINE, os.kill, (self.pid, signal.SIGABRT))
+        alarm.start()
+        try:
+            with os.fdopen(self.output, "rb") as output:
+                said = output.read().decode(errors="replace")
+            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        finally:
+            alarm.cancel()
+        assert code != -signal.SIGABRT, f"not done after {DEADLINE:.0f} s:\n{said}"
+        return code, said
 
 
 def start(cwd: Path, *arguments: object, prepare: Callable[[], object] = lambda: None) -> Process:
@@ -41,6 +54,9 @@ def start(cwd: Path, *arguments: object, prepare: Callable[[], object] = lambda:
     code = 1
     try:
         os.chdir(cwd)
+        # As a terminal starts it, whatever this process was told to ignore.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         for stream in (1, 2):
             os.dup2(writing, stream)
         sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, encoding="utf-8") for stream in (1, 2))

@@ -1,7 +1,6 @@
 """Runs a GGUF file in llama.cpp, in a process of its own, which a refused file would end."""
 
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from itertools import islice, product
@@ -11,6 +10,8 @@ from string import ascii_lowercase
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from helpers.programs import run_program
 
 SCRIPT = """
 import json, sys, urllib.request
@@ -67,9 +68,7 @@ def run_gguf(
     """Greedy continuations of the prompts, and the token ids of the texts, special tokens included."""
     pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (pip install xllamacpp)")
     request = {"model": str(path), "prompts": prompts, "steps": steps, "texts": texts or []}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], input=json.dumps(request), capture_output=True, text=True, check=False
-    )
+    done = run_program([sys.executable, "-c", SCRIPT], given=json.dumps(request))
     found = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")]
     assert found, f"llama.cpp ended with {done.returncode}: {done.stderr[-3000:]}"
     answer = json.loads(found[0].removeprefix("ANSWER"))

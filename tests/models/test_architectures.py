@@ -1,7 +1,5 @@
 """Every architecture on the tested list beyond the first five: importances, cutting, saving, loading."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from gradprune.surgery.least_squares import least_squares
 from helpers.architectures import OPTIONS, random_masks_of, silenced, tiny
 from helpers.cut_models import TOLERANCE
 from helpers.pipeline_runs import run
+from helpers.programs import run_program
 from helpers.tiny_models import CLASSES, tiny_ids
 
 # Attention of olmo2 and olmo3 norms all heads at once, and gpt_neox and olmo have no GQA to vary there.
@@ -167,9 +166,9 @@ def test_without_gradprune_installed(tmp_path: Path) -> None:
         save_checkpoint(cut(model, masks), None, folders[-1])
         with torch.no_grad(), silenced(model, masks):
             expected.append(model(ids).logits)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", FRESH, str(tmp_path / "ids.pt"), *folders]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
+    done = run_program(command, cwd=tmp_path, environment={"HF_MODULES_CACHE": str(tmp_path / "modules")})
+    assert done.returncode == 0, done.stderr
     for architecture, folder, logits in zip(OPTIONS, folders, expected, strict=True):
         torch.testing.assert_close(torch.load(folder + ".out"), logits, **tolerance(architecture))
 
