@@ -93,7 +93,7 @@ class PruneResult:
                 f"{self.evaluation_overlap:.0%} of the evaluation text occurs in the calibration text, so that its "
                 "perplexity is not that of held-out text. Give another --eval_dataset."
             )
-        widest = max((block.output.linear.in_features for block in describe(self.model).blocks), default=0)
+        widest = max((block.solved_columns for block in describe(self.model).blocks), default=0)
         if (hardly_determined := repair_warning(widest, self.config)) is not None:
             found.append(hardly_determined)
         return [*found, *([self.warning] if self.warning else [])]

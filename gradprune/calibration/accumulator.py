@@ -3,9 +3,10 @@
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from gradprune.calibration.capture import Observer
 from gradprune.calibration.gram import add_product
 from gradprune.calibration.methods import Depth
-from gradprune.models import Block
+from gradprune.models import Block, LinearBlock
 from gradprune.models.blocks import InputLinear, OutputLinear
 from gradprune.ops.dispatch import ImportanceOps
 from gradprune.ops.vectors import GradientStatistics, ImportanceVectors
@@ -68,7 +69,7 @@ class BlockAccumulator(ABC):
         self.second = torch.zeros_like(self.first)
         self.mask_square = torch.zeros_like(self.first)
         self.output_square = torch.zeros((), dtype=torch.float64, device=device)
-        self.input_square = torch.zeros(block.output.linear.in_features, dtype=torch.float64, device=device)
+        self.input_square = torch.zeros(block.width, dtype=torch.float64, device=device)
         self.tokens = 0
         self.discard()
 
@@ -142,23 +143,13 @@ class BlockAccumulator(ABC):
             for step, scale in enumerate(state["scales"].tolist())
         ]
 
-    def observers(self, depth: Depth) -> Iterator[tuple[nn.Linear, Observer]]:
-        """The linear layers that steps of `depth` observe in the backward pass, with their observers."""
-        if depth is Depth.WEIGHTS:
-            for entry in self.block.projections:
-                yield entry.linear, partial(self._observe, entry)
-        else:
-            yield self.block.output.linear, self._observe_output
+    def observers(self, _depth: Depth) -> Iterator[tuple[nn.Linear, Observer]]:
+        """The linear layers that steps of that depth observe in the backward pass, with their observers."""
+        return iter(())
 
-    def observe_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Forward pre-hook of the output projection, for passes without gradients: the second moment of its input."""
-        x = args[0].detach().flatten(0, -2)
-        self._pending_input_square += x.to(accumulation_dtype(x)).square().sum(0)
-        self._pending_tokens += x.shape[0]
-
-    def curvature(self, samples: int) -> float:
-        """The mean over samples of the diagonal mean of sum over tokens dy dy^T, see `gradprune.calibration.obs`."""
-        return float(self.output_square) / samples / self.block.output.linear.out_features
+    @abstractmethod
+    def attached(self, depth: Depth) -> AbstractContextManager[Any]:
+        """Inside the context everything else that steps of `depth` need is observed."""
 
     def component(self, name: str, count: int) -> Tensor:
         """[groups] fp64, one of `gradprune.calibration.methods.GRADIENT_COMPONENTS`, of `count` gradients."""
@@ -173,16 +164,56 @@ class BlockAccumulator(ABC):
         return self._first_order(count)
 
     @abstractmethod
+    def _first_order(self, count: int) -> Tensor:
+        """[groups] fp64, the component "taylor" of `count` gradients."""
+
+    @abstractmethod
+    def _folded_weights(self, column_scale: Tensor | None) -> Tensor:
+        """Sum of |w| over each group: all its elements, or, with a scale per column, its output columns only."""
+
+
+class LinearAccumulator(BlockAccumulator):
+    """A block of plain linear layers."""
+
+    block: LinearBlock
+
+    def observers(self, depth: Depth) -> Iterator[tuple[nn.Linear, Observer]]:
+        """The linear layers that steps of `depth` observe in the backward pass, with their observers."""
+        if depth is Depth.WEIGHTS:
+            for entry in self.block.projections:
+                yield entry.linear, partial(self._observe, entry)
+        else:
+            yield self.block.output.linear, self._observe_output
+
+    @contextmanager
+    def attached(self, depth: Depth) -> Iterator[None]:
+        """In passes without gradients, the output projection's input is observed."""
+        if depth is not Depth.INPUTS:
+            yield
+            return
+        handle = self.block.output.linear.register_forward_pre_hook(self._observe_input)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _observe_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook of the output projection, for passes without gradients: the second moment of its input."""
+        x = args[0].detach().flatten(0, -2)
+        self._pending_input_square += x.to(accumulation_dtype(x)).square().sum(0)
+        self._pending_tokens += x.shape[0]
+
+    def curvature(self, samples: int) -> float:
+        """The mean over samples of the diagonal mean of sum over tokens dy dy^T, see `gradprune.calibration.obs`."""
+        return float(self.output_square) / samples / self.block.output.linear.out_features
+
+    @abstractmethod
     def _observe_weight(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor) -> None:
         """Accumulate from the gradient of one linear layer's weight; x: [N, T, I], dy: [N, T, O]."""
 
     @abstractmethod
     def _reduced(self, of_samples: Tensor) -> Tensor:
         """[gradients, ...] from the samples' own gradients, [N, ...]."""
-
-    @abstractmethod
-    def _first_order(self, count: int) -> Tensor:
-        """[groups] fp64, the component "taylor" of `count` gradients."""
 
     def _observe(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor, dx: Tensor) -> None:
         """Accumulate from one linear layer's backward pass; x: [N, T, I], dy: [N, T, O], dx: [N, T, I]."""
@@ -244,7 +275,7 @@ class BlockAccumulator(ABC):
         return total
 
 
-class SampleAccumulator(BlockAccumulator):
+class SampleAccumulator(LinearAccumulator):
     """Scores each sample's own gradient: running sums per group suffice, and no gradient is kept."""
 
     def _observe_weight(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor) -> None:
@@ -257,10 +288,10 @@ class SampleAccumulator(BlockAccumulator):
         return self.first / count
 
 
-class BatchAccumulator(BlockAccumulator):
+class BatchAccumulator(LinearAccumulator):
     """Scores the gradient of each batch's mean loss. The first-order term needs the mean gradient, which is kept."""
 
-    def __init__(self, block: Block, ops: ImportanceOps, device: torch.device) -> None:
+    def __init__(self, block: LinearBlock, ops: ImportanceOps, device: torch.device) -> None:
         """As `BlockAccumulator`; one gradient per weight is kept, and the pending one until `commit`."""
         self._gradient_sums: dict[str, Tensor] = {}
         super().__init__(block, ops, device)

@@ -57,10 +57,15 @@ class _ObservedLinear(torch.autograd.Function):
         return dx.to(x.dtype), None, None, None
 
 
-def _observed_forward(linear: nn.Linear, observer: Observer, x: Tensor) -> Tensor:
+def observed_product(x: Tensor, weight: Tensor, bias: Tensor | None, observer: Observer) -> Tensor:
+    """x W^T + b, differentiable in x alone; the observer is called in the backward pass. Of x any leading shape."""
     kept = _KeptInput.apply(x)  # type: ignore[no-untyped-call]
-    output: Tensor = _ObservedLinear.apply(kept, linear.weight, linear.bias, observer)  # type: ignore[no-untyped-call]
+    output: Tensor = _ObservedLinear.apply(kept, weight, bias, observer)  # type: ignore[no-untyped-call]
     return output
+
+
+def _observed_forward(linear: nn.Linear, observer: Observer, x: Tensor) -> Tensor:
+    return observed_product(x, linear.weight, linear.bias, observer)
 
 
 @contextmanager

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradprune.calibration.accumulator import BlockAccumulator, StepRecord
+from gradprune.calibration.accumulator import BlockAccumulator, LinearAccumulator, StepRecord
 from gradprune.calibration.capture import capture, checkpointed
 from gradprune.calibration.evidence import Evidence, Scores
+from gradprune.calibration.experts import check_experts
 from gradprune.calibration.finite import raise_non_finite_gradient, raise_non_finite_loss, raise_overflow
 from gradprune.calibration.joined import joined_state
 from gradprune.calibration.methods import (
@@ -118,6 +119,7 @@ class ImportanceEngine:
             )
         self._model = model
         self._view = describe(model).with_groups()
+        check_experts(self._view, method, reduction)
         if reduction == "batch" and ranks.world > 1:
             raise ConfigError(
                 f"reduction: 'batch' keeps a gradient of every weight, too much to exchange between {ranks.world} "
@@ -139,7 +141,7 @@ class ImportanceEngine:
         ops = select_ops(backend, model.device.type)
         self.backend = ops.backend
         self._accumulators: dict[BlockKey, BlockAccumulator] = {
-            block.key: self._reduction.accumulator(block, ops, model.device) for block in self._view.blocks
+            block.key: self._reduction.accumulator_of(block, ops, model.device) for block in self._view.blocks
         }
         self._samples: list[Tensor] = []
         self._losses: list[Tensor] = []
@@ -433,11 +435,10 @@ class ImportanceEngine:
         self._observed = None
         with ExitStack() as stack:
             accumulators = self._accumulators.values()
-            if depth is Depth.INPUTS:
+            if depth is not None:
                 for entry in accumulators:
-                    handle = entry.block.output.linear.register_forward_pre_hook(entry.observe_input)
-                    stack.callback(handle.remove)
-            elif depth is not None and depth >= Depth.MASKS:
+                    stack.enter_context(entry.attached(depth))
+            if depth is not None and depth >= Depth.MASKS:
                 observers = dict(pair for entry in accumulators for pair in entry.observers(depth))
                 stack.enter_context(deterministic_attention())
                 stack.enter_context(capture(self._model, observers))
@@ -507,7 +508,11 @@ class ImportanceEngine:
         """The component "obs", computed once for the samples so far."""
         if self._costs is None:
             samples = sum(len(ids) for ids in self._samples)
-            curvatures = {key: accumulator.curvature(samples) for key, accumulator in self._accumulators.items()}
+            curvatures = {
+                key: accumulator.curvature(samples)
+                for key, accumulator in self._accumulators.items()
+                if isinstance(accumulator, LinearAccumulator)
+            }
             costs = removal_costs(self._view, self._samples, curvatures, self.ranks)
             self._costs = torch.cat([costs[key] for key in self._accumulators])
         return self._costs
@@ -528,13 +533,13 @@ class ImportanceEngine:
         elements: dict[int, dict[str, int]] = {}
         for key, steps in records.items():
             block = self._accumulators[key].block
-            for entry in block.projections:
-                name = f"{block.path}.{entry.path}"
-                of_steps = GradientStatistics.stack([record.statistics[entry.path] for record in steps])
+            for path, size in block.weights():
+                name = f"{block.path}.{path}"
+                of_steps = GradientStatistics.stack([record.statistics[path] for record in steps])
                 if scaled:
                     of_steps = of_steps.scale([record.scale for record in steps])
                 merged.setdefault(key.layer, {})[name] = of_steps.merge().to_float()
-                elements.setdefault(key.layer, {})[name] = entry.linear.weight.numel()
+                elements.setdefault(key.layer, {})[name] = size
         return [layer_gradients(layer, merged[layer], elements[layer], count) for layer in sorted(merged)]
 
     def _check_pending(self, input_ids: Tensor, losses: Tensor) -> None:

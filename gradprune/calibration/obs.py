@@ -23,7 +23,7 @@ from torch import Tensor
 from gradprune.calibration.cholesky import cholesky, inverse
 from gradprune.calibration.gram import add_gram, one_thread, symmetric
 from gradprune.errors import NonFiniteError
-from gradprune.models import Block, BlockKey, PrunableModel
+from gradprune.models import BlockKey, LinearBlock, PrunableModel
 from gradprune.models.modes import evaluation_mode
 from gradprune.models.streams import Streams
 from gradprune.ranks import ALONE, Ranks
@@ -81,6 +81,7 @@ def removal_costs(
             written: list[dict[torch.nn.Module, Tensor]] = [{} for _ in current]
             with view.resident(layer, layer + 1):
                 for block in view.of_layer(layer):
+                    assert isinstance(block, LinearBlock)  # the engine refuses others
                     linear = block.output.linear
                     inputs = [streams.output_input(block, k, stream, written[k]) for k, stream in enumerate(current)]
                     gram = with_ridge(_mean_gram(block, inputs, ranks))
@@ -92,7 +93,7 @@ def removal_costs(
     return costs
 
 
-def _mean_gram(block: Block, inputs: Sequence[Tensor], ranks: Ranks) -> Tensor:
+def _mean_gram(block: LinearBlock, inputs: Sequence[Tensor], ranks: Ranks) -> Tensor:
     """[I, I], the mean over all ranks' tokens of x x^T of inputs x [N, T, I]."""
     weight = block.output.linear.weight
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -157,7 +157,8 @@ class _ResidualProbe:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             assert self._stream is not None
             written = output[0] if isinstance(output, tuple) else output
-            after = self._stream + (1.0 if block.adds is None else block.adds) * written
+            # Experts write the tokens of all samples in one row.
+            after = self._stream + (1.0 if block.adds is None else block.adds) * written.view_as(self._stream)
             self._add(block.key, self._stream, after)
             self._stream = after
 

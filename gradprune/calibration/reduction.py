@@ -5,10 +5,20 @@ This is the only place that knows the difference; everything else asks its `Redu
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from gradprune.calibration.accumulator import BatchAccumulator, BlockAccumulator, SampleAccumulator
+from gradprune.calibration.accumulator import (
+    BatchAccumulator,
+    BlockAccumulator,
+    LinearAccumulator,
+    SampleAccumulator,
+)
+from gradprune.calibration.experts import ExpertsAccumulator
 from gradprune.config import ReductionName
+from gradprune.models import Block, LinearBlock
+from gradprune.models.experts import ExpertsBlock
+from gradprune.ops.dispatch import ImportanceOps
 
 
 @dataclass(frozen=True)
@@ -17,15 +27,22 @@ class Reduction:
 
     name: as options and files have it.
     unit: what one gradient belongs to: "sample" or "batch".
-    accumulator: sums up one block.
+    accumulator: sums up one block of linear layers.
     scales_afterwards: whether a scale on a layer's gradients can be applied to the finished sums, exactly, so that
         any fix can be tried after calibration. If not, each batch's gradients are scaled before they are added.
     """
 
     name: ReductionName
     unit: str
-    accumulator: type[BlockAccumulator]
+    accumulator: type[LinearAccumulator]
     scales_afterwards: bool
+
+    def accumulator_of(self, block: Block, ops: ImportanceOps, device: torch.device) -> BlockAccumulator:
+        """What sums up one block; experts are summed by sample, see `check_experts`."""
+        if isinstance(block, LinearBlock):
+            return self.accumulator(block, ops, device)
+        assert isinstance(block, ExpertsBlock)
+        return ExpertsAccumulator(block, ops, device)
 
     def gradients_in(self, input_ids: Tensor) -> int:
         """How many gradients a step on `input_ids` [N, T] adds."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradprune.models import Block, PrunableModel
+from gradprune.models import LinearBlock, PrunableModel
 from gradprune.models.modeling_gradprune import norms_of
 
 # By name, e.g. "q.weight", "down.bias", "attn_norm.weight": the shape, and what makes the tensor when it is written.
@@ -79,7 +79,7 @@ def _norm_before(layer: nn.Module, kind: str) -> str:
     return before[0]
 
 
-def _split(block: Block, output: str) -> Weights:
+def _split(block: LinearBlock, output: str) -> Weights:
     """A block's weights and biases by projection; its output projection is called `output`."""
     found: Weights = {}
     for entry in block.inputs:

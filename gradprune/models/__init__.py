@@ -1,6 +1,6 @@
 """Models as blocks: what is prunable in them."""
 
-from gradprune.models.blocks import Block, PrunableModel
+from gradprune.models.blocks import Block, LinearBlock, PrunableModel
 from gradprune.models.describe import accepted_kinds, describe
 from gradprune.models.kinds import KINDS, BlockKey, Kind
 
@@ -9,6 +9,7 @@ __all__ = [
     "Block",
     "BlockKey",
     "Kind",
+    "LinearBlock",
     "PrunableModel",
     "accepted_kinds",
     "describe",

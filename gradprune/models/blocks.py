@@ -1,5 +1,6 @@
 """The prunable blocks of a loaded model: which rows and columns of which weights form each group."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -81,14 +82,24 @@ class OutputLinear:
 
 
 @dataclass(frozen=True)
-class Block:
+class Cut:
+    """What remains of one parameter when groups go.
+
+    path: of the parameter in the block. dim: the dimension that gets shorter. index: what is kept of it: [k] int64, or
+    [E, k] where each entry of the first dimension keeps its own.
+    """
+
+    path: str
+    dim: int
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Block(ABC):
     """One block of a decoder layer, with `groups` prunable groups.
 
     path: the block's attribute in the decoder layer; module: what is there.
-    inputs, output: its projections, whose rows and columns belong to groups.
     cost: parameters removed with one group, biases included.
-    head_dim: width of an attention head; 1 where a group is a single channel.
-    riders: parameters that are cut with the groups and are no projections.
     adds: the factor with which the block's output is added to the residual stream; None where a norm stands between.
     writer: the module whose output is added: the block's own, or the norm behind it.
     """
@@ -97,12 +108,8 @@ class Block:
     layer: int
     path: str
     module: nn.Module
-    inputs: tuple[InputLinear, ...]
-    output: OutputLinear
     groups: int
     cost: int
-    head_dim: int
-    riders: tuple[Rider, ...]
     adds: float | None
     writer: nn.Module
 
@@ -110,6 +117,52 @@ class Block:
     def key(self) -> BlockKey:
         """Names the block in mappings."""
         return BlockKey(self.layer, self.kind.name)
+
+    @property
+    def sets(self) -> int:
+        """The groups divide into this many consecutive parts of equal size, which must keep equally many each."""
+        return 1
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Columns of the output projection (of all experts' together)."""
+
+    @property
+    @abstractmethod
+    def solved_columns(self) -> int:
+        """Columns of an output projection that repair solves for at once; 0 where it solves none."""
+
+    @abstractmethod
+    def weights(self) -> Iterator[tuple[str, int]]:
+        """The prunable weights: path in the block, and number of elements."""
+
+    @abstractmethod
+    def output_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What masking changes: the output projection's parameters, with their paths in the block."""
+
+    @abstractmethod
+    def mask(self, kept: Tensor) -> None:
+        """Zero in place what the groups that are not kept ([groups] bool) write; the bias too if none is."""
+
+    @abstractmethod
+    def cuts(self, groups: Tensor) -> Iterator[Cut]:
+        """What remains of the block's parameters when `groups` ([k] int64, ascending) stay."""
+
+
+@dataclass(frozen=True)
+class LinearBlock(Block):
+    """A block of plain linear layers.
+
+    inputs, output: its projections, whose rows and columns belong to groups.
+    head_dim: width of an attention head; 1 where a group is a single channel.
+    riders: parameters that are cut with the groups and are no projections.
+    """
+
+    inputs: tuple[InputLinear, ...]
+    output: OutputLinear
+    head_dim: int
+    riders: tuple[Rider, ...]
 
     @property
     def heads_per_group(self) -> int:
@@ -120,6 +173,45 @@ class Block:
     def projections(self) -> "tuple[InputLinear | OutputLinear, ...]":
         """Every prunable linear layer of the block, the output last."""
         return (*self.inputs, self.output)
+
+    @property
+    def width(self) -> int:
+        """Columns of the output projection."""
+        return self.output.linear.in_features
+
+    @property
+    def solved_columns(self) -> int:
+        """Columns of the output projection."""
+        return self.width
+
+    def weights(self) -> Iterator[tuple[str, int]]:
+        """The projections' weights."""
+        for entry in self.projections:
+            yield entry.path, entry.linear.weight.numel()
+
+    def output_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The output projection's weight and bias."""
+        for name, parameter in self.output.linear.named_parameters():
+            yield f"{self.output.path}.{name}", parameter
+
+    @torch.no_grad()
+    def mask(self, kept: Tensor) -> None:
+        """Zero the columns of the groups that are not kept, and the bias if none is: cutting drops the block."""
+        linear = self.output.linear
+        gone = self.output.columns_of((~kept).nonzero().flatten()).to(linear.weight.device)
+        linear.weight[:, gone] = 0.0
+        if linear.bias is not None and not kept.any():
+            linear.bias.zero_()
+
+    def cuts(self, groups: Tensor) -> Iterator[Cut]:
+        """Rows of the input projections and of the riders, columns of the output projection."""
+        for entry in self.inputs:
+            rows = entry.rows_of(groups)
+            for name, _ in entry.linear.named_parameters():
+                yield Cut(f"{entry.path}.{name}", 0, rows)
+        for rider in self.riders:
+            yield Cut(rider.path, 0, rider.rows_of(groups))
+        yield Cut(f"{self.output.path}.weight", 1, self.output.columns_of(groups))
 
 
 @dataclass(frozen=True)
@@ -140,10 +232,20 @@ class PrunableModel:
         """The existing blocks of one decoder layer, in order."""
         return tuple(block for block in self.blocks if block.layer == layer)
 
-    def of_kind(self, kind: str) -> list[Block | None]:
-        """Per decoder layer, its block of the kind of that name; None where it does not exist."""
-        found = {block.layer: block for block in self.blocks if block.kind.name == kind}
+    def of_kind(self, kind: str) -> list[LinearBlock | None]:
+        """Per decoder layer, its block of linear layers of the kind of that name; None where it does not exist."""
+        found = {block.layer: block for block in self.linear_blocks if block.kind.name == kind}
         return [found.get(layer) for layer in range(len(self.layers))]
+
+    @property
+    def linear_blocks(self) -> tuple[LinearBlock, ...]:
+        """The blocks of plain linear layers."""
+        return tuple(block for block in self.blocks if isinstance(block, LinearBlock))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether groups of experts are among those that can be pruned."""
+        return len(self.linear_blocks) < len(self.blocks)
 
     def with_groups(self) -> "PrunableModel":
         """This model, which has something left to prune.
@@ -182,8 +284,8 @@ class PrunableModel:
         with self.resident(block.layer, block.layer + 1):
             yield
             if self.residency is not None:
-                for name, _ in block.output.linear.named_parameters():
-                    self.residency.replace(block.layer, f"{block.path}.{block.output.path}.{name}")
+                for path, _ in block.output_parameters():
+                    self.residency.replace(block.layer, f"{block.path}.{path}")
 
     def shelf(self) -> MutableMapping[nn.Linear, Tensor]:
         """An empty mapping for weights of the model's output projections: in files where the model is streamed."""

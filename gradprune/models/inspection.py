@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from gradprune.errors import UnsupportedArchitectureError
-from gradprune.models.blocks import Block, InputLinear, OutputLinear, Part, Rider
+from gradprune.models.blocks import InputLinear, LinearBlock, OutputLinear, Part, Rider
 from gradprune.models.kinds import Kind
 from gradprune.models.modeling_gradprune import norms_of, output_of, place_of
 
@@ -39,7 +39,7 @@ _INPUTS: dict[str, tuple[dict[str, tuple[str, ...]], ...]] = {
 _LINEAR = ("Linear", "FalconLinear")
 
 
-def find_block(layer: nn.Module, index: int, kind: Kind) -> Block | str:
+def find_block(layer: nn.Module, index: int, kind: Kind) -> LinearBlock | str:
     """The block of that kind in a decoder layer, or why there is none that can be pruned, for messages.
 
     Raises:
@@ -69,19 +69,19 @@ def find_block(layer: nn.Module, index: int, kind: Kind) -> Block | str:
     for entry in entries:
         cost += sum(part.rows for part in entry.parts) * (entry.linear.in_features + (entry.linear.bias is not None))
     _, behind = norms_of(layer, kind.name)
-    return Block(
-        kind,
-        index,
-        place,
-        module,
-        entries,
-        OutputLinear(output, linears[output], columns),
-        shape.groups,
-        cost,
-        shape.head_dim,
-        riders=riders,
+    return LinearBlock(
+        kind=kind,
+        layer=index,
+        path=place,
+        module=module,
+        groups=shape.groups,
+        cost=cost,
         adds=None if behind else float(getattr(layer, "residual_multiplier", 1.0)),
         writer=getattr(layer, behind[0]) if behind else module,
+        inputs=entries,
+        output=OutputLinear(output, linears[output], columns),
+        head_dim=shape.head_dim,
+        riders=riders,
     )
 
 

@@ -14,6 +14,7 @@ class Kind:
     unit: what its groups are called in `summary.json`.
     rounded: `round_to` applies to the number of groups a block keeps.
     factor: the option that multiplies the scores of its groups; None where there is none.
+    optional: most models have no block of it, which goes without saying.
     """
 
     name: str
@@ -22,11 +23,15 @@ class Kind:
     unit: str
     rounded: bool = False
     factor: str | None = None
+    optional: bool = False
 
 
 KINDS: tuple[Kind, ...] = (
     Kind("attention", "KV groups", "attention (KV groups)", "groups", factor="attention_factor"),
     Kind("mlp", "MLP channels", "MLP (channels)", "channels", rounded=True),
+    Kind(
+        "expert_channels", "expert channels", "experts (channels)", "channels of experts", rounded=True, optional=True
+    ),
 )
 """In the order in which a decoder layer's blocks add to the residual stream; `GroupTable.kind` indexes it."""
 

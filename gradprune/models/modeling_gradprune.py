@@ -9,7 +9,8 @@ AutoConfig and AutoModel work in the same way. Every causal LM of transformers h
 
 `config.json` uses transformers' `per_layer_config`, which maps a layer's index to the values that differ from the
 model's global ones: `num_key_value_heads`; `num_attention_heads` (where it is left out, `num_key_value_heads` times the
-model's ratio); the MLP's `intermediate_size`, or what the architecture calls it; and `skip`, the names of the blocks
+model's ratio); the MLP's `intermediate_size`, or what the architecture calls it; the experts'
+`moe_intermediate_size`, where they have a width of their own; and `skip`, the names of the blocks
 ("attention", "mlp") that are gone, past which the residual stream is unchanged.
 """
 
@@ -36,6 +37,8 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
 KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 WIDTHS = ("intermediate_size", "ffn_hidden_size")
 """What configurations call an MLP's number of channels."""
+EXPERT_WIDTHS = ("moe_intermediate_size", *WIDTHS)
+"""What they call that of each expert; the first that is there."""
 
 # A layer's norms, and by kind of block those before it and those behind it, which go with the block. Where two blocks
 # share a norm, or the norms are others, they stay.
@@ -241,7 +244,7 @@ def per_layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
 
 def check_overrides(layers: dict[int, dict[str, Any]]) -> None:
     """Refuse overrides that `PerLayerWidths` does not apply: ignoring them would load a different model."""
-    known = {*KV_HEADS, "num_attention_heads", *WIDTHS, "skip"}
+    known = {*KV_HEADS, "num_attention_heads", *EXPERT_WIDTHS, "skip"}
     for index, overrides in layers.items():
         if unknown := sorted(set(overrides) - known) or sorted(set(overrides.get("skip", ())) - set(PLACES)):
             raise ValueError(
@@ -316,7 +319,7 @@ def build_layer(stock: Any, dense: PreTrainedConfig, overrides: dict[str, Any], 
         layer = None
     if layer is not None and (not overrides or _heads_fit(layer, config, dense)):
         return layer
-    kept = {name: value for name, value in overrides.items() if name in WIDTHS}
+    kept = {name: value for name, value in overrides.items() if name in EXPERT_WIDTHS}
     layer = type(stock)(resolve_layer_config(dense, kept), index)
     place = place_of(layer, "attention")
     setattr(layer, place, _narrow_attention(stock, config, head_dim(dense), index))
@@ -364,7 +367,7 @@ def _narrow_attention(stock: Any, config: PreTrainedConfig, width: int, index: i
 
 def place_of(layer: nn.Module, kind: str) -> Any:
     """The attribute of a decoder layer that holds its block of that kind, None if it has none."""
-    return next((name for name in PLACES[kind] if isinstance(getattr(layer, name, None), nn.Module)), None)
+    return next((name for name in PLACES.get(kind, ()) if isinstance(getattr(layer, name, None), nn.Module)), None)
 
 
 def output_of(block: nn.Module, kind: str) -> Any:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from gradprune.models.blocks import Block, PrunableModel
+from gradprune.models.blocks import Block, Cut, LinearBlock, PrunableModel
 from gradprune.models.masks import GroupMasks
 from gradprune.models.modeling_gradprune import drop_block
 from gradprune.models.view import view_of
@@ -17,40 +17,42 @@ def narrow(view: PrunableModel, masks: GroupMasks) -> None:
     The view is stale afterwards.
     """
     kinds = {key.kind for key in (*(block.key for block in view.blocks), *view.dropped)}
-    for block in view.blocks:
-        kept = masks[block]
-        if kept.any():
-            _shrink(view, block, kept)
-        else:
+    # All before the first change, because masks of experts can be refused.
+    cuts = [(block, _cuts(block, masks[block])) for block in view.blocks]
+    for block, of_block in cuts:
+        if of_block is None:
             drop_block(view.layers[block.layer], block.kind.name)
+            continue
+        for each in of_block:
+            _select(view, block, each)
     state_widths(view_of(view.model, kinds), before=view)
 
 
-def _shrink(view: PrunableModel, block: Block, kept: Tensor) -> None:
-    """Keep only the rows and columns of the kept groups ([groups] bool, at least one True)."""
-    if kept.all():
-        return
-    groups = kept.nonzero().flatten()
-    for entry in block.inputs:
-        rows = entry.rows_of(groups)
-        entry.linear.out_features = len(rows)
-        for name, _ in list(entry.linear.named_parameters()):
-            _select(view, block, f"{entry.path}.{name}", 0, rows)
-    for rider in block.riders:
-        _select(view, block, rider.path, 0, rider.rows_of(groups))
-    columns = block.output.columns_of(groups)
-    block.output.linear.in_features = len(columns)
-    _select(view, block, f"{block.output.path}.weight", 1, columns)
+def _cuts(block: Block, kept: Tensor) -> list[Cut] | None:
+    """What remains of the block's parameters; None if the block goes. kept: [groups] bool."""
+    if isinstance(block, LinearBlock) and not kept.any():
+        return None
+    return [] if kept.all() else list(block.cuts(kept.nonzero().flatten()))
 
 
-def _select(view: PrunableModel, block: Block, path: str, dim: int, index: Tensor) -> None:
-    """Keep only the `index` ([k] int64) rows (dim 0) or columns (dim 1) of the parameter at `path` in the block."""
-    owner, _, name = path.rpartition(".")
+def _select(view: PrunableModel, block: Block, cut: Cut) -> None:
+    """Keep only what `cut` says of a parameter of the block."""
+    owner, _, name = cut.path.rpartition(".")
     module = block.module.get_submodule(owner)
     old = module.get_parameter(name)
-    setattr(module, name, parameter_like(old, old.index_select(dim, index.to(old.device))))
+    setattr(module, name, parameter_like(old, selected(old, cut)))
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
     if view.residency is not None:
-        view.residency.cut(block.layer, f"{block.path}.{path}", dim, index)
+        view.residency.cut(block.layer, f"{block.path}.{cut.path}", cut.dim, cut.index)
+
+
+def selected(tensor: Tensor, cut: Cut) -> Tensor:
+    """A new tensor with what is kept of `tensor`."""
+    index = cut.index.to(tensor.device)
+    if index.ndim == 1:
+        return tensor.index_select(cut.dim, index)
+    return torch.stack([own.index_select(cut.dim - 1, kept) for own, kept in zip(tensor, index, strict=True)])
 
 
 def parameter_like(old: Tensor, new: Tensor) -> nn.Parameter:

@@ -11,7 +11,7 @@ import functools
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gradprune.errors import one_line
-from gradprune.models.blocks import PrunableModel
+from gradprune.models.blocks import LinearBlock, PrunableModel
+from gradprune.models.experts import ExpertsBlock, plain_product
 from gradprune.models.loss import sample_losses
 from gradprune.models.masks import GroupMasks
 from gradprune.models.modeling_gradprune import class_names
@@ -131,6 +132,15 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return found.detach()
 
 
+def _by_experts(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The logits when experts compute as they do in calibration."""
+    with ExitStack() as stack:
+        for block in view_of(model).blocks:
+            if isinstance(block, ExpertsBlock):
+                stack.enter_context(block.run_by(plain_product))
+        return _logits(model, ids)
+
+
 def _check_loss(model: PreTrainedModel) -> None:
     """Importances are gradients of `sample_losses`, which must be the loss of the model's own logits."""
     ids = _ids(model)
@@ -158,6 +168,8 @@ def _fault(model: PreTrainedModel, kind: str) -> str | None:
         narrow(view, masks)
         ids = _ids(model)
         wanted = _logits(expected, ids)
+        if _differ(_by_experts(expected, ids), wanted):
+            return "its experts compute something else than the expert-by-expert form of them"
         if not _differ(wanted, _logits(model, ids)):
             return "masking its groups changes nothing"
         if _differ(_logits(cut, ids), wanted):
@@ -172,19 +184,23 @@ def _fault(model: PreTrainedModel, kind: str) -> str | None:
 
 
 def _masks(view: PrunableModel) -> GroupMasks:
-    """Every block keeps every other group, or all if there is but one; the first block keeps none."""
-    masks = {block.key: torch.arange(block.groups) % 2 == 0 for block in view.blocks}
-    masks[view.blocks[0].key][:] = False
+    """Every block keeps every other group, or all if there is but one; the first block keeps none, if it can go.
+
+    Of two neighbouring experts one keeps the even channels, the other the odd ones.
+    """
+    masks = {}
+    for block in view.blocks:
+        group = torch.arange(block.groups)
+        masks[block.key] = (group + group // (block.groups // block.sets)) % 2 == 0
+    if isinstance(view.blocks[0], LinearBlock):
+        masks[view.blocks[0].key][:] = False
     return GroupMasks(masks, len(view.layers))
 
 
 @torch.no_grad()
 def _mask(view: PrunableModel, masks: GroupMasks) -> None:
     for block in view.blocks:
-        gone = block.output.columns_of((~masks[block]).nonzero().flatten())
-        block.output.linear.weight[:, gone] = 0.0
-        if block.output.linear.bias is not None and not masks[block].any():
-            block.output.linear.bias.zero_()
+        block.mask(masks[block])
         if block.writer is not block.module and not masks[block].any():
             # A norm with a bias would still write.
             for parameter in block.writer.parameters():
@@ -211,6 +227,7 @@ def _rebuilt(model: PreTrainedModel) -> nn.Module:
     """The model as its configuration says, with its weights."""
     config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
     config._attn_implementation = model.config._attn_implementation
+    config._experts_implementation = model.config._experts_implementation
     with torch.random.fork_rng(devices=[]):
         rebuilt: Any = type(model)._from_config(config, dtype=model.dtype)
     rebuilt.load_state_dict(model.state_dict())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradprune.models import Block, PrunableModel
+from gradprune.models import Block, LinearBlock, PrunableModel
 from gradprune.models.loss import sample_losses
 from gradprune.models.modes import forward_replaced
 from gradprune.ranks import ALONE, Ranks
@@ -65,7 +65,7 @@ class Streams:
         with _removed([block.module.register_forward_hook(keep) for block in self._view.of_layer(layer)]):
             return self.layer(layer, batch, stream, {}), written
 
-    def output_input(self, block: Block, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
+    def output_input(self, block: LinearBlock, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
         """[N, T, I] what a block's output projection reads, when the modules in `written` write what is given."""
         reached: list[Tensor] = []
 
@@ -79,6 +79,18 @@ class Streams:
             except _StoppedError:
                 return reached[0].to(self.home)
         raise AssertionError(f"layer {block.layer} does not run its {block.output.path}")
+
+    def block_output(self, block: Block, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
+        """What a block's module returns when the modules in `written` write what is given."""
+        reached: list[Tensor] = []
+
+        def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+            reached.append(output[0] if isinstance(output, tuple) else output)
+            raise _StoppedError
+
+        with _removed([block.module.register_forward_hook(stop)]), suppress(_StoppedError):
+            self.layer(block.layer, batch, stream, written)
+        return reached[0].to(self.home)
 
     def mean_loss(self, streams: Sequence[Tensor], first: int, ranks: Ranks = ALONE) -> float:
         """Mean loss of all ranks' samples from batch `first` on, in nats per token, given the last layer's streams."""

@@ -7,8 +7,9 @@ from transformers import PreTrainedModel
 
 from gradprune.errors import UnsupportedArchitectureError
 from gradprune.models.blocks import Block, PrunableModel
+from gradprune.models.experts import NO_EXPERTS, find_experts
 from gradprune.models.inspection import find_block
-from gradprune.models.kinds import KIND_NAMES, KINDS, BlockKey
+from gradprune.models.kinds import KIND_NAMES, KINDS, BlockKey, Kind
 from gradprune.models.modeling_gradprune import DroppedAttention, DroppedMLP, decoder_layers, place_of
 
 # By name, because a model loaded by remote code has classes of its own.
@@ -32,7 +33,7 @@ def view_of(model: PreTrainedModel, kinds: Collection[str] = KIND_NAMES) -> Prun
             if place is not None and type(getattr(layer, place)).__name__ in _DROPPED:
                 dropped.add(BlockKey(index, kind.name))
                 continue
-            found = find_block(layer, index, kind)
+            found = _find(layer, index, kind)
             if isinstance(found, Block):
                 blocks.append(found)
     return PrunableModel(model, layers, tuple(blocks), frozenset(dropped))
@@ -43,10 +44,16 @@ def missing_kinds(model: PreTrainedModel) -> dict[str, str]:
     layers = layers_of(model)
     reasons = {}
     for kind in KINDS:
-        found = [find_block(layer, index, kind) for index, layer in enumerate(layers)]
+        found = [_find(layer, index, kind) for index, layer in enumerate(layers)]
+        if kind.optional and all(each == NO_EXPERTS for each in found):
+            continue
         if all(isinstance(each, str) for each in found):
             reasons[kind.name] = str(found[-1])
     return reasons
+
+
+def _find(layer: nn.Module, index: int, kind: Kind) -> Block | str:
+    return find_experts(layer, index, kind) if kind.optional else find_block(layer, index, kind)
 
 
 def layers_path(model: PreTrainedModel) -> str:

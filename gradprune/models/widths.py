@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from gradprune.models.blocks import Block, PrunableModel
+from gradprune.models.blocks import Block, LinearBlock, PrunableModel
 from gradprune.models.modeling_gradprune import (
+    EXPERT_WIDTHS,
     KV_HEADS,
     WIDTHS,
     auto_map,
@@ -34,7 +35,7 @@ def plain_widths(view: PrunableModel) -> dict[str, frozenset[int]]:
 
     Kinds that accept any number are left out.
     """
-    first = _any(view, "attention")
+    first = _attention(view)
     if first is None:
         return {}
     dense = homogeneous(view.model.config)
@@ -58,7 +59,7 @@ def state_widths(view: PrunableModel, before: PrunableModel) -> None:
     model = view.model
     config = model.config
     config.__dict__.pop("auto_map", None)
-    attention = _any(before, "attention")
+    attention = _attention(before)
     _state_head_dim(config, attention)
     plain = _plain_widths(view, attention)
     if plain is not None:
@@ -89,19 +90,27 @@ def state_widths(view: PrunableModel, before: PrunableModel) -> None:
     _state_attributes(view)
 
 
-def _any(view: PrunableModel, kind: str) -> Block | None:
-    """A block of that kind, for what all of them have in common."""
-    return next((block for block in view.blocks if block.kind.name == kind), None)
+def _attention(view: PrunableModel) -> LinearBlock | None:
+    """An attention block, for what all of them have in common."""
+    return next((block for block in view.of_kind("attention") if block is not None), None)
 
 
-def _state_head_dim(config: PreTrainedConfig, attention: Block | None) -> None:
+def _width_of(block: Block) -> int:
+    """The number that a configuration states for a block: groups, of experts those of each."""
+    return block.groups // block.sets
+
+
+def _state_head_dim(config: PreTrainedConfig, attention: LinearBlock | None) -> None:
     """State the heads' width, which classes would otherwise compute from the number of heads."""
     if attention is not None and not isinstance(getattr(type(config), "head_dim", None), property):
         config.head_dim = attention.head_dim
 
 
-def _own_widths(config: PreTrainedConfig, groups: dict[str, int], attention: Block | None) -> dict[str, int]:
-    """What the configuration calls the widths of blocks, by the names of their kinds, and the values."""
+def _own_widths(config: PreTrainedConfig, groups: dict[str, int], attention: LinearBlock | None) -> dict[str, int]:
+    """What the configuration calls the widths of blocks, by the names of their kinds, and the values.
+
+    groups: of each block; of experts, those of each expert.
+    """
     stated: dict[str, int] = {}
     if "attention" in groups and attention is not None:
         if (name := name_in(config, KV_HEADS)) is not None:
@@ -109,6 +118,8 @@ def _own_widths(config: PreTrainedConfig, groups: dict[str, int], attention: Blo
         stated["num_attention_heads"] = groups["attention"] * attention.heads_per_group
     if "mlp" in groups and (name := name_in(config, WIDTHS)) is not None:
         stated[name] = groups["mlp"]
+    if "expert_channels" in groups and (name := name_in(config, EXPERT_WIDTHS)) is not None:
+        stated[name] = groups["expert_channels"]
     return stated
 
 
@@ -131,7 +142,7 @@ def _is_valid(config: Any) -> bool:
     return True
 
 
-def _has_heads(layer: nn.Module, config: PreTrainedConfig, attention: Block, groups: int) -> bool:
+def _has_heads(layer: nn.Module, config: PreTrainedConfig, attention: LinearBlock, groups: int) -> bool:
     """Whether a stock layer of a configuration has attention of that many groups; some make it as wide as the model."""
     with torch.device("meta"):
         built: Any = type(layer)(config, attention.layer)
@@ -139,11 +150,11 @@ def _has_heads(layer: nn.Module, config: PreTrainedConfig, attention: Block, gro
     return bool(output.in_features == groups * attention.output.columns)
 
 
-def _plain_widths(view: PrunableModel, attention: Block | None) -> dict[str, int] | None:
+def _plain_widths(view: PrunableModel, attention: LinearBlock | None) -> dict[str, int] | None:
     """What the architecture's own configuration says if it can: no block is gone, all layers are alike."""
     groups: dict[str, set[int]] = {}
     for block in view.blocks:
-        groups.setdefault(block.kind.name, set()).add(block.groups)
+        groups.setdefault(block.kind.name, set()).add(_width_of(block))
     if view.dropped or any(len(found) > 1 for found in groups.values()):
         return None
     dense = homogeneous(view.model.config)
@@ -169,19 +180,19 @@ def _builds(view: PrunableModel, config: PreTrainedConfig) -> bool:
 
 def _differs_in_width(view: PrunableModel, before: PrunableModel, dense: PreTrainedConfig) -> bool:
     """Whether a block that exists has other than the global width."""
-    attention = _any(before, "attention")
+    attention = _attention(before)
     return any(
         getattr(dense, name) != value
         for block in view.blocks
-        for name, value in _own_widths(dense, {block.kind.name: block.groups}, attention).items()
+        for name, value in _own_widths(dense, {block.kind.name: _width_of(block)}, attention).items()
     )
 
 
-def _per_layer_config(view: PrunableModel, attention: Block | None) -> dict[int | str, dict[str, Any]]:
+def _per_layer_config(view: PrunableModel, attention: LinearBlock | None) -> dict[int | str, dict[str, Any]]:
     dense = homogeneous(view.model.config)
     overrides: dict[int | str, dict[str, Any]] = {}
     for layer in range(len(view.layers)):
-        groups = {block.kind.name: block.groups for block in view.of_layer(layer)}
+        groups = {block.kind.name: _width_of(block) for block in view.of_layer(layer)}
         skip = [kind for kind in ("attention", "mlp") if (layer, kind) in view.dropped]
         # A dropped attention block keeps one head in the cache, see DroppedAttention.
         widths = {**groups, **{kind: int(kind == "attention") for kind in skip}}

@@ -130,7 +130,7 @@ def _prepare(model: PreTrainedModel, config: RecoveryConfig) -> Callable[[], Non
         raise RecoveryError(
             "method: 'lora' needs the recover extra (pip install 'gradprune[recover]'); or choose method 'full'"
         ) from error
-    names = sorted({entry.path for block in describe(model).blocks for entry in block.projections})
+    names = sorted({entry.path for block in describe(model).linear_blocks for entry in block.projections})
     wrapped: Any = get_peft_model(
         model, LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
     )

@@ -5,7 +5,7 @@ stays within the budget; one that no longer fits is skipped and smaller ones are
 
 Under `round_to`, `uniform` and `serve`, groups are pruned in chunks: the lowest-scored channels of a block that bring
 its width down to the next multiple, or the groups of the same rank in every layer. A chunk's score is the mean of its
-groups' scores. The chunks of one block (under `uniform`: of one kind) form a chain and are taken in order.
+groups' scores. The experts of a layer count as layers of their own. The chunks of one block (under `uniform`: of one kind) form a chain and are taken in order.
 """
 
 from dataclasses import dataclass, replace
@@ -56,10 +56,11 @@ def select(
     Raises:
         SelectionError: the ratio cannot be reached under the constraints; says what can. Or `epsilon` would leave
             no layer.
-        ConfigError: `uniform` on a model whose layers differ.
+        ConfigError: `uniform` on a model whose layers differ; an option that a mixture of experts does not have.
     """
     if not len(table):
         raise SelectionError("model: no block is left in it that could be pruned")
+    constraints = _with_experts(table, constraints)
     chunks = _chunks(table, constraints)
     limits = _limits(table, constraints)
     budget = ratio * parameters
@@ -90,6 +91,21 @@ def check_reachable(
 ) -> None:
     """Raise what `select` would for this ratio whatever the scores are, before any is known."""
     select(table, ratio, parameters, replace(constraints, epsilon=0.0))
+
+
+def _with_experts(table: GroupTable, constraints: Constraints) -> Constraints:
+    """The constraints as they hold for the model: experts keep the same width in all layers, so everything does.
+
+    Raises:
+        ConfigError: options that do not go with that.
+    """
+    if not table.sets:
+        return constraints
+    if constraints.epsilon > 0.0:
+        raise ConfigError(
+            f"epsilon: {constraints.epsilon:g} would drop layers, and those of a mixture of experts stay; leave it out"
+        )
+    return replace(constraints, uniform=True)
 
 
 def _take(
@@ -148,15 +164,18 @@ def _chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
 
 
 def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
-    """Chunks of the same ranks in every layer; at least one group of each kind stays in each layer."""
+    """Chunks of the same ranks in every layer (and expert); at least one group of each kind stays in each layer."""
     of_group = np.full(len(table), -1, np.int64)
     chain: list[int] = []
     for number_of_kind, kind in enumerate(KINDS):
         blocks = [rows for key, rows in table.blocks() if key.kind == kind.name]
+        of_kind = len(blocks)
+        blocks = [part for rows in blocks for part in _parts(rows, table.sets.get(kind.name, 1))]
         widths = sorted({rows.stop - rows.start for rows in blocks})
         if not blocks:
             continue
-        if len(widths) != 1 or len(blocks) != table.layers:
+        # In a mixture of experts some layers have experts and others an MLP.
+        if len(widths) != 1 or (of_kind != table.layers and not table.sets):
             raise ConfigError(f"uniform: the layers of this model already differ in their {kind.name} widths: {widths}")
         width = widths[0]
         step = _step(kind.name, constraints)
@@ -167,6 +186,12 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
             of_group[rows] = np.where(number < len(ends), len(chain) + number, -1)
         chain += [number_of_kind] * len(ends)
     return _Chunks(of_group, chain, owner=[0] * len(chain))
+
+
+def _parts(rows: slice, count: int) -> list[slice]:
+    """Consecutive rows divided into `count` parts of equal size."""
+    size = (rows.stop - rows.start) // count
+    return [slice(start, start + size) for start in range(rows.start, rows.stop, size)]
 
 
 def _step(kind: str, constraints: Constraints) -> int:

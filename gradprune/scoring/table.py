@@ -26,6 +26,8 @@ class GroupTable:
     layers: number of decoder layers of the model.
     plain_widths: by kind, the numbers of kept groups that a plain checkpoint of the model's architecture can state; a
         kind that is not there accepts any.
+    sets: by kind, into how many parts a block's groups divide that must keep equally many, see `Block.sets`; kinds
+        that have one part are left out.
     """
 
     layer: NDArray[np.int64]
@@ -37,6 +39,7 @@ class GroupTable:
     score: NDArray[np.float64]
     layers: int
     plain_widths: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    sets: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of groups."""
@@ -86,4 +89,5 @@ def empty_table(view: PrunableModel) -> GroupTable:
         score=empty.copy(),
         layers=len(view.layers),
         plain_widths=plain_widths(view),
+        sets={block.kind.name: block.sets for block in view.blocks if block.sets > 1},
     )

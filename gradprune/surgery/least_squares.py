@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from gradprune.calibration.cholesky import cholesky, solve
 from gradprune.calibration.gram import add_gram, add_product, symmetric
 from gradprune.errors import NonFiniteError
-from gradprune.models import Block, PrunableModel
+from gradprune.models import Block, LinearBlock, PrunableModel
 from gradprune.models.masks import GroupMasks
 from gradprune.models.streams import Streams
 from gradprune.ranks import ALONE, Ranks
-from gradprune.surgery.masking import mask_output, masks_by_block
+from gradprune.surgery.masking import mask_output, masked_outputs, masks_by_block
 
 BLENDS = (0.5,)
 """Candidates; of several, the one with the least loss on held-out samples is kept. Measured on SmolLM2-135M at 20 and
@@ -125,7 +125,7 @@ def least_squares(
         if kept.all():
             continue
         with view.rewriting(block):
-            if block.output.linear in best.solved:
+            if isinstance(block, LinearBlock) and block.output.linear in best.solved:
                 block.output.linear.weight.copy_(best.solved[block.output.linear])
             mask_output(block, kept)
     return best.repairs
@@ -219,6 +219,11 @@ def _pass_layer(
     ahead = None if dense is None else [d - p for d, p in zip(dense.before, path.streams, strict=True)]
     written: list[dict[nn.Module, Tensor]] = [{} for _ in path.streams]
     for block, kept in blocks:
+        if not isinstance(block, LinearBlock):
+            # An expert sees too few tokens to solve for its weights: it is masked.
+            writes = masked_outputs(streams, block, kept, path.streams, written)
+            _advance(block, writes, written, dense, ahead)
+            continue
         if kept.any():
             inputs = [
                 streams.output_input(block, batch, stream, written[batch]) for batch, stream in enumerate(path.streams)
@@ -231,15 +236,28 @@ def _pass_layer(
             moments = [_moments(block, inputs[part], None if wanted is None else wanted[part], ranks) for part in parts]
             path.solved[block.output.linear], repair = _solve_block(block, kept, moments, path.blend, ridges)
             path.repairs.append(repair)
-        for batch, stream in enumerate(path.streams):
-            write = (
-                _write(block, inputs[batch], path.solved).to(streams.home) if kept.any() else torch.zeros_like(stream)
-            )
-            written[batch][block.module] = write
-            if ahead is not None:
-                assert dense is not None
-                ahead[batch] = ahead[batch] + (block.adds or 0.0) * (dense.written[batch][block.module] - write)
+        writes = [
+            _write(block, inputs[batch], path.solved).to(streams.home) if kept.any() else torch.zeros_like(stream)
+            for batch, stream in enumerate(path.streams)
+        ]
+        _advance(block, writes, written, dense, ahead)
     path.streams = [streams.layer(layer, batch, stream, written[batch]) for batch, stream in enumerate(path.streams)]
+
+
+def _advance(
+    block: Block,
+    writes: Sequence[Tensor],
+    written: Sequence[dict[nn.Module, Tensor]],
+    dense: _Dense | None,
+    ahead: list[Tensor] | None,
+) -> None:
+    """Note what the block writes per batch, and by how much the dense stream leads after it."""
+    for batch, write in enumerate(writes):
+        written[batch][block.module] = write
+        if ahead is not None:
+            assert dense is not None
+            missing = dense.written[batch][block.module] - write
+            ahead[batch] = ahead[batch] + (block.adds or 0.0) * missing.view_as(ahead[batch])
 
 
 def _wanted(block: Block, ahead: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
@@ -251,13 +269,13 @@ def _wanted(block: Block, ahead: Tensor, written: dict[nn.Module, Tensor]) -> Te
     return own if block.adds is None else ahead / block.adds + own
 
 
-def _write(block: Block, x: Tensor, solved: MutableMapping[nn.Linear, Tensor]) -> Tensor:
+def _write(block: LinearBlock, x: Tensor, solved: MutableMapping[nn.Linear, Tensor]) -> Tensor:
     linear = block.output.linear
     return F.linear(x.to(linear.weight.device), solved.get(linear, linear.weight), linear.bias)
 
 
 def _solve_block(
-    block: Block, kept: Tensor, moments: Sequence["_Moments"], blend: float, ridges: Sequence[float]
+    block: LinearBlock, kept: Tensor, moments: Sequence["_Moments"], blend: float, ridges: Sequence[float]
 ) -> tuple[Tensor, BlockRepair]:
     """The weight [O, I] with zeros in the pruned columns; solved on the first moments, evaluated on the last."""
     weight = block.output.linear.weight
@@ -346,7 +364,7 @@ class _KeptMoments:
         return float(rest / self.square)
 
 
-def _moments(block: Block, inputs: Sequence[Tensor], wanted: Sequence[Tensor] | None, ranks: Ranks) -> _Moments:
+def _moments(block: LinearBlock, inputs: Sequence[Tensor], wanted: Sequence[Tensor] | None, ranks: Ranks) -> _Moments:
     """Of a block's inputs x [N, T, I] on all ranks, and of the outputs [N, T, O] that make the stream the dense one.
 
     Raises:

@@ -3,7 +3,7 @@
 Zeroing a group's columns of the output projection has the same effect as cutting the group.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradprune.models import Block, PrunableModel
 from gradprune.models.masks import GroupMasks
+from gradprune.models.streams import Streams
 
 
 def masks_by_block(view: PrunableModel, masks: GroupMasks) -> Iterator[tuple[Block, Tensor]]:
@@ -50,7 +51,7 @@ def masked_layer(view: PrunableModel, masks: GroupMasks, layer: int) -> Iterator
 @contextmanager
 def _restored(blocks: Iterable[Block]) -> Iterator[None]:
     """On exit, restore the output projections (weights and biases) of blocks in memory."""
-    saved = [(own, own.detach().clone()) for block in blocks for own in block.output.linear.parameters()]
+    saved = [(own, own.detach().clone()) for block in blocks for _, own in block.output_parameters()]
     try:
         yield
     finally:
@@ -59,13 +60,25 @@ def _restored(blocks: Iterable[Block]) -> Iterator[None]:
                 parameter.copy_(before)
 
 
-@torch.no_grad()
+def masked_outputs(
+    streams: Streams,
+    block: Block,
+    kept: Tensor,
+    before: Sequence[Tensor],
+    written: Sequence[dict[nn.Module, Tensor]],
+) -> list[Tensor]:
+    """What a block, whose weights are in memory, writes with its pruned groups masked.
+
+    Args:
+        streams, before, written: the batches, the stream before the layer, and what modules before the block write.
+        block, kept: the block, and what it keeps: [groups] bool.
+    """
+    with _restored([block] if not kept.all() else []):
+        mask_output(block, kept)
+        return [streams.block_output(block, batch, stream, written[batch]) for batch, stream in enumerate(before)]
+
+
 def mask_output(block: Block, kept: Tensor) -> None:
-    """Zero the output columns of the pruned groups; also the bias if no group is kept, as cutting drops the block."""
-    linear: nn.Linear = block.output.linear
-    if kept.all():
-        return
-    gone = block.output.columns_of((~kept).nonzero().flatten()).to(linear.weight.device)
-    linear.weight[:, gone] = 0.0
-    if linear.bias is not None and not kept.any():
-        linear.bias.zero_()
+    """Zero what the pruned groups write; also the bias if no group is kept, as cutting drops the block."""
+    if not kept.all():
+        block.mask(kept)
