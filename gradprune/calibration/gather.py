@@ -83,6 +83,9 @@ def calibrate(
 def _calibrated(run: Run) -> Evidence:
     config = run.config
     method, everything = _collected(config)
+    if everything and run.view.has_experts:
+        # All methods but "obs", which there is not for experts.
+        method = "taylor_2nd"
     engine = ImportanceEngine(
         run.view.model,
         method,

@@ -23,8 +23,10 @@ from gradprune.config import StreamLayers, bytes_of
 from gradprune.errors import CheckpointError, ConfigError, GradPruneError, UnsupportedArchitectureError, one_line
 from gradprune.hub import hub_fault
 from gradprune.models import accepted_kinds
+from gradprune.models.experts import has_experts
 from gradprune.models.modeling_gradprune import auto_class, per_layer_overrides
 from gradprune.models.sizes import free_memory, in_gib
+from gradprune.models.view import layers_of
 
 logger = logging.getLogger(__name__)
 
@@ -238,12 +240,21 @@ def _streamed(
         folder = local_folder(base_model, local_files_only=source["local_files_only"])
         check_floating(folder, argument=argument)
         empty = EmptyModel(folder, config, make, dtype, argument)
+        _refuse_experts(empty.model)
         _check_complete(base_model, empty.found, argument)
         return empty.streamed(device, budget)
     except GradPruneError:
         raise
     except Exception as error:  # as in `_load_weights`
         raise _unreadable(base_model, error, argument) from error
+
+
+def _refuse_experts(model: PreTrainedModel) -> None:
+    """Files hold the weights of each expert; a model holds those of a layer's experts as one."""
+    if any(has_experts(layer) for layer in layers_of(model)):
+        raise ConfigError(
+            "stream_layers: decoder layers with experts are not streamed; choose 'off', on a device with room for them"
+        )
 
 
 def _does_not_fit(

@@ -229,6 +229,11 @@ def find_experts(layer: nn.Module, index: int, kind: Kind) -> ExpertsBlock | str
     )
 
 
+def has_experts(layer: nn.Module) -> bool:
+    """Whether a decoder layer has experts."""
+    return _experts_in(layer) is not None
+
+
 def _experts_in(layer: nn.Module) -> tuple[str, nn.Module, Any] | None:
     """Path of the experts' module in a decoder layer, the module that calls it, and it."""
     for place in _PLACES:

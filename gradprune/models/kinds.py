@@ -15,6 +15,7 @@ class Kind:
     rounded: `round_to` applies to the number of groups a block keeps.
     factor: the option that multiplies the scores of its groups; None where there is none.
     optional: most models have no block of it, which goes without saying.
+    multiple: a block keeps a multiple of this many groups, if it has one.
     """
 
     name: str
@@ -24,13 +25,21 @@ class Kind:
     rounded: bool = False
     factor: str | None = None
     optional: bool = False
+    multiple: int = 1
 
 
 KINDS: tuple[Kind, ...] = (
     Kind("attention", "KV groups", "attention (KV groups)", "groups", factor="attention_factor"),
     Kind("mlp", "MLP channels", "MLP (channels)", "channels", rounded=True),
+    # Grouped matrix products, by which experts are run, take rows of whole 16 bytes only.
     Kind(
-        "expert_channels", "expert channels", "experts (channels)", "channels of experts", rounded=True, optional=True
+        "expert_channels",
+        "expert channels",
+        "experts (channels)",
+        "channels of experts",
+        rounded=True,
+        optional=True,
+        multiple=8,
     ),
 )
 """In the order in which a decoder layer's blocks add to the residual stream; `GroupTable.kind` indexes it."""

@@ -11,7 +11,6 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gradprune.errors import one_line
-from gradprune.models.kinds import KIND_NAMES
 from gradprune.models.modeling_gradprune import class_names
 from gradprune.models.self_test import SelfTest, quiet, self_test
 from gradprune.models.tested import TESTED
@@ -41,7 +40,7 @@ def survey() -> Iterator[Support]:
 def support(architecture: str) -> Support:
     """One architecture, a `config.model_type`, by its default configuration."""
     if architecture in TESTED:
-        complete = len(TESTED[architecture]) == len(KIND_NAMES)
+        complete = {"attention", "mlp"} <= set(TESTED[architecture])
         whole = {} if complete else _tested(architecture).refused
         return Support(architecture, "tested", TESTED[architecture], whole)
     found = _tested(architecture)
@@ -67,7 +66,9 @@ All causal LMs of transformers {transformers.__version__}, as `gradprune info --
 test suite prunes, saves and reloads them. *self-test*: pruned where a tiny random model of the given configuration
 passes *masked = cut*, as that of the default configuration did here. *refused*: not pruned, with what failed.
 Here {counts["tested"]} are tested, {counts["self-test"]} pass the self-test, {counts["refused"]} are refused.
-Of a mixture of experts, attention and the MLPs of layers without experts are pruned; the experts are left whole.
+Of a mixture of experts, channels of the routed experts are pruned, equally many in every expert of every layer, beside
+attention and the MLPs of layers without experts; the result is always a plain checkpoint.
+Shared experts are left whole.
 
 | architecture | status | pruned | left whole or refused because |
 |---|---|---|---|

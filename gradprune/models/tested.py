@@ -37,6 +37,9 @@ TESTED: dict[str, tuple[str, ...]] = {
     ),
     # Their norms of queries and keys span all heads.
     **dict.fromkeys(("olmo2", "olmo3"), ("mlp",)),
+    **dict.fromkeys(("gpt_oss", "mixtral"), ("attention", "expert_channels")),
+    "qwen3_moe": (*_BOTH, "expert_channels"),
+    "olmoe": ("expert_channels",),
 }
 """By `config.model_type`. A kind that is not named is left whole."""
 

@@ -5,9 +5,11 @@ stays within the budget; one that no longer fits is skipped and smaller ones are
 
 Under `round_to`, `uniform` and `serve`, groups are pruned in chunks: the lowest-scored channels of a block that bring
 its width down to the next multiple, or the groups of the same rank in every layer. A chunk's score is the mean of its
-groups' scores. The experts of a layer count as layers of their own. The chunks of one block (under `uniform`: of one kind) form a chain and are taken in order.
+groups' scores. The experts of a layer count as layers of their own. The chunks of one block (under `uniform`: of one
+kind) form a chain and are taken in order.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -178,7 +180,7 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
         if len(widths) != 1 or (of_kind != table.layers and not table.sets):
             raise ConfigError(f"uniform: the layers of this model already differ in their {kind.name} widths: {widths}")
         width = widths[0]
-        step = _step(kind.name, constraints)
+        step = math.lcm(_step(kind.name, constraints), 1 if width % kind.multiple else kind.multiple)
         kept = set(range(step, width, step)) & table.plain_widths.get(kind.name, frozenset(range(width)))
         ends = np.array(sorted(width - count for count in kept), np.int64)
         for rows in blocks:

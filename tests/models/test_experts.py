@@ -1,0 +1,286 @@
+"""Mixtures of experts: importances of expert channels, cutting them, and whole runs."""
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gradprune import ImportanceEngine, load_pruned
+from gradprune.checkpoint.load import load_model
+from gradprune.checkpoint.save import save_checkpoint
+from gradprune.cli import main
+from gradprune.config import Constraints
+from gradprune.demo.model import byte_tokenizer
+from gradprune.errors import ConfigError
+from gradprune.models import describe
+from gradprune.models.masks import GroupMasks
+from gradprune.models.tested import TESTED
+from gradprune.scoring.selection import select
+from gradprune.scoring.table import empty_table
+from gradprune.surgery.cut import cut
+from gradprune.surgery.least_squares import least_squares
+from helpers.commands import QUICK
+from helpers.cut_models import TOLERANCE
+from helpers.mixtures import (
+    CHANNELS,
+    EXPERTS,
+    MIXTURES,
+    channel_importances,
+    down_columns,
+    experts_of,
+    tiny_mixture,
+    without_channels,
+)
+from helpers.pipeline_runs import run
+from helpers.tiny_models import tiny_ids
+
+METHODS = ("taylor", "fisher", "group_fisher")
+
+
+def scored(model, ids, batch_size: int = 2, **options) -> dict[str, list[torch.Tensor]]:
+    """By method, the importances of the expert channels per layer."""
+    with ImportanceEngine(model, "taylor_2nd", backend="reference", **options) as engine:
+        for part in ids.split(batch_size):
+            engine.step(part)
+    evidence = engine.evidence()
+    blocks = [block for block in describe(model).blocks if block.kind.name == "expert_channels"]
+    found = {method: evidence.scores(method, "none").importance for method in (*METHODS, "wanda", "magnitude")}
+    return {method: [importance[block].double() for block in blocks] for method, importance in found.items()}
+
+
+def equal_masks(model, keep: int, seed: int = 0) -> GroupMasks:
+    """Each expert keeps so many channels, drawn anew; each attention block keeps its first KV head."""
+    generator, masks = torch.Generator().manual_seed(seed), {}
+    for block in describe(model).blocks:
+        if block.kind.name == "expert_channels":
+            drawn = torch.rand(EXPERTS, CHANNELS, generator=generator).argsort(1).argsort(1)
+            masks[block.key] = (drawn < keep).flatten()
+        else:
+            masks[block.key] = torch.arange(block.groups) < 1
+    return GroupMasks(masks, len(model.model.layers))
+
+
+@contextmanager
+def routed(model, chosen):
+    """Inside the context tokens go to the experts that `chosen` names: [tokens of a batch, K] int64."""
+
+    def reroute(_module, args, output):
+        logits, weights, _ = output
+        length = args[0].reshape(-1, args[0].shape[-1]).shape[0]
+        return logits, weights, chosen[:length]
+
+    handles = [layer.mlp.gate.register_forward_hook(reroute) for layer in model.model.layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def assert_importances_equal(found, expected) -> None:
+    for method in METHODS:
+        for of_layer, exact in zip(found[method], expected[method], strict=True):
+            torch.testing.assert_close(of_layer, exact, rtol=1e-5, atol=1e-14)
+
+
+def test_every_mixture_on_the_tested_list_is_tested_here() -> None:
+    assert {name for name, kinds in TESTED.items() if "expert_channels" in kinds} == set(MIXTURES)
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_importances_equal_fp64_autograd(architecture: str) -> None:
+    model, ids = tiny_mixture(architecture), tiny_ids(3)
+    with torch.no_grad():
+        down_columns(experts_of(model)[1])[:, -1] = 0.0
+    found = scored(model, ids)
+    assert_importances_equal(found, channel_importances(model, ids))
+    dead = torch.arange(EXPERTS) * CHANNELS + CHANNELS - 1
+    assert (found["group_fisher"][1][dead] == 0.0).all()
+
+
+@pytest.mark.parametrize("top_k", [1, EXPERTS])
+def test_any_number_of_experts_a_token(top_k: int) -> None:
+    model, ids = tiny_mixture(top_k=top_k), tiny_ids(3)
+    assert_importances_equal(scored(model, ids), channel_importances(model, ids))
+
+
+def test_experts_that_see_all_tokens_one_token_or_none() -> None:
+    model, ids = tiny_mixture(), tiny_ids(2, 5)
+    # Of the second sample's tokens, one goes to expert 1; expert 3 sees none.
+    chosen = torch.tensor([[0, 2]] * 5)
+    chosen[3] = torch.tensor([0, 1])
+    with routed(model, chosen):
+        found, expected = scored(model, ids, batch_size=1), channel_importances(model, ids)
+    assert_importances_equal(found, expected)
+    for of_layer in found["wanda"] + found["taylor"]:
+        by_expert = of_layer.view(EXPERTS, CHANNELS).sum(1)
+        assert by_expert[3] == 0.0
+        assert (by_expert[:3] > 0.0).all()
+
+
+def test_a_token_belongs_to_its_sample_however_samples_are_batched() -> None:
+    model, ids = tiny_mixture(), tiny_ids(5)
+    alone = scored(model, ids, batch_size=1)
+    for batch_size, options in ((5, {}), (2, {"use_gradient_checkpointing": True})):
+        assert_importances_equal(scored(model, ids, batch_size, **options), alone)
+
+
+def test_statistics_of_gradients_are_those_of_all_experts() -> None:
+    model, ids = tiny_mixture(), tiny_ids(2)
+    with ImportanceEngine(model, "taylor_2nd", backend="reference") as engine:
+        engine.step(ids)
+    norm = engine.gradients()[0].parameter_norms["mlp.experts.down_proj"]
+    squares = []
+    for sample in ids.split(1):
+        loss = model(input_ids=sample, labels=sample).loss
+        (gradient,) = torch.autograd.grad(loss, [experts_of(model)[0].down_proj])
+        squares.append(gradient.square().sum())
+    assert norm == pytest.approx(float(torch.stack(squares).mean().sqrt()), rel=1e-6)
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_cutting_equals_masking_and_gives_a_plain_checkpoint(architecture: str, tmp_path: Path) -> None:
+    model, ids = tiny_mixture(architecture), tiny_ids(2)
+    masks = equal_masks(model, 2)
+    generation = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    masked = without_channels(model, masks)
+    with torch.no_grad():
+        expected, tokens = masked(ids).logits, masked.generate(ids, **generation)
+        assert not torch.allclose(model(ids).logits, expected)
+        pruned = cut(model, masks)
+        save_checkpoint(pruned, None, tmp_path / "x")
+        assert not list((tmp_path / "x").glob("*.py"))
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "x", experts_implementation="eager").eval()
+        assert type(stock) is type(model)
+        for found in (pruned, stock):
+            torch.testing.assert_close(found(ids).logits, expected, **TOLERANCE)
+            assert torch.equal(found.generate(ids, **generation), tokens)
+    assert {module.down_proj.numel() for module in experts_of(stock)} == {
+        EXPERTS * 2 * model.config.hidden_size,
+    }
+
+
+def test_layers_of_different_widths_survive_saving(tmp_path: Path) -> None:
+    model, ids = tiny_mixture(), tiny_ids(2)
+    masks, wider = equal_masks(model, 2), equal_masks(model, 5)
+    for key in masks:
+        if key.layer == 1:
+            masks[key][:] = wider[key]
+    save_checkpoint(cut(model, masks), None, tmp_path / "x")
+    found = load_pruned(tmp_path / "x")
+    found.set_experts_implementation("eager")
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, without_channels(model, masks)(ids).logits, **TOLERANCE)
+
+
+def test_experts_that_keep_different_numbers_are_refused_before_anything_is_cut() -> None:
+    model, ids = tiny_mixture(), tiny_ids(2)
+    masks = equal_masks(model, 2)
+    key = next(key for key in masks if key.kind == "expert_channels" and key.layer == 1)
+    masks[key][:CHANNELS] = True
+    with torch.no_grad():
+        before = model(ids).logits
+        with pytest.raises(ValueError, match="experts of layer 1 keep 2 to 24 channels"):
+            cut(model, masks, inplace=True)
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_repair_solves_attention_and_masks_experts() -> None:
+    model, samples = tiny_mixture(), [tiny_ids(8), tiny_ids(8, seed=2)]
+    masks = equal_masks(model, 3)
+    unrepaired = without_channels(model, masks)
+    repairs = least_squares(describe(model), masks, samples, [tiny_ids(4, seed=3)])
+    assert {repair.kind for repair in repairs} == {"attention"}
+    for module, expected in zip(experts_of(model), experts_of(unrepaired), strict=True):
+        assert torch.equal(module.down_proj, expected.down_proj)
+    # Attention of the second layer makes up for what the first layer's experts no longer write.
+    assert all(repair.error <= repair.error_before for repair in repairs)
+    assert any(repair.error < repair.error_before for repair in repairs)
+
+
+@pytest.mark.parametrize("prior", ["removal", "similarity", "taylor"])
+def test_a_whole_run_gives_equal_widths_everywhere(prior: str, tmp_path: Path) -> None:
+    model = tiny_mixture()
+    before = model.num_parameters()
+    result = run(model, temperature=1.0, prior=prior, pruning_ratio=0.3, output_dir=str(tmp_path), output_name="out")
+    assert 0.65 * before < result.model.num_parameters() < 0.9 * before
+    assert type(result.model) is type(model)
+    assert len({tuple(module.down_proj.shape) for module in experts_of(result.model)}) == 1
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", experts_implementation="eager")
+    ids = tiny_ids(2)
+    with torch.no_grad():
+        torch.testing.assert_close(stock(ids).logits, result.model(ids).logits, **TOLERANCE)
+
+
+def test_layers_with_and_without_experts() -> None:
+    model = tiny_mixture(mlp_only_layers=[0], intermediate_size=10)
+    result = run(model, pruning_ratio=0.3)
+    assert {block.kind.name for block in describe(result.model).blocks} == {"attention", "mlp", "expert_channels"}
+    assert type(result.model) is type(model)
+
+
+def test_the_lowest_channels_of_every_expert_go() -> None:
+    table = empty_table(describe(tiny_mixture()))
+    generator = torch.Generator().manual_seed(0)
+    table.score[:] = torch.rand(len(table), generator=generator).numpy()
+    pruned = select(table, 0.4, 12_000, Constraints())
+    for key, rows in table.blocks():
+        if key.kind == "expert_channels":
+            for gone, score in zip(
+                *(values[rows].reshape(EXPERTS, -1) for values in (pruned, table.score)), strict=True
+            ):
+                assert gone.sum() == 8  # so that grouped matrix products can run it
+                assert score[gone].max() < score[~gone].min()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"importance_method": "obs"}, "importance_method: 'obs'"),
+        ({"reduction": "batch"}, "reduction: 'batch'"),
+        ({"epsilon": 0.5}, "epsilon: 0.5"),
+        ({"freeze_first_n_layers": 1}, "freeze_first_n_layers"),
+    ],
+)
+def test_what_there_is_not_for_experts_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tiny_mixture(), **options)
+
+
+def test_auto_searches_among_the_methods_that_experts_have() -> None:
+    result = run(tiny_mixture(), pruning_ratio=0.3, importance_method="auto", search_minutes=0.02)
+    assert result.search is not None
+    assert "obs" not in result.evidence.components
+
+
+def test_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_mixture(vocab_size=300).float()
+    save_checkpoint(model, byte_tokenizer(), tmp_path / "dense")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 61, 3000))
+    arguments = [
+        "prune", "--base_model", tmp_path / "dense", "--dataset", tmp_path / "ids.npy", "--output_dir", tmp_path,
+        "--output_name", "out", "--pruning_ratio", "0.3", "--no_generations", *QUICK,
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["gradprune", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert not exit_info.value.code, capsys.readouterr().err
+    # The default implementation of experts takes some widths only.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert type(loaded) is type(model)
+    assert loaded.num_parameters() < model.num_parameters()
+    assert loaded(tiny_ids(2)).logits.isfinite().all()
+    groups = (tmp_path / "out" / "analysis" / "groups.csv").read_text()
+    assert groups.count("expert_channels") == 2 * EXPERTS * CHANNELS
+
+
+def test_streaming_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tiny_mixture(), None, tmp_path / "x")
+    with pytest.raises(ConfigError, match="stream_layers: decoder layers with experts are not streamed"):
+        load_model(tmp_path / "x", stream_layers="on")
