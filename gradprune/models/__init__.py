@@ -2,7 +2,7 @@
 
 from gradprune.models.blocks import Block, LinearBlock, PrunableModel
 from gradprune.models.describe import accepted_kinds, describe
-from gradprune.models.kinds import KINDS, BlockKey, Kind
+from gradprune.models.kinds import KINDS, BlockKey, Kind, shown_kinds
 
 __all__ = [
     "KINDS",
@@ -13,4 +13,5 @@ __all__ = [
     "PrunableModel",
     "accepted_kinds",
     "describe",
+    "shown_kinds",
 ]

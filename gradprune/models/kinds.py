@@ -1,5 +1,6 @@
 """The kinds of prunable blocks, as data: all that other code needs to know about a kind."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,6 +46,12 @@ KINDS: tuple[Kind, ...] = (
 """In the order in which a decoder layer's blocks add to the residual stream; `GroupTable.kind` indexes it."""
 
 KIND_NAMES: tuple[str, ...] = tuple(kind.name for kind in KINDS)
+
+
+def shown_kinds(names: Iterable[str]) -> tuple[Kind, ...]:
+    """What tables and files have columns for; names: of the kinds of which a model has blocks."""
+    present = set(names)
+    return tuple(kind for kind in KINDS if not kind.optional or kind.name in present)
 
 
 class BlockKey(NamedTuple):

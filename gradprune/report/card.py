@@ -15,9 +15,8 @@ from gradprune.checkpoint.push import PLACE
 from gradprune.checkpoint.save import MLX_TYPES
 from gradprune.config import OPTIONS, PruneConfig, command_line
 from gradprune.hub import hub_fault
-from gradprune.models import KINDS
 from gradprune.models.modeling_gradprune import per_layer_overrides
-from gradprune.report.rows import layer_rows, summary_rows
+from gradprune.report.rows import layer_header, layer_rows, summary_rows
 from gradprune.version import __version__
 
 # Speed differs from run to run, and a checkpoint has the same bytes every time.
@@ -60,7 +59,7 @@ def write_card(folder: Path, model: PreTrainedConfig, config: PruneConfig, summa
         "## Measured",
         _measured(summary),
         "## Layers",
-        _table(("layer", *(cell for kind in KINDS for cell in (kind.groups, "kept"))), layer_rows(summary)),
+        _table(layer_header(summary), layer_rows(summary)),
         "## Loading",
         _loading(model),
     ]

@@ -7,7 +7,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gradprune.models import KINDS
+from gradprune.models import shown_kinds
 
 # From the Okabe-Ito palette, which is safe for colour-blind readers.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
@@ -20,16 +20,17 @@ def kept_chart(layers: list[dict[str, Any]]) -> str:
     """
     figure = Figure(figsize=(min(max(6.0, 0.35 * len(layers)), 16.0), 3.2), layout="constrained")
     axes = figure.add_subplot()
-    width = 0.8 / len(KINDS)
-    for number, (kind, color) in enumerate(zip(KINDS, COLORS[: len(KINDS)], strict=True)):
+    kinds = shown_kinds(layers[0])
+    width = 0.8 / len(kinds)
+    for number, (kind, color) in enumerate(zip(kinds, COLORS[: len(kinds)], strict=True)):
         blocks = [layer[kind.name] for layer in layers]
         kept = [block["kept"] / block[kind.unit] if block[kind.unit] else 0.0 for block in blocks]
-        shift = (number - (len(KINDS) - 1) / 2) * width
+        shift = (number - (len(kinds) - 1) / 2) * width
         positions = [position + shift for position in range(len(layers))]
         axes.bar(positions, kept, width, label=kind.legend, color=color)
     axes.set(xlabel="decoder layer", ylabel="fraction kept", ylim=(0.0, 1.0), xlim=(-0.6, len(layers) - 0.4))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(KINDS), frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(kinds), frameon=False)
     return svg(figure)
 
 

@@ -14,7 +14,7 @@ from gradprune.checkpoint.results import weight_bytes_on_disk
 from gradprune.checkpoint.save import write_checkpoint
 from gradprune.config import PruneConfig, again, command_line
 from gradprune.export.serve import write_served
-from gradprune.models import KINDS, BlockKey
+from gradprune.models import BlockKey, shown_kinds
 from gradprune.models.masks import GroupMasks
 from gradprune.report.card import write_card
 from gradprune.report.html import write_report
@@ -65,7 +65,7 @@ def summarize(result: PruneResult) -> dict[str, Any]:
 def _layer_summary(masks: GroupMasks, layer: int) -> dict[str, Any]:
     """Per kind of block, the number of groups before pruning and kept; zeros if the layer has no such block."""
     summary: dict[str, Any] = {"layer": layer}
-    for kind in KINDS:
+    for kind in shown_kinds(key.kind for key in masks):
         key = BlockKey(layer, kind.name)
         kept = masks[key] if key in masks else torch.empty(0)
         summary[kind.name] = {kind.unit: len(kept), "kept": int(kept.sum())}

@@ -9,9 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from gradprune.models import KINDS
 from gradprune.report.charts import COLORS, kept_chart, svg
-from gradprune.report.rows import curve_header, curve_rows, layer_rows, summary_rows
+from gradprune.report.rows import curve_header, curve_rows, layer_header, layer_rows, summary_rows
 from gradprune.report.tables import describe_scoring, search_verdict
 from gradprune.search import SearchResult
 
@@ -108,7 +107,7 @@ def write_report(
         measured=_html_table(("", "dense", "pruned", "pruned / dense"), summary_rows(summary)),
         generations=_generation_section(summary["generations"]),
         chart=kept_chart(summary["layers"]),
-        layers=_html_table(("layer", *(cell for kind in KINDS for cell in (kind.groups, "kept"))), layer_rows(summary)),
+        layers=_html_table(layer_header(summary), layer_rows(summary)),
         warnings="".join(f'<p class="warning">{escape(warning)}</p>' for warning in summary["warnings"]),
         gradients=_gradient_section(gradients, plots),
         search="" if search is None else _search_section(search),

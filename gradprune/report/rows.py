@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gradprune.models import KINDS
+from gradprune.models import shown_kinds
 
 
 def curve_header(summaries: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -59,12 +59,17 @@ def _percent(measured: dict[str, Any], key: str) -> str:
     return f"{100 * measured[key]:.1f} ± {100 * measured[f'{key}_stderr']:.1f} %"
 
 
+def layer_header(summary: dict[str, Any]) -> tuple[str, ...]:
+    """The columns of `layer_rows`."""
+    return ("layer", *(cell for kind in shown_kinds(summary["layers"][0]) for cell in (kind.groups, "kept")))
+
+
 def layer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     """(layer, then per kind of block the number and fraction of groups kept) as text, one row per layer."""
     rows = []
     for layer in summary["layers"]:
         cells = [str(layer["layer"])]
-        for kind in KINDS:
+        for kind in shown_kinds(layer):
             kept, groups = layer[kind.name]["kept"], layer[kind.name][kind.unit]
             cells += [f"{kept} of {groups}", f"{kept / groups:.0%}" if groups else "-"]
         rows.append(tuple(cells))

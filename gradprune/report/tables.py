@@ -8,9 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from gradprune.config import Scoring
-from gradprune.models import KINDS
 from gradprune.models.survey import Support, cells
-from gradprune.report.rows import curve_header, curve_rows, layer_rows, summary_rows
+from gradprune.report.rows import curve_header, curve_rows, layer_header, layer_rows, summary_rows
 from gradprune.search import SearchResult, Trial
 from gradprune.vanishing.diagnosis import Diagnosis
 
@@ -28,8 +27,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
 def layer_table(summary: dict[str, Any]) -> Table:
     """What each layer keeps, for the terminal."""
     table = Table(title="Kept per layer", title_justify="left")
-    for column in ("layer", *(cell for kind in KINDS for cell in (kind.groups, ""))):
-        table.add_column(column, justify="right")
+    for column in layer_header(summary):
+        table.add_column("" if column == "kept" else column, justify="right")
     for row in layer_rows(summary):
         table.add_row(*row)
     return table

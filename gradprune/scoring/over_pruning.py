@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradprune.config import PruneConfig
-from gradprune.models import KINDS, BlockKey
+from gradprune.models import BlockKey, shown_kinds
 from gradprune.models.masks import GroupMasks
 
 # A block is over-pruned that loses more than _MOST while another loses less than _LEAST.
@@ -15,7 +15,7 @@ _MOST, _LEAST = 0.9, 0.1
 class LayerPruning:
     """What a decoder layer loses.
 
-    pruned: by the names of all kinds, the fraction of the block's groups that were removed; None where the layer has
+    pruned: by the names of the kinds, the fraction of the block's groups that were removed; None where the layer has
         no such block.
     """
 
@@ -26,8 +26,9 @@ class LayerPruning:
 def pruning_distribution(masks: GroupMasks) -> list[LayerPruning]:
     """What each layer loses."""
     lost = {key: 1.0 - float(masks[key].double().mean()) for key in masks}
+    kinds = shown_kinds(key.kind for key in masks)
     return [
-        LayerPruning(layer, {kind.name: lost.get(BlockKey(layer, kind.name)) for kind in KINDS})
+        LayerPruning(layer, {kind.name: lost.get(BlockKey(layer, kind.name)) for kind in kinds})
         for layer in range(masks.layers)
     ]
 
