@@ -50,9 +50,10 @@ def _check_attention(view: PrunableModel) -> None:
 def _check_divisible(view: PrunableModel, devices: int) -> None:
     """Blocks that lose nothing keep their width, so that it must fit, too."""
     for block in view.blocks:
-        if block.groups % devices:
+        width = block.groups // block.sets
+        if width % devices:
             raise ExportError(
-                f"tensor_parallel: {devices} does not divide the {block.groups} {block.kind.groups} of layer "
+                f"tensor_parallel: {devices} does not divide the {width} {block.kind.groups} of layer "
                 f"{block.layer}; choose a divisor"
             )
 

@@ -179,6 +179,8 @@ def _fault(model: PreTrainedModel, kind: str) -> str | None:
         if _differ(_logits(_rebuilt(cut), ids), wanted):
             return "a model built from the configuration of the cut one computes something else"
     except Exception as error:  # whatever an unknown architecture raises refuses it
+        if "size mismatch" in str(error) and ".shared_" in str(error):
+            return "its configuration states one width for these and for its shared experts, which are left whole"
         return f"cutting it fails: {one_line(error)}"
     return None
 

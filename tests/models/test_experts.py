@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Glm4MoeConfig
 
 from gradprune import ImportanceEngine, load_pruned
 from gradprune.checkpoint.load import load_model
@@ -18,6 +18,7 @@ from gradprune.demo.model import byte_tokenizer
 from gradprune.errors import ConfigError
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
+from gradprune.models.self_test import self_test
 from gradprune.models.tested import TESTED
 from gradprune.scoring.selection import select
 from gradprune.scoring.table import empty_table
@@ -278,6 +279,12 @@ def test_from_the_command_line(
     assert loaded(tiny_ids(2)).logits.isfinite().all()
     groups = (tmp_path / "out" / "analysis" / "groups.csv").read_text()
     assert groups.count("expert_channels") == 2 * EXPERTS * CHANNELS
+
+
+def test_experts_whose_width_is_also_that_of_shared_experts_are_left_whole() -> None:
+    found = self_test(Glm4MoeConfig(num_hidden_layers=3))
+    assert set(found.accepted) == {"attention", "mlp"}
+    assert "one width for these and for its shared experts" in found.refused["expert_channels"]
 
 
 def test_streaming_is_refused(tmp_path: Path) -> None:
