@@ -317,10 +317,23 @@ def test_protocols_are_by_name(gradprune, model_folder: Path) -> None:
     assert "wikitext2-128, wikitext2-2048" in err
 
 
-def test_recover_writes_a_checkpoint(gradprune, model_folder: Path) -> None:
-    code, _, err = gradprune("prune", "--base_model", model_folder, "--output_name", "x", *QUICK)
+def test_recover_writes_a_checkpoint(gradprune, model_folder: Path, ids_file: Path) -> None:
+    code, _, err = gradprune("prune", "--base_model", model_folder, "--dataset", ids_file, "--output_name", "x", *QUICK)
     assert code == 0, err
-    options = ["--method", "full", "--steps", "3", "--seq_len", "16", "--output_name", "y"]
+    options = [
+        "--dataset",
+        ids_file,
+        "--eval_dataset",
+        ids_file,
+        "--method",
+        "full",
+        "--steps",
+        "3",
+        "--seq_len",
+        "16",
+        "--output_name",
+        "y",
+    ]
     recover = ["recover", "--model", "results/x/model", *options]
     code, _, err = gradprune(*recover)
     assert (code, "teacher" in err) == (2, True)
@@ -330,7 +343,7 @@ def test_recover_writes_a_checkpoint(gradprune, model_folder: Path) -> None:
     assert f"{summary['perplexity']['before']:.4f} before" in out
     assert summary["steps"] == 3
     assert sorted(path.name for path in Path("results").iterdir()) == ["x", "y"]
-    code, out, _ = gradprune("eval", "--model", "results/y/model", "--seq_len", "16", "--json")
+    code, out, _ = gradprune("eval", "--model", "results/y/model", "--dataset", ids_file, "--seq_len", "16", "--json")
     assert json.loads(out)["perplexity"] == pytest.approx(summary["perplexity"]["after"], rel=1e-6)
 
 
