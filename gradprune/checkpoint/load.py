@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file
 
 from gradprune.checkpoint.files import check_floating, check_index
 from gradprune.checkpoint.gguf_source import find_gguf, plain_copy
+from gradprune.checkpoint.gguf_splitters import split_as_the_file_says
 from gradprune.checkpoint.streamed import EmptyModel, local_folder, weight_bytes
 from gradprune.config import StreamLayers, bytes_of
 from gradprune.errors import CheckpointError, ConfigError, GradPruneError, UnsupportedArchitectureError, one_line
@@ -115,6 +116,7 @@ def _load_gguf(file: Path, dtype: str, device: str, argument: str) -> tuple[PreT
             file.parent, **source, dtype=getattr(torch, dtype), output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+        split_as_the_file_says(tokenizer, file)
     except UnsupportedArchitectureError:
         raise
     except Exception as error:  # its readers raise almost anything for a damaged file

@@ -6,27 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from gradprune.checkpoint.gguf_splitters import SPLITTERS
 from gradprune.errors import ExportError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-# llama.cpp has its own code for splitting text before byte-level BPE, chosen by name: here is what each name splits
-# by. "bytes" is `ByteLevel`'s own splitting, with use_regex.
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
-    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITTERS = {
-    ("bytes",): "gpt-2",
-    ("digits", "bytes"): "smollm",
-    (_CONTRACTIONS + r"\p{N}{1,3}" + _REST,): "llama-bpe",
-    (_CONTRACTIONS + r"\p{N}" + _REST,): "qwen2",
-    (_TEKKEN,): "tekken",
-}
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
@@ -89,7 +74,7 @@ def _add_sentencepiece(
 def _add_byte_level(writer: "GGUFWriter", state: dict[str, Any], merges: list[tuple[str, ...]]) -> None:
     """Add what BPE needs over bytes that are written as printable characters."""
     # Without merges every byte is a token, however the text is split.
-    pre = _SPLITTERS.get(_splitting(state)) if merges else "gpt-2"
+    pre = SPLITTERS.get(_splitting(state)) if merges else "gpt-2"
     if pre is None:
         raise ExportError(
             "model: its tokenizer splits text in a way that no pre-tokenizer of llama.cpp which gradprune knows does "
@@ -146,7 +131,7 @@ def _space_prefix(state: dict[str, Any]) -> bool:
 
 
 def _splitting(state: dict[str, Any]) -> tuple[str, ...]:
-    """The pre-tokenizer in terms of `_SPLITTERS`; steps not listed there become "unknown"."""
+    """The pre-tokenizer in terms of `SPLITTERS`; steps not listed there become "unknown"."""
     words = []
     for step in _flat(state["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "ByteLevel" and not step["add_prefix_space"]:

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from gradprune.checkpoint.gguf_splitters import SPLITTERS, split_as_the_file_says
 from gradprune.demo import byte_tokenizer
 from gradprune.errors import ExportError
 from gradprune.export.gguf import export_gguf
@@ -211,6 +212,35 @@ def test_the_splitting_of_byte_level_tokenizers_is_named(steps, name: str, tmp_p
     assert types[255:] == [1, 1, 3, 5, 5]
     assert value(reader, "tokenizer.ggml.eos_token_id") == 257
     assert value(reader, "tokenizer.ggml.add_bos_token") is False
+
+
+def file_of_a_tokenizer(path: Path, model: str, pre: str) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(model)
+    writer.add_tokenizer_pre(pre)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("name", SPLITTERS.values())
+def test_a_file_s_splitting_is_taken_over(name: str, tmp_path: Path) -> None:
+    """As SmolLM2's is, of which transformers does not read that it splits digits."""
+    file = file_of_a_tokenizer(tmp_path / "m.gguf", "gpt2", name)
+    tokenizer = byte_level(pre_tokenizers.WhitespaceSplit())
+    split_as_the_file_says(tokenizer, file)
+    assert value(exported(tiny_model(vocab=260), tmp_path / "again.gguf", tokenizer), "tokenizer.ggml.pre") == name
+    words = [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("In 1984")]
+    assert words == ["In", *{"gpt-2": ["Ġ1984"], "llama-bpe": ["Ġ", "198", "4"]}.get(name, ["Ġ", *"1984"])]
+
+
+@pytest.mark.parametrize(("model", "pre"), [("gpt2", "unheard-of"), ("llama", "smollm")])
+def test_a_splitting_that_is_not_known_stays_as_it_was_read(model: str, pre: str, tmp_path: Path) -> None:
+    tokenizer = byte_level(WORDS)
+    before = tokenizer.backend_tokenizer.to_str()
+    split_as_the_file_says(tokenizer, file_of_a_tokenizer(tmp_path / "m.gguf", model, pre))
+    assert tokenizer.backend_tokenizer.to_str() == before
 
 
 @pytest.mark.parametrize(
