@@ -4,6 +4,7 @@ Run as a program, because Triton compiles only where its interpreter is off, whi
 Triton that comes first on the path is the one that is checked.
 """
 
+import copy
 import dataclasses
 import json
 import re
@@ -34,7 +35,8 @@ class Variant:
 
     types: of the arguments that are not fp32 pointers, int32 sizes or int64 strides. aligned: pointers, sizes and
     strides are multiples of 16 and the compiler is told so, but for sizes that a launch does not specialise on.
-    elements: of a tile per thread, for counts of instructions; 0 where they are not counted.
+    elements: of a tile per thread, for counts of instructions; 0 where they are not counted. default: it is the first
+    choice for its sizes.
     """
 
     name: str
@@ -46,22 +48,28 @@ class Variant:
     aligned: bool
     capabilities: tuple[int, ...] = CAPABILITIES
     elements: int = 0
+    default: bool = True
 
 
 def main() -> None:
-    """Every variant whose name contains the argument, if there is one."""
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    """Every variant; with --worsened, those that gates are to refuse, with the gates' names."""
+    if sys.argv[1:] == ["--worsened"]:
+        for gates, variant in worsened():
+            print(json.dumps({"gates": gates, **compiled(variant, variant.capabilities[-1])}), flush=True)
+        return
     for variant in variants():
         for capability in variant.capabilities:
-            if wanted in variant.name:
-                print(json.dumps(compiled(variant, capability)), flush=True)
+            print(json.dumps(compiled(variant, capability)), flush=True)
 
 
 def variants() -> Iterator[Variant]:
+    """Every kind of code that a launch may run, once: what differs in an address or a conversion alone is left out."""
     for dtype in DTYPES:
-        yield from taylor_scores(dtype)
         yield from linear_importances(dtype)
-        yield mask_gradients(dtype)
+        if dtype != "fp16":  # compiled as bf16 is
+            yield from taylor_scores(dtype)
+            yield from recounts(dtype)
+            yield mask_gradients(dtype)
     yield partial_sum()
 
 
@@ -73,27 +81,52 @@ def taylor_scores(dtype: str) -> Iterator[Variant]:
         types = dict.fromkeys(("w_ptr", "g_ptr"), f"*{dtype}")
         elements = config.BLOCK_O * config.BLOCK_I // (32 * config.num_warps)
         name = f"taylor_score {'rows' if rows else ''}{'columns' if columns else ''}"
-        yield Variant(name, taylor._taylor_score_kernel, dtype, types, constants, options, True, elements=elements)
+        kernel = taylor._taylor_score_kernel
+        # The sums of both sides are all that a launch of one does.
+        capabilities = CAPABILITIES if columns else (90,)
+        yield Variant(name, kernel, dtype, types, constants, options, True, capabilities, elements)
 
 
 def linear_importances(dtype: str) -> Iterator[Variant]:
     """Every configuration, with and without descriptors, that a launch may choose."""
-    for name, (height, width) in WIDTHS.items():
-        if dtype == "fp16" and name != "whole":
-            continue  # compiled as bf16 is
-        for descriptors in (False, True) if dtype != "fp32" and name != "ragged" else (False,):
-            configs = linear.configs_for(height, width, DTYPES[dtype], descriptors)
-            yield recount(name, dtype, configs[0])
-            for config in configs:
-                tail = bool(height % config.BLOCK_A or width % config.BLOCK_B)
-                for columns in (False, True):
-                    yield linear_importance(name, dtype, config, columns, descriptors, tail)
+    for widths, (height, width) in WIDTHS.items():
+        for descriptors in (False, True) if dtype != "fp32" and widths != "ragged" else (False,):
+            default, *others = linear.configs_for(height, width, DTYPES[dtype], descriptors)
+            if descriptors:
+                yield from by_descriptors(widths, dtype, default, others)
+            elif widths != "whole":  # whose tiles are masked too
+                yield from by_pointers(widths, dtype, default)
+
+
+def by_descriptors(
+    widths: str, dtype: str, default: linear.LinearImportanceConfig, others: list[linear.LinearImportanceConfig]
+) -> Iterator[Variant]:
+    """fp16 is multiplied as bf16 is. Tiles that reach beyond the matrix do all that the others do, and more."""
+    whole = widths == "whole"
+    yield linear_importance(widths, dtype, default, False, True)
+    if dtype == "fp16":
+        return
+    yield linear_importance(widths, dtype, default, True, True)
+    for config in others:
+        same_code = dataclasses.replace(config, GROUP_A=default.GROUP_A) == default  # but for a division
+        for columns in (False,) if same_code else (False, True):
+            if whole == same_code:
+                yield dataclasses.replace(linear_importance(widths, dtype, config, columns, True), default=False)
+
+
+def by_pointers(widths: str, dtype: str, config: linear.LinearImportanceConfig) -> Iterator[Variant]:
+    """fp16 is multiplied as bf16 is. On Hopper half precision of even widths is read by descriptors, but seldom."""
+    if dtype != "fp16":
+        yield linear_importance(widths, dtype, config, False, False)
+        by_columns = linear_importance(widths, dtype, config, True, False)
+        spare = {"fp32": CAPABILITIES, "bf16": (80,) if widths == "tail" else (90,)}
+        yield dataclasses.replace(by_columns, capabilities=spare[dtype])
 
 
 def linear_importance(
-    widths: str, dtype: str, config: linear.LinearImportanceConfig, columns: bool, descriptors: bool, tail: bool
+    widths: str, dtype: str, config: linear.LinearImportanceConfig, columns: bool, descriptors: bool
 ) -> Variant:
-    flags = {"COLUMNS": columns, "DESCRIPTORS": descriptors, "TAIL": tail}
+    flags = {"COLUMNS": columns, "DESCRIPTORS": descriptors, "TAIL": widths != "whole"}
     constants = dataclasses.asdict(config) | flags | {"STATISTICS_ROWS": linear.STATISTICS_ROWS}
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
     types = dict.fromkeys(("a", "b", "w"), f"*{dtype}")
@@ -114,13 +147,18 @@ def linear_importance(
     )  # fmt: skip
 
 
-def recount(widths: str, dtype: str, config: linear.LinearImportanceConfig) -> Variant:
-    constants = {"TILE_A": config.BLOCK_A, "TILE_B": config.BLOCK_B, **linear._RECOUNT}
-    types = dict.fromkeys(("a_ptr", "b_ptr"), f"*{dtype}")
-    options = {"num_warps": 8, "num_stages": 1}
-    kernel = linear._recount_kernel
-    name = f"recount {config.BLOCK_A}x{config.BLOCK_B} {widths}"
-    return Variant(name, kernel, dtype, types, constants, options, widths != "ragged")
+def recounts(dtype: str) -> Iterator[Variant]:
+    """The error path, once for each tile, where shared memory is least and, by descriptors, where they are."""
+    for widths, descriptors, capability in (("tail", False, 80), ("ragged", False, 80), ("tail", True, 90)):
+        if dtype == "fp32" and descriptors:
+            continue
+        config = linear.configs_for(*WIDTHS[widths], DTYPES[dtype], descriptors)[0]
+        constants = {"TILE_A": config.BLOCK_A, "TILE_B": config.BLOCK_B, **linear._RECOUNT}
+        types = dict.fromkeys(("a_ptr", "b_ptr"), f"*{dtype}")
+        options = {"num_warps": 8, "num_stages": 1}
+        name = f"recount {config.BLOCK_A}x{config.BLOCK_B} {widths}"
+        aligned = widths != "ragged"
+        yield Variant(name, linear._recount_kernel, dtype, types, constants, options, aligned, (capability,))
 
 
 def mask_gradients(dtype: str) -> Variant:
@@ -162,8 +200,44 @@ def compiled(variant: Variant, capability: int) -> dict[str, object]:
         "stack": stack,
         "shared": made.metadata.shared,
         "elements": variant.elements,
-        **instructions(made.asm["cubin"]),
+        "default": variant.default,
+        # Disassembling takes as long as compiling.
+        **(instructions(made.asm["cubin"]) if variant.elements else {}),
     }
+
+
+def worsened() -> Iterator[tuple[tuple[str, ...], Variant]]:
+    """Kernels with the mistakes that gates are there for, on the last of their capabilities; with the gates' names."""
+    products = {}
+    for widths, descriptors in (("tail", True), ("tail", False), ("ragged", False)):
+        config = linear.configs_for(*WIDTHS[widths], torch.bfloat16, descriptors)[0]
+        products[widths, descriptors] = linear_importance(widths, "bf16", config, False, descriptors)
+    default = products["tail", True]
+    few_warps = "no register is spilled", "tensor cores run at full rate", "linear_importance waits for little"
+    yield few_warps, _with_options(default, num_warps=2)
+    yield ("a block fits its device", "two blocks fit on an SM"), _with_options(default, num_stages=8)
+    yield ("two blocks fit on an SM",), _with_options(default, maxnreg=None)
+    for gate, product in zip(("by descriptors", "by pointers", "of ragged widths"), products.values(), strict=True):
+        yield (f"a short epilogue {gate}",), _rewritten(product, "tl.abs(product)", "tl.sqrt_rn(product * product)")
+
+    of_all = "mask_gradient waits for nothing", "a short loop of mask_gradient"
+    yield of_all, _rewritten(mask_gradients("bf16"), "+= x * dx", "+= tl.sum(x * dx, 0)[None]")
+    # The compiler is not told that rows begin at multiples of 16 bytes: each element is read by itself.
+    by_rows, by_columns, _ = (dataclasses.replace(variant, aligned=False) for variant in taylor_scores("bf16"))
+    yield ("taylor_score waits for little", "a short loop of taylor_score by rows"), by_rows
+    yield ("a short loop of taylor_score by columns",), by_columns
+
+
+def _with_options(variant: Variant, **options: int | None) -> Variant:
+    return dataclasses.replace(variant, options=variant.options | options)
+
+
+def _rewritten(variant: Variant, old: str, new: str) -> Variant:
+    """With another line in the kernel."""
+    kernel = copy.copy(variant.kernel)
+    assert old in kernel.src
+    kernel._unsafe_update_src(kernel.src.replace(old, new))
+    return dataclasses.replace(variant, kernel=kernel)
 
 
 def _argument_type(name: str, constants: dict[str, object]) -> str:

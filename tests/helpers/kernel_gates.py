@@ -1,0 +1,148 @@
+"""What the compiler may make of the Triton kernels: budgets on resources and instructions, for devices not there.
+
+The budgets are what the kernels take, and a little more. A change that exceeds one makes a kernel slower on a GPU in a
+way that no test on a CPU can see.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Compiled = dict[str, Any]
+"""A line of `compile_kernels.py`."""
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "tests" / "helpers" / "compile_kernels.py"
+# Installed side by side, because another version generates other code: the one that torch 2.11 brings to a GPU machine.
+OTHER = ROOT / ".venv" / "triton-3.6.0"
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes, the most that a block may have
+OF_SM = 228 * 1024  # bytes on Hopper, of which each block takes 1 KiB more than it asks for
+REGISTERS_OF_SM = 65536
+
+
+def all_compiled(version: str) -> list[Compiled]:
+    """Every kernel, compiled by the "installed" Triton or by the one of that version, which skips where it is not.
+
+    It takes a minute of a core, so it is done once for each state of the kernels and kept beside the packages.
+    """
+    if version != "installed" and not OTHER.is_dir():
+        pytest.skip(
+            f"triton {version} is NOT checked here: it is not at {OTHER} "
+            f"(pip install --no-deps --target {OTHER} triton=={version})"
+        )
+    kept = ROOT / ".venv" / "compiled-kernels" / f"{version}-{_digest()}.jsonl"
+    if not kept.is_file():
+        lines = compile_kernels(version)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        for old in kept.parent.glob(f"{version}-*.jsonl"):
+            old.unlink(missing_ok=True)
+        whole = kept.with_suffix(f".{os.getpid()}")
+        whole.write_text(lines)
+        whole.replace(kept)
+    found = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert version == "installed" or {entry["triton"] for entry in found} == {version}
+    return found
+
+
+def compile_kernels(version: str, *arguments: str) -> str:
+    """What the program prints, a line for each kernel."""
+    path = [str(ROOT)] if version == "installed" else [str(OTHER), str(ROOT)]
+    # Nothing that an earlier run left behind is taken for what this compiler does.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "TRITON_ALWAYS_COMPILE": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(PROGRAM), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def _digest() -> str:
+    """Of everything that decides what is compiled: the kernels, the program, the installed Triton and torch."""
+    import torch
+    import triton
+
+    found = hashlib.sha256(f"{triton.__version__} {torch.__version__} {sys.version}".encode())
+    for file in (*sorted((ROOT / "kernels").glob("*.py")), PROGRAM):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def spilled(entry: Compiled) -> bool:
+    """A register is kept in memory, but on the error path, which is only to be right."""
+    return bool(entry["stack"]) and not entry["name"].startswith("recount")
+
+
+def too_large(entry: Compiled) -> bool:
+    """A block does not fit its device."""
+    return bool(entry["shared"] > SHARED_MEMORY[entry["capability"]])
+
+
+def on_hoppers_tensor_cores(entry: Compiled) -> bool:
+    """fp32 is multiplied in fp32, which they do not."""
+    return bool(entry["capability"] == 90 and entry["dtype"] != "fp32")
+
+
+def slow_products(entry: Compiled) -> bool:
+    """wgmma is what Hopper's full rate takes."""
+    return bool((entry["wgmma"] > 0) != on_hoppers_tensor_cores(entry))
+
+
+def alone_on_its_sm(entry: Compiled) -> bool:
+    """Two blocks do not fit, so that nothing computes during a block's epilogue."""
+    registers = entry["registers"] * entry["warps"] * 32
+    return bool(2 * (entry["shared"] + 1024) > OF_SM or 2 * registers > REGISTERS_OF_SM)
+
+
+def long_epilogue(budget: float) -> Callable[[Compiled], bool]:
+    """Instructions per element after the last wgmma: 12 to 14 by descriptors, when all is well."""
+    return lambda entry: on_hoppers_tensor_cores(entry) and not 0 < entry["epilogue"] / entry["elements"] <= budget
+
+
+def waits(budget: int) -> Callable[[Compiled], bool]:
+    """A barrier in the loop makes a block's warps wait for each other at every step."""
+    return lambda entry: entry["loop_barriers"] > budget
+
+
+def long_loop(budget: float) -> Callable[[Compiled], bool]:
+    """Instructions per element of a loop's step, where the memory is to be the limit."""
+    return lambda entry: not 0 < entry["loop"] / entry["elements"] <= budget
+
+
+# By name: what makes an entry fail, and words that are all in the names of those it is applied to.
+GATES: dict[str, tuple[Callable[[Compiled], bool], tuple[str, ...]]] = {
+    "no register is spilled": (spilled, ()),
+    "a block fits its device": (too_large, ()),
+    "tensor cores run at full rate": (slow_products, ("linear_importance",)),
+    "two blocks fit on an SM": (alone_on_its_sm, ("linear_importance", "stages=3", "descriptors")),
+    "a short epilogue by descriptors": (long_epilogue(15.5), ("linear_importance", "descriptors")),
+    "a short epilogue by pointers": (long_epilogue(18), ("linear_importance", "tail", "pointers")),
+    "a short epilogue of ragged widths": (long_epilogue(28), ("linear_importance", "ragged", "pointers")),
+    "linear_importance waits for little": (waits(4), ("linear_importance",)),
+    "taylor_score waits for little": (waits(6), ("taylor_score",)),
+    "mask_gradient waits for nothing": (waits(0), ("mask_gradient",)),
+    "a short loop of taylor_score by rows": (long_loop(30), ("taylor_score rows",)),
+    "a short loop of taylor_score by columns": (long_loop(22), ("taylor_score columns",)),
+    "a short loop of mask_gradient": (long_loop(12), ("mask_gradient",)),
+}
+
+
+def refused(gate: str, found: list[Compiled]) -> Iterator[Compiled]:
+    """The entries that a gate is applied to and that fail it; it is applied to at least one."""
+    fails, words = GATES[gate]
+    chosen = [entry for entry in found if all(word in entry["name"] for word in words)]
+    assert chosen, words
+    return filter(fails, chosen)
