@@ -84,6 +84,19 @@ class BlockAccumulator(ABC):
         self._pending_output_square = pending[-1]
         self._pending_tokens = 0
 
+    @torch.no_grad()
+    def divide(self, factor: float) -> None:
+        """The pending gradients are `factor` times too large; dividing by a power of two is exact."""
+        if factor == 1.0:
+            return
+        self._pending_sums[0] /= factor
+        self._pending_sums[1:] /= factor**2
+        self._pending_output_square /= factor**2
+        if self.pending.gate is not None:
+            self.pending.gate /= factor
+        for path, found in self.pending.statistics.items():
+            self.pending.statistics[path] = found.scale(1.0 / factor)
+
     def commit(self, scale: float = 1.0) -> None:
         """Add the pending contributions, as if the step's gradients had been multiplied by `scale`."""
         first, second, mask_square = self._pending_sums
@@ -300,6 +313,14 @@ class BatchAccumulator(LinearAccumulator):
         """Drop the pending contributions of the current step."""
         super().discard()
         self._pending_gradients: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def divide(self, factor: float) -> None:
+        """The pending gradients are `factor` times too large; dividing by a power of two is exact."""
+        super().divide(factor)
+        if factor != 1.0:
+            for gradient in self._pending_gradients.values():
+                gradient /= factor
 
     def commit(self, scale: float = 1.0) -> None:
         """Add the pending contributions, as if the step's gradients had been multiplied by `scale`."""

@@ -37,7 +37,7 @@ from gradprune.config import (
 )
 from gradprune.errors import ConfigError, GradPruneError, UnsupportedArchitectureError
 from gradprune.models import BlockKey, describe
-from gradprune.models.backward import deterministic_attention, without_autocast
+from gradprune.models.backward import backpropagated, deterministic_attention, loss_scale, without_autocast
 from gradprune.models.loss import sample_losses
 from gradprune.models.modes import evaluation_mode
 from gradprune.models.passes import backward_by_layers, waves
@@ -306,6 +306,7 @@ class ImportanceEngine:
         """One batch's backward pass has run through a layer; the scale of `reduction="sample"` comes at the end."""
         for key, accumulator in self._accumulators.items():
             if key.layer == layer:
+                accumulator.divide(loss_scale(self._model.dtype))
                 accumulator.commit()
 
     def _check_wave(self, batches: list[Tensor], losses: list[Tensor]) -> None:
@@ -472,7 +473,9 @@ class ImportanceEngine:
             losses = sample_losses(self._model, input_ids)
             if backward:
                 with without_autocast(input_ids.device):
-                    losses.sum().backward()
+                    backpropagated(losses, self._model.dtype).backward()
+            for accumulator in self._accumulators.values():
+                accumulator.divide(loss_scale(self._model.dtype))
         return losses.detach()
 
     def _step_scales(self, input_ids: Tensor) -> list[float]:

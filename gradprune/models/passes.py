@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gradprune.models import PrunableModel, describe
-from gradprune.models.backward import without_autocast
+from gradprune.models.backward import backpropagated, without_autocast
 from gradprune.models.loss import sample_losses
 from gradprune.models.residency import residency_of
 from gradprune.models.streams import Streams
@@ -146,6 +146,8 @@ def _streamed_losses(view: PrunableModel, batches: Sequence[Tensor], variants: S
 def backward_by_layers(view: PrunableModel, batches: Sequence[Tensor], passed: Callable[[int], None]) -> list[Tensor]:
     """Backpropagate the sum of each batch's sample losses through a streamed model; each weight is read twice.
 
+    The gradients are `loss_scale` times as large.
+
     What a whole model computes that recomputes its layers in the backward pass: forward without gradients, keeping the
     stream before every layer in the host's memory; then, from the last layer to the first, forward again and backward.
 
@@ -167,7 +169,7 @@ def backward_by_layers(view: PrunableModel, batches: Sequence[Tensor], passed: C
         top = stream.to(view.device).requires_grad_()
         losses.append(streams.losses(k, top))
         with without_autocast(view.device):
-            gradients.append(torch.autograd.grad(losses[-1].sum(), top)[0].to(streams.home))
+            gradients.append(torch.autograd.grad(backpropagated(losses[-1], view.model.dtype), top)[0].to(streams.home))
     for layer in reversed(range(len(view.layers))):
         with view.resident(layer, layer - 1):
             for k, stream in enumerate(before.pop()):

@@ -58,9 +58,9 @@ class GradientStatistics(Generic[Number]):
             self.sum_abs.sum(), self.sum_square.sum(), self.max_abs.max(), self.min_abs.min(), self.non_finite.sum()
         )
 
-    def scale(self: "GradientStatistics[Tensor]", factors: Sequence[float]) -> "GradientStatistics[Tensor]":
-        """The statistics of the K gradients after gradient k is multiplied by factors[k] > 0."""
-        s = torch.tensor(factors, dtype=self.sum_abs.dtype, device=self.sum_abs.device)
+    def scale(self: "GradientStatistics[Tensor]", factors: Sequence[float] | float) -> "GradientStatistics[Tensor]":
+        """The statistics of the K gradients after gradient k is multiplied by factors[k] > 0, or all by one factor."""
+        s: Tensor | float = factors if isinstance(factors, float) else self.sum_abs.new_tensor(factors)
         return GradientStatistics(
             self.sum_abs * s, self.sum_square * (s * s), self.max_abs * s, self.min_abs * s, self.non_finite
         )
