@@ -110,15 +110,10 @@ def lay_out(model: PreTrainedModel, *, width_multiple: int = 1) -> GGUFModel:
         ExportError: llama.cpp has no architecture that computes the same.
     """
     view, config = describe(model), model.config
+    check_config(config, alike=True)
     # A removed attention block still records its head_dim.
-    if config.model_type not in ARCHITECTURES:
-        raise ExportError(
-            f"format: gradprune writes no gguf file of the architecture '{config.model_type}'; those it does are "
-            f"{', '.join(sorted(ARCHITECTURES))}"
-        )
     attention: Any = view.layers[0].get_submodule(place_of(view.layers[0], "attention"))
     head_dim = int(attention.head_dim)
-    check_config(config, alike=True)
     layers = read_layers(view, width_multiple)
     architecture = _architecture(config, layers, head_dim)
     layout = LAYOUTS[architecture]
@@ -160,6 +155,11 @@ def check_config(config: PreTrainedConfig, *, alike: bool) -> None:
     Raises:
         ExportError: with the reason.
     """
+    if config.model_type not in ARCHITECTURES:
+        raise ExportError(
+            f"format: gradprune writes no gguf file of the architecture '{config.model_type}'; those it does are "
+            f"{', '.join(sorted(ARCHITECTURES))}"
+        )
     rope = _rope(config)
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         raise ExportError(

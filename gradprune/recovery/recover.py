@@ -131,6 +131,10 @@ def _prepare(model: PreTrainedModel, config: RecoveryConfig) -> Callable[[], Non
             "method: 'lora' needs the recover extra (pip install 'gradprune[recover]'); or choose method 'full'"
         ) from error
     names = sorted({entry.path for block in describe(model).linear_blocks for entry in block.projections})
+    if not names:
+        raise RecoveryError(
+            "method: 'lora' trains attention and MLPs, and of this model experts are pruned; take 'full'"
+        )
     wrapped: Any = get_peft_model(
         model, LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
     )

@@ -15,7 +15,8 @@ from gradprune.checkpoint.save import save_checkpoint
 from gradprune.cli import main
 from gradprune.config import Constraints
 from gradprune.demo.model import byte_tokenizer
-from gradprune.errors import ConfigError
+from gradprune.errors import ConfigError, ExportError
+from gradprune.export.gguf_model import check_config
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
 from gradprune.models.self_test import self_test
@@ -116,7 +117,11 @@ def test_experts_that_see_all_tokens_one_token_or_none() -> None:
     chosen[3] = torch.tensor([0, 1])
     with routed(model, chosen):
         found, expected = scored(model, ids, batch_size=1), channel_importances(model, ids)
+        with ImportanceEngine(model, "taylor_2nd", backend="reference") as engine:
+            engine.step(ids[:1])
     assert_importances_equal(found, expected)
+    # The gradient of an expert without tokens is zero, and counts.
+    assert [layer.minimum for layer in engine.gradients()] == [0.0, 0.0]
     for of_layer in found["wanda"] + found["taylor"]:
         by_expert = of_layer.view(EXPERTS, CHANNELS).sum(1)
         assert by_expert[3] == 0.0
@@ -250,6 +255,11 @@ def test_the_lowest_channels_of_every_expert_go() -> None:
 def test_what_there_is_not_for_experts_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(tiny_mixture(), **options)
+
+
+def test_no_gguf_file_is_written_and_that_is_known_at_the_start() -> None:
+    with pytest.raises(ExportError, match="no gguf file of the architecture 'qwen3_moe'"):
+        check_config(tiny_mixture().config, alike=True)
 
 
 def test_auto_searches_among_the_methods_that_experts_have() -> None:
