@@ -105,6 +105,8 @@ def _jobs(records: Sequence[Record], folder: Path) -> str:
             by_axis = tables.grouped(of_job, lambda found: found.extra["axis"])
             images = [_plot(plots.growth_plot, group, folder, f"growth-{axis}") for axis, group in by_axis.items()]
             text = "".join(images) + tables.growth_table(of_job)
+        elif name == "memory":
+            text = f"{tables.MEMORY}\n\n{tables.memory_table(of_job)}\n\n{tables.memory_growth_table(of_job)}"
         else:
             text = tables.timing_table(of_job)
         parts.append(f"#### {name}\n\n{text}")

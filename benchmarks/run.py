@@ -37,6 +37,7 @@ STEPS = (
     Step("benchmarks.kernels.run", "kernel", 0.28, 0.32),
     Step("benchmarks.jobs.calibration", "job", 0.39, 0.50),
     Step("benchmarks.jobs.growth", "job", 0.10, 0.08),
+    Step("benchmarks.jobs.memory", "job", 0.08, 0.0),
     Step("benchmarks.jobs.score_select_cut", "job", 0.02, 0.0),
     Step("benchmarks.inference.speed", "inference", 0.10, 0.10),
     # The whole table takes hours and has its own command.

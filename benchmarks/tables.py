@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import TypeVar
 
 from benchmarks.jobs.growth import exponent
+from benchmarks.jobs.memory import exponents
 from benchmarks.results import Record
 
 Key = TypeVar("Key")
@@ -85,6 +86,33 @@ def growth_table(records: Sequence[Record]) -> str:
         span = f"{x[0]:,} to {x[-1]:,}"
         rows.append([f"{axis}, {span}", provider, f"{exponent(x, time):.2f}", f"{exponent(x, memory):.2f}"])
     return table(["grows", "provider", "exponent of time", "exponent of memory"], rows)
+
+
+MEMORY = (
+    "Peak memory that is no file cache, on top of what the process held before the model was loaded, and what "
+    "`gradprune plan` predicts from the configuration."
+)
+
+
+def memory_table(records: Sequence[Record]) -> str:
+    """One row per case and stage: measured, predicted, and their ratio."""
+    rows = [
+        [
+            f"{found.shape}, {found.dtype}",
+            found.extra["stage"],
+            _number(found.peak_memory, ".0f", 2**20),
+            _number(found.extra["predicted"], ".0f", 2**20),
+            ratio(found.extra["predicted"], found.peak_memory),
+        ]
+        for found in records
+    ]
+    return table(["case", "stage", "peak MiB", "predicted MiB", "predicted / peak"], rows)
+
+
+def memory_growth_table(records: Sequence[Record]) -> str:
+    """One row per growing quantity and provider: the fitted exponents of calibration."""
+    rows = [[axis, provider, f"{time:.2f}", f"{memory:.2f}"] for axis, provider, time, memory in exponents(records)]
+    return table(["grows", "provider", "exponent of processor time", "exponent of memory"], rows)
 
 
 def timing_table(records: Sequence[Record]) -> str:

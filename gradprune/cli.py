@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from gradprune.evaluation.perplexity import Perplexity
+    from gradprune.models.footprint import StageName
     from gradprune.result import PruneResult
     from gradprune.vanishing.diagnosis import Diagnosis
 
@@ -63,6 +64,9 @@ app = typer.Typer(
 
 # The commands whose work several processes can share.
 _SHARED = ("prune", "search", "diagnose", "eval")
+
+# Of commands that prune nothing: there is no second model.
+_UNCHANGED: dict[str, Any] = {"measure_speed": False, "in_place": True}
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 
@@ -150,7 +154,7 @@ def diagnose(options: dict[str, Any], as_json: AsJson = False) -> None:
     from gradprune.vanishing.diagnosis import stablest
 
     lengths = options.pop("seq_len")
-    diagnoses = _diagnoses(PruneConfig(**options, seq_len=max(lengths)), lengths)
+    diagnoses = _diagnoses(PruneConfig(**options, seq_len=max(lengths), **_UNCHANGED), lengths)
     if as_json:
         found = [{"seq_len": length, **diagnosis.to_dict()} for length, diagnosis in diagnoses.items()]
         _print_json(found[0] if len(found) == 1 else {"stablest": stablest(diagnoses), "lengths": found})
@@ -188,8 +192,10 @@ def evaluate(
     from gradprune.evaluation.tasks import check_tasks, evaluate_tasks
 
     # Here the option has another name, by which an error is to call it.
-    config = PruneConfig(**options, base_model=replace(OPTIONS["base_model"], name="model").accepted(model))
-    loaded, tokenizer = _load(config, "model")
+    config = PruneConfig(
+        **options, base_model=replace(OPTIONS["base_model"], name="model").accepted(model), **_UNCHANGED
+    )
+    loaded, tokenizer = _load(config, "model", stages=("evaluation",))
     tasks = config.tasks.split(",") if config.tasks else []
     if tasks:
         check_tasks(tasks, tokenizer)
@@ -269,6 +275,41 @@ def recover(
     before, after = summary["perplexity"]["before"], summary["perplexity"]["after"]
     OUT.print(f"perplexity {before:.4f} before, {after:.4f} after {summary['best_step']} of {summary['steps']} steps")
     OUT.print(f"Model:  {places.output_dir}/{places.output_name}/model", soft_wrap=True)
+
+
+@app.command(cls=StagedCommand)
+@takes(
+    *("base_model", "pruning_ratio", "dtype", "trust_remote_code", "stream_memory"),
+    *("num_samples", "seq_len", "batch_size", "held_out_samples", "eval_samples"),
+    *("importance_method", "uniform", "repair", "measure_speed"),
+    from_file=True,
+)
+def plan(
+    options: dict[str, Any],
+    device: Annotated[
+        str,
+        typer.Option(help="Memory, such as 80GB, or a device here, whose free memory counts.", rich_help_panel="Model"),
+    ] = "auto",
+    ranks: Annotated[int, typer.Option(help="Processes that share the work.", min=2, rich_help_panel="Model")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run would hold in memory, from the configuration alone."""
+    from gradprune.checkpoint.load import load_shape
+    from gradprune.demo import demo_model_path
+    from gradprune.plan import planned, room_on
+    from gradprune.report.plan import fitting_lines, plan_table
+
+    config = _in_place(options)
+    room = room_on(device)
+    path = config.base_model or str(demo_model_path(PROGRESS))
+    shape = load_shape(path, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    found = planned(shape, config, room, ranks)
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    OUT.print(plan_table(found))
+    for line in fitting_lines(found):
+        say(OUT, line)
 
 
 @app.command(cls=StagedCommand)
@@ -381,7 +422,11 @@ def _config(options: dict[str, Any], name: str) -> PruneConfig:
         options["output_name"] = f"{'demo' if base_model is None else Path(base_model).absolute().name}-{name}"
     if not current().leads:
         options["output_name"] = None
-    # Nobody needs the dense model any more, unless it is timed.
+    return _in_place(options)
+
+
+def _in_place(options: dict[str, Any]) -> PruneConfig:
+    """The options of a command that prunes: nobody needs the dense model any more, unless it is timed."""
     return PruneConfig(**options, in_place=not options["measure_speed"])
 
 
@@ -425,7 +470,7 @@ def _diagnoses(config: PruneConfig, lengths: list[int]) -> "dict[int, Diagnosis]
     from gradprune.data.windows import check_context, sample_windows
     from gradprune.vanishing.diagnosis import diagnose_gradients
 
-    model, tokenizer = _load(config)
+    model, tokenizer = _load(config, stages=("calibration",))
     check_context(model.config, max(lengths))
     tokens = load_tokens(config.dataset, tokenizer, vocab_size=model.config.vocab_size)
     windows = {
@@ -486,11 +531,16 @@ def _prune_ratios(config: PruneConfig, ratios: list[float]) -> None:
 
 
 def _load(
-    config: PruneConfig, argument: str = "base_model", *, streams: bool = True
+    config: PruneConfig,
+    argument: str = "base_model",
+    *,
+    streams: bool = True,
+    stages: "tuple[StageName, ...] | None" = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
     """The model on its device, and its tokenizer; the demo's, which is trained if need be, where none is named.
 
-    argument: the option that names it. streams: whether its layers may be streamed.
+    argument: the option that names it. streams: whether its layers may be streamed. stages: what the command does with
+    it, where that is not all of `prune`.
     """
     import torch
     from transformers.utils import logging as transformers_logging
@@ -498,6 +548,7 @@ def _load(
     from gradprune.checkpoint.load import load_model
     from gradprune.demo import demo_model_path
     from gradprune.memory import memory_advice
+    from gradprune.models.footprint import STAGES, Job
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -522,6 +573,7 @@ def _load(
             trust_remote_code=config.trust_remote_code,
             stream_layers=config.stream_layers if streams else "off",
             stream_memory=config.stream_memory,
+            job=Job(config, stages or STAGES, current().world),
             argument=argument,
         )
 

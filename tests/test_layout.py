@@ -21,6 +21,7 @@ ORDER = (
     "data",
     "evaluation",
     "checkpoint",
+    "plan",
     "run",
     "ops",
     "vanishing",

@@ -1,5 +1,7 @@
 """Whole runs with `--stream_layers`: the files are those of the whole model, byte for byte."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 import torch
 
 from gradprune import PruneConfig, prune
-from gradprune.checkpoint.load import load_model
-from gradprune.errors import ConfigError
+from gradprune.checkpoint.load import load_model, load_shape
+from gradprune.errors import CheckpointError, ConfigError
 from gradprune.models import sizes
+from gradprune.models.footprint import Job
 from gradprune.models.residency import residency_of
 from gradprune.pipeline import prune_ratios
 from helpers.commands import run as command
@@ -95,19 +98,37 @@ def test_search_chooses_the_same(tmp_path) -> None:
     assert_same_run(whole, streamed, tmp_path, importance_method="auto")
 
 
-def test_auto_streams_where_the_weights_do_not_fit(tmp_path, monkeypatch, caplog) -> None:
+def test_auto_streams_where_the_plan_says_that_the_run_does_not_fit(tmp_path, monkeypatch, caplog) -> None:
     saved(tiny_model(dtype=torch.bfloat16), tmp_path)
     assert residency_of(load_model(tmp_path, stream_layers="auto")[0]) is None
     assert not caplog.records
-    model, _ = load_model(tmp_path)
-    needed = sizes.model_shape(model).bytes
-    for free, streams in ((needed, False), (needed - 1, True)):
-        monkeypatch.setattr("gradprune.checkpoint.load.free_memory", lambda _device, free=free: free)
-        assert (residency_of(load_model(tmp_path, stream_layers="auto")[0]) is not None) == streams
+    shape = load_shape(tmp_path)
+    assert shape == sizes.model_shape(load_model(tmp_path)[0])
+
+    def streams(job: Job | None, free: int, dtype: str = "auto") -> bool:
+        monkeypatch.setattr("gradprune.checkpoint.load.free_memory", lambda _device: free)
+        return residency_of(load_model(tmp_path, stream_layers="auto", job=job, dtype=dtype)[0]) is not None
+
+    small = PruneConfig(num_samples=4, seq_len=8, batch_size=2, eval_samples=2)
+    jobs = [Job(small), Job(replace(small, seq_len=16)), Job(small, ("evaluation",)), Job(PruneConfig())]
+    needed = [job.footprint(shape, streamed=False, device=torch.device("cpu")).peak for job in jobs]
+    assert needed[2] < needed[0] < needed[1] < needed[3]
+    for job, size in zip(jobs, needed, strict=True):
+        assert not streams(job, size)
+        assert streams(job, size - 1)
+    assert not streams(None, needed[3])
+    assert streams(None, needed[3] - 1)
     assert "are free on cpu: decoder layers are streamed" in caplog.text
-    # In fp32 they take twice as much.
-    monkeypatch.setattr("gradprune.checkpoint.load.free_memory", lambda _device: 2 * needed - 1)
-    assert residency_of(load_model(tmp_path, dtype="float32", stream_layers="auto")[0]) is not None
+    # In fp32 the weights take twice as much.
+    assert streams(jobs[0], needed[0], "float32")
+
+
+def test_auto_says_what_is_wrong_with_a_checkpoint(tmp_path) -> None:
+    saved(tiny_model(dtype=torch.float32), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "none of them"}))
+    with pytest.raises(CheckpointError, match=r"base_model: the weights of .* cannot be loaded: .*none of them"):
+        load_model(tmp_path, stream_layers="auto")
 
 
 def test_commands_take_the_option(tmp_path) -> None:

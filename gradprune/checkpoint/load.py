@@ -1,6 +1,7 @@
 """Checkpoints: load dense and pruned models, save them whole or not at all. Only safetensors, never a pickle."""
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ from transformers.utils.hub import cached_file
 from gradprune.checkpoint.files import check_floating, check_index
 from gradprune.checkpoint.gguf_source import find_gguf, plain_copy
 from gradprune.checkpoint.gguf_splitters import split_as_the_file_says
-from gradprune.checkpoint.streamed import EmptyModel, local_folder, weight_bytes
-from gradprune.config import StreamLayers, bytes_of
+from gradprune.checkpoint.streamed import EmptyModel, empty_model, local_folder, resolved_dtype, stored_weights
+from gradprune.config import PruneConfig, StreamLayers, bytes_of
 from gradprune.errors import CheckpointError, ConfigError, GradPruneError, UnsupportedArchitectureError, one_line
 from gradprune.hub import hub_fault
 from gradprune.models import accepted_kinds
 from gradprune.models.experts import has_experts
+from gradprune.models.footprint import Job
 from gradprune.models.modeling_gradprune import auto_class, per_layer_overrides
-from gradprune.models.sizes import free_memory, in_gib
+from gradprune.models.sizes import ModelShape, free_memory, in_gib, model_shape
 from gradprune.models.view import layers_of
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ def load_model(
     trust_remote_code: bool = False,
     stream_layers: StreamLayers = "off",
     stream_memory: str = "4GiB",
+    job: Job | None = None,
     argument: str = "base_model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a dense or pruned causal LM and its tokenizer.
@@ -58,8 +61,9 @@ def load_model(
         device: where to put the model.
         trust_remote_code: run code that the checkpoint brings.
         stream_layers: "on" leaves the decoder layers' weights in their files until they are needed, see
-            `gradprune.models.residency`; "auto" does where they would not all fit on the device.
+            `gradprune.models.residency`; "auto" does where `job` would hold more than what is free on the device.
         stream_memory: for the residual streams of a streamed model's samples, e.g. "4GiB".
+        job: what the model is for; by default a run of `prune` with its default options.
         argument: the option that `base_model` came from, for messages.
 
     Returns:
@@ -83,7 +87,11 @@ def load_model(
     config = _load_config(base_model, source, argument)
     _check_supported(base_model, config, argument)
     place = torch.device(device)
-    if stream_layers == "on" or (stream_layers == "auto" and _does_not_fit(base_model, config, dtype, source, place)):
+    if stream_layers == "auto":
+        shape = _shape(base_model, config, dtype, source, argument)
+        job = job or Job(PruneConfig(stream_memory=stream_memory))
+        stream_layers = "off" if shape.experts or _fits(shape, job, place) else "on"
+    if stream_layers == "on":
         budget = bytes_of(stream_memory)
         model = _streamed(base_model, config, dtype, source, argument, device=place, budget=budget)
     else:
@@ -232,16 +240,10 @@ def _streamed(
 ) -> PreTrainedModel:
     """The model without its decoder layers' weights."""
     _check_weight_files(base_model, config, source, argument)
-    make: Any
-    if per_layer_overrides(config):
-        pruned: Any = auto_class(config.model_type, "AutoModelForCausalLM")
-        make = pruned._from_config
-    else:
-        make = partial(AutoModelForCausalLM.from_config, trust_remote_code=source["trust_remote_code"])
     try:
         folder = local_folder(base_model, local_files_only=source["local_files_only"])
         check_floating(folder, argument=argument)
-        empty = EmptyModel(folder, config, make, dtype, argument)
+        empty = EmptyModel(folder, config, _maker(config, source), dtype, argument)
         _refuse_experts(empty.model)
         _check_complete(base_model, empty.found, argument)
         return empty.streamed(device, budget)
@@ -259,21 +261,73 @@ def _refuse_experts(model: PreTrainedModel) -> None:
         )
 
 
-def _does_not_fit(
-    base_model: str | Path, config: PreTrainedConfig, dtype: str, source: dict[str, bool], device: torch.device
-) -> bool:
-    """Whether a checkpoint's weights take more than what is free on the device; says so if they do."""
+def load_shape(
+    base_model: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False, argument: str = "base_model"
+) -> ModelShape:
+    """The sizes of a checkpoint's model, from its configuration alone.
+
+    Args:
+        base_model: a folder with config.json, or an id on the Hugging Face hub.
+        dtype: of the weights; "auto" is what the configuration says, or float32.
+        trust_remote_code: run code that the checkpoint brings.
+        argument: the option that `base_model` came from, for messages.
+
+    Raises:
+        CheckpointError: the configuration is missing or damaged.
+        UnsupportedArchitectureError: it is none that can be pruned.
+    """
+    _check_folder(base_model, argument)
+    source = {"trust_remote_code": trust_remote_code, "local_files_only": _only_cached(base_model)}
+    config = _load_config(base_model, source, argument)
+    _check_supported(base_model, config, argument)
+    make = _maker(config, source)
     try:
-        folder = local_folder(base_model, local_files_only=source["local_files_only"])
-        needed, free = weight_bytes(folder, config, dtype), free_memory(device)
-    except Exception:  # whatever is wrong with the files, loading them says it
-        return False
-    if needed > free:
-        logger.warning(
-            "the weights take %s and %s are free on %s: decoder layers are streamed (stream_layers auto)",
-            *(in_gib(needed), in_gib(free), device),
-        )
-    return needed > free
+        return model_shape(empty_model(config, make, resolved_dtype(config, dtype, {})))
+    except GradPruneError:
+        raise
+    except Exception as error:  # a configuration whose values contradict each other
+        raise CheckpointError(
+            f"{argument}: the configuration of '{base_model}' describes no model: {one_line(error)}"
+        ) from error
+
+
+def _shape(
+    base_model: str | Path, config: PreTrainedConfig, dtype: str, source: dict[str, bool], argument: str
+) -> ModelShape:
+    """The sizes of a checkpoint's model, whose weights are there."""
+    _check_weight_files(base_model, config, source, argument)
+    try:
+        sources = {}
+        if dtype == "auto" and config.dtype is None:
+            folder = local_folder(base_model, local_files_only=source["local_files_only"])
+            sources = stored_weights(folder, argument)
+        return model_shape(empty_model(config, _maker(config, source), resolved_dtype(config, dtype, sources)))
+    except GradPruneError:
+        raise
+    except Exception as error:  # as in `_load_weights`
+        raise _unreadable(base_model, error, argument) from error
+
+
+def _maker(config: PreTrainedConfig, source: dict[str, bool]) -> Callable[..., Any]:
+    """What makes a model of the configuration: gradprune's own class where layers differ."""
+    if per_layer_overrides(config):
+        pruned: Any = auto_class(config.model_type, "AutoModelForCausalLM")
+        return partial(pruned._from_config)
+    return partial(AutoModelForCausalLM.from_config, trust_remote_code=source["trust_remote_code"])
+
+
+def _fits(shape: ModelShape, job: Job, device: torch.device) -> bool:
+    """Whether a job fits what is free on the device with the whole model; says so if it does not."""
+    whole, streamed = (job.footprint(shape, streamed=how, device=device) for how in (False, True))
+    free = free_memory(device)
+    if whole.fits(free):
+        return True
+    logger.warning(
+        "with the whole model, %s would hold %s, and %s are free on %s: decoder layers are streamed "
+        "(stream_layers auto), which holds %s",
+        *(whole.largest.name, in_gib(whole.peak), in_gib(free), device, in_gib(streamed.peak)),
+    )
+    return False
 
 
 def _check_weight_files(

@@ -1,7 +1,6 @@
 """Load a checkpoint without its decoder layers, which are read when they are needed; see `models/residency.py`."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +35,12 @@ def local_folder(base_model: str | Path, *, local_files_only: bool) -> Path:
     return Path(str(found)).parent
 
 
-def weight_bytes(folder: Path, config: PreTrainedConfig, dtype: str) -> int:
-    """Bytes that all weights in a checkpoint folder take in memory.
-
-    Args:
-        folder: with safetensors files, of which only the headers are read.
-        config: its configuration.
-        dtype: as an option; "auto" is the checkpoint's own.
-    """
-    sources = _stored(folder, "base_model")
-    elements = sum(math.prod(source.file.shape(name)) for name, source in sources.items())
-    return elements * _resolved(config, dtype, sources).itemsize
+def empty_model(config: PreTrainedConfig, make: Callable[..., Any], dtype: torch.dtype) -> PreTrainedModel:
+    """The model that `make` makes of its configuration and `dtype`, on the meta device but for its buffers."""
+    with init_empty_weights():
+        model: PreTrainedModel = make(config, dtype=dtype)
+    model.eval().requires_grad_(requires_grad=False)
+    return model
 
 
 class EmptyModel:
@@ -70,11 +64,9 @@ class EmptyModel:
         Raises:
             SafetensorError, OSError: a file is damaged.
         """
-        self._sources = _stored(folder, argument)
-        self.dtype = _resolved(config, dtype, self._sources)
-        with init_empty_weights():
-            self.model: PreTrainedModel = make(config, dtype=self.dtype)
-        self.model.eval().requires_grad_(requires_grad=False)
+        self._sources = stored_weights(folder, argument)
+        self.dtype = resolved_dtype(config, dtype, self._sources)
+        self.model = empty_model(config, make, self.dtype)
         if (folder / GENERATION_CONFIG_NAME).is_file() and self.model.can_generate():
             self.model.generation_config = GenerationConfig.from_pretrained(folder)
         self.model.name_or_path = self.model.config._name_or_path = str(folder)
@@ -118,13 +110,14 @@ class EmptyModel:
         return {"mismatched_keys": mismatched, "missing_keys": missing, "unexpected_keys": unexpected}
 
 
-def _stored(folder: Path, argument: str) -> dict[str, Stored]:
+def stored_weights(folder: Path, argument: str) -> dict[str, Stored]:
+    """By name, where a checkpoint folder has its weights; only the files' headers are read."""
     files = [WeightFile(path) for path in weight_files(folder, argument)]
     return {name: Stored(file, name) for file in files for name in file.names()}
 
 
-def _resolved(config: PreTrainedConfig, dtype: str, sources: dict[str, Stored]) -> torch.dtype:
-    """As transformers does: what is asked for, what the configuration says, or the first weight's."""
+def resolved_dtype(config: PreTrainedConfig, dtype: str, sources: Mapping[str, Stored]) -> torch.dtype:
+    """As transformers does: what is asked for, what the configuration says, or the first weight's; else float32."""
     asked = config.dtype if dtype == "auto" else dtype
     if asked is None:
         stored = (source.read().dtype for source in sources.values())

@@ -173,10 +173,20 @@ def backward_by_layers(view: PrunableModel, batches: Sequence[Tensor], passed: C
     for layer in reversed(range(len(view.layers))):
         with view.resident(layer, layer - 1):
             for k, stream in enumerate(before.pop()):
-                entered = stream.to(view.device).requires_grad_()
-                after = streams.on_device(layer, k, entered, {})
-                with without_autocast(view.device):
-                    gradient = torch.autograd.grad(after, entered, gradients[k].to(view.device))[0]
-                gradients[k] = gradient.to(streams.home)
+                gradients[k] = _backward_of_layer(streams, view, layer, k, stream, gradients[k])
                 passed(layer)
     return [each.detach() for each in losses]
+
+
+def _backward_of_layer(
+    streams: Streams, view: PrunableModel, layer: int, batch: int, stream: Tensor, gradient: Tensor
+) -> Tensor:
+    """The gradient [N, T, H] of what enters a layer, given that of what leaves it.
+
+    Nothing of the graph is alive afterwards: it would keep the layer's weights in memory while the next are read.
+    """
+    entered = stream.to(view.device).requires_grad_()
+    after = streams.on_device(layer, batch, entered, {})
+    with without_autocast(view.device):
+        found = torch.autograd.grad(after, entered, gradient.to(view.device))[0]
+    return found.to(streams.home)

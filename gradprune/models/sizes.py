@@ -1,15 +1,14 @@
-"""How much memory a run holds, from a model's shape alone: whole in memory, or streamed layer by layer."""
+"""The sizes of a model that memory depends on, read from its modules, which need no weights."""
 
 from dataclasses import dataclass
 
 import psutil
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from gradprune.models.view import layers_of
-
-# The head runs in chunks, see `gradprune.models.loss`.
-_LOGITS, _MIN_TOKENS = 2**20, 256
+from gradprune.models.blocks import LinearBlock
+from gradprune.models.experts import has_experts
+from gradprune.models.view import layers_of, view_of
 
 
 @dataclass(frozen=True)
@@ -17,14 +16,22 @@ class ModelShape:
     """What memory depends on.
 
     layer_parameters: of each decoder layer. outside: parameters that are in no decoder layer, tied ones once.
-    hidden, intermediate, vocabulary: widths; `intermediate` is the widest MLP's. itemsize: bytes of a weight.
+    hidden, vocabulary: widths. heads: of all query heads together, intermediate: of the MLP; of the widest layer.
+    outputs: of every output projection in order, its numbers of rows and columns. groups: of all blocks together.
+    prunable: parameters of all groups. experts: whether a layer has any; such layers cannot be streamed.
+    itemsize: bytes of a weight.
     """
 
     layer_parameters: tuple[int, ...]
     outside: int
     hidden: int
+    heads: int
     intermediate: int
     vocabulary: int
+    outputs: tuple[tuple[int, int], ...]
+    groups: int
+    prunable: int
+    experts: bool
     itemsize: int
 
     @property
@@ -37,68 +44,45 @@ class ModelShape:
         """Of all weights."""
         return self.parameters * self.itemsize
 
+    @property
+    def layer_bytes(self) -> int:
+        """Of the largest decoder layer's weights."""
+        return max(self.layer_parameters) * self.itemsize
 
-@dataclass(frozen=True)
-class StreamedMemory:
-    """Bytes that calibration holds where a model is streamed, and bytes that it reads.
-
-    weights: embedding, last norm and head, and one decoder layer (two where the next one is read ahead), on the device.
-    activations: of one layer for one batch, and a chunk of logits, on the device.
-    streams: of one wave, in the host's memory.
-    waves: how often the samples are divided; moved: bytes of weights read in all of them.
-    """
-
-    weights: int
-    activations: int
-    streams: int
-    waves: int
-    moved: int
+    @property
+    def output_bytes(self) -> int:
+        """Of all output projections' weights."""
+        return sum(rows * columns for rows, columns in self.outputs) * self.itemsize
 
 
 def model_shape(model: PreTrainedModel, itemsize: int | None = None) -> ModelShape:
     """The shape of a model, which may be on the meta device or streamed.
 
     Args:
-        model: a supported causal LM.
+        model: a causal LM that has decoder layers.
         itemsize: bytes of a weight; by default those of the model's dtype.
+
+    Raises:
+        UnsupportedArchitectureError: it has no list of decoder layers, or a projection is no plain linear layer.
     """
-    layers = layers_of(model)
-    own = tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers.children())
-    hidden: int = model.config.hidden_size
-    widths = [p.shape[1] for name, p in layers.named_parameters() if name.endswith("down_proj.weight")]
-    vocabulary: int = model.config.vocab_size
+    own = tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(model))
     outside = sum(parameter.numel() for parameter in model.parameters()) - sum(own)
-    return ModelShape(own, outside, hidden, max(widths, default=0), vocabulary, itemsize or model.dtype.itemsize)
-
-
-def streamed_memory(
-    shape: ModelShape, *, num_samples: int, seq_len: int, batch_size: int, budget: int, prefetch: bool
-) -> StreamedMemory:
-    """What the calibration of a streamed model takes.
-
-    Args:
-        shape: of the model.
-        num_samples, seq_len, batch_size: the samples, and how they are divided into batches.
-        budget: `stream_memory`; a single batch is never divided further.
-        prefetch: whether the next layer is read while one computes, as on accelerators.
-
-    Activations are estimated: per token 12 residual-wide and 6 MLP-wide tensors are alive while a layer is recomputed.
-    """
-    layers = len(shape.layer_parameters)
-    batch = min(batch_size, num_samples) * seq_len
-    stream = batch * shape.hidden * shape.itemsize
-    batches = -(-num_samples // batch_size)
-    together = max(1, min(batches, budget // (stream * (layers + 1))))
-    chunk = min(batch, max(_MIN_TOKENS, _LOGITS // shape.vocabulary))
-    waves = -(-batches // together)
-    return StreamedMemory(
-        weights=(shape.outside + (1 + prefetch) * max(shape.layer_parameters)) * shape.itemsize,
-        activations=batch * (12 * shape.hidden + 6 * shape.intermediate) * shape.itemsize
-        + 12 * chunk * shape.vocabulary,
-        # The gradients take the place of the uppermost streams.
-        streams=together * stream * (layers + 2),
-        waves=waves,
-        moved=2 * waves * sum(shape.layer_parameters) * shape.itemsize,
+    view = view_of(model)
+    blocks = view.linear_blocks
+    config = model.config
+    return ModelShape(
+        layer_parameters=own,
+        outside=outside,
+        hidden=config.hidden_size,
+        heads=_widest(blocks, "attention"),
+        # Where layers have experts, those that a token passes through.
+        intermediate=_widest(blocks, "mlp") or getattr(config, "num_experts_per_tok", 1) * _expert_width(config),
+        vocabulary=config.vocab_size,
+        outputs=tuple((each.output.linear.out_features, each.output.linear.in_features) for each in blocks),
+        groups=sum(block.groups for block in view.blocks),
+        prunable=sum(block.groups * block.cost for block in view.blocks),
+        experts=any(map(has_experts, layers_of(model))),
+        itemsize=itemsize or model.dtype.itemsize,
     )
 
 
@@ -112,3 +96,12 @@ def free_memory(device: torch.device) -> int:
 def in_gib(size: int) -> str:
     """As "14.9 GiB"."""
     return f"{size / 2**30:,.1f} GiB"
+
+
+def _widest(blocks: tuple[LinearBlock, ...], kind: str) -> int:
+    return max((block.output.linear.in_features for block in blocks if block.kind.name == kind), default=0)
+
+
+def _expert_width(config: PreTrainedConfig) -> int:
+    found = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", 0)
+    return int(found or 0)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from benchmarks import run as everything
+from benchmarks import tables
 from benchmarks.inference import speed
-from benchmarks.jobs import calibration, growth, score_select_cut
+from benchmarks.jobs import calibration, growth, memory, score_select_cut
 from benchmarks.jobs.calibrators import Calibrator, Outcome
 from benchmarks.jobs.models import Load, build
 from benchmarks.jobs.session import Session, Task, TurnError, Worker
@@ -60,6 +61,24 @@ def test_growth(tmp_path: Path) -> None:
         ("gradprune cpp", 1), ("plain", 1), ("gradprune cpp", 2), ("plain", 2)
     ]  # fmt: skip
     assert all(record.ms_p50 is not None and record.peak_memory is not None for record in found)
+
+
+def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, environment = [], memory._MAPPED
+
+    def in_process(case: memory.Case) -> dict[str, object]:
+        alone.append(case)
+        return memory.measured(case)
+
+    assert environment == {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    monkeypatch.setattr(memory, "in_process", in_process)
+    memory.main([*TOY, str(tmp_path)])
+    found = read(tmp_path)
+    assert [case.mode for case in alone] == ["whole", "recomputing", "streamed"]
+    assert [record.extra["stage"] for record in found] == ["calibration", "repair", "evaluation"] * 3
+    assert [record.error for record in found if record.error] == []
+    assert all(record.peak_memory is not None and record.extra["predicted"] > 0 for record in found)
+    assert "predicted / peak" in tables.memory_table(found)
 
 
 def test_score_select_cut(tmp_path: Path) -> None:

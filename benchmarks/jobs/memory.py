@@ -1,0 +1,264 @@
+"""Compare the memory that `gradprune plan` predicts with what a run takes, and how memory grows.
+
+    python -m benchmarks.jobs.memory [--quick]
+
+Each case runs in a process of its own on random weights: `prune`, with the model whole, whole with recomputed
+activations, and streamed. Of each stage the peak of resident memory that is no file cache (RssAnon, Linux only) is
+recorded, sampled every millisecond, on top of what the process held before the model was loaded. Every larger tensor
+has a memory mapping of its own, so that freed memory leaves the process at once.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from benchmarks.jobs.growth import exponent
+from benchmarks.options import parse, parser
+from benchmarks.progress import Deadline, say
+from benchmarks.results import Record, append, record
+from gradprune import PruneConfig, prune
+from gradprune.checkpoint.load import load_model
+from gradprune.models.footprint import Footprint, footprint
+from gradprune.models.sizes import model_shape
+from gradprune.progress import Clock
+
+# As `benchmarks.jobs.session` does, in the environment of the process.
+_MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
+_TIMEOUT = 300.0
+MODES = ("whole", "recomputing", "streamed")
+# The stages of a run, and the stages of the plan that hold the same.
+STAGES = {"calibration": "calibration", "repair": "repair", "perplexity_before": "evaluation"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: the model's shape, the samples, and how the model is in memory."""
+
+    mode: str = "whole"
+    hidden: int = 512
+    intermediate: int = 1536
+    layers: int = 4
+    vocabulary: int = 8192
+    dtype: str = "float32"
+    samples: int = 8
+    tokens: int = 256
+    batch: int = 4
+
+    @property
+    def text(self) -> str:
+        """How results name it."""
+        return (
+            f"{self.mode}: {self.layers} layers of {self.hidden} and {self.intermediate}, "
+            f"vocabulary {self.vocabulary}, {self.samples}x{self.tokens} tokens by {self.batch}"
+        )
+
+    def config(self) -> PruneConfig:
+        """The options of the run."""
+        return PruneConfig(
+            num_samples=self.samples,
+            held_out_samples=self.batch,
+            seq_len=self.tokens,
+            batch_size=self.batch,
+            eval_samples=self.batch,
+            use_gradient_checkpointing=self.mode != "whole",
+            measure_speed=False,
+            generations=False,
+            in_place=True,
+            device="cpu",
+        )
+
+    def model(self) -> LlamaForCausalLM:
+        """Of random weights."""
+        config = LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.hidden // 64,
+            num_key_value_heads=self.hidden // 128,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=8192,
+        )
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).to(getattr(torch, self.dtype)).eval()
+
+    def predicted(self) -> Footprint:
+        """What the plan says."""
+        with torch.device("meta"):
+            shape = model_shape(self.model())
+        return footprint(shape, self.config(), streamed=self.mode == "streamed")
+
+
+# Shapes in which weights, activations, Gram matrices or logits outweigh the rest.
+SHAPES = (
+    Case(),
+    Case(hidden=1024, intermediate=4096, layers=2, tokens=128),
+    Case(hidden=512, intermediate=1408, layers=8, dtype="bfloat16", samples=4, tokens=128),
+)
+
+
+def cases(quick: bool, toy: bool) -> Iterator[tuple[str, Case]]:
+    """The cases with the axis that each belongs to; "" is for none."""
+    if toy:
+        tiny = Case(hidden=128, intermediate=192, layers=2, vocabulary=128, samples=2, tokens=16, batch=1)
+        yield from (("", replace(tiny, mode=mode)) for mode in MODES)
+        return
+    yield from (("", replace(shape, mode=mode)) for shape in SHAPES[: 1 if quick else None] for mode in MODES)
+    if quick:
+        return
+    at = Case(mode="streamed", samples=4, batch=1)
+    for axis, values in (("layers", (4, 8, 16)), ("tokens", (256, 512, 1024)), ("samples", (4, 8, 16))):
+        for mode in ("recomputing", "streamed"):
+            yield from ((axis, replace(at, mode=mode, **{axis: value})) for value in values)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure each case, and print prediction, measurement and the fitted exponents."""
+    made = parser(__doc__)
+    made.add_argument("--case", type=json.loads, help="for the process of one case: its fields as JSON")
+    options = parse(made, arguments)
+    if options.case is not None:
+        print(json.dumps(measured(Case(**options.case))))
+        return
+    deadline = Deadline(options.seconds)
+    found: list[Record] = []
+    for axis, case in cases(options.quick, options.toy):
+        if not deadline.allows(20.0):
+            say("    the time for this run is used up")
+            break
+        found += _appended(axis, case, in_process(case), options)
+    for axis, mode, of_time, of_memory in exponents(found):
+        say(f"    {mode}: calibration's processor time ~ {axis}^{of_time:.2f}, memory ~ ^{of_memory:.2f}")
+
+
+def exponents(records: Sequence[Record]) -> Iterator[tuple[str, str, float, float]]:
+    """By axis and provider, how calibration's processor time and peak memory grow."""
+    series: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
+    for found in records:
+        if found.extra["axis"] and found.extra["stage"] == "calibration" and found.peak_memory is not None:
+            point = found.extra["x"], found.extra["cpu_seconds"], found.peak_memory
+            series.setdefault((found.extra["axis"], found.provider), []).append(point)
+    for (axis, provider), points in series.items():
+        x, seconds, peaks = zip(*sorted(points), strict=True)
+        yield axis, provider, exponent(x, seconds), exponent(x, peaks)
+
+
+def in_process(case: Case) -> dict[str, Any] | None:
+    """`measured` of a case, in a fresh process; None where it fails."""
+    command = [sys.executable, "-m", "benchmarks.jobs.memory", "--case", json.dumps(asdict(case))]
+    try:
+        done = subprocess.run(
+            command, env={**os.environ, **_MAPPED}, capture_output=True, text=True, check=True, timeout=_TIMEOUT
+        )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        said = (error.stderr or b"").splitlines()
+        say(f"    {case.text}: {said[-1] if said else error}")
+        return None
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measured(case: Case) -> dict[str, Any]:
+    """Peak bytes of each stage of a run, and its seconds of processor time."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(case.vocabulary, ((case.samples + 2 * case.batch) * case.tokens,), generator=generator)
+
+    def run(this: Case, folder: Path) -> None:
+        model, _ = load_model(folder, stream_layers="on" if this.mode == "streamed" else "off")
+        own = text % this.vocabulary
+        prune(model, None, this.config(), calibration=own, evaluation=own[: this.batch * this.tokens])
+
+    with tempfile.TemporaryDirectory() as place:
+        small = replace(case, hidden=128, intermediate=128, layers=1, vocabulary=128, samples=1, tokens=8, batch=1)
+        for name, each in (("small", small), ("model", case)):
+            each.model().save_pretrained(Path(place, name))
+        # What is imported and allocated once for all is no part of a run.
+        run(small, Path(place, "small"))
+        with _peaks() as found:
+            run(case, Path(place, "model"))
+    return found
+
+
+@contextmanager
+def _peaks() -> Iterator[dict[str, Any]]:
+    """What the body's stages take: peak bytes on top of what is held on entry, and seconds of processor time."""
+    before, current = _resident(), [""]
+    peaks: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            name = current[0]
+            held = _resident() - before
+            # A stage that has just ended is not charged to the next one.
+            if name == current[0]:
+                peaks[name] = max(peaks.get(name, 0), held)
+            time.sleep(0.001)
+
+    stage: Callable[..., Any] = Clock.stage
+
+    @contextmanager
+    def watched(self: Clock, name: str) -> Iterator[None]:
+        start, current[0] = time.process_time(), name
+        with stage(self, name):
+            yield
+            # At least once, however short it was.
+            peaks[name] = max(peaks.get(name, 0), _resident() - before)
+        seconds[name], current[0] = time.process_time() - start, ""
+
+    watcher = threading.Thread(target=watch)
+    Clock.stage = watched  # type: ignore[method-assign]
+    watcher.start()
+    found: dict[str, Any] = {"stages": peaks, "seconds": seconds}
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+        Clock.stage = stage  # type: ignore[method-assign]
+
+
+def _resident() -> int:
+    """Bytes of this process that are no file's."""
+    with Path("/proc/self/status").open(encoding="ascii") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+
+def _appended(axis: str, case: Case, found: dict[str, Any] | None, options: Namespace) -> Iterator[Record]:
+    """A record of each stage, once it is written."""
+    predicted = {stage.name: stage.host + stage.device for stage in case.predicted().stages}
+    for running, planned in STAGES.items():
+        peak = None if found is None else found["stages"].get(running)
+        seconds = None if found is None else found["seconds"].get(running)
+        extra = {"axis": axis, "x": getattr(case, axis) if axis else None, "cpu_seconds": seconds}
+        extra |= {"stage": planned, "predicted": predicted[planned]}
+        error = None if peak is not None else "it could not run"
+        made = record(
+            "job", f"memory with {planned}", f"gradprune {case.mode}", case.text, case.dtype, options.device,
+            peak_memory=peak, error=error, extra=extra,
+        )  # fmt: skip
+        append(made, options.output)
+        yield made
+        if peak is not None:
+            ratio = predicted[planned] / peak
+            say(f"    {case.text}, {planned}: {peak / 2**20:.0f} MiB, predicted {ratio:.2f} of it")
+
+
+if __name__ == "__main__":
+    main()

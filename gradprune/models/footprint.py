@@ -1,0 +1,248 @@
+"""How much memory a run holds at most, stage by stage, and how many bytes of weights it reads.
+
+Computed from the model's sizes and the options alone. `gradprune plan` shows it, and `--stream_layers auto` follows it.
+The counts of tensors below are those of transformers' Llama: what autograd keeps of a layer, and what is alive beside
+it where most is. `python -m benchmarks.jobs.memory` compares them with what runs take.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from gradprune.config import PruneConfig, bytes_of
+from gradprune.models.loss import CUDA_LOGITS, LOGITS, MIN_TOKENS
+from gradprune.models.sizes import ModelShape
+
+StageName = Literal["calibration", "repair", "evaluation", "saving"]
+STAGES: tuple[StageName, ...] = ("calibration", "repair", "evaluation", "saving")
+
+# A block's sums, in fp64: see `gradprune.calibration.accumulator`.
+_SUMS_PER_GROUP, _FP64 = 8, 8
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Peak bytes of a stage on the device and in the host's memory, and the bytes of weights that it reads.
+
+    On a CPU all of it is in the host's memory.
+    """
+
+    name: StageName
+    device: int
+    host: int
+    moved: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a run holds and reads, by stage; waves: into how many the calibration of a streamed model is divided."""
+
+    stages: tuple[Stage, ...]
+    waves: int = 1
+
+    @property
+    def device(self) -> int:
+        """Peak bytes on the device."""
+        return max(stage.device for stage in self.stages)
+
+    @property
+    def host(self) -> int:
+        """Peak bytes in the host's memory."""
+        return max(stage.host for stage in self.stages)
+
+    @property
+    def moved(self) -> int:
+        """Bytes of weights read by all stages."""
+        return sum(stage.moved for stage in self.stages)
+
+    @property
+    def largest(self) -> Stage:
+        """The stage that needs the most of the memory that computes."""
+        return max(self.stages, key=lambda stage: stage.device or stage.host)
+
+    @property
+    def peak(self) -> int:
+        """Peak bytes in the memory that computes: the device's, or the host's where a CPU does."""
+        return self.device or self.host
+
+    def fits(self, free: int) -> bool:
+        """Whether the memory that computes has room, with so many bytes free."""
+        return self.peak <= free
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a model is loaded for: a run's options, its stages, and how many ranks divide it."""
+
+    config: PruneConfig
+    stages: tuple[StageName, ...] = STAGES
+    world: int = 1
+
+    def footprint(self, shape: ModelShape, *, streamed: bool, device: torch.device) -> Footprint:
+        """What one of the ranks holds, see `footprint`."""
+        accelerated = device.type != "cpu"
+        return footprint(
+            shape, self.config, streamed=streamed, accelerated=accelerated, world=self.world, stages=self.stages
+        )
+
+
+def footprint(
+    shape: ModelShape,
+    config: PruneConfig,
+    *,
+    streamed: bool,
+    accelerated: bool = False,
+    world: int = 1,
+    stages: tuple[StageName, ...] = STAGES,
+) -> Footprint:
+    """What one process of a run holds and reads.
+
+    Args:
+        shape: of the model.
+        config: the options; of all evaluation windows, those of `eval_samples`, or as many as samples.
+        streamed: whether decoder layers pass through the device one at a time.
+        accelerated: whether the device has memory of its own; else the CPU computes.
+        world: how many ranks divide the samples.
+        stages: those that the run has.
+    """
+    run = _Run(shape, config, streamed, accelerated, world)
+    compute = {
+        "calibration": run.calibration,
+        "repair": run.repair,
+        "evaluation": run.evaluation,
+        "saving": run.saving,
+    }
+    left_out = {"repair"} if config.repair == "none" else set()
+    return Footprint(tuple(compute[name]() for name in stages if name not in left_out), run.waves if streamed else 1)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The arguments of `footprint`."""
+
+    shape: ModelShape
+    config: PruneConfig
+    streamed: bool
+    accelerated: bool
+    world: int
+
+    @property
+    def waves(self) -> int:
+        """How often calibration passes through the layers of a streamed model."""
+        budget = bytes_of(self.config.stream_memory)
+        layers = len(self.shape.layer_parameters)
+        together = max(1, budget // (self._stream(self._batch) * (layers + 1)))
+        return -(-self._batches // together)
+
+    def calibration(self) -> Stage:
+        """Forward and backward of one batch; where the model is streamed, of a wave layer by layer."""
+        layers, tokens = len(self.shape.layer_parameters), self._batch
+        sums = self.shape.groups * _SUMS_PER_GROUP * _FP64 * (1 + (self.world > 1) * self.world)
+        kept, backward = self._kept(tokens), self._backward(tokens)
+        if self.config.reduction == "batch":
+            # Every weight's gradient, summed and of the current batch.
+            sums += 2 * sum(self.shape.layer_parameters) * max(4, self.shape.itemsize)
+        if self.streamed:
+            together = -(-self._batches // self.waves)
+            # The gradients take the place of the uppermost streams.
+            streams = together * self._stream(tokens) * (layers + 1)
+            return self._stage("calibration", max(kept + backward, self._logits(tokens)) + sums, streams, self._reads())
+        if self.config.use_gradient_checkpointing:
+            entered = layers * self._stream(tokens)
+            return self._stage("calibration", entered + max(kept + backward, self._logits(tokens)) + sums, 0, 1)
+        return self._stage("calibration", layers * kept + max(backward, self._logits(tokens)) + sums, 0, 1)
+
+    def repair(self) -> Stage:
+        """The streams of all samples, one layer's inputs and outputs, and one block's moments."""
+        samples = self.config.num_samples + self.config.held_out_samples
+        tokens = -(-samples // self.world) * self.config.seq_len
+        widest = max((columns for _, columns in self.shape.outputs), default=0)
+        # Streams: as recorded, the path's, the dense model's before and after the layer, the path's lag, what both
+        # models' blocks wrote, and what is wanted.
+        streams = (9 * self._stream(tokens)) + tokens * widest * self.shape.itemsize
+        moments = max((self._moments(*each) for each in self.shape.outputs), default=0)
+        solved = 0 if self.streamed else self.shape.output_bytes * (1 if self.config.in_place else 2)
+        beside = moments + solved
+        device, host = (beside, streams) if self.streamed else (beside + streams, 0)
+        return self._stage("repair", max(device, self._forward(self._batch)), host, 1)
+
+    def evaluation(self) -> Stage:
+        """The forward pass of a batch, before and after; a model that is timed stands beside the pruned one."""
+        tokens = self._batch
+        windows = -(-(self.config.eval_samples or self.config.num_samples) // self.world)
+        live = max(self._forward(tokens), self._logits(tokens))
+        if not self.streamed:
+            second = 0 if self.config.in_place else int((1.0 - self.config.pruning_ratio) * self.shape.bytes)
+            return self._stage("evaluation", live + second, 0, 1)
+        together = min(bytes_of(self.config.stream_memory), 2 * self._stream(windows * self.config.seq_len))
+        waves = -(-2 * self._stream(windows * self.config.seq_len) // max(together, 1))
+        return self._stage("evaluation", live, together, 2 * waves)
+
+    def saving(self) -> Stage:
+        """The weights as they are, or one after the other."""
+        largest = max(self.shape.layer_bytes, self.shape.vocabulary * self.shape.hidden * self.shape.itemsize)
+        return self._stage("saving", 0, largest if self.streamed or self.accelerated else 0, 1)
+
+    def _stage(self, name: StageName, device: int, host: int, reads: int) -> Stage:
+        """With the weights that are there throughout; reads: how often all weights are read."""
+        if self.streamed:
+            layers = sum(self.shape.layer_parameters) * self.shape.itemsize
+            weights = self.shape.bytes - layers + (1 + self.accelerated) * self.shape.layer_bytes
+            moved = reads * layers
+        else:
+            # Loading reads them.
+            weights, moved = self.shape.bytes, self.shape.bytes if name == "calibration" else 0
+        device += weights
+        return Stage(name, device, host, moved) if self.accelerated else Stage(name, 0, device + host, moved)
+
+    def _reads(self) -> int:
+        """How often calibration reads all layers: twice a wave, and once for what depends on the weights alone."""
+        return 2 * self.waves + 1 + (self.config.importance_method in ("obs", "auto"))
+
+    @property
+    def _batches(self) -> int:
+        """Batches of this rank."""
+        return -(-self.config.num_samples // (self.config.batch_size * self.world))
+
+    @property
+    def _batch(self) -> int:
+        """Tokens of a batch."""
+        return min(self.config.batch_size, self.config.num_samples) * self.config.seq_len
+
+    def _stream(self, tokens: int) -> int:
+        """Bytes of the residual stream of so many tokens."""
+        return tokens * self.shape.hidden * self.shape.itemsize
+
+    def _kept(self, tokens: int) -> int:
+        """What autograd keeps of one layer: the norms' inputs (in fp32 at least) and outputs, queries, keys and values
+        repeated for every query head, attention's output, and the MLP's gate, its activation, up and product."""
+        shape = self.shape
+        norms = 2 * shape.hidden * (shape.itemsize + max(shape.itemsize, 4))
+        return tokens * (norms + shape.itemsize * (4 * shape.heads + 4 * shape.intermediate))
+
+    def _backward(self, tokens: int) -> int:
+        """What is alive beside that where most is: gradients of the MLP's product and of its factors."""
+        return tokens * self.shape.itemsize * (2 * self.shape.hidden + 2 * self.shape.intermediate)
+
+    def _forward(self, tokens: int) -> int:
+        """What a layer holds without gradients."""
+        return tokens * self.shape.itemsize * (3 * self.shape.hidden + 3 * self.shape.intermediate)
+
+    def _logits(self, tokens: int) -> int:
+        """A chunk of logits, their probabilities, and the gradients of these in the model's dtype."""
+        most = CUDA_LOGITS if self.accelerated else LOGITS
+        chunk = min(tokens, max(MIN_TOKENS, most // self.shape.vocabulary))
+        return 2 * self._stream(tokens) + (8 + self.shape.itemsize) * chunk * self.shape.vocabulary
+
+    def _moments(self, rows: int, columns: int) -> int:
+        """Of one output projection [rows, columns]: sums of two parts in fp32, and beside them, for the columns that
+        are kept, both Gram matrices, a shifted one, its factor and a copy of that in fp64, and seven right sides."""
+        kept = self._kept_fraction
+        return int(columns**2 * (8 + 40 * kept**2) + rows * columns * (8 + 56 * kept))
+
+    @property
+    def _kept_fraction(self) -> float:
+        """Of the columns of the block that keeps most: unless all keep the same, it is taken to lose half as many."""
+        lost = min(1.0, self.config.pruning_ratio * self.shape.parameters / max(1, self.shape.prunable))
+        return 1.0 - lost if self.config.same_widths else 1.0 - lost / 2

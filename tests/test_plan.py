@@ -1,0 +1,89 @@
+"""`gradprune plan`: what a run would hold, from the configuration alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from gradprune.checkpoint.load import load_shape
+from gradprune.config import PruneConfig
+from gradprune.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
+from gradprune.models.footprint import footprint
+from gradprune.plan import Room, planned, room_on
+from helpers.commands import run as command
+
+LLAMA_3_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config.json and nothing else."""
+    folder = tmp_path_factory.mktemp("config")
+    LlamaConfig(**LLAMA_3_8B).save_pretrained(folder)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    return folder
+
+
+def test_a_configuration_is_enough(configuration: Path, tmp_path: Path) -> None:
+    given = ("--base_model", configuration, "--device", "80GB", "--seq_len", 2048, "--num_samples", 128)
+    code, said = command(tmp_path, "plan", *given, "--json")
+    assert code == 0, said
+    found = json.loads(said)
+    assert found["model"] == {"parameters": 8_030_261_248, "bytes": 16_060_522_496}
+    assert found["device"] == {"name": "80GB", "bytes": 80 * 10**9, "accelerated": True}
+    runs = {run["name"]: run for run in found["runs"]}
+    assert list(runs) == ["whole", "whole, recomputing", "streamed", "whole, 2 ranks", "streamed, 2 ranks"]
+    assert not runs["whole"]["fits"]
+    assert found["stream_layers"] == "on"
+    assert runs["streamed"]["fits"]
+    assert runs["streamed"]["footprint"]["device"] < 16 * 10**9
+    stages = [stage["name"] for stage in runs["streamed"]["footprint"]["stages"]]
+    assert stages == ["calibration", "repair", "evaluation", "saving"]
+    for line in ("streamed: fits, ", "whole: does not fit", "stream_layers auto: on"):
+        assert line in command(tmp_path, "plan", *given)[1]
+
+
+def test_what_is_said_to_fit_fits_and_one_more_does_not(configuration: Path) -> None:
+    shape, room = load_shape(configuration), Room("80GB", 80 * 10**9, accelerated=True)
+    config = PruneConfig(seq_len=2048, repair="none", use_gradient_checkpointing=True, measure_speed=False)
+    for way in planned(shape, config, room, 4).runs:
+        assert way.fits == (way.footprint.device <= room.bytes)
+        for size, fits in ((way.largest_batch, True), (way.largest_batch + 1, False)):
+            if not 0 < size <= config.num_samples:
+                continue
+            options = PruneConfig(
+                seq_len=2048, repair="none", use_gradient_checkpointing=way.recomputed, measure_speed=False,
+                batch_size=size,
+            )  # fmt: skip
+            found = footprint(shape, options, streamed=way.streamed, accelerated=True, world=way.ranks)
+            assert found.fits(room.bytes) == fits, (way.name, size)
+
+
+def test_rooms() -> None:
+    assert room_on("24GB") == Room("24GB", 24 * 10**9, accelerated=True)
+    here = room_on("cpu")
+    assert not here.accelerated
+    assert here.bytes > 2**20
+    assert room_on("auto").name == ("cuda" if torch.cuda.is_available() else "cpu")
+    for device, words in (("0GB", "no memory"), ("meta", "says nothing"), ("much", "no size such as 80GB")):
+        with pytest.raises(ConfigError, match=f"device: '{device}'.*{words}"):
+            room_on(device)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"base_model: .* has no config.json"):
+        load_shape(tmp_path)
+    LlamaConfig(**LLAMA_3_8B, hidden_act="unheard of").save_pretrained(tmp_path / "odd")
+    with pytest.raises(
+        CheckpointError, match=r"base_model: the configuration of .*odd. describes no model: .*unheard of"
+    ):
+        load_shape(tmp_path / "odd")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UnsupportedArchitectureError, match="base_model: "):
+        load_shape(tmp_path / "other")
