@@ -293,7 +293,7 @@ def plan(
     ranks: Annotated[int, typer.Option(help="Processes that share the work.", min=2, rich_help_panel="Model")] = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run would hold in memory, from the configuration alone."""
+    """Say what memory a run would take, and what fits."""
     from gradprune.checkpoint.load import load_shape
     from gradprune.demo import demo_model_path
     from gradprune.plan import planned, room_on

@@ -225,6 +225,7 @@ def test_help_fits_80_columns(gradprune, monkeypatch: pytest.MonkeyPatch) -> Non
         ["eval"],
         ["export"],
         ["recover"],
+        ["plan"],
         ["push"],
         ["info"],
     ):

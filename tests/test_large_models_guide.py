@@ -1,23 +1,66 @@
-"""The commands and the code of docs/large-models.md, run as they are printed."""
+"""The commands and the code of docs/large-models.md, run as they are printed but on fewer samples."""
 
-import os
+import contextlib
+import io
 import re
+import shlex
 import sys
 from pathlib import Path
 
-from helpers.programs import run_program
+import pytest
+
+from gradprune.cli import main
+from gradprune.demo import demo_model_path
+from helpers.launched import run_ranks
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "large-models.md"
+PRUNING = ("--num_samples", "8", "--eval_samples", "4", "--held_out_samples", "4", "--no_generations")
+# What is added to each command, so that it is quick.
+FEWER = {
+    "prune": PRUNING,
+    "search": (*PRUNING, "--search_samples", "4"),
+    "diagnose": ("--num_samples", "4"),
+    "eval": ("--eval_samples", "4"),
+    "plan": (),
+}
 
 
-def test_every_block_runs_in_order(tmp_path: Path) -> None:
-    blocks = re.findall(r"```(sh|python)\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert [language for language, _ in blocks] == ["sh", "python", "sh"]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    for language, block in blocks:
-        command = ["bash", "-euc", block] if language == "sh" else [sys.executable, "-c", block]
-        environment = {"PATH": path}
-        done = run_program(command, cwd=tmp_path, environment=environment)
-        assert done.returncode == 0, f"{block}\n{done.stderr}"
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what `gradprune demo`, the page's first command, makes."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "results" / "demo").mkdir(parents=True)
+    (folder / "results" / "demo" / "model").symlink_to(demo_model_path())
+    return folder
+
+
+def test_every_command_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    lines = "\n".join(blocks("sh")).replace("$MODEL", "results/demo/model").splitlines()
+    assert lines[:2] == ["gradprune demo", "MODEL=results/demo/model"]
+    commands = [shlex.split(line) for line in lines[2:] if line]
+    assert {command[1] for command in commands if command[0] == "gradprune"} == set(FEWER)
+    for command in commands:
+        if command[0] == "gradprune":
+            # In this process, so that nothing is imported again; the ranks are forked from it.
+            monkeypatch.setattr(sys, "argv", [*command, *FEWER[command[1]]])
+            with pytest.raises(SystemExit) as end, contextlib.redirect_stdout(io.StringIO()):
+                main()
+            assert end.value.code == 0, command
+            continue
+        launcher, arguments = command[: command.index("gradprune")], command[command.index("gradprune") + 1 :]
+        assert launcher == ["torchrun", "--standalone", "--nproc_per_node", "2", "-m"]
+        ended = run_ranks(workplace, 2, *arguments, *FEWER[arguments[0]])
+        assert [code for code, _ in ended] == [0, 0], ended
     for name in ("streamed", "searched", "together"):
-        assert (tmp_path / "results" / name / "model" / "model.safetensors").is_file()
+        assert (workplace / "results" / name / "model" / "model.safetensors").is_file()
+
+
+def test_the_program_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    (program,) = blocks("python")
+    exec(compile(program, PAGE.name, "exec"), {})

@@ -1,12 +1,15 @@
 """A streamed model computes what the whole one does, and holds no more than one layer, or two while reading ahead."""
 
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import PreTrainedModel
 
+from gradprune import ImportanceEngine
 from gradprune.checkpoint.load import load_model
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.errors import CheckpointError
@@ -45,8 +48,20 @@ def test_tied_embeddings_stay_tied(tmp_path) -> None:
     assert mean_loss(streamed, [tiny_ids()]) == mean_loss(whole, [tiny_ids()])
 
 
+def loss(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    mean_loss(model, batches)
+
+
+def calibration(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    with ImportanceEngine(model, backend="reference") as engine:
+        engine.steps(batches)
+
+
 @pytest.mark.parametrize("prefetch", [False, True])
-def test_layers_that_are_not_needed_are_gone(prefetch: bool, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("work", "reads"), [(loss, 1), (calibration, 2)])
+def test_layers_that_are_not_needed_are_gone(
+    work: Callable[..., None], reads: int, prefetch: bool, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counted are the layers whose weights anything still refers to whenever one has been read."""
     alive: list[StorageWeakRef] = []
     most = 0
@@ -66,8 +81,10 @@ def test_layers_that_are_not_needed_are_gone(prefetch: bool, tmp_path, monkeypat
     assert residency is not None
     residency._prefetch = prefetch
     monkeypatch.setattr(Residency, "_fetch", counted)
-    mean_loss(model, list(tiny_ids(samples=6).split(2)))
-    assert len(alive) == 6  # each layer once
+    work(model, list(tiny_ids(samples=6).split(2)))
+    # The layer on which the forward pass ends is where the backward pass begins; what a next wave would need second is
+    # read ahead.
+    assert len(alive) == 6 * reads - (reads - 1) + (reads - 1) * prefetch
     assert most == (2 if prefetch else 1)
     residency.release()
     gc.collect()
