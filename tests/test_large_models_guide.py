@@ -14,7 +14,16 @@ from gradprune.demo import demo_model_path
 from helpers.launched import run_ranks
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "large-models.md"
-PRUNING = ("--num_samples", "8", "--eval_samples", "4", "--held_out_samples", "4", "--no_generations")
+PRUNING = (
+    "--num_samples",
+    "8",
+    "--eval_samples",
+    "4",
+    "--held_out_samples",
+    "4",
+    "--no_generations",
+    "--no_measure_speed",
+)
 # What is added to each command, so that it is quick.
 FEWER = {
     "prune": PRUNING,
