@@ -106,7 +106,7 @@ def _jobs(records: Sequence[Record], folder: Path) -> str:
             images = [_plot(plots.growth_plot, group, folder, f"growth-{axis}") for axis, group in by_axis.items()]
             text = "".join(images) + tables.growth_table(of_job)
         elif name == "memory":
-            text = f"{tables.MEMORY}\n\n{tables.memory_table(of_job)}\n\n{tables.memory_growth_table(of_job)}"
+            text = f"{tables.MEMORY}\n\n{tables.memory_table(of_job)}\n\n{tables.memory_growth_table(of_job)}".strip()
         else:
             text = tables.timing_table(of_job)
         parts.append(f"#### {name}\n\n{text}")

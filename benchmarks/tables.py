@@ -110,9 +110,9 @@ def memory_table(records: Sequence[Record]) -> str:
 
 
 def memory_growth_table(records: Sequence[Record]) -> str:
-    """One row per growing quantity and provider: the fitted exponents of calibration."""
+    """One row per growing quantity and provider: the fitted exponents of calibration; empty where none was measured."""
     rows = [[axis, provider, f"{time:.2f}", f"{memory:.2f}"] for axis, provider, time, memory in exponents(records)]
-    return table(["grows", "provider", "exponent of processor time", "exponent of memory"], rows)
+    return table(["grows", "provider", "exponent of processor time", "exponent of memory"], rows) if rows else ""
 
 
 def timing_table(records: Sequence[Record]) -> str:
