@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from gradprune.errors import UnsupportedArchitectureError
 from gradprune.models.kinds import BlockKey, Kind
+from gradprune.models.modeling_gradprune import norms_of
 from gradprune.models.residency import Residency, residency_of
 
 
@@ -92,6 +93,14 @@ class Cut:
     path: str
     dim: int
     index: Tensor
+
+
+def added(layer: nn.Module, module: nn.Module, kind: str) -> tuple[float | None, nn.Module]:
+    """`Block.adds` and `Block.writer` of a decoder layer's block, whose module is given."""
+    _, behind = norms_of(layer, kind)
+    if behind:
+        return None, getattr(layer, behind[0])
+    return float(getattr(layer, "residual_multiplier", 1.0)), module
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradprune.errors import UnsupportedArchitectureError
-from gradprune.models.blocks import Block, Cut
+from gradprune.models.blocks import Block, Cut, added
 from gradprune.models.kinds import Kind
-from gradprune.models.modeling_gradprune import norms_of
 from gradprune.models.modes import forward_replaced
 
 NO_EXPERTS = "no experts under a known name"
@@ -210,7 +209,7 @@ def find_experts(layer: nn.Module, index: int, kind: Kind) -> ExpertsBlock | str
     experts, outputs, channels = len(down.parameter), *down.weight(0).shape
     if gate_up.parameter.shape[gate_up.rows] != parts * channels or len(gate_up.parameter) != experts:
         return f"{path}: its projections do not fit together"
-    _, behind = norms_of(layer, "mlp")
+    adds, writer = added(layer, module, "mlp")
     cost = parts * (gate_up.weight(0).shape[1] + (gate_up.bias is not None)) + outputs
     return ExpertsBlock(
         kind=kind,
@@ -219,8 +218,8 @@ def find_experts(layer: nn.Module, index: int, kind: Kind) -> ExpertsBlock | str
         module=module,
         groups=experts * channels,
         cost=cost,
-        adds=None if behind else float(getattr(layer, "residual_multiplier", 1.0)),
-        writer=getattr(layer, behind[0]) if behind else module,
+        adds=adds,
+        writer=writer,
         gate_up=gate_up,
         down=down,
         parts=parts,

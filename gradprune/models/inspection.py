@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from gradprune.errors import UnsupportedArchitectureError
-from gradprune.models.blocks import InputLinear, LinearBlock, OutputLinear, Part, Rider
+from gradprune.models.blocks import InputLinear, LinearBlock, OutputLinear, Part, Rider, added
 from gradprune.models.kinds import Kind
-from gradprune.models.modeling_gradprune import norms_of, output_of, place_of
+from gradprune.models.modeling_gradprune import output_of, place_of
 
 # By kind, the sets of input projections: attribute, and the parts whose rows it stacks. "qkv" is one part: each KV
 # head's query, key and value rows are neighbours.
@@ -68,7 +68,7 @@ def find_block(layer: nn.Module, index: int, kind: Kind) -> LinearBlock | str:
     cost = linears[output].out_features * columns + sum(rider.rows * rider.parameter[0].numel() for rider in riders)
     for entry in entries:
         cost += sum(part.rows for part in entry.parts) * (entry.linear.in_features + (entry.linear.bias is not None))
-    _, behind = norms_of(layer, kind.name)
+    adds, writer = added(layer, module, kind.name)
     return LinearBlock(
         kind=kind,
         layer=index,
@@ -76,8 +76,8 @@ def find_block(layer: nn.Module, index: int, kind: Kind) -> LinearBlock | str:
         module=module,
         groups=shape.groups,
         cost=cost,
-        adds=None if behind else float(getattr(layer, "residual_multiplier", 1.0)),
-        writer=getattr(layer, behind[0]) if behind else module,
+        adds=adds,
+        writer=writer,
         inputs=entries,
         output=OutputLinear(output, linears[output], columns),
         head_dim=shape.head_dim,
