@@ -34,7 +34,7 @@ from gradprune.config.commands import StagedCommand, takes
 from gradprune.errors import ConfigError, GradPruneError, one_line
 from gradprune.interrupts import Interrupted, interruptible
 from gradprune.progress import Clock, say
-from gradprune.ranks import current, is_lead, launched
+from gradprune.ranks import current, launched, speaks
 from gradprune.recovery.options import RecoveryConfig
 from gradprune.version import __version__
 
@@ -374,14 +374,14 @@ def main() -> NoReturn:
         # The standard streams: what is written elsewhere has errors of its own.
         _fail(f"{error.filename or 'standard output'}: {error.strerror or one_line(error)}")
     except Interrupted as interrupt:
-        if is_lead():
+        if speaks():
             say(Console(stderr=True), f"stopped by {interrupt.name}; unfinished results have been removed")
         sys.exit(interrupt.exit_code)
 
 
 def _fail(message: str) -> NoReturn:
     """End with an error on one line, whatever a name in it holds."""
-    if not is_lead():
+    if not speaks():
         sys.exit(2)
     line = "".join(f"\\x{ord(character):02x}" if ord(character) < 32 else character for character in message)
     say(Console(stderr=True), f"error: {line}")

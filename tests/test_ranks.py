@@ -1,6 +1,8 @@
 """Several ranks do what one process does, write once, and end together."""
 
 import csv
+import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from gradprune.checkpoint.load import load_pruned
 from gradprune.errors import GradPruneError
 from gradprune.ranks import ALONE, in_order
 from helpers.commands import QUICK, at_stage, run, signalled
-from helpers.launched import run_ranks
+from helpers.launched import run_ranks, start_ranks
 from helpers.programs import run_program
 from helpers.tiny_models import tiny_ids, tiny_model
 
@@ -34,6 +36,11 @@ def options(name: str, *more: object, **changed: object) -> tuple[object, ...]:
     given = dict(zip(QUICK[:-1:2], QUICK[1:-1:2], strict=True)) | {f"--{key}": value for key, value in changed.items()}
     flat = [word for pair in given.items() for word in pair]
     return ("--base_model", "model", "--dataset", "text.npy", "--output_name", name, *flat, QUICK[-1], *more)
+
+
+WHOLE = {"stream_layers": "off"}
+# A wave for each batch, or nearly so.
+STREAMED = {"stream_layers": "on", "stream_memory": "40KB"}
 
 
 def groups(place: Path, name: str) -> list[dict[str, str]]:
@@ -65,14 +72,16 @@ def assert_same_result(place: Path, one: str, several: str) -> None:
     ],
 )
 def test_ranks_prune_what_one_process_prunes(place: Path, world: int, method: str, changed: dict[str, object]) -> None:
-    names = f"{method}-one", f"{method}-{world}"
-    code, said = run(place, "prune", *options(names[0], importance_method=method, **changed))
+    """Whole and streamed."""
+    one = f"{method}-one"
+    code, said = run(place, "prune", *options(one, importance_method=method, **changed))
     assert code == 0, said
-    ended = run_ranks(place, world, "prune", *options(names[1], importance_method=method, **changed))
-    assert [code for code, _ in ended] == [0] * world, ended
-    assert f"results/{names[1]}/model" in ended[0][1]
-    assert not any(said for _, said in ended[1:])
-    assert_same_result(place, *names)
+    for name, how in ((f"{method}-{world}", WHOLE), (f"{method}-{world}-streamed", STREAMED)):
+        ended = run_ranks(place, world, "prune", *options(name, importance_method=method, **changed, **how))
+        assert [code for code, _ in ended] == [0] * world, ended
+        assert f"results/{name}/model" in ended[0][1]
+        assert not any(said for _, said in ended[1:])
+        assert_same_result(place, one, name)
 
 
 def test_search_divides_its_candidates(place: Path) -> None:
@@ -133,10 +142,34 @@ def test_a_killed_rank_ends_the_others(place: Path, killed: int) -> None:
     prepare = {killed: at_stage("repair", signalled(signal.SIGKILL))}
     ended = run_ranks(place, 3, "--quiet", "prune", *options(f"killed-{killed}", num_samples=12), prepare=prepare)
     assert [code for code, _ in ended] == [-signal.SIGKILL if rank == killed else 2 for rank in range(3)]
-    if killed:
-        assert ended[0][1].startswith("error: ranks: rank 0 lost the others")
-        assert ended[0][1].count("\n") == 1
+    assert_lost_in_one_line(ended)
     assert not (place / f"results/killed-{killed}").exists()
+
+
+def test_a_hung_rank_ends_the_others_after_the_time_limit(place: Path) -> None:
+    """The first one, which would have said what went wrong; torchrun kills it when the others have ended."""
+    arguments = "--quiet", "prune", *options("hung", num_samples=12)
+    hung, *others = start_ranks(place, 3, *arguments, prepare={0: at_stage("repair", signal.pause)}, timeout=5.0)
+    ended = [process.wait() for process in others]
+    os.kill(hung.pid, signal.SIGKILL)
+    assert hung.wait() == (-signal.SIGKILL, "")
+    assert [code for code, _ in ended] == [2, 2]
+    assert_lost_in_one_line(ended)
+    assert "did not answer within 5 seconds" in "".join(said for _, said in ended)
+
+
+def test_an_error_is_not_lost_with_the_ranks_that_it_would_be_told_to(place: Path) -> None:
+    prepare = {0: at_stage("repair", fail), 1: at_stage("repair", signalled(signal.SIGKILL))}
+    ended = run_ranks(place, 2, "--quiet", "prune", *options("both"), prepare=prepare)
+    assert [code for code, _ in ended] == [2, -signal.SIGKILL]
+    assert ended[0][1].startswith("error: disk: it is gone")
+    assert [said.count("\n") for _, said in ended] == [1, 0]
+
+
+def assert_lost_in_one_line(ended: list[tuple[int, str]]) -> None:
+    said = [said for _, said in ended if said]
+    assert len(said) == 1, ended
+    assert re.fullmatch(r"error: ranks: rank \d lost the others: .*\n", said[0])
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,8 @@ def in_order(shares: Sequence[Sequence[_T]]) -> list[_T]:
 
 
 _current: Ranks = ALONE
+# Whether this process says how the job ended; None where it has not met the other ranks.
+_speaks: bool | None = None
 
 
 def current() -> Ranks:
@@ -89,8 +91,10 @@ def current() -> Ranks:
     return _current
 
 
-def is_lead() -> bool:
-    """Whether this process prints; also where it has not met the other ranks."""
+def speaks() -> bool:
+    """Whether this process says how the job ended; also where it has not met the other ranks."""
+    if _speaks is not None:
+        return _speaks
     alone = None in [os.environ.get(name) for name in _LAUNCHED]
     return alone or os.environ["RANK"] == "0"
 
@@ -103,7 +107,7 @@ def launched() -> Iterator[Ranks]:
         RankError: on every rank, where one of them failed; names it and says why.
         ConfigError: what the launcher says is no rank.
     """
-    global _current
+    global _current, _speaks
     place = _launcher()
     if place is None:
         yield ALONE
@@ -119,7 +123,7 @@ def launched() -> Iterator[Ranks]:
         ranks.fail(error)
         raise
     finally:
-        _current = ALONE
+        _current, _speaks = ALONE, ranks.speaks
         ranks.leave()
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from gradprune.errors import ConfigError, GradPruneError, RankError, one_line
 from gradprune.ranks import Ranks
@@ -16,14 +19,26 @@ from gradprune.ranks import Ranks
 _TIMEOUT = "GRADPRUNE_RANK_TIMEOUT"
 # Tensors are added in pieces of this many bytes, of which every rank holds one of each rank.
 _PIECE = 2**24
+# Seconds that the end of a process takes, at most.
+_ENDING = 0.5
+
+
+class _LostError(RankError):
+    """Another rank was ended, or does not answer."""
 
 
 class LaunchedRanks(Ranks):
-    """One of several processes. Every exchange begins with whether each of them is well."""
+    """One of several processes. Every exchange begins with whether each of them is well.
 
-    def __init__(self, rank: int, world: int, local: int) -> None:
-        """The process group is there already."""
+    speaks: whether this one says what went wrong: the first one or, where the ranks have lost each other, the one that
+        notices first.
+    """
+
+    def __init__(self, rank: int, world: int, local: int, store: torch.distributed.Store) -> None:
+        """The process group is there already; `store` is what its processes met at."""
         self.rank, self.world, self.local = rank, world, local
+        self.speaks = self.leads
+        self._store = store
         self._connected = True
 
     def gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -54,9 +69,14 @@ class LaunchedRanks(Ranks):
         Raises:
             RankError: what all of them say, in the words of the first that failed.
         """
-        if self._connected:
-            words = str(error) if isinstance(error, GradPruneError) or not str(error) else one_line(error)
+        if not self._connected:
+            return
+        words = str(error) if isinstance(error, GradPruneError) or not str(error) else one_line(error)
+        try:
             self._exchange((words or type(error).__name__).encode(), well=False)
+        except _LostError:
+            # The error itself says more than that there is nobody to tell.
+            return
 
     def finish(self) -> None:
         """Wait until all are done."""
@@ -93,11 +113,24 @@ class LaunchedRanks(Ranks):
             torch.distributed.all_gather(found, own)
         except RuntimeError as error:
             self._connected = False
-            raise RankError(
+            self.speaks = self._first_to_notice()
+            raise _LostError(
                 f"ranks: rank {self.rank} lost the others: one of them was ended, or did not answer within "
                 f"{_seconds():g} seconds (environment variable {_TIMEOUT}): {one_line(error)}"
             ) from error
         return found
+
+    def _first_to_notice(self) -> bool:
+        """Whether no other rank has said yet that the ranks have lost each other."""
+        # A process that is ending closes one connection after the other.
+        time.sleep(_ENDING)
+        try:
+            # PyTorch would write to standard error if it found nothing there.
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5.0).close()
+            return int(self._store.add("lost", 1)) == 1
+        except (OSError, RuntimeError):
+            # The store was in rank 0, which is gone.
+            return self.rank == 1
 
 
 def connected(rank: int, world: int, local: int) -> LaunchedRanks:
@@ -110,12 +143,14 @@ def connected(rank: int, world: int, local: int) -> LaunchedRanks:
     try:
         if cuda:
             torch.cuda.set_device(local % torch.cuda.device_count())
+        limit = timedelta(seconds=_seconds())
+        store, _, _ = next(rendezvous("env://", rank, world, timeout=limit))
         torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=_seconds()), rank=rank, world_size=world
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit, store=store, rank=rank, world_size=world
         )
     except (RuntimeError, ValueError) as error:
         raise RankError(f"ranks: rank {rank} of {world} cannot meet the others: {one_line(error)}") from error
-    return LaunchedRanks(rank, world, local)
+    return LaunchedRanks(rank, world, local, store)
 
 
 def _seconds() -> float:

@@ -4,14 +4,22 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from helpers.commands import Process, start
 
 
 def start_ranks(
-    cwd: Path, world: int, *arguments: object, prepare: dict[int, Callable[[], object]] | None = None
+    cwd: Path,
+    world: int,
+    *arguments: object,
+    prepare: dict[int, Callable[[], object]] | None = None,
+    timeout: float = 60.0,
 ) -> list[Process]:
-    """Start `gradprune arguments` as `world` ranks; `prepare`: by rank, what is done first in its process."""
+    """Start `gradprune arguments` as `world` ranks.
+
+    prepare: by rank, what is done first in its process. timeout: seconds that a rank waits for the others.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -24,7 +32,7 @@ def start_ranks(
                 "WORLD_SIZE": str(world),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
-                "GRADPRUNE_RANK_TIMEOUT": "60",
+                "GRADPRUNE_RANK_TIMEOUT": str(timeout),
             }
             (prepare or {}).get(rank, lambda: None)()
 
@@ -33,8 +41,6 @@ def start_ranks(
     return [start(cwd, *arguments, prepare=place(rank)) for rank in range(world)]
 
 
-def run_ranks(
-    cwd: Path, world: int, *arguments: object, prepare: dict[int, Callable[[], object]] | None = None
-) -> list[tuple[int, str]]:
-    """Exit code and output of each rank."""
-    return [process.wait() for process in start_ranks(cwd, world, *arguments, prepare=prepare)]
+def run_ranks(cwd: Path, world: int, *arguments: object, **options: Any) -> list[tuple[int, str]]:
+    """Exit code and output of each rank; options as of `start_ranks`."""
+    return [process.wait() for process in start_ranks(cwd, world, *arguments, **options)]
