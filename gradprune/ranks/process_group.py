@@ -11,6 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from gradprune.errors import ConfigError, GradPruneError, RankError, one_line
@@ -34,7 +35,7 @@ class LaunchedRanks(Ranks):
         notices first.
     """
 
-    def __init__(self, rank: int, world: int, local: int, store: torch.distributed.Store) -> None:
+    def __init__(self, rank: int, world: int, local: int, store: Store) -> None:
         """The process group is there already; `store` is what its processes met at."""
         self.rank, self.world, self.local = rank, world, local
         self.speaks = self.leads
