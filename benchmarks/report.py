@@ -98,7 +98,7 @@ def _kernels(records: Sequence[Record], folder: Path) -> str:
 
 def _jobs(records: Sequence[Record], folder: Path) -> str:
     parts = ["### Whole jobs"]
-    for name, of_job in tables.grouped(records, lambda found: found.name.split(" with ")[0]).items():
+    for name, of_job in tables.grouped(records, lambda found: re.split(" with | of ", found.name)[0]).items():
         if name == "calibration":
             text = tables.calibration_table(of_job)
         elif name == "growth":
@@ -107,6 +107,10 @@ def _jobs(records: Sequence[Record], folder: Path) -> str:
             text = "".join(images) + tables.growth_table(of_job)
         elif name == "memory":
             text = f"{tables.MEMORY}\n\n{tables.memory_table(of_job)}\n\n{tables.memory_growth_table(of_job)}".strip()
+        elif name == "whole":
+            text = f"{tables.WHOLE}\n\n{tables.whole_table(of_job)}"
+        elif name == "profile":
+            text = tables.profile_table(of_job)
         else:
             text = tables.timing_table(of_job)
         parts.append(f"#### {name}\n\n{text}")

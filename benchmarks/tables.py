@@ -115,6 +115,37 @@ def memory_growth_table(records: Sequence[Record]) -> str:
     return table(["grows", "provider", "exponent of processor time", "exponent of memory"], rows) if rows else ""
 
 
+WHOLE = (
+    "`prune` by default, stage by stage, and calibration alone by others on fewer samples of the same length. The time "
+    "of a sample is that of the stage divided by the samples that are calibrated on."
+)
+
+
+def whole_table(records: Sequence[Record]) -> str:
+    """One row per stage of the whole job, and per calibration beside it."""
+    rows = [
+        [
+            f"{found.shape}, {found.dtype}",
+            found.provider,
+            found.error or _number(found.ms_p50, ".2f", 1e3),
+            _number(found.ms_p50, ".1f", found.extra["samples"]),
+            "-" if found.peak_memory is None else f"{(found.peak_memory + found.extra['weight_bytes']) / 2**30:.1f}",
+        ]
+        for found in records
+    ]
+    return table(["job", "stage", "seconds", "ms a sample", "peak GiB with the weights"], rows)
+
+
+def profile_table(records: Sequence[Record]) -> str:
+    """One row per kernel of a profiled step."""
+    rows = [
+        [f"{found.shape}, {found.extra['step']}", found.provider.replace("|", "/"), _number(found.ms_p50, ".3f"),
+         str(found.extra["calls"]), f"{found.extra['share']:.1%}"]
+        for found in records
+    ]  # fmt: skip
+    return table(["step", "kernel", "ms", "launches", "share"], rows)
+
+
 def timing_table(records: Sequence[Record]) -> str:
     """One row per record: the case, the step, its times."""
     return table(

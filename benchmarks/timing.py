@@ -17,8 +17,11 @@ import torch
 from benchmarks.environment import last_level_cache_bytes
 from benchmarks.progress import say
 
-# About a millisecond: several times what Python takes to launch an op's kernels.
-_HEAD_START_CYCLES = 2_000_000
+# Seconds that the GPU spins before a turn, while the host enqueues the turn's kernels: at first, and at most. A turn
+# that takes the host longer is made again with a longer spin, so that the kernels' time is never that of Python.
+_SPIN, _LONGEST_SPIN = 1e-3, 60e-3
+# Of a spin that is timed, to learn how long one is.
+_SPIN_CYCLES = 4_000_000
 _FLUSH_BYTES = 256 << 20
 _MIN_REPEATS = 3
 # Limits the sets for tiny inputs. These then fit in the cache, but there the fixed cost of a call dominates anyway.
@@ -155,7 +158,7 @@ def _alternate(
     providers: Sequence[Provider], inputs: list[tuple[Any, ...]], device: str, repeats: int, seconds: float
 ) -> dict[str, Timing]:
     times: dict[str, list[float]] = {provider.name: [] for provider in providers}
-    clock = _cuda_seconds if device == "cuda" else _cpu_seconds
+    clock = CudaClock() if device == "cuda" else _cpu_seconds
     turn = 0
     with _preparation(device) as prepare:
         start = time.perf_counter()
@@ -196,13 +199,40 @@ def _cpu_seconds(run: Callable[..., Any], inputs: tuple[Any, ...], prepare: Call
     return time.perf_counter() - start
 
 
-def _cuda_seconds(run: Callable[..., Any], inputs: tuple[Any, ...], prepare: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    prepare()
-    # The GPU is busy while the host enqueues the run, so that launch overhead is not timed.
-    torch.cuda._sleep(_HEAD_START_CYCLES)
-    start.record()
-    run(*inputs)
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
+class CudaClock:
+    """Seconds that a turn's kernels take, one right after the other, however long the host needs to enqueue them."""
+
+    def __init__(self) -> None:
+        """Times a spin, after another that wakes the device."""
+        torch.cuda._sleep(_SPIN_CYCLES)
+        self._cycles_per_second = _SPIN_CYCLES / self._between(lambda: torch.cuda._sleep(_SPIN_CYCLES))
+        self._spins: dict[Callable[..., Any], float] = {}
+
+    def __call__(self, run: Callable[..., Any], inputs: tuple[Any, ...], prepare: Callable[[], object]) -> float:
+        """Seconds of one turn of `run`, after `prepare`."""
+        while True:
+            spin = self._spins.get(run, _SPIN)
+            host = 0.0
+
+            def enqueue() -> None:
+                nonlocal host
+                start = time.perf_counter()
+                run(*inputs)
+                host = time.perf_counter() - start
+
+            prepare()
+            torch.cuda._sleep(int(spin * self._cycles_per_second))
+            seconds = self._between(enqueue)
+            if host < spin or spin >= _LONGEST_SPIN:
+                return seconds
+            self._spins[run] = min(2.0 * host, _LONGEST_SPIN)
+
+    @staticmethod
+    def _between(enqueue: Callable[[], object]) -> float:
+        """Seconds on the device between two events, one before and one after what is enqueued."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        enqueue()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from benchmarks.jobs.calibrators import RECOMPUTING, Calibrator, calibrators, engine_scores
+from benchmarks.jobs.calibrators import NEEDED, RECOMPUTING, Calibrator, calibrators, engine_scores
 from benchmarks.jobs.models import Load, build, samples
 from benchmarks.jobs.session import TIMEOUT, Session, Task, Turn, TurnError, Worker
 from benchmarks.options import listed, parse, parser
@@ -62,14 +62,13 @@ CPU = [
 ]
 _OURS_ON_GPU = "gradprune triton"
 _TORCH_PRUNING = (_GROUP_TAYLOR, "torch-pruning GroupHessian")
-_OTHERS_ON_GPU = (_OURS_ON_GPU, "gradprune reference", FLOOR, "naive", "torch.func")
+_OTHERS_ON_GPU = (_OURS_ON_GPU, f"{_OURS_ON_GPU}{NEEDED}", "gradprune reference", FLOOR, "naive", "torch.func")
 GPU_QUICK = [Job("1B", Load(4, 512, 2), repeats=3, dtype="bf16", recompute=True)]
 GPU = [
     Job("8B", Load(4, 2048, 2), 3, "bf16", True, _OTHERS_ON_GPU, seconds=60.0, gigabytes=24.0),
     Job("70B", Load(2, 512, 1), 1, "bf16", True, (_OURS_ON_GPU, FLOOR), seconds=40.0, gigabytes=134.0),
     # Late and separate: Torch-Pruning's tracing may hang, and in-process it cannot be killed without losing the run.
     Job("8B", Load(4, 1024, 2), 2, "bf16", True, (_OURS_ON_GPU, FLOOR, *_TORCH_PRUNING), seconds=60.0, gigabytes=24.0),
-    Job("8B", Load(128, 2048, 2), 1, "bf16", True, (_OURS_ON_GPU, FLOOR), seconds=130.0, gigabytes=24.0),
 ]
 
 
@@ -103,7 +102,7 @@ def _benchmark(job: Job, deadline: Deadline, options: Namespace) -> None:
         append(record("job", "calibration", "all", _shape(job), job.dtype, options.device, error=fault), options.output)
         return
     free(options.device)
-    everyone = [one for one in calibrators(_backends(options.device)) if _takes_part(one, job, options)]
+    everyone = [one for one in calibrators(backends(options.device)) if _takes_part(one, job, options)]
     with _sessions(job, everyone, options.device) as sessions:
         errors = _check(job, everyone, sessions, deadline, options.device)
         turns = _alternate(job, sessions, errors, deadline)
@@ -128,7 +127,7 @@ def _takes_part(one: Calibrator, job: Job, options: Namespace) -> bool:
     return not chosen or one.name in chosen
 
 
-def _backends(device: str) -> tuple[str, ...]:
+def backends(device: str) -> tuple[str, ...]:
     """The backends of this project that run here; not Triton on a CPU, where it would be its interpreter."""
     return tuple(
         backend
@@ -154,7 +153,7 @@ def _sessions(job: Job, everyone: Sequence[Calibrator], device: str) -> Iterator
 
 
 def _task(job: Job, provider: str) -> Task:
-    return Task(provider, _backends("cpu"), job.size, job.dtype, job.recompute, torch.get_num_threads())
+    return Task(provider, backends("cpu"), job.size, job.dtype, job.recompute, torch.get_num_threads())
 
 
 def _check(

@@ -17,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradprune import ImportanceEngine
+from gradprune import ImportanceEngine, PruneConfig
 from gradprune.calibration.capture import checkpointed
 from gradprune.calibration.engine import Scores
 from gradprune.models import Block, describe
 
 # Suffix of the providers that recompute activations even if the job does not make everyone do so.
 RECOMPUTING = " recomputing"
+# Suffix of the providers that collect no more than the default method needs.
+NEEDED = " needed evidence"
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,11 @@ class Calibrator:
 
 def calibrators(backends: Sequence[str]) -> list[Calibrator]:
     """All providers: this project with each backend, then what people would use instead."""
+    kernels = [backend for backend in backends if backend != "reference"]
     return [
         *(Calibrator(f"gradprune {backend}", partial(_ours, backend), "sample") for backend in backends),
-        *(
-            Calibrator(f"gradprune {backend}{RECOMPUTING}", partial(_ours_recomputing, backend), "sample")
-            for backend in backends
-            if backend != "reference"
-        ),
+        *(Calibrator(f"gradprune {one}{RECOMPUTING}", partial(_ours_recomputing, one), "sample") for one in kernels),
+        *(Calibrator(f"gradprune {one}{NEEDED}", partial(_ours_needed, one), None) for one in kernels),
         Calibrator("forward", _forward, None),
         Calibrator("plain", _plain, None),
         Calibrator("naive", _naive, "batch"),
@@ -86,6 +86,17 @@ def _ours(backend: str, model: PreTrainedModel, batches: Sequence[Tensor], recom
 def _ours_recomputing(backend: str, model: PreTrainedModel, batches: Sequence[Tensor], _recompute: bool) -> Outcome:
     """With `use_gradient_checkpointing`: less memory, at the cost of a second forward pass."""
     return _ours(backend, model, batches, True)
+
+
+def _ours_needed(backend: str, model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -> Outcome:
+    """The default method, which needs no weight's gradient; `prune` takes those of its first batches, to diagnose."""
+    method = PruneConfig().importance_method
+    with ImportanceEngine(
+        model, method, backend=backend, use_gradient_checkpointing=recompute, weight_gradient_steps=0
+    ) as engine:
+        for ids in batches:
+            engine.step(ids)
+    return Outcome({method: _column(engine.scores())})
 
 
 def _forward(model: PreTrainedModel, batches: Sequence[Tensor], _recompute: bool) -> Outcome:

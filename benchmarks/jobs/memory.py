@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from benchmarks.jobs.growth import exponent
+from benchmarks.jobs.stages import stages_watched
 from benchmarks.options import parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.results import Record, append, record
@@ -34,7 +35,6 @@ from gradprune import PruneConfig, prune
 from gradprune.checkpoint.load import load_model
 from gradprune.models.footprint import Footprint, footprint
 from gradprune.models.sizes import model_shape
-from gradprune.progress import Clock
 
 # As `benchmarks.jobs.session` does, in the environment of the process.
 _MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
@@ -211,27 +211,25 @@ def _peaks() -> Iterator[dict[str, Any]]:
                 peaks[name] = max(peaks.get(name, 0), held)
             time.sleep(0.001)
 
-    stage: Callable[..., Any] = Clock.stage
+    start = 0.0
 
-    @contextmanager
-    def watched(self: Clock, name: str) -> Iterator[None]:
+    def enter(name: str) -> None:
+        nonlocal start
         start, current[0] = time.process_time(), name
-        with stage(self, name):
-            yield
-            # At least once, however short it was.
-            peaks[name] = max(peaks.get(name, 0), _resident() - before)
+
+    def leave(name: str) -> None:
+        # At least once, however short it was.
+        peaks[name] = max(peaks.get(name, 0), _resident() - before)
         seconds[name], current[0] = time.process_time() - start, ""
 
     watcher = threading.Thread(target=watch)
-    Clock.stage = watched  # type: ignore[method-assign]
     watcher.start()
-    found: dict[str, Any] = {"stages": peaks, "seconds": seconds}
     try:
-        yield found
+        with stages_watched(enter, leave):
+            yield {"stages": peaks, "seconds": seconds}
     finally:
         done.set()
         watcher.join()
-        Clock.stage = stage  # type: ignore[method-assign]
 
 
 def _resident() -> int:

@@ -37,19 +37,22 @@ class Load:
         return f"{self.samples}x{self.tokens} tokens by {self.batch}"
 
 
-def build(size: str, device: str = "cpu", dtype: str = "fp32", layers: int | None = None) -> LlamaForCausalLM:
-    """A random model in evaluation mode, created on `device`; the same every time."""
-    shape = dict(SIZES[size])
-    if layers is not None:
-        shape["num_hidden_layers"] = layers
-    of_llama_3 = size not in _VOCABULARY
-    config = LlamaConfig(
+def llama_config(size: str) -> LlamaConfig:
+    """The configuration of a model of that size."""
+    shape, of_llama_3 = SIZES[size], size not in _VOCABULARY
+    return LlamaConfig(
         vocab_size=_LLAMA_3_VOCABULARY if of_llama_3 else _VOCABULARY[size],
         num_key_value_heads=8 if of_llama_3 else shape["num_attention_heads"],
         tie_word_embeddings=size == "1B" or not of_llama_3,
         max_position_embeddings=8192,
         **shape,
     )
+
+
+def build(size: str, device: str = "cpu", dtype: str = "fp32", layers: int | None = None) -> LlamaForCausalLM:
+    """A random model in evaluation mode, created on `device`; the same every time."""
+    config = llama_config(size)
+    config.num_hidden_layers = layers or config.num_hidden_layers
     # transformers' own initialisation would draw every weight twice.
     with torch.device(device), no_init_weights():
         model = LlamaForCausalLM._from_config(config, dtype=DTYPES[dtype]).eval()

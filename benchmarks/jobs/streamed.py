@@ -1,69 +1,149 @@
-"""Prune a model that is larger than the memory allowed: an 8B-shaped Llama-3 of random weights, layer by layer.
+"""Prune a model that is larger than the memory allowed, layer by layer: a Llama-3 of random weights.
 
     python -m benchmarks.jobs.streamed --folder /tmp/llama8b            # 16 GB on disk
     python -m benchmarks.jobs.streamed --folder /tmp/small --layers 2   # the same widths
+    python -m benchmarks.jobs.streamed --device cuda --size 70B         # within 24 GiB of the GPU's memory, enforced
 
 The checkpoint is written shard by shard and pruned by the command line in a process of its own, whose resident memory
-without the file cache (RssAnon in /proc/self/status, Linux only) is sampled ten times a second.
+without the file cache (RssAnon in /proc/self/status, Linux only) is sampled ten times a second. On a GPU the process
+may not allocate more than `--budget`. Where the disk cannot hold the model and its result, it has fewer layers.
 """
 
-import argparse
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import LlamaConfig
 
+from benchmarks.jobs.models import llama_config
+from benchmarks.options import parse, parser
+from benchmarks.progress import Deadline, say
+from benchmarks.results import append, record
+from benchmarks.timing import Timing
 from gradprune.checkpoint.shards import write_safetensors
 
-WIDTHS = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-VOCABULARY = 128256
+NAME = "streamed"
 SCALE = 0.02
+# Of the free disk, what the model and its pruned copy may take.
+_OF_DISK = 0.8
+# Seconds under which it is not begun.
+_LEAST = {"toy": 0.0, "8B": 60.0, "70B": 120.0}
+# The command line, in a process whose share of the GPU's memory is bounded.
+_BOUNDED = """
+import torch
+torch.cuda.set_per_process_memory_fraction({fraction})
+from gradprune.cli import main
+main()
+"""
 
 
-def write_checkpoint(folder: Path, layers: int) -> int:
-    """Write random bf16 weights of Llama-3-8B's shape, one decoder layer a file; returns their number."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the model, prune it, and record what was measured."""
+    made = parser(__doc__)
+    made.add_argument("--size", choices=list(_LEAST), default=None, help="by default 8B, on a GPU 70B")
+    made.add_argument("--folder", type=Path, default=None, help="of the model and the results, to keep them")
+    made.add_argument("--layers", type=int, default=None, help="by default as many as the disk holds")
+    made.add_argument("--num_samples", type=int, default=2)
+    made.add_argument("--seq_len", type=int, default=64)
+    made.add_argument("--repair", default="none")
+    made.add_argument("--budget", type=float, default=24.0, help="GiB of the GPU's memory")
+    options = parse(made, arguments)
+    options.size = "toy" if options.toy else options.size or ("70B" if options.device == "cuda" else "8B")
+    deadline = Deadline(options.seconds)
+    if not deadline.allows(_LEAST[options.size]):
+        _append(options, 0, Timing.failed("skipped: the time for this run was used up"))
+        return
+    with tempfile.TemporaryDirectory() as passing:
+        _prune(options, options.folder or Path(passing))
+
+
+def _prune(options: Namespace, folder: Path) -> None:
+    """Prune a model in `folder`, which is written unless it is there."""
+    config = llama_config(options.size)
+    config.tie_word_embeddings = False
+    config.num_hidden_layers = options.layers or _layers_on(folder, config)
+    model = folder / "model"
+    if not model.is_dir():
+        say(f"writing {config.num_hidden_layers} layers of the {options.size} Llama")
+        write_checkpoint(model, config, options.device)
+    tokens = folder / "tokens.npy"
+    np.save(tokens, np.random.default_rng(0).integers(0, config.vocab_size, 16 * options.seq_len))
+    values = {
+        "base_model": model, "device": options.device, "stream_layers": "on", "pruning_ratio": 0.2,
+        "num_samples": options.num_samples, "seq_len": options.seq_len, "batch_size": 1, "held_out_samples": 1,
+        "dataset": tokens, "eval_dataset": tokens, "eval_samples": 1, "repair": options.repair, "output_dir": folder,
+        "output_name": "pruned",
+    }  # fmt: skip
+    command = [*_program(options), "prune", "--no-measure-speed", "--overwrite"]
+    found = measured([*command, *(part for name, value in values.items() for part in (f"--{name}", str(value)))])
+    failed = f"failed with exit code {found['exit_code']}"
+    timing = Timing.failed(failed) if found["exit_code"] else Timing.of([found["seconds"]])
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    budget = options.budget if options.device == "cuda" else None
+    host = int(found["peak_bytes"])
+    _append(options, config.num_hidden_layers, timing, weight_bytes=size, peak_host=host, budget_gib=budget)
+    done = timing.error or f"done in {found['seconds']:.0f} s"
+    say(f"    {done}, {host / 2**30:.2f} GiB of the host's memory for weights of {size / 2**30:.2f} GiB")
+    if found["exit_code"]:
+        sys.exit(1)
+
+
+def _program(options: Namespace) -> list[str]:
+    """The command line; on a GPU, in a process that may not allocate more than the budget."""
+    if options.device != "cuda":
+        return [sys.executable, "-m", "gradprune"]
+    total = torch.cuda.get_device_properties(0).total_memory
+    return [sys.executable, "-c", _BOUNDED.format(fraction=min(1.0, options.budget * 2**30 / total))]
+
+
+def _layers_on(folder: Path, config: LlamaConfig) -> int:
+    """As many of the model's layers as the disk holds, with the pruned copy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first, layer = (2 * sum(int(np.prod(shape)) for shape in shard.values()) for shard in _shapes(config, 1))
+    room = _OF_DISK * shutil.disk_usage(folder).free / 2 - first
+    return max(1, min(config.num_hidden_layers, int(room / layer)))
+
+
+def write_checkpoint(folder: Path, config: LlamaConfig, device: str) -> None:
+    """Write random bf16 weights, drawn on `device`, one decoder layer a file."""
     folder.mkdir(parents=True)
-    config = LlamaConfig(
-        **WIDTHS,
-        num_hidden_layers=layers,
-        vocab_size=VOCABULARY,
-        rope_theta=500000.0,
-        rms_norm_eps=1e-5,
-        dtype="bfloat16",
-    )
     config.architectures = ["LlamaForCausalLM"]
+    config.dtype = "bfloat16"
     config.save_pretrained(folder)
-    shapes = _shapes(layers)
+    shapes = _shapes(config, config.num_hidden_layers)
     places: dict[str, str] = {}
     for number, shard in enumerate(shapes, start=1):
         file = f"model-{number:05d}-of-{len(shapes):05d}.safetensors"
-        generator = torch.Generator().manual_seed(number)
+        generator = torch.Generator(device).manual_seed(number)
         empty = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shard.items()}
 
         def read(name: str, shard=shard, generator=generator) -> torch.Tensor:
             if name.endswith("norm.weight"):
                 return torch.ones(shard[name], dtype=torch.bfloat16)
-            return torch.empty(shard[name], dtype=torch.bfloat16).normal_(0.0, SCALE, generator=generator)
+            drawn = torch.empty(shard[name], dtype=torch.bfloat16, device=device)
+            return drawn.normal_(0.0, SCALE, generator=generator).cpu()
 
         write_safetensors(folder / file, empty, read)
         places |= dict.fromkeys(shard, file)
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    return sum(int(np.prod(shape)) for shard in shapes for shape in shard.values())
 
 
-def _shapes(layers: int) -> list[dict[str, tuple[int, ...]]]:
+def _shapes(config: LlamaConfig, layers: int) -> list[dict[str, tuple[int, ...]]]:
     """The weights of each file: the embedding and the head, then a layer each."""
-    hidden, channels = WIDTHS["hidden_size"], WIDTHS["intermediate_size"]
-    kv = hidden // WIDTHS["num_attention_heads"] * WIDTHS["num_key_value_heads"]
+    hidden, channels = config.hidden_size, config.intermediate_size
+    kv = hidden // config.num_attention_heads * config.num_key_value_heads
     first: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (VOCABULARY, hidden),
-        "lm_head.weight": (VOCABULARY, hidden),
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "lm_head.weight": (config.vocab_size, hidden),
         "model.norm.weight": (hidden,),
     }
     layer: dict[str, tuple[int, ...]] = {
@@ -99,30 +179,12 @@ def _resident(process: int) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Write, prune, and print what was measured as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="for the checkpoint and the results")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--num_samples", type=int, default=2)
-    parser.add_argument("--seq_len", type=int, default=64)
-    parser.add_argument("--repair", default="none")
-    given = parser.parse_args(arguments)
-    model = given.folder / "model"
-    if not model.is_dir():
-        write_checkpoint(model, given.layers)
-    tokens = given.folder / "tokens.npy"
-    np.save(tokens, np.random.default_rng(0).integers(0, VOCABULARY, 16 * given.seq_len))
-    options = {
-        "base_model": model, "stream_layers": "on", "pruning_ratio": 0.2, "num_samples": given.num_samples,
-        "seq_len": given.seq_len, "batch_size": 1, "held_out_samples": 1, "dataset": tokens, "eval_dataset": tokens,
-        "eval_samples": 1, "repair": given.repair, "output_dir": given.folder, "output_name": "pruned",
-    }  # fmt: skip
-    command = [str(Path(sys.executable).with_name("gradprune")), "prune", "--no-measure-speed", "--overwrite"]
-    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    figures = measured(command)
-    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    print(json.dumps({"command": " ".join(command), "weights_bytes": size, "layers": given.layers, **figures}))
+def _append(options: Namespace, layers: int, timing: Timing, **extra: object) -> None:
+    shape = f"Llama {options.size} of {layers} layers, {options.num_samples}x{options.seq_len} tokens"
+    append(
+        record("job", NAME, "gradprune streamed", shape, "bf16", options.device, extra=extra, **timing.values()),
+        options.output,
+    )
 
 
 if __name__ == "__main__":

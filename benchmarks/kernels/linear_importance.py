@@ -21,19 +21,20 @@ def _inputs(case: Case, number: int, device: str) -> tuple[Tensor, Tensor, Tenso
     return x, dy, case.random((rows, columns), 3 * number + 2, device)
 
 
-def _weight_gradient(x: Tensor, dy: Tensor, _w: Tensor) -> Tensor:
+def weight_gradient(x: Tensor, dy: Tensor, _w: Tensor) -> Tensor:
+    """The floor: what a backward pass multiplies, for all samples together."""
     return torch.mm(dy.flatten(0, 1).T, x.flatten(0, 1))
 
 
 def _weight_gradient_fp32(x: Tensor, dy: Tensor, w: Tensor) -> Tensor:
-    return _weight_gradient(x.float(), dy.float(), w)
+    return weight_gradient(x.float(), dy.float(), w)
 
 
 def _providers(case: Case, device: str) -> list[Provider]:
     dtype = DTYPES[case.dtype]
     # A gradient may be rounded to the inputs' type before it is scored: by half a unit in the last place.
     check = vectors_check(linear_importance_reference, torch.finfo(dtype).eps / 2)
-    providers = [Provider("torch.mm", _weight_gradient, unchecked, floor=True)]
+    providers = [Provider("torch.mm", weight_gradient, unchecked, floor=True)]
     if device == "cpu" and dtype != torch.float32:
         # CPUs without matrix instructions for 16-bit types multiply faster in fp32; the floor is the faster of both.
         providers.append(Provider("torch.mm in fp32", _weight_gradient_fp32, unchecked, floor=True))

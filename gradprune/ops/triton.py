@@ -29,7 +29,7 @@ def taylor_score_triton(w: Tensor, g: Tensor, side: Side = "both") -> Importance
             raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; w and g are matrices of one shape [O, I]")
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{name}: dtype {tensor.dtype} is not one of float32, bfloat16, float16")
-    return _vectors(*taylor_kernel.taylor_score_triton(_unit_inner_stride(w), _unit_inner_stride(g), *sides(side)))
+    return vectors(*taylor_kernel.taylor_score_triton(_unit_inner_stride(w), _unit_inner_stride(g), *sides(side)))
 
 
 def linear_importance_triton(x: Tensor, dy: Tensor, w: Tensor, side: Side = "both") -> ImportanceVectors:
@@ -62,7 +62,7 @@ def linear_importance_triton(x: Tensor, dy: Tensor, w: Tensor, side: Side = "bot
     rows, columns = sides(side)
     of_rows = linear_kernel.linear_importance_triton(x, dy, w, columns=False) if rows else None
     of_columns = linear_kernel.linear_importance_triton(x, dy, w, columns=True) if columns else None
-    return _vectors(of_rows, of_columns)
+    return vectors(of_rows, of_columns)
 
 
 def mask_gradient_triton(x: Tensor, dx: Tensor) -> MaskGradient:
@@ -85,7 +85,7 @@ def mask_gradient_triton(x: Tensor, dx: Tensor) -> MaskGradient:
     return MaskGradient(*mask_kernel.mask_gradient_triton(_unit_inner_stride(x), _unit_inner_stride(dx)))
 
 
-def _vectors(rows: tuple[Tensor, Tensor] | None, columns: tuple[Tensor, Tensor] | None) -> ImportanceVectors:
+def vectors(rows: tuple[Tensor, Tensor] | None, columns: tuple[Tensor, Tensor] | None) -> ImportanceVectors:
     """From a kernel's results for each side: sums [2, O] or [2, I], of |w g| and w^2 g^2, and statistics [5]."""
     row_abs, row_square = (None, None) if rows is None else rows[0].unbind()
     column_abs, column_square = (None, None) if columns is None else columns[0].unbind()

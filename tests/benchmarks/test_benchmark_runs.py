@@ -1,8 +1,10 @@
 """Every benchmark runs, at toy sizes, and records what it says it measures."""
 
 import json
+import math
 import os
 import signal
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,13 @@ import torch
 from benchmarks import run as everything
 from benchmarks import tables
 from benchmarks.inference import speed
-from benchmarks.jobs import calibration, growth, memory, score_select_cut
+from benchmarks.jobs import calibration, growth, memory, profile, score_select_cut, streamed, whole
 from benchmarks.jobs.calibrators import Calibrator, Outcome
 from benchmarks.jobs.models import Load, build
 from benchmarks.jobs.session import Session, Task, TurnError, Worker
 from benchmarks.kernels import run as kernels
+from benchmarks.kernels import sweep
+from benchmarks.progress import Deadline
 from benchmarks.quality import methods, vanishing
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.peers.choice import uniform_masks
@@ -42,7 +46,7 @@ def test_kernels(tmp_path: Path) -> None:
 def test_calibration_has_everyone_right_and_measured(tmp_path: Path) -> None:
     calibration.main([*TOY, str(tmp_path)])
     found = {record.provider: record for record in read(tmp_path)}
-    ours = ["gradprune reference", "gradprune cpp", "gradprune cpp recomputing"]
+    ours = ["gradprune reference", "gradprune cpp", "gradprune cpp recomputing", "gradprune cpp needed evidence"]
     assert [*found] == [*ours, "forward", "plain", "naive", *calibration._TORCH_PRUNING, "torch.func"]
     for provider, record in found.items():
         if record.error is not None:
@@ -79,6 +83,87 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [record.error for record in found if record.error] == []
     assert all(record.peak_memory is not None and record.extra["predicted"] > 0 for record in found)
     assert "predicted / peak" in tables.memory_table(found)
+
+
+def test_every_configuration_is_checked_and_none_timed_without_a_gpu(tmp_path: Path) -> None:
+    sweep.main([*TOY, str(tmp_path)])
+    floor, *found = read(tmp_path)
+    assert floor.provider == "torch.mm"
+    assert floor.ms_p50 is not None
+    assert len({record.provider for record in found}) == len(found) > 6
+    assert {record.error for record in found} == {sweep._UNTIMED}
+    assert sum(record.provider.endswith("chosen from") for record in found) == 3
+
+
+def test_a_configuration_that_is_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = sweep._scored_by
+
+    def wrong(config):
+        scored = right(config)
+        return lambda x, dy, w: scored(x, dy, w * 1.01)
+
+    monkeypatch.setattr(sweep, "_scored_by", wrong)
+    sweep.main([*TOY, str(tmp_path)])
+    _, *found = read(tmp_path)
+    assert all(record.error.startswith("wrong result") for record in found)
+
+
+def test_the_whole_job_has_every_stage_and_those_beside_it(tmp_path: Path) -> None:
+    whole.main([*TOY, str(tmp_path)])
+    found = {record.provider: record for record in read(tmp_path)}
+    beside = [f"calibration, {name}" for name in ("gradprune cpp needed evidence", "gradprune cpp", "plain", "naive")]
+    stages = ["calibration", "priors", "perplexity_before", "selection", "repair", "surgery", "perplexity_after"]
+    assert [*found] == [*beside, *(f"stage {stage}" for stage in stages), whole.OURS]
+    assert [record.error for record in found.values() if record.error] == []
+    total = sum(found[f"stage {stage}"].ms_p50 for stage in stages)
+    assert found[whole.OURS].ms_p50 == pytest.approx(total)
+    assert "stage repair" in tables.whole_table([*found.values()])
+
+
+@pytest.mark.parametrize(("seconds", "samples"), [(500.0, 128), (250.0, 64), (150.0, 32), (100.0, 16), (90.0, 0)])
+def test_it_prunes_with_as_many_samples_as_there_is_time_for(seconds: float, samples: int) -> None:
+    assert whole._affordable(whole.FULL, 1.0, Deadline(seconds)) == samples
+
+
+def test_a_whole_job_without_time_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole, "_compare", lambda *_: 1.0)
+    whole.main([*TOY, str(tmp_path), "--seconds", "1"])
+    (found,) = read(tmp_path)
+    assert found.error.startswith("skipped: 1 s are left")
+
+
+def test_the_profile_shows_what_takes_longest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile.main([*TOY, str(tmp_path)])
+    found = read(tmp_path)
+    steps = {record.extra["step"] for record in found}
+    assert steps == {"gradprune cpp", "gradprune cpp needed evidence"}
+    for step in steps:
+        shares = [record.extra["share"] for record in found if record.extra["step"] == step]
+        assert len(shares) == profile.MOST_ROWS
+        assert shares == sorted(shares, reverse=True)
+        assert 0.2 < sum(shares) <= 1.0
+    assert "LEFT OUT: the kernel's counters" in capsys.readouterr().err
+
+
+def test_a_streamed_job_of_as_many_layers_as_the_disk_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(streamed.shutil, "disk_usage", lambda _: usage(60 << 30))
+    layers = streamed._layers_on(tmp_path, streamed.llama_config("70B"))
+    assert 10 < layers < 20
+    bytes_of_layer = 2 * sum(
+        math.prod(shape) for shape in streamed._shapes(streamed.llama_config("70B"), 1)[1].values()
+    )
+    assert 2 * layers * bytes_of_layer < 60 << 30
+    monkeypatch.setattr(streamed.shutil, "disk_usage", lambda _: usage(500 << 30))
+    assert streamed._layers_on(tmp_path, streamed.llama_config("70B")) == 80
+
+
+def test_a_streamed_job(tmp_path: Path) -> None:
+    streamed.main([*TOY, str(tmp_path), "--seq_len", "16"])
+    (found,) = read(tmp_path)
+    assert found.error is None
+    assert found.ms_p50 > 0
+    assert found.extra["peak_host"] > found.extra["weight_bytes"] > 0
 
 
 def test_score_select_cut(tmp_path: Path) -> None:
@@ -245,7 +330,7 @@ def test_everything_runs_in_order_and_failures_are_recorded(tmp_path: Path, monk
 
 
 def test_every_step_is_a_module_with_a_command_line() -> None:
-    for step in everything.STEPS:
+    for step in (*everything.STEPS, *everything.LARGE):
         module = __import__(step.module, fromlist=["main"])
         with pytest.raises(SystemExit) as exit_info:
             module.main(["--device", "abacus"])

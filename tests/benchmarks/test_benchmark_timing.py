@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.kernels.op import Case
 from benchmarks.kernels.run import OPS, records
-from benchmarks.timing import Provider, Timing, measure
+from benchmarks.timing import CudaClock, Provider, Timing, measure
 
 
 class Log:
@@ -89,6 +89,64 @@ def test_no_repeat_begins_after_the_time_is_up(turn: float, turns: int, monkeypa
     log = Log()
     measure([log.provider("a")], inputs, 1 << 40, device="cpu", repeats=100, seconds=1.0)
     assert len(log.calls) == 1 + turns
+
+
+class Device:
+    """A stand-in for a GPU: the host's and the device's clocks, in seconds."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, cycles_per_second: float = 1e9) -> None:
+        self.host = self.device = 0.0
+        self.spins: list[float] = []
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = 0.0
+
+            def record(self) -> None:
+                self.at = max(device.device, device.host)
+
+            def elapsed_time(self, end: "Event") -> float:
+                return 1e3 * (end.at - self.at)
+
+        def spin(cycles: int) -> None:
+            self.spins.append(cycles / cycles_per_second)
+            self.enqueue(self.spins[-1])
+
+        def wait() -> None:
+            self.host = max(self.host, self.device)
+
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "_sleep", spin)
+        patch.setattr(torch.cuda, "synchronize", wait)
+        patch.setattr("benchmarks.timing.time.perf_counter", lambda: self.host)
+
+    def enqueue(self, seconds: float, python: float = 0.0) -> None:
+        """A kernel, which the host takes some time to enqueue."""
+        self.host += python
+        self.device = max(self.device, self.host) + seconds
+
+
+@pytest.mark.parametrize(("kernel", "python"), [(2e-5, 1e-5), (2e-5, 3e-4), (2e-5, 5e-3), (1e-2, 1e-4)])
+def test_the_time_of_kernels_is_not_that_of_python(kernel: float, python: float, monkeypatch) -> None:
+    device = Device(monkeypatch)
+    clock = CudaClock()
+
+    def run() -> None:
+        for _ in range(7):
+            device.enqueue(kernel / 7, python / 7)
+
+    turns = [clock(run, (), lambda: None) for _ in range(3)]
+    assert turns == pytest.approx([kernel] * 3)
+    longer = python > 1e-3
+    # Two to learn how long a spin is, one that was too short, and one for each turn.
+    assert len(device.spins) == 2 + longer + 3
+    assert device.spins[-1] == pytest.approx(2 * python if longer else 1e-3)
+
+
+def test_an_op_that_takes_python_too_long_is_timed_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    assert CudaClock()(lambda: device.enqueue(1e-3, python=1.0), (), lambda: None) > 0.9
 
 
 def toy_case(op: str, dtype: str = "fp32") -> Case:

@@ -1,0 +1,98 @@
+"""All that a GPU machine is asked for, in one call of less than nine minutes and without a network: `make gpu`.
+
+    python -m benchmarks.gpu [--quick] [--seconds 530] [--output FOLDER]
+    python -m benchmarks.gpu --large              # `make gpu-70b`: no tests, and the jobs of the 70B model alone
+    python -m benchmarks.gpu --device cpu --toy   # the same path at tiny sizes
+
+The package is built in place with what the machine has; then the tests that need a GPU run, and the benchmarks in the
+time that is left. What is missing on the machine is named, and what needs it is left out. The exit code is 1 where a
+test, a benchmark or the build failed; the others run all the same.
+"""
+
+import importlib.util
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.options import parse, parser
+from benchmarks.processes import run_within
+from benchmarks.progress import Deadline, say
+
+_ROOT = Path(__file__).resolve().parents[1]
+# Seconds: of the whole call, and the most that the build and the tests may take of them; the benchmarks get the rest.
+SECONDS, BUILD, TESTS = 530.0, 150.0, 170.0
+# Kept back for the end of the last benchmark.
+_RESERVE = 4.0
+_BUILD_NEEDS = ("pip", "scikit_build_core", "pybind11")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build, test and measure. Returns 1 if something failed, else 0."""
+    made = parser(__doc__)
+    made.add_argument("--large", action="store_true", help="measure the jobs of the 70B model, and nothing else")
+    options = parse(made, arguments)
+    deadline = Deadline(SECONDS if options.seconds is None else options.seconds)
+    # Programs that tests start elsewhere find the package by it where it could not be installed.
+    environment = {"PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1"}
+    right = [_built(min(BUILD, deadline.left), environment)]
+    if not options.large:
+        right.append(_tested(min(TESTS, deadline.left), options, environment))
+    right.append(_measured(deadline.left - _RESERVE, options, environment))
+    return 0 if all(right) else 1
+
+
+def missing(modules: Sequence[str]) -> list[str]:
+    """Those of the modules that are not installed here."""
+    return [name for name in modules if importlib.util.find_spec(name) is None]
+
+
+def _built(seconds: float, environment: dict[str, str]) -> bool:
+    """Install in place, from what is here; where that cannot be, the kernels are linked to where they are looked for.
+
+    Without the extension the C++ and CUDA ops cannot run; all else does.
+    """
+    absent = missing(_BUILD_NEEDS)
+    if absent:
+        say(f"LEFT OUT: the C++ and CUDA ops, for they cannot be built without {', '.join(absent)}")
+        link = _ROOT / "gradprune" / "kernels"
+        if missing(["gradprune.kernels"]) and not link.is_symlink():
+            link.symlink_to(_ROOT / "kernels")
+        return True
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
+    return _succeeded("the build", [*command, "--editable", str(_ROOT)], seconds, environment)
+
+
+def _tested(seconds: float, options: Namespace, environment: dict[str, str]) -> bool:
+    """The tests marked gpu; one whose packages are missing is skipped, or an error of collection."""
+    if missing(["pytest"]):
+        say("LEFT OUT: the tests, for they cannot run without pytest")
+        return True
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--continue-on-collection-errors", "--durations", "10"]
+    if missing(["xdist"]):
+        say("the tests run one after the other, for pytest-xdist is not here")
+    else:
+        command += ["--numprocesses", "8", "--dist", "worksteal"]
+    # Without a GPU all of them are skipped: one file is enough to see that.
+    where = ["tests/kernels/test_sanitizer.py"] if options.toy else []
+    return _succeeded("the tests", [*command, *where], seconds, environment)
+
+
+def _measured(seconds: float, options: Namespace, environment: dict[str, str]) -> bool:
+    """A GPU's benchmarks, in the time that is left."""
+    command = [sys.executable, "-m", "benchmarks.run", "--device", options.device, "--steps_of", "cuda"]
+    command += ["--output", str(options.output)]
+    flags = [f"--{name}" for name in ("quick", "toy", "large") if getattr(options, name)]
+    return _succeeded("the benchmarks", [*command, *flags, "--seconds", f"{seconds:.0f}"], seconds, environment)
+
+
+def _succeeded(what: str, command: Sequence[str], seconds: float, environment: dict[str, str]) -> bool:
+    say(f"{what}, at most {seconds:.0f} s: {' '.join(command[1:])}")
+    code = run_within(command, seconds, environment)
+    if code != 0:
+        say(f"{what}: " + (f"ended after {seconds:.0f} s" if code is None else f"failed with exit code {code}"))
+    return code == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Where a step's time goes: the device's kernels by their total time, in one step of an engine.
+
+    python -m benchmarks.jobs.profile --device cuda [--quick]
+
+A model of few layers, so that the profiler's own cost stays small; with all evidence and with what the default method
+needs. Where Nsight Compute (`ncu`) is at hand, one launch of `linear_importance` is read in detail, into
+linear-importance-ncu.txt.
+"""
+
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.profiler import ProfilerActivity, profile
+from transformers.utils import logging
+
+from benchmarks.jobs.calibration import backends
+from benchmarks.jobs.calibrators import NEEDED, Calibrator, calibrators
+from benchmarks.jobs.models import Load, build
+from benchmarks.jobs.session import Session
+from benchmarks.options import parse, parser
+from benchmarks.processes import run_within
+from benchmarks.progress import Deadline, say
+from benchmarks.results import append, record
+from benchmarks.timing import Timing
+
+NAME = "profile"
+MOST_ROWS = 15
+NCU_FILE = "linear-importance-ncu.txt"
+# Seconds that Nsight Compute may take: it runs the kernel dozens of times.
+_NCU_SECONDS = 40.0
+_NCU_SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
+_NCU_PROGRAM = """
+import torch
+from gradprune.kernels.linear_importance import configs_for, descriptors_work, linear_importance_triton
+x, dy = (torch.randn(4, 2048, 4096, device="cuda").bfloat16() for _ in range(2))
+w = torch.randn(4096, 4096, device="cuda").bfloat16()
+config = configs_for(4096, 4096, x.dtype, descriptors_work(x, dy, w))[0]
+linear_importance_triton(x, dy, w, columns=False, config=config)
+torch.cuda.synchronize()
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model of `size`'s widths with so many layers, and the step."""
+
+    size: str
+    layers: int
+    load: Load
+    dtype: str
+
+
+TOY = Job("toy", 1, Load(2, 16, 2), "fp32")
+QUICK = Job("1B", 2, Load(4, 512, 4), "bf16")
+FULL = Job("8B", 4, Load(4, 2048, 4), "bf16")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Profile a step of each kind, then one kernel."""
+    options = parse(parser(__doc__), arguments)
+    logging.set_verbosity_error()
+    deadline = Deadline(options.seconds)
+    job = TOY if options.toy else QUICK if options.quick else FULL
+    model = build(job.size, options.device, job.dtype, job.layers)
+    ours, *_ = [backend for backend in ("triton", "cpp", "reference") if backend in backends(options.device)]
+    for one in calibrators((ours,)):
+        if one.name in (f"gradprune {ours}", f"gradprune {ours}{NEEDED}"):
+            _profile(job, one, Session(one, model, recompute=True), options)
+    _read_counters(options, deadline)
+
+
+def _profile(job: Job, one: Calibrator, session: Session, options: Namespace) -> None:
+    """Record the kernels that take most of one step's time, and their share of all kernels' time."""
+    cuda = options.device == "cuda"
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    session.scores(job.load)
+    with profile(activities=[activity]) as seen:
+        session.scores(job.load)
+    events = seen.key_averages()
+    # Microseconds; on a CPU there are ops instead of kernels.
+    times = {event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) for event in events}
+    calls = {event.key: event.count for event in events}
+    total = sum(times.values())
+    shape = f"Llama {job.size} of {job.layers} layers, {job.load.text}"
+    say(f"{one.name}, {shape}: {total / 1e3:.1f} ms in {sum(calls.values())} launches")
+    for name, microseconds in sorted(times.items(), key=lambda pair: -pair[1])[:MOST_ROWS]:
+        share = microseconds / total if total else 0.0
+        extra = {"calls": calls[name], "share": share, "step": one.name}
+        made = record(
+            "job", f"{NAME} of {one.name}", name[:80], shape, job.dtype, options.device, extra=extra,
+            **Timing.of([microseconds / 1e6]).values(),
+        )  # fmt: skip
+        append(made, options.output)
+        say(f"    {share:6.1%} {microseconds / 1e3:9.2f} ms {calls[name]:6d} x {name[:80]}")
+
+
+def _read_counters(options: Namespace, deadline: Deadline) -> None:
+    """Nsight Compute's sections on one launch of the kernel, as text; it may not be there, or not be allowed to."""
+    ncu = shutil.which("ncu")
+    if ncu is None or options.device != "cuda":
+        say("LEFT OUT: the kernel's counters, for " + ("there is no GPU" if ncu else "ncu is not here"))
+        return
+    if not deadline.allows(_NCU_SECONDS / 2):
+        say("LEFT OUT: the kernel's counters, for the time for this run was used up")
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    # By its regular clocks: those that ncu would fix are none that the kernel runs at.
+    command = [ncu, "--clock-control", "none", "--kernel-name", "regex:^_linear_importance_kernel"]
+    for section in _NCU_SECTIONS:
+        command += ["--section", section]
+    command += ["--log-file", str(options.output / NCU_FILE), sys.executable, "-c", _NCU_PROGRAM]
+    code = run_within(command, min(_NCU_SECONDS, deadline.left))
+    if code != 0:
+        say(f"LEFT OUT: the kernel's counters, for ncu {'took too long' if code is None else f'failed with {code}'}")
+
+
+if __name__ == "__main__":
+    main()

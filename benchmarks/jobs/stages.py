@@ -1,0 +1,26 @@
+"""What the stages of a pruning run take, seen from outside."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from gradprune.progress import Clock
+
+
+@contextmanager
+def stages_watched(enter: Callable[[str], object], leave: Callable[[str], object]) -> Iterator[None]:
+    """Inside, `enter` is called before every stage of a run, and `leave` at its end, whose time the stage includes."""
+    stage: Callable[..., Any] = Clock.stage
+
+    @contextmanager
+    def watched(self: Clock, name: str) -> Iterator[None]:
+        enter(name)
+        with stage(self, name):
+            yield
+            leave(name)
+
+    Clock.stage = watched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Clock.stage = stage  # type: ignore[method-assign]

@@ -1,0 +1,26 @@
+"""Programs that a benchmark starts, each within its time."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+
+
+def run_within(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> int | None:
+    """The exit code of a program, whose output is shown; None if it was not done after `seconds` and was ended.
+
+    Args:
+        command: the program and its arguments.
+        seconds: after which it is ended, with all that it started.
+        environment: variables beside those of this process.
+    """
+    process = subprocess.Popen(command, env={**os.environ, **(environment or {})}, start_new_session=True)
+    try:
+        return process.wait(max(seconds, 1.0))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            # The whole process group, so that the program's workers end too.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -1,0 +1,148 @@
+"""`make gpu`: what it starts, with how much time, and what it leaves out, seen without a GPU."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks import run as everything
+from benchmarks.processes import run_within
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = ["--device", "cpu", "--toy"]
+
+
+class Machine:
+    """A stand-in: programs take time but do nothing, and some modules may be missing."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, takes: float = 1e9, absent: tuple[str, ...] = ()) -> None:
+        self.now, self.takes = 0.0, takes
+        self.started: list[tuple[list[str], float]] = []
+        self.codes: dict[str, int] = {}
+        patch.setattr("benchmarks.progress.time.monotonic", lambda: self.now)
+        patch.setattr(gpu, "run_within", self.run)
+        patch.setattr(gpu, "missing", lambda names: [name for name in names if name in absent])
+
+    def run(self, command: list[str], seconds: float, environment: dict[str, str]) -> int | None:
+        assert environment["PYTHONPATH"] == str(ROOT)
+        self.started.append((command, seconds))
+        self.now += min(self.takes, seconds)
+        return self.codes.get(self.what(command), 0) if self.takes <= seconds else None
+
+    @staticmethod
+    def what(command: list[str]) -> str:
+        return command[command.index("-m") + 1]
+
+
+def test_it_builds_tests_and_measures_within_nine_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    assert gpu.main(["--device", "cpu"]) == 1  # nothing came to its end
+    assert [machine.what(command) for command, _ in machine.started] == ["pip", "pytest", "benchmarks.run"]
+    assert machine.now <= gpu.SECONDS < 540.0
+    (_, build), (_, tests), (measuring, seconds) = machine.started
+    assert (build, tests) == (gpu.BUILD, gpu.TESTS)
+    assert seconds == pytest.approx(gpu.SECONDS - build - tests, abs=5.0)
+    assert float(measuring[-1]) == pytest.approx(seconds, abs=1.0)
+
+
+def test_time_that_is_not_used_goes_to_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, takes=20.0)
+    assert gpu.main(["--device", "cpu", "--quick"]) == 0
+    command, seconds = machine.started[-1]
+    assert seconds == pytest.approx(gpu.SECONDS - 40.0, abs=5.0)
+    assert "--quick" in command
+    assert command[command.index("--steps_of") + 1] == "cuda"
+
+
+def test_a_call_with_little_time_left_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    gpu.main(["--device", "cpu", "--seconds", "100"])
+    assert machine.now == pytest.approx(100.0, abs=10.0)
+
+
+@pytest.mark.parametrize("part", ["pip", "pytest", "benchmarks.run"])
+def test_what_fails_is_told_and_the_rest_runs(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, takes=1.0)
+    machine.codes[part] = 3
+    assert gpu.main(["--device", "cpu"]) == 1
+    assert len(machine.started) == 3
+
+
+def test_what_a_bare_machine_lacks_is_left_out_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = Machine(monkeypatch, takes=1.0, absent=("scikit_build_core", "pytest"))
+    assert gpu.main(["--device", "cpu"]) == 0
+    assert [machine.what(command) for command, _ in machine.started] == ["benchmarks.run"]
+    said = capsys.readouterr().err
+    assert "LEFT OUT: the C++ and CUDA ops, for they cannot be built without scikit_build_core" in said
+    assert "LEFT OUT: the tests, for they cannot run without pytest" in said
+
+
+@pytest.mark.parametrize("absent", [(), ("xdist",)])
+def test_tests_run_in_parallel_where_that_can_be(absent: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, takes=1.0, absent=absent)
+    gpu.main(["--device", "cpu"])
+    command, _ = machine.started[1]
+    assert ("--numprocesses" in command) is not absent or absent
+    assert command[command.index("pytest") :][1:3] == ["-m", "gpu"]
+
+
+def test_of_the_70b_model_only_its_jobs_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, takes=1.0)
+    gpu.main(["--device", "cpu", "--large"])
+    assert [machine.what(command) for command, _ in machine.started] == ["pip", "benchmarks.run"]
+    assert "--large" in machine.started[-1][0]
+
+
+def test_the_kernels_are_found_where_nothing_was_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels lie beside the package and are linked into it; programs find both by PYTHONPATH."""
+    for folder in ("gradprune", "kernels"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text("")
+    monkeypatch.setattr(gpu, "_ROOT", tmp_path)
+    Machine(monkeypatch, takes=1.0, absent=("pybind11", "gradprune.kernels"))
+    monkeypatch.setattr(gpu, "run_within", lambda *_: 0)
+    assert gpu.main(["--device", "cpu"]) == 0
+    program = "import gradprune, gradprune.kernels as k; print(gradprune.__file__, k.__file__)"
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", program], env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path, stdout=subprocess.PIPE,
+        text=True, check=True,
+    )  # fmt: skip
+    assert run.stdout.split() == [str(tmp_path / "gradprune" / name) for name in ("__init__.py", "kernels/__init__.py")]
+
+
+def test_the_makefile_s_line_runs(tmp_path: Path) -> None:
+    """With a stand-in for Python, which writes down what it was started with."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/started\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), "GPU_OPTIONS": " ".join(TOY)}
+    for target in ("gpu", "gpu-70b"):
+        subprocess.run(["make", "-e", target], cwd=ROOT, env=environment, check=True, capture_output=True)
+    plain, large = (tmp_path / "started").read_text().splitlines()
+    assert plain.split() == ["-m", "benchmarks.gpu", "--output", str(tmp_path / "out"), *TOY]
+    assert large == f"{plain} --large"
+
+
+def test_the_shares_of_each_device_s_steps_make_a_whole() -> None:
+    for steps in (everything.STEPS, everything.LARGE):
+        for device in ("cpu", "cuda"):
+            assert sum(getattr(step, device) for step in steps) == pytest.approx(1.0, abs=0.1), device
+
+
+def test_a_program_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    child = f"import time, pathlib; time.sleep(2.5); pathlib.Path({str(tmp_path / 'lived')!r}).touch()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert run_within([sys.executable, "-c", parent], 1.0) is None
+    time.sleep(2.0)
+    assert not (tmp_path / "lived").exists()
+
+
+def test_a_program_that_ends_in_time_has_its_exit_code() -> None:
+    program = "import os, sys; sys.exit(int(os.environ['CODE']))"
+    assert run_within([sys.executable, "-c", program], 60.0, {"CODE": "7"}) == 7
