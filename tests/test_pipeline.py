@@ -26,8 +26,8 @@ def parameters(model) -> int:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_removes_the_ratio_within_one_group(architecture: str, tied: bool) -> None:
-    model = tiny_model(architecture, channels=40, tied=tied)
+def test_removes_the_ratio_within_one_group(architecture: str, tied: bool, device: str) -> None:
+    model = tiny_model(architecture, channels=40, tied=tied).to(device)
     before = parameters(model)
     result = run(model)
     largest_group = empty_table(describe(model)).cost.max()
@@ -49,8 +49,8 @@ def test_the_given_model_stays_as_it_was_and_nothing_is_written(tmp_path: Path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_in_place_the_given_model_is_cut() -> None:
-    model = tiny_model()
+def test_in_place_the_given_model_is_cut(device: str) -> None:
+    model = tiny_model().to(device)
     before = parameters(model)
     result = run(model, measure_speed=False, in_place=True)
     assert result.model is model
@@ -89,9 +89,10 @@ def test_the_results_folder_holds_what_the_documentation_says(tmp_path: Path) ->
     torch.testing.assert_close(reloaded(ids).logits, result.model(ids).logits)
 
 
-def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, device: str) -> None:
+    options = {"output_dir": str(tmp_path), "temperature": 1.0, "backend": "auto"}
     for name in ("a", "b"):
-        run(tiny_model(dtype=torch.float32), output_dir=str(tmp_path), output_name=name, temperature=1.0)
+        run(tiny_model(dtype=torch.float32).to(device), output_name=name, **options)
     for file in (
         "model/model.safetensors",
         "model/config.json",
@@ -108,10 +109,20 @@ def test_another_seed_draws_other_samples() -> None:
 
 
 @pytest.mark.parametrize("prior", ["removal", "similarity", "taylor"])
-def test_every_prior_changes_the_scores(prior: str) -> None:
-    plain, modulated = run(tiny_model()), run(tiny_model(), temperature=1.0, prior=prior)
+def test_every_prior_changes_the_scores(prior: str, device: str) -> None:
+    model = tiny_model().to(device)
+    plain, modulated = run(model), run(model, temperature=1.0, prior=prior)
     assert (plain.table.importance == modulated.table.importance).all()
     assert (plain.table.score != modulated.table.score).any()
+
+
+def test_a_gpu_chooses_and_repairs_as_a_cpu_does(device: str) -> None:
+    """In fp64, where the order of sums decides nothing."""
+    ids = tiny_ids()
+    there, here = (run(tiny_model(channels=40).to(name), temperature=1.0) for name in (device, "cpu"))
+    assert (there.pruned == here.pruned).all()
+    torch.testing.assert_close(there.model(ids.to(device)).logits.cpu(), here.model(ids).logits, rtol=1e-7, atol=1e-8)
+    assert there.after.perplexity.value == pytest.approx(here.after.perplexity.value)
 
 
 def test_uniform_gives_a_plain_checkpoint(tmp_path: Path) -> None:

@@ -43,8 +43,9 @@ def deterministic_attention() -> Iterator[None]:
     """The backward pass of PyTorch's fused attention adds in fixed order: the same inputs give the same bits.
 
     On GPUs it does so only where deterministic algorithms are asked for, which for a whole model would refuse products
-    too. So they are asked for while an attention is computed and while its gradient is, and nowhere else. The context
-    has to be open in the forward and in the backward pass; on exit the setting is as it was, whatever happened.
+    too. So they are asked for while a fused attention's gradient is computed, and nowhere else; and cuDNN's attention,
+    which has no such algorithm, is not chosen. The context has to be open in the forward and in the backward pass; on
+    exit the settings are as they were, whatever happened.
     """
     before, settings = ALL_ATTENTION_FUNCTIONS["sdpa"], _settings()
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _in_fixed_order(before)
@@ -59,17 +60,25 @@ def deterministic_attention() -> Iterator[None]:
 def _in_fixed_order(attention: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         settings = _settings()
-        _set(_DETERMINISTIC)
-        try:
+        with _without_cudnn():
             output, weights = attention(*args, **kwargs)
-        finally:
-            _set(settings)
         for node in _fused_attentions(output):
             node.register_prehook(lambda _gradients: _set(_DETERMINISTIC))
             node.register_hook(lambda _inputs, _outputs: _set(settings))
         return output, weights
 
     return forward
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Attention is computed by another of PyTorch's ways."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _fused_attentions(output: Tensor) -> Iterator[torch.autograd.graph.Node]:

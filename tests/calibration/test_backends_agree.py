@@ -7,7 +7,7 @@ import torch
 
 from gradprune.calibration.engine import ImportanceEngine, Scores
 from gradprune.config import ImportanceBackend
-from gradprune.ops.dispatch import unavailable_reason
+from helpers.devices import require_backend
 from helpers.tiny_models import tiny_ids, tiny_model
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3")
@@ -23,11 +23,9 @@ def scores_by_method(model, ids: torch.Tensor, backend: ImportanceBackend) -> di
 
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_scores_and_order_are_the_reference_s(architecture: str, backend: ImportanceBackend) -> None:
-    reason = unavailable_reason(backend, "cpu")
-    if reason:
-        pytest.skip(f"{backend} is NOT tested here: {reason}")
-    model = tiny_model(architecture, layers=2, channels=37, dtype=torch.float32)
+def test_scores_and_order_are_the_reference_s(architecture: str, backend: ImportanceBackend, device: str) -> None:
+    require_backend(backend, device)
+    model = tiny_model(architecture, layers=2, channels=37, dtype=torch.float32).to(device)
     ids = tiny_ids(samples=3, tokens=17)
     expected, found = (scores_by_method(model, ids, name) for name in ("reference", backend))
     for method in METHODS:

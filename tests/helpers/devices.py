@@ -1,10 +1,19 @@
-"""Which device the Triton kernels' tests run on, and the mark that `make gpu` selects them by."""
+"""Which devices and backends tests run on, and the mark that `make gpu` selects them by."""
 
 import pytest
 import torch
+
+from gradprune.ops.dispatch import unavailable_reason
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """On the CPU the kernels run in Triton's interpreter."""
 
 TRITON_TESTS = [pytest.mark.gpu] if DEVICE == "cuda" else []
 """A test module's `pytestmark`: with a GPU its tests are GPU tests, and without one they still run."""
+
+
+def require_backend(backend: str, device: str) -> None:
+    """Skip where a backend cannot be: C++ on a GPU, Triton on a CPU without its interpreter."""
+    fault = None if backend == "auto" else unavailable_reason(backend, device)
+    if fault is not None and (device != "cpu" or backend == "triton"):
+        pytest.skip(f"{backend} is NOT tested on {device}: {fault}")

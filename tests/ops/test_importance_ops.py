@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from gradprune.errors import BackendUnavailableError
-from gradprune.ops.dispatch import linear_importance, mask_gradient, select_ops, taylor_score, unavailable_reason
+from gradprune.ops.dispatch import linear_importance, mask_gradient, select_ops, taylor_score
 from gradprune.ops.vectors import Side
+from helpers.devices import require_backend
 from helpers.exact_sums import COLUMN_SUMS, ROW_SUMS, SUMS
 
 W, G = (torch.randn(7, 9, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+X, DY = (torch.randn(2, 5, width, generator=torch.Generator().manual_seed(width)) for width in (9, 7))
 
 
 @pytest.fixture(autouse=True)
@@ -20,27 +22,25 @@ def _fresh_choice():
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "auto"])
-def test_every_backend_computes_the_same(backend: str) -> None:
-    if unavailable_reason(backend, "cpu") and backend == "triton":
-        pytest.skip(f"triton is NOT tested here: {unavailable_reason(backend, 'cpu')}")
-    product = (W * G).double()
-    found = taylor_score(W, G, backend=backend)
+def test_every_backend_computes_the_same(backend: str, device: str) -> None:
+    require_backend(backend, device)
+    w, g, x, dy = (tensor.to(device) for tensor in (W, G, X, DY))
+    product = (w * g).double()
+    found = taylor_score(w, g, backend=backend)
     torch.testing.assert_close(found.row_abs.double(), product.abs().sum(1), rtol=1e-6, atol=0.0)
     torch.testing.assert_close(found.column_square.double(), product.square().sum(0), rtol=1e-6, atol=0.0)
-    x, dy = torch.randn(2, 5, 9), torch.randn(2, 5, 7)
     gradients = dy.double().transpose(1, 2) @ x.double()
-    expected = (W.double() * gradients).abs().sum((0, 2))
-    found = linear_importance(x, dy, W, backend=backend)
+    expected = (w.double() * gradients).abs().sum((0, 2))
+    found = linear_importance(x, dy, w, backend=backend)
     torch.testing.assert_close(found.row_abs.double(), expected, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("side", ["rows", "columns", "both"])
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
-def test_only_the_side_asked_for_is_returned(backend: str, side: Side) -> None:
-    if unavailable_reason(backend, "cpu") and backend == "triton":
-        pytest.skip(f"triton is NOT tested here: {unavailable_reason(backend, 'cpu')}")
-    x, dy = torch.randn(2, 5, 9), torch.randn(2, 5, 7)
-    for op, arguments in ((taylor_score, (W, G)), (linear_importance, (x, dy, W))):
+def test_only_the_side_asked_for_is_returned(backend: str, side: Side, device: str) -> None:
+    require_backend(backend, device)
+    w, g, x, dy = (tensor.to(device) for tensor in (W, G, X, DY))
+    for op, arguments in ((taylor_score, (w, g)), (linear_importance, (x, dy, w))):
         both, found = op(*arguments, backend=backend), op(*arguments, side, backend)
         for name in SUMS:
             if side == "both" or name in {"rows": ROW_SUMS, "columns": COLUMN_SUMS}[side]:
@@ -61,12 +61,11 @@ def test_only_the_side_asked_for_is_returned(backend: str, side: Side) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
-def test_a_mask_gradient_equals_the_column_sums_of_weight_times_gradient(backend: str) -> None:
-    if unavailable_reason(backend, "cpu") and backend == "triton":
-        pytest.skip(f"triton is NOT tested here: {unavailable_reason(backend, 'cpu')}")
-    x, dy = torch.randn(2, 5, 9), torch.randn(2, 5, 7)
-    found = mask_gradient(x, dy @ W, backend)
-    of_weight = (W * (dy.transpose(1, 2) @ x)).sum(1)
+def test_a_mask_gradient_equals_the_column_sums_of_weight_times_gradient(backend: str, device: str) -> None:
+    require_backend(backend, device)
+    w, x, dy = (tensor.to(device) for tensor in (W, X, DY))
+    found = mask_gradient(x, dy @ w, backend)
+    of_weight = (w * (dy.transpose(1, 2) @ x)).sum(1)
     torch.testing.assert_close(found.gradient, of_weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.input_square, x.square().sum((0, 1)), rtol=1e-6, atol=0.0)
 

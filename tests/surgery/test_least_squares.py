@@ -50,21 +50,21 @@ def inputs_of(model, linear, ids) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
-def test_one_block_equals_an_independent_lstsq(architecture: str, kind: str) -> None:
+def test_one_block_equals_an_independent_lstsq(architecture: str, kind: str, device: str) -> None:
     """argmin ||W x - W' x_K||^2 + ridge ||W' - W_K||^2 as one stacked system, by numpy's SVD."""
-    model, ids = tiny_model(architecture, kv_heads=3, channels=10), tiny_ids(samples=6)
+    model, ids = tiny_model(architecture, kv_heads=3, channels=10).to(device), tiny_ids(samples=6).to(device)
     view = describe(model)
     block = view.of_kind(kind)[1]
     kept = torch.arange(block.groups) % 3 != 1
-    x = inputs_of(model, block.output.linear, ids).numpy()
-    w = block.output.linear.weight.detach().numpy().copy()
+    x = inputs_of(model, block.output.linear, ids).cpu().numpy()
+    w = block.output.linear.weight.detach().cpu().numpy().copy()
     k = block.output.columns_of(kept.nonzero().flatten()).numpy()
     ridge = 0.1 * np.mean((x[:, k] ** 2).sum(0))
     left = np.concatenate([x[:, k], np.sqrt(ridge) * np.eye(len(k))])
     right = np.concatenate([x @ w.T, np.sqrt(ridge) * w[:, k].T])
     expected = np.linalg.lstsq(left, right, rcond=None)[0].T
     least_squares(view, only(view, 1, kind, kept), [ids], [], blends=(0.0,), ridges=(0.1,))
-    found = block.output.linear.weight.detach().numpy()
+    found = block.output.linear.weight.detach().cpu().numpy()
     np.testing.assert_allclose(found[:, k], expected, rtol=1e-9, atol=1e-12)
     assert not np.delete(found, k, axis=1).any()
 
@@ -89,8 +89,8 @@ def test_removed_channels_that_are_combinations_of_kept_ones_cost_nothing() -> N
 
 @pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("seed", range(5))
-def test_no_block_is_worse_on_the_calibration_data(seed: int, blend: float) -> None:
-    model, ids = tiny_model(seed=seed, channels=12, dtype=torch.float32), tiny_ids(samples=6, seed=seed)
+def test_no_block_is_worse_on_the_calibration_data(seed: int, blend: float, device: str) -> None:
+    model, ids = tiny_model(seed=seed, channels=12, dtype=torch.float32).to(device), tiny_ids(samples=6, seed=seed)
     view = describe(model)
     repairs = least_squares(view, random_masks(view, seed), [ids], [], blends=(blend,))
     assert repairs
@@ -121,8 +121,9 @@ def test_blocks_are_solved_in_order_on_the_model_repaired_so_far() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
-def test_a_blend_brings_the_loss_closer_than_pruning_alone(architecture: str) -> None:
-    model, ids = tiny_model(architecture, channels=24, dtype=torch.float32), tiny_ids(samples=24, tokens=12)
+def test_a_blend_brings_the_loss_closer_than_pruning_alone(architecture: str, device: str) -> None:
+    model = tiny_model(architecture, channels=24, dtype=torch.float32).to(device)
+    ids = tiny_ids(samples=24, tokens=12).to(device)
     view, batches = describe(model), list(ids.split(8))
     masks = random_masks(view, 1)
     with torch.no_grad():
@@ -177,8 +178,8 @@ def test_the_ridge_with_the_least_held_out_error_is_found(tokens: int, samples: 
     assert attempts < len(RIDGES)
 
 
-def test_the_cut_model_computes_what_the_repaired_one_does() -> None:
-    model, ids = tiny_model("qwen2", channels=12), tiny_ids()
+def test_the_cut_model_computes_what_the_repaired_one_does(device: str) -> None:
+    model, ids = tiny_model("qwen2", channels=12).to(device), tiny_ids().to(device)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     view = describe(model)
     masks = random_masks(view, 4, keep=0.5)
@@ -203,10 +204,10 @@ def test_blocks_that_keep_everything_or_nothing_are_left_alone() -> None:
     assert not view.of_kind("mlp")[1].output.linear.weight.any()
 
 
-def test_bf16_weights_are_rounded_once() -> None:
-    model = tiny_model(channels=16, dtype=torch.float32)
+def test_bf16_weights_are_rounded_once(device: str) -> None:
+    model = tiny_model(channels=16, dtype=torch.float32).to(device)
     ids = tiny_ids(samples=8)
-    low = tiny_model(channels=16, dtype=torch.bfloat16)
+    low = tiny_model(channels=16, dtype=torch.bfloat16).to(device)
     with torch.no_grad():
         for a, b in zip(model.parameters(), low.parameters(), strict=True):
             a.copy_(b)
