@@ -171,7 +171,7 @@ def _start(
 ) -> Run:
     """The run of the first of `configs`, which differ in ratio; raises what would fail only after calibration."""
     check_class(model)
-    view, config = describe(model).with_groups(), configs[0]
+    view, config = describe(model, configs[0].kinds).with_groups(), configs[0]
     check_context(model.config, config.seq_len)
     groups = empty_table(view)
     for each in configs:

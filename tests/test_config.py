@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A value of every option that is not its default.
 OTHER = {
-    "base_model": "a folder/model", "pruning_ratio": 0.35, "device": "cpu", "dtype": "bfloat16",
+    "base_model": "a folder/model", "pruning_ratio": 0.35, "prune_kinds": "attention,mlp", "device": "cpu",
+    "dtype": "bfloat16",
     "trust_remote_code": True, "dataset": "it's.txt", "eval_dataset": "held-out.jsonl", "num_samples": 5, "seq_len": 7,
     "batch_size": 3, "held_out_samples": 9, "eval_samples": 11, "seed": 2**63 - 1, "reduction": "batch",
     "backend": "cpp", "use_gradient_checkpointing": True, "prior_samples": 2, "collect_batches": 4, "evidence": "all",
@@ -194,7 +195,13 @@ def test_the_printed_command_gives_the_configuration_back() -> None:
 
 @given(st.sampled_from(METHODS), st.floats(0.0, 10.0), st.none() | st.floats(0.0), st.floats(0.01, 0.99))
 def test_numbers_survive_the_printed_command(method, temperature: float, tau: float | None, ratio: float) -> None:
-    config = PruneConfig(importance_method=method, temperature=temperature, tau=tau, pruning_ratio=ratio)
+    config = PruneConfig(
+        importance_method=method,
+        temperature=temperature,
+        tau=tau,
+        pruning_ratio=ratio,
+        prune_kinds="experts" if method == "reap" else None,
+    )
     read = _parsed(shlex.split(command_line(config))[2:])
     read["pruning_ratio"] = float(read["pruning_ratio"])
     assert PruneConfig(**{name: read[name] for name in OPTIONS if name in read}) == config

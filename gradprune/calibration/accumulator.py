@@ -19,9 +19,6 @@ from gradprune.models.blocks import InputLinear, OutputLinear
 from gradprune.ops.dispatch import ImportanceOps
 from gradprune.ops.vectors import GradientStatistics, ImportanceVectors
 
-# The sums that a block accumulates over the steps.
-_SUMS = ("first", "second", "mask_square", "input_square", "output_square")
-
 
 @dataclass
 class StepRecord:
@@ -58,7 +55,10 @@ class BlockAccumulator(ABC):
         mask on the group.
     output_square: [], sum of dy^2 at the output projection, of each sample's own loss.
     input_square, tokens: [I] sum of x^2 at the output projection, and over how many tokens.
+    sums: the names of what is added over the steps.
     """
+
+    sums: tuple[str, ...] = ("first", "second", "mask_square", "input_square", "output_square")
 
     def __init__(self, block: Block, ops: ImportanceOps, device: torch.device) -> None:
         """Start at zero; `ops` computes the vectors of one weight's gradient on `device`."""
@@ -112,7 +112,7 @@ class BlockAccumulator(ABC):
 
     def mark(self) -> "Mark":
         """What is committed so far, to go back to."""
-        sums = {name: getattr(self, name).clone() for name in _SUMS}
+        sums = {name: getattr(self, name).clone() for name in self.sums}
         return Mark(sums, self.tokens, len(self.records))
 
     def back_to(self, mark: "Mark") -> None:
@@ -125,7 +125,7 @@ class BlockAccumulator(ABC):
 
     def state(self) -> dict[str, Tensor]:
         """Everything committed so far, by name."""
-        state = {name: getattr(self, name) for name in _SUMS}
+        state = {name: getattr(self, name) for name in self.sums}
         state["tokens"] = torch.tensor(self.tokens)
         state["scales"] = torch.tensor([record.scale for record in self.records], dtype=torch.float64)
         gates = [record.gate for record in self.records if record.gate is not None]
@@ -139,7 +139,7 @@ class BlockAccumulator(ABC):
     def restore(self, state: dict[str, Tensor], gradients: list[int]) -> None:
         """Resume from a `state`; `gradients`: the number of gradients in each step."""
         device = self.first.device
-        for name in _SUMS:
+        for name in self.sums:
             setattr(self, name, state[name].to(device))
         self.tokens = int(state["tokens"])
         prefix = "statistics."

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from gradprune.models.loss import times
 from gradprune.models.modes import forward_replaced, frozen
 
+Product = Callable[[Tensor], Tensor]
+
 Observer = Callable[[Tensor, Tensor, Tensor], None]
 """Called in the backward pass with x: [N, T, I], dy: [N, T, O] and dx: [N, T, I] of one linear layer."""
 
@@ -41,31 +43,47 @@ class _KeptInput(torch.autograd.Function):
         return dx
 
 
-class _ObservedLinear(torch.autograd.Function):
-    """y = x W^T + b whose backward returns dx = dy W and shows (x, dy, dx) to an observer; x comes from _KeptInput."""
+class _ObservedProduct(torch.autograd.Function):
+    """y of an affine map whose backward shows (x, dy, dx) to an observer; x comes from _KeptInput."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, observer: Observer) -> Tensor:
-        ctx.kept, ctx.weight, ctx.observer = x.grad_fn, weight, observer
-        return F.linear(x, weight, bias)
+    def forward(ctx: Any, x: Tensor, product: Product, transposed: Product, observer: Observer) -> Tensor:
+        ctx.kept, ctx.transposed, ctx.observer = x.grad_fn, transposed, observer
+        return product(x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.kept.saved_tensors
-        dx = times(dy, ctx.weight.to(dy.dtype))
+        dx = ctx.transposed(dy)
         ctx.observer(x.to(dy.dtype), dy, dx)
         return dx.to(x.dtype), None, None, None
 
 
-def observed_product(x: Tensor, weight: Tensor, bias: Tensor | None, observer: Observer) -> Tensor:
-    """x W^T + b, differentiable in x alone; the observer is called in the backward pass. Of x any leading shape."""
+def observed_product(x: Tensor, product: Product, transposed: Product, observer: Observer) -> Tensor:
+    """product(x), differentiable in x alone; the observer is called in the backward pass.
+
+    Args:
+        x: of any leading shape.
+        product: an affine map of the last dimension.
+        transposed: the gradient with respect to x, of that with respect to product(x).
+        observer: sees both, and x.
+    """
     kept = _KeptInput.apply(x)  # type: ignore[no-untyped-call]
-    output: Tensor = _ObservedLinear.apply(kept, weight, bias, observer)  # type: ignore[no-untyped-call]
+    output: Tensor = _ObservedProduct.apply(kept, product, transposed, observer)  # type: ignore[no-untyped-call]
     return output
 
 
+def observed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, observer: Observer) -> Tensor:
+    """x W^T + b, as `observed_product`."""
+
+    def transposed(dy: Tensor) -> Tensor:
+        return times(dy, weight.to(dy.dtype))
+
+    return observed_product(x, partial(F.linear, weight=weight, bias=bias), transposed, observer)
+
+
 def _observed_forward(linear: nn.Linear, observer: Observer, x: Tensor) -> Tensor:
-    return observed_product(x, linear.weight, linear.bias, observer)
+    return observed_linear(x, linear.weight, linear.bias, observer)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from gradprune.calibration.accumulator import BlockAccumulator, LinearAccumulator, StepRecord
 from gradprune.calibration.capture import capture, checkpointed
 from gradprune.calibration.evidence import Evidence, Scores
-from gradprune.calibration.experts import check_experts
+from gradprune.calibration.experts import check_experts, scores_experts_alone
 from gradprune.calibration.finite import raise_non_finite_gradient, raise_non_finite_loss, raise_overflow
 from gradprune.calibration.joined import joined_state
 from gradprune.calibration.methods import (
@@ -71,6 +71,7 @@ class ImportanceEngine:
     - `obs`: the loss that least squares cannot restore, see `gradprune.calibration.obs`; the samples are run once more,
       layer by layer, when scores are requested. Other methods' scores remain available.
     - `wanda`: |w| * rms(x) over the group's output columns (Sun et al. 2023); `magnitude`: |w|.
+    - `reap`: of whole experts, mean of gate * ||output|| over the tokens that an expert sees (arXiv:2510.13999).
 
     `reduction="batch"` takes the gradient of each batch's mean loss instead: |w mean_b g_b| and w^2 mean_b g_b^2;
     it keeps one accumulated gradient per weight. Deterministic; vectors are accumulated in fp64.
@@ -90,6 +91,7 @@ class ImportanceEngine:
         gradient_fix: str = "none",
         weight_gradient_steps: int | None = None,
         ranks: Ranks = ALONE,
+        kinds: Sequence[str] | None = None,
     ) -> None:
         """Prepare to observe `model`, which is changed only between `__enter__` and `__exit__`.
 
@@ -97,6 +99,7 @@ class ImportanceEngine:
             model, method, reduction, backend, gradient_fix: as above and in the options.
             use_gradient_checkpointing: recompute each layer in the backward pass.
             ranks: the processes that divide the steps, see `join`.
+            kinds: of groups to score; by default all but whole experts.
             weight_gradient_steps: take every weight's gradient in this many of the first steps only, for the layers'
                 statistics, and in the others just what `method` needs: `group_fisher` and `obs` need no weight's
                 gradient. A `gradient_fix` needs those of all steps. None: all steps serve every method.
@@ -104,7 +107,7 @@ class ImportanceEngine:
         Raises:
             UnsupportedArchitectureError: the model has no description, or is no causal LM.
             ConfigError: unknown method, reduction or fix; a model without weights (on the meta device); "batch" with a
-                streamed model.
+                streamed model; `kinds` that the model has not, or the method does not score.
             BackendUnavailableError: the backend asked for by name cannot run on the model's device.
         """
         if method not in METHODS:
@@ -118,7 +121,7 @@ class ImportanceEngine:
                 f"model: a {type(model).__name__} predicts no next token; load it with AutoModelForCausalLM"
             )
         self._model = model
-        self._view = describe(model).with_groups()
+        self._view = describe(model, kinds).with_groups()
         check_experts(self._view, method, reduction)
         if reduction == "batch" and ranks.world > 1:
             raise ConfigError(
@@ -453,7 +456,10 @@ class ImportanceEngine:
         """The names of what has been collected."""
         if not self._losses:
             return components_at(Depth.NOTHING)
-        return (*components_at(self._depth), *(("obs",) if self.method == "obs" else ()))
+        found = components_at(self._depth)
+        if not scores_experts_alone(self._view):
+            found = tuple(name for name in found if name != "reap")
+        return (*found, *(("obs",) if self.method == "obs" else ()))
 
     @property
     def _pending(self) -> dict[BlockKey, list[StepRecord]]:

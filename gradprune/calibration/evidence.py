@@ -18,7 +18,7 @@ from gradprune.calibration.reduction import REDUCTIONS
 from gradprune.calibration.sealed import DamagedFileError, read_sealed, write_sealed
 from gradprune.config import METHODS, Method, Prior, ReductionName
 from gradprune.errors import CheckpointError, ConfigError, GradPruneError, NonFiniteError, one_line
-from gradprune.models import BlockKey, describe
+from gradprune.models import BlockKey, whole_view
 from gradprune.models.digest import model_digest
 from gradprune.models.tensors import BlockTensors
 from gradprune.vanishing.scaling import GradientScaling, resolve_fix, scales_of
@@ -190,7 +190,7 @@ class Evidence:
                 f"evidence_file: '{path}' was measured on another model than this one, or in another dtype; "
                 "calibrate again"
             )
-        if evidence.blocks != {block.key: block.groups for block in describe(model).blocks}:
+        if not evidence.blocks.items() <= {block.key: block.groups for block in whole_view(model).blocks}.items():
             raise CheckpointError(f"evidence_file: '{path}' does not have the blocks of this model; calibrate again")
         return evidence
 

@@ -27,6 +27,7 @@ def gather_evidence(run: Run) -> Evidence:
     if config.evidence_file is not None:
         evidence = Evidence.load(config.evidence_file, run.view.model)
         _check_reduction(config, evidence)
+        _check_kinds(run, evidence)
     else:
         with run.clock.stage("calibration"):
             evidence = _calibrated(run)
@@ -95,6 +96,7 @@ def _calibrated(run: Run) -> Evidence:
         config.gradient_fix,
         None if everything else config.collect_batches,
         run.ranks,
+        run.config.kinds,
     )
     samples = run.samples.calibration
     if method == "magnitude":
@@ -119,7 +121,7 @@ def _collected(config: PruneConfig) -> tuple[Method, bool]:
     if config.evidence == "all" or method == "auto":
         return "obs", True
     # The taylor prior is read from the backward pass, which these methods do without.
-    if config.prior == "taylor" and config.temperature > 0.0 and method in ("magnitude", "wanda"):
+    if config.prior == "taylor" and config.temperature > 0.0 and method in ("magnitude", "wanda", "reap"):
         return "group_fisher", False
     return method, False
 
@@ -130,6 +132,15 @@ def _check_reduction(config: PruneConfig, evidence: Evidence) -> None:
         raise ConfigError(
             f"reduction: '{config.reduction}' needs another calibration; that of evidence_file "
             f"'{config.evidence_file}' had '{evidence.reduction}'"
+        )
+
+
+def _check_kinds(run: Run, evidence: Evidence) -> None:
+    """Refuse evidence of other groups than are to be pruned."""
+    if list(evidence.blocks) != [block.key for block in run.view.blocks]:
+        scored = ", ".join(dict.fromkeys(key.kind for key in evidence.blocks))
+        raise ConfigError(
+            f"prune_kinds: evidence_file '{run.config.evidence_file}' scored {scored}; give these, or calibrate again"
         )
 
 

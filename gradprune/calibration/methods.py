@@ -22,7 +22,8 @@ class Depth(IntEnum):
 
 _COLLECTED: dict[Depth, tuple[str, ...]] = {
     Depth.NOTHING: ("magnitude",),
-    Depth.INPUTS: ("wanda",),
+    # "reap" of whole experts only.
+    Depth.INPUTS: ("wanda", "reap"),
     Depth.MASKS: ("group_fisher",),
     # `taylor_2nd` is the sum of the two.
     Depth.WEIGHTS: ("taylor", "fisher"),

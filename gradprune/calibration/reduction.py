@@ -14,10 +14,10 @@ from gradprune.calibration.accumulator import (
     LinearAccumulator,
     SampleAccumulator,
 )
-from gradprune.calibration.experts import ExpertsAccumulator
+from gradprune.calibration.experts import ExpertsAccumulator, WholeExpertsAccumulator
 from gradprune.config import ReductionName
 from gradprune.models import Block, LinearBlock
-from gradprune.models.experts import ExpertsBlock
+from gradprune.models.experts import ExpertsBlock, WholeExperts
 from gradprune.ops.dispatch import ImportanceOps
 
 
@@ -41,6 +41,8 @@ class Reduction:
         """What sums up one block; experts are summed by sample, see `check_experts`."""
         if isinstance(block, LinearBlock):
             return self.accumulator(block, ops, device)
+        if isinstance(block, WholeExperts):
+            return WholeExpertsAccumulator(block, ops, device)
         assert isinstance(block, ExpertsBlock)
         return ExpertsAccumulator(block, ops, device)
 

@@ -21,7 +21,16 @@ from gradprune.version import __version__
 logger = logging.getLogger(__name__)
 
 # Options that the sums depend on.
-_OPTIONS = ("num_samples", "seq_len", "batch_size", "seed", "reduction", "gradient_fix", "use_gradient_checkpointing")
+_OPTIONS = (
+    "prune_kinds",
+    "num_samples",
+    "seq_len",
+    "batch_size",
+    "seed",
+    "reduction",
+    "gradient_fix",
+    "use_gradient_checkpointing",
+)
 
 
 def calibration_file(config: PruneConfig) -> Path | None:

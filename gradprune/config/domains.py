@@ -85,6 +85,20 @@ def memory_size() -> Domain:
     return Domain(words, fault)
 
 
+def names_among(names: tuple[str, ...]) -> Domain:
+    """Text with one or several of the names, separated by commas, each once."""
+    words = f"one or several of {', '.join(names)}, separated by commas"
+
+    def fault(value: str) -> str | None:
+        given = value.split(",")
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            return f"{unknown[0]!r} is unknown; give {words}"
+        return f"{value!r} names one twice" if len(set(given)) < len(given) else None
+
+    return Domain(words, fault)
+
+
 def path(what: str) -> Domain:
     """Text that can be a path, or the name of something to load; `what` says of what."""
 

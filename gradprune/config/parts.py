@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from gradprune.config.domains import INT64_MAX, at_least, finite, folder_name, memory_size, numbers, path
+from gradprune.config.domains import INT64_MAX, at_least, finite, folder_name, memory_size, names_among, numbers, path
 from gradprune.config.gradient_fix import FIX_OR_CHAIN, GRADIENT_FIXES
 from gradprune.config.option import Options, option
 from gradprune.errors import ConfigError
 
-Method = Literal["magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher", "obs"]
+Method = Literal["magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher", "obs", "reap"]
 # "auto" searches, see `gradprune.search`.
 MethodOption = Literal["auto", Method]
 ReductionName = Literal["sample", "batch"]
@@ -21,6 +21,8 @@ Normalize = Literal["none", "log", "minmax", "zscore", "sqrt"]
 NormalizePer = Literal["layer", "block"]
 # What the result is loaded by; see `docs/serving.md`.
 Serve = Literal["hf", "vllm", "gguf", "uniform"]
+# Kinds of groups; `gradprune.models.kinds` has what is known of each.
+KindName = Literal["attention", "mlp", "expert_channels", "experts"]
 RepairName = Literal["none", "least_squares"]
 EvidenceName = Literal["needed", "all"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -46,6 +48,11 @@ class Model(Options):
         None, "Model folder or Hugging Face hub id; without it, the demo model.", path("a model folder or hub id")
     )
     pruning_ratio: float = option(0.2, "Fraction of all the model's parameters to remove.", _UNIT_INTERVAL)
+    prune_kinds: str | None = option(
+        None,
+        "What is pruned, such as attention,experts; default all kinds but whole experts. The others stay as they are.",
+        names_among(get_args(KindName)),
+    )
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA if available.", path("a device of PyTorch"))
     dtype: Dtype = option("auto", "Type of the weights; auto keeps the checkpoint's.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
@@ -57,6 +64,20 @@ class Model(Options):
         "Memory for the residual streams of streamed samples; more of it reads the weights less often.",
         memory_size(),
     )
+
+    @property
+    def kinds(self) -> tuple[str, ...] | None:
+        """The kinds of groups to prune; None for the default."""
+        return None if self.prune_kinds is None else tuple(self.prune_kinds.split(","))
+
+    def check_together(self) -> None:
+        """An expert goes as a whole, or its channels do."""
+        super().check_together()
+        if {"experts", "expert_channels"} <= set(self.kinds or ()):
+            raise ConfigError(
+                f"prune_kinds: '{self.prune_kinds}' names whole experts and their channels; prune one, and then the "
+                "result by the other"
+            )
 
 
 @dataclass(frozen=True)

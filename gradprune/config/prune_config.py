@@ -69,8 +69,13 @@ class PruneConfig(Output, Repair, Constraints, Search, Scoring, Calibration, Dat
         return replace(self, **vars(part))
 
     def check_together(self) -> None:
-        """What "auto" decides cannot be given too."""
+        """A method scores the kinds that are pruned; what "auto" decides cannot be given too."""
         super().check_together()
+        if self.importance_method == "reap" and self.kinds != ("experts",):
+            raise ConfigError(
+                "importance_method: 'reap' scores whole experts and nothing else; add --prune_kinds experts, or choose "
+                "another method"
+            )
         if self.importance_method != "auto":
             return
         for name in _SEARCHED:

@@ -1,7 +1,7 @@
 """Models as blocks: what is prunable in them."""
 
 from gradprune.models.blocks import Block, LinearBlock, PrunableModel
-from gradprune.models.describe import accepted_kinds, describe
+from gradprune.models.describe import accepted_kinds, describe, whole_view
 from gradprune.models.kinds import KINDS, BlockKey, Kind, shown_kinds
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "accepted_kinds",
     "describe",
     "shown_kinds",
+    "whole_view",
 ]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from gradprune.errors import UnsupportedArchitectureError
 from gradprune.models.kinds import BlockKey, Kind
 from gradprune.models.modeling_gradprune import norms_of
+from gradprune.models.modes import values_restored
 from gradprune.models.residency import Residency, residency_of
 
 
@@ -84,7 +85,7 @@ class OutputLinear:
 
 @dataclass(frozen=True)
 class Cut:
-    """What remains of one parameter when groups go.
+    """What remains of one parameter or buffer when groups go.
 
     path: of the parameter in the block. dim: the dimension that gets shorter. index: what is kept of it: [k] int64, or
     [E, k] where each entry of the first dimension keeps its own.
@@ -107,7 +108,8 @@ def added(layer: nn.Module, module: nn.Module, kind: str) -> tuple[float | None,
 class Block(ABC):
     """One block of a decoder layer, with `groups` prunable groups.
 
-    path: the block's attribute in the decoder layer; module: what is there.
+    path: the attribute of the decoder layer from which the paths of the block's parameters start.
+    module: what computes the block's output.
     cost: parameters removed with one group, biases included.
     adds: the factor with which the block's output is added to the residual stream; None where a norm stands between.
     writer: the module whose output is added: the block's own, or the norm behind it.
@@ -133,6 +135,11 @@ class Block(ABC):
         return 1
 
     @property
+    def least(self) -> int:
+        """So many groups of each set have to stay, if any do."""
+        return 1
+
+    @property
     @abstractmethod
     def width(self) -> int:
         """Columns of the output projection (of all experts' together)."""
@@ -154,9 +161,19 @@ class Block(ABC):
     def mask(self, kept: Tensor) -> None:
         """Zero in place what the groups that are not kept ([groups] bool) write; the bias too if none is."""
 
+    @contextmanager
+    def masked(self, kept: Tensor) -> Iterator[None]:
+        """Inside the context the block, whose weights are in memory, computes what it would if it were cut.
+
+        kept: [groups] bool.
+        """
+        with values_restored(parameter for _, parameter in self.output_parameters()):
+            self.mask(kept)
+            yield
+
     @abstractmethod
     def cuts(self, groups: Tensor) -> Iterator[Cut]:
-        """What remains of the block's parameters when `groups` ([k] int64, ascending) stay."""
+        """What remains of the block's parameters and buffers when `groups` ([k] int64, ascending) stay."""
 
 
 @dataclass(frozen=True)

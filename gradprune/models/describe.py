@@ -1,11 +1,14 @@
 """`describe`: the prunable blocks of a loaded model, of an architecture that is tested or passes the self-test."""
 
 import logging
+from collections.abc import Collection
+from dataclasses import replace
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gradprune.errors import UnsupportedArchitectureError
+from gradprune.errors import ConfigError, UnsupportedArchitectureError
 from gradprune.models.blocks import PrunableModel
+from gradprune.models.kinds import DEFAULT_KINDS
 from gradprune.models.modeling_gradprune import stock_class
 from gradprune.models.self_test import self_test
 from gradprune.models.tested import TESTED, tested_architectures
@@ -16,12 +19,35 @@ logger = logging.getLogger(__name__)
 _SAID: set[str] = set()
 
 
-def describe(model: PreTrainedModel) -> PrunableModel:
+def describe(model: PreTrainedModel, kinds: Collection[str] | None = None) -> PrunableModel:
     """Find the prunable blocks of `model`.
+
+    Args:
+        model: a causal LM.
+        kinds: of blocks to find; by default all but whole experts, as far as the model has them.
 
     Raises:
         UnsupportedArchitectureError: the architecture is neither tested nor passes `self_test`, or a projection is not
             a plain floating-point linear layer (quantised weights, adapters).
+        ConfigError: the model has no block of one of the `kinds`.
+    """
+    if kinds is None:
+        return view_of(model, set(accepted_kinds(model.config, type(model))) & set(DEFAULT_KINDS))
+    whole = whole_view(model)
+    there = {block.kind.name: None for block in whole.blocks}
+    if missing := [kind for kind in kinds if kind not in there]:
+        raise ConfigError(
+            f"prune_kinds: this model, a {model.config.model_type}, has no {missing[0]} that could be pruned; it has "
+            f"{', '.join(there) or 'nothing'}"
+        )
+    return replace(whole, blocks=tuple(block for block in whole.blocks if block.kind.name in kinds))
+
+
+def whole_view(model: PreTrainedModel) -> PrunableModel:
+    """The blocks of all kinds; a layer's experts are there twice, by their channels and whole.
+
+    Raises:
+        UnsupportedArchitectureError: as `describe`.
     """
     return view_of(model, accepted_kinds(model.config, type(model)))
 

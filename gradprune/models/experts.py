@@ -1,11 +1,13 @@
-"""Mixtures of experts: the routed experts of a decoder layer as a block, and how they are run expert by expert.
+"""Mixtures of experts: the routed experts of a decoder layer as a block, and how they are run all together.
 
 transformers keeps the weights of a layer's experts in three-dimensional parameters of one module, whose forward takes
-the tokens with their routing. All experts of a module have the same width, so each keeps the same number of channels.
+the tokens with their routing. All experts of a module have the same width, so each keeps the same number of channels;
+or an expert goes as a whole, with its row of the router.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,21 +19,43 @@ from torch import Tensor, nn
 from gradprune.errors import UnsupportedArchitectureError
 from gradprune.models.blocks import Block, Cut, added
 from gradprune.models.kinds import Kind
-from gradprune.models.modes import forward_replaced
+from gradprune.models.loss import times
+from gradprune.models.modes import forward_replaced, values_restored
+from gradprune.models.router import Router, find_router, named_tensors
 
 NO_EXPERTS = "no experts under a known name"
 _PLACES = ("mlp", "feed_forward", "block_sparse_moe", "moe")
 
-Product = Callable[[Tensor, str, int, Tensor, Tensor, Tensor | None], Tensor]
-"""Computes x W^T + b for an expert. Its arguments: numbers of the expert's tokens [S] int64, ascending; name of the
-parameter; number of the expert; x [S, I]; W [O, I]; b [O] or None."""
+
+@dataclass(frozen=True)
+class Routed:
+    """Which tokens go to which experts: a row for each token and expert of its own, expert by expert.
+
+    tokens: [R] int64, the number of the row's token; of an expert they ascend.
+    gates: [R], what the expert's output is multiplied by.
+    counts: by expert, its number of rows.
+    """
+
+    tokens: Tensor
+    gates: Tensor
+    counts: tuple[int, ...]
+
+    def by_expert(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The experts that see tokens, each with its part of `rows` [R, ...]."""
+        for expert, part in enumerate(rows.split(self.counts)):
+            if len(part):
+                yield expert, part
+
+
+Product = Callable[["Routed", "ExpertProjection", Tensor], Tensor]
+"""Computes a projection of all experts: [R, O] of its inputs, x: [R, I]."""
 
 
 @dataclass(frozen=True)
 class ExpertProjection:
     """The weights of one projection of all experts.
 
-    name: of the parameter in the experts' module; bias: [E, O]. transposed: an expert's weight is stored [I, O].
+    name: path of the parameter in the block; bias: [E, O]. transposed: an expert's weight is stored [I, O].
     """
 
     name: str
@@ -48,6 +72,16 @@ class ExpertProjection:
         """[O], a view, or None."""
         return None if self.bias is None else self.bias[expert]
 
+    def product(self, routed: Routed, x: Tensor) -> Tensor:
+        """[R, O]: x W^T + b of x [R, I], each row with its expert's weights."""
+        return torch.cat(
+            [F.linear(part, self.weight(expert), self.bias_of(expert)) for expert, part in routed.by_expert(x)]
+        )
+
+    def transposed_product(self, routed: Routed, dy: Tensor) -> Tensor:
+        """[R, I]: dy W of dy [R, O], each row with its expert's weights."""
+        return torch.cat([times(part, self.weight(expert).to(dy.dtype)) for expert, part in routed.by_expert(dy)])
+
     @property
     def rows(self) -> int:
         """The dimension of the parameter that an expert's outputs lie along."""
@@ -61,7 +95,7 @@ class ExpertProjection:
 
 @dataclass(frozen=True)
 class ExpertsBlock(Block):
-    """The routed experts of a layer; group e * channels + i is channel i of expert e.
+    """The routed experts of a layer.
 
     gate_up: the input projections, rows of gate and up stacked or alternating; parts: 2, or 1 without a gate.
     down: the output projection. parent: the module that routes the tokens, and calls `module`.
@@ -89,11 +123,6 @@ class ExpertsBlock(Block):
         return self.gate_up, self.down
 
     @property
-    def sets(self) -> int:
-        """One for each expert."""
-        return self.experts
-
-    @property
     def width(self) -> int:
         """Channels of all experts together."""
         return self.experts * self.channels
@@ -103,20 +132,22 @@ class ExpertsBlock(Block):
         """None: an expert sees too few tokens."""
         return 0
 
+    def channels_of(self, expert: int) -> slice:
+        """Which of the channels of all experts are the expert's."""
+        return slice(expert * self.channels, (expert + 1) * self.channels)
+
+    @abstractmethod
     def groups_of(self, expert: int) -> slice:
         """Which groups are the expert's."""
-        return slice(expert * self.channels, (expert + 1) * self.channels)
+
+    @abstractmethod
+    def fold_channels(self, channels: Tensor) -> Tensor:
+        """Sum a vector over an expert's channels [channels] into one over its groups."""
 
     def fold_rows(self, rows: Tensor) -> Tensor:
         """Sum a vector over an expert's rows of the input projections [parts * channels] into one over channels."""
         parts = rows.view(-1, self.parts).T if self.interleaved else rows.view(self.parts, -1)
         return parts.sum(0)
-
-    def rows_of(self, channels: Tensor) -> Tensor:
-        """Rows of the input projections that belong to `channels` ([E, k] int64): [E, parts * k] int64."""
-        if self.interleaved:
-            return (channels[..., None] * self.parts + torch.arange(self.parts)).flatten(1)
-        return torch.cat([channels + part * self.channels for part in range(self.parts)], 1)
 
     def weights(self) -> Iterator[tuple[str, int]]:
         """The two three-dimensional parameters."""
@@ -126,6 +157,50 @@ class ExpertsBlock(Block):
     def output_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The output projection's weights."""
         yield self.down.name, self.down.parameter
+
+    def run_by(self, product: Product) -> AbstractContextManager[None]:
+        """Inside the context the experts' module computes as `run` does."""
+        return forward_replaced(self.module, partial(self.run, product))
+
+    def run(self, product: Product, hidden: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
+        """What the experts' module computes: [S, H], differentiable.
+
+        Args:
+            product: computes the two projections.
+            hidden: [S, H], the tokens.
+            chosen: [S, K] int64, the experts of each token.
+            routing: [S, K], their factors.
+        """
+        module: Any = self.module
+        routed = _routed(chosen, routing, self.experts)
+        rows = product(routed, self.gate_up, hidden[routed.tokens])
+        z = module._apply_gate(rows) if self.parts == 2 else module.act_fn(rows)
+        y = product(routed, self.down, z) * routed.gates[:, None]
+        return torch.zeros_like(hidden).index_add(0, routed.tokens, y.to(hidden.dtype))
+
+
+@dataclass(frozen=True)
+class ExpertChannels(ExpertsBlock):
+    """The channels of a layer's experts: group e * channels + i is channel i of expert e."""
+
+    @property
+    def sets(self) -> int:
+        """One for each expert."""
+        return self.experts
+
+    def groups_of(self, expert: int) -> slice:
+        """Its channels."""
+        return self.channels_of(expert)
+
+    def fold_channels(self, channels: Tensor) -> Tensor:
+        """A group is a channel."""
+        return channels
+
+    def rows_of(self, channels: Tensor) -> Tensor:
+        """Rows of the input projections that belong to `channels` ([E, k] int64): [E, parts * k] int64."""
+        if self.interleaved:
+            return (channels[..., None] * self.parts + torch.arange(self.parts)).flatten(1)
+        return torch.cat([channels + part * self.channels for part in range(self.parts)], 1)
 
     @torch.no_grad()
     def mask(self, kept: Tensor) -> None:
@@ -153,40 +228,87 @@ class ExpertsBlock(Block):
             yield Cut(f"{self.gate_up.name}_bias", 1, rows)
         yield Cut(self.down.name, self.down.columns, channels)
 
-    def run_by(self, product: Product) -> AbstractContextManager[None]:
-        """Inside the context the experts' module computes expert by expert, as `run` does."""
-        return forward_replaced(self.module, partial(self.run, product))
 
-    def run(self, product: Product, hidden: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
-        """What the experts' module computes, expert by expert: [S, H], differentiable.
+@dataclass(frozen=True)
+class WholeExperts(ExpertsBlock):
+    """A layer's experts as wholes: group e is expert e with its row of the router, and what else is its own there."""
 
-        Args:
-            product: computes every product with an expert's weight.
-            hidden: [S, H], the tokens.
-            chosen: [S, K] int64, the experts of each token.
-            routing: [S, K], their factors.
+    router: Router
+
+    @property
+    def sets(self) -> int:
+        """The groups that the router divides its experts into."""
+        return self.router.sets
+
+    @property
+    def least(self) -> int:
+        """Of each set, so many that every token still gets as many experts as before."""
+        return self.router.least
+
+    def groups_of(self, expert: int) -> slice:
+        """Itself."""
+        return slice(expert, expert + 1)
+
+    def fold_channels(self, channels: Tensor) -> Tensor:
+        """All channels are one group's."""
+        return channels.sum(-1, keepdim=True)
+
+    def weights(self) -> Iterator[tuple[str, int]]:
+        """The two three-dimensional parameters, and the router's."""
+        yield from super().weights()
+        yield self.router.path, self.router.weight.numel()
+
+    def output_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The output projection's weights and biases."""
+        yield from super().output_parameters()
+        if self.down.bias is not None:
+            yield f"{self.down.name}_bias", self.down.bias
+
+    @torch.no_grad()
+    def mask(self, kept: Tensor) -> None:
+        """Zero what the experts that go write. Tokens are still sent to them; `masked` sends them elsewhere."""
+        gone = ~kept.to(self.down.parameter.device)
+        for _, parameter in self.output_parameters():
+            parameter[gone] = 0.0
+
+    @contextmanager
+    def masked(self, kept: Tensor) -> Iterator[None]:
+        """Inside the context no token is sent to the experts that are not kept: their logits are -inf."""
+
+        def logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            found = F.linear(x, weight, bias)
+            return found.masked_fill(~kept.to(found.device), -torch.inf)
+
+        with values_restored(self.router.corrections), self.router.logits_by(logits):
+            with torch.no_grad():
+                for correction in self.router.corrections:
+                    correction.masked_fill_(~kept.to(correction.device), -torch.inf)
+            yield
+
+    def cuts(self, groups: Tensor) -> Iterator[Cut]:
+        """Entries of everything that the experts and the router have by expert.
+
+        Raises:
+            ValueError: too few experts stay, or the router's sets do not keep equally many each.
         """
-        module: Any = self.module
-        total = torch.zeros_like(hidden)
-        for expert in range(self.experts):
-            tokens, slots = (chosen == expert).nonzero(as_tuple=True)
-            if not len(tokens):
-                continue
-            x = hidden[tokens]
-            rows = self._by(product, tokens, self.gate_up, expert, x)
-            z = module._apply_gate(rows) if self.parts == 2 else module.act_fn(rows)
-            y = self._by(product, tokens, self.down, expert, z)
-            total = total.index_add(0, tokens, (y * routing[tokens, slots, None]).to(total.dtype))
-        return total
-
-    @staticmethod
-    def _by(product: Product, tokens: Tensor, projection: ExpertProjection, expert: int, x: Tensor) -> Tensor:
-        return product(tokens, projection.name, expert, x, projection.weight(expert), projection.bias_of(expert))
+        size = self.groups // self.sets
+        kept = torch.bincount(groups // size, minlength=self.sets)
+        if int(kept.min()) != int(kept.max()) or int(kept.min()) < self.least:
+            within = "" if self.sets == 1 else f" of each of the router's {self.sets} sets"
+            raise ValueError(
+                f"masks: layer {self.layer} keeps {int(kept.min())} to {int(kept.max())} experts{within}; the same "
+                f"number has to stay everywhere, and at least {self.least}"
+            )
+        for name, tensor in named_tensors(self.module):
+            if tensor.ndim and tensor.shape[0] == self.experts:
+                yield Cut(f"experts.{name}", 0, groups)
+        for name, dim in self.router.by_expert:
+            yield Cut(name, dim, groups)
 
 
-def plain_product(_tokens: Tensor, _name: str, _expert: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def plain_product(routed: Routed, projection: ExpertProjection, x: Tensor) -> Tensor:
     """The product of an expert's projection, as it is."""
-    return F.linear(x, weight, bias)
+    return projection.product(routed, x)
 
 
 def find_experts(layer: nn.Module, index: int, kind: Kind) -> ExpertsBlock | str:
@@ -198,34 +320,30 @@ def find_experts(layer: nn.Module, index: int, kind: Kind) -> ExpertsBlock | str
     found = _experts_in(layer)
     if found is None:
         return NO_EXPERTS
-    path, parent, module = found
+    place, parent, module = found
     if getattr(module, "has_post_expert_norm", True):
-        return f"{path} is of a form that is not known"
+        return f"{place}.experts is of a form that is not known"
     parts = 2 if module.has_gate else 1
     gate_up = _projection(module, "gate_up_proj" if parts == 2 else "up_proj", index)
     down = _projection(module, "down_proj", index)
     if gate_up is None or down is None:
-        return f"{path} has no known set of projections"
+        return f"{place}.experts has no known set of projections"
     experts, outputs, channels = len(down.parameter), *down.weight(0).shape
     if gate_up.parameter.shape[gate_up.rows] != parts * channels or len(gate_up.parameter) != experts:
-        return f"{path}: its projections do not fit together"
+        return f"{place}.experts: its projections do not fit together"
     adds, writer = added(layer, module, "mlp")
-    cost = parts * (gate_up.weight(0).shape[1] + (gate_up.bias is not None)) + outputs
-    return ExpertsBlock(
-        kind=kind,
-        layer=index,
-        path=path,
-        module=module,
-        groups=experts * channels,
-        cost=cost,
-        adds=adds,
-        writer=writer,
-        gate_up=gate_up,
-        down=down,
-        parts=parts,
-        interleaved=not module.is_concatenated,
-        parent=parent,
-    )
+    shared: dict[str, Any] = {
+        "kind": kind, "layer": index, "path": place, "module": module, "adds": adds, "writer": writer,
+        "gate_up": gate_up, "down": down, "parts": parts, "interleaved": not module.is_concatenated, "parent": parent,
+    }  # fmt: skip
+    if kind.name == "expert_channels":
+        cost = parts * (gate_up.weight(0).shape[1] + (gate_up.bias is not None)) + outputs
+        return ExpertChannels(**shared, groups=experts * channels, cost=cost)
+    router = find_router(parent, module, experts)
+    if isinstance(router, str):
+        return f"{place}: {router}"
+    own = sum(parameter.numel() for parameter in module.parameters() if len(parameter) == experts)
+    return WholeExperts(**shared, groups=experts, cost=(own + router.parameters) // experts, router=router)
 
 
 def has_experts(layer: nn.Module) -> bool:
@@ -233,13 +351,21 @@ def has_experts(layer: nn.Module) -> bool:
     return _experts_in(layer) is not None
 
 
+def _routed(chosen: Tensor, routing: Tensor, experts: int) -> Routed:
+    """chosen: [S, K] int64, numbers of experts, of which those from `experts` on are none; routing: [S, K]."""
+    flat = chosen.flatten()
+    counts = torch.bincount(flat, minlength=experts)[:experts].tolist()
+    rows = flat.argsort(stable=True)[: sum(counts)]
+    return Routed(rows // chosen.shape[1], routing.flatten()[rows], tuple(counts))
+
+
 def _experts_in(layer: nn.Module) -> tuple[str, nn.Module, Any] | None:
-    """Path of the experts' module in a decoder layer, the module that calls it, and it."""
+    """Attribute of the module of a decoder layer that calls the experts' module, it, and the experts' module."""
     for place in _PLACES:
         parent = getattr(layer, place, None)
         module = getattr(parent, "experts", None)
         if isinstance(parent, nn.Module) and isinstance(module, nn.Module):
-            return f"{place}.experts", parent, module
+            return place, parent, module
     return None
 
 
@@ -254,4 +380,4 @@ def _projection(module: nn.Module, name: str, layer: int) -> ExpertProjection | 
             "(load the model unquantised)"
         )
     transposed = bool(getattr(module, "is_transposed", False))
-    return ExpertProjection(name, parameter, bias if isinstance(bias, nn.Parameter) else None, transposed)
+    return ExpertProjection(f"experts.{name}", parameter, bias if isinstance(bias, nn.Parameter) else None, transposed)

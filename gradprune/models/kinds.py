@@ -16,6 +16,7 @@ class Kind:
     rounded: `round_to` applies to the number of groups a block keeps.
     factor: the option that multiplies the scores of its groups; None where there is none.
     optional: most models have no block of it, which goes without saying.
+    default: pruned unless `prune_kinds` says otherwise.
     multiple: a block keeps a multiple of this many groups, if it has one.
     """
 
@@ -26,6 +27,7 @@ class Kind:
     rounded: bool = False
     factor: str | None = None
     optional: bool = False
+    default: bool = True
     multiple: int = 1
 
 
@@ -42,10 +44,12 @@ KINDS: tuple[Kind, ...] = (
         optional=True,
         multiple=8,
     ),
+    Kind("experts", "experts", "experts (whole)", "experts", optional=True, default=False),
 )
 """In the order in which a decoder layer's blocks add to the residual stream; `GroupTable.kind` indexes it."""
 
 KIND_NAMES: tuple[str, ...] = tuple(kind.name for kind in KINDS)
+DEFAULT_KINDS: tuple[str, ...] = tuple(kind.name for kind in KINDS if kind.default)
 
 
 def shown_kinds(names: Iterable[str]) -> tuple[Kind, ...]:

@@ -10,7 +10,7 @@ AutoConfig and AutoModel work in the same way. Every causal LM of transformers h
 `config.json` uses transformers' `per_layer_config`, which maps a layer's index to the values that differ from the
 model's global ones: `num_key_value_heads`; `num_attention_heads` (where it is left out, `num_key_value_heads` times the
 model's ratio); the MLP's `intermediate_size`, or what the architecture calls it; the experts'
-`moe_intermediate_size`, where they have a width of their own; and `skip`, the names of the blocks
+`moe_intermediate_size`, where they have a width of their own, and their number; and `skip`, the names of the blocks
 ("attention", "mlp") that are gone, past which the residual stream is unchanged.
 """
 
@@ -39,6 +39,8 @@ WIDTHS = ("intermediate_size", "ffn_hidden_size")
 """What configurations call an MLP's number of channels."""
 EXPERT_WIDTHS = ("moe_intermediate_size", *WIDTHS)
 """What they call that of each expert; the first that is there."""
+EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+"""What they call the number of routed experts; the first that is there."""
 
 # A layer's norms, and by kind of block those before it and those behind it, which go with the block. Where two blocks
 # share a norm, or the norms are others, they stay.
@@ -244,7 +246,7 @@ def per_layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
 
 def check_overrides(layers: dict[int, dict[str, Any]]) -> None:
     """Refuse overrides that `PerLayerWidths` does not apply: ignoring them would load a different model."""
-    known = {*KV_HEADS, "num_attention_heads", *EXPERT_WIDTHS, "skip"}
+    known = {*KV_HEADS, "num_attention_heads", *EXPERT_WIDTHS, *EXPERTS, "skip"}
     for index, overrides in layers.items():
         if unknown := sorted(set(overrides) - known) or sorted(set(overrides.get("skip", ())) - set(PLACES)):
             raise ValueError(
@@ -319,7 +321,7 @@ def build_layer(stock: Any, dense: PreTrainedConfig, overrides: dict[str, Any], 
         layer = None
     if layer is not None and (not overrides or _heads_fit(layer, config, dense)):
         return layer
-    kept = {name: value for name, value in overrides.items() if name in EXPERT_WIDTHS}
+    kept = {name: value for name, value in overrides.items() if name in (*EXPERT_WIDTHS, *EXPERTS)}
     layer = type(stock)(resolve_layer_config(dense, kept), index)
     place = place_of(layer, "attention")
     setattr(layer, place, _narrow_attention(stock, config, head_dim(dense), index))

@@ -14,11 +14,11 @@ from gradprune.models.widths import state_widths
 def narrow(view: PrunableModel, masks: GroupMasks) -> None:
     """Remove the groups that `masks` does not keep, layer by layer; a block that keeps none is dropped with its norms.
 
-    The view is stale afterwards.
+    Blocks without a mask stay as they are. The view is stale afterwards.
     """
     kinds = {key.kind for key in (*(block.key for block in view.blocks), *view.dropped)}
     # All before the first change, because masks of experts can be refused.
-    cuts = [(block, _cuts(block, masks[block])) for block in view.blocks]
+    cuts = [(block, _cuts(block, masks[block])) for block in view.blocks if block in masks]
     for block, of_block in cuts:
         if of_block is None:
             drop_block(view.layers[block.layer], block.kind.name)
@@ -36,11 +36,12 @@ def _cuts(block: Block, kept: Tensor) -> list[Cut] | None:
 
 
 def _select(view: PrunableModel, block: Block, cut: Cut) -> None:
-    """Keep only what `cut` says of a parameter of the block."""
+    """Keep only what `cut` says of a parameter or buffer of the block."""
     owner, _, name = cut.path.rpartition(".")
-    module = block.module.get_submodule(owner)
-    old = module.get_parameter(name)
-    setattr(module, name, parameter_like(old, selected(old, cut)))
+    module = view.layers[block.layer].get_submodule(f"{block.path}.{owner}".removesuffix("."))
+    old: Tensor = getattr(module, name)
+    new = selected(old, cut)
+    setattr(module, name, parameter_like(old, new) if isinstance(old, nn.Parameter) else new)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     if view.residency is not None:

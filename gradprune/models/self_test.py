@@ -1,9 +1,9 @@
 """The self-test of an architecture: is masking a group of a model the same as cutting it?
 
 On a tiny random model of the architecture's own configuration, for each kind of block: half of the groups, and one
-block whole, are masked (the output projection's columns are zeroed) and cut. The logits must be equal, generation with
-a cache must agree, and a model built anew from the configuration that cutting wrote must load the weights and compute
-the same. What scales with a width, or is a norm over all heads, fails.
+block whole, are masked (the output projection's columns are zeroed; to an expert that goes no token is sent) and cut.
+The logits must be equal, generation with a cache must agree, and a model built anew from the configuration that cutting
+wrote must load the weights and compute the same. What scales with a width, or is a norm over all heads, fails.
 """
 
 import copy
@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gradprune.errors import one_line
 from gradprune.models.blocks import LinearBlock, PrunableModel
 from gradprune.models.experts import ExpertsBlock, plain_product
+from gradprune.models.kinds import KIND_NAMES
 from gradprune.models.loss import sample_losses
 from gradprune.models.masks import GroupMasks
 from gradprune.models.modeling_gradprune import class_names
@@ -93,7 +94,7 @@ def _tested(given: _Keyed) -> SelfTest:
     with quiet():
         try:
             model = tiny_model(given.config, given.model_class)
-            view = view_of(model)
+            view = view_of(model, KIND_NAMES)
             refused = missing_kinds(model)
             _check_loss(model)
         except Exception as error:  # whatever an unknown architecture raises refuses it
@@ -135,7 +136,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 def _by_experts(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The logits when experts compute as they do in calibration."""
     with ExitStack() as stack:
-        for block in view_of(model).blocks:
+        for block in view_of(model, KIND_NAMES).blocks:
             if isinstance(block, ExpertsBlock):
                 stack.enter_context(block.run_by(plain_product))
         return _logits(model, ids)
@@ -163,12 +164,12 @@ def _fault(model: PreTrainedModel, kind: str) -> str | None:
         cut = copy.deepcopy(model)
         view = view_of(cut, [kind])
         masks = _masks(view)
-        expected = copy.deepcopy(model)
-        _mask(view_of(expected, [kind]), masks)
         narrow(view, masks)
         ids = _ids(model)
-        wanted = _logits(expected, ids)
-        if _differ(_by_experts(expected, ids), wanted):
+        expected = copy.deepcopy(model)
+        with _masked(view_of(expected, [kind]), masks):
+            wanted, by_experts = _logits(expected, ids), _by_experts(expected, ids)
+        if _differ(by_experts, wanted):
             return "its experts compute something else than the expert-by-expert form of them"
         if not _differ(wanted, _logits(model, ids)):
             return "masking its groups changes nothing"
@@ -199,14 +200,18 @@ def _masks(view: PrunableModel) -> GroupMasks:
     return GroupMasks(masks, len(view.layers))
 
 
-@torch.no_grad()
-def _mask(view: PrunableModel, masks: GroupMasks) -> None:
-    for block in view.blocks:
-        block.mask(masks[block])
-        if block.writer is not block.module and not masks[block].any():
-            # A norm with a bias would still write.
-            for parameter in block.writer.parameters():
-                parameter.zero_()
+@contextmanager
+def _masked(view: PrunableModel, masks: GroupMasks) -> Iterator[None]:
+    """Inside the context the model computes what it would without the groups that go."""
+    with ExitStack() as stack:
+        for block in view.blocks:
+            stack.enter_context(block.masked(masks[block]))
+            if block.writer is not block.module and not masks[block].any():
+                # A norm with a bias would still write.
+                with torch.no_grad():
+                    for parameter in block.writer.parameters():
+                        parameter.zero_()
+        yield
 
 
 def _differ(found: Tensor, expected: Tensor) -> bool:

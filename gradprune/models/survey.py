@@ -41,10 +41,12 @@ def support(architecture: str) -> Support:
     """One architecture, a `config.model_type`, by its default configuration."""
     if architecture in TESTED:
         complete = {"attention", "mlp"} <= set(TESTED[architecture])
-        whole = {} if complete else _tested(architecture).refused
+        # Some default configurations describe no model.
+        found = {} if complete else _tested(architecture).refused
+        whole = {kind: reason for kind, reason in found.items() if kind != "model"}
         return Support(architecture, "tested", TESTED[architecture], whole)
-    found = _tested(architecture)
-    return Support(architecture, "self-test" if found.accepted else "refused", found.accepted, found.refused)
+    result = _tested(architecture)
+    return Support(architecture, "self-test" if result.accepted else "refused", result.accepted, result.refused)
 
 
 def _tested(architecture: str) -> SelfTest:
@@ -66,9 +68,9 @@ All causal LMs of transformers {transformers.__version__}, as `gradprune info --
 test suite prunes, saves and reloads them. *self-test*: pruned where a tiny random model of the given configuration
 passes *masked = cut*, as that of the default configuration did here. *refused*: not pruned, with what failed.
 Here {counts["tested"]} are tested, {counts["self-test"]} pass the self-test, {counts["refused"]} are refused.
-Of a mixture of experts, channels of the routed experts are pruned, equally many in every expert of every layer, beside
-attention and the MLPs of layers without experts; the result is always a plain checkpoint.
-Shared experts are left whole.
+Of a mixture of experts, channels of the routed experts are pruned, equally many in every expert of every layer, or,
+with `--prune_kinds`, whole experts, equally many in every layer, beside attention and the MLPs of layers without
+experts; the result is always a plain checkpoint. Shared experts are left whole.
 
 | architecture | status | pruned | left whole or refused because |
 |---|---|---|---|

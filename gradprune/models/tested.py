@@ -1,6 +1,7 @@
 """The architectures that the test suite prunes, saves and reloads, with the kinds of blocks that it prunes there."""
 
 _BOTH = ("attention", "mlp")
+_EXPERTS = ("expert_channels", "experts")
 
 TESTED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
@@ -37,9 +38,12 @@ TESTED: dict[str, tuple[str, ...]] = {
     ),
     # Their norms of queries and keys span all heads.
     **dict.fromkeys(("olmo2", "olmo3"), ("mlp",)),
-    **dict.fromkeys(("gpt_oss", "mixtral"), ("attention", "expert_channels")),
-    "qwen3_moe": (*_BOTH, "expert_channels"),
-    "olmoe": ("expert_channels",),
+    **dict.fromkeys(("gpt_oss", "mixtral"), ("attention", *_EXPERTS)),
+    "qwen3_moe": (*_BOTH, *_EXPERTS),
+    "olmoe": _EXPERTS,
+    # Their shared experts are as wide as the routed ones.
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), ("mlp", "experts")),
+    "glm4_moe": (*_BOTH, "experts"),
 }
 """By `config.model_type`. A kind that is not named is left whole."""
 

@@ -9,14 +9,14 @@ from gradprune.errors import UnsupportedArchitectureError
 from gradprune.models.blocks import Block, PrunableModel
 from gradprune.models.experts import NO_EXPERTS, find_experts
 from gradprune.models.inspection import find_block
-from gradprune.models.kinds import KIND_NAMES, KINDS, BlockKey, Kind
+from gradprune.models.kinds import DEFAULT_KINDS, KINDS, BlockKey, Kind
 from gradprune.models.modeling_gradprune import DroppedAttention, DroppedMLP, decoder_layers, place_of
 
 # By name, because a model loaded by remote code has classes of its own.
 _DROPPED = (DroppedAttention.__name__, DroppedMLP.__name__)
 
 
-def view_of(model: PreTrainedModel, kinds: Collection[str] = KIND_NAMES) -> PrunableModel:
+def view_of(model: PreTrainedModel, kinds: Collection[str] = DEFAULT_KINDS) -> PrunableModel:
     """The blocks of those kinds; layers that have none, or none that is known, are passed over.
 
     Raises:

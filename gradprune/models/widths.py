@@ -1,7 +1,7 @@
 """A model's configuration says how wide its blocks are: which widths it can say, and making it agree with the weights.
 
 Attention's widths are numbers of heads: KV heads, and query heads at the model's fixed ratio. An MLP's is its number of
-channels.
+channels, and so is that of each expert; where experts go as wholes, their number is stated.
 """
 
 import copy
@@ -12,8 +12,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from gradprune.models.blocks import Block, LinearBlock, PrunableModel
+from gradprune.models.experts import ExpertChannels
 from gradprune.models.modeling_gradprune import (
     EXPERT_WIDTHS,
+    EXPERTS,
     KV_HEADS,
     WIDTHS,
     auto_map,
@@ -31,13 +33,21 @@ _UNTOUCHED = ("training", "layer_idx")
 
 
 def plain_widths(view: PrunableModel) -> dict[str, frozenset[int]]:
-    """By kind, the numbers of groups that all blocks of a plain checkpoint of this architecture may have.
+    """By kind, the numbers of groups that all blocks' sets of a plain checkpoint of this architecture may have.
 
     Kinds that accept any number are left out.
     """
+    found = {
+        block.kind.name: frozenset(range(block.least, block.groups // block.sets + 1))
+        for block in view.blocks
+        if block.least > 1
+    }
     first = _attention(view)
-    if first is None:
-        return {}
+    return found if first is None else found | _attention_widths(view, first)
+
+
+def _attention_widths(view: PrunableModel, first: LinearBlock) -> dict[str, frozenset[int]]:
+    """`plain_widths` of attention, of which `first` is a block."""
     dense = homogeneous(view.model.config)
     dense.__class__ = stock_class(type(dense))
     _state_head_dim(dense, first)
@@ -96,8 +106,8 @@ def _attention(view: PrunableModel) -> LinearBlock | None:
 
 
 def _width_of(block: Block) -> int:
-    """The number that a configuration states for a block: groups, of experts those of each."""
-    return block.groups // block.sets
+    """The number that a configuration states for a block: groups, or the channels of each expert."""
+    return block.channels if isinstance(block, ExpertChannels) else block.groups
 
 
 def _state_head_dim(config: PreTrainedConfig, attention: LinearBlock | None) -> None:
@@ -109,7 +119,7 @@ def _state_head_dim(config: PreTrainedConfig, attention: LinearBlock | None) -> 
 def _own_widths(config: PreTrainedConfig, groups: dict[str, int], attention: LinearBlock | None) -> dict[str, int]:
     """What the configuration calls the widths of blocks, by the names of their kinds, and the values.
 
-    groups: of each block; of experts, those of each expert.
+    groups: of each block; of experts' channels, those of each expert.
     """
     stated: dict[str, int] = {}
     if "attention" in groups and attention is not None:
@@ -120,6 +130,8 @@ def _own_widths(config: PreTrainedConfig, groups: dict[str, int], attention: Lin
         stated[name] = groups["mlp"]
     if "expert_channels" in groups and (name := name_in(config, EXPERT_WIDTHS)) is not None:
         stated[name] = groups["expert_channels"]
+    if "experts" in groups and (name := name_in(config, EXPERTS)) is not None:
+        stated[name] = groups["experts"]
     return stated
 
 

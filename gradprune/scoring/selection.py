@@ -96,18 +96,24 @@ def check_reachable(
 
 
 def _with_experts(table: GroupTable, constraints: Constraints) -> Constraints:
-    """The constraints as they hold for the model: experts keep the same width in all layers, so everything does.
+    """The constraints as they hold for the model: experts keep the same number and width in all layers.
+
+    So everything else keeps the same width in all layers, too.
 
     Raises:
         ConfigError: options that do not go with that.
     """
-    if not table.sets:
+    if not _has_experts(table):
         return constraints
     if constraints.epsilon > 0.0:
         raise ConfigError(
             f"epsilon: {constraints.epsilon:g} would drop layers, and those of a mixture of experts stay; leave it out"
         )
     return replace(constraints, uniform=True)
+
+
+def _has_experts(table: GroupTable) -> bool:
+    return any(KINDS[kind].optional for kind in np.unique(table.kind))
 
 
 def _take(
@@ -177,7 +183,7 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
         if not blocks:
             continue
         # In a mixture of experts some layers have experts and others an MLP.
-        if len(widths) != 1 or (of_kind != table.layers and not table.sets):
+        if len(widths) != 1 or (of_kind != table.layers and not _has_experts(table)):
             raise ConfigError(f"uniform: the layers of this model already differ in their {kind.name} widths: {widths}")
         width = widths[0]
         step = math.lcm(_step(kind.name, constraints), 1 if width % kind.multiple else kind.multiple)

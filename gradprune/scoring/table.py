@@ -24,8 +24,8 @@ class GroupTable:
     prior: float64, the H-GSP prior of the group's block or layer; NaN at temperature 0, which uses none.
     score: float64, importance / cost * modulation: what selection sorts by.
     layers: number of decoder layers of the model.
-    plain_widths: by kind, the numbers of kept groups that a plain checkpoint of the model's architecture can state; a
-        kind that is not there accepts any.
+    plain_widths: by kind, the numbers of groups that each set of a plain checkpoint of the model's architecture may
+        keep; a kind that is not there accepts any.
     sets: by kind, into how many parts a block's groups divide that must keep equally many, see `Block.sets`; kinds
         that have one part are left out.
     """

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gradprune.errors import UnsupportedArchitectureError
-from gradprune.models import PrunableModel, describe
+from gradprune.models import PrunableModel, whole_view
 from gradprune.models.masks import GroupMasks
 from gradprune.models.modeling_gradprune import class_names, stock_class
 from gradprune.models.narrow import narrow, parameter_like
@@ -20,7 +20,7 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
 
     Args:
         model: a supported causal LM, pruned before or not.
-        masks: what each block keeps.
+        masks: what each block keeps; blocks of a kind that they do not name stay as they are.
         inplace: cut `model` itself, layer by layer. Otherwise `model` is unchanged, and the result is a new model
             that shares memory with it for every tensor that was not cut.
 
@@ -34,7 +34,7 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
         ValueError: a mask's length is not its block's number of groups, or a block has no mask.
         UnsupportedArchitectureError: not the architecture's own causal LM class, or one that gradprune made of it.
     """
-    view = describe(model)
+    view = whole_view(model)
     check_class(model)
     _check_masks(view, masks)
     if view.residency is not None:
@@ -43,7 +43,7 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
         copied = _sharing_copy(model)
         if view.residency is not None:
             view.residency.copy_for(copied)
-        model, view = copied, describe(copied)
+        model, view = copied, whole_view(copied)
     narrow(view, masks)
     return model
 
@@ -71,8 +71,9 @@ def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _check_masks(view: PrunableModel, masks: GroupMasks) -> None:
-    expected = {block.key: block.groups for block in view.blocks}
     given = {key: len(masks[key]) for key in masks}
+    kinds = {key.kind for key in given}
+    expected = {block.key: block.groups for block in view.blocks if block.kind.name in kinds}
     for key in sorted(expected.keys() | given.keys()):
         if expected.get(key, 0) != given.get(key, 0):
             raise ValueError(

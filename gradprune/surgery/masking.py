@@ -3,14 +3,14 @@
 Zeroing a group's columns of the output projection has the same effect as cutting the group.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 
-import torch
 from torch import Tensor, nn
 
 from gradprune.models import Block, PrunableModel
 from gradprune.models.masks import GroupMasks
+from gradprune.models.modes import values_restored
 from gradprune.models.streams import Streams
 
 
@@ -24,8 +24,9 @@ def masks_by_block(view: PrunableModel, masks: GroupMasks) -> Iterator[tuple[Blo
 def output_weights_restored(view: PrunableModel, masks: GroupMasks) -> Iterator[None]:
     """On exit, restore the output projections (weights and biases) of the blocks that `masks` prunes."""
     pruned = (block for block, kept in masks_by_block(view, masks) if not kept.all())
+    changed = (parameter for block in pruned for _, parameter in block.output_parameters())
     # A streamed model's weights are not changed in memory: others take their place.
-    with _restored(pruned) if view.residency is None else view.residency.restored():
+    with values_restored(changed) if view.residency is None else view.residency.restored():
         yield
 
 
@@ -41,23 +42,11 @@ def masked(view: PrunableModel, masks: GroupMasks) -> Iterator[None]:
 @contextmanager
 def masked_layer(view: PrunableModel, masks: GroupMasks, layer: int) -> Iterator[None]:
     """Inside the context a decoder layer, whose weights are in memory, computes what the cut one would."""
-    pruned = [block for block in view.of_layer(layer) if not masks[block].all()]
-    with _restored(pruned):
-        for block in pruned:
-            mask_output(block, masks[block])
+    with ExitStack() as stack:
+        for block in view.of_layer(layer):
+            if not masks[block].all():
+                stack.enter_context(block.masked(masks[block]))
         yield
-
-
-@contextmanager
-def _restored(blocks: Iterable[Block]) -> Iterator[None]:
-    """On exit, restore the output projections (weights and biases) of blocks in memory."""
-    saved = [(own, own.detach().clone()) for block in blocks for _, own in block.output_parameters()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, before in saved:
-                parameter.copy_(before)
 
 
 def masked_outputs(
@@ -73,8 +62,7 @@ def masked_outputs(
         streams, before, written: the batches, the stream before the layer, and what modules before the block write.
         block, kept: the block, and what it keeps: [groups] bool.
     """
-    with _restored([block] if not kept.all() else []):
-        mask_output(block, kept)
+    with nullcontext() if kept.all() else block.masked(kept):
         return [streams.block_output(block, batch, stream, written[batch]) for batch, stream in enumerate(before)]
 
 

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradprune.calibration.engine import ImportanceEngine, Scores
-from gradprune.config import GRADIENT_METHODS, METHODS
+from gradprune.config import GRADIENT_METHODS
 from gradprune.errors import BackendUnavailableError, ConfigError, GradPruneError, NonFiniteError
 from helpers.engine_runs import run_engine
 from helpers.oracle import oracle_layer_statistics, oracle_scores
-from helpers.tiny_models import ARCHITECTURE_NAMES, GQA_RATIOS, tiny_ids, tiny_model
+from helpers.tiny_models import ARCHITECTURE_NAMES, GQA_RATIOS, METHODS, tiny_ids, tiny_model
 
 
 def assert_scores_close(scores: Scores, expected, rtol: float) -> None:

@@ -7,13 +7,12 @@ import torch
 
 from gradprune import ImportanceEngine
 from gradprune.calibration.evidence import Evidence
-from gradprune.config import METHODS
 from gradprune.errors import ConfigError, GradPruneError
 from gradprune.models import describe
 from helpers.engine_runs import run_engine
 from helpers.flops import CountFlops
 from helpers.pipeline_runs import run
-from helpers.tiny_models import tiny_ids, tiny_model
+from helpers.tiny_models import METHODS, tiny_ids, tiny_model
 
 HOLDS = {
     "magnitude": ["magnitude"],

@@ -7,11 +7,10 @@ import torch
 
 from gradprune.calibration.engine import ImportanceEngine
 from gradprune.calibration.priors import removal_priors, similarity_priors
-from gradprune.config import METHODS
 from gradprune.errors import ConfigError, NonFiniteError
 from gradprune.models import describe
 from helpers.streaming import both, saved
-from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
+from helpers.tiny_models import ARCHITECTURE_NAMES, METHODS, tiny_ids, tiny_model
 
 
 def evidence(model, batches, method="obs", waves=None):

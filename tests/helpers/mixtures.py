@@ -19,6 +19,27 @@ MIXTURES: dict[str, dict[str, object]] = {
     "olmoe": {"num_experts": EXPERTS},
     "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": CHANNELS, "mlp_only_layers": []},
 }
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 4,
+}
+_SHARED = {"n_routed_experts": EXPERTS, "moe_intermediate_size": CHANNELS, "n_shared_experts": 1, "n_group": 1}
+# Those with shared experts beside the routed ones.
+WITH_SHARED: dict[str, dict[str, object]] = {
+    "deepseek_v2": {
+        **(_LATENT | _SHARED),
+        "first_k_dense_replace": 0,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v3": {**(_LATENT | _SHARED), "first_k_dense_replace": 0, "topk_group": 1},
+    "glm4_moe": {**_SHARED, "first_k_dense_replace": 0, "topk_group": 1},
+}
 
 
 def tiny_mixture(architecture: str = "qwen3_moe", *, top_k: int = 2, **options: object):
@@ -37,7 +58,7 @@ def tiny_mixture(architecture: str = "qwen3_moe", *, top_k: int = 2, **options: 
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": None,
-        **MIXTURES[architecture],
+        **(MIXTURES | WITH_SHARED)[architecture],
         **options,
     }
     if architecture == "gpt_oss":
@@ -46,7 +67,11 @@ def tiny_mixture(architecture: str = "qwen3_moe", *, top_k: int = 2, **options: 
     # Grouped matrix products are not made for fp64.
     config._experts_implementation = "eager"
     torch.manual_seed(0)
-    return with_random_weights(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture])(config))
+    model = with_random_weights(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture])(config))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0.0, 0.1)
+    return model
 
 
 def experts_of(model):

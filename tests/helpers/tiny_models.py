@@ -15,6 +15,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from gradprune import config
+
+METHODS = tuple(method for method in config.METHODS if method != "reap")
+"""Those that score attention and MLPs."""
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
@@ -44,7 +48,7 @@ def tiny_model(
     """A random model in evaluation mode; head_dim * heads need not be the hidden size."""
     config_class, model_class = CLASSES[architecture]
     hidden = hidden if architecture != "llama" else hidden * kv_heads * ratio
-    config = config_class(
+    made = config_class(
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=channels,
@@ -61,7 +65,7 @@ def tiny_model(
         **overrides,
     )
     torch.manual_seed(seed)
-    model = model_class(config).to(dtype).eval()
+    model = model_class(made).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -18,7 +18,7 @@ from gradprune.surgery.cut import cut
 from gradprune.surgery.least_squares import least_squares
 from helpers.architectures import OPTIONS, random_masks_of, silenced, tiny
 from helpers.cut_models import TOLERANCE
-from helpers.mixtures import MIXTURES
+from helpers.mixtures import MIXTURES, WITH_SHARED
 from helpers.pipeline_runs import run
 from helpers.programs import run_program
 from helpers.tiny_models import CLASSES, tiny_ids
@@ -49,7 +49,7 @@ CASES = [(architecture, *shape) for architecture in OPTIONS for shape in shapes_
 
 
 def test_the_tested_list_is_what_is_tested_here_and_by_the_suite() -> None:
-    assert set(TESTED) == set(OPTIONS) | set(CLASSES) | set(MIXTURES)
+    assert set(TESTED) == set(OPTIONS) | set(CLASSES) | set(MIXTURES) | set(WITH_SHARED)
 
 
 @pytest.mark.parametrize(("architecture", "ratio", "head_dim"), CASES)

@@ -293,7 +293,7 @@ def test_from_the_command_line(
 
 def test_experts_whose_width_is_also_that_of_shared_experts_are_left_whole() -> None:
     found = self_test(Glm4MoeConfig(num_hidden_layers=3))
-    assert set(found.accepted) == {"attention", "mlp"}
+    assert set(found.accepted) == {"attention", "mlp", "experts"}
     assert "one width for these and for its shared experts" in found.refused["expert_channels"]
 
 
