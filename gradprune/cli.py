@@ -141,7 +141,7 @@ def demo(options: dict[str, Any]) -> None:
 
 @app.command(cls=StagedCommand)
 @takes(
-    *("base_model", "device", "dtype", "trust_remote_code", "stream_layers", "stream_memory"),
+    *("base_model", "device", "device_map", "dtype", "trust_remote_code", "stream_layers", "stream_memory"),
     *("dataset", "seq_len", "num_samples", "batch_size", "seed"),
     *("reduction", "backend", "use_gradient_checkpointing"),
     defaults={"seq_len": 256, "num_samples": 32},
@@ -169,7 +169,7 @@ def diagnose(options: dict[str, Any], as_json: AsJson = False) -> None:
 
 @app.command("eval", cls=StagedCommand)
 @takes(
-    *("device", "dtype", "trust_remote_code", "stream_layers", "stream_memory"),
+    *("device", "device_map", "dtype", "trust_remote_code", "stream_layers", "stream_memory"),
     *("dataset", "seq_len", "batch_size", "eval_samples", "tasks", "task_questions"),
     from_file=True,
 )
@@ -555,6 +555,8 @@ def _load(
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device_map is not None and current().world > 1:
+        raise ConfigError("device_map: one process uses all its devices; start it without torchrun")
     if device == "cuda" and current().world > 1:
         device = f"cuda:{current().local}"
     try:
@@ -570,6 +572,7 @@ def _load(
             path,
             dtype=config.dtype,
             device=device,
+            device_map=config.device_map,
             trust_remote_code=config.trust_remote_code,
             stream_layers=config.stream_layers if streams else "off",
             stream_memory=config.stream_memory,

@@ -29,6 +29,7 @@ from gradprune.memory import memory_advice
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
 from gradprune.models.modes import evaluation_mode
+from gradprune.models.placement import check_placement
 from gradprune.ops.dispatch import select_ops
 from gradprune.progress import QUIET, Clock
 from gradprune.ranks import ALONE, Ranks
@@ -171,6 +172,7 @@ def _start(
 ) -> Run:
     """The run of the first of `configs`, which differ in ratio; raises what would fail only after calibration."""
     check_class(model)
+    check_placement(model)
     view, config = describe(model, configs[0].kinds).with_groups(), configs[0]
     check_context(model.config, config.seq_len)
     groups = empty_table(view)

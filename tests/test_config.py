@@ -43,13 +43,13 @@ OTHER = {
     "epsilon": 0.1, "repair": "none", "output_dir": "elsewhere", "output_name": "$name", "overwrite": True,
     "measure_speed": False, "in_place": True, "tasks": "piqa", "task_questions": 5, "checkpoint_every": 64,
     "resume": True, "serve": "hf", "tensor_parallel": 2, "prompts": "prompts.txt", "generations": False,
-    "stream_layers": "off", "stream_memory": "2GiB",
+    "device_map": "auto", "stream_layers": "off", "stream_memory": "2GiB",
 }  # fmt: skip
 
 
 def other(**changes) -> PruneConfig:
     # These contradict others.
-    return PruneConfig(**{**OTHER, "uniform": False, "tensor_parallel": 1, **changes})
+    return PruneConfig(**{**OTHER, "device_map": None, "uniform": False, "tensor_parallel": 1, **changes})
 
 
 def test_the_parts_hold_every_option_once() -> None:

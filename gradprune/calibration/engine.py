@@ -41,6 +41,7 @@ from gradprune.models.backward import backpropagated, deterministic_attention, l
 from gradprune.models.loss import sample_losses
 from gradprune.models.modes import evaluation_mode
 from gradprune.models.passes import backward_by_layers, waves
+from gradprune.models.placement import check_placement
 from gradprune.ops.dispatch import select_ops
 from gradprune.ops.vectors import GradientStatistics
 from gradprune.ranks import ALONE, Ranks
@@ -106,8 +107,8 @@ class ImportanceEngine:
 
         Raises:
             UnsupportedArchitectureError: the model has no description, or is no causal LM.
-            ConfigError: unknown method, reduction or fix; a model without weights (on the meta device); "batch" with a
-                streamed model; `kinds` that the model has not, or the method does not score.
+            ConfigError: unknown method, reduction or fix; a model with weights that are on no device, or layers on
+                several; "batch" with a streamed model; `kinds` that the model has not, or the method does not score.
             BackendUnavailableError: the backend asked for by name cannot run on the model's device.
         """
         if method not in METHODS:
@@ -115,7 +116,7 @@ class ImportanceEngine:
         if reduction not in REDUCTIONS:
             raise ConfigError(f"reduction: '{reduction}' is unknown; choose one of {', '.join(REDUCTIONS)}")
         check_gradient_fix(gradient_fix)
-        _check_weights(model)
+        check_placement(model)
         if model.get_output_embeddings() is None:
             raise UnsupportedArchitectureError(
                 f"model: a {type(model).__name__} predicts no next token; load it with AutoModelForCausalLM"
@@ -144,7 +145,8 @@ class ImportanceEngine:
         ops = select_ops(backend, model.device.type)
         self.backend = ops.backend
         self._accumulators: dict[BlockKey, BlockAccumulator] = {
-            block.key: self._reduction.accumulator_of(block, ops, model.device) for block in self._view.blocks
+            block.key: self._reduction.accumulator_of(block, ops, self._view.device_of(block.layer))
+            for block in self._view.blocks
         }
         self._samples: list[Tensor] = []
         self._losses: list[Tensor] = []
@@ -580,12 +582,6 @@ def _depth_of_all_steps(method: Method, gradient_fix: str, weight_gradient_steps
 def _prefix(key: BlockKey) -> str:
     """Prefix of the names in a block's state."""
     return f"{key.layer}.{key.kind}."
-
-
-def _check_weights(model: PreTrainedModel) -> None:
-    """Refuse a model without weights."""
-    if model.device.type == "meta":
-        raise ConfigError("model: is on the meta device, where it has no weights; load it on a real device")
 
 
 def _on_device(input_ids: Tensor, device: torch.device) -> Tensor:

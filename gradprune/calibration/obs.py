@@ -88,7 +88,7 @@ def removal_costs(
                     path = removal_path(linear.weight, gram, block.output.columns, curvatures[block.key])
                     costs[block.key] = path.importance()
                     for batch, x in enumerate(inputs):
-                        written[batch][block.module] = linear(x.to(view.device)).to(streams.home)
+                        written[batch][block.module] = linear(x.to(linear.weight.device)).to(streams.home)
                 current = [streams.layer(layer, k, stream, written[k]) for k, stream in enumerate(current)]
     return costs
 

@@ -158,6 +158,7 @@ class _ResidualProbe:
             assert self._stream is not None
             written = output[0] if isinstance(output, tuple) else output
             # Experts write the tokens of all samples in one row.
+            self._stream = self._stream.to(written.device)
             after = self._stream + (1.0 if block.adds is None else block.adds) * written.view_as(self._stream)
             self._add(block.key, self._stream, after)
             self._stream = after
@@ -172,6 +173,7 @@ class _ResidualProbe:
         return hook
 
     def _add(self, of: BlockKey | int, before: Tensor, after: Tensor) -> None:
-        cosine = F.cosine_similarity(before.double(), after.double(), dim=-1)
+        # A layer on another device than the one before it is given its input there, and moves it.
+        cosine = F.cosine_similarity(before.to(after.device).double(), after.double(), dim=-1)
         self._cosines[of] = self._cosines.get(of, torch.zeros((), device=cosine.device)) + cosine.sum()
         self._tokens[of] = self._tokens.get(of, 0) + cosine.numel()

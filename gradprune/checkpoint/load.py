@@ -21,13 +21,14 @@ from gradprune.checkpoint.files import check_floating, check_index
 from gradprune.checkpoint.gguf_source import find_gguf, plain_copy
 from gradprune.checkpoint.gguf_splitters import split_as_the_file_says
 from gradprune.checkpoint.streamed import EmptyModel, empty_model, local_folder, resolved_dtype, stored_weights
-from gradprune.config import PruneConfig, StreamLayers, bytes_of
+from gradprune.config import PruneConfig, StreamLayers, bytes_of, device_map_of
 from gradprune.errors import CheckpointError, ConfigError, GradPruneError, UnsupportedArchitectureError, one_line
 from gradprune.hub import hub_fault
 from gradprune.models import accepted_kinds
 from gradprune.models.experts import has_experts
 from gradprune.models.footprint import Job
 from gradprune.models.modeling_gradprune import auto_class, per_layer_overrides
+from gradprune.models.placement import check_placement
 from gradprune.models.sizes import ModelShape, free_memory, in_gib, model_shape
 from gradprune.models.view import layers_of
 
@@ -45,6 +46,7 @@ def load_model(
     *,
     dtype: str = "auto",
     device: str = "cpu",
+    device_map: str | None = None,
     trust_remote_code: bool = False,
     stream_layers: StreamLayers = "off",
     stream_memory: str = "4GiB",
@@ -59,6 +61,8 @@ def load_model(
         base_model: a folder, an id on the Hugging Face hub, or a GGUF file, see `gguf_source.find_gguf`.
         dtype: of the weights, e.g. "bfloat16"; "auto" keeps the checkpoint's, and is float32 for a GGUF file.
         device: where to put the model.
+        device_map: divide the layers over several devices instead: as in the options. accelerate moves what passes
+            between them.
         trust_remote_code: run code that the checkpoint brings.
         stream_layers: "on" leaves the decoder layers' weights in their files until they are needed, see
             `gradprune.models.residency`; "auto" does where `job` would hold more than what is free on the device.
@@ -71,11 +75,14 @@ def load_model(
 
     Raises:
         CheckpointError: missing, truncated or incomplete; has no safetensors; its tokenizer cannot be read.
-        ConfigError: stream_layers is "on" for a GGUF file.
+        ConfigError: stream_layers is "on" for a GGUF file; a GGUF file or stream_layers "on" with a device_map; the
+            devices of a device_map do not hold the model, or are not there; it divides a layer.
         UnsupportedArchitectureError: before any weight is read.
     """
     file = find_gguf(base_model)
     if file is not None:
+        if device_map is not None:
+            raise ConfigError(f"device_map: a GGUF file ('{file}') is loaded on one device; leave it out")
         if stream_layers == "on":
             raise ConfigError(
                 f"stream_layers: a GGUF file ('{file}') is dequantised as a whole; choose 'off', or name a folder with "
@@ -86,6 +93,9 @@ def load_model(
     source = {"trust_remote_code": trust_remote_code, "local_files_only": _only_cached(base_model)}
     config = _load_config(base_model, source, argument)
     _check_supported(base_model, config, argument)
+    if device_map is not None:
+        model = _mapped(base_model, config, dtype, source, argument, device_map)
+        return model, _load_tokenizer(base_model, source, argument)
     place = torch.device(device)
     if stream_layers == "auto":
         shape = _shape(base_model, config, dtype, source, argument)
@@ -190,8 +200,33 @@ def _config_class(base_model: str | Path, source: dict[str, bool]) -> Any:
     return pruned or AutoConfig
 
 
+def _mapped(
+    base_model: str | Path,
+    config: PreTrainedConfig,
+    dtype: str,
+    source: dict[str, bool],
+    argument: str,
+    device_map: str,
+) -> PreTrainedModel:
+    """The model on the devices of a map."""
+    try:
+        places = device_map_of(device_map)
+        for place in places.values() if isinstance(places, dict) else ():
+            torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device_map: '{place}' does not work here: {one_line(error)}") from error
+    model: PreTrainedModel = _load_weights(base_model, config, dtype, source, argument, device_map=places).eval()
+    check_placement(model)
+    return _aligned(model)
+
+
 def _load_weights(
-    base_model: str | Path, config: PreTrainedConfig, dtype: str, source: dict[str, bool], argument: str
+    base_model: str | Path,
+    config: PreTrainedConfig,
+    dtype: str,
+    source: dict[str, bool],
+    argument: str,
+    **placed: Any,
 ) -> Any:
     _check_weight_files(base_model, config, source, argument)
     if Path(base_model).is_dir():
@@ -200,6 +235,7 @@ def _load_weights(
     # transformers' annotation of from_pretrained does not know output_loading_info's pair.
     model_class: Any = auto_class(config.model_type, "AutoModelForCausalLM") if pruned else AutoModelForCausalLM
     options: dict[str, Any] = {"local_files_only": source["local_files_only"]} if pruned else dict(source)
+    options |= placed
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
     # Mismatches are collected and refused below: transformers' own error does not say which weight.
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}

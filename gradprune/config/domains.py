@@ -1,5 +1,6 @@
 """Domains: which values of its type an option takes, and in which words it refuses the others."""
 
+import json
 import math
 import re
 import unicodedata
@@ -95,6 +96,39 @@ def names_among(names: tuple[str, ...]) -> Domain:
         if unknown:
             return f"{unknown[0]!r} is unknown; give {words}"
         return f"{value!r} names one twice" if len(set(given)) < len(given) else None
+
+    return Domain(words, fault)
+
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def device_map_of(value: str) -> str | dict[str, str | int]:
+    """What transformers takes as `device_map`: one of `DEVICE_MAPS`, or JSON, devices by the modules' names.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value in DEVICE_MAPS:
+        return value
+    found = json.loads(value)
+    places = found.values() if isinstance(found, dict) else ()
+    # What would be left on disk is streamed.
+    if not places or not all(type(place) in (str, int) and place != "disk" for place in places):
+        raise ValueError(value)
+    return dict(found)
+
+
+def device_map() -> Domain:
+    """Text that says where modules go."""
+    words = f'one of {", ".join(DEVICE_MAPS)}, or JSON such as {{"model.embed_tokens": 0, "model.layers.0": 1}}'
+
+    def fault(value: str) -> str | None:
+        try:
+            device_map_of(value)
+        except (ValueError, RecursionError):
+            return f"{value!r} is not {words}"
+        return None
 
     return Domain(words, fault)
 

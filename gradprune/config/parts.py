@@ -7,7 +7,17 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from gradprune.config.domains import INT64_MAX, at_least, finite, folder_name, memory_size, names_among, numbers, path
+from gradprune.config.domains import (
+    INT64_MAX,
+    at_least,
+    device_map,
+    finite,
+    folder_name,
+    memory_size,
+    names_among,
+    numbers,
+    path,
+)
 from gradprune.config.gradient_fix import FIX_OR_CHAIN, GRADIENT_FIXES
 from gradprune.config.option import Options, option
 from gradprune.errors import ConfigError
@@ -54,6 +64,9 @@ class Model(Options):
         names_among(get_args(KindName)),
     )
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA if available.", path("a device of PyTorch"))
+    device_map: str | None = option(
+        None, "Divide the model's layers over several GPUs: auto, or JSON that maps modules to devices.", device_map()
+    )
     dtype: Dtype = option("auto", "Type of the weights; auto keeps the checkpoint's.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
     stream_layers: StreamLayers = option(
@@ -71,13 +84,19 @@ class Model(Options):
         return None if self.prune_kinds is None else tuple(self.prune_kinds.split(","))
 
     def check_together(self) -> None:
-        """An expert goes as a whole, or its channels do."""
+        """An expert goes as a whole, or its channels do; the layers' places are said once."""
         super().check_together()
         if {"experts", "expert_channels"} <= set(self.kinds or ()):
             raise ConfigError(
                 f"prune_kinds: '{self.prune_kinds}' names whole experts and their channels; prune one, and then the "
                 "result by the other"
             )
+        if self.device_map is None:
+            return
+        if self.device != "auto":
+            raise ConfigError(f"device: '{self.device}' is one device, but device_map names them all; leave it out")
+        if self.stream_layers == "on":
+            raise ConfigError("device_map: keeps all layers on the devices; with it stream_layers is 'auto' or 'off'")
 
 
 @dataclass(frozen=True)

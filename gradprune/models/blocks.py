@@ -292,8 +292,17 @@ class PrunableModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Where the model is; where it is spread over several devices, its embedding."""
         return self.model.device
+
+    @cached_property
+    def spread(self) -> bool:
+        """Whether the weights are on several devices."""
+        return self.residency is None and len({parameter.device for parameter in self.model.parameters()}) > 1
+
+    def device_of(self, layer: int) -> torch.device:
+        """Where a decoder layer runs."""
+        return next(self.layers[layer].parameters()).device if self.spread else self.device
 
     @property
     def residency(self) -> Residency | None:

@@ -43,8 +43,9 @@ def sample_losses(model: PreTrainedModel, input_ids: Tensor, chunk: int | None =
     """
     hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
     head = logits_of(model)
-    hidden, targets = hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    weight = model.get_output_embeddings().weight
+    hidden, targets = (x.to(weight.device) for x in (hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()))
+    vocabulary = weight.shape[0]
     chunk = chunk or max(MIN_TOKENS, (CUDA_LOGITS if hidden.is_cuda else LOGITS) // vocabulary)
     frozen = type(head) is nn.Linear and not any(weight.requires_grad for weight in head.parameters())
     if hidden.requires_grad and frozen:
@@ -85,7 +86,7 @@ def token_nll(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     """[K] negative log-likelihood of targets [K] given hidden states [K, H]."""
     logits = head(hidden)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits, targets, reduction="none")
+    return F.cross_entropy(logits, targets.to(logits.device), reduction="none")
 
 
 def times(dy: Tensor, weight: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ A decoder layer adds what its blocks write to the stream. Here a block is run up
 is then known for all batches; its output is computed from that with the caller's weights, and the rest of the layer
 runs with this output. So every module runs once per layer, and no weight of the model is touched.
 
-Where the model is streamed (see `gradprune.models.residency`), what is between its layers is kept in the host's memory,
-and one batch of it at a time is on the device.
+Where the model is streamed (see `gradprune.models.residency`) or spread over devices, what is between its layers is
+kept in the host's memory, and one batch of it at a time is on the layer's device.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ class Streams:
     def __init__(self, view: PrunableModel, batches: Sequence[Tensor]) -> None:
         """Record the arguments that the layers receive for batches of ids, [N, T] int64 each, without running them."""
         self._view = view
-        self.home = view.device if view.residency is None else torch.device("cpu")
+        self.home = torch.device("cpu") if view.spread or view.residency is not None else view.device
         self._batches = [batch.to(view.device) for batch in batches]
         self._returned = self._count_returned(self._batches[0][:1]) if self._batches else {}
         recorded = [self._record(batch) for batch in self._batches]
@@ -46,11 +46,11 @@ class Streams:
 
     def layer(self, layer: int, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
         """The stream [N, T, H] after a layer; the modules in `written` are not run, and write what is given."""
-        return self.on_device(layer, batch, stream.to(self._view.device), written).to(self.home)
+        return self.on_device(layer, batch, stream.to(self._view.device_of(layer)), written).to(self.home)
 
     def on_device(self, layer: int, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
         """`layer` of a stream that is on the device already; the result is there, too, and differentiable."""
-        with self._answering(written):
+        with self._answering(written, self._view.device_of(layer)):
             output = self._view.layers[layer](stream, **self._arguments[batch][layer])
         after: Tensor = output[0] if isinstance(output, tuple) else output
         return after
@@ -108,7 +108,7 @@ class Streams:
 
     def losses(self, batch: int, stream: Tensor) -> Tensor:
         """[N] each sample's loss, given the stream after the last layer, on the device; differentiable."""
-        with self._answering(dict.fromkeys(self._view.layers, stream)):
+        with self._answering(dict.fromkeys(self._view.layers, stream), self._view.device):
             return sample_losses(self._view.model, self._batches[batch])
 
     def _count_returned(self, ids: Tensor) -> dict[type[nn.Module], int]:
@@ -143,11 +143,11 @@ class Streams:
         return entered[0], arguments
 
     @contextmanager
-    def _answering(self, given: dict[nn.Module, Tensor]) -> Iterator[None]:
-        """Make modules return the given tensors without running."""
+    def _answering(self, given: dict[nn.Module, Tensor], device: torch.device) -> Iterator[None]:
+        """Make modules return the given tensors, on `device`, without running."""
         with ExitStack() as stack:
             for module, value in given.items():
-                answer = self._answer(module, value.to(self._view.device))
+                answer = self._answer(module, value.to(device))
                 stack.enter_context(forward_replaced(module, lambda *_args, _answer=answer, **_kwargs: _answer))
             yield
 

@@ -114,7 +114,7 @@ def test_a_model_that_predicts_no_token_is_refused() -> None:
 
 
 def test_a_model_without_weights_is_refused() -> None:
-    with pytest.raises(ConfigError, match="meta device"):
+    with pytest.raises(ConfigError, match="weights are on no device"):
         ImportanceEngine(tiny_model().to("meta"))
 
 

@@ -96,7 +96,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     monkeypatch.setattr("gradprune.calibration.engine.without_autocast", lambda _device: nullcontext())
     # transformers' one host read of a forward pass: whether several texts share a window.
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _positions: None)
-    monkeypatch.setattr("gradprune.calibration.engine._check_weights", lambda _model: None)
+    monkeypatch.setattr("gradprune.calibration.engine.check_placement", lambda _model: None)
     yield counted
 
 

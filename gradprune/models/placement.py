@@ -1,0 +1,34 @@
+"""Placement: a model whose layers are on several devices, each whole on one of them.
+
+accelerate's hooks take the residual stream from one to the next; see `device_map` in `gradprune.checkpoint.load`.
+"""
+
+from transformers import PreTrainedModel
+
+from gradprune.errors import ConfigError
+from gradprune.models.residency import residency_of
+from gradprune.models.view import layers_of
+
+
+def check_placement(model: PreTrainedModel) -> None:
+    """Refuse weights that are on no device, and decoder layers that are on more than one.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    if residency_of(model) is not None:
+        return
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent:
+        raise ConfigError(
+            f"model: {len(absent)} weights are on no device, first {absent[0]}: a device_map has left them in memory "
+            "or on disk, or the model was made on the meta device; load it on devices that hold it, or with "
+            "stream_layers 'on'"
+        )
+    for index, layer in enumerate(layers_of(model)):
+        devices = sorted({str(parameter.device) for parameter in layer.parameters()})
+        if len(devices) > 1:
+            raise ConfigError(
+                f"device_map: divides decoder layer {index} between {' and '.join(devices)}; each layer is to be whole "
+                "on one device"
+            )
