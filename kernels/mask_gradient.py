@@ -59,7 +59,7 @@ def _mask_gradient_kernel(
 
 
 def mask_gradient_triton(x: Tensor, dx: Tensor, config: MaskGradientConfig | None = None) -> tuple[Tensor, Tensor]:
-    """The sums over tokens of x dx by sample, and of x^2 over all samples.
+    """The sums over tokens of x dx and of x^2, by sample.
 
     Args:
         x: [N, T, I] fp32, bf16 or fp16, unit inner stride.
@@ -67,7 +67,7 @@ def mask_gradient_triton(x: Tensor, dx: Tensor, config: MaskGradientConfig | Non
         config: how the columns are cut up.
 
     Returns:
-        [N, I] and [I], fp32. Added in fixed order: the same bits every time.
+        [N, I] each, fp32. Added in fixed order: the same bits every time.
     """
     config = config or MaskGradientConfig()
     samples, tokens, width = x.shape
@@ -89,4 +89,4 @@ def mask_gradient_triton(x: Tensor, dx: Tensor, config: MaskGradientConfig | Non
                 BLOCK_I=config.BLOCK_I,
                 num_warps=config.num_warps,
             )
-    return gradient, square.sum(0)
+    return gradient, square

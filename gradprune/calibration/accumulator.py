@@ -20,6 +20,38 @@ from gradprune.ops.dispatch import ImportanceOps
 from gradprune.ops.vectors import GradientStatistics, ImportanceVectors
 
 
+class BlockSums:
+    """Sums over samples (or batches) of one block's group importances, fp64, as views of one tensor.
+
+    On a GPU each tensor would be a launch to zero, and another to add.
+
+    by_name: all of them. weights: [2, groups], `first` and `second`.
+    first: [groups], sum of |w g| over the group's elements, as far as it can be summed step by step.
+    second: [groups], sum of w^2 g^2 over the group's elements.
+    mask_square: [groups], sum of (sum of w g over the group's output columns)^2, the squared gradient of a
+        mask on the group.
+    input_square: [I], sum of x^2 at the output projection.
+    output_square: [], sum of dy^2 at the output projection, of each sample's own loss, where curvatures are collected.
+    """
+
+    def __init__(self, groups: int, width: int, device: torch.device, more: Sequence[str] = ()) -> None:
+        """Zeros, of so many groups and columns of the output projection; `more`: names of further sums, [groups]."""
+        of_groups = ("first", "second", "mask_square", *more)
+        self.whole = torch.zeros(len(of_groups) * groups + width + 1, dtype=torch.float64, device=device)
+        self.weights = self.whole[: 2 * groups].view(2, groups)
+        self.input_square, self.output_square = self.whole[-width - 1 : -1], self.whole[-1]
+        parts: tuple[Tensor, ...] = self.whole[: len(of_groups) * groups].view(-1, groups).unbind()
+        self.first, self.second, self.mask_square = parts[:3]
+        self.by_name = dict(zip(of_groups, parts, strict=True))
+        self.by_name |= {"input_square": self.input_square, "output_square": self.output_square}
+
+    def multiply(self, factor: float) -> None:
+        """As if the gradients had been multiplied by `factor`."""
+        self.first *= factor
+        for square in (self.second, self.mask_square, self.output_square):
+            square *= factor**2
+
+
 @dataclass
 class StepRecord:
     """What a block records of one step's gradients, in addition to its sums.
@@ -36,62 +68,54 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point in an accumulator's history: its sums by name, its number of tokens, and its number of steps."""
+    """A point in an accumulator's history: its sums, its number of tokens, and its number of steps."""
 
-    sums: dict[str, Tensor]
+    sums: Tensor
     tokens: int
     steps: int
 
 
 class BlockAccumulator(ABC):
-    """Sums over samples (or batches) of one block's group importances, and a record of each step.
+    """One block's sums, and a record of each step.
 
     A step's contributions stay pending until `commit`: a failed step is discarded as a whole, and the scale of a
     batch's gradients is known only once all layers' gradients are.
 
-    first: [groups], sum of |w g| over the group's elements, as far as it can be summed step by step.
-    second: [groups], sum of w^2 g^2 over the group's elements.
-    mask_square: [groups], sum of (sum of w g over the group's output columns)^2, the squared gradient of a
-        mask on the group.
-    output_square: [], sum of dy^2 at the output projection, of each sample's own loss.
-    input_square, tokens: [I] sum of x^2 at the output projection, and over how many tokens.
-    sums: the names of what is added over the steps.
+    sums: of the steps so far. tokens: over how many tokens `sums.input_square` is.
+    records: of the steps so far. pending: of the current step.
+    more_sums: the names of further sums over the steps, [groups].
     """
 
-    sums: tuple[str, ...] = ("first", "second", "mask_square", "input_square", "output_square")
+    more_sums: tuple[str, ...] = ()
 
-    def __init__(self, block: Block, ops: ImportanceOps, device: torch.device) -> None:
-        """Start at zero; `ops` computes the vectors of one weight's gradient on `device`."""
+    def __init__(self, block: Block, ops: ImportanceOps, device: torch.device, curvature: bool = False) -> None:
+        """Start at zero; `ops` computes the vectors of one weight's gradient on `device`.
+
+        curvature: collect what `gradprune.calibration.obs` needs of the gradients.
+        """
         self.block = block
         self.records: list[StepRecord] = []
         self._ops = ops
-        self.first = torch.zeros(block.groups, dtype=torch.float64, device=device)
-        self.second = torch.zeros_like(self.first)
-        self.mask_square = torch.zeros_like(self.first)
-        self.output_square = torch.zeros((), dtype=torch.float64, device=device)
-        self.input_square = torch.zeros(block.width, dtype=torch.float64, device=device)
+        self._curvature = curvature
+        self.sums = self._zeros(device)
         self.tokens = 0
         self.discard()
+
+    def _zeros(self, device: torch.device) -> BlockSums:
+        return BlockSums(self.block.groups, self.block.width, device, self.more_sums)
 
     def discard(self) -> None:
         """Drop the pending contributions of the current step."""
         self.pending = StepRecord()
-        groups, width = self.block.groups, len(self.input_square)
-        # One tensor, because on a GPU each would be a launch.
-        pending = torch.zeros(3 * groups + width + 1, dtype=torch.float64, device=self.first.device)
-        self._pending_sums = pending[: 3 * groups].view(3, groups)
-        self._pending_input_square = pending[3 * groups : -1]
-        self._pending_output_square = pending[-1]
+        self._added = self._zeros(self.sums.whole.device)
         self._pending_tokens = 0
 
     @torch.no_grad()
-    def divide(self, factor: float) -> None:
-        """The pending gradients are `factor` times too large; dividing by a power of two is exact."""
+    def finish(self, factor: float) -> None:
+        """The step's backward pass is over, and its gradients are `factor` times too large, a power of two."""
         if factor == 1.0:
             return
-        self._pending_sums[0] /= factor
-        self._pending_sums[1:] /= factor**2
-        self._pending_output_square /= factor**2
+        self._added.multiply(1.0 / factor)
         if self.pending.gate is not None:
             self.pending.gate /= factor
         for path, found in self.pending.statistics.items():
@@ -99,12 +123,9 @@ class BlockAccumulator(ABC):
 
     def commit(self, scale: float = 1.0) -> None:
         """Add the pending contributions, as if the step's gradients had been multiplied by `scale`."""
-        first, second, mask_square = self._pending_sums
-        self.first.add_(first, alpha=scale)
-        self.second.add_(second, alpha=scale**2)
-        self.mask_square.add_(mask_square, alpha=scale**2)
-        self.output_square.add_(self._pending_output_square, alpha=scale**2)
-        self.input_square += self._pending_input_square
+        if scale != 1.0:
+            self._added.multiply(scale)
+        self.sums.whole += self._added.whole
         self.tokens += self._pending_tokens
         self.pending.scale = scale
         self.records.append(self.pending)
@@ -112,20 +133,18 @@ class BlockAccumulator(ABC):
 
     def mark(self) -> "Mark":
         """What is committed so far, to go back to."""
-        sums = {name: getattr(self, name).clone() for name in self.sums}
-        return Mark(sums, self.tokens, len(self.records))
+        return Mark(self.sums.whole.clone(), self.tokens, len(self.records))
 
     def back_to(self, mark: "Mark") -> None:
         """Undo what was committed since `mark` was taken, and drop what is pending."""
-        for name, value in mark.sums.items():
-            setattr(self, name, value)
+        self.sums.whole.copy_(mark.sums)
         self.tokens = mark.tokens
         del self.records[mark.steps :]
         self.discard()
 
     def state(self) -> dict[str, Tensor]:
         """Everything committed so far, by name."""
-        state = {name: getattr(self, name) for name in self.sums}
+        state = {name: value.clone() for name, value in self.sums.by_name.items()}
         state["tokens"] = torch.tensor(self.tokens)
         state["scales"] = torch.tensor([record.scale for record in self.records], dtype=torch.float64)
         gates = [record.gate for record in self.records if record.gate is not None]
@@ -138,9 +157,9 @@ class BlockAccumulator(ABC):
 
     def restore(self, state: dict[str, Tensor], gradients: list[int]) -> None:
         """Resume from a `state`; `gradients`: the number of gradients in each step."""
-        device = self.first.device
-        for name in self.sums:
-            setattr(self, name, state[name].to(device))
+        device = self.sums.whole.device
+        for name, value in self.sums.by_name.items():
+            value.copy_(state[name])
         self.tokens = int(state["tokens"])
         prefix = "statistics."
         statistics = {
@@ -169,11 +188,11 @@ class BlockAccumulator(ABC):
         if name == "magnitude":
             return self._folded_weights(None)
         if name == "wanda":
-            return self._folded_weights((self.input_square / self.tokens).sqrt())
+            return self._folded_weights((self.sums.input_square / self.tokens).sqrt())
         if name == "group_fisher":
-            return self.mask_square / count
+            return self.sums.mask_square / count
         if name == "fisher":
-            return 0.5 * self.second / count
+            return 0.5 * self.sums.second / count
         return self._first_order(count)
 
     @abstractmethod
@@ -186,9 +205,24 @@ class BlockAccumulator(ABC):
 
 
 class LinearAccumulator(BlockAccumulator):
-    """A block of plain linear layers."""
+    """A block of plain linear layers, each of which is observed once a step."""
 
     block: LinearBlock
+
+    def discard(self) -> None:
+        """Drop the pending contributions of the current step."""
+        super().discard()
+        # For each weight its sums by group, [2, groups, rows or columns of a group].
+        self._pending_vectors: list[Tensor] = []
+
+    @torch.no_grad()
+    def finish(self, factor: float) -> None:
+        """The step's backward pass is over, and its gradients are `factor` times too large, a power of two."""
+        if self._pending_vectors:
+            # All weights at once, because on a GPU each sum would be a launch.
+            torch.sum(torch.cat(self._pending_vectors, 2), 2, dtype=torch.float64, out=self._added.weights)
+            self._pending_vectors = []
+        super().finish(factor)
 
     def observers(self, depth: Depth) -> Iterator[tuple[nn.Linear, Observer]]:
         """The linear layers that steps of `depth` observe in the backward pass, with their observers."""
@@ -213,12 +247,12 @@ class LinearAccumulator(BlockAccumulator):
     def _observe_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of the output projection, for passes without gradients: the second moment of its input."""
         x = args[0].detach().flatten(0, -2)
-        self._pending_input_square += x.to(accumulation_dtype(x)).square().sum(0)
+        self._added.input_square += x.to(accumulation_dtype(x)).square().sum(0)
         self._pending_tokens += x.shape[0]
 
-    def curvature(self, samples: int) -> float:
-        """The mean over samples of the diagonal mean of sum over tokens dy dy^T, see `gradprune.calibration.obs`."""
-        return float(self.output_square) / samples / self.block.output.linear.out_features
+    def curvature(self, samples: int) -> Tensor:
+        """[], mean over samples of the diagonal mean of sum over tokens dy dy^T, see `gradprune.calibration.obs`."""
+        return self.sums.output_square / (samples * self.block.output.linear.out_features)
 
     @abstractmethod
     def _observe_weight(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor) -> None:
@@ -238,15 +272,17 @@ class LinearAccumulator(BlockAccumulator):
         """As `_observe`, of the output projection, without its weight's gradient."""
         of_bias = None if self.block.output.linear.bias is None else self._reduced(dy.sum(1))
         self._observe_mask(self._reduced(self._input_gradient(x, dx)), of_bias)
-        # Each row first, so that no sum is split between threads; in one read.
-        rows = torch.linalg.vector_norm(dy, dim=-1, dtype=accumulation_dtype(dy))
-        self._pending_output_square += rows.double().square().sum()
+        if self._curvature:
+            # Each row first, so that no sum is split between threads; in one read.
+            rows = torch.linalg.vector_norm(dy, dim=-1, dtype=accumulation_dtype(dy))
+            _square_of(torch.linalg.vector_norm(rows, dtype=torch.float64), self._added.output_square)
 
     def _accumulate(self, entry: InputLinear | OutputLinear, vectors: ImportanceVectors) -> None:
         sums = vectors.sums(_side(entry))
-        # Not `+=`, which would copy the row onto itself.
-        self._pending_sums[0].add_(self._fold(entry, sums.abs))
-        self._pending_sums[1].add_(self._fold(entry, sums.square))
+        if isinstance(entry, OutputLinear):
+            self._pending_vectors.append(entry.by_group(sums))
+        else:
+            self._pending_vectors += entry.by_group(sums, self.block.groups)
         self.pending.statistics[entry.path] = vectors.statistics
 
     def _fold(self, entry: InputLinear | OutputLinear, vector: Tensor) -> Tensor:
@@ -258,7 +294,7 @@ class LinearAccumulator(BlockAccumulator):
     def _input_gradient(self, x: Tensor, dx: Tensor) -> Tensor:
         """[N, I], the gradient of a mask on the output projection's input; also sums the input's second moment."""
         found = self._ops.mask_gradient(x, dx)
-        self._pending_input_square += found.input_square
+        torch.sum(found.input_square, 0, dtype=torch.float64, out=self._added.input_square)
         self._pending_tokens += x.shape[0] * x.shape[1]
         return found.gradient
 
@@ -268,9 +304,9 @@ class LinearAccumulator(BlockAccumulator):
         dy is needed where the output projection has a bias.
         """
         entry = self.block.output
-        by_group = entry.fold_columns(mask_gradient).double()
-        self._pending_sums[2].add_(by_group.square().sum(0))
-        gate = by_group.sum(1)
+        by_group = entry.fold_columns(mask_gradient)
+        _square_of(torch.linalg.vector_norm(by_group, dim=0, dtype=torch.float64), self._added.mask_square)
+        gate = by_group.sum(1, dtype=torch.float64)
         if dy is not None and entry.linear.bias is not None:
             gate = gate + dy.double() @ entry.linear.bias.detach().double()
         self.pending.gate = gate
@@ -298,16 +334,16 @@ class SampleAccumulator(LinearAccumulator):
         return of_samples
 
     def _first_order(self, count: int) -> Tensor:
-        return self.first / count
+        return self.sums.first / count
 
 
 class BatchAccumulator(LinearAccumulator):
     """Scores the gradient of each batch's mean loss. The first-order term needs the mean gradient, which is kept."""
 
-    def __init__(self, block: LinearBlock, ops: ImportanceOps, device: torch.device) -> None:
+    def __init__(self, block: LinearBlock, ops: ImportanceOps, device: torch.device, curvature: bool = False) -> None:
         """As `BlockAccumulator`; one gradient per weight is kept, and the pending one until `commit`."""
         self._gradient_sums: dict[str, Tensor] = {}
-        super().__init__(block, ops, device)
+        super().__init__(block, ops, device, curvature)
 
     def discard(self) -> None:
         """Drop the pending contributions of the current step."""
@@ -315,9 +351,9 @@ class BatchAccumulator(LinearAccumulator):
         self._pending_gradients: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def divide(self, factor: float) -> None:
-        """The pending gradients are `factor` times too large; dividing by a power of two is exact."""
-        super().divide(factor)
+    def finish(self, factor: float) -> None:
+        """The step's backward pass is over, and its gradients are `factor` times too large, a power of two."""
+        super().finish(factor)
         if factor != 1.0:
             for gradient in self._pending_gradients.values():
                 gradient /= factor
@@ -342,7 +378,7 @@ class BatchAccumulator(LinearAccumulator):
         super().restore(state, gradients)
         prefix = "gradients."
         self._gradient_sums = {
-            name.removeprefix(prefix): value.to(self.first.device)
+            name.removeprefix(prefix): value.to(self.sums.whole.device)
             for name, value in state.items()
             if name.startswith(prefix)
         }
@@ -360,11 +396,11 @@ class BatchAccumulator(LinearAccumulator):
         return of_samples.mean(0, keepdim=True)
 
     def _first_order(self, count: int) -> Tensor:
-        total = torch.zeros_like(self.second)
+        total = torch.zeros_like(self.sums.second)
         for entry in self.block.projections:
             mean = self._gradient_sums[entry.path] / count
             vectors = self._ops.taylor_score(entry.linear.weight.detach(), mean, _side(entry))
-            total += self._fold(entry, vectors.sums(_side(entry)).abs)
+            total += self._fold(entry, vectors.sums(_side(entry))[0])
         return total
 
 
@@ -373,6 +409,11 @@ def _of_first_steps(values: Tensor, gradients: Sequence[int]) -> tuple[Tensor, .
     ends = list(itertools.accumulate(gradients))
     of_steps: tuple[Tensor, ...] = values.split(list(gradients[: 1 + ends.index(len(values))]))
     return of_steps
+
+
+def _square_of(norm: Tensor, into: Tensor) -> None:
+    """Square the norms of some numbers, [...], into the sum of their squares."""
+    torch.mul(norm, norm, out=into)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

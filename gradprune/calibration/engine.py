@@ -1,6 +1,5 @@
 """`ImportanceEngine`: one forward and backward pass per calibration batch, group importances at the end."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,14 +14,11 @@ from gradprune.calibration.accumulator import BlockAccumulator, LinearAccumulato
 from gradprune.calibration.capture import capture, checkpointed
 from gradprune.calibration.evidence import Evidence, Scores
 from gradprune.calibration.experts import check_experts, scores_experts_alone
-from gradprune.calibration.finite import raise_non_finite_gradient, raise_non_finite_loss, raise_overflow
+from gradprune.calibration.findings import Findings
+from gradprune.calibration.host import on_host
+from gradprune.calibration.inputs import check_ids, check_model, on_device
 from gradprune.calibration.joined import joined_state
-from gradprune.calibration.methods import (
-    Depth,
-    components_at,
-    components_of,
-    needed_depth,
-)
+from gradprune.calibration.methods import Depth, components_at, components_of, needed_depth
 from gradprune.calibration.obs import removal_costs
 from gradprune.calibration.reduction import REDUCTIONS
 from gradprune.checkpoint.load import load_model
@@ -35,7 +31,7 @@ from gradprune.config import (
     StreamLayers,
     check_gradient_fix,
 )
-from gradprune.errors import ConfigError, GradPruneError, UnsupportedArchitectureError
+from gradprune.errors import ConfigError, GradPruneError
 from gradprune.models import BlockKey, describe
 from gradprune.models.backward import backpropagated, deterministic_attention, loss_scale, without_autocast
 from gradprune.models.loss import sample_losses
@@ -43,10 +39,9 @@ from gradprune.models.modes import evaluation_mode
 from gradprune.models.passes import backward_by_layers, waves
 from gradprune.models.placement import check_placement
 from gradprune.ops.dispatch import select_ops
-from gradprune.ops.vectors import GradientStatistics
 from gradprune.ranks import ALONE, Ranks
-from gradprune.vanishing.scaling import GradientScaling, resolve_fix, scales_of
-from gradprune.vanishing.statistics import LayerGradients, layer_gradients
+from gradprune.vanishing.scaling import scales_of
+from gradprune.vanishing.statistics import LayerGradients
 
 _OBSERVED: WeakSet[PreTrainedModel] = WeakSet()
 """The models that an open engine observes."""
@@ -117,10 +112,7 @@ class ImportanceEngine:
             raise ConfigError(f"reduction: '{reduction}' is unknown; choose one of {', '.join(REDUCTIONS)}")
         check_gradient_fix(gradient_fix)
         check_placement(model)
-        if model.get_output_embeddings() is None:
-            raise UnsupportedArchitectureError(
-                f"model: a {type(model).__name__} predicts no next token; load it with AutoModelForCausalLM"
-            )
+        check_model(model)
         self._model = model
         self._view = describe(model, kinds).with_groups()
         check_experts(self._view, method, reduction)
@@ -145,7 +137,9 @@ class ImportanceEngine:
         ops = select_ops(backend, model.device.type)
         self.backend = ops.backend
         self._accumulators: dict[BlockKey, BlockAccumulator] = {
-            block.key: self._reduction.accumulator_of(block, ops, self._view.device_of(block.layer))
+            block.key: self._reduction.accumulator_of(
+                block, ops, self._view.device_of(block.layer), curvature=method == "obs"
+            )
             for block in self._view.blocks
         }
         self._samples: list[Tensor] = []
@@ -198,7 +192,8 @@ class ImportanceEngine:
     @property
     def collects(self) -> str:
         """What the steps collect; equal for engines whose states are interchangeable."""
-        return f"{self._depth.name.lower()} in all steps, weights in the first {self._first_steps}"
+        curvatures = ", curvatures" if self.method == "obs" else ""
+        return f"{self._depth.name.lower()} in all steps, weights in the first {self._first_steps}{curvatures}"
 
     def __enter__(self) -> "ImportanceEngine":
         """Start observing.
@@ -252,8 +247,8 @@ class ImportanceEngine:
         if not self._open:
             raise GradPruneError("step() works inside the engine's context: with engine: engine.step(input_ids)")
         for batch in batches:
-            _check_ids(batch, self._vocabulary)
-        left = [_on_device(batch, self._model.device) for batch in batches]
+            check_ids(batch, self._vocabulary)
+        left = [on_device(batch, self._model.device) for batch in batches]
         while left:
             done = len(self._samples)
             depth = self._depth_of_step(done)
@@ -276,7 +271,7 @@ class ImportanceEngine:
         try:
             losses = self._run(input_ids)
             if input_ids.device.type == "cpu":
-                self._check_pending(input_ids, losses)
+                self._pending([input_ids], [losses]).check_finite(len(self._samples))
             scales = self._step_scales(input_ids)
         except BaseException:
             for accumulator in self._accumulators.values():
@@ -288,6 +283,27 @@ class ImportanceEngine:
         self._costs = None
         self._samples.append(input_ids)
         self._losses.append(losses)
+
+    def _run(self, input_ids: Tensor) -> Tensor:
+        """[N] each sample's loss, after the backward pass has run through the accumulators."""
+        # Even if the caller is under no_grad, where there would be no gradient to observe.
+        backward = self._observed is not None and self._observed >= Depth.MASKS
+        with torch.inference_mode(False), torch.set_grad_enabled(backward):
+            losses = sample_losses(self._model, input_ids)
+            if backward:
+                with without_autocast(input_ids.device):
+                    backpropagated(losses, self._model.dtype).backward()
+            for accumulator in self._accumulators.values():
+                accumulator.finish(loss_scale(self._model.dtype))
+        return losses.detach()
+
+    def _step_scales(self, input_ids: Tensor) -> list[float]:
+        """The factor for each layer's pending gradients, applied before they are added."""
+        layers = len(self._view.layers)
+        if self.gradient_fix == "none" or self._reduction.scales_afterwards or self._depth < Depth.WEIGHTS:
+            return [1.0] * layers
+        gradients = self._pending([input_ids], []).gradients(slice(None))
+        return scales_of(self.gradient_fix, gradients, layers)
 
     def _wave(self, batches: list[Tensor]) -> None:
         """Batches that pass through a streamed model's layers together, forward and backward."""
@@ -311,7 +327,7 @@ class ImportanceEngine:
         """One batch's backward pass has run through a layer; the scale of `reduction="sample"` comes at the end."""
         for key, accumulator in self._accumulators.items():
             if key.layer == layer:
-                accumulator.divide(loss_scale(self._model.dtype))
+                accumulator.finish(loss_scale(self._model.dtype))
                 accumulator.commit()
 
     def _check_wave(self, batches: list[Tensor], losses: list[Tensor]) -> None:
@@ -319,10 +335,33 @@ class ImportanceEngine:
         first = sum(len(ids) for ids in self._samples)
         for number, (batch, of_batch) in enumerate(zip(batches, losses, strict=True), start=len(self._losses)):
             records = {key: [entry.records[number]] for key, entry in self._accumulators.items()}
-            raise_non_finite_loss(self._view, [batch], of_batch, first)
-            raise_non_finite_gradient(records, self._reduction.unit, first)
-            raise_overflow(records)
+            self._findings(records, [batch], [of_batch], first).check_finite()
             first += len(batch)
+
+    def _depth_of_step(self, step: int) -> Depth:
+        """step: counted on this rank."""
+        of_all = self.ranks.rank + step * self.ranks.world
+        return Depth.WEIGHTS if of_all < self._first_steps else self._depth
+
+    def _observe(self, depth: Depth | None) -> None:
+        """Observe the model as steps of `depth` need it; None: not at all."""
+        if depth is self._observed:
+            return
+        self._hooks.close()
+        self._observed = None
+        with ExitStack() as stack:
+            accumulators = self._accumulators.values()
+            if depth is not None:
+                for entry in accumulators:
+                    stack.enter_context(entry.attached(depth))
+            if depth is not None and depth >= Depth.MASKS:
+                observers = dict(pair for entry in accumulators for pair in entry.observers(depth))
+                stack.enter_context(deterministic_attention())
+                stack.enter_context(capture(self._model, observers))
+                if self._checkpointing:
+                    stack.enter_context(checkpointed(self._view.layers))
+            self._hooks = stack.pop_all()
+        self._observed = depth
 
     def state(self) -> dict[str, Tensor]:
         """Everything accumulated so far, by name, so that another process can resume: see `restore`."""
@@ -371,8 +410,9 @@ class ImportanceEngine:
         Raises:
             NonFiniteError: a loss, a gradient or an importance was NaN or infinite; naming the sample and the layer.
         """
-        self._check_finite()
-        gradients = self.gradients()
+        found = self._committed()
+        found.check_finite()
+        gradients = found.gradients(slice(self._diagnosed_steps))
         with torch.no_grad():
             wanted = self._components if method is None else components_of(method)
             components = self._collected([name for name in wanted if name in self._components])
@@ -381,8 +421,8 @@ class ImportanceEngine:
             layers=len(self._view.layers),
             components=components,
             gradients=gradients,
-            steps=[self.gradients_of_step(step) for step in range(min(steps, self._diagnosed_steps))],
-            applied=self._applied_scaling() if gradients else None,
+            steps=[found.gradients(slice(step, step + 1)) for step in range(min(steps, self._diagnosed_steps))],
+            applied=found.applied_scaling(self.gradient_fix) if gradients else None,
             reduction=self.reduction,
             num_samples=sum(len(ids) for ids in self._samples),
             seq_len=max((ids.shape[1] for ids in self._samples), default=0),
@@ -408,50 +448,22 @@ class ImportanceEngine:
 
         Over the steps that took every weight's gradient.
         """
-        return self._gradients(slice(self._diagnosed_steps))
+        return self._committed().gradients(slice(self._diagnosed_steps))
 
     def gradients_of_step(self, step: int) -> list[LayerGradients]:
         """As `gradients`, of one step's samples (its batch) alone; steps are counted from 0."""
-        return self._gradients(slice(step, step + 1))
+        return self._committed().gradients(slice(step, step + 1))
 
     def gate_gradients(self) -> dict[BlockKey, float]:
         """Gradient of the mean loss to a gate (of value 1) on each block's output; empty unless all steps took it."""
         if self._depth < Depth.MASKS or not self._losses:
             return {}
-        return {
-            key: torch.cat([record.gate for record in entry.records if record.gate is not None]).mean().item()
-            for key, entry in self._accumulators.items()
-        }
-
-    def _depth_of_step(self, step: int) -> Depth:
-        """step: counted on this rank."""
-        of_all = self.ranks.rank + step * self.ranks.world
-        return Depth.WEIGHTS if of_all < self._first_steps else self._depth
+        return self._committed().gate_gradients()
 
     @property
     def _diagnosed_steps(self) -> int:
         """How many of the steps so far, the first ones, took every weight's gradient."""
         return len(self._samples) if self._depth is Depth.WEIGHTS else min(self._first_steps, len(self._samples))
-
-    def _observe(self, depth: Depth | None) -> None:
-        """Observe the model as steps of `depth` need it; None: not at all."""
-        if depth is self._observed:
-            return
-        self._hooks.close()
-        self._observed = None
-        with ExitStack() as stack:
-            accumulators = self._accumulators.values()
-            if depth is not None:
-                for entry in accumulators:
-                    stack.enter_context(entry.attached(depth))
-            if depth is not None and depth >= Depth.MASKS:
-                observers = dict(pair for entry in accumulators for pair in entry.observers(depth))
-                stack.enter_context(deterministic_attention())
-                stack.enter_context(capture(self._model, observers))
-                if self._checkpointing:
-                    stack.enter_context(checkpointed(self._view.layers))
-            self._hooks = stack.pop_all()
-        self._observed = depth
 
     @property
     def _components(self) -> tuple[str, ...]:
@@ -463,112 +475,43 @@ class ImportanceEngine:
             found = tuple(name for name in found if name != "reap")
         return (*found, *(("obs",) if self.method == "obs" else ()))
 
-    @property
-    def _pending(self) -> dict[BlockKey, list[StepRecord]]:
-        """Each block's record of the current step."""
-        return {key: [accumulator.pending] for key, accumulator in self._accumulators.items()}
-
-    @property
-    def _count(self) -> int:
-        """Number of gradients in the sums."""
-        return sum(self._reduction.gradients_in(ids) for ids in self._samples)
-
-    def _run(self, input_ids: Tensor) -> Tensor:
-        """[N] each sample's loss, after the backward pass has run through the accumulators."""
-        # Even if the caller is under no_grad, where there would be no gradient to observe.
-        backward = self._observed is not None and self._observed >= Depth.MASKS
-        with torch.inference_mode(False), torch.set_grad_enabled(backward):
-            losses = sample_losses(self._model, input_ids)
-            if backward:
-                with without_autocast(input_ids.device):
-                    backpropagated(losses, self._model.dtype).backward()
-            for accumulator in self._accumulators.values():
-                accumulator.divide(loss_scale(self._model.dtype))
-        return losses.detach()
-
-    def _step_scales(self, input_ids: Tensor) -> list[float]:
-        """The factor for each layer's pending gradients, applied before they are added."""
-        layers = len(self._view.layers)
-        if self.gradient_fix == "none" or self._reduction.scales_afterwards or self._depth < Depth.WEIGHTS:
-            return [1.0] * layers
-        gradients = self._layer_gradients(self._pending, self._reduction.gradients_in(input_ids))
-        return scales_of(self.gradient_fix, gradients, layers)
-
-    def _applied_scaling(self) -> GradientScaling | None:
-        """What the batches' gradients were multiplied by before they were added; None if they were not scaled."""
-        if self.gradient_fix == "none" or self._reduction.scales_afterwards:
-            return None
-        scales = [1.0] * len(self._view.layers)
-        for key, accumulator in self._accumulators.items():
-            of_steps = [record.scale for record in accumulator.records]
-            scales[key.layer] = math.fsum(of_steps) / len(of_steps)
-        after = self._gradients(slice(None), scaled=True)
-        return GradientScaling(resolve_fix(self.gradient_fix, self.gradients()), scales, after)
-
     def _collected(self, names: Sequence[str]) -> dict[str, Tensor]:
         """By name of a component, [groups of all blocks] fp64 on the CPU; each layer's weights are read once."""
-        count = self._count
-        found: dict[str, list[Tensor]] = {name: [] for name in names if name != "obs"}
+        count = sum(self._reduction.gradients_in(ids) for ids in self._samples)
+        found: list[Tensor] = []
+        of_sums = [name for name in names if name != "obs"]
         for key, accumulator in self._accumulators.items():
             with self._view.resident(key.layer, key.layer + 1):
-                for name, of_blocks in found.items():
-                    of_blocks.append(accumulator.component(name, count).cpu())
-        return {name: self._removal_costs() if name == "obs" else torch.cat(found[name]) for name in names}
+                found += [accumulator.component(name, count) for name in of_sums]
+        found = on_host(found)
+        by_name = {name: torch.cat(found[index :: len(of_sums)]) for index, name in enumerate(of_sums)}
+        return {name: self._removal_costs() if name == "obs" else by_name[name] for name in names}
 
     def _removal_costs(self) -> Tensor:
         """The component "obs", computed once for the samples so far."""
         if self._costs is None:
             samples = sum(len(ids) for ids in self._samples)
-            curvatures = {
-                key: accumulator.curvature(samples)
-                for key, accumulator in self._accumulators.items()
-                if isinstance(accumulator, LinearAccumulator)
-            }
+            linear = {key: one for key, one in self._accumulators.items() if isinstance(one, LinearAccumulator)}
+            found = on_host([accumulator.curvature(samples) for accumulator in linear.values()])
+            curvatures = dict(zip(linear, map(float, found), strict=True))
             costs = removal_costs(self._view, self._samples, curvatures, self.ranks)
             self._costs = torch.cat([costs[key] for key in self._accumulators])
         return self._costs
 
-    def _gradients(self, steps: slice, *, scaled: bool = False) -> list[LayerGradients]:
-        """Statistics over the gradients of some steps, which took every weight's; `scaled` as they were added."""
-        count = sum(self._reduction.gradients_in(ids) for ids in self._samples[steps])
-        if not count:
-            return []
-        records = {key: accumulator.records[steps] for key, accumulator in self._accumulators.items()}
-        return self._layer_gradients(records, count, scaled=scaled)
-
-    def _layer_gradients(
-        self, records: dict[BlockKey, list[StepRecord]], count: int, *, scaled: bool = False
-    ) -> list[LayerGradients]:
-        """Each layer's statistics from the records of some steps, which added `count` gradients."""
-        merged: dict[int, dict[str, GradientStatistics[float]]] = {}
-        elements: dict[int, dict[str, int]] = {}
-        for key, steps in records.items():
-            block = self._accumulators[key].block
-            for path, size in block.weights():
-                name = f"{block.path}.{path}"
-                of_steps = GradientStatistics.stack([record.statistics[path] for record in steps])
-                if scaled:
-                    of_steps = of_steps.scale([record.scale for record in steps])
-                merged.setdefault(key.layer, {})[name] = of_steps.merge().to_float()
-                elements.setdefault(key.layer, {})[name] = size
-        return [layer_gradients(layer, merged[layer], elements[layer], count) for layer in sorted(merged)]
-
-    def _check_pending(self, input_ids: Tensor, losses: Tensor) -> None:
-        """Raise if the current step had a non-finite loss or gradient."""
-        first = {"sample": sum(len(ids) for ids in self._samples), "batch": len(self._samples)}
-        raise_non_finite_loss(self._view, [input_ids], losses, first["sample"])
-        records = self._pending
-        raise_non_finite_gradient(records, self._reduction.unit, first[self._reduction.unit])
-        raise_overflow(records)
-
-    def _check_finite(self) -> None:
-        """Raise if any step had a non-finite loss or gradient."""
-        if not self._losses:
-            return
+    def _committed(self) -> Findings:
+        """What all steps so far recorded."""
         records = {key: accumulator.records for key, accumulator in self._accumulators.items()}
-        raise_non_finite_loss(self._view, self._samples, torch.cat(self._losses), 0)
-        raise_non_finite_gradient(records, self._reduction.unit, 0)
-        raise_overflow(records)
+        return self._findings(records, self._samples, self._losses)
+
+    def _pending(self, samples: list[Tensor], losses: list[Tensor]) -> Findings:
+        """What the current step recorded."""
+        records = {key: [accumulator.pending] for key, accumulator in self._accumulators.items()}
+        return self._findings(records, samples, losses, sum(len(ids) for ids in self._samples))
+
+    def _findings(
+        self, records: dict[BlockKey, list[StepRecord]], samples: list[Tensor], losses: list[Tensor], first: int = 0
+    ) -> Findings:
+        return Findings.of(self._view, self._reduction, self._accumulators, records, samples, losses, first)
 
 
 def _depth_of_all_steps(method: Method, gradient_fix: str, weight_gradient_steps: int | None) -> Depth:
@@ -582,33 +525,3 @@ def _depth_of_all_steps(method: Method, gradient_fix: str, weight_gradient_steps
 def _prefix(key: BlockKey) -> str:
     """Prefix of the names in a block's state."""
     return f"{key.layer}.{key.kind}."
-
-
-def _on_device(input_ids: Tensor, device: torch.device) -> Tensor:
-    """[N, T] int64 on `device`, without waiting for it."""
-    ids = input_ids.to(torch.int64)
-    if device.type == "cuda" and ids.device.type == "cpu":
-        # A copy from pageable memory waits until the GPU has done what was queued before.
-        ids = ids.pin_memory()
-    return ids.to(device, non_blocking=True)
-
-
-def _check_ids(input_ids: Tensor, vocabulary: int) -> None:
-    """Refuse anything but a batch of token ids."""
-    if not isinstance(input_ids, Tensor):
-        raise GradPruneError(
-            f"input_ids: is a {type(input_ids).__name__}; a tensor [N, T] of token ids is needed "
-            "(of a tokenizer's output, its input_ids as a tensor)"
-        )
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise GradPruneError(f"input_ids: has dtype {input_ids.dtype}; token ids are int64 or int32")
-    if input_ids.ndim != 2 or not len(input_ids) or input_ids.shape[1] < 2:
-        raise GradPruneError(
-            f"input_ids: has shape {tuple(input_ids.shape)}; [N, T] with at least one sample of two tokens is needed"
-        )
-    # On an accelerator this would wait for it.
-    if input_ids.device.type == "cpu" and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
-        raise GradPruneError(
-            f"input_ids: go from {int(input_ids.min())} to {int(input_ids.max())}; the model's vocabulary has ids "
-            f"from 0 to {vocabulary - 1}"
-        )

@@ -91,9 +91,9 @@ class ExpertsAccumulator(BlockAccumulator):
 
     block: ExpertsBlock
 
-    def __init__(self, block: ExpertsBlock, ops: ImportanceOps, device: torch.device) -> None:
-        """As `BlockAccumulator`."""
-        super().__init__(block, ops, device)
+    def __init__(self, block: ExpertsBlock, ops: ImportanceOps, device: torch.device, curvature: bool = False) -> None:
+        """As `BlockAccumulator`; curvatures are not collected."""
+        super().__init__(block, ops, device, curvature)
         self._shape = torch.Size(())
 
     def discard(self) -> None:
@@ -141,7 +141,7 @@ class ExpertsAccumulator(BlockAccumulator):
         """Accumulate in passes without gradients, from the output projection's inputs x [R, C]; returns y [R, H]."""
         for expert, part in routed.by_expert(x.detach()):
             found = part.to(accumulation_dtype(x)).square().sum(0)
-            self._pending_input_square[self.block.channels_of(expert)] += found
+            self._added.input_square[self.block.channels_of(expert)] += found
         return y
 
     def _layouts(self, routed: Routed) -> dict[int, _Layout]:
@@ -172,13 +172,13 @@ class ExpertsAccumulator(BlockAccumulator):
     def _observe_output(self, expert: int, x: Tensor, dy: Tensor, dx: Tensor) -> None:
         """Gradients of masks on the expert's groups; all by sample: [N, T', I], [N, T', O], [N, T', I]."""
         found = self._ops.mask_gradient(x, dx)
-        self._pending_input_square[self.block.channels_of(expert)] += found.input_square
+        self._added.input_square[self.block.channels_of(expert)] += found.input_square.sum(0)
         by_channel = found.gradient.double()
         gate = by_channel.sum(1)
         bias = self.block.down.bias_of(expert)
         if bias is not None:
             gate = gate + dy.sum(1).double() @ bias.detach().double()
-        self._pending_sums[2, self.block.groups_of(expert)] += self._of_masks(by_channel, gate).square().sum(0)
+        self._added.mask_square[self.block.groups_of(expert)] += self._of_masks(by_channel, gate).square().sum(0)
         self.pending.gate = gate if self.pending.gate is None else self.pending.gate + gate
 
     def _of_masks(self, by_channel: Tensor, _gate: Tensor) -> Tensor:
@@ -194,12 +194,10 @@ class ExpertsAccumulator(BlockAccumulator):
         self._seen.add(expert)
         groups = self.block.groups_of(expert)
         if projection is self.block.down:
-            absolute, square = vectors.sums("columns")
+            sums = list(vectors.sums("columns"))
         else:
-            sums = vectors.sums("rows")
-            absolute, square = self.block.fold_rows(sums.abs), self.block.fold_rows(sums.square)
-        self._pending_sums[0, groups] += self.block.fold_channels(absolute)
-        self._pending_sums[1, groups] += self.block.fold_channels(square)
+            sums = [self.block.fold_rows(rows) for rows in vectors.sums("rows")]
+        self._added.weights[:, groups] += torch.stack([self.block.fold_channels(channels) for channels in sums])
         self._merge(projection.name, vectors.statistics)
 
     def _merge(self, name: str, statistics: GradientStatistics[Tensor]) -> None:
@@ -210,7 +208,7 @@ class ExpertsAccumulator(BlockAccumulator):
         self.pending.statistics[name] = GradientStatistics.stack(found).merge()
 
     def _first_order(self, count: int) -> Tensor:
-        return self.first / count
+        return self.sums.first / count
 
     def _folded_weights(self, column_scale: Tensor | None) -> Tensor:
         found = []
@@ -233,23 +231,7 @@ class WholeExpertsAccumulator(ExpertsAccumulator):
 
     block: WholeExperts
 
-    sums = (*ExpertsAccumulator.sums, "reap", "routed")
-
-    def __init__(self, block: WholeExperts, ops: ImportanceOps, device: torch.device) -> None:
-        """As `BlockAccumulator`."""
-        super().__init__(block, ops, device)
-        self.reap, self.routed = torch.zeros_like(self.first), torch.zeros_like(self.first)
-
-    def discard(self) -> None:
-        """Drop the pending contributions of the current step."""
-        super().discard()
-        self._pending_reap, self._pending_routed = torch.zeros_like(self.first), torch.zeros_like(self.first)
-
-    def commit(self, scale: float = 1.0) -> None:
-        """Add the pending contributions, as if the step's gradients had been multiplied by `scale`."""
-        self.reap += self._pending_reap
-        self.routed += self._pending_routed
-        super().commit(scale)
+    more_sums = ("reap", "routed")
 
     @contextmanager
     def attached(self, depth: Depth) -> Iterator[None]:
@@ -260,7 +242,7 @@ class WholeExpertsAccumulator(ExpertsAccumulator):
     def component(self, name: str, count: int) -> Tensor:
         """[experts] fp64, one of `gradprune.calibration.methods.COMPONENTS`, of `count` gradients."""
         if name == "reap":
-            return self.reap / self.routed.clamp_min(1.0)
+            return self.sums.by_name["reap"] / self.sums.by_name["routed"].clamp_min(1.0)
         return super().component(name, count)
 
     def _logits(self, depth: Depth, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -271,9 +253,7 @@ class WholeExpertsAccumulator(ExpertsAccumulator):
 
     def _observe_router(self, weight: Tensor, shape: torch.Size, x: Tensor, dy: Tensor, _dx: Tensor) -> None:
         vectors = self._ops.linear_importance(x.view(*shape, -1), dy.view(*shape, -1), weight.detach(), "rows")
-        sums = vectors.sums("rows")
-        self._pending_sums[0].add_(sums.abs)
-        self._pending_sums[1].add_(sums.square)
+        self._added.weights += vectors.sums("rows")
         self.pending.statistics[self.block.router.path] = vectors.statistics
 
     def _product(self, depth: Depth, routed: Routed, projection: ExpertProjection, x: Tensor) -> Tensor:
@@ -291,8 +271,8 @@ class WholeExpertsAccumulator(ExpertsAccumulator):
     def _add_written(self, routed: Routed, written: Tensor) -> None:
         """Add what the experts write: [R], gate * ||output||."""
         for expert, part in routed.by_expert(written):
-            self._pending_reap[expert] += part.double().sum()
-            self._pending_routed[expert] += len(part)
+            self._added.by_name["reap"][expert] += part.double().sum()
+            self._added.by_name["routed"][expert] += len(part)
 
     def _of_masks(self, _by_channel: Tensor, gate: Tensor) -> Tensor:
         return gate[:, None]

@@ -37,14 +37,16 @@ class Reduction:
     accumulator: type[LinearAccumulator]
     scales_afterwards: bool
 
-    def accumulator_of(self, block: Block, ops: ImportanceOps, device: torch.device) -> BlockAccumulator:
+    def accumulator_of(
+        self, block: Block, ops: ImportanceOps, device: torch.device, curvature: bool
+    ) -> BlockAccumulator:
         """What sums up one block; experts are summed by sample, see `check_experts`."""
         if isinstance(block, LinearBlock):
-            return self.accumulator(block, ops, device)
+            return self.accumulator(block, ops, device, curvature)
         if isinstance(block, WholeExperts):
-            return WholeExpertsAccumulator(block, ops, device)
+            return WholeExpertsAccumulator(block, ops, device, curvature)
         assert isinstance(block, ExpertsBlock)
-        return ExpertsAccumulator(block, ops, device)
+        return ExpertsAccumulator(block, ops, device, curvature)
 
     def gradients_in(self, input_ids: Tensor) -> int:
         """How many gradients a step on `input_ids` [N, T] adds."""

@@ -44,9 +44,14 @@ class InputLinear:
         ]
         return torch.cat(spans)
 
+    def by_group(self, rows: Tensor, groups: int) -> list[Tensor]:
+        """Views of [..., O], a number per row: for each part [..., groups, rows of a group]."""
+        ends = [(part, part.offset + groups * part.rows) for part in self.parts]
+        return [rows[..., part.offset : end].unflatten(-1, (groups, part.rows)) for part, end in ends]
+
     def fold_rows(self, rows: Tensor, groups: int) -> Tensor:
         """Sum a vector over rows [O] into one over groups [groups], same dtype."""
-        folded = [rows[p.offset : p.offset + groups * p.rows].view(groups, p.rows).sum(1) for p in self.parts]
+        folded = [part.sum(-1) for part in self.by_group(rows, groups)]
         return folded[0] if len(folded) == 1 else torch.stack(folded).sum(0)
 
 
@@ -78,9 +83,13 @@ class OutputLinear:
         """Column indices owned by `groups` ([k] int64, ascending): [k * columns] int64."""
         return (groups[:, None] * self.columns + torch.arange(self.columns)).reshape(-1)
 
+    def by_group(self, columns: Tensor) -> Tensor:
+        """A view of [..., I], a number per column: [..., groups, columns of a group]."""
+        return columns.view(*columns.shape[:-1], -1, self.columns)
+
     def fold_columns(self, columns: Tensor) -> Tensor:
         """Sum the last dimension [..., I] of `columns` into groups [..., groups], same dtype."""
-        return columns.view(*columns.shape[:-1], -1, self.columns).sum(-1)
+        return columns if self.columns == 1 else self.by_group(columns).sum(-1)
 
 
 @dataclass(frozen=True)

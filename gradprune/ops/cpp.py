@@ -93,12 +93,13 @@ def linear_importance_cpp(
 def _outputs(w: Tensor, dtype: torch.dtype, side: Side) -> tuple[ImportanceVectors, list[int]]:
     """Vectors of a weight [O, I] for the extension to write, and their addresses; 0 for the side not asked for."""
     rows, columns = (
-        w.new_empty((2, length), dtype=dtype).unbind() if asked else (None, None)
+        w.new_empty((2, length), dtype=dtype) if asked else None
         for length, asked in zip(w.shape, sides(side), strict=True)
     )
     statistics = w.new_empty(5, dtype=dtype)
-    addresses = [0 if vector is None else vector.data_ptr() for vector in (*rows, *columns, statistics)]
-    return ImportanceVectors(rows[0], rows[1], columns[0], columns[1], GradientStatistics.unpack(statistics)), addresses
+    vectors = [vector for sums in (rows, columns) for vector in ((None, None) if sums is None else sums.unbind())]
+    addresses = [0 if vector is None else vector.data_ptr() for vector in (*vectors, statistics)]
+    return ImportanceVectors(rows, columns, GradientStatistics.unpack(statistics)), addresses
 
 
 def _matrix(matrix: Tensor) -> tuple[int, int, int]:

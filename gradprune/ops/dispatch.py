@@ -78,7 +78,7 @@ def linear_importance(
 
 
 def mask_gradient(x: Tensor, dx: Tensor, backend: ImportanceBackend = "auto") -> MaskGradient:
-    """The gradient of a mask on each input column of a linear layer, by sample, and the input's sum of squares.
+    """The gradient of a mask on each input column of a linear layer and the input's sum of squares, by sample.
 
     Args:
         x: [N, T, I] floating point, the layer's input.

@@ -28,10 +28,8 @@ def taylor_score_reference(w: Tensor, g: Tensor, side: Side = "both") -> Importa
     product = w * g
     absolute, square = product.abs(), product * product
     return ImportanceVectors(
-        row_abs=absolute.sum(1) if rows else None,
-        row_square=square.sum(1) if rows else None,
-        column_abs=absolute.sum(0) if columns else None,
-        column_square=square.sum(0) if columns else None,
+        rows=torch.stack([absolute.sum(1), square.sum(1)]) if rows else None,
+        columns=torch.stack([absolute.sum(0), square.sum(0)]) if columns else None,
         statistics=gradient_statistics(g),
     )
 
@@ -53,7 +51,7 @@ def linear_importance_reference(x: Tensor, dy: Tensor, w: Tensor, side: Side = "
 
 
 def mask_gradient_reference(x: Tensor, dx: Tensor) -> MaskGradient:
-    """The gradient of a mask on each input column of a linear layer, by sample, and the input's sum of squares.
+    """The gradient of a mask on each input column of a linear layer and the input's sum of squares, by sample.
 
     Args:
         x: [N, T, I] floating point, the layer's input.
@@ -64,21 +62,22 @@ def mask_gradient_reference(x: Tensor, dx: Tensor) -> MaskGradient:
     """
     dtype = torch.float64 if x.dtype == dx.dtype == torch.float64 else torch.float32
     x, dx = x.to(dtype), dx.to(dtype)
-    return MaskGradient((x * dx).sum(1), x.flatten(0, 1).square().sum(0))
+    return MaskGradient((x * dx).sum(1), x.square().sum(1))
 
 
 def sum_vectors(scores: Sequence[ImportanceVectors]) -> ImportanceVectors:
     """The vectors of several gradients of one weight (at least one, all of one side), summed; statistics merged."""
 
-    def total(name: str) -> Tensor | None:
-        found = [getattr(score, name) for score in scores]
-        return None if found[0] is None else torch.stack(found).sum(0)
+    def total(found: list[Tensor | None]) -> Tensor | None:
+        asked = [sums for sums in found if sums is not None]
+        return torch.stack(asked).sum(0) if asked else None
 
     packed = torch.stack([score.statistics.pack() for score in scores])
     return ImportanceVectors(
-        total("row_abs"), total("row_square"), total("column_abs"), total("column_square"),
+        total([score.rows for score in scores]),
+        total([score.columns for score in scores]),
         GradientStatistics.unpack(packed).merge(),
-    )  # fmt: skip
+    )
 
 
 def gradient_statistics(g: Tensor) -> GradientStatistics[Tensor]:

@@ -66,7 +66,7 @@ def linear_importance_triton(x: Tensor, dy: Tensor, w: Tensor, side: Side = "bot
 
 
 def mask_gradient_triton(x: Tensor, dx: Tensor) -> MaskGradient:
-    """The gradient of a mask on each input column of a linear layer, by sample, and the input's sum of squares.
+    """The gradient of a mask on each input column of a linear layer and the input's sum of squares, by sample.
 
     Args:
         x: [N, T, I] fp32, bf16 or fp16, the layer's input; copied where its inner stride is not 1.
@@ -87,11 +87,9 @@ def mask_gradient_triton(x: Tensor, dx: Tensor) -> MaskGradient:
 
 def vectors(rows: tuple[Tensor, Tensor] | None, columns: tuple[Tensor, Tensor] | None) -> ImportanceVectors:
     """From a kernel's results for each side: sums [2, O] or [2, I], of |w g| and w^2 g^2, and statistics [5]."""
-    row_abs, row_square = (None, None) if rows is None else rows[0].unbind()
-    column_abs, column_square = (None, None) if columns is None else columns[0].unbind()
     either = rows or columns
     assert either is not None
-    return ImportanceVectors(row_abs, row_square, column_abs, column_square, GradientStatistics.unpack(either[1]))
+    return ImportanceVectors(rows and rows[0], columns and columns[0], GradientStatistics.unpack(either[1]))
 
 
 def _unit_inner_stride(tensor: Tensor) -> Tensor:

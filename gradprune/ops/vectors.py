@@ -78,45 +78,56 @@ class MaskGradient(NamedTuple):
     """Of a linear layer's input x [N, T, I] and each sample's loss gradient dx at it; fp32, or fp64 where both are.
 
     gradient: [N, I], sum over tokens of x dx: each sample's gradient of a mask (of value 1) on each input column. It
-    equals the column sums of w g_n and needs no weight gradient. input_square: [I], sum over all tokens of x^2.
+    equals the column sums of w g_n and needs no weight gradient. input_square: [N, I], sum over tokens of x^2.
     """
 
     gradient: Tensor
     input_square: Tensor
 
 
-class SideSums(NamedTuple):
-    """The sums over one side: abs, of |w g|, and square, of w^2 g^2; [O] for rows, [I] for columns."""
-
-    abs: Tensor
-    square: Tensor
-
-
 @dataclass(frozen=True)
 class ImportanceVectors:
     """Row and column sums for a weight W `[O, I]` and its gradient G `[O, I]`, and G's statistics.
 
-    row_abs: [O], sum over columns of |w g|.            column_abs: [I], sum over rows of |w g|.
-    row_square: [O], sum over columns of w^2 g^2.       column_square: [I], sum over rows of w^2 g^2.
+    rows: [2, O], sums over columns of |w g| and of w^2 g^2. columns: [2, I], sums over rows of the same.
     statistics: of G alone, 0-dimensional fields.
 
-    The sums of the side not asked for are None. All fp32, or fp64 where W and G are fp64. A non-finite element of G
-    makes its row's and its column's sums non-finite. Summed over samples, `statistics` are merged.
+    The sums of the side not asked for, and their views by name below, are None. All fp32, or fp64 where W and G are
+    fp64. A non-finite element of G makes its row's and its column's sums non-finite. Summed over samples, `statistics`
+    are merged.
     """
 
-    row_abs: Tensor | None
-    row_square: Tensor | None
-    column_abs: Tensor | None
-    column_square: Tensor | None
+    rows: Tensor | None
+    columns: Tensor | None
     statistics: GradientStatistics[Tensor]
 
-    def sums(self, side: Literal["rows", "columns"]) -> SideSums:
-        """The sums over one side.
+    @property
+    def row_abs(self) -> Tensor | None:
+        """[O], sum over columns of |w g|."""
+        return None if self.rows is None else self.rows[0]
+
+    @property
+    def row_square(self) -> Tensor | None:
+        """[O], sum over columns of w^2 g^2."""
+        return None if self.rows is None else self.rows[1]
+
+    @property
+    def column_abs(self) -> Tensor | None:
+        """[I], sum over rows of |w g|."""
+        return None if self.columns is None else self.columns[0]
+
+    @property
+    def column_square(self) -> Tensor | None:
+        """[I], sum over rows of w^2 g^2."""
+        return None if self.columns is None else self.columns[1]
+
+    def sums(self, side: Literal["rows", "columns"]) -> Tensor:
+        """[2, O] or [2, I], the sums over one side: of |w g| and of w^2 g^2.
 
         Raises:
             ValueError: the op was not asked for them.
         """
-        found = (self.row_abs, self.row_square) if side == "rows" else (self.column_abs, self.column_square)
-        if found[0] is None or found[1] is None:
+        found = self.rows if side == "rows" else self.columns
+        if found is None:
             raise ValueError(f"side: the {side} were not computed")
-        return SideSums(found[0], found[1])
+        return found

@@ -20,7 +20,7 @@ from helpers.fake_gpu import Launches, fake_gpu, llama
 SAMPLES, TOKENS = 4, 2048
 # Of the engine in a decoder layer of seven projections: when every weight's gradient is scored, and where the default
 # method needs none.
-LAUNCHES = {"taylor_2nd": 90, "group_fisher": 40}
+LAUNCHES = {"taylor_2nd": 40, "group_fisher": 15}
 
 
 @cache

@@ -35,7 +35,7 @@ def equal_bits(a: ImportanceVectors, b: ImportanceVectors) -> bool:
 
 def one_side(vectors: ImportanceVectors, side: Side) -> ImportanceVectors:
     """`vectors` of both sides without the sums that `side` does not ask for."""
-    dropped = {"rows": COLUMN_SUMS, "columns": ROW_SUMS, "both": []}[side]
+    dropped = {"rows": ["columns"], "columns": ["rows"], "both": []}[side]
     return dataclasses.replace(vectors, **dict.fromkeys(dropped))
 
 

@@ -22,11 +22,11 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Ten
 def assert_equals_fp64(found: tuple[Tensor, Tensor], x: Tensor, dx: Tensor) -> None:
     """Sums of n fp32 terms are off by at most n + 2 roundings of the sum of their magnitudes."""
     x, dx = x.double(), dx.double()
-    samples, tokens, _ = x.shape
+    tokens = x.shape[1]
     error = (found[0].double() - (x * dx).sum(1)).abs()
     assert (error <= (tokens + 2) * 2.0**-24 * (x * dx).abs().sum(1)).all()
-    square = x.square().sum((0, 1))
-    assert ((found[1].double() - square).abs() <= (samples * tokens + 2) * 2.0**-24 * square).all()
+    square = x.square().sum(1)
+    assert ((found[1].double() - square).abs() <= (tokens + 2) * 2.0**-24 * square).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -67,10 +67,9 @@ def test_every_sum_is_written_and_nothing_else(monkeypatch: pytest.MonkeyPatch) 
     assert (buffer[-32:] == 12345.0).all()
 
 
-def test_without_samples_the_second_moment_is_zero() -> None:
+def test_without_samples_there_are_no_sums() -> None:
     found = mask_gradient_triton(*inputs((0, 3, 5), torch.float32))
-    assert found.gradient.shape == (0, 5)
-    assert found.input_square.tolist() == [0.0] * 5
+    assert found.gradient.shape == found.input_square.shape == (0, 5)
 
 
 def test_wrong_arguments_are_named() -> None:
