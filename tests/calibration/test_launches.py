@@ -1,83 +1,156 @@
-"""What a step launches on a GPU, counted without one, at the shapes of Llama-3: a gate on launches and workspace."""
+"""What a step takes on a GPU, counted without one, at the shapes of Llama-3: gates on launches, bytes and memory.
+
+A gate that nothing fails shows nothing, so each is tried on an engine that was made worse.
+"""
 
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its launches are NOT counted here")
 
-from gradprune.calibration.capture import capture, checkpointed
-from gradprune.calibration.engine import ImportanceEngine
+from benchmarks.predicted.counted import Counted
+from benchmarks.predicted.steps import engine_step, plain_step
+from gradprune.calibration.accumulator import LinearAccumulator, SampleAccumulator
 from gradprune.config import Method
+from gradprune.kernels import linear_importance
 from gradprune.kernels.linear_importance import WORKSPACE
-from gradprune.models import describe
-from gradprune.models.loss import sample_losses
-from helpers.fake_gpu import Launches, fake_gpu, llama
+from gradprune.models.blocks import OutputLinear
 
 SAMPLES, TOKENS = 4, 2048
-# Of the engine in a decoder layer of seven projections: when every weight's gradient is scored, and where the default
-# method needs none.
-LAUNCHES = {"taylor_2nd": 40, "group_fisher": 15}
+SIZES = {"8B": 4096, "70B": 8192, "405B": 16384}
+METHODS: tuple[Method, ...] = ("taylor_2nd", "group_fisher")
 
 
-@cache
-def step(
-    size: str, layers: int, method: Method = "taylor_2nd", samples: int = SAMPLES, tokens: int = TOKENS
-) -> Launches:
-    """A step that collects what the method needs."""
-    with pytest.MonkeyPatch.context() as patch, fake_gpu(patch) as counted:
-        engine = ImportanceEngine(llama(size, layers), method, use_gradient_checkpointing=True, weight_gradient_steps=0)
-        ids = torch.zeros(samples, tokens, dtype=torch.int64, device="meta")
-        with engine, counted:
-            engine.step(ids)
-    return counted
+@dataclass(frozen=True)
+class Taken:
+    """Steps of a model of one layer, and of one of two: with the engine, and plain."""
+
+    size: str
+    method: Method
+    ours: tuple[Counted, Counted]
+    plain: tuple[Counted, Counted]
+
+    def a_layer_s(self, count: Callable[[Counted], int]) -> int:
+        """What the engine adds to the second layer."""
+        ((ours, plain),) = pairwise(count(two) - count(one) for one, two in (self.ours, self.plain))
+        return ours - plain
 
 
-@cache
-def plain(size: str, layers: int) -> Launches:
-    """The same forward and backward pass, without what the engine makes of it."""
-    with pytest.MonkeyPatch.context() as patch, fake_gpu(patch) as counted, ExitStack() as stack:
-        model = llama(size, layers)
-        view = describe(model)
-        linears = [entry.linear for block in view.blocks for entry in block.projections]
-        stack.enter_context(capture(model, dict.fromkeys(linears, lambda *_: None)))
-        stack.enter_context(checkpointed(view.layers))
-        stack.enter_context(counted)
-        sample_losses(model, torch.zeros(SAMPLES, TOKENS, dtype=torch.int64, device="meta")).sum().backward()
-    return counted
+def too_many_launches(taken: Taken) -> bool:
+    """Of a layer of seven projections: with every weight's gradient, and where the default method needs none."""
+    return not 0 < taken.a_layer_s(lambda step: step.total) <= {"taylor_2nd": 40, "group_fisher": 15}[taken.method]
 
 
-def a_layer_s(found: list[Launches]) -> int:
-    """Launches that the second layer adds."""
-    one, two = found
-    return two.total - one.total
+def too_many_bytes(taken: Taken) -> bool:
+    """Beside the plain pass's."""
+    of_plain = taken.plain[1].bytes - taken.plain[0].bytes
+    most = {"taylor_2nd": 0.14, "group_fisher": 0.03}[taken.method] * of_plain
+    return not 0 < taken.a_layer_s(lambda step: step.bytes) <= most
 
 
-@pytest.mark.parametrize("method", LAUNCHES)
-@pytest.mark.parametrize("size", ["8B", "70B", "405B"])
-def test_a_layer_adds_few_launches(size: str, method: Method) -> None:
+def too_much_memory(taken: Taken) -> bool:
+    """At its peak the engine may need its partial sums more than the plain pass."""
+    return taken.ours[1].peak > taken.plain[1].peak + WORKSPACE
+
+
+def memory_that_grows(taken: Taken) -> bool:
+    """A further layer takes its input, which is recomputed from, and a few vectors."""
+    one, two = taken.ours
+    return two.peak - one.peak > 1.01 * SAMPLES * TOKENS * SIZES[taken.size] * 2
+
+
+def too_large_a_workspace(taken: Taken) -> bool:
+    """Of one product's partial sums."""
+    return taken.ours[1].workspace > WORKSPACE
+
+
+GATES = (too_many_launches, too_many_bytes, too_much_memory, memory_that_grows, too_large_a_workspace)
+
+
+def steps(size: str, method: Method, samples: int = SAMPLES) -> Taken:
+    return Taken(
+        size,
+        method,
+        tuple(engine_step(size, layers, method, samples, TOKENS) for layers in (1, 2)),
+        tuple(plain_step(size, layers, samples, TOKENS) for layers in (1, 2)),
+    )
+
+
+taken = cache(steps)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_step_is_within_its_budgets(size: str, method: Method, gate: Callable[[Taken], bool]) -> None:
     """That no step reads anything back to the host is checked too: it would raise."""
-    ours = a_layer_s([step(size, layers, method) for layers in (1, 2)])
-    theirs = a_layer_s([plain(size, layers) for layers in (1, 2)])
-    assert 0 < ours - theirs <= LAUNCHES[method], step(size, 1, method).by_name
+    assert not gate(taken(size, method))
 
 
-@pytest.mark.parametrize("size", ["8B", "70B", "405B"])
-def test_partial_sums_stay_within_the_workspace(size: str) -> None:
-    assert 0 < step(size, 1).workspace <= WORKSPACE
+def test_all_memory_is_let_go_in_the_end() -> None:
+    assert [step.held for step in taken("8B", "taylor_2nd").ours] == [0, 0]
 
 
-def compilations(counted: Launches) -> dict[str, int]:
+@pytest.mark.parametrize("method", METHODS)
+def test_an_engine_that_scores_twice_is_refused(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, mask = SampleAccumulator._observe_weight, LinearAccumulator._input_gradient
+
+    def scored_twice(self, entry, x, dy):
+        self._ops.linear_importance(
+            x, dy, entry.linear.weight, "columns" if isinstance(entry, OutputLinear) else "rows"
+        )
+        weight(self, entry, x, dy)
+
+    monkeypatch.setattr(SampleAccumulator, "_observe_weight", scored_twice)
+    monkeypatch.setattr(LinearAccumulator, "_input_gradient", lambda self, x, dx: mask(self, x.clone(), dx))
+    found = steps("8B", method)
+    assert too_many_launches(found)
+    assert too_many_bytes(found)
+
+
+def test_an_engine_that_keeps_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    observe, kept = LinearAccumulator._observe, []
+    monkeypatch.setattr(
+        LinearAccumulator, "_observe", lambda self, entry, x, dy, dx: [kept.append(dy), observe(self, entry, x, dy, dx)]
+    )
+    found = steps("8B", "taylor_2nd")
+    assert too_much_memory(found)
+    assert memory_that_grows(found)
+
+
+def test_partial_sums_of_many_samples_are_refused_unless_they_are_taken_in_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not too_large_a_workspace(steps("8B", "taylor_2nd", samples=32))
+    monkeypatch.setattr(linear_importance, "samples_in_turn", lambda *_: 1)
+    assert too_large_a_workspace(steps("8B", "taylor_2nd", samples=32))
+
+
+def test_a_host_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = LinearAccumulator._observe_mask
+
+    def read(self, gradient, dy):
+        gradient.sum().item()
+        mask(self, gradient, dy)
+
+    monkeypatch.setattr(LinearAccumulator, "_observe_mask", read)
+    with pytest.raises(RuntimeError, match="meta"):
+        engine_step("8B", 1, "group_fisher", SAMPLES, TOKENS)
+
+
+def compilations(kernels: list[tuple[str, tuple[object, ...]]]) -> dict[str, int]:
     """How often each kernel is compiled."""
-    return dict(Counter(name for name, _ in set(counted.kernels)))
+    return dict(Counter(name for name, _ in set(kernels)))
 
 
 def test_a_model_takes_few_compilations_whatever_the_batches() -> None:
     """Of the product by rows and by columns, and the same ones for one sample and for tokens of any number."""
-    found = compilations(step("8B", 1))
-    assert found == {"linear_importance": 2, "recount": 1, "add": 1, "mask_gradient": 1}
-    both = Launches(kernels=step("8B", 1).kernels + step("8B", 1, samples=1, tokens=1001).kernels)
-    assert compilations(both)["linear_importance"] == 2
+    found = taken("8B", "taylor_2nd").ours[0].kernels
+    assert compilations(found) == {"linear_importance": 2, "recount": 1, "add": 1, "mask_gradient": 1}
+    other = engine_step("8B", 1, "taylor_2nd", 1, 1001).kernels
+    assert compilations(found + other)["linear_importance"] == 2

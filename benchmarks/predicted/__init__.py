@@ -1,0 +1,1 @@
+"""What a GPU would take, from what is counted without one."""

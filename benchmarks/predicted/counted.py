@@ -1,0 +1,240 @@
+"""A stand-in for a GPU: meta tensors, which compute nothing; what a pass launches is counted, and a host read raises.
+
+Of a model of any size this needs neither the device, nor the memory, nor the time. Bytes are those of each launch's
+tensors, read and written once; floating-point operations are those of products and of attention.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from benchmarks.jobs.models import llama_config
+from gradprune.kernels import linear_importance, mask_gradient, partial_sums, taylor_score
+from gradprune.ops import dispatch
+
+# Ops that launch nothing: they make a view, or take memory.
+_FREE = (
+    "empty", "empty_like", "new_empty", "empty_strided", "detach", "view", "alias", "expand", "slice", "select",
+    "split", "split_with_sizes", "unbind", "transpose", "permute", "t", "unsqueeze", "squeeze", "as_strided", "reshape",
+    "unflatten", "_unsafe_view", "promote_types",
+)  # fmt: skip
+# A shape that is known by its size alone.
+LLAMA_405B = {"hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128, "num_hidden_layers": 126}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel: its name, the bytes of its tensors, and the floating-point operations of its products.
+
+    dtype: of the factors of a product. samples, tokens: of a linear layer's gradients.
+    """
+
+    name: str
+    bytes: int
+    flops: int = 0
+    dtype: torch.dtype | None = None
+    samples: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Counted(TorchDispatchMode):
+    """What was launched inside the context.
+
+    launches: in order. kernels: of Triton's, the name and what the compiler tells apart of the arguments.
+    workspace: most bytes of partial sums of a `linear_importance`. held, peak: bytes of tensors made inside, now and at
+    most.
+    """
+
+    launches: list[Launch] = field(default_factory=list)
+    kernels: list[tuple[str, tuple[object, ...]]] = field(default_factory=list)
+    workspace: int = 0
+    held: int = 0
+    peak: int = 0
+
+    def __post_init__(self) -> None:
+        """Prepare the mode."""
+        super().__init__()
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count an op of PyTorch."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        used, made = (
+            [value for value in tree_leaves(values) if isinstance(value, Tensor)] for values in ((args, kwargs), out)
+        )
+        there = {tensor.untyped_storage()._cdata for tensor in used}
+        for tensor in made:
+            if tensor.untyped_storage()._cdata not in there:
+                self._hold(tensor)
+        name = func.name().removeprefix("aten::")
+        if name.split(".")[0] not in _FREE:
+            formula = flop_registry.get(func._overloadpacket)
+            flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+            dtype = used[0].dtype if used else None
+            self.launches.append(Launch(name, sum(map(_bytes_of, (*used, *made))), flops, dtype))
+        return out
+
+    @property
+    def by_name(self) -> Counter[str]:
+        """How often each kernel is launched."""
+        return Counter(launch.name for launch in self.launches)
+
+    @property
+    def total(self) -> int:
+        """The number of launches."""
+        return len(self.launches)
+
+    @property
+    def bytes(self) -> int:
+        """Of all launches."""
+        return sum(launch.bytes for launch in self.launches)
+
+    def _hold(self, tensor: Tensor) -> None:
+        """A tensor's memory is taken until the last view of it is gone."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.held += size
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self._let_go, key, size)
+
+    def _let_go(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.held -= size
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """That are read or written: of an expanded tensor those it has."""
+    size: int = tensor.numel() * tensor.element_size()
+    return min(size, tensor.untyped_storage().nbytes())
+
+
+class _Kernel:
+    """Stands for a Triton kernel: records its launches."""
+
+    def __init__(self, name: str, kernel: Any, counted: Counted) -> None:
+        self._name, self._counted = name, counted
+        # The interpreter's stand-in for a kernel keeps what the kernel was declared with.
+        ignored = getattr(kernel, "kwargs", {}).get("do_not_specialize") or getattr(kernel, "do_not_specialize", None)
+        self._ignored = {list(kernel.arg_names).index(name) for name in ignored or ()}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **constants: object) -> None:
+            told_apart = (_specialised(value) for index, value in enumerate(args) if index not in self._ignored)
+            self._counted.kernels.append((self._name, (*told_apart, *sorted(constants.items()))))
+            self._counted.launches.append(self._launch(args))
+            if self._name == "linear_importance":
+                self._counted.workspace = max(self._counted.workspace, args[3].nbytes)
+
+        return launch
+
+    def _launch(self, args: tuple[Any, ...]) -> Launch:
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        name = f"triton {self._name}"
+        if self._name == "recount":  # which reads the statistics alone, where all is well
+            return Launch(name, _bytes_of(tensors[2]))
+        moved = sum(map(_bytes_of, tensors))
+        if self._name != "linear_importance":
+            return Launch(name, moved)
+        a, b = tensors[:2]
+        samples, tokens, height = a.shape
+        flops = 2 * samples * tokens * height * b.shape[2]
+        return Launch(name, moved, flops, a.dtype, samples, tokens)
+
+
+def _specialised(value: object) -> object:
+    """What of an argument Triton compiles a kernel anew for."""
+    if isinstance(value, Tensor):
+        return value.dtype
+    return value if value in (0, 1) else "multiple of 16" if isinstance(value, int) and value % 16 == 0 else "any"
+
+
+class _ScaledDotProductAttention(torch.autograd.Function):
+    """Stands for fused causal attention, which a meta tensor has not: its result, and a number per query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, counted: Counted) -> Tensor:
+        out = torch.empty_like(query)
+        per_query = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+        ctx.save_for_backward(query, key, value, out, per_query)
+        ctx.counted = counted
+        # Two products, of which causality leaves a half.
+        flops = 2 * query.numel() * key.shape[-2]
+        moved = sum(map(_bytes_of, (query, key, value, out, per_query)))
+        counted.launches.append(Launch("attention", moved, flops, query.dtype))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, out, per_query = ctx.saved_tensors
+        found = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+        moved = sum(map(_bytes_of, (query, key, value, out, per_query, gradient, *found)))
+        # Five products.
+        flops = 5 * query.numel() * key.shape[-2]
+        ctx.counted.launches.append(Launch("attention backward", moved, flops, query.dtype))
+        return (*found, None)
+
+
+@contextmanager
+def counted_gpu() -> Iterator[Counted]:
+    """Inside, an engine of a model on the meta device runs its Triton kernels, which are counted, not launched.
+
+    What is counted is what runs inside the yielded object's own context.
+    """
+    counted = Counted()
+    triton = dispatch._importance_triton()
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _ScaledDotProductAttention.apply(query, key, value, counted)  # type: ignore[no-any-return, no-untyped-call]
+
+    with ExitStack() as stack:
+        for module in (linear_importance, mask_gradient, partial_sums, taylor_score):
+            stack.enter_context(patch.object(module, "device_of", lambda _tensor: nullcontext()))
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                kernel = _Kernel(name.strip("_").removesuffix("_kernel"), getattr(module, name), counted)
+                stack.enter_context(patch.object(module, name, kernel))
+        for name, stand_in in {
+            "gradprune.kernels.linear_importance.descriptors_work": _descriptors_work,
+            "gradprune.kernels.linear_importance._describe": lambda a, b, w, _columns, _config: (a, b, w),
+            "gradprune.kernels.linear_importance.fastest": lambda configs, *_: configs[0],
+            "gradprune.calibration.engine.select_ops": lambda _backend, _device: triton,
+            "gradprune.calibration.engine.without_autocast": lambda _device: nullcontext(),
+            "gradprune.calibration.engine.check_placement": lambda _model: None,
+            # Which is only to tell a CPU from a GPU.
+            "gradprune.models.loss.LOGITS": 2**27,
+            # transformers' one host read of a forward pass: whether several texts share a window.
+            "transformers.masking_utils.find_packed_sequence_indices": lambda _positions: None,
+            "torch.nn.functional.scaled_dot_product_attention": attention,
+        }.items():
+            stack.enter_context(patch(name, stand_in))
+        yield counted
+
+
+def _descriptors_work(*tensors: Tensor) -> bool:
+    steps = [stride * tensor.element_size() for tensor in tensors for stride in tensor.stride()[:-1]]
+    return tensors[0].dtype != torch.float32 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def llama(size: str, layers: int | None = None) -> PreTrainedModel:
+    """A bf16 Llama of the shape of "8B", "70B" or "405B", of all or so many layers, on the meta device."""
+    if size == "405B":
+        config = LlamaConfig(**LLAMA_405B, vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192)
+    else:
+        config = llama_config(size)
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
