@@ -41,6 +41,7 @@ OTHER = {
     "temperature": 0.5, "tau": float("inf"), "prior": "similarity", "search_samples": 12, "search_minutes": 1.5,
     "freeze_first_n_layers": 1, "freeze_last_n_layers": 2, "max_layer_ratio": 0.5, "round_to": 8, "uniform": True,
     "epsilon": 0.1, "repair": "none", "output_dir": "elsewhere", "output_name": "$name", "overwrite": True,
+    "max_shard_size": "5GB",
     "measure_speed": False, "in_place": True, "tasks": "piqa", "task_questions": 5, "checkpoint_every": 64,
     "resume": True, "serve": "hf", "tensor_parallel": 2, "prompts": "prompts.txt", "generations": False,
     "device_map": "auto", "stream_layers": "off", "stream_memory": "2GiB",

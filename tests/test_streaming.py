@@ -10,15 +10,18 @@ import torch
 
 from gradprune import PruneConfig, prune
 from gradprune.checkpoint.load import load_model, load_shape
+from gradprune.checkpoint.save import save_checkpoint
 from gradprune.errors import CheckpointError, ConfigError
 from gradprune.models import sizes
 from gradprune.models.footprint import Job
 from gradprune.models.residency import residency_of
 from gradprune.pipeline import prune_ratios
+from helpers.architectures import OPTIONS, tiny
 from helpers.commands import run as command
 from helpers.streaming import both, saved
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
+SHORT = {"num_samples": 4, "batch_size": 2, "held_out_samples": 2, "eval_samples": 2, "seq_len": 8}
 TOKENS = tiny_ids(samples=1, tokens=1500).flatten()
 
 
@@ -45,7 +48,7 @@ def assert_same_run(whole, streamed, folder: Path, **options) -> None:
     expected, found = files(folder / "whole"), files(folder / "streamed")
     assert expected.keys() == found.keys()
     assert "run/analysis/groups.csv" in found
-    assert "run/model/model.safetensors" in found
+    assert "run/model/config.json" in found
     for name, content in expected.items():
         assert found[name] == content, name
 
@@ -57,7 +60,27 @@ def test_results_have_the_same_bytes_as_the_whole_model(architecture: str, tmp_p
     assert_same_run(whole, streamed, tmp_path, temperature=1.0, importance_method="obs")
 
 
-@pytest.mark.parametrize("options", [{"in_place": True}, {"repair": "none", "epsilon": 0.5}, {"uniform": True}])
+@pytest.mark.parametrize("architecture", OPTIONS)
+def test_architectures_found_by_inspection_are_streamed_bit_for_bit(architecture: str, tmp_path) -> None:
+    """Twice: the model, and what comes out, whose layers differ; both in several files."""
+    tied = list(OPTIONS).index(architecture) % 2 == 0
+    saved(tiny(architecture, tie_word_embeddings=tied).float(), tmp_path / "dense")
+    for name, options in (("dense", {"pruning_ratio": 0.15, "epsilon": 0.3}), ("dense-on", {"pruning_ratio": 0.04})):
+        results = {}
+        for how in ("off", "on"):
+            model, _ = load_model(tmp_path / name, stream_layers=how)
+            results[how] = run(model, tmp_path, output_name=None, in_place=True, **SHORT, **options)
+            save_checkpoint(results[how].model, None, tmp_path / f"{name}-{how}", max_shard_size="6KB")
+        assert files(tmp_path / f"{name}-on") == files(tmp_path / f"{name}-off")
+        assert len(list((tmp_path / f"{name}-on").glob("*.safetensors"))) > 1
+        assert results["on"].after == results["off"].after
+        for component, values in results["off"].evidence.components.items():
+            assert torch.equal(results["on"].evidence.components[component], values), component
+
+
+@pytest.mark.parametrize(
+    "options", [{"in_place": True}, {"repair": "none", "epsilon": 0.5}, {"uniform": True, "max_shard_size": "6KB"}]
+)
 def test_other_ways_to_cut_give_the_same_bytes(options: dict[str, object], tmp_path) -> None:
     whole, streamed = both(tiny_model(dtype=torch.bfloat16), tmp_path / "model")
     assert_same_run(whole, streamed, tmp_path, prior="similarity", temperature=0.5, **options)

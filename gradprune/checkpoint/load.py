@@ -15,12 +15,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.hub import cached_file
 
 from gradprune.checkpoint.files import check_floating, check_index
 from gradprune.checkpoint.gguf_source import find_gguf, plain_copy
 from gradprune.checkpoint.gguf_splitters import split_as_the_file_says
-from gradprune.checkpoint.streamed import EmptyModel, empty_model, local_folder, resolved_dtype, stored_weights
+from gradprune.checkpoint.streamed import EmptyModel, empty_model, local_folder, resolved_dtype
 from gradprune.config import PruneConfig, StreamLayers, bytes_of, device_map_of
 from gradprune.errors import CheckpointError, ConfigError, GradPruneError, UnsupportedArchitectureError, one_line
 from gradprune.hub import hub_fault
@@ -93,20 +92,25 @@ def load_model(
     source = {"trust_remote_code": trust_remote_code, "local_files_only": _only_cached(base_model)}
     config = _load_config(base_model, source, argument)
     _check_supported(base_model, config, argument)
-    if device_map is not None:
-        model = _mapped(base_model, config, dtype, source, argument, device_map)
-        return model, _load_tokenizer(base_model, source, argument)
+    folder = _checked_folder(base_model, config, source, argument)
     place = torch.device(device)
-    if stream_layers == "auto":
-        shape = _shape(base_model, config, dtype, source, argument)
-        job = job or Job(PruneConfig(stream_memory=stream_memory))
-        stream_layers = "off" if shape.experts or _fits(shape, job, place) else "on"
-    if stream_layers == "on":
-        budget = bytes_of(stream_memory)
-        model = _streamed(base_model, config, dtype, source, argument, device=place, budget=budget)
+    empty = None
+    if stream_layers != "off" and device_map is None:
+        empty = _empty(folder, base_model, config, dtype, source, argument)
+        if stream_layers == "auto" and not _must_stream(empty.model, job or _pruning(stream_memory), place):
+            empty = None
+    if empty is not None:
+        model = _streamed(empty, base_model, argument, device=place, budget=bytes_of(stream_memory))
+    elif device_map is not None:
+        model = _mapped(base_model, config, dtype, source, argument, device_map)
     else:
         model = _aligned(_load_weights(base_model, config, dtype, source, argument).to(device).eval())
     return model, _load_tokenizer(base_model, source, argument)
+
+
+def _pruning(stream_memory: str) -> Job:
+    """A run of `prune` with its default options."""
+    return Job(PruneConfig(stream_memory=stream_memory))
 
 
 def load_pruned(directory: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -228,9 +232,6 @@ def _load_weights(
     argument: str,
     **placed: Any,
 ) -> Any:
-    _check_weight_files(base_model, config, source, argument)
-    if Path(base_model).is_dir():
-        check_floating(Path(base_model), argument=argument)
     pruned = bool(per_layer_overrides(config))
     # transformers' annotation of from_pretrained does not know output_loading_info's pair.
     model_class: Any = auto_class(config.model_type, "AutoModelForCausalLM") if pruned else AutoModelForCausalLM
@@ -244,11 +245,6 @@ def _load_weights(
     except Exception as error:  # as for the configuration, whose values are first used here
         raise _unreadable(base_model, error, argument) from error
     _check_complete(base_model, found, argument)
-    if not Path(base_model).is_dir():
-        # A hub model's files have been downloaded only now.
-        check_floating(
-            Path(str(cached_file(base_model, "config.json", local_files_only=True))).parent, argument=argument
-        )
     return model
 
 
@@ -264,27 +260,37 @@ def _aligned(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _streamed(
+def _empty(
+    folder: Path,
     base_model: str | Path,
     config: PreTrainedConfig,
     dtype: str,
     source: dict[str, bool],
     argument: str,
-    *,
-    device: torch.device,
-    budget: int,
-) -> PreTrainedModel:
-    """The model without its decoder layers' weights."""
-    _check_weight_files(base_model, config, source, argument)
+) -> EmptyModel:
+    """The model without weights, beside the files that hold them."""
     try:
-        folder = local_folder(base_model, local_files_only=source["local_files_only"])
-        check_floating(folder, argument=argument)
-        empty = EmptyModel(folder, config, _maker(config, source), dtype, argument)
-        _refuse_experts(empty.model)
-        _check_complete(base_model, empty.found, argument)
-        return empty.streamed(device, budget)
+        return EmptyModel(folder, config, _maker(config, source), dtype, argument)
     except GradPruneError:
         raise
+    except Exception as error:  # as in `_load_weights`
+        raise _unreadable(base_model, error, argument) from error
+
+
+def _must_stream(model: PreTrainedModel, job: Job, device: torch.device) -> bool:
+    """Whether a job is too large for the device with the whole model, which is empty; says so if it is."""
+    shape = model_shape(model)
+    return not shape.experts and not _fits(shape, job, device)
+
+
+def _streamed(
+    empty: EmptyModel, base_model: str | Path, argument: str, *, device: torch.device, budget: int
+) -> PreTrainedModel:
+    """The model without its decoder layers' weights."""
+    _refuse_experts(empty.model)
+    _check_complete(base_model, empty.found, argument)
+    try:
+        return empty.streamed(device, budget)
     except Exception as error:  # as in `_load_weights`
         raise _unreadable(base_model, error, argument) from error
 
@@ -327,23 +333,6 @@ def load_shape(
         ) from error
 
 
-def _shape(
-    base_model: str | Path, config: PreTrainedConfig, dtype: str, source: dict[str, bool], argument: str
-) -> ModelShape:
-    """The sizes of a checkpoint's model, whose weights are there."""
-    _check_weight_files(base_model, config, source, argument)
-    try:
-        sources = {}
-        if dtype == "auto" and config.dtype is None:
-            folder = local_folder(base_model, local_files_only=source["local_files_only"])
-            sources = stored_weights(folder, argument)
-        return model_shape(empty_model(config, _maker(config, source), resolved_dtype(config, dtype, sources)))
-    except GradPruneError:
-        raise
-    except Exception as error:  # as in `_load_weights`
-        raise _unreadable(base_model, error, argument) from error
-
-
 def _maker(config: PreTrainedConfig, source: dict[str, bool]) -> Callable[..., Any]:
     """What makes a model of the configuration: gradprune's own class where layers differ."""
     if per_layer_overrides(config):
@@ -366,16 +355,25 @@ def _fits(shape: ModelShape, job: Job, device: torch.device) -> bool:
     return False
 
 
-def _check_weight_files(
-    base_model: str | Path, config: PreTrainedConfig, source: dict[str, bool], argument: str
-) -> None:
-    """Refuse what would make transformers read other files than safetensors."""
+def _checked_folder(base_model: str | Path, config: PreTrainedConfig, source: dict[str, bool], argument: str) -> Path:
+    """The folder with a checkpoint's files, downloaded if need be.
+
+    Raises:
+        CheckpointError, UnsupportedArchitectureError: transformers would read other files than safetensors, or there
+            are none; they hold whole numbers.
+    """
     if getattr(config, "transformers_weights", None) is not None:
         raise CheckpointError(
             f"{argument}: config.json of '{base_model}' names its weights' file (transformers_weights); only "
             "model.safetensors and its shards are read"
         )
     check_index(base_model, argument=argument, local_files_only=source["local_files_only"])
+    try:
+        folder = local_folder(base_model, local_files_only=source["local_files_only"])
+    except OSError as error:
+        raise _unreadable(base_model, error, argument) from error
+    check_floating(folder, argument=argument)
+    return folder
 
 
 def _unreadable(base_model: str | Path, error: Exception, argument: str) -> CheckpointError:

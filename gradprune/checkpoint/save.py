@@ -11,9 +11,11 @@ from transformers import (
 import gradprune.models
 from gradprune.checkpoint.atomic import atomic_directory, is_checkpoint
 from gradprune.checkpoint.shards import save_streamed
+from gradprune.config import OPTIONS, bytes_of
 from gradprune.models.modeling_gradprune import per_layer_overrides
 from gradprune.models.residency import residency_of
 
+MAX_SHARD_SIZE: str = OPTIONS["max_shard_size"].default
 # Never imported here, where MLX need not be installed.
 MLX_FILE = "modeling_mlx.py"
 MLX_SOURCE = Path(gradprune.models.__file__).with_name(MLX_FILE)
@@ -27,31 +29,43 @@ def save_checkpoint(
     directory: str | Path,
     *,
     overwrite: bool = False,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
     """Write a Hugging Face checkpoint: weights as safetensors, configuration, tokenizer, modelling files
     for transformers and MLX if needed.
 
     The folder appears whole or not at all, and has the same bytes every time.
 
+    Args:
+        model, tokenizer: what to write.
+        directory: where to.
+        overwrite: replace a checkpoint that is there.
+        max_shard_size: of a weights file, such as "5GB"; weights that take more are divided into several.
+
     Raises:
         CheckpointError: it exists and `overwrite` is False, or it is no checkpoint; or it cannot be written.
     """
     with atomic_directory(Path(directory), overwrite=overwrite, argument="directory", replaces=is_checkpoint) as folder:
-        write_checkpoint(model, tokenizer, folder)
+        write_checkpoint(model, tokenizer, folder, max_shard_size)
 
 
-def write_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+def write_checkpoint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, max_shard_size: str
+) -> None:
     """Write the same into `folder`, which itself will appear whole or not at all."""
     model.config.__dict__.pop("model_file", None)
     in_mlx = model.config.model_type in MLX_TYPES and bool(per_layer_overrides(model.config))
     if in_mlx:
         # The key by which mlx-lm finds it.
         model.config.model_file = MLX_FILE
+    if per_layer_overrides(model.config):
+        # Loading renames weights only for transformers' own classes: here they keep the names that the model has.
+        model.__dict__.pop("_weight_conversions", None)
     residency = residency_of(model)
     if residency is None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=bytes_of(max_shard_size))
     else:
-        save_streamed(model, residency, folder)
+        save_streamed(model, residency, folder, max_shard_size=bytes_of(max_shard_size))
     if in_mlx:
         shutil.copyfile(MLX_SOURCE, folder / MLX_FILE)
     if tokenizer is not None:

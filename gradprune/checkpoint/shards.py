@@ -11,49 +11,51 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from gradprune.models.residency import Residency
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# As `save_pretrained`.
-MAX_SHARD_SIZE = "50GB"
 
 
-def save_streamed(
-    model: PreTrainedModel, residency: Residency, folder: Path, *, max_shard_size: str = MAX_SHARD_SIZE
-) -> None:
+def save_streamed(model: PreTrainedModel, residency: Residency, folder: Path, *, max_shard_size: int) -> None:
     """Write what `model.save_pretrained` would if the model were whole in memory.
 
     Args:
         model: a streamed model, and its residency.
         residency: see above.
         folder: to write into.
-        max_shard_size: of a file; as in `save_pretrained`.
+        max_shard_size: bytes of a file; as in `save_pretrained`.
 
     Raises:
         OSError: a file cannot be written.
     """
     residency.release()
     # Tied weights once, under their first name, as transformers saves them.
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = {name: own[name].detach() for name in model.state_dict() if name in own}
+    # The files may have other names for them, and their order decides what goes into which file.
+    saved: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    names = {id(tensor): name for name, tensor in tensors.items()}
     # Everything but the weights.
     model.save_pretrained(folder, state_dict={})
     (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
     shards = split_torch_state_dict_into_shards(
-        parameters,
+        saved,
         filename_pattern=SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
         max_shard_size=max_shard_size,
     )
 
     def read(name: str) -> Tensor:
-        return residency.read(name) if name in residency.sources else parameters[name].cpu()
+        source = names[id(saved[name])]
+        return residency.read(source) if source in residency.sources else saved[name].cpu()
 
     for name, members in shards.filename_to_tensors.items():
-        write_safetensors(folder / name, {member: parameters[member] for member in members}, read)
+        write_safetensors(folder / name, {member: saved[member] for member in members}, read)
     if shards.is_sharded:
         # As transformers writes it.
-        metadata = {"total_parameters": sum(map(Tensor.numel, parameters.values())), **shards.metadata}
+        metadata = {"total_parameters": model.num_parameters(), **shards.metadata}
         index = {"metadata": metadata, "weight_map": shards.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")

@@ -8,11 +8,13 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from gradprune.checkpoint.files import weight_files
-from gradprune.models.residency import Residency, Stored, WeightFile
+from gradprune.models.residency import Residency, Source, Stored, WeightFile
 from gradprune.models.view import layers_path
 
 # Buffers that old checkpoints hold and transformers computes.
@@ -64,9 +66,10 @@ class EmptyModel:
         Raises:
             SafetensorError, OSError: a file is damaged.
         """
-        self._sources = stored_weights(folder, argument)
-        self.dtype = resolved_dtype(config, dtype, self._sources)
+        stored = stored_weights(folder, argument)
+        self.dtype = resolved_dtype(config, dtype, stored)
         self.model = empty_model(config, make, self.dtype)
+        self._sources = _by_names_of(self.model, stored)
         if (folder / GENERATION_CONFIG_NAME).is_file() and self.model.can_generate():
             self.model.generation_config = GenerationConfig.from_pretrained(folder)
         self.model.name_or_path = self.model.config._name_or_path = str(folder)
@@ -80,33 +83,35 @@ class EmptyModel:
                 parent, _, own = name.rpartition(".")
                 weight = self._sources[name].read().to(device, self.dtype, copy=True)
                 model.get_submodule(parent)._parameters[own] = nn.Parameter(weight, parameter.requires_grad)
+        for name, stated in model.named_buffers():
+            if name in self._sources:
+                stated.copy_(self._sources[name].read())
         # What is missing is tied to what is there.
         model.tie_weights(missing_keys=self._missing(), recompute_mapping=False)
         for module in model.modules():
             for own, buffer in module._buffers.items():
                 module._buffers[own] = buffer if buffer is None else buffer.to(device)
         wanted = {name for name, _ in model.named_parameters() if name.startswith(f"{layers}.")}
-        sources = {name: source for name, source in self._sources.items() if name in wanted}
-        Residency(layers, {**sources}, device=device, dtype=self.dtype, budget=budget).attach(model)
+        sources: dict[str, Source] = {name: source for name, source in self._sources.items() if name in wanted}
+        Residency(layers, sources, device=device, dtype=self.dtype, budget=budget).attach(model)
         return model
 
     def _missing(self) -> set[str]:
-        names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        return names - self._sources.keys()
+        return self.model.state_dict().keys() - self._sources.keys()
 
     def _compared(self) -> dict[str, Any]:
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        expected = {name: list(tensor.shape) for name, tensor in self.model.state_dict().items()}
         mismatched = [
-            (name, self._sources[name].file.shape(name), list(parameter.shape))
-            for name, parameter in parameters.items()
-            if name in self._sources and self._sources[name].file.shape(name) != list(parameter.shape)
+            (name, self._sources[name].shape, shape)
+            for name, shape in expected.items()
+            if name in self._sources and self._sources[name].shape != shape
         ]
         missing = self._missing()
         tied = self.model.all_tied_weights_keys
         for target, source in tied.items():
             if len({target, source} & missing) == 1:
                 missing -= {target, source}
-        unexpected = [name for name in self._sources if name not in parameters and not name.endswith(_COMPUTED)]
+        unexpected = [name for name in self._sources if name not in expected and not name.endswith(_COMPUTED)]
         return {"mismatched_keys": mismatched, "missing_keys": missing, "unexpected_keys": unexpected}
 
 
@@ -114,6 +119,20 @@ def stored_weights(folder: Path, argument: str) -> dict[str, Stored]:
     """By name, where a checkpoint folder has its weights; only the files' headers are read."""
     files = [WeightFile(path) for path in weight_files(folder, argument)]
     return {name: Stored(file, name) for file in files for name in file.names()}
+
+
+def _by_names_of(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The weights by the names that the model has them by, which are not always the files'.
+
+    The model is told which of transformers' renamings were needed, and is saved with the files' names again.
+    """
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    own = model.state_dict()
+    model._weight_conversions = [  # type: ignore[assignment]
+        each for each in renamings if any(rename_source_key(name, [each], [])[0] != name for name in stored)
+    ]
+    names = {name: rename_source_key(name, renamings, [], model.base_model_prefix, own)[0] for name in stored}
+    return {names[name]: source for name, source in stored.items()}
 
 
 def resolved_dtype(config: PreTrainedConfig, dtype: str, sources: Mapping[str, Stored]) -> torch.dtype:

@@ -272,6 +272,9 @@ class Output(Options):
     output_dir: str = option("results", "Folder of the results folders.", path("a folder"))
     output_name: str | None = option(None, "Results folder; default names model and method.", folder_name())
     overwrite: bool = option(False, "Replace an existing results folder.")
+    max_shard_size: str = option(
+        "50GB", "Largest file of weights; a model that takes more is written into several.", memory_size()
+    )
     checkpoint_every: int | None = option(
         None, "Samples after which calibration is written down, for --resume; default never.", at_least(1)
     )

@@ -65,6 +65,11 @@ class Stored:
     file: WeightFile
     name: str
 
+    @property
+    def shape(self) -> list[int]:
+        """Of the weight, which is not read."""
+        return self.file.shape(self.name)
+
     def read(self) -> Tensor:
         """As the file has it."""
         return self.file.tensor(self.name)

@@ -75,7 +75,7 @@ def _layer_summary(masks: GroupMasks, layer: int) -> dict[str, Any]:
 def write_results(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None, output: Path) -> PruneResult:
     """Write the results folder: all of it or, if interrupted, nothing."""
     with atomic_directory(output, overwrite=result.config.overwrite, argument="output_name") as folder:
-        write_checkpoint(result.model, tokenizer, folder / "model")
+        write_checkpoint(result.model, tokenizer, folder / "model", result.config.max_shard_size)
         write_served(result.model, tokenizer, result.config.constraints, folder)
         on_disk = weight_bytes_on_disk(folder / "model")
         result = replace(
