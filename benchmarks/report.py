@@ -46,6 +46,11 @@ def report(records: Sequence[Record], plots_folder: Path) -> str:
             chosen = [found for found in of_one if found.kind == kind]
             if chosen:
                 parts.append(section(chosen, plots_folder))
+        predicted = [found for found in of_one if found.kind == "predicted"]
+        if predicted:
+            measured = [found for found in of_one if found.kind != "predicted"]
+            table = tables.predicted_table(predicted, measured)
+            parts.append(f"### Predicted beside measured\n\n{tables.PREDICTED}\n\n{table}")
     if not records:
         parts.append("No results have been recorded yet.")
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -137,12 +142,17 @@ def _vanishing(records: Sequence[Record], _folder: Path) -> str:
     return f"### Vanishing gradients\n\n{lead}\n\n{tables.vanishing_table(records)}"
 
 
+def _compiled(records: Sequence[Record], _folder: Path) -> str:
+    return f"### Compiled kernels\n\n{tables.COMPILED}\n\n{tables.compiled_table(records)}"
+
+
 _SECTIONS: dict[str, Callable[[Sequence[Record], Path], str]] = {
     "kernel": _kernels,
     "job": _jobs,
     "quality": _quality,
     "inference": _inference,
     "vanishing": _vanishing,
+    "compiled": _compiled,
 }
 
 

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from benchmarks.environment import Environment, environment
 
-Kind = Literal["kernel", "job", "quality", "inference", "vanishing"]
-KINDS: tuple[Kind, ...] = ("kernel", "job", "quality", "inference", "vanishing")
+Kind = Literal["kernel", "job", "quality", "inference", "vanishing", "predicted", "compiled"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 ANY_HARDWARE = "any hardware"
 FOLDER = Path(__file__).resolve().parent / "results"
 
@@ -28,7 +28,8 @@ class Record:
 
     run: the run of a benchmark that it belongs to; ratios are taken within one run only.
     name: the op or job. provider: who did it. shape: the size of the case, e.g. "4096x14336". dtype: e.g. "bf16".
-    ms_p20, ms_p50, ms_p80: milliseconds, percentiles of `repeats` measurements; None if nothing was timed.
+    ms_p20, ms_p50, ms_p80: milliseconds, percentiles of `repeats` measurements; None if nothing was timed. Of kind
+        "predicted" ms_p50 is no measurement but a prediction, and `hardware` what it is for.
     bytes, flops: the least that the case needs. gb_per_s, tflops: these divided by the median time.
     percent_of_floor: the floor's median time divided by this one, times 100; the floor was timed in the same run.
     peak_memory: bytes on top of what was allocated before.
@@ -67,8 +68,9 @@ class Record:
 
     @property
     def hardware(self) -> str:
-        """The hardware that the result depends on; a perplexity does not depend on any."""
-        return ANY_HARDWARE if self.kind in ("quality", "vanishing") else self.environment.hardware
+        """The hardware that the result depends on; a perplexity does not depend on any, nor what a compiler makes."""
+        anywhere = self.kind in ("quality", "vanishing", "compiled")
+        return ANY_HARDWARE if anywhere else self.environment.hardware
 
     @property
     def work(self) -> tuple[str, ...]:
@@ -118,7 +120,8 @@ def append(found: Record, folder: Path) -> Path:
     Raises:
         InterpreterTimingError: Triton was timed under its interpreter.
     """
-    if found.ms_p50 is not None and "triton" in found.provider and os.environ.get("TRITON_INTERPRET") == "1":
+    timed = found.ms_p50 is not None and found.kind != "predicted"
+    if timed and "triton" in found.provider and os.environ.get("TRITON_INTERPRET") == "1":
         raise InterpreterTimingError(
             f"{found.name} by {found.provider} was timed under TRITON_INTERPRET=1; that is no performance result"
         )

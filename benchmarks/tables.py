@@ -136,6 +136,53 @@ def whole_table(records: Sequence[Record]) -> str:
     return table(["job", "stage", "seconds", "ms a sample", "peak GiB with the weights"], rows)
 
 
+PREDICTED = (
+    "Predicted, not measured: from operations and bytes that are counted without a GPU, and assumed rates "
+    "(`benchmarks/predicted/roofline.py`); good to a quarter at best."
+)
+
+
+def predicted_table(predicted: Sequence[Record], measured: Sequence[Record]) -> str:
+    """One row per prediction, with what was measured in the same case, where it was."""
+    of_case = {(found.name, found.shape, found.dtype, found.provider): found for found in measured}
+    rows = []
+    for found in predicted:
+        other = of_case.get((found.name, found.shape, found.dtype, found.provider))
+        time = None if other is None else other.ms_p50
+        rows.append(
+            [
+                f"{found.name}, {found.extra.get('label', '')} {found.shape} {found.dtype}",
+                found.provider,
+                _number(found.ms_p50, ".3f" if found.extra["of"] == "kernel" else ".0f"),
+                _number(time, ".3f" if found.extra["of"] == "kernel" else ".0f"),
+                ratio(time, found.ms_p50),
+            ]
+        )
+    return table(["case", "provider", "predicted ms", "measured ms", "measured / predicted"], rows)
+
+
+COMPILED = (
+    "What compilers make of the Triton kernels, without a device: per thread registers and bytes of stack, per block "
+    "bytes of shared memory, blocks that a multiprocessor holds at once, and per element instructions of a loop's step "
+    "and of what follows the last product. The tests hold budgets on these (`tests/helpers/kernel_gates.py`)."
+)
+
+
+def compiled_table(records: Sequence[Record]) -> str:
+    """One row per kernel, device and compiler."""
+    rows = [
+        [
+            f"{found.provider}, {found.dtype}",
+            found.shape,
+            *(str(found.extra[name]) for name in ("registers", "stack", "shared", "blocks")),
+            _number(found.extra.get("loop"), ".1f"),
+            _number(found.extra.get("epilogue") or None, ".1f"),
+        ]
+        for found in records
+    ]
+    return table(["kernel", "for", "registers", "stack", "shared", "blocks", "loop", "epilogue"], rows)
+
+
 def profile_table(records: Sequence[Record]) -> str:
     """One row per kernel of a profiled step."""
     rows = [

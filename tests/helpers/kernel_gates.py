@@ -19,7 +19,7 @@ Compiled = dict[str, Any]
 """A line of `compile_kernels.py`."""
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ROOT / "tests" / "helpers" / "compile_kernels.py"
+PROGRAM = ROOT / "benchmarks" / "predicted" / "compile_kernels.py"
 # Installed side by side, because another version generates other code: the one that torch 2.11 brings to a GPU machine.
 OTHER = ROOT / ".venv" / "triton-3.6.0"
 

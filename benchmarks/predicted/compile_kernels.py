@@ -74,6 +74,7 @@ def variants() -> Iterator[Variant]:
 
 
 def taylor_scores(dtype: str) -> Iterator[Variant]:
+    """The sums of either side, and of both."""
     config = taylor.config_for(DTYPES[dtype])
     for rows, columns in ((True, False), (False, True), (True, True)):
         constants = dataclasses.asdict(config) | {"ROW_SUMS": rows, "COLUMN_SUMS": columns}
@@ -126,6 +127,7 @@ def by_pointers(widths: str, dtype: str, config: linear.LinearImportanceConfig) 
 def linear_importance(
     widths: str, dtype: str, config: linear.LinearImportanceConfig, columns: bool, descriptors: bool
 ) -> Variant:
+    """One configuration, by rows or by columns."""
     flags = {"COLUMNS": columns, "DESCRIPTORS": descriptors, "TAIL": widths != "whole"}
     constants = dataclasses.asdict(config) | flags | {"STATISTICS_ROWS": linear.STATISTICS_ROWS}
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
@@ -162,6 +164,7 @@ def recounts(dtype: str) -> Iterator[Variant]:
 
 
 def mask_gradients(dtype: str) -> Variant:
+    """The shipped configuration."""
     config = mask_gradient.MaskGradientConfig()
     constants = dataclasses.asdict(config)
     options = {"num_warps": constants.pop("num_warps")}
@@ -172,6 +175,7 @@ def mask_gradients(dtype: str) -> Variant:
 
 
 def partial_sum() -> Variant:
+    """The second stage of every reduction."""
     constants = {"BLOCK": partial_sums._BLOCK, "PARTS": partial_sums._PARTS}
     return Variant("partial_sums", partial_sums._add_kernel, "fp32", {}, constants, {}, True)
 

@@ -1,0 +1,108 @@
+"""Predictions: from counts, by what they assume; marked as such, and shown beside what is measured."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: what its kernels take is NOT predicted here")
+
+from benchmarks.predicted import run
+from benchmarks.predicted.counted import Launch
+from benchmarks.predicted.roofline import (
+    CARDS,
+    MEMORY,
+    PRODUCTS,
+    SHORTEST,
+    TRITON_ENQUEUED,
+    device_seconds,
+    host_seconds,
+    launch_seconds,
+)
+from benchmarks.predicted.steps import engine_step, plain_step
+from benchmarks.report import report
+from benchmarks.results import latest, read
+
+H100 = CARDS[0]
+
+
+def test_a_launch_takes_the_longer_of_arithmetic_and_memory() -> None:
+    product = Launch("mm", bytes=1000, flops=10**12, dtype=torch.bfloat16)
+    copy = Launch("copy", bytes=10**9)
+    assert launch_seconds(product, H100) == pytest.approx(1e12 / (PRODUCTS * H100.half))
+    assert launch_seconds(copy, H100) == pytest.approx(1e9 / (MEMORY * H100.memory))
+    assert launch_seconds(replace(copy, bytes=10**9 * 10, flops=10**12), H100) > 9 * launch_seconds(copy, H100)
+    assert launch_seconds(Launch("add", bytes=8), H100) == SHORTEST
+    assert launch_seconds(replace(product, dtype=torch.float32), H100) > 10 * launch_seconds(product, H100)
+
+
+def test_fewer_tokens_hide_less_of_the_epilogue() -> None:
+    def of_floor(tokens: int) -> float:
+        launch = Launch("triton linear_importance", 0, 2 * tokens * 4096**2, torch.bfloat16, 1, tokens)
+        return launch_seconds(replace(launch, name="mm"), H100) / launch_seconds(launch, H100)
+
+    assert 0.5 < of_floor(128) < of_floor(512) < of_floor(2048) < 1.0
+
+
+def test_the_host_is_counted_too() -> None:
+    launches = [Launch("triton add", bytes=8)] * 1000
+    assert host_seconds(launches) == pytest.approx(1000 * TRITON_ENQUEUED)
+    assert device_seconds(launches, H100) < host_seconds(launches)
+
+
+def test_products_are_counted_as_they_are() -> None:
+    """Of a decoder layer: forward, recomputed without the last product, and the inputs' gradients."""
+    hidden, channels, kv, tokens = 4096, 14336, 1024, 2 * 512
+    weights = hidden * (2 * hidden + 2 * kv) + 3 * hidden * channels
+
+    def products(weights_too: bool) -> int:
+        counts = []
+        for layers in (1, 2):
+            found = plain_step("8B", layers, 2, 512, weights=weights_too)
+            counts.append(sum(launch.flops for launch in found.launches if "attention" not in launch.name))
+        return counts[1] - counts[0]
+
+    # The rotary table's product is the rest.
+    assert products(False) == pytest.approx(2 * tokens * (3 * weights - hidden * channels), rel=1e-3)
+    assert products(True) > products(False)
+    ours = [engine_step("8B", layers, "taylor_2nd", 2, 512) for layers in (1, 2)]
+    scored = [sum(launch.flops for launch in step.launches if launch.tokens) for step in ours]
+    assert scored[1] - scored[0] == 2 * tokens * weights
+
+
+def test_every_prediction_says_that_it_is_one(tmp_path: Path) -> None:
+    run.main(["--toy", "--output", str(tmp_path)])
+    found = read(tmp_path)
+    assert {record.hardware for record in found} == {card.name for card in CARDS}
+    assert {record.kind for record in found} == {"predicted"}
+    assert all(record.ms_p50 > 0 and record.repeats == 0 for record in found)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "nvidia-h100-80gb-hbm3-predicted.jsonl", "nvidia-h200-predicted.jsonl"
+    }  # fmt: skip
+    text = report(latest(found), tmp_path / "plots")
+    assert "Predicted, not measured" in text
+    of_plain = next(line for line in text.splitlines() if "calibration, plain" in line)
+    assert of_plain.split("|")[-3:-1] == [" - ", " - "]
+
+
+def test_a_measurement_stands_beside_its_prediction(tmp_path: Path) -> None:
+    found = list(run.ops(H100, toy=True))
+    measured = replace(found[0], kind="kernel", ms_p50=2.0 * found[0].ms_p50, ms_p20=1.0, ms_p80=1.0)
+    text = report([*found, measured], tmp_path / "plots")
+    row = text[text.index("Predicted beside measured") :].splitlines()[6]
+    assert row.split("|")[-2].strip() == "2.00"
+
+
+def test_what_compilers_make_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    line = (
+        '{"triton": "3.9.0", "name": "mask_gradient", "dtype": "bf16", "capability": 90, "warps": 8, "registers": 40, '
+        '"stack": 0, "shared": 2048, "elements": 8, "default": true, "wgmma": 0, "loop": 80, "loop_barriers": 0, '
+        '"epilogue": 0}'
+    )
+    monkeypatch.setattr(run, "_compile", lambda _path: line)
+    monkeypatch.setattr(run, "_OTHER_TRITON", tmp_path / "not there")
+    (found,) = run.compiled()
+    # Registers and threads allow six and eight blocks of 256 threads.
+    assert (found.hardware, found.extra["blocks"], found.extra["loop"]) == ("any hardware", 6, 10.0)
+    assert "| mask_gradient, bf16 | sm_90, Triton 3.9.0 | 40 | 0 | 2048 | 6 | 10.0 | - |" in report([found], tmp_path)
