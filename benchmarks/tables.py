@@ -151,7 +151,7 @@ def predicted_table(predicted: Sequence[Record], measured: Sequence[Record]) -> 
         time = None if other is None else other.ms_p50
         rows.append(
             [
-                f"{found.name}, {found.extra.get('label', '')} {found.shape} {found.dtype}",
+                f"{found.name}, {found.extra.get('label', '')} {found.shape} {found.dtype}".replace("  ", " "),
                 found.provider,
                 _number(found.ms_p50, ".3f" if found.extra["of"] == "kernel" else ".0f"),
                 _number(time, ".3f" if found.extra["of"] == "kernel" else ".0f"),
