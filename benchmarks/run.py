@@ -41,6 +41,7 @@ STEPS = (
     Step("benchmarks.jobs.calibration", "job", 0.39, 0.12),
     Step("benchmarks.jobs.growth", "job", 0.10, 0.04),
     Step("benchmarks.jobs.memory", "job", 0.08, 0.0),
+    Step("benchmarks.jobs.overhead", "job", 0.06, 0.0, always_quick=True),
     Step("benchmarks.jobs.score_select_cut", "job", 0.02, 0.0),
     Step("benchmarks.inference.speed", "inference", 0.10, 0.04),
     # The whole table takes hours and has its own command.

@@ -115,6 +115,22 @@ def memory_growth_table(records: Sequence[Record]) -> str:
     return table(["grows", "provider", "exponent of processor time", "exponent of memory"], rows) if rows else ""
 
 
+OVERHEAD = (
+    "Calibration with streamed layers against the whole model with `--use_gradient_checkpointing`: the ratio of their "
+    "processor times on one thread, by turns."
+)
+
+
+def overhead_table(records: Sequence[Record]) -> str:
+    """One row per case: the median ratio over turns, and its range."""
+    shown = ("ratio", "lowest", "highest")
+    rows = [
+        [f"{found.shape}, {found.dtype}", str(found.repeats), *(f"{found.extra[name]:.2f}" for name in shown)]
+        for found in records
+    ]
+    return table(["job", "turns", "streamed / whole", "lowest", "highest"], rows)
+
+
 WHOLE = (
     "`prune` by default, stage by stage, and calibration alone by others on fewer samples of the same length. The time "
     "of a sample is that of the stage divided by the samples that are calibrated on."

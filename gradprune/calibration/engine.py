@@ -358,7 +358,8 @@ class ImportanceEngine:
                 observers = dict(pair for entry in accumulators for pair in entry.observers(depth))
                 stack.enter_context(deterministic_attention())
                 stack.enter_context(capture(self._model, observers))
-                if self._checkpointing:
+                # A streamed model's layers are recomputed anyway, see `backward_by_layers`.
+                if self._checkpointing and self._view.residency is None:
                     stack.enter_context(checkpointed(self._view.layers))
             self._hooks = stack.pop_all()
         self._observed = depth

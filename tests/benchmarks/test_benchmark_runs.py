@@ -14,7 +14,7 @@ import torch
 from benchmarks import run as everything
 from benchmarks import tables
 from benchmarks.inference import speed
-from benchmarks.jobs import calibration, growth, memory, profile, score_select_cut, streamed, whole
+from benchmarks.jobs import calibration, growth, memory, overhead, profile, score_select_cut, streamed, whole
 from benchmarks.jobs.calibrators import Calibrator, Outcome
 from benchmarks.jobs.models import Load, build
 from benchmarks.jobs.session import Session, Task, TurnError, Worker
@@ -65,6 +65,16 @@ def test_growth(tmp_path: Path) -> None:
         ("gradprune cpp", 1), ("plain", 1), ("gradprune cpp", 2), ("plain", 2)
     ]  # fmt: skip
     assert all(record.ms_p50 is not None and record.peak_memory is not None for record in found)
+
+
+def test_overhead(tmp_path: Path) -> None:
+    overhead.main([*TOY, str(tmp_path), "--turns", "2"])
+    found = read(tmp_path)
+    assert [record.shape for record in found] == [
+        f"Llama toy, 2x8 tokens by 1, {method}" for method in ("group_fisher", "taylor")
+    ]
+    assert all(0.0 < record.extra["lowest"] <= record.extra["highest"] for record in found)
+    assert "streamed / whole" in tables.overhead_table(found)
 
 
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,18 @@ def test_priors_have_the_same_bits(tmp_path) -> None:
         assert calls
 
 
+def test_each_layer_runs_twice_for_each_batch(tmp_path) -> None:
+    """Forward without gradients, and again in the backward pass, whether or not recomputing is asked for."""
+    _, streamed = both(tiny_model(), tmp_path)
+    calls: list[int] = []
+    for layer, module in enumerate(streamed.model.layers):
+        module.mlp.register_forward_hook(lambda *_, layer=layer: calls.append(layer))
+    batches = list(tiny_ids(samples=4).split(2))
+    evidence(streamed, batches, "group_fisher")
+    # To learn what a layer returns, the first one runs once more.
+    assert sorted(calls) == sorted([0, *(4 * [0, 1, 2])])
+
+
 def test_a_wave_that_fails_has_no_effect(tmp_path) -> None:
     whole, streamed = both(tiny_model(), tmp_path)
     batches = list(tiny_ids(samples=6).split(2))
