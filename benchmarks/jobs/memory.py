@@ -2,14 +2,16 @@
 
     python -m benchmarks.jobs.memory [--quick]
 
-Each case runs in a process of its own on random weights: `prune`, with the model whole, whole with recomputed
-activations, and streamed. Of each stage the peak of resident memory that is no file cache (RssAnon, Linux only) is
-recorded, sampled every millisecond, on top of what the process held before the model was loaded. Every larger tensor
-has a memory mapping of its own, so that freed memory leaves the process at once.
+Each case runs in a process of its own on random weights, or in several that share the work: `prune`, with the model
+whole, whole with recomputed activations, and streamed. Of each stage the peak of resident memory that is no file cache
+(RssAnon, Linux only) is recorded, sampled every millisecond, on top of what the process held before the model was
+loaded; of several processes, the most. Every larger tensor has a memory mapping of its own, so that freed memory leaves
+the process at once.
 """
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,7 @@ from gradprune import PruneConfig, prune
 from gradprune.checkpoint.load import load_model
 from gradprune.models.footprint import Footprint, footprint
 from gradprune.models.sizes import model_shape
+from gradprune.ranks import current, launched
 
 # As `benchmarks.jobs.session` does, in the environment of the process.
 _MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
@@ -57,13 +60,16 @@ class Case:
     samples: int = 8
     tokens: int = 256
     batch: int = 4
+    ranks: int = 1
+    stream_memory: str = "4GiB"
 
     @property
     def text(self) -> str:
         """How results name it."""
+        several = f", {self.ranks} ranks" if self.ranks > 1 else ""
         return (
             f"{self.mode}: {self.layers} layers of {self.hidden} and {self.intermediate}, "
-            f"vocabulary {self.vocabulary}, {self.samples}x{self.tokens} tokens by {self.batch}"
+            f"vocabulary {self.vocabulary}, {self.samples}x{self.tokens} tokens by {self.batch}{several}"
         )
 
     def config(self) -> PruneConfig:
@@ -79,6 +85,7 @@ class Case:
             generations=False,
             in_place=True,
             device="cpu",
+            stream_memory=self.stream_memory,
         )
 
     def model(self) -> LlamaForCausalLM:
@@ -99,15 +106,18 @@ class Case:
         """What the plan says."""
         with torch.device("meta"):
             shape = model_shape(self.model())
-        return footprint(shape, self.config(), streamed=self.mode == "streamed")
+        return footprint(shape, self.config(), streamed=self.mode == "streamed", world=self.ranks)
 
 
-# Shapes in which weights, activations, Gram matrices or logits outweigh the rest.
+# Weights, activations, Gram matrices or logits outweigh the rest. The plan's constants were set on these shapes,
 SHAPES = (
     Case(),
     Case(hidden=1024, intermediate=4096, layers=2, tokens=128),
     Case(hidden=512, intermediate=1408, layers=8, dtype="bfloat16", samples=4, tokens=128),
 )
+# and not on this one.
+HELD_OUT = Case(hidden=768, intermediate=2304, layers=6, vocabulary=16384, samples=6, tokens=192, batch=3)
+AXES = {"layers": (4, 8, 16), "tokens": (256, 512, 1024), "samples": (4, 8, 16), "ranks": (1, 2, 4)}
 
 
 def cases(quick: bool, toy: bool) -> Iterator[tuple[str, Case]]:
@@ -116,11 +126,13 @@ def cases(quick: bool, toy: bool) -> Iterator[tuple[str, Case]]:
         tiny = Case(hidden=128, intermediate=192, layers=2, vocabulary=128, samples=2, tokens=16, batch=1)
         yield from (("", replace(tiny, mode=mode)) for mode in MODES)
         return
-    yield from (("", replace(shape, mode=mode)) for shape in SHAPES[: 1 if quick else None] for mode in MODES)
+    shapes = SHAPES[:1] if quick else (*SHAPES, HELD_OUT)
+    yield from (("", replace(shape, mode=mode)) for shape in shapes for mode in MODES)
     if quick:
         return
-    at = Case(mode="streamed", samples=4, batch=1)
-    for axis, values in (("layers", (4, 8, 16)), ("tokens", (256, 512, 1024)), ("samples", (4, 8, 16))):
+    # Streams may take what those of one sample take in 16 layers, or of four in 4 layers.
+    at = Case(mode="streamed", samples=4, batch=1, stream_memory="10MiB")
+    for axis, values in AXES.items():
         for mode in ("recomputing", "streamed"):
             yield from ((axis, replace(at, mode=mode, **{axis: value})) for value in values)
 
@@ -157,18 +169,42 @@ def exponents(records: Sequence[Record]) -> Iterator[tuple[str, str, float, floa
 
 
 def in_process(case: Case) -> dict[str, Any] | None:
-    """`measured` of a case, in a fresh process; None where it fails."""
+    """`measured` of a case, in a fresh process, or several of which the most counts; None where it fails."""
     command = [sys.executable, "-m", "benchmarks.jobs.memory", "--case", json.dumps(asdict(case))]
-    try:
-        done = subprocess.run(
-            command, env={**os.environ, **_MAPPED}, capture_output=True, text=True, check=True, timeout=_TIMEOUT
+    started = [
+        subprocess.Popen(
+            command, env={**os.environ, **_MAPPED, **place}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        said = (error.stderr or b"").splitlines()
-        say(f"    {case.text}: {said[-1] if said else error}")
+        for place in _places(case.ranks)
+    ]
+    try:
+        said = [process.communicate(timeout=_TIMEOUT) for process in started]
+    except subprocess.TimeoutExpired as error:
+        say(f"    {case.text}: {error}")
         return None
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    finally:
+        for process in started:
+            process.kill()
+    failed = [errors.splitlines() for process, (_, errors) in zip(started, said, strict=True) if process.returncode]
+    if failed:
+        say(f"    {case.text}: {(failed[0] or ['it failed'])[-1]}")
+        return None
+    found = [json.loads(out.splitlines()[-1]) for out, _ in said]
+    return {
+        what: {stage: max(each[what][stage] for each in found) for stage in of_first}
+        for what, of_first in found[0].items()
+    }
+
+
+def _places(ranks: int) -> list[dict[str, str]]:
+    """What a launcher tells each of the processes, in its environment."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def measured(case: Case) -> dict[str, Any]:
@@ -181,16 +217,19 @@ def measured(case: Case) -> dict[str, Any]:
     def run(this: Case, folder: Path) -> None:
         model, _ = load_model(folder, stream_layers="on" if this.mode == "streamed" else "off")
         own = text % this.vocabulary
-        prune(model, None, this.config(), calibration=own, evaluation=own[: this.batch * this.tokens])
+        evaluation = own[: this.batch * this.tokens]
+        prune(model, None, this.config(), calibration=own, evaluation=evaluation, ranks=current())
 
     with tempfile.TemporaryDirectory() as place:
         small = replace(case, hidden=128, intermediate=128, layers=1, vocabulary=128, samples=1, tokens=8, batch=1)
         for name, each in (("small", small), ("model", case)):
             each.model().save_pretrained(Path(place, name))
-        # What is imported and allocated once for all is no part of a run.
-        run(small, Path(place, "small"))
-        with _peaks() as found:
-            run(case, Path(place, "model"))
+        # Only now, because transformers saves on the first rank alone.
+        with launched():
+            # What is imported and allocated once for all is no part of a run.
+            run(small, Path(place, "small"))
+            with _peaks() as found:
+                run(case, Path(place, "model"))
     return found
 
 

@@ -43,6 +43,14 @@ def test_kernels(tmp_path: Path) -> None:
     assert all(record.percent_of_floor is not None for record in found)
 
 
+def test_memory_of_several_ranks_is_that_of_the_one_with_the_most() -> None:
+    tiny = memory.Case("streamed", 128, 192, 2, 128, samples=2, tokens=16, batch=1, ranks=2)
+    found = memory.in_process(tiny)
+    assert found is not None
+    assert found["stages"].keys() >= memory.STAGES.keys() <= found["seconds"].keys()
+    assert tiny.text.endswith("2x16 tokens by 1, 2 ranks")
+
+
 def test_calibration_has_everyone_right_and_measured(tmp_path: Path) -> None:
     calibration.main([*TOY, str(tmp_path)])
     found = {record.provider: record for record in read(tmp_path)}
