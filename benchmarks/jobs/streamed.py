@@ -2,14 +2,19 @@
 
     python -m benchmarks.jobs.streamed --folder /tmp/llama8b            # 16 GB on disk
     python -m benchmarks.jobs.streamed --folder /tmp/small --layers 2   # the same widths
+    python -m benchmarks.jobs.streamed --folder /tmp/llama8b --peers --budget 6   # what others do with 6 GiB
     python -m benchmarks.jobs.streamed --device cuda --size 70B         # within 24 GiB of the GPU's memory, enforced
 
 The checkpoint is written shard by shard and pruned by the command line in a process of its own, whose resident memory
 without the file cache (RssAnon in /proc/self/status, Linux only) is sampled ten times a second. On a GPU the process
 may not allocate more than `--budget`. Where the disk cannot hold the model and its result, it has fewer layers.
+
+With `--peers` others calibrate on the same model, loaded by transformers with its weights mapped from the files, each
+layer recomputed in the backward pass. Each is ended when it holds more than `--budget` beside what is mapped.
 """
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -18,6 +23,7 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +50,17 @@ from gradprune.cli import main
 main()
 """
 
+PEERS = ("plain", "naive", "torch-pruning GroupTaylor", "torch.func")
+_PEER = """
+import torch
+from benchmarks.jobs.calibrators import calibrators
+from transformers import AutoModelForCausalLM
+peer = next(one for one in calibrators(("reference",)) if one.name == {name!r})
+model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype=torch.bfloat16, attn_implementation=peer.attention)
+ids = torch.randint(model.config.vocab_size, ({samples}, {tokens}), generator=torch.Generator().manual_seed(1))
+peer.run(model.eval(), list(ids.split(1)), True)
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the model, prune it, and record what was measured."""
@@ -54,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--num_samples", type=int, default=2)
     made.add_argument("--seq_len", type=int, default=64)
     made.add_argument("--repair", default="none")
-    made.add_argument("--budget", type=float, default=24.0, help="GiB of the GPU's memory")
+    made.add_argument("--budget", type=float, default=24.0, help="GiB of the GPU's memory; with --peers, of the host's")
+    made.add_argument("--peers", action="store_true", help="calibrate with others instead of pruning")
     options = parse(made, arguments)
     options.size = "toy" if options.toy else options.size or ("70B" if options.device == "cuda" else "8B")
     deadline = Deadline(options.seconds)
@@ -74,6 +92,9 @@ def _prune(options: Namespace, folder: Path) -> None:
     if not model.is_dir():
         say(f"writing {config.num_hidden_layers} layers of the {options.size} Llama")
         write_checkpoint(model, config, options.device)
+    if options.peers:
+        _try_peers(options, model, config.num_hidden_layers)
+        return
     tokens = folder / "tokens.npy"
     np.save(tokens, np.random.default_rng(0).integers(0, config.vocab_size, 16 * options.seq_len))
     values = {
@@ -84,7 +105,7 @@ def _prune(options: Namespace, folder: Path) -> None:
     }  # fmt: skip
     command = [*_program(options), "prune", "--no-measure-speed", "--overwrite"]
     found = measured([*command, *(part for name, value in values.items() for part in (f"--{name}", str(value)))])
-    failed = f"failed with exit code {found['exit_code']}"
+    failed = f"failed with exit code {found['exit_code']}: {found['last_words']}"
     timing = Timing.failed(failed) if found["exit_code"] else Timing.of([found["seconds"]])
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     budget = options.budget if options.device == "cuda" else None
@@ -94,6 +115,21 @@ def _prune(options: Namespace, folder: Path) -> None:
     say(f"    {done}, {host / 2**30:.2f} GiB of the host's memory for weights of {size / 2**30:.2f} GiB")
     if found["exit_code"]:
         sys.exit(1)
+
+
+def _try_peers(options: Namespace, model: Path, layers: int) -> None:
+    """Calibrate with each of the others, within the budget."""
+    for name in PEERS:
+        program = _PEER.format(name=name, folder=str(model), samples=options.num_samples, tokens=options.seq_len)
+        found = measured([sys.executable, "-c", program], most=options.budget * 2**30)
+        error = None
+        if found["peak_bytes"] > options.budget * 2**30:
+            error = f"out of memory: holds more than {options.budget:g} GiB"
+        elif found["exit_code"]:
+            error = f"failed: {found['last_words']}"
+        timing = Timing.of([found["seconds"]]) if error is None else Timing.failed(error)
+        _append(options, layers, timing, provider=name, peak_host=int(found["peak_bytes"]), budget_gib=options.budget)
+        say(f"    {name}: {error or 'done'}, {found['peak_bytes'] / 2**30:.2f} GiB")
 
 
 def _program(options: Namespace) -> list[str]:
@@ -160,14 +196,23 @@ def _shapes(config: LlamaConfig, layers: int) -> list[dict[str, tuple[int, ...]]
     return [first, *({f"model.layers.{n}.{name}": shape for name, shape in layer.items()} for n in range(layers))]
 
 
-def measured(command: list[str]) -> dict[str, float]:
-    """Run a command; its seconds, its exit code and the peak of its RssAnon in bytes."""
+def measured(command: list[str], most: float = math.inf) -> dict[str, Any]:
+    """Run a command; its seconds, exit code, last line on standard error, and the peak of its RssAnon in bytes.
+
+    most: bytes; it is killed when it holds more.
+    """
     start, peak = time.monotonic(), 0
-    process = subprocess.Popen(command)
-    while process.poll() is None:
-        peak = max(peak, _resident(process.pid))
-        time.sleep(0.1)
-    return {"seconds": time.monotonic() - start, "exit_code": process.returncode, "peak_bytes": peak}
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stderr=errors)
+        while process.poll() is None:
+            peak = max(peak, _resident(process.pid))
+            if peak > most:
+                process.kill()
+            time.sleep(0.1)
+        seconds = time.monotonic() - start
+        errors.seek(0)
+        said = errors.read().decode(errors="replace").strip().splitlines() or [""]
+    return {"seconds": seconds, "exit_code": process.returncode, "peak_bytes": peak, "last_words": said[-1][:200]}
 
 
 def _resident(process: int) -> int:
@@ -179,10 +224,12 @@ def _resident(process: int) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
 
 
-def _append(options: Namespace, layers: int, timing: Timing, **extra: object) -> None:
+def _append(
+    options: Namespace, layers: int, timing: Timing, provider: str = "gradprune streamed", **extra: object
+) -> None:
     shape = f"Llama {options.size} of {layers} layers, {options.num_samples}x{options.seq_len} tokens"
     append(
-        record("job", NAME, "gradprune streamed", shape, "bf16", options.device, extra=extra, **timing.values()),
+        record("job", NAME, provider, shape, "bf16", options.device, extra=extra, **timing.values()),
         options.output,
     )
 

@@ -163,6 +163,16 @@ def test_the_profile_shows_what_takes_longest(tmp_path: Path, capsys: pytest.Cap
     assert "LEFT OUT: the kernel's counters" in capsys.readouterr().err
 
 
+def test_peers_get_as_much_memory_as_they_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "PEERS", ("plain",))
+    options = ("--folder", str(tmp_path / "model"), "--seq_len", "16", "--peers", "--budget")
+    for budget in ("4", "0.001"):
+        streamed.main([*TOY, str(tmp_path / budget), *options, budget])
+    assert [record.error for record in read(tmp_path / "4")] == [None]
+    (found,) = read(tmp_path / "0.001")
+    assert (found.provider, found.error) == ("plain", "out of memory: holds more than 0.001 GiB")
+
+
 def test_a_streamed_job_of_as_many_layers_as_the_disk_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(streamed.shutil, "disk_usage", lambda _: usage(60 << 30))
