@@ -99,6 +99,7 @@ class BlockAccumulator(ABC):
         self._curvature = curvature
         self.sums = self._zeros(device)
         self.tokens = 0
+        self._shape = torch.Size(())
         self.discard()
 
     def _zeros(self, device: torch.device) -> BlockSums:
@@ -183,6 +184,11 @@ class BlockAccumulator(ABC):
     def attached(self, depth: Depth) -> AbstractContextManager[Any]:
         """Inside the context everything else that steps of `depth` need is observed."""
 
+    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the batch's shape, before the tokens of all samples are put into one row."""
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        self._shape = hidden.shape[:-1]
+
     def component(self, name: str, count: int) -> Tensor:
         """[groups] fp64, one of `gradprune.calibration.methods.GRADIENT_COMPONENTS`, of `count` gradients."""
         if name == "magnitude":
@@ -228,21 +234,29 @@ class LinearAccumulator(BlockAccumulator):
         """The linear layers that steps of `depth` observe in the backward pass, with their observers."""
         if depth is Depth.WEIGHTS:
             for entry in self.block.projections:
-                yield entry.linear, partial(self._observe, entry)
+                yield entry.linear, self._by_sample(partial(self._observe, entry))
         else:
-            yield self.block.output.linear, self._observe_output
+            yield self.block.output.linear, self._by_sample(self._observe_output)
+
+    def _by_sample(self, observer: Observer) -> Observer:
+        """The observer, which needs [N, T, ...], of a layer that may read the tokens of all samples in one row."""
+        if self.block.parent is None:
+            return observer
+        return lambda x, dy, dx: observer(*(each.view(*self._shape, -1) for each in (x, dy, dx)))
 
     @contextmanager
     def attached(self, depth: Depth) -> Iterator[None]:
-        """In passes without gradients, the output projection's input is observed."""
-        if depth is not Depth.INPUTS:
-            yield
-            return
-        handle = self.block.output.linear.register_forward_pre_hook(self._observe_input)
+        """In passes without gradients, the output projection's input is observed; in others, the batch's shape."""
+        handles = []
+        if depth is Depth.INPUTS:
+            handles.append(self.block.output.linear.register_forward_pre_hook(self._observe_input))
+        elif self.block.parent is not None:
+            handles.append(self.block.parent.register_forward_pre_hook(self._enter, with_kwargs=True))
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _observe_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of the output projection, for passes without gradients: the second moment of its input."""

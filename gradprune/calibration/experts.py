@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradprune.calibration.accumulator import BlockAccumulator, accumulation_dtype
 from gradprune.calibration.capture import observed_linear, observed_product
@@ -26,7 +26,6 @@ from gradprune.config import Method, ReductionName
 from gradprune.errors import ConfigError
 from gradprune.models import PrunableModel
 from gradprune.models.experts import ExpertProjection, ExpertsBlock, Routed, WholeExperts
-from gradprune.ops.dispatch import ImportanceOps
 from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, Side
 
 
@@ -91,11 +90,6 @@ class ExpertsAccumulator(BlockAccumulator):
 
     block: ExpertsBlock
 
-    def __init__(self, block: ExpertsBlock, ops: ImportanceOps, device: torch.device, curvature: bool = False) -> None:
-        """As `BlockAccumulator`; curvatures are not collected."""
-        super().__init__(block, ops, device, curvature)
-        self._shape = torch.Size(())
-
     def discard(self) -> None:
         """Drop the pending contributions of the current step."""
         super().discard()
@@ -120,11 +114,9 @@ class ExpertsAccumulator(BlockAccumulator):
         finally:
             handle.remove()
 
-    def _enter(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the batch's shape, before the tokens of all samples are put into one row."""
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        self._shape = hidden.shape[:-1]
-        self._pending_tokens = hidden.shape[:-1].numel()
+    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._enter(_module, args, kwargs)
+        self._pending_tokens = self._shape.numel()
 
     def _product(self, depth: Depth, routed: Routed, projection: ExpertProjection, x: Tensor) -> Tensor:
         """A projection of all experts, observed."""

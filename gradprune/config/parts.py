@@ -32,7 +32,7 @@ NormalizePer = Literal["layer", "block"]
 # What the result is loaded by; see `docs/serving.md`.
 Serve = Literal["hf", "vllm", "gguf", "uniform"]
 # Kinds of groups; `gradprune.models.kinds` has what is known of each.
-KindName = Literal["attention", "mlp", "expert_channels", "experts"]
+KindName = Literal["attention", "mlp", "expert_channels", "experts", "shared_experts"]
 RepairName = Literal["none", "least_squares"]
 EvidenceName = Literal["needed", "all"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]

@@ -192,12 +192,17 @@ class LinearBlock(Block):
     inputs, output: its projections, whose rows and columns belong to groups.
     head_dim: width of an attention head; 1 where a group is a single channel.
     riders: parameters that are cut with the groups and are no projections.
+    follows: of shared experts whose width the configuration states as a multiple of the routed experts': that multiple;
+        else 0.
+    parent: of shared experts, what calls them; it may put the tokens of all samples into one row.
     """
 
     inputs: tuple[InputLinear, ...]
     output: OutputLinear
     head_dim: int
     riders: tuple[Rider, ...]
+    follows: int = 0
+    parent: nn.Module | None = None
 
     @property
     def heads_per_group(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gradprune.errors import ConfigError, UnsupportedArchitectureError
-from gradprune.models.blocks import PrunableModel
+from gradprune.models.blocks import LinearBlock, PrunableModel
 from gradprune.models.kinds import DEFAULT_KINDS
 from gradprune.models.modeling_gradprune import stock_class
 from gradprune.models.self_test import self_test
@@ -29,7 +29,7 @@ def describe(model: PreTrainedModel, kinds: Collection[str] | None = None) -> Pr
     Raises:
         UnsupportedArchitectureError: the architecture is neither tested nor passes `self_test`, or a projection is not
             a plain floating-point linear layer (quantised weights, adapters).
-        ConfigError: the model has no block of one of the `kinds`.
+        ConfigError: the model has no block of one of the `kinds`, or one goes only with another.
     """
     if kinds is None:
         return view_of(model, set(accepted_kinds(model.config, type(model))) & set(DEFAULT_KINDS))
@@ -40,7 +40,14 @@ def describe(model: PreTrainedModel, kinds: Collection[str] | None = None) -> Pr
             f"prune_kinds: this model, a {model.config.model_type}, has no {missing[0]} that could be pruned; it has "
             f"{', '.join(there) or 'nothing'}"
         )
-    return replace(whole, blocks=tuple(block for block in whole.blocks if block.kind.name in kinds))
+    blocks = tuple(block for block in whole.blocks if block.kind.name in kinds)
+    follow = any(isinstance(block, LinearBlock) and block.follows for block in whole.blocks)
+    if follow and ("expert_channels" in kinds) != ("shared_experts" in kinds):
+        raise ConfigError(
+            "prune_kinds: the configuration of this model states one width for its routed and its shared experts; name "
+            "expert_channels and shared_experts, or neither"
+        )
+    return replace(whole, blocks=blocks)
 
 
 def whole_view(model: PreTrainedModel) -> PrunableModel:

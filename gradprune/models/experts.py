@@ -8,7 +8,7 @@ or an expert goes as a whole, with its row of the router.
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,14 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradprune.errors import UnsupportedArchitectureError
-from gradprune.models.blocks import Block, Cut, added
+from gradprune.models.blocks import Block, Cut, LinearBlock, added
+from gradprune.models.inspection import block_at
 from gradprune.models.kinds import Kind
 from gradprune.models.loss import times
+from gradprune.models.modeling_gradprune import SHARED_WIDTHS, name_in
 from gradprune.models.modes import forward_replaced, values_restored
 from gradprune.models.router import Router, find_router, named_tensors
 
 NO_EXPERTS = "no experts under a known name"
 _PLACES = ("mlp", "feed_forward", "block_sparse_moe", "moe")
+_SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 
 
 @dataclass(frozen=True)
@@ -344,6 +347,28 @@ def find_experts(layer: nn.Module, index: int, kind: Kind) -> ExpertsBlock | str
         return f"{place}: {router}"
     own = sum(parameter.numel() for parameter in module.parameters() if len(parameter) == experts)
     return WholeExperts(**shared, groups=experts, cost=(own + router.parameters) // experts, router=router)
+
+
+def find_shared_experts(layer: nn.Module, index: int, kind: Kind) -> LinearBlock | str:
+    """The MLP that all tokens pass beside the routed experts. Result and errors as `find_experts`."""
+    found = _experts_in(layer)
+    if found is None:
+        return NO_EXPERTS
+    place, parent, module = found
+    names = [f"{place}.{name}" for name in _SHARED if isinstance(getattr(parent, name, None), nn.Module)]
+    paths = names + [name for name in _SHARED if isinstance(getattr(layer, name, None), nn.Module)]
+    if not paths:
+        return NO_EXPERTS
+    block = block_at(layer, index, kind, paths[0])
+    down = _projection(module, "down_proj", index)
+    if isinstance(block, str) or down is None:
+        return block if isinstance(block, str) else f"{place}.experts has no known set of projections"
+    if hasattr(parent, "shared_expert_gate"):
+        # What it writes is multiplied by a factor of each token's own.
+        block = replace(block, adds=None)
+    stated = name_in(module.config, SHARED_WIDTHS) is not None
+    multiple = 0 if stated else block.groups // down.parameter.shape[down.columns]
+    return replace(block, follows=multiple, parent=None if "." not in paths[0] else parent)
 
 
 def has_experts(layer: nn.Module) -> bool:

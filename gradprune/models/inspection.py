@@ -48,12 +48,18 @@ def find_block(layer: nn.Module, index: int, kind: Kind) -> LinearBlock | str:
     place = place_of(layer, kind.name)
     if place is None:
         return f"no {kind.name} block under a known name"
-    module: nn.Module = getattr(layer, place)
-    output, inputs = output_of(module, kind.name), _inputs_of(module, kind.name)
+    return block_at(layer, index, kind, place)
+
+
+def block_at(layer: nn.Module, index: int, kind: Kind, place: str) -> LinearBlock | str:
+    """The block at a path in a decoder layer; attention, or formed as an MLP. Result and errors as `find_block`."""
+    module = layer.get_submodule(place)
+    form = "attention" if kind.name == "attention" else "mlp"
+    output, inputs = output_of(module, form), _inputs_of(module, form)
     if output is None or not inputs:
         return f"{place} has no known set of projections"
     linears = {name: _linear(module, name, index) for name in (*inputs, output)}
-    shape = _GROUP_SHAPES[kind.name](module, linears, linears[output])
+    shape = _GROUP_SHAPES[form](module, linears, linears[output])
     if isinstance(shape, str):
         return f"{place}: {shape}"
     rest = _others(module, linears, shape)
@@ -68,7 +74,7 @@ def find_block(layer: nn.Module, index: int, kind: Kind) -> LinearBlock | str:
     cost = linears[output].out_features * columns + sum(rider.rows * rider.parameter[0].numel() for rider in riders)
     for entry in entries:
         cost += sum(part.rows for part in entry.parts) * (entry.linear.in_features + (entry.linear.bias is not None))
-    adds, writer = added(layer, module, kind.name)
+    adds, writer = added(layer, module, form)
     return LinearBlock(
         kind=kind,
         layer=index,

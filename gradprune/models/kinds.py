@@ -45,6 +45,14 @@ KINDS: tuple[Kind, ...] = (
         multiple=8,
     ),
     Kind("experts", "experts", "experts (whole)", "experts", optional=True, default=False),
+    Kind(
+        "shared_experts",
+        "shared experts' channels",
+        "shared experts (channels)",
+        "channels of shared experts",
+        rounded=True,
+        optional=True,
+    ),
 )
 """In the order in which a decoder layer's blocks add to the residual stream; `GroupTable.kind` indexes it."""
 

@@ -39,6 +39,12 @@ WIDTHS = ("intermediate_size", "ffn_hidden_size")
 """What configurations call an MLP's number of channels."""
 EXPERT_WIDTHS = ("moe_intermediate_size", *WIDTHS)
 """What they call that of each expert; the first that is there."""
+SHARED_WIDTHS = (
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "shared_intermediate_size",
+)
+"""What they call that of shared experts, where it is stated apart; elsewhere it is a multiple of the routed ones'."""
 EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 """What they call the number of routed experts; the first that is there."""
 
@@ -246,7 +252,7 @@ def per_layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
 
 def check_overrides(layers: dict[int, dict[str, Any]]) -> None:
     """Refuse overrides that `PerLayerWidths` does not apply: ignoring them would load a different model."""
-    known = {*KV_HEADS, "num_attention_heads", *EXPERT_WIDTHS, *EXPERTS, "skip"}
+    known = {*KV_HEADS, "num_attention_heads", *EXPERT_WIDTHS, *SHARED_WIDTHS, *EXPERTS, "skip"}
     for index, overrides in layers.items():
         if unknown := sorted(set(overrides) - known) or sorted(set(overrides.get("skip", ())) - set(PLACES)):
             raise ValueError(
@@ -321,7 +327,7 @@ def build_layer(stock: Any, dense: PreTrainedConfig, overrides: dict[str, Any], 
         layer = None
     if layer is not None and (not overrides or _heads_fit(layer, config, dense)):
         return layer
-    kept = {name: value for name, value in overrides.items() if name in (*EXPERT_WIDTHS, *EXPERTS)}
+    kept = {name: value for name, value in overrides.items() if name in (*EXPERT_WIDTHS, *SHARED_WIDTHS, *EXPERTS)}
     layer = type(stock)(resolve_layer_config(dense, kept), index)
     place = place_of(layer, "attention")
     setattr(layer, place, _narrow_attention(stock, config, head_dim(dense), index))

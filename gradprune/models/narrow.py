@@ -29,8 +29,14 @@ def narrow(view: PrunableModel, masks: GroupMasks) -> None:
 
 
 def _cuts(block: Block, kept: Tensor) -> list[Cut] | None:
-    """What remains of the block's parameters; None if the block goes. kept: [groups] bool."""
+    """What remains of the block's parameters; None if the block goes. kept: [groups] bool.
+
+    Raises:
+        ValueError: it goes, but is part of another module that stays.
+    """
     if isinstance(block, LinearBlock) and not kept.any():
+        if block.kind.optional:
+            raise ValueError(f"masks: layer {block.layer} keeps no {block.kind.groups}; at least one has to stay")
         return None
     return [] if kept.all() else list(block.cuts(kept.nonzero().flatten()))
 

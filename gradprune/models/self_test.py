@@ -10,7 +10,7 @@ import copy
 import functools
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gradprune.errors import one_line
-from gradprune.models.blocks import LinearBlock, PrunableModel
+from gradprune.models.blocks import PrunableModel
 from gradprune.models.experts import ExpertsBlock, plain_product
 from gradprune.models.kinds import KIND_NAMES
 from gradprune.models.loss import sample_losses
@@ -99,14 +99,23 @@ def _tested(given: _Keyed) -> SelfTest:
             _check_loss(model)
         except Exception as error:  # whatever an unknown architecture raises refuses it
             return SelfTest((), {"model": one_line(error)})
-        accepted = []
-        for kind in dict.fromkeys(block.kind.name for block in view.blocks):
-            fault = _fault(model, kind)
+        accepted: list[str] = []
+        for kinds in _units(view):
+            fault = _fault(model, kinds)
             if fault is None:
-                accepted.append(kind)
+                accepted += kinds
             else:
-                refused[kind] = fault
+                refused |= dict.fromkeys(kinds, fault)
     return SelfTest(tuple(accepted), refused)
+
+
+def _units(view: PrunableModel) -> list[list[str]]:
+    """The kinds of blocks, those together that a configuration can only state together."""
+    kinds = list(dict.fromkeys(block.kind.name for block in view.blocks))
+    if not any(block.follows for block in view.linear_blocks):
+        return [[kind] for kind in kinds]
+    together = ["expert_channels", "shared_experts"]
+    return [*([kind] for kind in kinds if kind not in together), together]
 
 
 @contextmanager
@@ -158,16 +167,16 @@ def _check_loss(model: PreTrainedModel) -> None:
         raise ValueError("its loss is not that of its head on the decoder's last hidden state")
 
 
-def _fault(model: PreTrainedModel, kind: str) -> str | None:
-    """What is wrong with cutting blocks of that kind; None if nothing is."""
+def _fault(model: PreTrainedModel, kinds: Sequence[str]) -> str | None:
+    """What is wrong with cutting blocks of these kinds; None if nothing is."""
     try:
         cut = copy.deepcopy(model)
-        view = view_of(cut, [kind])
+        view = view_of(cut, kinds)
         masks = _masks(view)
         narrow(view, masks)
         ids = _ids(model)
         expected = copy.deepcopy(model)
-        with _masked(view_of(expected, [kind]), masks):
+        with _masked(view_of(expected, kinds), masks):
             wanted, by_experts = _logits(expected, ids), _by_experts(expected, ids)
         if _differ(by_experts, wanted):
             return "its experts compute something else than the expert-by-expert form of them"
@@ -180,8 +189,6 @@ def _fault(model: PreTrainedModel, kind: str) -> str | None:
         if _differ(_logits(_rebuilt(cut), ids), wanted):
             return "a model built from the configuration of the cut one computes something else"
     except Exception as error:  # whatever an unknown architecture raises refuses it
-        if "size mismatch" in str(error) and ".shared_" in str(error):
-            return "its configuration states one width for these and for its shared experts, which are left whole"
         return f"cutting it fails: {one_line(error)}"
     return None
 
@@ -195,7 +202,7 @@ def _masks(view: PrunableModel) -> GroupMasks:
     for block in view.blocks:
         group = torch.arange(block.groups)
         masks[block.key] = (group + group // (block.groups // block.sets)) % 2 == 0
-    if isinstance(view.blocks[0], LinearBlock):
+    if not view.blocks[0].kind.optional:
         masks[view.blocks[0].key][:] = False
     return GroupMasks(masks, len(view.layers))
 

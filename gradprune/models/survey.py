@@ -69,8 +69,8 @@ test suite prunes, saves and reloads them. *self-test*: pruned where a tiny rand
 passes *masked = cut*, as that of the default configuration did here. *refused*: not pruned, with what failed.
 Here {counts["tested"]} are tested, {counts["self-test"]} pass the self-test, {counts["refused"]} are refused.
 Of a mixture of experts, channels of the routed experts are pruned, equally many in every expert of every layer, or,
-with `--prune_kinds`, whole experts, equally many in every layer, beside attention and the MLPs of layers without
-experts; the result is always a plain checkpoint. Shared experts are left whole.
+with `--prune_kinds`, whole experts, equally many in every layer, beside attention, shared experts and MLPs of layers
+without experts; the result is always a plain checkpoint.
 
 | architecture | status | pruned | left whole or refused because |
 |---|---|---|---|

@@ -41,9 +41,9 @@ TESTED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt_oss", "mixtral"), ("attention", *_EXPERTS)),
     "qwen3_moe": (*_BOTH, *_EXPERTS),
     "olmoe": _EXPERTS,
-    # Their shared experts are as wide as the routed ones.
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), ("mlp", "experts")),
-    "glm4_moe": (*_BOTH, "experts"),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), ("mlp", *_EXPERTS, "shared_experts")),
+    "glm4_moe": (*_BOTH, *_EXPERTS, "shared_experts"),
+    "qwen2_moe": (*_BOTH, *_EXPERTS, "shared_experts"),
 }
 """By `config.model_type`. A kind that is not named is left whole."""
 

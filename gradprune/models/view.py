@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from gradprune.errors import UnsupportedArchitectureError
 from gradprune.models.blocks import Block, PrunableModel
-from gradprune.models.experts import NO_EXPERTS, find_experts
+from gradprune.models.experts import NO_EXPERTS, find_experts, find_shared_experts
 from gradprune.models.inspection import find_block
 from gradprune.models.kinds import DEFAULT_KINDS, KINDS, BlockKey, Kind
 from gradprune.models.modeling_gradprune import DroppedAttention, DroppedMLP, decoder_layers, place_of
@@ -53,6 +53,8 @@ def missing_kinds(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _find(layer: nn.Module, index: int, kind: Kind) -> Block | str:
+    if kind.name == "shared_experts":
+        return find_shared_experts(layer, index, kind)
     return find_experts(layer, index, kind) if kind.optional else find_block(layer, index, kind)
 
 

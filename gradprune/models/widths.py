@@ -17,6 +17,7 @@ from gradprune.models.modeling_gradprune import (
     EXPERT_WIDTHS,
     EXPERTS,
     KV_HEADS,
+    SHARED_WIDTHS,
     WIDTHS,
     auto_map,
     build_layer,
@@ -132,6 +133,8 @@ def _own_widths(config: PreTrainedConfig, groups: dict[str, int], attention: Lin
         stated[name] = groups["expert_channels"]
     if "experts" in groups and (name := name_in(config, EXPERTS)) is not None:
         stated[name] = groups["experts"]
+    if "shared_experts" in groups and (name := name_in(config, SHARED_WIDTHS)) is not None:
+        stated[name] = groups["shared_experts"]
     return stated
 
 

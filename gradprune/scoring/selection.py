@@ -175,12 +175,17 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
     """Chunks of the same ranks in every layer (and expert); at least one group of each kind stays in each layer."""
     of_group = np.full(len(table), -1, np.int64)
     chain: list[int] = []
+    # Of channels of experts: the ranks at which chunks end, and the first chunk.
+    led = np.empty(0, np.int64), 0
     for number_of_kind, kind in enumerate(KINDS):
         blocks = [rows for key, rows in table.blocks() if key.kind == kind.name]
         of_kind = len(blocks)
         blocks = [part for rows in blocks for part in _parts(rows, table.sets.get(kind.name, 1))]
         widths = sorted({rows.stop - rows.start for rows in blocks})
         if not blocks:
+            continue
+        if kind.name in table.follows:
+            _follow(table, of_group, blocks, led[0] * table.follows[kind.name], led[1])
             continue
         # In a mixture of experts some layers have experts and others an MLP.
         if len(widths) != 1 or (of_kind != table.layers and not _has_experts(table)):
@@ -189,11 +194,20 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
         step = math.lcm(_step(kind.name, constraints), 1 if width % kind.multiple else kind.multiple)
         kept = set(range(step, width, step)) & table.plain_widths.get(kind.name, frozenset(range(width)))
         ends = np.array(sorted(width - count for count in kept), np.int64)
-        for rows in blocks:
-            number = np.searchsorted(ends, _ranks(table.score[rows]), side="right")
-            of_group[rows] = np.where(number < len(ends), len(chain) + number, -1)
+        _follow(table, of_group, blocks, ends, len(chain))
+        if kind.name == "expert_channels":
+            led = ends, len(chain)
         chain += [number_of_kind] * len(ends)
     return _Chunks(of_group, chain, owner=[0] * len(chain))
+
+
+def _follow(
+    table: GroupTable, of_group: NDArray[np.int64], blocks: list[slice], ends: NDArray[np.int64], first: int
+) -> None:
+    """Divide the groups of `blocks` by their ranks into chunks that end at `ends`, numbered from `first`."""
+    for rows in blocks:
+        number = np.searchsorted(ends, _ranks(table.score[rows]), side="right")
+        of_group[rows] = np.where(number < len(ends), first + number, -1)
 
 
 def _parts(rows: slice, count: int) -> list[slice]:

@@ -28,6 +28,7 @@ class GroupTable:
         keep; a kind that is not there accepts any.
     sets: by kind, into how many parts a block's groups divide that must keep equally many, see `Block.sets`; kinds
         that have one part are left out.
+    follows: by kind, how many of its groups go with one of each expert's channels; kinds that go alone are left out.
     """
 
     layer: NDArray[np.int64]
@@ -40,6 +41,7 @@ class GroupTable:
     layers: int
     plain_widths: Mapping[str, frozenset[int]] = field(default_factory=dict)
     sets: Mapping[str, int] = field(default_factory=dict)
+    follows: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of groups."""
@@ -90,4 +92,5 @@ def empty_table(view: PrunableModel) -> GroupTable:
         layers=len(view.layers),
         plain_widths=plain_widths(view),
         sets={block.kind.name: block.sets for block in view.blocks if block.sets > 1},
+        follows={block.kind.name: block.follows for block in view.linear_blocks if block.follows},
     )

@@ -39,6 +39,12 @@ WITH_SHARED: dict[str, dict[str, object]] = {
     },
     "deepseek_v3": {**(_LATENT | _SHARED), "first_k_dense_replace": 0, "topk_group": 1},
     "glm4_moe": {**_SHARED, "first_k_dense_replace": 0, "topk_group": 1},
+    "qwen2_moe": {
+        "num_experts": EXPERTS,
+        "moe_intermediate_size": CHANNELS,
+        "shared_expert_intermediate_size": 10,
+        "mlp_only_layers": [],
+    },
 }
 
 

@@ -156,7 +156,7 @@ def test_uniform_needs_layers_of_one_width() -> None:
         **{
             f.name: getattr(table, f.name)[1:]
             for f in dataclasses.fields(table)
-            if f.name not in ("layers", "plain_widths", "sets")
+            if f.name not in ("layers", "plain_widths", "sets", "follows")
         },
     )
     with pytest.raises(ConfigError, match=r"uniform: .* attention widths: \[2, 3\]"):
