@@ -194,10 +194,34 @@ def plan(_records: Sequence[Record]) -> str:
     return f"{lead}\n\n{tables.table(*plan_table.rows())}"
 
 
+def streaming(records: Sequence[Record]) -> str:
+    """What streaming costs where the model would have fitted, and how calibration grows with what it is given."""
+    jobs = [found for found in records if found.kind == "job"]
+    overhead = [found for found in jobs if found.name.startswith("overhead ")]
+    grown = [found for found in jobs if found.name.startswith("memory ")]
+    parts = []
+    if overhead:
+        least, most = (pick(found.extra["ratio"] for found in overhead) for pick in (min, max))
+        model = overhead[0].shape.split(",")[0]
+        parts.append(
+            f"Calibrating {model}, which fits, streamed takes {least:.2f} to {most:.2f} times the processor time of "
+            f"the whole model with `--use_gradient_checkpointing` ({_machine(overhead).removesuffix(':')})."
+        )
+    growth = tables.memory_growth_table(grown)
+    if growth:
+        parts.append(f"{_GROWTH}\n\n{growth}")
+    return "\n\n".join(parts) or _UNMEASURED
+
+
+_GROWTH = (
+    "How calibration's processor time and peak memory grow, as exponents (1 is linear, 0 constant), for a small Llama "
+    "with one sample a batch; streamed, with 10 MiB for streams; of several ranks, the one that takes most:"
+)
+
 SECTIONS: dict[str, dict[str, Callable[[Sequence[Record]], str]]] = {
     "README.md": {"claim": claim, "quality": quality, "calibration": calibration, "ops": ops},
     "docs/gradient-vanishing.md": {"temperature": temperature, "scalings": scalings},
-    "docs/large-models.md": {"plan": plan},
+    "docs/large-models.md": {"plan": plan, "streaming": streaming},
 }
 """By file of the repository, its generated sections."""
 

@@ -55,6 +55,13 @@ def fixture_records() -> list[Record]:
         records.append(
             made("job", "growth with samples", "plain", 3.0 * x, shape=f"{x}", peak_memory=5 << 20, extra=extra)
         )
+        extra = {"axis": "layers", "x": x, "stage": "calibration", "cpu_seconds": 3.0 * x, "predicted": 5 << 20}
+        records.append(
+            made("job", "memory with calibration", "gradprune streamed", shape=f"{x}", peak_memory=5 << 20, extra=extra)
+        )
+    for method, ratio in (("group_fisher", 1.09), ("taylor", 1.04)):
+        extra = {"ratio": ratio, "lowest": 1.0, "highest": 1.2}
+        records.append(made("job", "overhead of streaming", "streamed", shape=f"smol, 4x8, {method}", extra=extra))
     records.append(made("job", "score, select, cut", "gradprune all", 12.0, extra={"step": "all"}))
     for seed in (0, 1):
         for provider, value in PERPLEXITIES.items():
@@ -103,6 +110,14 @@ def test_the_same_results_make_the_same_bytes(results: Path, tmp_path: Path) -> 
     assert len([file for file in files if file.suffix == ".svg"]) == 5
     for file in files:
         assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
+def test_large_models_shows_what_streaming_costs(results: Path, tmp_path: Path) -> None:
+    shown = section((rebuild(results, tmp_path / "report") / "docs/large-models.md").read_text(), "streaming")
+    assert "Calibrating smol, which fits, streamed takes 1.04 to 1.09 times" in shown
+    assert rows(shown) == ["| layers | gradprune streamed | 1.00 | 0.00 |"]
+    report = (tmp_path / "report/benchmarks/README.md").read_text()
+    assert "| smol, 4x8, taylor, fp32 | 0 | 1.04 | 1.00 | 1.20 |" in report
 
 
 def test_the_report_shows_the_records(results: Path, tmp_path: Path) -> None:
