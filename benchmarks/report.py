@@ -114,6 +114,8 @@ def _jobs(records: Sequence[Record], folder: Path) -> str:
             text = f"{tables.MEMORY}\n\n{tables.memory_table(of_job)}\n\n{tables.memory_growth_table(of_job)}".strip()
         elif name == "overhead":
             text = f"{tables.OVERHEAD}\n\n{tables.overhead_table(of_job)}"
+        elif name == "streamed":
+            text = f"{tables.STREAMED}\n\n{tables.streamed_table(of_job)}"
         elif name == "whole":
             text = f"{tables.WHOLE}\n\n{tables.whole_table(of_job)}"
         elif name == "profile":

@@ -205,7 +205,7 @@ def streaming(records: Sequence[Record]) -> str:
         model = overhead[0].shape.split(",")[0]
         parts.append(
             f"Calibrating {model}, which fits, streamed takes {least:.2f} to {most:.2f} times the processor time of "
-            f"the whole model with `--use_gradient_checkpointing` ({_machine(overhead).removesuffix(':')})."
+            f"the whole model with `--use_gradient_checkpointing` (`python -m benchmarks.jobs.overhead`)."
         )
     growth = tables.memory_growth_table(grown)
     if growth:
@@ -215,7 +215,8 @@ def streaming(records: Sequence[Record]) -> str:
 
 _GROWTH = (
     "How calibration's processor time and peak memory grow, as exponents (1 is linear, 0 constant), for a small Llama "
-    "with one sample a batch; streamed, with 10 MiB for streams; of several ranks, the one that takes most:"
+    "with one sample a batch; streamed, with 10 MiB for streams; of several ranks, the one that takes most "
+    "(`python -m benchmarks.jobs.memory`):"
 )
 
 SECTIONS: dict[str, dict[str, Callable[[Sequence[Record]], str]]] = {

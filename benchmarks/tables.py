@@ -131,6 +131,26 @@ def overhead_table(records: Sequence[Record]) -> str:
     return table(["job", "turns", "streamed / whole", "lowest", "highest"], rows)
 
 
+STREAMED = (
+    "A model larger than the memory allowed: `prune` with streamed layers and without repair, and the calibration "
+    "alone of others, each ended where it holds more than it may. Memory that is no file cache; on a GPU the host's."
+)
+
+
+def streamed_table(records: Sequence[Record]) -> str:
+    """One row per provider: how it ended, and what it held."""
+    rows = [
+        [
+            f"{found.shape}, {found.dtype}",
+            found.provider,
+            found.error or f"done in {_number(found.ms_p50, '.0f', 1e3)} s",
+            _number(found.extra.get("peak_host"), ".2f", 2**30),
+        ]
+        for found in records
+    ]
+    return table(["job", "provider", "ended", "peak GiB"], rows)
+
+
 WHOLE = (
     "`prune` by default, stage by stage, and calibration alone by others on fewer samples of the same length. The time "
     "of a sample is that of the stage divided by the samples that are calibrated on."
