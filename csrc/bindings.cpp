@@ -19,6 +19,7 @@
 #include "cpu/grad_stats.h"
 #include "cpu/isa.h"
 #include "cpu/linear_importance.h"
+#include "cpu/mask_gradient.h"
 #include "cpu/scale_gradients.h"
 #include "cpu/taylor_score.h"
 
@@ -102,7 +103,7 @@ Matrix parse_matrix(const char* name, const MatrixArgument& argument, std::ptrdi
 
 Activations parse_activations(const char* name, const ActivationsArgument& argument, std::ptrdiff_t elements) {
   const auto [address, sample_stride, token_stride, code] = argument;
-  return {pointer(address, elements, "x, dy: null address"), sample_stride, token_stride, parse_type(name, code)};
+  return {pointer(address, elements, "x, dy, dx: null address"), sample_stride, token_stride, parse_type(name, code)};
 }
 
 TaylorOutputs parse_outputs(const OutputAddresses& addresses, const std::string& side, std::ptrdiff_t rows,
@@ -147,6 +148,22 @@ void linear_importance_binding(const ActivationsArgument& x_argument, const Acti
   const TaylorOutputs outputs = parse_outputs(addresses, side, rows, columns);
   py::gil_scoped_release release;
   linear_importance(x, dy, w, {samples, tokens, rows, columns}, outputs, threads, isa);
+}
+
+void mask_gradient_binding(const ActivationsArgument& x_argument, const ActivationsArgument& dx_argument,
+                           const std::array<std::ptrdiff_t, 3>& sizes, const std::array<std::uintptr_t, 2>& addresses,
+                           int threads, const std::string& isa_argument) {
+  const auto [samples, tokens, columns] = sizes;
+  require(samples >= 0 && tokens >= 0 && columns >= 0, "sizes: must not be negative");
+  require(threads >= 1, "threads: must be at least 1");
+  const Activations x = parse_activations("x", x_argument, samples * tokens * columns);
+  const Activations dx = parse_activations("dx", dx_argument, samples * tokens * columns);
+  require(x.type == dx.type, "x, dx: must be of one type");
+  const Isa isa = parse_isa(isa_argument);
+  const MaskOutputs outputs{pointer(addresses[0], samples * columns, "outputs: null address"),
+                            pointer(addresses[1], samples * columns, "outputs: null address")};
+  py::gil_scoped_release release;
+  mask_gradient(x, dx, samples, tokens, columns, outputs, threads, isa);
 }
 
 std::vector<Gradient> parse_gradients(const std::vector<GradientArgument>& arguments) {
@@ -248,6 +265,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("side"), py::arg("outputs"), py::arg("threads"), py::arg("isa") = "auto",
         "taylor_score of each sample's weight gradient, summed. x, dy: (address, sample stride, token stride, type); "
         "w, side, outputs: as taylor_score's; sizes: samples, tokens, rows, columns.");
+  m.def("mask_gradient", &mask_gradient_binding, py::arg("x"), py::arg("dx"), py::arg("sizes"), py::arg("outputs"),
+        py::arg("threads"), py::arg("isa") = "auto",
+        "Sums over tokens of x dx and of x^2, by sample. x, dx: as linear_importance's x, of one type; sizes: samples, "
+        "tokens, columns; outputs: addresses of [samples, columns] each.");
   m.def("grad_stats", &grad_stats_binding, py::arg("gradients"), py::arg("out"), py::arg("threads"),
         py::arg("isa") = "auto",
         "Statistics of gradients, (address, elements, type) each, into out: address of [K, 5] fp64, in the order of STATISTICS.");

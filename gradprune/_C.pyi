@@ -47,6 +47,19 @@ def linear_importance(
 ) -> None:
     """x, dy: (address, strides between samples and tokens, type). sizes: samples, tokens, rows, columns."""
 
+def mask_gradient(
+    x: tuple[int, int, int, int],
+    dx: tuple[int, int, int, int],
+    sizes: tuple[int, int, int],
+    outputs: tuple[int, int],
+    threads: int,
+    isa: str = "auto",
+) -> None:
+    """x, dx: as `linear_importance`'s x, of one type. sizes: samples, tokens, columns.
+
+    outputs: addresses of [samples, columns] each: the sums over tokens of x dx, and of x^2.
+    """
+
 def grad_stats(gradients: Sequence[tuple[int, int, int]], out: int, threads: int, isa: str = "auto") -> None:
     """gradients: (address, elements, type) each. out: address of [K, 5] fp64."""
 

@@ -1,7 +1,4 @@
-"""mask_gradient: the eager formula, torch.compile of it, our kernel; the floor is a copy of the same bytes.
-
-The C++ backend's is the eager formula.
-"""
+"""mask_gradient: the eager formula, torch.compile of it, our kernels; the floor is a copy of the same bytes."""
 
 from typing import Any
 

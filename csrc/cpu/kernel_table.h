@@ -44,12 +44,29 @@ struct GradientTile {
   std::ptrdiff_t rows, columns, tokens;
 };
 
+// A strip of `mask_gradient`: its width at most, whose sums stay in a core's own cache, and the tokens that are added in
+// fp32 before they go to its sums in fp64.
+constexpr std::ptrdiff_t kMaskColumns = 1024;
+constexpr std::ptrdiff_t kMaskTokens = 128;
+
+// Columns of one sample's x and dx, [tokens, columns] of one type, and the sums that theirs are added to, [columns].
+struct MaskStrip {
+  const void* x;
+  std::ptrdiff_t x_stride;  // between tokens, in elements
+  const void* dx;
+  std::ptrdiff_t dx_stride;
+  std::ptrdiff_t tokens, columns;
+  double* gradient;
+  double* square;
+};
+
 // Copies the first `valid` columns at `from`, of a matrix [tokens, ...], into a panel, and zeros after them.
 using PackKernel = void (*)(const void* from, std::ptrdiff_t stride, std::ptrdiff_t tokens, std::ptrdiff_t valid,
                             void* panel);
 using GradientTileKernel = void (*)(const GradientTile& tile);
 using TaylorTileKernel = void (*)(const TaylorTile& tile);
 using GradStatsKernel = void (*)(const void* g, std::ptrdiff_t count, Statistics& into);
+using MaskStripKernel = void (*)(const MaskStrip& strip);
 using ScaleKernel = void (*)(void* g, std::ptrdiff_t count, double scale);
 
 // One entry per value of an enum.
@@ -69,6 +86,7 @@ struct KernelTable {
   PerSide<PerType<PerType<TaylorTileKernel>>> taylor_tile;  // by side, type of W, type of G; null if unsupported
   PerType<GradStatsKernel> grad_stats;
   PerType<ScaleKernel> scale;
+  PerType<MaskStripKernel> mask_strip;
   PerType<PackKernel> pack_dy, pack_x;
   PerType<GradientTileKernel> gradient_tile;  // by the type it is computed in, Float32 or Float64
   int dy_panel_columns, x_panel_bytes;        // a panel's width: in columns of dY, in bytes of float or double of X

@@ -3,6 +3,7 @@
 
 #include "cpu/gradient_kernels.h"
 #include "cpu/gradient_tile_kernel.h"
+#include "cpu/mask_gradient_kernel.h"
 #include "cpu/taylor_score_kernel.h"
 
 namespace gradprune {
@@ -26,6 +27,7 @@ constexpr void add_type(KernelTable& table) {
   constexpr ElementType type = kTypeOf<E>;
   table.grad_stats.at(type) = grad_stats<E, BYTES>;
   table.scale.at(type) = scale<E, BYTES>;
+  table.mask_strip.at(type) = mask_strip<E, BYTES>;
   table.pack_dy.at(type) = pack_dy<E, BYTES>;
   table.pack_x.at(type) = pack_x<E, BYTES>;
 }

@@ -14,7 +14,7 @@ from gradprune.ops.extension import (
     finish_scaling,
     require_extension,
 )
-from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, Side, sides
+from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, MaskGradient, Side, sides
 
 
 def taylor_score_cpp(w: Tensor, g: Tensor, side: Side = "both", isa: str = "auto") -> ImportanceVectors:
@@ -88,6 +88,41 @@ def linear_importance_cpp(
         _activations(x), _activations(dy), _matrix(w), sizes, side, addresses, torch.get_num_threads(), isa
     )
     return vectors
+
+
+def mask_gradient_cpp(x: Tensor, dx: Tensor, isa: str = "auto") -> MaskGradient:
+    """The gradient of a mask on each input column of a linear layer and the input's sum of squares, by sample.
+
+    Args:
+        x: [N, T, I] CPU tensor, fp32, bf16, fp16 or fp64, the layer's input.
+        dx: [N, T, I] CPU tensor, any of these types, the gradient of each sample's loss with respect to it. Where types
+            differ, both are converted to fp32 first. A tensor whose last dimension is not contiguous is copied.
+        isa: as for `taylor_score_cpp`.
+
+    Sums of at most 128 tokens in fp32, over those in fp64 (all fp64 where both are fp64). Deterministic: the same bits
+    for any number of threads.
+
+    Raises:
+        BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
+        ValueError: a tensor is not a floating-point CPU tensor [N, T, I], or the shapes differ; names it.
+    """
+    x, dx = check_tensor("x", x), check_tensor("dx", dx)
+    for name, tensor in (("x", x), ("dx", dx)):
+        if tensor.ndim != 3 or tensor.shape != x.shape:
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; x and dx have one shape [N, T, I]")
+    if x.dtype != dx.dtype:
+        x, dx = x.to(torch.float32), dx.to(torch.float32)
+    x, dx = _unit_stride(x), _unit_stride(dx)
+    require_extension(isa)
+    from gradprune import _C
+
+    samples, tokens, width = x.shape
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    gradient, square = x.new_empty((2, samples, width), dtype=dtype).unbind()
+    addresses = (gradient.data_ptr(), square.data_ptr())
+    sizes = (samples, tokens, width)
+    _C.mask_gradient(_activations(x), _activations(dx), sizes, addresses, torch.get_num_threads(), isa)
+    return MaskGradient(gradient, square)
 
 
 def _outputs(w: Tensor, dtype: torch.dtype, side: Side) -> tuple[ImportanceVectors, list[int]]:

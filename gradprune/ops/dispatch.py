@@ -83,7 +83,7 @@ def mask_gradient(x: Tensor, dx: Tensor, backend: ImportanceBackend = "auto") ->
     Args:
         x: [N, T, I] floating point, the layer's input.
         dx: [N, T, I] floating point, the gradient of each sample's loss with respect to it.
-        backend: who computes it; "auto" takes the fastest that runs on x's device. On the CPU that is plain PyTorch.
+        backend: who computes it; "auto" takes the fastest that runs on x's device.
 
     Raises:
         BackendUnavailableError: the backend asked for cannot run here.
@@ -190,10 +190,9 @@ def _importance_reference() -> ImportanceOps:
 
 
 def _importance_cpp() -> ImportanceOps:
-    from gradprune.ops.cpp import linear_importance_cpp, taylor_score_cpp
+    from gradprune.ops.cpp import linear_importance_cpp, mask_gradient_cpp, taylor_score_cpp
 
-    # No C++ kernel: on a CPU the op's share of a step is small.
-    return ImportanceOps("cpp", taylor_score_cpp, linear_importance_cpp, mask_gradient_reference)
+    return ImportanceOps("cpp", taylor_score_cpp, linear_importance_cpp, mask_gradient_cpp)
 
 
 def _importance_triton() -> ImportanceOps:
