@@ -4,13 +4,18 @@ import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import gpu
-from benchmarks import run as everything
+from benchmarks.jobs import profile, streamed, whole
 from benchmarks.processes import run_within
+from benchmarks.progress import Deadline
+from gradprune.progress import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ["--device", "cpu", "--toy"]
@@ -129,12 +134,6 @@ def test_the_makefile_s_line_runs(tmp_path: Path) -> None:
     assert large == f"{plain} --large"
 
 
-def test_the_shares_of_each_device_s_steps_make_a_whole() -> None:
-    for steps in (everything.STEPS, everything.LARGE):
-        for device in ("cpu", "cuda"):
-            assert sum(getattr(step, device) for step in steps) == pytest.approx(1.0, abs=0.1), device
-
-
 def test_a_program_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     child = f"import time, pathlib; time.sleep(2.5); pathlib.Path({str(tmp_path / 'lived')!r}).touch()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
@@ -146,3 +145,54 @@ def test_a_program_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) 
 def test_a_program_that_ends_in_time_has_its_exit_code() -> None:
     program = "import os, sys; sys.exit(int(os.environ['CODE']))"
     assert run_within([sys.executable, "-c", program], 60.0, {"CODE": "7"}) == 7
+
+
+def test_the_peak_of_each_stage_is_on_top_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the GPU's allocator."""
+    held, most = [100], [100]
+
+    def allocate(count: int) -> None:
+        held[0] += count
+        most[0] = max(most[0], held[0])
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: most[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: most.__setitem__(0, held[0]))
+    clock = Clock()
+    with whole._peaks("cuda") as peaks:
+        for name, count in (("calibration", 70), ("repair", 30)):
+            with clock.stage(name):
+                allocate(count)
+                allocate(-count)
+    assert peaks == {"calibration": 70, "repair": 30}
+    assert [*clock.seconds] == ["calibration", "repair"]
+
+
+@pytest.mark.parametrize(("code", "told"), [(0, False), (1, True)])
+def test_counters_are_read_where_ncu_is_and_may(
+    code: int, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a stand-in for Nsight Compute, which writes down what it was started with."""
+    ncu = tmp_path / "ncu"
+    ncu.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/started\nexit {code}\n')
+    ncu.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    profile._read_counters(Namespace(device="cuda", output=tmp_path / "out"), Deadline(60.0))
+    started = (tmp_path / "started").read_text()
+    assert f"--log-file {tmp_path / 'out' / profile.NCU_FILE} {sys.executable} -c" in started
+    assert "--kernel-name regex:^_linear_importance_kernel --section SpeedOfLight" in started
+    assert ("LEFT OUT" in capsys.readouterr().err) is told
+    compile(profile._NCU_PROGRAM, "program", "exec")
+
+
+def test_the_streamed_job_s_process_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = namedtuple("properties", "total_memory")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties(96 << 30))
+    python, flag, program = streamed._program(Namespace(device="cuda", budget=24.0))
+    assert (python, flag) == (sys.executable, "-c")
+    assert "set_per_process_memory_fraction(0.25)" in program
+    # As the command line sees it, whose arguments follow the program.
+    without_bound = program.replace("torch.cuda.set_per_process_memory_fraction(0.25)", "")
+    run = subprocess.run([python, flag, without_bound, "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("gradprune ")
