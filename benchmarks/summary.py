@@ -10,6 +10,7 @@ from statistics import fmean
 from benchmarks import tables
 from benchmarks.jobs import plan_table
 from benchmarks.jobs.calibrators import RECOMPUTING
+from benchmarks.jobs.memory import HELD_OUT
 from benchmarks.results import Record
 from gradprune.config import PruneConfig
 
@@ -196,21 +197,36 @@ def plan(_records: Sequence[Record]) -> str:
 
 def streaming(records: Sequence[Record]) -> str:
     """What streaming costs where the model would have fitted, and how calibration grows with what it is given."""
-    jobs = [found for found in records if found.kind == "job"]
-    overhead = [found for found in jobs if found.name.startswith("overhead ")]
-    grown = [found for found in jobs if found.name.startswith("memory ")]
-    parts = []
-    if overhead:
-        least, most = (pick(found.extra["ratio"] for found in overhead) for pick in (min, max))
-        model = overhead[0].shape.split(",")[0]
-        parts.append(
-            f"Calibrating {model}, which fits, streamed takes {least:.2f} to {most:.2f} times the processor time of "
-            f"the whole model with `--use_gradient_checkpointing` (`python -m benchmarks.jobs.overhead`)."
-        )
-    growth = tables.memory_growth_table(grown)
-    if growth:
-        parts.append(f"{_GROWTH}\n\n{growth}")
-    return "\n\n".join(parts) or _UNMEASURED
+    overhead, memory = (
+        _on_one_machine([found for found in records if found.kind == "job" and found.name.startswith(name)])
+        for name in ("overhead ", "memory ")
+    )
+    growth = tables.memory_growth_table(memory)
+    parts = [_overhead(overhead), _predictions(memory), f"{_GROWTH}\n\n{growth}" if growth else ""]
+    return "\n\n".join(filter(None, parts)) or _UNMEASURED
+
+
+def _overhead(records: Sequence[Record]) -> str:
+    if not records:
+        return ""
+    least, most = (pick(found.extra["ratio"] for found in records) for pick in (min, max))
+    return (
+        f"Calibrating {records[0].shape.split(',')[0]}, which fits, streamed takes {least:.2f} to {most:.2f} times the "
+        "processor time of the whole model with `--use_gradient_checkpointing` (`python -m benchmarks.jobs.overhead`)."
+    )
+
+
+def _predictions(records: Sequence[Record]) -> str:
+    """Of the plan, for shapes that its constants were set on and for the one that they were not."""
+    texts = []
+    compared = [found for found in records if not found.extra["axis"] and found.peak_memory]
+    held_out = f" layers of {HELD_OUT.hidden} and {HELD_OUT.intermediate},"
+    for known, which in ((True, "the shapes that its constants were set on"), (False, "one on which they were not")):
+        chosen = [found for found in compared if known != (held_out in found.shape)]
+        ratios = [found.extra["predicted"] / (found.peak_memory or 1) for found in chosen]
+        if ratios:
+            texts.append(f"{min(ratios):.2f} to {max(ratios):.2f} times the measured peak for {which}")
+    return f"The plan predicts {', and '.join(texts)}." if texts else ""
 
 
 _GROWTH = (

@@ -1,6 +1,6 @@
 """Compare the memory that `gradprune plan` predicts with what a run takes, and how memory grows.
 
-    python -m benchmarks.jobs.memory [--quick]
+    python -m benchmarks.jobs.memory [--quick] [--axes layers,samples]
 
 Each case runs in a process of its own on random weights, or in several that share the work: `prune`, with the model
 whole, whole with recomputed activations, and streamed. Of each stage the peak of resident memory that is no file cache
@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from benchmarks.jobs.growth import exponent
 from benchmarks.jobs.stages import stages_watched
-from benchmarks.options import parse, parser
+from benchmarks.options import listed, parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.results import Record, append, record
 from gradprune import PruneConfig, prune
@@ -140,6 +140,7 @@ def cases(quick: bool, toy: bool) -> Iterator[tuple[str, Case]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure each case, and print prediction, measurement and the fitted exponents."""
     made = parser(__doc__)
+    made.add_argument("--axes", type=listed(str), help=f"only these of {', '.join(AXES)}, and no other cases")
     made.add_argument("--case", type=json.loads, help="for the process of one case: its fields as JSON")
     options = parse(made, arguments)
     if options.case is not None:
@@ -147,7 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     deadline = Deadline(options.seconds)
     found: list[Record] = []
-    for axis, case in cases(options.quick, options.toy):
+    chosen = [(axis, case) for axis, case in cases(options.quick, options.toy) if axis in (options.axes or [axis])]
+    for axis, case in chosen:
         if not deadline.allows(20.0):
             say("    the time for this run is used up")
             break
@@ -280,6 +282,8 @@ def _resident() -> int:
 def _appended(axis: str, case: Case, found: dict[str, Any] | None, options: Namespace) -> Iterator[Record]:
     """A record of each stage, once it is written."""
     predicted = {stage.name: stage.host + stage.device for stage in case.predicted().stages}
+    # The same run may be a point of several quantities.
+    shape = f"{case.text}, growing {axis}" if axis else case.text
     for running, planned in STAGES.items():
         peak = None if found is None else found["stages"].get(running)
         seconds = None if found is None else found["seconds"].get(running)
@@ -287,7 +291,7 @@ def _appended(axis: str, case: Case, found: dict[str, Any] | None, options: Name
         extra |= {"stage": planned, "predicted": predicted[planned]}
         error = None if peak is not None else "it could not run"
         made = record(
-            "job", f"memory with {planned}", f"gradprune {case.mode}", case.text, case.dtype, options.device,
+            "job", f"memory with {planned}", f"gradprune {case.mode}", shape, case.dtype, options.device,
             peak_memory=peak, error=error, extra=extra,
         )  # fmt: skip
         append(made, options.output)

@@ -52,6 +52,7 @@ class _Devices(TorchDispatchMode):
 
 
 def _computed(func, args, kwargs):
+    """Compute on the CPU; what comes out is on the device that was asked for, or else on that of the tensors."""
     kwargs = dict(kwargs or {})
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
     # As on a GPU, numbers of no dimension may come from the CPU.
