@@ -41,8 +41,7 @@ from gradprune.scoring.choose import choose
 from gradprune.scoring.selection import check_reachable
 from gradprune.scoring.table import empty_table
 from gradprune.search import search
-from gradprune.surgery.cut import check_class, cut
-from gradprune.surgery.masking import output_weights_restored
+from gradprune.surgery.cut import check_class, cut, sharing_copy
 from gradprune.surgery.repair import REPAIRS, BlockRepair
 from gradprune.vanishing.analysis import GradientAnalysis
 
@@ -212,13 +211,12 @@ def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResul
 
 def _repair_and_cut(run: Run, masks: GroupMasks) -> tuple[PreTrainedModel, list[BlockRepair]]:
     """The cut model, and what the repair did to its blocks."""
-    in_place = run.config.in_place
-    # Weights are re-solved in the uncut model, and then cut; cut tensors no longer share its memory.
-    with nullcontext() if in_place else output_weights_restored(run.view, masks):
-        with run.clock.stage("repair"):
-            repairs = REPAIRS[run.config.repair](run, masks)
-        with run.clock.stage("surgery"):
-            return cut(run.view.model, masks, inplace=in_place), repairs
+    # Weights that are re-solved and cut no longer share the dense model's memory.
+    model = run.view.model if run.config.in_place else sharing_copy(run.view.model)
+    with run.clock.stage("repair"):
+        repairs = REPAIRS[run.config.repair](replace(run, view=describe(model, run.config.kinds)), masks)
+    with run.clock.stage("surgery"):
+        return cut(model, masks, inplace=True), repairs
 
 
 def _measure_dense(run: Run) -> Measured:

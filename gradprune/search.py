@@ -26,14 +26,15 @@ from gradprune.calibration.evidence import Evidence
 from gradprune.config import GRADIENT_METHODS, OPTIONS, Normalize, Scoring
 from gradprune.data.windows import batches
 from gradprune.errors import SelectionError
-from gradprune.models import PrunableModel
+from gradprune.models import PrunableModel, describe
 from gradprune.models.masks import GroupMasks
 from gradprune.models.passes import Variant, losses_of, variant_losses
 from gradprune.progress import progress
 from gradprune.run import Run
 from gradprune.scoring.choose import choose
-from gradprune.surgery.least_squares import BLENDS, least_squares
-from gradprune.surgery.masking import masked_layer, masks_by_block, output_weights_restored
+from gradprune.surgery.cut import sharing_copy
+from gradprune.surgery.least_squares import least_squares
+from gradprune.surgery.masking import masked_layer, masks_by_block
 
 # The search space; a candidate takes one value of each.
 TEMPERATURES: tuple[tuple[float, float | None], ...] = ((0.0, None), (0.5, 0.0), (1.0, 0.0), (1.0, math.inf))
@@ -282,11 +283,9 @@ def _masked_losses(
 
 def _repaired_losses(run: Run, searched: Sequence[Tensor], candidates: Sequence[_Candidate]) -> Iterator[Tensor]:
     for candidate in candidates:
-        with output_weights_restored(run.view, candidate.masks):
-            # One blend for all: half the time, and they stay comparable.
-            least_squares(run.view, candidate.masks, run.calibration, run.held_out, blends=BLENDS[-1:])
-            found = losses_of(run.view.model, searched)
-        yield found
+        model = sharing_copy(run.view.model)
+        least_squares(describe(model, run.config.kinds), candidate.masks, run.calibration, run.held_out)
+        yield losses_of(model, searched)
 
 
 def _ranked(trials: list[Trial]) -> list[Trial]:

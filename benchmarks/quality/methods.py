@@ -45,11 +45,12 @@ from gradprune.models.masks import GroupMasks
 from gradprune.run import Run
 from gradprune.scoring.choose import choose
 from gradprune.search import search
-from gradprune.surgery.cut import cut
-from gradprune.surgery.masking import output_weights_restored
+from gradprune.surgery.cut import cut, sharing_copy
 from gradprune.surgery.repair import REPAIRS
 
 TORCH_PRUNING = "torch-pruning GroupTaylor"
+# The models here have no experts, which are all that REAP scores.
+DENSE_METHODS = tuple(method for method in METHODS if method != "reap")
 MODELS = ("stories260k", "stories260k-repeated", "demo", "demo-repeated")
 SMOLLM2 = "smollm2-135m"
 SHARED = ROOT.parent / "shared"
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument(
         "--models", type=listed(str), default=MODELS, help=f"without --base_model: {', '.join((*MODELS, SMOLLM2))}"
     )
-    made.add_argument("--methods", type=listed(str), default=METHODS, help="importance methods to measure")
+    made.add_argument("--methods", type=listed(str), default=DENSE_METHODS, help="importance methods to measure")
     made.add_argument("--peers", type=listed(str), default=tuple(PEERS), help="peers to measure")
     made.add_argument("--dataset")
     made.add_argument("--eval_dataset")
@@ -201,11 +202,10 @@ def _pruned_quality(run: Run, choice: Choice, subject: Subject, options: Namespa
             measured = _quality(subject.model, subject, options)
         added = sum(len(bias) for bias in choice.peer.biases.values())
         return replace(measured, parameters=model_size(cut(subject.model, choice.masks)).parameters + added)
-    with output_weights_restored(run.view, choice.masks):
-        if choice.repaired:
-            REPAIRS["least_squares"](run, choice.masks)
-        pruned = cut(subject.model, choice.masks)
-    return _quality(pruned, subject, options)
+    model = sharing_copy(subject.model)
+    if choice.repaired:
+        REPAIRS["least_squares"](replace(run, view=describe(model)), choice.masks)
+    return _quality(cut(model, choice.masks, inplace=True), subject, options)
 
 
 def _choices(run: Run, options: Namespace) -> Iterator[Choice]:

@@ -1,7 +1,7 @@
 """The prunable blocks of a loaded model: which rows and columns of which weights form each group."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -328,14 +328,16 @@ class PrunableModel:
         return nullcontext() if self.residency is None else self.residency.resident(layer, then)
 
     @contextmanager
-    def rewriting(self, block: Block) -> Iterator[None]:
-        """Inside the context the parameters of a block's output projection can be changed in place, for good."""
+    def rewriting(self, block: Block, paths: Sequence[str]) -> Iterator[None]:
+        """Inside the context parameters of a block, named by their paths in it, can be changed in place, for good.
+
+        They get memory of their own, so that a model that shares it stays as it is.
+        """
         with self.resident(block.layer, block.layer + 1):
+            for path in paths:
+                parameter = self.layers[block.layer].get_parameter(f"{block.path}.{path}")
+                parameter.data = parameter.detach().clone()
             yield
             if self.residency is not None:
-                for path, _ in block.output_parameters():
+                for path in paths:
                     self.residency.replace(block.layer, f"{block.path}.{path}")
-
-    def shelf(self) -> MutableMapping[nn.Linear, Tensor]:
-        """An empty mapping for weights of the model's output projections: in files where the model is streamed."""
-        return {} if self.residency is None else self.residency.shelf()

@@ -158,11 +158,12 @@ class _Run:
         samples = self.config.num_samples + self.config.held_out_samples
         tokens = -(-samples // self.world) * self.config.seq_len
         widest = max((columns for _, columns in self.shape.outputs), default=0)
-        # Streams: as recorded, the path's, the dense model's before and after the layer, the path's lag, what both
+        # Streams: as recorded, the repaired one, the dense model's before and after the layer, its lead, what both
         # models' blocks wrote, and what is wanted.
         streams = (9 * self._stream(tokens)) + tokens * widest * self.shape.itemsize
         moments = max((self._moments(*each) for each in self.shape.outputs), default=0)
-        solved = 0 if self.streamed else self.shape.output_bytes * (1 if self.config.in_place else 2)
+        # Re-solved weights have memory of their own.
+        solved = 0 if self.streamed or self.config.in_place else self.shape.output_bytes
         beside = moments + solved
         device, host = (beside, streams) if self.streamed else (beside + streams, 0)
         return self._stage("repair", max(device, self._forward(self._batch)), host, 1)

@@ -11,7 +11,7 @@ where a weight comes from, see `Source`; no weight of the files is ever written 
 
 import tempfile
 import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,40 +104,6 @@ class Spilled:
         return self._stored.read()
 
 
-class Shelf(MutableMapping[nn.Linear, Tensor]):
-    """Weights by module that wait in files; the last one read or written is in memory too."""
-
-    def __init__(self, device: torch.device, folder: Path) -> None:
-        """device: where weights are wanted. folder: of the files."""
-        self._device, self._folder = device, folder
-        self._spilled: dict[nn.Linear, Spilled] = {}
-        self._last: tuple[nn.Linear, Tensor] | None = None
-
-    def __setitem__(self, linear: nn.Linear, weight: Tensor) -> None:
-        """Write a module's weight, [O, I], into a file."""
-        self._spilled[linear] = Spilled(weight, self._folder)
-        self._last = linear, weight
-
-    def __getitem__(self, linear: nn.Linear) -> Tensor:
-        """[O, I] on the device."""
-        if self._last is None or self._last[0] is not linear:
-            self._last = linear, self._spilled[linear].read().to(self._device, copy=True)
-        return self._last[1]
-
-    def __delitem__(self, linear: nn.Linear) -> None:
-        """Delete a module's file."""
-        del self._spilled[linear]
-        self._last = None
-
-    def __iter__(self) -> Iterator[nn.Linear]:
-        """The modules."""
-        return iter(self._spilled)
-
-    def __len__(self) -> int:
-        """How many modules."""
-        return len(self._spilled)
-
-
 _RESIDENCIES: "weakref.WeakKeyDictionary[PreTrainedModel, Residency]" = weakref.WeakKeyDictionary()
 
 
@@ -224,16 +190,6 @@ class Residency:
         finally:
             self._users -= 1
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """On exit, the weights come from where they came from on entry."""
-        before = dict(self.sources)
-        try:
-            yield
-        finally:
-            self.release()
-            self.sources = before
-
     def release(self) -> None:
         """Let go of all layers."""
         self._drop_ahead()
@@ -258,10 +214,6 @@ class Residency:
     def spill(self, tensor: Tensor) -> Spilled:
         """Write a tensor into a scratch file, which goes away with what is returned."""
         return Spilled(tensor, self.scratch)
-
-    def shelf(self) -> Shelf:
-        """A mapping for weights of the model's output projections, of which only one is in memory."""
-        return Shelf(self.device, self.scratch)
 
     @property
     def scratch(self) -> Path:

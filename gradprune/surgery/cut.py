@@ -10,6 +10,7 @@ from gradprune.models import PrunableModel, whole_view
 from gradprune.models.masks import GroupMasks
 from gradprune.models.modeling_gradprune import class_names, stock_class
 from gradprune.models.narrow import narrow, parameter_like
+from gradprune.models.residency import residency_of
 
 
 def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> PreTrainedModel:
@@ -37,13 +38,11 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
     view = whole_view(model)
     check_class(model)
     _check_masks(view, masks)
-    if view.residency is not None:
-        view.residency.release()
     if not inplace:
-        copied = _sharing_copy(model)
-        if view.residency is not None:
-            view.residency.copy_for(copied)
-        model, view = copied, whole_view(copied)
+        model = sharing_copy(model)
+        view = whole_view(model)
+    elif view.residency is not None:
+        view.residency.release()
     narrow(view, masks)
     return model
 
@@ -62,12 +61,21 @@ def check_class(model: PreTrainedModel) -> None:
         raise UnsupportedArchitectureError(f"model: a {type(model).__name__} cannot be cut; load it as {name}")
 
 
-def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """New modules and parameters on the same memory, so that the two models' dtypes and gradients are independent."""
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """New modules and parameters on the same memory, or the same files, where the model is streamed.
+
+    The two models' dtypes and gradients are independent; a weight is until it is changed in place.
+    """
+    residency = residency_of(model)
+    if residency is not None:
+        residency.release()
     # deepcopy reuses the objects in its memo instead of copying them.
     memo: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
     memo |= {id(old): parameter_like(old, old.detach()) for old in model.parameters()}
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    if residency is not None:
+        residency.copy_for(copied)
+    return copied
 
 
 def _check_masks(view: PrunableModel, masks: GroupMasks) -> None:

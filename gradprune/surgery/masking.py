@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gradprune.models import Block, PrunableModel
 from gradprune.models.masks import GroupMasks
-from gradprune.models.modes import values_restored
 from gradprune.models.streams import Streams
 
 
@@ -18,16 +17,6 @@ def masks_by_block(view: PrunableModel, masks: GroupMasks) -> Iterator[tuple[Blo
     """Every existing block, in order, with the groups it keeps: [groups] bool."""
     for block in view.blocks:
         yield block, masks[block]
-
-
-@contextmanager
-def output_weights_restored(view: PrunableModel, masks: GroupMasks) -> Iterator[None]:
-    """On exit, restore the output projections (weights and biases) of the blocks that `masks` prunes."""
-    pruned = (block for block, kept in masks_by_block(view, masks) if not kept.all())
-    changed = (parameter for block in pruned for _, parameter in block.output_parameters())
-    # A streamed model's weights are not changed in memory: others take their place.
-    with values_restored(changed) if view.residency is None else view.residency.restored():
-        yield
 
 
 @contextmanager

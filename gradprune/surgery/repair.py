@@ -10,7 +10,7 @@ from gradprune.config import PruneConfig, RepairName
 from gradprune.models.masks import GroupMasks
 from gradprune.progress import progress
 from gradprune.run import Run
-from gradprune.surgery.least_squares import BlockRepair, least_squares, repair_steps
+from gradprune.surgery.least_squares import BlockRepair, least_squares
 
 __all__ = ["REPAIRS", "BlockRepair", "Repair"]
 
@@ -25,8 +25,8 @@ def no_repair(_run: Run, _masks: GroupMasks) -> list[BlockRepair]:
 
 
 def solve_least_squares(run: Run, masks: GroupMasks) -> list[BlockRepair]:
-    """Re-solve each pruned block's output projection, see `gradprune.surgery.least_squares`."""
-    with progress(run.console, "Repairing", repair_steps(run.view), "blocks") as advance:
+    """Re-solve what blocks read and write, see `gradprune.surgery.least_squares`."""
+    with progress(run.console, "Repairing", len(run.view.blocks), "blocks") as advance:
         return least_squares(run.view, masks, run.calibration, run.held_out, ranks=run.ranks, advance=advance)
 
 

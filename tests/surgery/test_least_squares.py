@@ -4,15 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-import gradprune.surgery.least_squares as solver
 from gradprune.config import PruneConfig
 from gradprune.errors import NonFiniteError
 from gradprune.models import BlockKey, describe
 from gradprune.models.masks import GroupMasks
-from gradprune.models.passes import mean_loss
-from gradprune.surgery.cut import cut
-from gradprune.surgery.least_squares import RIDGES, least_squares, repair_steps
-from gradprune.surgery.masking import masked, masks_by_block, output_weights_restored
+from gradprune.surgery.cut import cut, sharing_copy
+from gradprune.surgery.least_squares import RIDGES, least_squares
+from gradprune.surgery.masking import masked, masks_by_block
+from gradprune.surgery.moments import Problem
 from gradprune.surgery.repair import repair_warning
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
@@ -63,7 +62,7 @@ def test_one_block_equals_an_independent_lstsq(architecture: str, kind: str, dev
     left = np.concatenate([x[:, k], np.sqrt(ridge) * np.eye(len(k))])
     right = np.concatenate([x @ w.T, np.sqrt(ridge) * w[:, k].T])
     expected = np.linalg.lstsq(left, right, rcond=None)[0].T
-    least_squares(view, only(view, 1, kind, kept), [ids], [], blends=(0.0,), ridges=(0.1,))
+    least_squares(view, only(view, 1, kind, kept), [ids], [], blend=0.0, ridges=(0.1,))
     found = block.output.linear.weight.detach().cpu().numpy()
     np.testing.assert_allclose(found[:, k], expected, rtol=1e-9, atol=1e-12)
     assert not np.delete(found, k, axis=1).any()
@@ -92,7 +91,7 @@ def test_removed_channels_that_are_combinations_of_kept_ones_cost_nothing() -> N
 def test_no_block_is_worse_on_the_calibration_data(seed: int, blend: float, device: str) -> None:
     model, ids = tiny_model(seed=seed, channels=12, dtype=torch.float32).to(device), tiny_ids(samples=6, seed=seed)
     view = describe(model)
-    repairs = least_squares(view, random_masks(view, seed), [ids], [], blends=(blend,))
+    repairs = least_squares(view, random_masks(view, seed), [ids], [], blend=blend)
     assert repairs
     assert all(repair.error <= repair.error_before for repair in repairs)
     assert any(repair.error < 0.99 * repair.error_before for repair in repairs)
@@ -103,7 +102,7 @@ def test_blocks_are_solved_in_order_on_the_model_repaired_so_far() -> None:
     model, ids = tiny_model(channels=10), tiny_ids(samples=6)
     view, twin = describe(model), tiny_model(channels=10)
     masks = random_masks(view, 3)
-    least_squares(view, masks, [ids], [], blends=(0.0,), ridges=(0.1,))
+    least_squares(view, masks, [ids], [], blend=0.0, ridges=(0.1,))
     twin_view = describe(twin)
     for (block, kept), solved in zip(masks_by_block(twin_view, masks), view.blocks, strict=True):
         linear = block.output.linear
@@ -131,24 +130,9 @@ def test_a_blend_brings_the_loss_closer_than_pruning_alone(architecture: str, de
         with masked(view, masks):
             pruned = (model(ids).logits - dense).square().mean()
         for blend in (0.0, 0.5):
-            with output_weights_restored(view, masks):
-                least_squares(view, masks, batches, [], blends=(blend,))
-                assert (model(ids).logits - dense).square().mean() < 0.9 * pruned
-
-
-def test_the_blend_with_the_least_held_out_loss_is_kept() -> None:
-    model, ids = tiny_model(channels=16, dtype=torch.float32), tiny_ids(samples=16)
-    view, samples, held_out = describe(model), [ids[:8]], [ids[8:]]
-    masks = random_masks(view, 2)
-    losses = {}
-    for blend in (0.0, 0.5):
-        with output_weights_restored(view, masks):
-            least_squares(view, masks, samples, held_out, blends=(blend,))
-            losses[blend] = mean_loss(model, held_out)
-    with output_weights_restored(view, masks):
-        repairs = least_squares(view, masks, samples, held_out, blends=(0.0, 0.5))
-        assert mean_loss(model, held_out) == min(losses.values())
-        assert {repair.blend for repair in repairs} == {min(losses, key=losses.get)}
+            repaired = sharing_copy(model)
+            least_squares(describe(repaired), masks, batches, [], blend=blend)
+            assert (repaired(ids).logits - dense).square().mean() < 0.9 * pruned
 
 
 @pytest.mark.parametrize(("tokens", "samples"), [(9, 4), (9, 8), (12, 40)])
@@ -160,21 +144,20 @@ def test_the_ridge_with_the_least_held_out_error_is_found(tokens: int, samples: 
     fit, judge = tiny_ids(samples, tokens), [tiny_ids(24, 12, seed=5)]
 
     def error(ridges) -> tuple[float, float]:
-        with output_weights_restored(view, masks):
-            repair = least_squares(view, masks, [fit], judge, ridges=ridges)[0]
+        repair = least_squares(describe(sharing_copy(model)), masks, [fit], judge, ridges=ridges)[0]
         return repair.error, repair.ridge
 
     assert error(RIDGES) == min(error((ridge,)) for ridge in RIDGES)
 
-    def counted(moments, before, ridge):
+    def counted(problem, ridge):
         nonlocal attempts
         attempts += 1
-        return solve(moments, before, ridge)
+        return solution(problem, ridge)
 
-    solve = solver._solve
+    solution = Problem.solution
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solver, "_solve", counted)
-        error(RIDGES)
+        patch.setattr(Problem, "solution", counted)
+        least_squares(view, masks, [fit], judge, blend=0.0)
     assert attempts < len(RIDGES)
 
 
@@ -183,22 +166,22 @@ def test_the_cut_model_computes_what_the_repaired_one_does(device: str) -> None:
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     view = describe(model)
     masks = random_masks(view, 4, keep=0.5)
-    with output_weights_restored(view, masks):
-        least_squares(view, masks, [ids], [])
-        repaired = model(ids).logits.detach()
-        pruned = cut(model, masks)
+    copied = sharing_copy(model)
+    least_squares(describe(copied), masks, [ids], [])
+    repaired = copied(ids).logits.detach()
+    pruned = cut(copied, masks, inplace=True)
     torch.testing.assert_close(pruned(ids).logits, repaired, rtol=1e-9, atol=1e-10)
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
-def test_blocks_that_keep_everything_or_nothing_are_left_alone() -> None:
+def test_without_a_blend_blocks_that_keep_everything_or_nothing_are_left_alone() -> None:
     model, ids = tiny_model(), tiny_ids()
     view = describe(model)
     masks = only(view, 1, "mlp", torch.zeros(10, dtype=torch.bool))
     steps = []
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    assert least_squares(view, masks, [ids], [ids], advance=lambda: steps.append(1)) == []
-    assert len(steps) == repair_steps(view)
+    assert least_squares(view, masks, [ids], [ids], blend=0.0, advance=lambda: steps.append(1)) == []
+    assert len(steps) == len(view.blocks)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
     assert changed == {"model.layers.1.mlp.down_proj.weight"}
     assert not view.of_kind("mlp")[1].output.linear.weight.any()
@@ -213,7 +196,7 @@ def test_bf16_weights_are_rounded_once(device: str) -> None:
             a.copy_(b)
     for each in (model, low):
         view = describe(each)
-        least_squares(view, random_masks(view, 5), [ids], [], blends=(0.0,), ridges=(0.1,))
+        least_squares(view, random_masks(view, 5), [ids], [], blend=0.0, ridges=(0.1,))
     assert low.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
     a, b = (each.model.layers[0].mlp.down_proj.weight.float() for each in (model, low))
     torch.testing.assert_close(b, a, rtol=0.1, atol=0.03)
@@ -248,3 +231,27 @@ def test_too_few_tokens_for_the_widest_projection_are_told(samples: int, warned:
         assert "200 columns of a projection on 360 tokens" in found
         assert found.endswith("--num_samples 10.")
     assert repair_warning(200, PruneConfig(num_samples=samples, seq_len=40, repair="none")) is None
+
+
+def test_blocks_before_the_first_loss_stay_and_those_behind_are_repaired() -> None:
+    model, ids = tiny_model(channels=10), tiny_ids(samples=6)
+    view = describe(model)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    repairs = least_squares(
+        view, only(view, 1, "attention", torch.arange(view.of_kind("attention")[1].groups) > 0), [ids], []
+    )
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
+    behind = [(1, "self_attn.o"), (1, "mlp.down"), (2, "self_attn.o"), (2, "mlp.down")]
+    assert changed == {f"model.layers.{layer}.{name}_proj.weight" for layer, name in behind}
+    assert len(repairs) == len(behind)
+    assert all(repair.error < repair.error_before for repair in repairs)
+
+
+def test_a_copy_is_repaired_without_touching_the_model_it_shares_memory_with() -> None:
+    model, ids = tiny_model(channels=12), tiny_ids()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    copied = sharing_copy(model)
+    least_squares(describe(copied), random_masks(describe(copied), 3), [ids], [])
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    shared = sum(a.data_ptr() == b.data_ptr() for a, b in zip(model.parameters(), copied.parameters(), strict=True))
+    assert 0 < shared < len(before)

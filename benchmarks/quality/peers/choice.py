@@ -1,7 +1,7 @@
 """What a peer chooses, how it is applied to a model, and the two ways in which peers spend their budget."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from gradprune.models import Block, BlockKey, PrunableModel
 from gradprune.models.masks import GroupMasks
-from gradprune.models.modes import evaluation_mode
+from gradprune.models.modes import evaluation_mode, values_restored
 from gradprune.models.streams import Streams
-from gradprune.surgery.masking import mask_output, masked, output_weights_restored
+from gradprune.surgery.masking import mask_output, masked
 
 Decide = Callable[[Block, Tensor], Tensor]
 """From a block and its output projection's inputs [tokens, I]: which groups it keeps, [groups] bool. It may change the
@@ -40,7 +40,7 @@ it was."""
 def applied(view: PrunableModel, choice: PeerChoice) -> Iterator[None]:
     """Inside the context the model computes what the peer's pruned model would."""
     with ExitStack() as stack:
-        stack.enter_context(output_weights_restored(view, nothing_kept(view)))
+        stack.enter_context(outputs_restored(view))
         for block in view.blocks:
             if block.key in choice.weights:
                 with torch.no_grad():
@@ -75,10 +75,9 @@ def in_order(view: PrunableModel, batches: Sequence[Tensor], decide: Decide) -> 
     return GroupMasks(kept, len(view.layers))
 
 
-def nothing_kept(view: PrunableModel) -> GroupMasks:
-    """Masks that remove all groups; `output_weights_restored` with them guards every output projection."""
-    kept = {block.key: torch.zeros(block.groups, dtype=torch.bool) for block in view.blocks}
-    return GroupMasks(kept, len(view.layers))
+def outputs_restored(view: PrunableModel) -> AbstractContextManager[None]:
+    """On exit, the output projections are what they were on entry."""
+    return values_restored(parameter for block in view.blocks for _, parameter in block.output_parameters())
 
 
 def uniform_counts(view: PrunableModel, budget: int, layers: Sequence[int] | None = None) -> dict[str, int]:

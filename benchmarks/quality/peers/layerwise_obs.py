@@ -14,9 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.quality.peers.choice import PeerChoice, in_order, nothing_kept, uniform_counts
+from benchmarks.quality.peers.choice import PeerChoice, in_order, outputs_restored, uniform_counts
 from gradprune.models import Block, BlockKey, PrunableModel
-from gradprune.surgery.masking import output_weights_restored
 
 _DAMPING = 0.01
 
@@ -33,7 +32,7 @@ def layerwise_obs(view: PrunableModel, batches: Sequence[Tensor], budget: int) -
         linear.weight.copy_(weight)
         return kept
 
-    with output_weights_restored(view, nothing_kept(view)):
+    with outputs_restored(view):
         return PeerChoice(in_order(view, batches, decide), weights=weights)
 
 

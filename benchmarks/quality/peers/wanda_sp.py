@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from benchmarks.quality.peers.choice import PeerChoice, in_order, nothing_kept, uniform_counts, without_lowest
+from benchmarks.quality.peers.choice import PeerChoice, in_order, outputs_restored, uniform_counts, without_lowest
 from gradprune.models import Block, PrunableModel
-from gradprune.surgery.masking import output_weights_restored
 
 
 def wanda_sp(view: PrunableModel, batches: Sequence[Tensor], budget: int) -> PeerChoice:
@@ -22,7 +21,7 @@ def wanda_sp(view: PrunableModel, batches: Sequence[Tensor], budget: int) -> Pee
         columns = wanda(block.output.linear.weight, x)
         return without_lowest(block.output.fold_columns(columns), lost[block.kind.name])
 
-    with output_weights_restored(view, nothing_kept(view)):
+    with outputs_restored(view):
         return PeerChoice(in_order(view, batches, decide))
 
 

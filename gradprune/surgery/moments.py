@@ -1,0 +1,167 @@
+"""Sums over tokens, and the matrix that fits them best: the arithmetic of the repair."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gradprune.calibration.cholesky import cholesky, solve
+from gradprune.calibration.gram import add_gram, add_product, symmetric
+from gradprune.errors import NonFiniteError
+from gradprune.ranks import Ranks
+
+_MOST_RIDGE = 1e4
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over tokens of what is read, x [I], and of what is wanted, z [O].
+
+    gram: [I, I], x x^T. cross: [O, I], z x^T. square: [], ||z||^2. The last two are zero if nothing is wanted.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    square: Tensor
+
+    @classmethod
+    def measure(
+        cls, read: Sequence[Tensor], wanted: Sequence[Tensor] | None, weight: Tensor, name: str, ranks: Ranks
+    ) -> "Moments":
+        """Over the tokens of all ranks, in fp32 (fp64 for fp64 weights), on the device of `weight`.
+
+        Args:
+            read: per batch, [N, T, I].
+            wanted: per batch, [N, T, O]; None if nothing is.
+            weight: [O, I], of what reads.
+            name: of it, for the error.
+            ranks: the processes that divide the batches.
+
+        Raises:
+            NonFiniteError: what is read is NaN or infinite.
+        """
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        outputs, width = weight.shape
+        gram, cross, square = (
+            torch.zeros(size, dtype=dtype, device=weight.device) for size in ((width, width), (outputs, width), ())
+        )
+        for batch, x in enumerate(read):
+            rows = x.to(gram.device).flatten(0, -2)
+            add_gram(gram, rows)
+            if wanted is not None:
+                z = wanted[batch].to(gram.device).flatten(0, -2)
+                add_product(cross, z, rows)
+                square += _dot(z.to(dtype), z.to(dtype))
+        gram = ranks.sum(gram)
+        if wanted is not None:
+            cross, square = ranks.sum(cross), ranks.sum(square)
+        if not (gram.diagonal().isfinite().all() and square.isfinite()):
+            raise NonFiniteError(
+                f"repair: the input of {name} is not finite; load the model in a wider dtype (bfloat16 or float32)"
+            )
+        return cls(symmetric(gram), cross, square)
+
+    def of_output(self, weight: Tensor, columns: Tensor, blend: float) -> "Problem":
+        """The problem of the kept columns ([K] int64) of a weight [O, I], for the target W x + blend (z - W x)."""
+        weight, gram, cross = weight.double(), self.gram.double(), self.cross.double()
+        own = weight @ gram
+        square = (
+            (1.0 - blend) ** 2 * _dot(own, weight)
+            + 2.0 * blend * (1.0 - blend) * _dot(cross, weight)
+            + blend**2 * self.square.double()
+        )
+        start, kept = weight[:, columns], gram[columns[:, None], columns]
+        return Problem(start, start @ kept, kept, torch.lerp(own, cross, blend)[:, columns], square, self.gram.dtype)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Find W' [O, K] with the least sum over tokens of ||t - W' x||^2, given the sums of its terms in fp64.
+
+    start: [O, K], the weight W as it is. written: [O, K], W x x^T. gram: [K, K], x x^T. cross: [O, K], t x^T.
+    square: [], ||t||^2. measured: the dtype the sums were made in, which is precise enough for the error.
+    """
+
+    start: Tensor
+    written: Tensor
+    gram: Tensor
+    cross: Tensor
+    square: Tensor
+    measured: torch.dtype
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """What ridges are relative to."""
+        return self.gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+
+    def error(self, weight: Tensor) -> float:
+        """sum ||t - weight x||^2 / sum ||t||^2, weight: [O, K] fp64."""
+        if self.square <= 0.0:
+            return 0.0
+        written = (weight.to(self.measured) @ self.gram.to(self.measured)).double()
+        rest = self.square - 2.0 * _dot(weight, self.cross) + _dot(written, weight)
+        return float(rest / self.square)
+
+    def solution(self, ridge: float) -> Tensor:
+        """[O, K] fp64: W + (t x^T - W x x^T) (x x^T + ridge)^-1; with ten times the ridge where it does not factor."""
+        while True:
+            shifted = self.gram.clone()
+            shifted.diagonal().add_(ridge * self.unit)
+            factor = cholesky(shifted)
+            if factor is not None:
+                return self.start + solve(factor, (self.cross - self.written).T).T
+            if ridge > _MOST_RIDGE:
+                return self.start
+            ridge = max(10.0 * ridge, 1e-10)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A weight [O, K] fp64, the ridge it was found with, and its error and that of the weight as it was."""
+
+    weight: Tensor
+    ridge: float
+    error_before: float
+    error: float
+
+    @property
+    def better(self) -> bool:
+        """Whether it is better than the weight as it was."""
+        return self.error < self.error_before
+
+
+def fit(problem: Problem, judge: Problem, ridges: Sequence[float]) -> Fit:
+    """Solve a problem with the ridge that has the least error in another problem, over other tokens.
+
+    The error is taken to have a single minimum: from the middle of `ridges`, ascending, it is followed to where it
+    falls.
+    """
+    before = judge.error(problem.start)
+
+    def attempt(ridge: float) -> Fit:
+        found = problem.solution(ridge)
+        return Fit(found, ridge, before, judge.error(found))
+
+    return _least(ridges, attempt)
+
+
+def _least(ridges: Sequence[float], attempt: Callable[[float], Fit]) -> Fit:
+    middle = len(ridges) // 2
+    best = attempt(ridges[middle])
+    for direction in (reversed(ridges[:middle]), ridges[middle + 1 :]):
+        start = best
+        for ridge in direction:
+            found = attempt(ridge)
+            if not found.error < best.error:
+                break
+            best = found
+        if best is not start:
+            break
+    return best
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """[] the sum of products, to the same bits at any number of threads: no sum is split between threads."""
+    return (left * right).sum(0).sum()
