@@ -39,6 +39,15 @@ class _OnSecond(Tensor):
     def tolist(self):
         return self.held.tolist()
 
+    @property
+    def data(self) -> Tensor:
+        return _OnSecond(self.held)
+
+    @data.setter
+    def data(self, value: "_OnSecond") -> None:
+        # As with any tensor, what holds this one sees the new numbers, and what shared its memory keeps the old ones.
+        self.held = value.held
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _computed(func, args, kwargs)
