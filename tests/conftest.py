@@ -1,6 +1,7 @@
 """Shared fixtures, and the loud skip of what this machine does not have."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ if not torch.cuda.is_available():
 # waits for them by spinning. So in this process and in those that tests start. Tests of threading set their own number.
 torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+# Intel's CPUs: MKL divides long sums among threads unless it is told not to, before its first product.
+if sys.platform == "linux" and "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="ignore"):
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-# Below this size of either side, threads split the sums of a product, so rounding depends on the number of threads.
+# Below this size of either side, threads split the sums of a product, so rounding depends on the number of threads. On
+# Intel's CPUs MKL does so for more shapes, unless MKL_CBWR is AUTO,STRICT.
 _NARROW = 128
 # Narrower matrices are computed in one product: skipping the upper triangle saves too little.
 _TILE = 192
