@@ -230,8 +230,8 @@ def _predictions(records: Sequence[Record]) -> str:
 
 
 _GROWTH = (
-    "How calibration's processor time and peak memory grow, as exponents (1 is linear, 0 constant), for a small Llama "
-    "with one sample a batch; streamed, with 10 MiB for streams; of several ranks, the one that takes most "
+    "How processor time and peak memory of calibration and repair grow, as exponents (1 is linear, 0 constant), for a "
+    "small Llama with one sample a batch; streamed, with 10 MiB for streams; of several ranks, the one that takes most "
     "(`python -m benchmarks.jobs.memory`):"
 )
 

@@ -110,9 +110,10 @@ def memory_table(records: Sequence[Record]) -> str:
 
 
 def memory_growth_table(records: Sequence[Record]) -> str:
-    """One row per growing quantity and provider: the fitted exponents of calibration; empty where none was measured."""
-    rows = [[axis, provider, f"{time:.2f}", f"{memory:.2f}"] for axis, provider, time, memory in exponents(records)]
-    return table(["grows", "provider", "exponent of processor time", "exponent of memory"], rows) if rows else ""
+    """One row per growing quantity, stage and provider: the fitted exponents; empty where none was measured."""
+    rows = [[*names, f"{time:.2f}", f"{memory:.2f}"] for *names, time, memory in exponents(records)]
+    headings = ["grows", "stage", "provider", "exponent of processor time", "exponent of memory"]
+    return table(headings, sorted(rows)) if rows else ""
 
 
 OVERHEAD = (

@@ -154,20 +154,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say("    the time for this run is used up")
             break
         found += _appended(axis, case, in_process(case), options)
-    for axis, mode, of_time, of_memory in exponents(found):
-        say(f"    {mode}: calibration's processor time ~ {axis}^{of_time:.2f}, memory ~ ^{of_memory:.2f}")
+    for axis, stage, mode, of_time, of_memory in exponents(found):
+        say(f"    {mode}: {stage}'s processor time ~ {axis}^{of_time:.2f}, memory ~ ^{of_memory:.2f}")
 
 
-def exponents(records: Sequence[Record]) -> Iterator[tuple[str, str, float, float]]:
-    """By axis and provider, how calibration's processor time and peak memory grow."""
-    series: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
+def exponents(records: Sequence[Record]) -> Iterator[tuple[str, str, str, float, float]]:
+    """By axis, stage and provider, how the processor time and peak memory of calibration and repair grow."""
+    series: dict[tuple[str, str, str], list[tuple[int, float, float]]] = {}
     for found in records:
-        if found.extra["axis"] and found.extra["stage"] == "calibration" and found.peak_memory is not None:
+        axis, stage = found.extra["axis"], found.extra["stage"]
+        if axis and stage != "evaluation" and found.peak_memory is not None:
             point = found.extra["x"], found.extra["cpu_seconds"], found.peak_memory
-            series.setdefault((found.extra["axis"], found.provider), []).append(point)
-    for (axis, provider), points in series.items():
+            series.setdefault((axis, stage, found.provider), []).append(point)
+    for (axis, stage, provider), points in series.items():
         x, seconds, peaks = zip(*sorted(points), strict=True)
-        yield axis, provider, exponent(x, seconds), exponent(x, peaks)
+        yield axis, stage, provider, exponent(x, seconds), exponent(x, peaks)
 
 
 def in_process(case: Case) -> dict[str, Any] | None:
@@ -217,7 +218,9 @@ def measured(case: Case) -> dict[str, Any]:
     text = torch.randint(case.vocabulary, ((case.samples + 2 * case.batch) * case.tokens,), generator=generator)
 
     def run(this: Case, folder: Path) -> None:
-        model, _ = load_model(folder, stream_layers="on" if this.mode == "streamed" else "off")
+        model, _ = load_model(
+            folder, stream_layers="on" if this.mode == "streamed" else "off", stream_memory=this.stream_memory
+        )
         own = text % this.vocabulary
         evaluation = own[: this.batch * this.tokens]
         prune(model, None, this.config(), calibration=own, evaluation=evaluation, ranks=current())

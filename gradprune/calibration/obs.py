@@ -25,7 +25,7 @@ from gradprune.calibration.gram import add_gram, one_thread, symmetric
 from gradprune.errors import NonFiniteError
 from gradprune.models import BlockKey, LinearBlock, PrunableModel
 from gradprune.models.modes import evaluation_mode
-from gradprune.models.streams import Streams
+from gradprune.models.streams import Streams, read_bytes, stream_bytes
 from gradprune.ranks import ALONE, Ranks
 
 RIDGE = 0.01
@@ -75,7 +75,9 @@ def removal_costs(
     """
     costs = {}
     with evaluation_mode(view.model):
-        streams = Streams(view, ranks.share(batches))
+        own = ranks.share(batches)
+        # The stream as it enters the model, before and after the layer, and what two blocks write.
+        streams = Streams(view, own, 5 * stream_bytes(view, own) + read_bytes(view, own))
         current = streams.first
         for layer in range(len(view.layers)):
             written: list[dict[torch.nn.Module, Tensor]] = [{} for _ in current]
@@ -88,7 +90,7 @@ def removal_costs(
                     path = removal_path(linear.weight, gram, block.output.columns, curvatures[block.key])
                     costs[block.key] = path.importance()
                     for batch, x in enumerate(inputs):
-                        written[batch][block.module] = linear(x.to(linear.weight.device)).to(streams.home)
+                        written[batch][block.module] = streams.keep(linear(x.to(linear.weight.device)))
                 current = [streams.layer(layer, k, stream, written[k]) for k, stream in enumerate(current)]
     return costs
 

@@ -17,6 +17,10 @@ from gradprune.models.sizes import ModelShape
 StageName = Literal["calibration", "repair", "evaluation", "saving"]
 STAGES: tuple[StageName, ...] = ("calibration", "repair", "evaluation", "saving")
 
+REPAIR_STREAMS = 9
+"""So many residual streams of all samples the repair keeps at once: as they enter the model, the repaired model's, the
+dense model's before and after the layer, its lead, what both models' blocks wrote, and what is wanted."""
+
 # A block's sums, in fp64: see `gradprune.calibration.accumulator`.
 _SUMS_PER_GROUP, _FP64 = 8, 8
 
@@ -146,7 +150,7 @@ class _Run:
         if self.streamed:
             together = -(-self._batches // self.waves)
             # The gradients take the place of the uppermost streams.
-            streams = together * self._stream(tokens) * (layers + 1)
+            streams = self._in_memory(together * self._stream(tokens) * (layers + 1))
             return self._stage("calibration", max(kept + backward, self._logits(tokens)) + sums, streams, self._reads())
         if self.config.use_gradient_checkpointing:
             entered = layers * self._stream(tokens)
@@ -158,14 +162,12 @@ class _Run:
         samples = self.config.num_samples + self.config.held_out_samples
         tokens = -(-samples // self.world) * self.config.seq_len
         widest = max((columns for _, columns in self.shape.outputs), default=0)
-        # Streams: as recorded, the repaired one, the dense model's before and after the layer, its lead, what both
-        # models' blocks wrote, and what is wanted.
-        streams = (9 * self._stream(tokens)) + tokens * widest * self.shape.itemsize
+        streams = REPAIR_STREAMS * self._stream(tokens) + tokens * widest * self.shape.itemsize
         moments = max((self._moments(*each) for each in self.shape.outputs), default=0)
         # Re-solved weights have memory of their own.
         solved = 0 if self.streamed or self.config.in_place else self.shape.output_bytes
         beside = moments + solved
-        device, host = (beside, streams) if self.streamed else (beside + streams, 0)
+        device, host = (beside, self._in_memory(streams)) if self.streamed else (beside + streams, 0)
         return self._stage("repair", max(device, self._forward(self._batch)), host, 1)
 
     def evaluation(self) -> Stage:
@@ -214,6 +216,10 @@ class _Run:
     def _stream(self, tokens: int) -> int:
         """Bytes of the residual stream of so many tokens."""
         return tokens * self.shape.hidden * self.shape.itemsize
+
+    def _in_memory(self, streams: int) -> int:
+        """Of the streams that are kept: all or, where they are more than the budget, none, for they are in files."""
+        return streams if streams <= bytes_of(self.config.stream_memory) else 0
 
     def _kept(self, tokens: int) -> int:
         """What autograd keeps of one layer: the norms' inputs (in fp32 at least) and outputs, queries, keys and values

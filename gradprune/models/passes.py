@@ -16,7 +16,7 @@ from gradprune.models import PrunableModel, describe
 from gradprune.models.backward import backpropagated, without_autocast
 from gradprune.models.loss import sample_losses
 from gradprune.models.residency import residency_of
-from gradprune.models.streams import Streams
+from gradprune.models.streams import Streams, stream_bytes
 
 
 def losses(
@@ -40,7 +40,7 @@ def losses(
     view = describe(model)
     # Two streams of each sample at a time: before a layer, and after it.
     for wave in waves(view, batches, kept=2):
-        streams = Streams(view, wave)
+        streams = Streams(view, wave, 2 * stream_bytes(view, wave))
         current = streams.first
         with watched():
             for layer in range(len(view.layers)):
@@ -86,12 +86,6 @@ def waves(view: PrunableModel, batches: Sequence[Tensor], kept: int) -> Iterator
         yield wave
 
 
-def stream_bytes(view: PrunableModel, batches: Sequence[Tensor]) -> int:
-    """Bytes of one residual stream [N, T, H] of every batch."""
-    hidden: int = view.model.config.hidden_size
-    return sum(batch.numel() for batch in batches) * hidden * view.model.dtype.itemsize
-
-
 @dataclass(frozen=True)
 class Variant:
     """The model with some layers changed.
@@ -125,7 +119,7 @@ def variant_losses(view: PrunableModel, batches: Sequence[Tensor], variants: Seq
 
 
 def _streamed_losses(view: PrunableModel, batches: Sequence[Tensor], variants: Sequence[Variant]) -> list[Tensor]:
-    streams = Streams(view, batches)
+    streams = Streams(view, batches, (len(variants) + 2) * stream_bytes(view, batches))
     common = streams.first
     current: list[list[Tensor]] = [[] for _ in variants]
     for layer in range(len(view.layers)):
@@ -159,7 +153,7 @@ def backward_by_layers(view: PrunableModel, batches: Sequence[Tensor], passed: C
     Returns:
         Per batch, [N] each sample's loss.
     """
-    streams = Streams(view, batches)
+    streams = Streams(view, batches, (len(view.layers) + 1) * stream_bytes(view, batches))
     before: list[list[Tensor]] = [[stream.detach() for stream in streams.first]]
     with torch.no_grad():
         for layer in range(len(view.layers)):
@@ -169,7 +163,8 @@ def backward_by_layers(view: PrunableModel, batches: Sequence[Tensor], passed: C
         top = stream.to(view.device).requires_grad_()
         losses.append(streams.losses(k, top))
         with without_autocast(view.device):
-            gradients.append(torch.autograd.grad(backpropagated(losses[-1], view.model.dtype), top)[0].to(streams.home))
+            found = torch.autograd.grad(backpropagated(losses[-1], view.model.dtype), top)[0]
+        gradients.append(streams.keep(found))
     for layer in reversed(range(len(view.layers))):
         with view.resident(layer, layer - 1):
             for k, stream in enumerate(before.pop()):
@@ -189,4 +184,4 @@ def _backward_of_layer(
     after = streams.on_device(layer, batch, entered, {})
     with without_autocast(view.device):
         found = torch.autograd.grad(after, entered, gradient.to(view.device))[0]
-    return found.to(streams.home)
+    return streams.keep(found)

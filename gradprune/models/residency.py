@@ -25,6 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gradprune.errors import GradPruneError
+
 
 class Source(Protocol):
     """Where a weight comes from."""
@@ -214,6 +216,25 @@ class Residency:
     def spill(self, tensor: Tensor) -> Spilled:
         """Write a tensor into a scratch file, which goes away with what is returned."""
         return Spilled(tensor, self.scratch)
+
+    def mapped(self, tensor: Tensor) -> Tensor:
+        """A copy on the CPU in a file without a name, mapped into memory, which the system writes out if it must.
+
+        Raises:
+            GradPruneError: the disk is full.
+        """
+        numbers = tensor.detach().cpu().contiguous()
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.scratch) as file:
+                file.write(numbers.flatten().view(torch.uint8).numpy().data)
+                file.flush()
+                found = torch.from_file(file.name, shared=False, size=numbers.numel(), dtype=numbers.dtype)
+        except OSError as error:
+            raise GradPruneError(
+                f"stream_memory: what does not fit in {self.budget / 2**20:.0f} MiB cannot be written to "
+                f"'{self.scratch}': {error.strerror}; set TMPDIR to a folder on a larger disk"
+            ) from error
+        return found.view(numbers.shape)
 
     @property
     def scratch(self) -> Path:

@@ -5,7 +5,8 @@ is then known for all batches; its output is computed from that with the caller'
 runs with this output. So every module runs once per layer, and no weight of the model is touched.
 
 Where the model is streamed (see `gradprune.models.residency`) or spread over devices, what is between its layers is
-kept in the host's memory, and one batch of it at a time is on the layer's device.
+kept in the host's memory, and one batch of it at a time is on the layer's device. What would take more than a streamed
+model's budget is kept in mapped files.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,27 +27,49 @@ class _StoppedError(Exception):
     """Ends a forward pass where nothing after it is needed."""
 
 
+def stream_bytes(view: PrunableModel, batches: Sequence[Tensor]) -> int:
+    """Bytes of one residual stream [N, T, H] of every batch [N, T]."""
+    hidden: int = view.model.config.hidden_size
+    return sum(batch.numel() for batch in batches) * hidden * view.model.dtype.itemsize
+
+
+def read_bytes(view: PrunableModel, batches: Sequence[Tensor]) -> int:
+    """Bytes of what the widest output projection reads, [N, T, I] of every batch [N, T]."""
+    widest = max((block.width for block in view.blocks), default=0)
+    return sum(batch.numel() for batch in batches) * widest * view.model.dtype.itemsize
+
+
 class Streams:
     """The arguments that a model's layers receive for some batches; the caller keeps the streams.
 
     first: per batch, [N, T, H], what enters the first layer.
-    home: where streams, and what blocks read and write, are kept between calls.
     """
 
-    def __init__(self, view: PrunableModel, batches: Sequence[Tensor]) -> None:
-        """Record the arguments that the layers receive for batches of ids, [N, T] int64 each, without running them."""
+    def __init__(self, view: PrunableModel, batches: Sequence[Tensor], kept: int = 0) -> None:
+        """Record the arguments that the layers receive for batches of ids, without running them.
+
+        Args:
+            view, batches: the model, and [N, T] int64 each.
+            kept: the bytes that the caller keeps at once of all that it is given, at most.
+        """
         self._view = view
-        self.home = torch.device("cpu") if view.spread or view.residency is not None else view.device
+        self._home = torch.device("cpu") if view.spread or view.residency is not None else view.device
+        residency = view.residency
+        self._files = residency if residency is not None and kept > residency.budget else None
         self._batches = [batch.to(view.device) for batch in batches]
         self._returned = self._count_returned(self._batches[0][:1]) if self._batches else {}
         recorded = [self._record(batch) for batch in self._batches]
-        self.first = [stream.to(self.home) for stream, _ in recorded]
+        self.first = [self.keep(stream) for stream, _ in recorded]
         # What transformers passes to each layer beside the stream: masks, positions.
         self._arguments = [arguments for _, arguments in recorded]
 
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A tensor of a batch where those of all batches have room."""
+        return tensor.to(self._home) if self._files is None else self._files.mapped(tensor)
+
     def layer(self, layer: int, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
         """The stream [N, T, H] after a layer; the modules in `written` are not run, and write what is given."""
-        return self.on_device(layer, batch, stream.to(self._view.device_of(layer)), written).to(self.home)
+        return self.keep(self.on_device(layer, batch, stream.to(self._view.device_of(layer)), written))
 
     def on_device(self, layer: int, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
         """`layer` of a stream that is on the device already; the result is there, too, and differentiable."""
@@ -60,7 +83,7 @@ class Streams:
         written: dict[nn.Module, Tensor] = {}
 
         def keep(module: nn.Module, _args: Any, output: Any) -> None:
-            written[module] = (output[0] if isinstance(output, tuple) else output).to(self.home)
+            written[module] = self.keep(output[0] if isinstance(output, tuple) else output)
 
         with _removed([block.module.register_forward_hook(keep) for block in self._view.of_layer(layer)]):
             return self.layer(layer, batch, stream, {}), written
@@ -77,7 +100,7 @@ class Streams:
             try:
                 self.layer(block.layer, batch, stream, written)
             except _StoppedError:
-                return reached[0].to(self.home)
+                return self.keep(reached[0])
         raise AssertionError(f"layer {block.layer} does not run its {block.output.path}")
 
     def block_output(self, block: Block, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
@@ -90,7 +113,7 @@ class Streams:
 
         with _removed([block.module.register_forward_hook(stop)]), suppress(_StoppedError):
             self.layer(block.layer, batch, stream, written)
-        return reached[0].to(self.home)
+        return self.keep(reached[0])
 
     def mean_loss(self, streams: Sequence[Tensor], first: int, ranks: Ranks = ALONE) -> float:
         """Mean loss of all ranks' samples from batch `first` on, in nats per token, given the last layer's streams."""

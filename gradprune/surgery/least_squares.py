@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradprune.models import Block, LinearBlock, PrunableModel
+from gradprune.models.footprint import REPAIR_STREAMS
 from gradprune.models.masks import GroupMasks
-from gradprune.models.streams import Streams
+from gradprune.models.streams import Streams, read_bytes, stream_bytes
 from gradprune.ranks import ALONE, Ranks
 from gradprune.surgery.masking import mask_output, masked_outputs
 from gradprune.surgery.moments import Moments, fit
@@ -89,7 +90,8 @@ def least_squares(
         NonFiniteError: an input of a block is NaN or infinite.
     """
     own, judged = ranks.share(samples), ranks.share(held_out)
-    streams = Streams(view, [*own, *judged])
+    batches = [*own, *judged]
+    streams = Streams(view, batches, REPAIR_STREAMS * stream_bytes(view, batches) + read_bytes(view, batches))
     parts = (slice(len(own)), slice(len(own), None) if held_out else slice(None))
     state = _Repair(view, masks, streams, parts, blend, ridges, ranks, streams.first, streams.first)
     for layer in range(len(view.layers)):
@@ -125,7 +127,9 @@ class _Repair:
         untouched = not self.differs and all(self.masks[block].all() for block in blocks)
         dense = None if untouched or not self.blend else _DenseLayer(self.streams, layer, self.dense)
         # Dense stream minus the repaired one; and per batch, the outputs of the layer's blocks so far.
-        ahead = None if dense is None else [d - r for d, r in zip(self.dense, self.repaired, strict=True)]
+        ahead = None
+        if dense is not None:
+            ahead = [self.streams.keep(d - r) for d, r in zip(self.dense, self.repaired, strict=True)]
         written: list[dict[nn.Module, Tensor]] = [{} for _ in self.repaired]
         for block in () if untouched else blocks:
             writes = self._pass_block(block, written, dense, ahead)
@@ -133,7 +137,8 @@ class _Repair:
                 written[batch][block.module] = write
                 if dense is not None and ahead is not None:
                     missing = dense.written[batch][block.module] - write
-                    ahead[batch] = ahead[batch] + (block.adds or 0.0) * missing.view_as(ahead[batch])
+                    further = ahead[batch] + (block.adds or 0.0) * missing.view_as(ahead[batch])
+                    ahead[batch] = self.streams.keep(further)
         self.repaired = [
             self.streams.layer(layer, batch, stream, written[batch]) for batch, stream in enumerate(self.repaired)
         ]
@@ -158,14 +163,15 @@ class _Repair:
         self.differs |= not kept.all()
         if not kept.any():
             self._silence(block, kept)
-            return [torch.zeros_like(stream) for stream in self.repaired]
+            return [stream.new_zeros(()).expand_as(stream) for stream in self.repaired]
         read = [self.streams.output_input(block, k, stream, written[k]) for k, stream in enumerate(self.repaired)]
         if self.differs and (dense is not None or not kept.all()):
             wanted = None
             if dense is not None and ahead is not None:
-                wanted = [_wanted(block, lead, each) for lead, each in zip(ahead, dense.written, strict=True)]
+                pairs = zip(ahead, dense.written, strict=True)
+                wanted = [self.streams.keep(_wanted(block, lead, each)) for lead, each in pairs]
             self._solve_output(block, kept, read, wanted)
-        return [_write(block, x).to(self.streams.home) for x in read]
+        return [self.streams.keep(_write(block, x)) for x in read]
 
     def _solve_output(
         self, block: LinearBlock, kept: Tensor, read: Sequence[Tensor], wanted: Sequence[Tensor] | None

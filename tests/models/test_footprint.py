@@ -51,11 +51,15 @@ def test_a_streamed_model_holds_as_much_whatever_its_number_of_layers_and_sample
 
 def test_a_smaller_stream_memory_holds_less_and_reads_more() -> None:
     shape = shape_of()
-    much, little = (held(shape, replace(CONFIG, stream_memory=size), streamed=True) for size in ("1GiB", "16MiB"))
+    much, little = (held(shape, replace(CONFIG, stream_memory=size), streamed=True) for size in ("1GiB", "40MiB"))
     assert much.waves == 1
     assert little.waves == 8  # a batch's streams before nine layers are 36 MiB: one batch at a time
     assert little.stages[0].host == 9 * 4 * 512 * 512 * 4 < much.stages[0].host
     layers = sum(shape.layer_parameters) * 4
+    # What the repair keeps of all samples, the widest output projection's input too, is in files.
+    samples = CONFIG.num_samples + CONFIG.held_out_samples
+    assert little.stages[1].host == 0
+    assert much.stages[1].host == samples * 512 * (9 * 512 + 1536) * 4
     assert much.stages[0].moved == (2 + 1) * layers
     assert little.stages[0].moved == (2 * 8 + 1) * layers
 

@@ -1,6 +1,8 @@
 """A streamed model computes what the whole one does, and holds no more than one layer, or two while reading ahead."""
 
+import errno
 import gc
+import os
 from collections.abc import Callable
 
 import pytest
@@ -12,11 +14,14 @@ from transformers import PreTrainedModel
 from gradprune import ImportanceEngine
 from gradprune.checkpoint.load import load_model
 from gradprune.checkpoint.save import save_checkpoint
-from gradprune.errors import CheckpointError
+from gradprune.errors import CheckpointError, GradPruneError
 from gradprune.models import describe
 from gradprune.models.digest import model_digest
 from gradprune.models.passes import losses, mean_loss, waves
 from gradprune.models.residency import Residency, Spilled, residency_of
+from gradprune.models.streams import stream_bytes
+from gradprune.surgery.least_squares import least_squares
+from helpers.cut_models import full_masks
 from helpers.streaming import both, saved
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
@@ -99,6 +104,56 @@ def test_a_spilled_tensor_takes_its_file_with_it(tmp_path) -> None:
     del spilled
     gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_mapped_tensor_has_a_file_without_a_name(dtype: torch.dtype, tmp_path) -> None:
+    saved(tiny_model(), tmp_path)
+    residency = residency_of(load_model(tmp_path, stream_layers="on")[0])
+    assert residency is not None
+    given = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(dtype).T
+    found = residency.mapped(given)
+    assert torch.equal(found, given)
+    assert found.data_ptr() != given.data_ptr()
+    assert not list(residency.scratch.iterdir())
+
+
+@pytest.mark.parametrize(("budget", "in_files"), [("100GiB", False), ("1KiB", True)])
+def test_the_repair_keeps_streams_beyond_the_budget_in_files(
+    budget: str, in_files: bool, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tiny_model(), tmp_path)
+    model, _ = load_model(tmp_path, stream_layers="on", stream_memory=budget)
+    view = describe(model)
+    masks = full_masks(model)
+    masks[view.blocks[1]][::2] = False
+    written: list[int] = []
+    mapped = Residency.mapped
+
+    def counted(self: Residency, tensor: torch.Tensor) -> torch.Tensor:
+        written.append(tensor.nbytes)
+        return mapped(self, tensor)
+
+    monkeypatch.setattr(Residency, "mapped", counted)
+    batches = list(tiny_ids(samples=6).split(2))
+    least_squares(view, masks, batches[:2], batches[2:])
+    # Each of the three batches' streams after every layer at least.
+    one = stream_bytes(view, batches[:1])
+    assert sum(size >= one for size in written) >= 3 * len(view.layers) if in_files else not written
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tiny_model(), tmp_path)
+    residency = residency_of(load_model(tmp_path, stream_layers="on", stream_memory="3MiB")[0])
+    assert residency is not None
+
+    def full(**_options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = residency.scratch
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", full)
+    with pytest.raises(GradPruneError, match=rf"3 MiB cannot be written to '{folder}': No space .*TMPDIR"):
+        residency.mapped(torch.ones(2))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
