@@ -18,6 +18,7 @@ from gradprune.config import (
     OLDER_NAMES,
     OPTIONS,
     PARTS,
+    TARGETS,
     Calibration,
     Constraints,
     Data,
@@ -110,7 +111,10 @@ def prune(
             )
         options["gradient_fix"] = "adaptive"
     ratios = options.pop("pruning_ratio")
-    name = f"{options['importance_method']}-{'-'.join(f'{ratio:g}' for ratio in ratios)}"
+    target = _target(options)
+    if target is not None and len(ratios) > 1:
+        raise ConfigError("pruning_ratio: several are given, and a target too; leave out one or the other")
+    name = f"{options['importance_method']}-{target or '-'.join(f'{ratio:g}' for ratio in ratios)}"
     config = _config({**options, "pruning_ratio": ratios[0]}, name)
     if len(ratios) == 1:
         _prune(config)
@@ -122,7 +126,18 @@ def prune(
 @takes(Model, Data, Calibration, "prior", Search, Constraints, Repair, Output, from_file=True)
 def search(options: dict[str, Any]) -> None:
     """Choose the scoring by held-out loss, and prune with it."""
-    _prune(_config({**options, "importance_method": "auto"}, f"search-{options['pruning_ratio']:g}"))
+    _prune(
+        _config(
+            {**options, "importance_method": "auto"},
+            f"search-{_target(options) or format(options['pruning_ratio'], 'g')}",
+        )
+    )
+
+
+def _target(options: dict[str, Any]) -> str | None:
+    """What a run is to reach instead of a ratio, for its name."""
+    given = [(name.removeprefix("target_"), options[name]) for name in TARGETS if options[name] is not None]
+    return f"{given[0][0]}-{given[0][1]}" if given else None
 
 
 @app.command(cls=StagedCommand)

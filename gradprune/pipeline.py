@@ -15,10 +15,10 @@ from gradprune.calibration.kept import evidence_kept
 from gradprune.calibration.resume import forget_calibration
 from gradprune.checkpoint.atomic import atomic_directory
 from gradprune.checkpoint.results import claimed_results, ratio_names, weight_bytes_on_disk
-from gradprune.config import PruneConfig
+from gradprune.config import TARGETS, PruneConfig
 from gradprune.data.samples import draw_samples
 from gradprune.data.windows import check_context
-from gradprune.errors import ConfigError
+from gradprune.errors import ConfigError, SelectionError
 from gradprune.evaluation.generations import continuations, drawn_prompts, read_prompts
 from gradprune.evaluation.perplexity import Perplexity, perplexity
 from gradprune.evaluation.size import model_size
@@ -26,7 +26,7 @@ from gradprune.evaluation.speed import throughput
 from gradprune.evaluation.tasks import TaskAccuracy, check_tasks, evaluate_tasks
 from gradprune.export.serve import check_serve
 from gradprune.memory import memory_advice
-from gradprune.models import describe
+from gradprune.models import PrunableModel, describe
 from gradprune.models.masks import GroupMasks
 from gradprune.models.modes import evaluation_mode
 from gradprune.models.placement import check_placement
@@ -39,10 +39,11 @@ from gradprune.result import Measured, PruneResult
 from gradprune.run import Run
 from gradprune.scoring.choose import choose
 from gradprune.scoring.selection import check_reachable
-from gradprune.scoring.table import empty_table
+from gradprune.scoring.table import GroupTable, empty_table
 from gradprune.search import search
 from gradprune.surgery.cut import check_class, cut, sharing_copy
 from gradprune.surgery.repair import REPAIRS, BlockRepair
+from gradprune.target import at_target, ratio_of_size
 from gradprune.vanishing.analysis import GradientAnalysis
 
 
@@ -176,7 +177,7 @@ def _start(
     check_context(model.config, config.seq_len)
     groups = empty_table(view)
     for each in configs:
-        check_reachable(groups, each.pruning_ratio, view.parameters, each.constraints)
+        _check_reachable(view, groups, each)
     check_serve(view, tokenizer, config.constraints)
     select_ops(config.backend, model.device.type)
     if config.tasks is not None:
@@ -190,13 +191,32 @@ def _start(
     return Run(view, config, samples, tokenizer, tuple(prompts), clock, clock.console, ranks)
 
 
+def _check_reachable(view: PrunableModel, groups: GroupTable, config: PruneConfig) -> None:
+    """Raise if the constraints keep a model from its ratio or size; a speed has to be measured."""
+    if config.target_speedup is not None:
+        if view.residency is not None:
+            raise ConfigError(
+                "target_speedup: the speed of a streamed model is that of its disk; choose another target"
+            )
+        return
+    ratio = ratio_of_size(view, config)
+    try:
+        check_reachable(groups, config.pruning_ratio if ratio is None else ratio, view.parameters, config.constraints)
+    except SelectionError as error:
+        if ratio is None:
+            raise
+        given = next(name for name in TARGETS if getattr(config, name) is not None)
+        raise SelectionError(f"{given}: {getattr(config, given)} asks for too much; {error}") from error
+
+
 def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResult:
     """Choose, repair, cut and measure."""
     found = None
+    run = _at_target(run, evidence)
     if run.config.importance_method == "auto":
         with run.clock.stage("search"):
             found = search(run, evidence)
-        run = replace(run, config=run.config.with_part(found.winner.scoring))
+        run = _at_target(replace(run, config=run.config.with_part(found.winner.scoring)), evidence)
     config = run.config
     with run.clock.stage("selection"):
         choice = choose(run.view, evidence, config.scoring, config.constraints, config.pruning_ratio)
@@ -207,6 +227,13 @@ def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResul
         _analysis(evidence, config.gradient_fix), evidence, repairs, found, run.clock.seconds,
         evaluation_overlap=run.samples.overlap, prompts=run.prompts,
     )  # fmt: skip
+
+
+def _at_target(run: Run, evidence: Evidence) -> Run:
+    if all(getattr(run.config, name) is None for name in TARGETS):
+        return run
+    with run.clock.stage("target"):
+        return at_target(run, evidence)
 
 
 def _repair_and_cut(run: Run, masks: GroupMasks) -> tuple[PreTrainedModel, list[BlockRepair]]:

@@ -93,9 +93,27 @@ def test_the_default_output_name_tells_what_it_is(gradprune, model_folder: Path,
     assert [path.name for path in Path("results").iterdir()] == ["tiny-group_fisher-0.2"]
 
 
+def test_a_run_with_a_target_is_named_by_it(gradprune, model_folder: Path, ids_file: Path) -> None:
+    target = ("--target_parameters", "60.5K")
+    assert gradprune("prune", "--base_model", model_folder, "--dataset", ids_file, *target, *QUICK)[0] == 0
+    name = "results/tiny-group_fisher-parameters-60.5K"
+    assert json.loads(Path(name, "analysis/summary.json").read_text())["parameters"]["after"] <= 60_500
+    # As it is written down, the run can be done again.
+    assert gradprune("prune", "--config", f"{name}/run.json", "--output_name", "again")[0] == 0
+    assert (
+        Path("results/again/model/model.safetensors").read_bytes() == Path(name, "model/model.safetensors").read_bytes()
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--target_parameters", "10K", "--target_bytes", "1KB"], "target_bytes: target_parameters is given too"),
+        (["--target_bytes", "4GiB"], "target_bytes: '4GiB' is no target for this model"),
+        (
+            ["--target_parameters", "10K", "--pruning_ratio", "0.1,0.2"],
+            "pruning_ratio: several are given, and a target",
+        ),
         (["--pruning_ratio", "1.5"], "pruning_ratio: 1.5 is not between 0 and 1"),
         (["--pruning_ratio", "much"], "pruning_ratio: 'much' is not a number"),
         (["--pruning_ratio", "0.95"], "pruning_ratio: 0.95 cannot be reached"),

@@ -44,13 +44,17 @@ OTHER = {
     "max_shard_size": "5GB",
     "measure_speed": False, "in_place": True, "tasks": "piqa", "task_questions": 5, "checkpoint_every": 64,
     "resume": True, "serve": "hf", "tensor_parallel": 2, "prompts": "prompts.txt", "generations": False,
-    "device_map": "auto", "stream_layers": "off", "stream_memory": "2GiB",
+    "device_map": "auto", "stream_layers": "off", "stream_memory": "2GiB", "target_parameters": "1.5B",
+    "target_bytes": "3GiB", "target_speedup": 1.5,
 }  # fmt: skip
 
 
+# What contradicts others, as it is without them.
+_ALONE = {"device_map": None, "uniform": False, "tensor_parallel": 1, "target_bytes": None, "target_speedup": None}
+
+
 def other(**changes) -> PruneConfig:
-    # These contradict others.
-    return PruneConfig(**{**OTHER, "device_map": None, "uniform": False, "tensor_parallel": 1, **changes})
+    return PruneConfig(**{**OTHER, **_ALONE, **changes})
 
 
 def test_the_parts_hold_every_option_once() -> None:

@@ -29,6 +29,7 @@ ORDER = (
     "scoring",
     "surgery",
     "search",
+    "target",
     "demo",
     "result",
     "environment",

@@ -1,13 +1,14 @@
 """The options of a run. Each is defined once, with its default, help and domain, in `gradprune.config.parts`."""
 
 from gradprune.config.command_line import again, command_line
-from gradprune.config.domains import bytes_of, device_map_of
+from gradprune.config.domains import bytes_of, count_of, device_map_of
 from gradprune.config.gradient_fix import GRADIENT_FIXES, check_gradient_fix
 from gradprune.config.option import Option, Options, options_of
 from gradprune.config.parts import (
     GRADIENT_METHODS,
     METHODS,
     PARTS,
+    TARGETS,
     Calibration,
     Constraints,
     Data,
@@ -37,6 +38,7 @@ __all__ = [
     "OLDER_NAMES",
     "OPTIONS",
     "PARTS",
+    "TARGETS",
     "Calibration",
     "Constraints",
     "Data",
@@ -63,6 +65,7 @@ __all__ = [
     "bytes_of",
     "check_gradient_fix",
     "command_line",
+    "count_of",
     "device_map_of",
     "options_of",
 ]

@@ -54,6 +54,7 @@ def finite(words: str, contains: Callable[[float], bool]) -> Domain:
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_COUNT = re.compile(r"(\d+(?:\.\d+)?) ?([KMBT]?)", re.IGNORECASE)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?B)?", re.IGNORECASE)
 
 
@@ -82,6 +83,32 @@ def memory_size() -> Domain:
             return None if bytes_of(value) > 0 else f"{value!r} is nothing; give {words}"
         except ValueError:
             return f"{value!r} is not {words}"
+
+    return Domain(words, fault)
+
+
+def count_of(number: str) -> int:
+    """The whole number that is written as such, or as "350M" or "1.5B" (K, M, B and T are powers of 1000).
+
+    Raises:
+        ValueError: it is no number of at least 1.
+    """
+    match = _COUNT.fullmatch(number.strip())
+    if match is None or (found := int(float(match[1]) * 1000 ** "_KMBT".index(match[2].upper() or "_"))) < 1:
+        raise ValueError(number)
+    return found
+
+
+def count() -> Domain:
+    """Text that says how many."""
+    words = "a number such as 350M or 1.5B"
+
+    def fault(value: str) -> str | None:
+        try:
+            count_of(value)
+        except ValueError:
+            return f"{value!r} is not {words}"
+        return None
 
     return Domain(words, fault)
 

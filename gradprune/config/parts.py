@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from gradprune.config.domains import (
     INT64_MAX,
     at_least,
+    count,
     device_map,
     finite,
     folder_name,
@@ -42,6 +43,7 @@ StreamLayers = Literal["auto", "on", "off"]
 ImportanceBackend = Literal["auto", "reference", "cpp", "triton"]
 GradientBackend = Literal["auto", "reference", "cpp", "cuda"]
 
+TARGETS = ("target_parameters", "target_bytes", "target_speedup")
 METHODS: tuple[Method, ...] = get_args(Method)
 GRADIENT_METHODS = ("taylor", "taylor_2nd", "fisher", "group_fisher", "obs")
 
@@ -58,6 +60,17 @@ class Model(Options):
         None, "Model folder or Hugging Face hub id; without it, the demo model.", path("a model folder or hub id")
     )
     pruning_ratio: float = option(0.2, "Fraction of all the model's parameters to remove.", _UNIT_INTERVAL)
+    target_parameters: str | None = option(
+        None, "Instead of a ratio: at most so many parameters are left, such as 350M.", count()
+    )
+    target_bytes: str | None = option(
+        None, "Instead of a ratio: the weights that are left take at most so much, such as 6GiB.", memory_size()
+    )
+    target_speedup: float | None = option(
+        None,
+        "Instead of a ratio: forward passes are so many times as fast, measured on this device.",
+        finite("above 1", lambda x: x > 1.0),
+    )
     prune_kinds: str | None = option(
         None,
         "What is pruned, such as attention,experts; default all kinds but whole experts. The others stay as they are.",
@@ -74,7 +87,8 @@ class Model(Options):
     )
     stream_memory: str = option(
         "4GiB",
-        "Memory for the residual streams of streamed samples; more of it reads the weights less often.",
+        "Memory for the residual streams of streamed samples; more of it reads the weights less often. What does not "
+        "fit goes to disk.",
         memory_size(),
     )
 
@@ -86,6 +100,13 @@ class Model(Options):
     def check_together(self) -> None:
         """An expert goes as a whole, or its channels do; the layers' places are said once."""
         super().check_together()
+        targets = [name for name in TARGETS if getattr(self, name) is not None]
+        if len(targets) > 1:
+            raise ConfigError(f"{targets[1]}: {targets[0]} is given too; a run has one target")
+        if self.target_speedup is not None and self.stream_layers == "on":
+            raise ConfigError(
+                "target_speedup: the speed of a streamed model is that of its disk; choose another target"
+            )
         if {"experts", "expert_channels"} <= set(self.kinds or ()):
             raise ConfigError(
                 f"prune_kinds: '{self.prune_kinds}' names whole experts and their channels; prune one, and then the "

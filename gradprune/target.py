@@ -1,0 +1,112 @@
+"""Targets other than a ratio: the pruning ratio with which a model comes to a size, or to a speed measured here."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from gradprune.calibration.evidence import Evidence
+from gradprune.config import OPTIONS, PruneConfig, bytes_of, count_of
+from gradprune.errors import SelectionError
+from gradprune.evaluation.size import model_size
+from gradprune.evaluation.speed import throughput
+from gradprune.models import PrunableModel
+from gradprune.progress import progress
+from gradprune.run import Run
+from gradprune.scoring.choose import Choice, choose
+from gradprune.surgery.cut import cut, sharing_copy
+
+_HALVINGS = 7
+"""So a ratio that a speed asks for is known to 1/128."""
+
+
+def ratio_of_size(view: PrunableModel, config: PruneConfig) -> float | None:
+    """The fraction of the model's parameters that a target size leaves no room for; None where no size is the target.
+
+    Raises:
+        SelectionError: the model is no larger than that already.
+    """
+    size = model_size(view.model)
+    if config.target_parameters is not None:
+        name, given, left = "target_parameters", config.target_parameters, count_of(config.target_parameters)
+        held, unit = size.parameters, "parameters"
+    elif config.target_bytes is not None:
+        name, given, held, unit = "target_bytes", config.target_bytes, size.bytes, "bytes"
+        left = bytes_of(config.target_bytes)
+    else:
+        return None
+    if left >= held:
+        raise SelectionError(f"{name}: '{given}' is no target for this model, which has {held:,} {unit}; give less")
+    # What the groups hold has one type; of bytes, that of the model.
+    each = 1 if unit == "parameters" else view.model.dtype.itemsize
+    return (held - left) / (each * size.parameters)
+
+
+def at_target(run: Run, evidence: Evidence) -> Run:
+    """The run with the smallest `pruning_ratio` that meets its target; the run itself where it has none.
+
+    Raises:
+        SelectionError: nothing that may be pruned brings the model there.
+    """
+    config = run.config
+    scoring = config.scoring
+    if config.importance_method == "auto":
+        # What search compares with, until it has chosen.
+        scoring = replace(scoring, importance_method=OPTIONS["importance_method"].default)
+
+    def chosen(ratio: float) -> Choice:
+        return choose(run.view, evidence, scoring, config.constraints, ratio)
+
+    fraction = ratio_of_size(run.view, config)
+    if fraction is not None:
+        return replace(run, config=replace(config, pruning_ratio=_of_size(chosen, fraction, run.view.parameters)))
+    if config.target_speedup is not None:
+        return replace(run, config=replace(config, pruning_ratio=_of_speed(run, chosen, config.target_speedup)))
+    return run
+
+
+def _of_size(chosen: Callable[[float], Choice], fraction: float, parameters: int) -> float:
+    """The ratio with which at least that fraction is gone: a selection stays below its ratio by up to one group."""
+    ratio, step = fraction, 0.0
+    while True:
+        choice = chosen(ratio)
+        short = fraction - int(choice.table.cost[choice.pruned].sum()) / parameters
+        if short <= 0.0:
+            return ratio
+        step = max(2.0 * step, short)
+        ratio = fraction + step
+
+
+def _of_speed(run: Run, chosen: Callable[[float], Choice], speedup: float) -> float:
+    """The smallest ratio with which the pruned model was that many times as fast, by halving."""
+    low, high, fastest, found = 0.0, 1.0, 1.0, None
+    with progress(run.console, "Measuring speed", _HALVINGS, "ratios") as advance:
+        for _ in range(_HALVINGS):
+            ratio = (low + high) / 2.0
+            measured = _speedup(run, chosen, ratio)
+            if measured is not None:
+                fastest = max(fastest, measured)
+            if measured is None or measured >= speedup:
+                high, found = ratio, found if measured is None else ratio
+            else:
+                low = ratio
+            advance(1)
+    if found is None:
+        raise SelectionError(
+            f"target_speedup: {speedup:g} cannot be reached; pruned as far as it can be, the model was "
+            f"{fastest:.2f} times as fast on {run.view.device}"
+        )
+    return found
+
+
+def _speedup(run: Run, chosen: Callable[[float], Choice], ratio: float) -> float | None:
+    """How many times as fast the leading rank found the model, cut but not repaired; None where it cannot be cut."""
+    try:
+        choice = chosen(ratio)
+    except SelectionError:
+        return None
+    measured = None
+    if run.ranks.leads:
+        models = {"dense": run.view.model, "pruned": cut(sharing_copy(run.view.model), choice.masks, inplace=True)}
+        speed = throughput(models, seq_len=run.config.seq_len, seed=run.config.seed, repeats=5)
+        measured = speed["pruned"].p50 / speed["dense"].p50
+    told: float = run.ranks.gather_json(measured)[0]
+    return told

@@ -1,0 +1,126 @@
+"""Targets: the run comes to the size or the speed that was asked for, with no more pruned than that takes."""
+
+import pytest
+import torch
+
+from gradprune import PruneConfig, prune, target
+from gradprune.config import count_of
+from gradprune.errors import ConfigError, SelectionError
+from gradprune.evaluation.size import model_size
+from gradprune.evaluation.speed import Throughput
+from gradprune.models import describe
+from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_model
+
+TOKENS = torch.randint(61, (900,), generator=torch.Generator().manual_seed(0))
+OPTIONS = {
+    "num_samples": 8, "held_out_samples": 4, "seq_len": 12, "batch_size": 4, "measure_speed": False,
+    "repair": "none", "device": "cpu",
+}  # fmt: skip
+
+
+def pruned(model, **options):
+    return prune(model, None, PruneConfig(**OPTIONS, **options), calibration=TOKENS, evaluation=TOKENS[:120])
+
+
+def largest_group(model) -> int:
+    return max(block.cost for block in describe(model).with_groups().blocks)
+
+
+@pytest.mark.parametrize(
+    ("written", "number"), [("350M", 350_000_000), ("1.5B", 1_500_000_000), ("12 k", 12_000), ("7", 7)]
+)
+def test_counts_as_people_write_them(written: str, number: int) -> None:
+    assert count_of(written) == number
+
+
+@pytest.mark.parametrize("wrong", ["0", "0.1", "many", "-3M", "3MiB", ""])
+def test_other_counts_are_refused(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=r"target_parameters: .* is not a number such as 350M"):
+        PruneConfig(target_parameters=wrong)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+@pytest.mark.parametrize("share", [0.75, 0.9])
+def test_a_number_of_parameters_is_met_to_the_last_group(architecture: str, share: float) -> None:
+    model = tiny_model(architecture, dtype=torch.float32)
+    wanted = int(share * model_size(model).parameters)
+    result = pruned(model, target_parameters=str(wanted))
+    left = model_size(result.model).parameters
+    # A step is at most twice what was missing, which is less than a group.
+    assert wanted - 3 * largest_group(model) < left <= wanted
+    # The run is described by the ratio that led there.
+    again = pruned(model, pruning_ratio=result.config.pruning_ratio)
+    assert model_size(again.model).parameters == left
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_of_bytes_is_met(dtype: torch.dtype) -> None:
+    model = tiny_model(dtype=dtype)
+    wanted = int(0.8 * model_size(model).bytes)
+    left = model_size(pruned(model, target_bytes=str(wanted)).model).bytes
+    assert wanted - 3 * largest_group(model) * dtype.itemsize < left <= wanted
+
+
+def test_widths_of_whole_multiples_go_beyond_the_target_rather_than_fall_short() -> None:
+    model = tiny_model(channels=40, dtype=torch.float32)
+    wanted = int(0.8 * model_size(model).parameters)
+    assert model_size(pruned(model, target_parameters=str(wanted), round_to=16).model).parameters <= wanted
+
+
+def test_the_search_looks_at_the_target() -> None:
+    model = tiny_model(dtype=torch.float32)
+    wanted = int(0.8 * model_size(model).parameters)
+    result = pruned(model, target_parameters=str(wanted), importance_method="auto", search_minutes=0.02)
+    assert result.search is not None
+    assert model_size(result.model).parameters <= wanted
+
+
+def test_a_size_that_the_model_has_already_is_refused() -> None:
+    model = tiny_model(dtype=torch.float32)
+    size = model_size(model)
+    with pytest.raises(SelectionError, match=rf"target_parameters: .* no target .* has {size.parameters:,} parameters"):
+        pruned(model, target_parameters=str(size.parameters))
+    with pytest.raises(SelectionError, match=rf"target_bytes: .* has {size.bytes:,} bytes"):
+        pruned(model, target_bytes=str(size.bytes))
+
+
+def test_what_constraints_do_not_allow_is_refused_before_calibration() -> None:
+    with pytest.raises(SelectionError, match=r"target_parameters: 200 asks for too much; .*cannot be reached"):
+        pruned(tiny_model(dtype=torch.float32), target_parameters="200")
+
+
+def test_one_target_at_a_time() -> None:
+    with pytest.raises(ConfigError, match="target_bytes: target_parameters is given too"):
+        PruneConfig(target_parameters="3M", target_bytes="3MiB")
+    for value in (1.0, float("inf")):
+        with pytest.raises(ConfigError, match=r"target_speedup: .* above 1"):
+            PruneConfig(target_speedup=value)
+
+
+def test_a_speed_takes_the_least_ratio_that_was_measured_to_be_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[float] = []
+
+    def measured_by_size(models, **_options):
+        """As fast as the model is small."""
+        sizes = {name: float(model_size(model).parameters) for name, model in models.items()}
+        measured.append(sizes["dense"] / sizes["pruned"])
+        return {name: Throughput(1 / size, 1 / size, 1 / size) for name, size in sizes.items()}
+
+    monkeypatch.setattr(target, "throughput", measured_by_size)
+    model = tiny_model(channels=64, dtype=torch.float32)
+    result = pruned(model, target_speedup=1.25)
+    # A fifth is gone, to 1/128 and a group.
+    assert result.config.pruning_ratio == pytest.approx(0.2, abs=0.03)
+    assert model_size(model).parameters / model_size(result.model).parameters >= 1.25
+    assert any(each < 1.25 for each in measured)
+    with pytest.raises(
+        SelectionError, match=r"target_speedup: 50 cannot be reached; .* \d+\.\d\d times as fast on cpu"
+    ):
+        pruned(model, target_speedup=50.0)
+
+
+def test_a_speed_is_measured_and_reached_on_this_machine() -> None:
+    """Half as wide layers of a model that has little else."""
+    model = tiny_model(hidden=128, channels=2048, dtype=torch.float32)
+    result = pruned(model, target_speedup=1.2)
+    assert 0.0 < result.config.pruning_ratio < 0.9
