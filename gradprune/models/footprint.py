@@ -21,6 +21,9 @@ REPAIR_STREAMS = 9
 """So many residual streams of all samples the repair keeps at once: as they enter the model, the repaired model's, the
 dense model's before and after the layer, its lead, what both models' blocks wrote, and what is wanted."""
 
+# On a CPU half-precision products are compiled for each shape that occurs, about 1 MiB for each of a model's dozen.
+_COMPILED = 12 << 20
+
 # A block's sums, in fp64: see `gradprune.calibration.accumulator`.
 _SUMS_PER_GROUP, _FP64 = 8, 8
 
@@ -197,6 +200,8 @@ class _Run:
             # Loading reads them.
             weights, moved = self.shape.bytes, self.shape.bytes if name == "calibration" else 0
         device += weights
+        if not self.accelerated and self.shape.itemsize < 4:
+            device += _COMPILED
         return Stage(name, device, host, moved) if self.accelerated else Stage(name, 0, device + host, moved)
 
     def _reads(self) -> int:
