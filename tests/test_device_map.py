@@ -9,6 +9,8 @@ import torch
 from gradprune import ImportanceEngine, PruneConfig, prune
 from gradprune.checkpoint.load import load_model
 from gradprune.errors import ConfigError
+from gradprune.models import describe
+from gradprune.models.streams import Streams
 from helpers.commands import QUICK
 from helpers.commands import run as command
 from helpers.fake_devices import FIRST, SECOND, divided, numbers_of, second_device
@@ -51,6 +53,18 @@ def test_a_run_on_two_devices_gives_the_bits_of_one(architecture: str, options: 
     assert two.evidence.priors == one.evidence.priors
     for (name, found), expected in zip(two.model.named_parameters(), one.model.parameters(), strict=True):
         assert torch.equal(numbers_of(found), expected), name
+
+
+def test_between_the_layers_nothing_waits_on_a_device() -> None:
+    with second_device():
+        view = describe(divided(tiny_model(attn_implementation="eager"), 1))
+        streams = Streams(view, [tiny_ids()])
+        stream, written = streams.layer_and_written(2, 0, streams.first[0])
+        waiting = [streams.first[0], stream, *written.values()]
+        block = view.of_layer(2)[-1]
+        waiting += [streams.output_input(block, 0, stream, {}), streams.block_output(block, 0, stream, {})]
+        assert view.device_of(2) == SECOND
+        assert {tensor.device for tensor in waiting} == {FIRST}
 
 
 def test_the_stand_in_refuses_tensors_of_both_devices() -> None:
