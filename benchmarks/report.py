@@ -146,6 +146,10 @@ def _vanishing(records: Sequence[Record], _folder: Path) -> str:
     return f"### Vanishing gradients\n\n{lead}\n\n{tables.vanishing_table(records)}"
 
 
+def _experts(records: Sequence[Record], _folder: Path) -> str:
+    return f"### Repair of experts\n\n{tables.EXPERTS}\n\n{tables.experts_table(records)}"
+
+
 def _compiled(records: Sequence[Record], _folder: Path) -> str:
     return f"### Compiled kernels\n\n{tables.COMPILED}\n\n{tables.compiled_table(records)}"
 
@@ -156,6 +160,7 @@ _SECTIONS: dict[str, Callable[[Sequence[Record], Path], str]] = {
     "quality": _quality,
     "inference": _inference,
     "vanishing": _vanishing,
+    "experts": _experts,
     "compiled": _compiled,
 }
 

@@ -160,6 +160,12 @@ def scalings(records: Sequence[Record]) -> str:
     return tables.table(["`--gradient_fix`", *(f"{name}, T={t:g}" for t, name in columns)], rows)
 
 
+def experts(records: Sequence[Record]) -> str:
+    """Perplexity of a mixture of experts by repair."""
+    chosen = [found for found in records if found.kind == "experts" and found.name == "mixture"]
+    return tables.experts_table(chosen) if chosen else _UNMEASURED
+
+
 def of_shown_model(records: Sequence[Record]) -> list[Record]:
     """The perplexities of the model that README.md shows."""
     by_model = tables.grouped(
@@ -238,6 +244,7 @@ _GROWTH = (
 SECTIONS: dict[str, dict[str, Callable[[Sequence[Record]], str]]] = {
     "README.md": {"claim": claim, "quality": quality, "calibration": calibration, "ops": ops},
     "docs/gradient-vanishing.md": {"temperature": temperature, "scalings": scalings},
+    "docs/methods.md": {"experts": experts},
     "docs/large-models.md": {"plan": plan, "streaming": streaming},
 }
 """By file of the repository, its generated sections."""

@@ -310,6 +310,23 @@ def _spread(records: Sequence[Record]) -> str:
     return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
+EXPERTS = (
+    "Held-out perplexity of a small mixture of experts (dense: the first column), pruned and repaired; what is pruned "
+    "and how much of the parameters, on how many calibration samples of 128 tokens (`benchmarks/quality/experts.py`)."
+)
+
+
+def experts_table(records: Sequence[Record]) -> str:
+    """One row per model, case and number of samples, one column per repair."""
+    repairs = list(dict.fromkeys(found.provider for found in records))
+    rows = []
+    for (name, shape), group in grouped(records, lambda found: (found.name, found.shape)).items():
+        by_repair = {found.provider: f"{found.extra['perplexity']:.3f}" for found in group}
+        dense = f"{group[0].extra['perplexity_dense']:.3f}"
+        rows.append([f"{name}: {shape}", dense, *(by_repair.get(repair, "-") for repair in repairs)])
+    return table(["pruned", "dense", *repairs], rows)
+
+
 VANISHING = (
     "Scaling the gradients of two deep models that compute the same function, pruned by {} without repair of weights: "
     "one healthy, one whose first layer looks unimportant to gradients (`benchmarks/quality/deep_model.py`). Gradient "

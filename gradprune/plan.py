@@ -58,7 +58,7 @@ class Plan:
     @property
     def streams(self) -> bool:
         """What `stream_layers` "auto" does without `use_gradient_checkpointing`."""
-        return not self.runs[0].fits and not self.shape.experts
+        return not self.runs[0].fits
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-serialisable values; sizes in bytes."""
@@ -114,7 +114,7 @@ def planned(shape: ModelShape, config: PruneConfig, room: Room, ranks: int) -> P
         (f"whole, {ranks} ranks", False, False, ranks),
         (f"streamed, {ranks} ranks", True, True, ranks),
     ]
-    runs = tuple(_planned(shape, config, room, *way) for way in ways if not (shape.experts and way[1]))
+    runs = tuple(_planned(shape, config, room, *way) for way in ways)
     tokens = config.num_samples * config.seq_len
     one_wave = tokens * shape.hidden * shape.itemsize * (len(shape.layer_parameters) + 1)
     return Plan(shape, room, runs, one_wave)

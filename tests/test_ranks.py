@@ -1,6 +1,7 @@
 """Several ranks do what one process does, write once, and end together."""
 
 import csv
+import json
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gradprune.calibration.engine import ImportanceEngine
 from gradprune.calibration.evidence import Evidence
@@ -19,6 +21,7 @@ from gradprune.errors import GradPruneError
 from gradprune.ranks import ALONE, in_order
 from helpers.commands import QUICK, at_stage, run, signalled
 from helpers.launched import run_ranks, start_ranks
+from helpers.mixtures import tiny_mixture
 from helpers.programs import run_program
 from helpers.tiny_models import tiny_ids, tiny_model
 
@@ -82,6 +85,28 @@ def test_ranks_prune_what_one_process_prunes(place: Path, world: int, method: st
         assert f"results/{name}/model" in ended[0][1]
         assert not any(said for _, said in ended[1:])
         assert_same_result(place, one, name)
+
+
+def test_experts_are_repaired_from_the_tokens_of_all_ranks(place: Path) -> None:
+    """Whole and streamed; of the last batch's two samples one rank has none."""
+    tiny_mixture().float().save_pretrained(place / "mixture")
+    changed = {"base_model": "mixture", "num_samples": 10, "held_out_samples": 8, "pruning_ratio": 0.3}
+    code, said = run(place, "prune", *options("mixture-one", **changed))
+    assert code == 0, said
+
+    def weights(name: str) -> dict[str, torch.Tensor]:
+        return load_file(place / "results" / name / "model/model.safetensors")
+
+    def repairs(name: str) -> list[dict[str, object]]:
+        return json.loads((place / "results" / name / "analysis/summary.json").read_text())["repair"]
+
+    assert {repair["kind"] for repair in repairs("mixture-one")} == {"attention", "expert_channels"}
+    for name, how in (("mixture-2", WHOLE), ("mixture-2-streamed", STREAMED)):
+        ended = run_ranks(place, 2, "prune", *options(name, **changed, **how))
+        assert [code for code, _ in ended] == [0, 0], ended
+        assert [row["pruned"] for row in groups(place, name)] == [row["pruned"] for row in groups(place, "mixture-one")]
+        torch.testing.assert_close(weights(name), weights("mixture-one"), rtol=1e-3, atol=1e-4)
+        assert [repair["ridge"] for repair in repairs(name)] == [repair["ridge"] for repair in repairs("mixture-one")]
 
 
 def test_search_divides_its_candidates(place: Path) -> None:

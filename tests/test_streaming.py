@@ -18,6 +18,7 @@ from gradprune.models.residency import residency_of
 from gradprune.pipeline import prune_ratios
 from helpers.architectures import OPTIONS, tiny
 from helpers.commands import run as command
+from helpers.mixtures import MIXTURES, WITH_SHARED, tiny_mixture
 from helpers.streaming import both, saved
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
@@ -76,6 +77,22 @@ def test_architectures_found_by_inspection_are_streamed_bit_for_bit(architecture
         assert results["on"].after == results["off"].after
         for component, values in results["off"].evidence.components.items():
             assert torch.equal(results["on"].evidence.components[component], values), component
+
+
+@pytest.mark.parametrize("architecture", [*MIXTURES, *WITH_SHARED])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"importance_method": "taylor_2nd", "collect_batches": 1, "pruning_ratio": 0.3},
+        {"prune_kinds": "experts", "importance_method": "reap", "max_shard_size": "6KB"},
+    ],
+)
+def test_mixtures_of_experts_are_streamed_bit_for_bit(architecture: str, options: dict, tmp_path: Path) -> None:
+    """Files hold each expert's weights by themselves, and the model all experts' of a layer as one."""
+    model = tiny_mixture(architecture).to(torch.bfloat16 if "reap" in options.values() else torch.float32)
+    whole, streamed = both(model, tmp_path / "model", stream_memory="20KB")
+    assert_same_run(whole, streamed, tmp_path, **options)
+    assert {file.name for file in (tmp_path / "streamed" / "run" / "model").glob("*.py")} == set()
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def check_experts(view: PrunableModel, method: Method, reduction: ReductionName)
     """Refuse what there is not for mixtures of experts, or only for them.
 
     Raises:
-        ConfigError: "obs", the reduction "batch", or layers that are streamed; "reap" for anything but whole experts.
+        ConfigError: "obs" or the reduction "batch"; "reap" for anything but whole experts.
     """
     if method == "reap" and not scores_experts_alone(view):
         others = sorted({block.kind.name for block in view.blocks if not isinstance(block, WholeExperts)})
@@ -55,8 +55,6 @@ def check_experts(view: PrunableModel, method: Method, reduction: ReductionName)
         )
     if reduction == "batch":
         raise ConfigError("reduction: 'batch' is not made for a mixture of experts; choose 'sample'")
-    if view.residency is not None:
-        raise ConfigError("stream_layers: a mixture of experts is not streamed; choose 'off'")
 
 
 @dataclass(frozen=True)
@@ -253,11 +251,11 @@ class WholeExpertsAccumulator(ExpertsAccumulator):
         if projection is self.block.down:
             dtype = accumulation_dtype(y)
             written = routed.gates.detach().to(dtype) * torch.linalg.vector_norm(y.detach(), dim=1, dtype=dtype)
-            if y.requires_grad:
-                # Once, however often the layer is computed.
-                y.register_hook(lambda _dy: self._add_written(routed, written))
-            else:
+            # Once, however often the layer is computed.
+            if depth is Depth.INPUTS:
                 self._add_written(routed, written)
+            elif y.requires_grad:
+                y.register_hook(lambda _dy: self._add_written(routed, written))
         return y
 
     def _add_written(self, routed: Routed, written: Tensor) -> None:

@@ -24,12 +24,10 @@ from gradprune.config import PruneConfig, StreamLayers, bytes_of, device_map_of
 from gradprune.errors import CheckpointError, ConfigError, GradPruneError, UnsupportedArchitectureError, one_line
 from gradprune.hub import hub_fault
 from gradprune.models import accepted_kinds
-from gradprune.models.experts import has_experts
 from gradprune.models.footprint import Job
 from gradprune.models.modeling_gradprune import auto_class, per_layer_overrides
 from gradprune.models.placement import check_placement
 from gradprune.models.sizes import ModelShape, free_memory, in_gib, model_shape
-from gradprune.models.view import layers_of
 
 logger = logging.getLogger(__name__)
 
@@ -279,28 +277,18 @@ def _empty(
 
 def _must_stream(model: PreTrainedModel, job: Job, device: torch.device) -> bool:
     """Whether a job is too large for the device with the whole model, which is empty; says so if it is."""
-    shape = model_shape(model)
-    return not shape.experts and not _fits(shape, job, device)
+    return not _fits(model_shape(model), job, device)
 
 
 def _streamed(
     empty: EmptyModel, base_model: str | Path, argument: str, *, device: torch.device, budget: int
 ) -> PreTrainedModel:
     """The model without its decoder layers' weights."""
-    _refuse_experts(empty.model)
     _check_complete(base_model, empty.found, argument)
     try:
         return empty.streamed(device, budget)
     except Exception as error:  # as in `_load_weights`
         raise _unreadable(base_model, error, argument) from error
-
-
-def _refuse_experts(model: PreTrainedModel) -> None:
-    """Files hold the weights of each expert; a model holds those of a layer's experts as one."""
-    if any(has_experts(layer) for layer in layers_of(model)):
-        raise ConfigError(
-            "stream_layers: decoder layers with experts are not streamed; choose 'off', on a device with room for them"
-        )
 
 
 def load_shape(

@@ -5,10 +5,11 @@ The bytes are those that `model.save_pretrained` writes.
 
 import json
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import get_torch_storage_size, split_state_dict_into_shards_factory
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -35,21 +36,31 @@ def save_streamed(model: PreTrainedModel, residency: Residency, folder: Path, *,
     # Tied weights once, under their first name, as transformers saves them.
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     tensors = {name: own[name].detach() for name in model.state_dict() if name in own}
-    # The files may have other names for them, and their order decides what goes into which file.
+    # The files may have others in their place, whose order decides what goes into which file.
     saved: dict[str, Tensor] = revert_weight_conversion(model, tensors)
-    names = {id(tensor): name for name, tensor in tensors.items()}
+    alone = {name: revert_weight_conversion(model, {name: tensor}) for name, tensor in tensors.items()}
+    source_of = {made: name for name, of_one in alone.items() for made in of_one}
     # Everything but the weights.
     model.save_pretrained(folder, state_dict={})
     (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
-    shards = split_torch_state_dict_into_shards(
+    # As transformers does, but for its way to tell storages apart, which does not work without memory.
+    shards = split_state_dict_into_shards_factory(
         saved,
+        get_storage_size=get_torch_storage_size,
+        get_storage_id=lambda tensor: tensor.untyped_storage()._cdata,
         filename_pattern=SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
         max_shard_size=max_shard_size,
     )
 
+    # The experts' weights come by turns from the two parameters of their layer.
+    @lru_cache(maxsize=2)
+    def read_source(name: str) -> dict[str, Tensor]:
+        tensor = residency.read(name) if name in residency.sources else tensors[name].cpu()
+        made: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
+        return made
+
     def read(name: str) -> Tensor:
-        source = names[id(saved[name])]
-        return residency.read(source) if source in residency.sources else saved[name].cpu()
+        return read_source(source_of[name])[name]
 
     for name, members in shards.filename_to_tensors.items():
         write_safetensors(folder / name, {member: saved[member] for member in members}, read)

@@ -1,15 +1,25 @@
 """Load a checkpoint without its decoder layers, which are read when they are needed; see `models/residency.py`."""
 
+import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
@@ -45,6 +55,39 @@ def empty_model(config: PreTrainedConfig, make: Callable[..., Any], dtype: torch
     return model
 
 
+@dataclass(frozen=True)
+class Converted:
+    """A weight that the model makes of others in the files: a layer's experts, say, of each expert's.
+
+    converter: transformers', which stays as it is. name: of the weight in the model.
+    parts: what it is made of, each with the pattern that its name matches, in transformers' order.
+    """
+
+    converter: WeightConverter
+    config: PreTrainedConfig
+    name: str
+    parts: tuple[tuple[str, Stored], ...]
+
+    @property
+    def shape(self) -> list[int]:
+        """Of the weight, of which nothing is read."""
+        return list(self._made(lambda stored: torch.empty(stored.shape, device="meta")).shape)
+
+    def read(self) -> Tensor:
+        """What the converter makes."""
+        return self._made(Stored.read)
+
+    def _made(self, read: Callable[[Stored], Tensor]) -> Tensor:
+        # It gathers tensors in itself.
+        converter = copy.deepcopy(self.converter)
+        for pattern, stored in self.parts:
+            # It takes functions, too, which its annotation does not know.
+            converter.add_tensor(self.name, stored.name, pattern, partial(read, stored))  # type: ignore[arg-type]
+        found = converter.convert(self.name, config=self.config)[self.name]
+        tensor: Tensor = found[0] if isinstance(found, list) else found
+        return tensor
+
+
 class EmptyModel:
     """A model without weights beside the files that hold them.
 
@@ -68,7 +111,7 @@ class EmptyModel:
         """
         stored = stored_weights(folder, argument)
         self.dtype = resolved_dtype(config, dtype, stored)
-        self.model = empty_model(config, make, self.dtype)
+        self.model = _with_planned_dtypes(empty_model(config, make, self.dtype), self.dtype)
         self._sources = _by_names_of(self.model, stored)
         if (folder / GENERATION_CONFIG_NAME).is_file() and self.model.can_generate():
             self.model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -81,7 +124,7 @@ class EmptyModel:
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             if name in self._sources and not name.startswith(f"{layers}."):
                 parent, _, own = name.rpartition(".")
-                weight = self._sources[name].read().to(device, self.dtype, copy=True)
+                weight = self._sources[name].read().to(device, parameter.dtype, copy=True)
                 model.get_submodule(parent)._parameters[own] = nn.Parameter(weight, parameter.requires_grad)
         for name, stated in model.named_buffers():
             if name in self._sources:
@@ -93,7 +136,7 @@ class EmptyModel:
                 module._buffers[own] = buffer if buffer is None else buffer.to(device)
         wanted = {name for name, _ in model.named_parameters() if name.startswith(f"{layers}.")}
         sources: dict[str, Source] = {name: source for name, source in self._sources.items() if name in wanted}
-        Residency(layers, sources, device=device, dtype=self.dtype, budget=budget).attach(model)
+        Residency(layers, sources, device=device, budget=budget).attach(model)
         return model
 
     def _missing(self) -> set[str]:
@@ -121,18 +164,39 @@ def stored_weights(folder: Path, argument: str) -> dict[str, Stored]:
     return {name: Stored(file, name) for file in files for name in file.names()}
 
 
-def _by_names_of(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+def _by_names_of(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, Stored | Converted]:
     """The weights by the names that the model has them by, which are not always the files'.
 
-    The model is told which of transformers' renamings were needed, and is saved with the files' names again.
+    The model is told which of transformers' conversions were needed, and is saved with the files' names again.
     """
-    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
     own = model.state_dict()
-    model._weight_conversions = [  # type: ignore[assignment]
-        each for each in renamings if any(rename_source_key(name, [each], [])[0] != name for name in stored)
-    ]
-    names = {name: rename_source_key(name, renamings, [], model.base_model_prefix, own)[0] for name in stored}
-    return {names[name]: source for name, source in stored.items()}
+    found: dict[str, Stored | Converted] = {}
+    parts: dict[str, list[tuple[str, Stored]]] = defaultdict(list)
+    for name in sorted(stored, key=dot_natural_key):
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        if pattern is None:
+            found[renamed] = stored[name]
+        else:
+            parts[renamed].append((pattern, stored[name]))
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    for name, of_weight in parts.items():
+        found[name] = Converted(by_pattern[of_weight[0][0]], model.config, name, tuple(of_weight))
+    model._weight_conversions = [each for each in conversions if each.was_used()]  # type: ignore[assignment]
+    return found
+
+
+def _with_planned_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model, whose weights are on the meta device, with those in fp32 that transformers keeps so."""
+    plan = model._get_dtype_plan(dtype)
+    if plan:
+        pattern, _, by_group = build_glob_alternation(list(plan))
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if matched := pattern.search(name):
+                tensor.data = tensor.data.to(plan[by_group[str(matched.lastgroup)]])
+    return model
 
 
 def resolved_dtype(config: PreTrainedConfig, dtype: str, sources: Mapping[str, Stored]) -> torch.dtype:

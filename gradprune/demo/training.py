@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from gradprune.calibration.gram import one_thread
 from gradprune.errors import CalibrationError, NonFiniteError
@@ -71,7 +71,7 @@ def train_model(
     return model
 
 
-def fit(model: LlamaForCausalLM, recipe: DemoTraining, tokens: Tensor, console: Console) -> None:
+def fit(model: PreTrainedModel, recipe: DemoTraining, tokens: Tensor, console: Console) -> None:
     """Train the parameters of `model` that require a gradient; arguments and errors as for `train_model`."""
     if len(tokens) <= recipe.seq_len:
         raise CalibrationError(f"seq_len: {recipe.seq_len} is not below the {len(tokens)} tokens of training text")

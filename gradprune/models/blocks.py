@@ -154,6 +154,11 @@ class Block(ABC):
         """Columns of the output projection (of all experts' together)."""
 
     @property
+    def read_width(self) -> int:
+        """How many numbers output projections read of a token."""
+        return self.width
+
+    @property
     @abstractmethod
     def solved_columns(self) -> int:
         """Columns of an output projection that repair solves for at once; 0 where it solves none."""

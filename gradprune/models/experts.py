@@ -5,11 +5,12 @@ the tokens with their routing. All experts of a module have the same width, so e
 or an expert goes as a whole, with its row of the router.
 """
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from gradprune.models.kinds import Kind
 from gradprune.models.loss import times
 from gradprune.models.modeling_gradprune import SHARED_WIDTHS, name_in
 from gradprune.models.modes import forward_replaced, values_restored
-from gradprune.models.router import Router, find_router, named_tensors
+from gradprune.models.router import Router, experts_of_token, find_router, named_tensors
 
 NO_EXPERTS = "no experts under a known name"
 _PLACES = ("mlp", "feed_forward", "block_sparse_moe", "moe")
@@ -43,6 +44,16 @@ class Routed:
     gates: Tensor
     counts: tuple[int, ...]
 
+    @cached_property
+    def spans(self) -> tuple[slice, ...]:
+        """By expert, which rows are its own."""
+        ends = itertools.accumulate(self.counts, initial=0)
+        return tuple(slice(start, end) for start, end in itertools.pairwise(ends))
+
+    def to(self, device: torch.device) -> "Routed":
+        """The same on a device."""
+        return replace(self, tokens=self.tokens.to(device), gates=self.gates.to(device))
+
     def by_expert(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The experts that see tokens, each with its part of `rows` [R, ...]."""
         for expert, part in enumerate(rows.split(self.counts)):
@@ -58,13 +69,29 @@ Product = Callable[["Routed", "ExpertProjection", Tensor], Tensor]
 class ExpertProjection:
     """The weights of one projection of all experts.
 
-    name: path of the parameter in the block; bias: [E, O]. transposed: an expert's weight is stored [I, O].
+    module: of the experts, whose parameters are other objects each time that a streamed layer is read.
+    own: the parameter's name in it. transposed: an expert's weight is stored [I, O].
     """
 
-    name: str
-    parameter: nn.Parameter
-    bias: nn.Parameter | None
+    module: nn.Module
+    own: str
     transposed: bool
+
+    @property
+    def name(self) -> str:
+        """Path of the parameter in the block."""
+        return f"experts.{self.own}"
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """[E, O, I] as stored, or [E, I, O]."""
+        return self.module.get_parameter(self.own)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """[E, O], or None."""
+        found = getattr(self.module, f"{self.own}_bias", None)
+        return found if isinstance(found, nn.Parameter) else None
 
     def weight(self, expert: int) -> Tensor:
         """[O, I], a view."""
@@ -73,7 +100,8 @@ class ExpertProjection:
 
     def bias_of(self, expert: int) -> Tensor | None:
         """[O], a view, or None."""
-        return None if self.bias is None else self.bias[expert]
+        bias = self.bias
+        return None if bias is None else bias[expert]
 
     def product(self, routed: Routed, x: Tensor) -> Tensor:
         """[R, O]: x W^T + b of x [R, I], each row with its expert's weights."""
@@ -131,8 +159,13 @@ class ExpertsBlock(Block):
         return self.experts * self.channels
 
     @property
+    def read_width(self) -> int:
+        """Channels of the experts that a token sees."""
+        return self.channels * (experts_of_token(self.module.config) or self.experts)
+
+    @property
     def solved_columns(self) -> int:
-        """None: an expert sees too few tokens."""
+        """None that a warning is due for: an expert that sees too few tokens is left as it is."""
         return 0
 
     def channels_of(self, expert: int) -> slice:
@@ -142,6 +175,14 @@ class ExpertsBlock(Block):
     @abstractmethod
     def groups_of(self, expert: int) -> slice:
         """Which groups are the expert's."""
+
+    def kept_channels(self, expert: int, kept: Tensor) -> Tensor:
+        """[K] int64, the channels that an expert keeps; kept: [groups] bool."""
+        return kept[self.groups_of(expert)].expand(self.channels).nonzero().flatten()
+
+    def reroutes(self, _kept: Tensor) -> bool:
+        """Whether tokens see other experts when only the groups `kept` ([groups] bool) are there."""
+        return False
 
     @abstractmethod
     def fold_channels(self, channels: Tensor) -> Tensor:
@@ -251,6 +292,10 @@ class WholeExperts(ExpertsBlock):
     def groups_of(self, expert: int) -> slice:
         """Itself."""
         return slice(expert, expert + 1)
+
+    def reroutes(self, kept: Tensor) -> bool:
+        """Where an expert goes."""
+        return not bool(kept.all())
 
     def fold_channels(self, channels: Tensor) -> Tensor:
         """All channels are one group's."""
@@ -396,7 +441,7 @@ def _experts_in(layer: nn.Module) -> tuple[str, nn.Module, Any] | None:
 
 def _projection(module: nn.Module, name: str, layer: int) -> ExpertProjection | None:
     """The projection of that name; None where there is none."""
-    parameter, bias = (getattr(module, each, None) for each in (name, f"{name}_bias"))
+    parameter = getattr(module, name, None)
     if not isinstance(parameter, nn.Parameter) or parameter.ndim != 3:
         return None
     if not parameter.is_floating_point():
@@ -404,5 +449,4 @@ def _projection(module: nn.Module, name: str, layer: int) -> ExpertProjection | 
             f"base_model: layer {layer}'s experts are of {parameter.dtype}; gradprune prunes floating-point weights "
             "(load the model unquantised)"
         )
-    transposed = bool(getattr(module, "is_transposed", False))
-    return ExpertProjection(f"experts.{name}", parameter, bias if isinstance(bias, nn.Parameter) else None, transposed)
+    return ExpertProjection(module, name, bool(getattr(module, "is_transposed", False)))

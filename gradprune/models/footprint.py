@@ -187,14 +187,17 @@ class _Run:
 
     def saving(self) -> Stage:
         """The weights as they are, or one after the other."""
-        largest = max(self.shape.layer_bytes, self.shape.vocabulary * self.shape.hidden * self.shape.itemsize)
+        layer = (1 + self.shape.experts) * self.shape.layer_bytes
+        largest = max(layer, self.shape.vocabulary * self.shape.hidden * self.shape.itemsize)
         return self._stage("saving", 0, largest if self.streamed or self.accelerated else 0, 1)
 
     def _stage(self, name: StageName, device: int, host: int, reads: int) -> Stage:
         """With the weights that are there throughout; reads: how often all weights are read."""
         if self.streamed:
             layers = sum(self.shape.layer_parameters) * self.shape.itemsize
-            weights = self.shape.bytes - layers + (1 + self.accelerated) * self.shape.layer_bytes
+            # Experts' weights are there twice while they are put together.
+            held = 1 + self.accelerated + self.shape.experts
+            weights = self.shape.bytes - layers + held * self.shape.layer_bytes
             moved = reads * layers
         else:
             # Loading reads them.

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from gradprune.models.blocks import Block, Cut, LinearBlock, PrunableModel
 from gradprune.models.masks import GroupMasks
 from gradprune.models.modeling_gradprune import drop_block
+from gradprune.models.residency import selected
 from gradprune.models.view import view_of
 from gradprune.models.widths import state_widths
 
@@ -46,20 +47,12 @@ def _select(view: PrunableModel, block: Block, cut: Cut) -> None:
     owner, _, name = cut.path.rpartition(".")
     module = view.layers[block.layer].get_submodule(f"{block.path}.{owner}".removesuffix("."))
     old: Tensor = getattr(module, name)
-    new = selected(old, cut)
+    new = selected(old, cut.dim, cut.index)
     setattr(module, name, parameter_like(old, new) if isinstance(old, nn.Parameter) else new)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    if view.residency is not None:
+    if view.residency is not None and isinstance(old, nn.Parameter):
         view.residency.cut(block.layer, f"{block.path}.{cut.path}", cut.dim, cut.index)
-
-
-def selected(tensor: Tensor, cut: Cut) -> Tensor:
-    """A new tensor with what is kept of `tensor`."""
-    index = cut.index.to(tensor.device)
-    if index.ndim == 1:
-        return tensor.index_select(cut.dim, index)
-    return torch.stack([own.index_select(cut.dim - 1, kept) for own, kept in zip(tensor, index, strict=True)])
 
 
 def parameter_like(old: Tensor, new: Tensor) -> nn.Parameter:

@@ -79,15 +79,26 @@ class Stored:
 
 @dataclass(frozen=True)
 class Cut:
-    """A weight of which only some rows (dim 0) or columns (dim 1) are left."""
+    """A weight of which only some is left along a dimension: of all its entries alike, or of each its own.
+
+    index: [k] int64, or [E, k] where each entry of the first dimension keeps its own.
+    """
 
     whole: Source
     dim: int
     index: Tensor
 
     def read(self) -> Tensor:
-        """A copy of these rows or columns."""
-        return self.whole.read().index_select(self.dim, self.index)
+        """A copy of what is left."""
+        return selected(self.whole.read(), self.dim, self.index)
+
+
+def selected(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """A new tensor with what is kept of `tensor`; arguments as of `Cut`."""
+    index = index.to(tensor.device)
+    if index.ndim == 1:
+        return tensor.index_select(dim, index)
+    return torch.stack([own.index_select(dim - 1, kept) for own, kept in zip(tensor, index, strict=True)])
 
 
 class Spilled:
@@ -127,7 +138,6 @@ class Residency:
         sources: dict[str, Source],
         *,
         device: torch.device,
-        dtype: torch.dtype,
         budget: int,
         prefetch: bool | None = None,
     ) -> None:
@@ -135,11 +145,11 @@ class Residency:
 
         Args:
             layers_path, sources, budget: as above.
-            device, dtype: of the weights in memory.
+            device: of the weights in memory.
             prefetch: read the next layer while one computes; by default on accelerators, where it costs no time.
         """
         self.sources, self.budget, self.device = sources, budget, device
-        self._path, self._dtype = layers_path, dtype
+        self._path = layers_path
         self._prefetch = device.type != "cpu" if prefetch is None else prefetch
         self._layers: weakref.ref[nn.ModuleList]
         self._held: int | None = None
@@ -167,7 +177,6 @@ class Residency:
             self._path,
             dict(self.sources),
             device=self.device,
-            dtype=self._dtype,
             budget=self.budget,
             prefetch=self._prefetch,
         )
@@ -202,14 +211,15 @@ class Residency:
 
     def read(self, name: str) -> Tensor:
         """One weight by its name in the model, on the CPU and in the model's dtype."""
-        return self.sources[name].read().to(self._dtype)
+        layer, _, own = name.removeprefix(f"{self._path}.").partition(".")
+        return self.sources[name].read().to(self._dtype(int(layer), own))
 
     def replace(self, layer: int, name: str) -> None:
         """The parameter of that name in `layer`, which is in memory, takes the place of the one in the files."""
         self.sources[self._name(layer, name)] = self.spill(self._modules[layer].get_parameter(name))
 
     def cut(self, layer: int, name: str, dim: int, index: Tensor) -> None:
-        """From now on only the `index` ([k] int64) rows (dim 0) or columns (dim 1) of a parameter are there."""
+        """From now on only `index` is there of a parameter along `dim`, see `Cut`."""
         full = self._name(layer, name)
         self.sources[full] = Cut(self.sources[full], dim, index)
 
@@ -290,7 +300,11 @@ class Residency:
 
     def _copied(self, layer: int, name: str) -> Tensor:
         """A copy in memory of its own: a mapped file's may lie where matrix products round differently."""
-        return self.sources[self._name(layer, name)].read().to(self.device, self._dtype, copy=True)
+        return self.sources[self._name(layer, name)].read().to(self.device, self._dtype(layer, name), copy=True)
+
+    def _dtype(self, layer: int, name: str) -> torch.dtype:
+        """Of a parameter in memory, which its placeholder has, too."""
+        return self._modules[layer].get_parameter(name).dtype
 
     def _set(self, layer: int, name: str, weight: Tensor) -> None:
         module, _, own = name.rpartition(".")

@@ -85,7 +85,7 @@ def find_router(parent: nn.Module, experts: Any, count: int) -> Router | str:
     own = {f"{name}.{path}": tensor for path, tensor in named_tensors(module)}
     own |= dict(named_tensors(parent, recurse=False))
     found = {path: (tensor, tensor.shape.index(count)) for path, tensor in own.items() if count in tensor.shape}
-    chosen = _stated(experts.config, _CHOSEN)
+    chosen = experts_of_token(experts.config)
     if chosen is None:
         return "its configuration does not state how many experts a token gets"
     sets, of_sets = _stated(experts.config, _SETS), _stated(experts.config, _SETS_CHOSEN) or 1
@@ -101,6 +101,11 @@ def find_router(parent: nn.Module, experts: Any, count: int) -> Router | str:
         sets=sets or 1,
         least=least,
     )
+
+
+def experts_of_token(config: Any) -> int | None:
+    """How many experts a token gets, where the configuration states it."""
+    return _stated(config, _CHOSEN)
 
 
 def named_tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:

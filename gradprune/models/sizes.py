@@ -18,7 +18,8 @@ class ModelShape:
     layer_parameters: of each decoder layer. outside: parameters that are in no decoder layer, tied ones once.
     hidden, vocabulary: widths. heads: of all query heads together, intermediate: of the MLP; of the widest layer.
     outputs: of every output projection in order, its numbers of rows and columns. groups: of all blocks together.
-    prunable: parameters of all groups. experts: whether a layer has any; such layers cannot be streamed.
+    prunable: parameters of all groups. experts: whether a layer has any, whose weights are put together from each
+    expert's when a streamed layer is read, and taken apart when it is saved.
     itemsize: bytes of a weight.
     """
 

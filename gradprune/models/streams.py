@@ -35,7 +35,7 @@ def stream_bytes(view: PrunableModel, batches: Sequence[Tensor]) -> int:
 
 def read_bytes(view: PrunableModel, batches: Sequence[Tensor]) -> int:
     """Bytes of what the widest output projection reads, [N, T, I] of every batch [N, T]."""
-    widest = max((block.width for block in view.blocks), default=0)
+    widest = max((block.read_width for block in view.blocks), default=0)
     return sum(batch.numel() for batch in batches) * widest * view.model.dtype.itemsize
 
 

@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradprune.models import Block, LinearBlock, PrunableModel
+from gradprune.models.experts import ExpertsBlock
 from gradprune.models.footprint import REPAIR_STREAMS
 from gradprune.models.masks import GroupMasks
 from gradprune.models.streams import Streams, read_bytes, stream_bytes
 from gradprune.ranks import ALONE, Ranks
+from gradprune.surgery.expert_repair import TOKENS_PER_CHANNEL, ExpertsSolver, expert_reads
 from gradprune.surgery.masking import mask_output, masked_outputs
 from gradprune.surgery.moments import Moments, fit
 
@@ -42,8 +44,9 @@ samples, found by going down from the middle: in all of 276 cases on SmolLM2-135
 class BlockRepair:
     """What was done to one block.
 
+    ridge: of experts, the median of theirs.
     error_before, error: ||t - W_K x_K||^2 / ||t||^2 of the weights as they were and as they are, on the held-out
-    samples (on the calibration samples where there are none).
+    samples (on the calibration samples where there are none); of all experts that were solved for together.
     """
 
     kind: str
@@ -62,6 +65,7 @@ def least_squares(
     *,
     blend: float = BLEND,
     ridges: Sequence[float] = RIDGES,
+    tokens_per_channel: float = TOKENS_PER_CHANNEL,
     ranks: Ranks = ALONE,
     advance: Callable[[], None] = lambda: None,
 ) -> list[BlockRepair]:
@@ -74,6 +78,7 @@ def least_squares(
         held_out: other batches, to choose among `ridges`; without them, each ridge is chosen on `samples`.
         blend: from 0 to 1, see above; with 0 only pruned blocks are solved for.
         ridges: candidates, one at least, ascending.
+        tokens_per_channel: an expert that sees fewer tokens for each channel that it keeps is left as it is.
         ranks: the processes that divide `samples` and `held_out`, which all of them give; each solves every block from
             the sums of all.
         advance: called after each block.
@@ -83,8 +88,8 @@ def least_squares(
         weights stay as they were, and the two errors are equal.
 
     G and E are accumulated in fp32 (fp64 for fp64 models), those of one block at a time, and solved in fp64; where G
-    does not factor, with ten times the ridge. Weights are rounded once, to their own dtype. Experts are masked and
-    not repaired: each sees too few tokens. Deterministic.
+    does not factor, with ten times the ridge. Weights are rounded once, to their own dtype. Experts: see
+    `gradprune.surgery.expert_repair`. Deterministic.
 
     Raises:
         NonFiniteError: an input of a block is NaN or infinite.
@@ -93,7 +98,7 @@ def least_squares(
     batches = [*own, *judged]
     streams = Streams(view, batches, REPAIR_STREAMS * stream_bytes(view, batches) + read_bytes(view, batches))
     parts = (slice(len(own)), slice(len(own), None) if held_out else slice(None))
-    state = _Repair(view, masks, streams, parts, blend, ridges, ranks, streams.first, streams.first)
+    state = _Repair(view, masks, streams, parts, blend, ridges, tokens_per_channel, ranks, streams.first, streams.first)
     for layer in range(len(view.layers)):
         with view.resident(layer, layer + 1):
             state.pass_layer(layer, advance)
@@ -115,6 +120,7 @@ class _Repair:
     parts: tuple[slice, slice]
     blend: float
     ridges: Sequence[float]
+    tokens_per_channel: float
     ranks: Ranks
     dense: list[Tensor]
     repaired: list[Tensor]
@@ -155,23 +161,42 @@ class _Repair:
     ) -> list[Tensor]:
         """Repair a block, and run it: what it writes per batch."""
         kept = self.masks[block]
-        if not isinstance(block, LinearBlock):
-            # First, because whole experts that go are masked in another way than they are silenced.
-            writes = masked_outputs(self.streams, block, kept, self.repaired, written)
-            self._silence(block, kept)
-            return writes
         self.differs |= not kept.all()
+        if not isinstance(block, LinearBlock):
+            assert isinstance(block, ExpertsBlock)
+            return self._pass_experts(block, written, self._wanted(block, dense, ahead))
         if not kept.any():
             self._silence(block, kept)
             return [stream.new_zeros(()).expand_as(stream) for stream in self.repaired]
         read = [self.streams.output_input(block, k, stream, written[k]) for k, stream in enumerate(self.repaired)]
         if self.differs and (dense is not None or not kept.all()):
-            wanted = None
-            if dense is not None and ahead is not None:
-                pairs = zip(ahead, dense.written, strict=True)
-                wanted = [self.streams.keep(_wanted(block, lead, each)) for lead, each in pairs]
-            self._solve_output(block, kept, read, wanted)
+            self._solve_output(block, kept, read, self._wanted(block, dense, ahead))
         return [self.streams.keep(_write(block, x)) for x in read]
+
+    def _wanted(self, block: Block, dense: "_DenseLayer | None", ahead: list[Tensor] | None) -> list[Tensor] | None:
+        """Per batch, what a block would have to write, see `_wanted`; None where the dense model is not followed."""
+        if dense is None or ahead is None:
+            return None
+        pairs = zip(ahead, dense.written, strict=True)
+        return [self.streams.keep(_wanted(block, lead, each)) for lead, each in pairs]
+
+    def _pass_experts(
+        self, block: ExpertsBlock, written: list[dict[nn.Module, Tensor]], wanted: list[Tensor] | None
+    ) -> list[Tensor]:
+        """Repair a layer's experts, and run them: what they write per batch."""
+        kept = self.masks[block]
+        if self.differs and (wanted is not None or not kept.all()):
+            reads = expert_reads(self.streams, block, kept, self.repaired, written, wanted, self.blend)
+            aimed = wanted is not None or block.reroutes(kept)
+            solver = ExpertsSolver(block, kept, aimed, self.ranks, self.ridges)
+            with self.view.rewriting(block, [block.down.name]):
+                found = solver.solve(reads[self.parts[0]], reads[self.parts[1]], self.tokens_per_channel)
+            if found is not None:
+                self.repairs.append(BlockRepair(block.kind.name, block.layer, *found))
+        # First, because whole experts that go are masked in another way than they are silenced.
+        writes = masked_outputs(self.streams, block, kept, self.repaired, written)
+        self._silence(block, kept)
+        return writes
 
     def _solve_output(
         self, block: LinearBlock, kept: Tensor, read: Sequence[Tensor], wanted: Sequence[Tensor] | None
@@ -198,7 +223,6 @@ class _Repair:
 
     def _silence(self, block: Block, kept: Tensor) -> None:
         """Zero what the pruned groups write, without a repair."""
-        self.differs |= not kept.all()
         if not kept.all():
             with self.view.rewriting(block, [path for path, _ in block.output_parameters()]):
                 mask_output(block, kept)
@@ -219,7 +243,7 @@ def _wanted(block: Block, ahead: Tensor, written: dict[nn.Module, Tensor]) -> Te
     Behind a norm no multiple of it is added to the stream: there it is what the dense block writes before the norm.
     """
     own = written[block.module]
-    return own if block.adds is None else ahead / block.adds + own
+    return own if block.adds is None else ahead.view_as(own) / block.adds + own
 
 
 def _write(block: LinearBlock, x: Tensor) -> Tensor:

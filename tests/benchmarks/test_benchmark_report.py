@@ -81,6 +81,9 @@ def fixture_records() -> list[Record]:
                 }  # fmt: skip
                 provider = f"gradprune {fix} T={temperature:g}"
                 records.append(made("vanishing", name, provider, shape="50%", extra=extra))
+    for repair, value in (("no repair", 6.0), ("experts too", 5.25)):
+        extra = {"perplexity_dense": 5.0, "perplexity": value}
+        records.append(made("experts", "mixture", repair, shape="experts 30%, 4 samples", extra=extra))
     for provider, speed in (("dense", 1000.0), ("round_to 8", 1500.0)):
         extra = {"tokens_per_s": speed, "parameters": 3e6, "weight_bytes": 6 << 20, "ratio": 0.3}
         records.append(made("inference", "prefill", provider, 1e5 / speed, extra=extra))
@@ -162,6 +165,11 @@ def test_the_claim_is_a_ratio_of_one_run(tmp_path: Path) -> None:
         append(made("job", "calibration", provider, milliseconds, **values), tmp_path / "results")
     claim = section((rebuild(tmp_path / "results", tmp_path) / "README.md").read_text(), "claim")
     assert "1.6 times as fast as Torch-Pruning's `GroupTaylorImportance` in 75% of its memory" in claim
+
+
+def test_the_methods_page_shows_what_repairing_experts_brings(results: Path, tmp_path: Path) -> None:
+    page = (rebuild(results, tmp_path / "report") / "docs" / "methods.md").read_text()
+    assert rows(section(page, "experts")) == ["| mixture: experts 30%, 4 samples | 5.000 | 6.000 | 5.250 |"]
 
 
 def test_the_guide_says_where_h_gsp_and_scaling_help(results: Path, tmp_path: Path) -> None:

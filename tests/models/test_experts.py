@@ -1,7 +1,6 @@
 """Mixtures of experts: importances of expert channels, cutting them, and whole runs."""
 
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gradprune import ImportanceEngine, load_pruned
-from gradprune.checkpoint.load import load_model
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.cli import main
 from gradprune.config import Constraints
@@ -23,7 +21,6 @@ from gradprune.models.tested import TESTED
 from gradprune.scoring.selection import select
 from gradprune.scoring.table import empty_table
 from gradprune.surgery.cut import cut
-from gradprune.surgery.least_squares import least_squares
 from helpers.commands import QUICK
 from helpers.cut_models import TOLERANCE
 from helpers.mixtures import (
@@ -37,6 +34,7 @@ from helpers.mixtures import (
     without_channels,
 )
 from helpers.pipeline_runs import run
+from helpers.routing import routed
 from helpers.tiny_models import tiny_ids
 
 METHODS = ("taylor", "fisher", "group_fisher")
@@ -63,23 +61,6 @@ def equal_masks(model, keep: int, seed: int = 0) -> GroupMasks:
         else:
             masks[block.key] = torch.arange(block.groups) < 1
     return GroupMasks(masks, len(model.model.layers))
-
-
-@contextmanager
-def routed(model, chosen):
-    """Inside the context tokens go to the experts that `chosen` names: [tokens of a batch, K] int64."""
-
-    def reroute(_module, args, output):
-        logits, weights, _ = output
-        length = args[0].reshape(-1, args[0].shape[-1]).shape[0]
-        return logits, weights, chosen[:length]
-
-    handles = [layer.mlp.gate.register_forward_hook(reroute) for layer in model.model.layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def assert_importances_equal(found, expected) -> None:
@@ -194,19 +175,6 @@ def test_experts_that_keep_different_numbers_are_refused_before_anything_is_cut(
         assert torch.equal(model(ids).logits, before)
 
 
-def test_repair_solves_attention_and_masks_experts() -> None:
-    model, samples = tiny_mixture(), [tiny_ids(8), tiny_ids(8, seed=2)]
-    masks = equal_masks(model, 3)
-    unrepaired = without_channels(model, masks)
-    repairs = least_squares(describe(model), masks, samples, [tiny_ids(4, seed=3)])
-    assert {repair.kind for repair in repairs} == {"attention"}
-    for module, expected in zip(experts_of(model), experts_of(unrepaired), strict=True):
-        assert torch.equal(module.down_proj, expected.down_proj)
-    # Attention of the second layer makes up for what the first layer's experts no longer write.
-    assert all(repair.error <= repair.error_before for repair in repairs)
-    assert any(repair.error < repair.error_before for repair in repairs)
-
-
 @pytest.mark.parametrize("prior", ["removal", "similarity", "taylor"])
 def test_a_whole_run_gives_equal_widths_everywhere(prior: str, tmp_path: Path) -> None:
     model = tiny_mixture()
@@ -288,9 +256,3 @@ def test_from_the_command_line(
     assert loaded(tiny_ids(2)).logits.isfinite().all()
     groups = (tmp_path / "out" / "analysis" / "groups.csv").read_text()
     assert groups.count("expert_channels") == 2 * EXPERTS * CHANNELS
-
-
-def test_streaming_is_refused(tmp_path: Path) -> None:
-    save_checkpoint(tiny_mixture(), None, tmp_path / "x")
-    with pytest.raises(ConfigError, match="stream_layers: decoder layers with experts are not streamed"):
-        load_model(tmp_path / "x", stream_layers="on")
