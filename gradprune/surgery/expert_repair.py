@@ -58,8 +58,11 @@ class ExpertReads:
     def _squares(self) -> Tensor:
         """[S], the sum of squared factors of each token's experts; 1 where there are none."""
         assert self.lacking is not None
-        squares = self.lacking.new_zeros(len(self.lacking))
-        squares.index_add_(0, self.routed.tokens, self.routed.gates.to(squares).square())
+        gates = self.routed.gates.to(torch.promote_types(self.lacking.dtype, torch.float32)).square()
+        squares = gates.new_zeros(len(self.lacking))
+        # Expert by expert, each of which sees a token once: added at once the order would be left to a GPU.
+        for rows in self.routed.spans:
+            squares[self.routed.tokens[rows]] += gates[rows]
         return squares.masked_fill_(squares == 0.0, 1.0)
 
 
