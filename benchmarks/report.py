@@ -137,6 +137,10 @@ def _quality(records: Sequence[Record], folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def _recovery(records: Sequence[Record], _folder: Path) -> str:
+    return f"### Recovery\n\n{tables.RECOVERY}\n\n{tables.recovery_table(records)}"
+
+
 def _inference(records: Sequence[Record], _folder: Path) -> str:
     return f"### Inference\n\n{tables.inference_table(records)}"
 
@@ -158,6 +162,7 @@ _SECTIONS: dict[str, Callable[[Sequence[Record], Path], str]] = {
     "kernel": _kernels,
     "job": _jobs,
     "quality": _quality,
+    "recovery": _recovery,
     "inference": _inference,
     "vanishing": _vanishing,
     "experts": _experts,

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from benchmarks.environment import Environment, environment
 
-Kind = Literal["kernel", "job", "quality", "inference", "vanishing", "experts", "predicted", "compiled"]
+Kind = Literal["kernel", "job", "quality", "recovery", "inference", "vanishing", "experts", "predicted", "compiled"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ANY_HARDWARE = "any hardware"
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -69,7 +69,7 @@ class Record:
     @property
     def hardware(self) -> str:
         """The hardware that the result depends on; a perplexity does not depend on any, nor what a compiler makes."""
-        anywhere = self.kind in ("quality", "vanishing", "experts", "compiled")
+        anywhere = self.kind in ("quality", "recovery", "vanishing", "experts", "compiled")
         return ANY_HARDWARE if anywhere else self.environment.hardware
 
     @property

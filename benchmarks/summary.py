@@ -166,6 +166,25 @@ def experts(records: Sequence[Record]) -> str:
     return tables.experts_table(chosen) if chosen else _UNMEASURED
 
 
+def recovery(records: Sequence[Record]) -> str:
+    """What recovery brings back of each model, and what it took."""
+    groups = tables.grouped([found for found in records if found.kind == "recovery"], lambda found: found.work)
+    parts = []
+    for group in groups.values():
+        recovered, share = _provider(group, "recovered"), tables.way_back(group)
+        if recovered is None or share is None:
+            continue
+        extra = recovered.extra
+        parts.append(
+            f"{recovered.name} with {recovered.shape}, repaired: {extra['steps']} steps, {extra['tokens']:,} tokens "
+            f"and {extra['processor_seconds'] / 60:.0f} minutes of processor time ({recovered.environment.hardware}) "
+            f"bring log perplexity {share:.0%} of the way back (`python -m benchmarks.quality.recovery`; measured on "
+            f"{extra['eval_windows'] or 'all'} windows and {extra['max_questions'] or 'all'} questions per task):\n\n"
+            f"{tables.recovery_table(group)}"
+        )
+    return "\n\n".join(parts) or _UNMEASURED
+
+
 def of_shown_model(records: Sequence[Record]) -> list[Record]:
     """The perplexities of the model that README.md shows."""
     by_model = tables.grouped(
@@ -245,6 +264,7 @@ SECTIONS: dict[str, dict[str, Callable[[Sequence[Record]], str]]] = {
     "README.md": {"claim": claim, "quality": quality, "calibration": calibration, "ops": ops},
     "docs/gradient-vanishing.md": {"temperature": temperature, "scalings": scalings},
     "docs/methods.md": {"experts": experts},
+    "docs/serving.md": {"recovery": recovery},
     "docs/large-models.md": {"plan": plan, "streaming": streaming},
 }
 """By file of the repository, its generated sections."""

@@ -1,5 +1,6 @@
 """Results as Markdown tables; every number comes from a record."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
@@ -259,6 +260,37 @@ def dense_accuracy(records: Sequence[Record]) -> str:
     """The dense model's mean zero-shot accuracy, to follow its perplexity; empty where no question was asked."""
     value = _accuracy([found for found in records if found.provider == "dense"])
     return "" if value == "-" else f", zero-shot {value} %"
+
+
+RECOVERY = (
+    "A pruned model, repaired, before and after `gradprune recover` (`python -m benchmarks.quality.recovery`). Way "
+    "back: how far log perplexity came from the pruned model's towards the dense one's."
+)
+
+
+def recovery_table(records: Sequence[Record]) -> str:
+    """One row per model and stage: perplexity, way back, mean accuracy over tasks and each task's, in percent."""
+    tasks = sorted({task for found in records for task in found.extra["accuracies"]})
+    rows = []
+    for group in grouped(records, lambda found: found.work).values():
+        for found in group:
+            accuracies = found.extra["accuracies"]
+            shown = (f"{100 * accuracies[task]:.1f}" if task in accuracies else "-" for task in tasks)
+            rows.append(
+                [f"{found.name}, {found.shape}", found.provider, f"{found.extra['perplexity']:.2f}",
+                 _number(way_back(group) if found.provider == "recovered" else None, ".0%"),
+                 *([_accuracy([found]), *shown] if tasks else []), _number(found.extra.get("steps"), ",.0f")]
+            )  # fmt: skip
+    zero_shot = ["zero-shot", *tasks] if tasks else []
+    return table(["model", "stage", "perplexity", "way back", *zero_shot, "steps"], rows)
+
+
+def way_back(records: Sequence[Record]) -> float | None:
+    """Of one recovery's records: the part of the loss in nats that pruning cost and recovery restored."""
+    found = {record.provider: math.log(record.extra["perplexity"]) for record in records}
+    if not found.keys() >= {"dense", "pruned", "recovered"} or found["pruned"] <= found["dense"]:
+        return None
+    return (found["pruned"] - found["recovered"]) / (found["pruned"] - found["dense"])
 
 
 def inference_table(records: Sequence[Record]) -> str:

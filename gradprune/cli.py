@@ -264,7 +264,7 @@ def export(
 
 @app.command(cls=StagedCommand)
 @takes(
-    *("device", "dtype", "trust_remote_code", "dataset", "eval_dataset"),
+    *("device", "dtype", "trust_remote_code", "dataset", "eval_dataset", "eval_samples"),
     RecoveryConfig,
     *("output_dir", "output_name", "overwrite"),
     from_file=True,

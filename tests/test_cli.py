@@ -350,6 +350,8 @@ def test_recover_writes_a_checkpoint(gradprune, model_folder: Path, ids_file: Pa
         "3",
         "--seq_len",
         "16",
+        "--eval_samples",
+        "3",
         "--output_name",
         "y",
     ]
@@ -362,7 +364,8 @@ def test_recover_writes_a_checkpoint(gradprune, model_folder: Path, ids_file: Pa
     assert f"{summary['perplexity']['before']:.4f} before" in out
     assert summary["steps"] == 3
     assert sorted(path.name for path in Path("results").iterdir()) == ["x", "y"]
-    code, out, _ = gradprune("eval", "--model", "results/y/model", "--dataset", ids_file, "--seq_len", "16", "--json")
+    measured = ["--dataset", ids_file, "--seq_len", "16", "--eval_samples", "3", "--json"]
+    code, out, _ = gradprune("eval", "--model", "results/y/model", *measured)
     assert json.loads(out)["perplexity"] == pytest.approx(summary["perplexity"]["after"], rel=1e-6)
 
 

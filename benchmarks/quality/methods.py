@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.prunable:
             # Ratios of different parameters never share a table.
             subject = replace(subject, name=f"{subject.name}, ratios of its prunable parameters")
-        dense = _quality(subject.model, subject, options)
+        dense = quality_of(subject.model, subject, options)
         say(f"quality of {subject.name}: dense perplexity {dense.perplexity:.2f}")
         _append(subject, "dense", 0.0, 0, dense, dense, options)
         for seed in options.seeds:
@@ -126,13 +126,13 @@ def _with_defaults(options: Namespace) -> Namespace:
 
 def _subjects(options: Namespace) -> Iterator[Subject]:
     if options.base_model is not None:
-        yield _load(options.base_model, options.dataset, options.eval_dataset, options.device)
+        yield load_subject(options.base_model, options.dataset, options.eval_dataset, options.device)
         return
     for name, source in _sources(options).items():
         chosen = {name, f"{name}-repeated"} & set(options.models)
         if not chosen:
             continue
-        subject = replace(_load(*source, options.device), name=name)
+        subject = replace(load_subject(*source, options.device), name=name)
         if name in chosen:
             yield subject
         if f"{name}-repeated" in chosen:
@@ -145,11 +145,11 @@ def _sources(options: Namespace) -> dict[str, tuple[str, str | None, str | None]
     sources: dict[str, tuple[str, str | None, str | None]] = {}
     stories = SHARED / "models" / "stories260k"
     if stories.is_dir():
-        sources["stories260k"] = (str(stories), *_texts("stories"))
+        sources["stories260k"] = (str(stories), *shared_texts("stories"))
     if not (options.toy or (options.quick and stories.is_dir())):
         sources["demo"] = (str(demo_model_path()), None, None)
     if SMOLLM2 in options.models:
-        texts = (options.dataset, options.eval_dataset) if options.dataset else _texts("wikitext2_raw")
+        texts = (options.dataset, options.eval_dataset) if options.dataset else shared_texts("wikitext2_raw")
         try:
             find_gguf(SMOLLM2)
             sources[SMOLLM2] = (SMOLLM2, *texts)
@@ -158,12 +158,14 @@ def _sources(options: Namespace) -> dict[str, tuple[str, str | None, str | None]
     return sources
 
 
-def _texts(name: str) -> tuple[str, str]:
+def shared_texts(name: str) -> tuple[str, str]:
+    """Calibration and evaluation text of that name, beside the repository."""
     calibration, evaluation = (str(SHARED / "text" / f"{name}_{part}.txt") for part in ("calibration", "eval"))
     return calibration, evaluation
 
 
-def _load(base_model: str, dataset: str | None, eval_dataset: str | None, device: str) -> Subject:
+def load_subject(base_model: str, dataset: str | None, eval_dataset: str | None, device: str) -> Subject:
+    """Load a model with its texts; those that are None are the embedded ones."""
     model, tokenizer = load_model(base_model, device=device)
     evaluation = load_tokens(eval_dataset, tokenizer, split="evaluation")
     return Subject(Path(base_model).name, model, tokenizer, load_tokens(dataset, tokenizer), evaluation)
@@ -199,13 +201,13 @@ def _measure_seed(subject: Subject, seed: int, dense: Quality, deadline: Deadlin
 def _pruned_quality(run: Run, choice: Choice, subject: Subject, options: Namespace) -> Quality:
     if choice.peer is not None:
         with applied(run.view, choice.peer):
-            measured = _quality(subject.model, subject, options)
+            measured = quality_of(subject.model, subject, options)
         added = sum(len(bias) for bias in choice.peer.biases.values())
         return replace(measured, parameters=model_size(cut(subject.model, choice.masks)).parameters + added)
     model = sharing_copy(subject.model)
     if choice.repaired:
         REPAIRS["least_squares"](replace(run, view=describe(model)), choice.masks)
-    return _quality(cut(model, choice.masks, inplace=True), subject, options)
+    return quality_of(cut(model, choice.masks, inplace=True), subject, options)
 
 
 def _choices(run: Run, options: Namespace) -> Iterator[Choice]:
@@ -246,7 +248,8 @@ def _torch_pruning(model: PreTrainedModel, windows: Tensor) -> dict[BlockKey, Te
         return None
 
 
-def _quality(model: PreTrainedModel, subject: Subject, options: Namespace) -> Quality:
+def quality_of(model: PreTrainedModel, subject: Subject, options: Namespace) -> Quality:
+    """Measure a model on the subject's text, and on the tasks of the options where they name a folder."""
     value = perplexity(
         model, subject.evaluation, seq_len=options.seq_len, batch_size=8, max_windows=options.eval_samples
     ).value

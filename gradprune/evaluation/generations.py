@@ -1,5 +1,6 @@
 """Greedy continuations of a few prompts: what a dense and a pruned model write, to be read side by side."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,13 +32,19 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def drawn_prompts(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> list[str]:
-    """Pieces of a text, evenly spaced.
+    """Pieces of a text, evenly spaced, of whole words where it has spaces.
 
     tokens: [tokens] int64.
     """
     starts = sorted({number * len(tokens) // _PROMPTS for number in range(_PROMPTS)})
     texts = [str(tokenizer.decode(tokens[start : start + _LENGTH], skip_special_tokens=True)) for start in starts]
-    return [text for text in texts if text.strip()]
+    return [_whole_words(text) for text in texts if text.strip()]
+
+
+def _whole_words(text: str) -> str:
+    """The text without what is before its first and after its last space, if there is something between them."""
+    between = re.search(r"\s(\S.*\S)\s", text, flags=re.DOTALL)
+    return between[1] if between else text
 
 
 @torch.inference_mode()

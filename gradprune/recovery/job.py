@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradprune.checkpoint.atomic import atomic_directory
@@ -39,12 +38,14 @@ def recover_checkpoint(
     Args:
         model, tokenizer: the pruned checkpoint; the model is trained in place. teacher: the dense model, or None.
         config: of the training.
-        places: datasets, output folder and whether it may be replaced; its other options are not read.
+        places: datasets, batch size and number of windows for perplexity, output folder and whether it may be
+            replaced; its other options are not read.
         console: where progress is shown.
 
     Returns:
         The content of `summary.json`: parameters, perplexity before and after on text used neither for training
-        nor for choosing weights, steps done, the step that was kept, and held-out loss by step.
+        nor for choosing weights, method and loss, steps done and their tokens, the step that was kept, and held-out
+        loss by step.
 
     Raises:
         GradPruneError: as `recover`, or the output folder exists.
@@ -53,7 +54,14 @@ def recover_checkpoint(
     text, held_out = calibration_and_evaluation(tokenizer, places, None, None, vocabulary)
 
     def measured() -> float:
-        return _perplexity(model, held_out, config, console)
+        return perplexity(
+            model,
+            held_out,
+            seq_len=config.seq_len,
+            batch_size=places.batch_size,
+            max_windows=places.eval_samples,
+            console=console,
+        ).value
 
     with claimed_results(places) as output:
         assert output is not None, "output_name is needed"
@@ -63,7 +71,10 @@ def recover_checkpoint(
         summary = {
             "parameters": model_size(model).parameters,
             "perplexity": {"before": before, "after": measured()},
+            "method": config.method,
+            "loss": config.loss,
             "steps": found.steps,
+            "tokens": found.steps * config.batch_size * config.seq_len,
             "best_step": found.best_step,
             "history": [{"step": step, "loss": loss} for step, loss in found.history],
         }
@@ -79,11 +90,7 @@ def recover_checkpoint(
 
 def _recorded(config: RecoveryConfig, places: PruneConfig, teacher: PreTrainedModel | None) -> dict[str, Any]:
     """The options of the command, by their names."""
-    named = {name: getattr(places, name) for name in ("dataset", "eval_dataset", "output_dir", "output_name")}
+    names = ("dataset", "eval_dataset", "eval_samples", "output_dir", "output_name")
+    named = {name: getattr(places, name) for name in names}
     taught_by = None if teacher is None else teacher.name_or_path or None
     return {"model": places.base_model, "teacher": taught_by, **named, **asdict(config)}
-
-
-def _perplexity(model: PreTrainedModel, tokens: Tensor, config: RecoveryConfig, console: Console) -> float:
-    found = perplexity(model, tokens, seq_len=config.seq_len, batch_size=config.batch_size, console=console)
-    return found.value

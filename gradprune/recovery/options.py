@@ -14,22 +14,22 @@ Loss = Literal["kd", "lm"]
 class RecoveryConfig(Options):
     """Recovery."""
 
-    method: Method = option("lora", "Train low-rank updates, merged at the end, or all weights.")
+    method: Method = option("full", "Train all weights, or low-rank updates, merged at the end, in less memory.")
     loss: Loss = option("kd", "Match the teacher's predictions (kd), or predict the text (lm).")
     minutes: float = option(
         10.0, "Plan as many steps as fit, by the speed of the first.", numbers("above 0", lambda x: x > 0.0)
     )
     steps: int | None = option(None, "Optimizer steps, instead of minutes: repeatable anywhere.", at_least(1))
     learning_rate: float | None = option(
-        None, "Peak learning rate; default 5e-4 for lora, 5e-5 for full.", finite("above 0", lambda x: x > 0.0)
+        None, "Peak learning rate; default 2e-3 for lora, 5e-4 for full.", finite("above 0", lambda x: x > 0.0)
     )
     lora_rank: int = option(16, "Rank of the updates.", at_least(1))
     seq_len: int = option(128, "Tokens per sample.", at_least(2))
     batch_size: int = option(8, "Samples per step.", at_least(1))
-    checks: int = option(8, "Times that held-out loss is measured and the state saved.", at_least(1))
+    checks: int = option(4, "Times that held-out loss is measured and the state saved.", at_least(1))
     seed: int = option(0, "Seed of the samples' order and of the updates' start.", at_least(0))
 
     @property
     def peak_rate(self) -> float:
         """The largest learning rate."""
-        return self.learning_rate or {"lora": 5e-4, "full": 5e-5}[self.method]
+        return self.learning_rate or {"lora": 2e-3, "full": 5e-4}[self.method]

@@ -72,7 +72,7 @@ def recover(
     loss_of = _loss(model, teacher, config)
     train, chosen_on = _split(model, tokens, config)
     dtype = model.dtype
-    run = digest(asdict(config), dict(model.named_parameters()), tokens)
+    run = digest(asdict(config), model, teacher if config.loss == "kd" else None, tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         merge = _prepare(model, config)
@@ -162,7 +162,7 @@ class _Trainer:
         self.model, self.loss_of, self.windows, self.chosen_on = model, loss_of, train, chosen_on
         self.config, self.state, self.console = config, state, console
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=config.peak_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=config.peak_rate, weight_decay=0.0, fused=True)
         resumed = load_state(state, run) if state is not None else None
         if resumed is None:
             self.progress = Progress(run, 0)

@@ -3,14 +3,13 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradprune.checkpoint.atomic import atomic_directory
 from gradprune.errors import RecoveryError
@@ -34,12 +33,13 @@ class Progress:
     history: list[tuple[int, float]] = field(default_factory=list)
 
 
-def digest(options: dict[str, Any], tensors: Mapping[str, Tensor], tokens: Tensor) -> str:
-    """Names a run: equal for equal options, start and text."""
+def digest(options: dict[str, Any], model: nn.Module, teacher: nn.Module | None, tokens: Tensor) -> str:
+    """Names a run: equal for equal options, start, teacher and text."""
     found = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name}{list(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for module in (model, *([] if teacher is None else [teacher])):
+        for name, tensor in sorted(module.named_parameters()):
+            found.update(f"{name}{list(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     found.update(tokens.numpy().tobytes())
     return found.hexdigest()
 
@@ -73,7 +73,7 @@ def load_state(folder: Path, run: str) -> tuple[Progress, Tensors, Tensors, Tens
     stated = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
     if stated["run"] != run:
         raise RecoveryError(
-            f"output_name: '{folder}' holds an interrupted recovery with other options, model or text; give those to "
+            f"output_name: '{folder}' holds an interrupted recovery with other options, models or text; give those to "
             "go on with it, or delete the folder"
         )
     stated["history"] = [(step, loss) for step, loss in stated["history"]]

@@ -58,10 +58,10 @@ def write_card(folder: Path, model: PreTrainedConfig, config: PruneConfig, summa
         _how(base, config, summary),
         "## Measured",
         _measured(summary),
-        "## Layers",
-        _table(layer_header(summary), layer_rows(summary)),
         "## Loading",
         _loading(model),
+        "## Layers",
+        _table(layer_header(summary), layer_rows(summary)),
     ]
     _write(folder, head.to_yaml(), "\n\n".join(sections))
 
@@ -77,9 +77,12 @@ def write_recovered_card(folder: Path, model: PreTrainedConfig, source: Path, su
     """
     head = card_head(source)
     before, after = summary["perplexity"]["before"], summary["perplexity"]["after"]
+    trained = {"lora": "low-rank updates, merged into the weights", "full": "all weights"}[summary["method"]]
+    aim = {"kd": "towards the dense model's predictions", "lm": "to predict the text"}[summary["loss"]]
     recovered = (
-        f"## Recovery\n\nTrained for {summary['best_step']:,} steps after pruning, by `gradprune recover` of version "
-        f"{__version__}. Perplexity on held-out text of that run: {before:.3f} before, {after:.3f} after."
+        f"## Recovery\n\nTrained after pruning by `gradprune recover` of version {__version__}: {trained}, {aim}, for "
+        f"{summary['best_step']:,} of {summary['steps']:,} steps ({summary['tokens']:,} tokens in all). Perplexity on "
+        f"held-out text of that run: {before:.3f} before, {after:.3f} after."
     )
     if TAG in head.get("tags", ()):
         text = (source / CARD).read_text(encoding="utf-8").split("---\n", 2)[2].strip()

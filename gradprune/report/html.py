@@ -8,7 +8,9 @@ from string import Template
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
+from gradprune.config import PruneConfig, again, command_line
 from gradprune.report.charts import COLORS, kept_chart, svg
 from gradprune.report.rows import curve_header, curve_rows, layer_header, layer_rows, summary_rows
 from gradprune.report.tables import describe_scoring, search_verdict
@@ -26,6 +28,8 @@ _STYLE = """
   dt { color: #666; }
   dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
   pre { overflow-x: auto; font-size: .8rem; }
+  details { margin: 1rem 0; }
+  summary { cursor: pointer; color: #0072B2; }
   code { background: #f4f4f4; padding: .1rem .3rem; }
 """
 
@@ -70,6 +74,7 @@ $layers
 $gradients
 $search
 <h2>How it was made</h2>
+<p><code>$command</code></p>
 $options
 $versions
 </body>
@@ -107,12 +112,13 @@ def write_report(
         measured=_html_table(("", "dense", "pruned", "pruned / dense"), summary_rows(summary)),
         generations=_generation_section(summary["generations"]),
         chart=kept_chart(summary["layers"]),
-        layers=_html_table(layer_header(summary), layer_rows(summary)),
+        layers=_folded("Layer by layer", _html_table(layer_header(summary), layer_rows(summary))),
         warnings="".join(f'<p class="warning">{escape(warning)}</p>' for warning in summary["warnings"]),
         gradients=_gradient_section(gradients, plots),
         search="" if search is None else _search_section(search),
-        options=_html_table(("option", "value"), options),
-        versions=_html_table(("package", "version"), list(record["versions"].items())),
+        command=escape(command_line(again(PruneConfig.from_dict(config)))),
+        options=_folded("All options", _html_table(("option", "value"), options)),
+        versions=_folded("Versions", _html_table(("package", "version"), list(record["versions"].items()))),
     )
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
@@ -124,9 +130,15 @@ def write_curve_report(path: Path, summaries: Sequence[dict[str, Any]]) -> None:
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(sizes, values, marker="o", color=COLORS[0])
+    axes.margins(0.12)
     axes.set(xlabel="parameters", ylabel="perplexity (log scale)", yscale="log")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted("{x:g}")
     axes.grid(alpha=0.4)
     links = [f"{s['pruning_ratio']['requested']:g}" for s in summaries]
+    for name, size, value in zip(("dense", *links), sizes, values, strict=True):
+        axes.annotate(name, (size, value), xytext=(6, 6), textcoords="offset points")
     items = "".join(f'<li><a href="{name}/report.html">{name}</a></li>' for name in links)
     page = _CURVE_PAGE.substitute(
         style=_STYLE, chart=svg(figure), table=_html_table(curve_header(summaries), curve_rows(summaries)), links=items
@@ -166,7 +178,8 @@ def _gradient_section(gradients: dict[str, Any], plots: Sequence[Path]) -> str:
         )
         for b, a in zip(before["layers"], after["layers"], strict=True)
     ]
-    lines.append(_html_table(("layer", "mean |g|", "std |g|", "scale", "mean |g| after"), rows))
+    table = _html_table(("layer", "mean |g|", "std |g|", "scale", "mean |g| after"), rows)
+    lines.append(_folded("Layer by layer", table))
     lines += [_embedded(plot) for plot in plots]
     return "\n".join(lines)
 
@@ -199,9 +212,14 @@ def _search_section(search: SearchResult) -> str:
 def _embedded(plot: Path) -> str:
     """The HTML of one plot file: an embedded image, or preformatted text."""
     if plot.suffix == ".txt":
-        return f"<details><summary>{plot.name}</summary><pre>{escape(plot.read_text(encoding='utf-8'))}</pre></details>"
+        return _folded(plot.name, f"<pre>{escape(plot.read_text(encoding='utf-8'))}</pre>")
     image = base64.b64encode(plot.read_bytes()).decode()
     return f'<p><img alt="{plot.stem}" src="data:image/png;base64,{image}"></p>'
+
+
+def _folded(title: str, content: str) -> str:
+    """What is not shown until the title is clicked."""
+    return f"<details><summary>{title}</summary>{content}</details>"
 
 
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -35,7 +35,7 @@ def _task_rows(task: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         before, after = task["before"], task["after"]
         if before[key] is not None:
             dense, pruned = _percent(before, key), _percent(after, key)
-            rows.append((f"{task['task']} {name}", dense, pruned, f"{100 * (after[key] - before[key]):+.1f}"))
+            rows.append((f"{task['task']} {name}", dense, pruned, f"{100 * (after[key] - before[key]):+.1f} points"))
     return rows
 
 

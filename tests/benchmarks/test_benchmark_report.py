@@ -71,6 +71,10 @@ def fixture_records() -> list[Record]:
                 made("quality", "stories", provider, shape="20%", extra=answered),
                 made("quality", MODELS[0], provider, shape="20%", extra={**extra, "perplexity": 2.0 * value}),
             ]
+    trained = {"steps": 50, "tokens": 51200, "processor_seconds": 300.0, "eval_windows": 96, "max_questions": None}
+    for provider, value, more in (("dense", 4.0, {}), ("pruned", 16.0, {}), ("recovered", 8.0, trained)):
+        extra = {"perplexity": value, "perplexity_dense": 4.0, "accuracies": {"piqa": 0.5, "arc": 0.25}, **more}
+        records.append(made("recovery", "smol", provider, shape="30% removed", extra=extra))
     for name, best in (("deep healthy", "none"), ("deep suffering", "adaptive")):
         for fix in ("none", "adaptive"):
             for temperature in (0.0, 1.0):
@@ -121,6 +125,15 @@ def test_large_models_shows_what_streaming_costs(results: Path, tmp_path: Path) 
     assert rows(shown) == ["| layers | calibration | gradprune streamed | 1.00 | 0.00 |"]
     report = (tmp_path / "report/benchmarks/README.md").read_text()
     assert "| smol, 4x8, taylor, fp32 | 0 | 1.04 | 1.00 | 1.20 |" in report
+
+
+def test_the_serving_guide_shows_what_recovery_brings_back(results: Path, tmp_path: Path) -> None:
+    shown = section((rebuild(results, tmp_path / "report") / "docs/serving.md").read_text(), "recovery")
+    assert "smol with 30% removed, repaired: 50 steps, 51,200 tokens and 5 minutes of processor time" in shown
+    assert "bring log perplexity 50% of the way back" in shown
+    assert "measured on 96 windows and all questions per task" in shown
+    assert rows(shown)[2] == "| smol, 30% removed | recovered | 8.00 | 50% | 37.5 | 25.0 | 50.0 | 50 |"
+    assert shown.split("\n\n")[-1].strip() in (tmp_path / "report/benchmarks/README.md").read_text()
 
 
 def test_the_report_shows_the_records(results: Path, tmp_path: Path) -> None:

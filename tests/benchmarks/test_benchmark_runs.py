@@ -21,7 +21,7 @@ from benchmarks.jobs.session import Session, Task, TurnError, Worker
 from benchmarks.kernels import run as kernels
 from benchmarks.kernels import sweep
 from benchmarks.progress import Deadline
-from benchmarks.quality import experts, methods, vanishing
+from benchmarks.quality import experts, methods, recovery, vanishing
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.peers.choice import uniform_masks
 from benchmarks.quality.peers.torch_pruning import without_grouped_queries
@@ -250,6 +250,23 @@ def test_quality_of_the_prunable_parameters_with_zero_shot_questions(tmp_path: P
     biases = len(view.blocks) * model.config.hidden_size / view.parameters
     assert [record.extra["kept"] for record in found[1:3]] == pytest.approx([kept] * 2, abs=0.01)
     assert kept < found[3].extra["kept"] <= kept + biases + 0.01
+
+
+def test_recovery(tmp_path: Path) -> None:
+    question = {"context": "Once upon a", "choices": ["time", "zebra"], "answer": 0}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "toy.jsonl").write_text(f"{json.dumps(question)}\n")
+    measured = ["--eval_samples", "2", "--tasks", str(tmp_path / "tasks")]
+    recovery.main([*TOY, str(tmp_path / "results"), "--ratio", "0.8", *measured])
+    dense, pruned, recovered = found = read(tmp_path / "results")
+    assert [record.provider for record in found] == ["dense", "pruned", "recovered"]
+    assert dense.extra["perplexity"] < pruned.extra["perplexity"]
+    assert dense.extra["kept"] == 1.0
+    assert pruned.extra["kept"] == recovered.extra["kept"] == pytest.approx(0.2, abs=0.02)
+    assert set(recovered.extra["accuracies"]) == {"toy"}
+    assert recovered.extra["steps"] == 2
+    assert recovered.extra["tokens"] == 2 * 8 * 128
+    assert recovered.extra["recovery_method"] == "full"
 
 
 def test_smollm2_that_is_not_installed_is_skipped_loudly(

@@ -45,6 +45,9 @@ def test_prompts_come_from_the_text_evenly() -> None:
     prompts = drawn_prompts(TOKENIZER, TOKENS)
     assert len(prompts) == 3
     assert prompts[1] == TOKENIZER.decode(TOKENS[len(TOKENS) // 3 :][:24])
+    sentence = "a bird sings, nobody hears\nit "
+    words = torch.tensor(TOKENIZER(sentence * 7)["input_ids"][: 7 * len(sentence)])
+    assert drawn_prompts(TOKENIZER, words)[:2] == ["bird sings, nobody", "nobody hears\nit a"]
     assert drawn_prompts(TOKENIZER, torch.zeros(0, dtype=torch.int64)) == []
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from gradprune.checkpoint.load import load_pruned
 from gradprune.checkpoint.save import save_checkpoint
@@ -14,6 +15,7 @@ from gradprune.recovery.losses import distillation_loss
 from gradprune.recovery.options import RecoveryConfig
 from gradprune.recovery.recover import recover
 from gradprune.surgery.cut import cut
+from helpers.architectures import random_masks_of, tiny
 from helpers.cut_models import random_masks
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
@@ -41,20 +43,40 @@ def assert_equal_weights(found, expected) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_the_distillation_loss_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    dense, pruned = dense_and_pruned()
+# A plain head, one with a bias, and logits that are scaled after it.
+@pytest.mark.parametrize("architecture", ["starcoder2", "phi", "granite"])
+def test_the_distillation_loss_and_its_gradient(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny(architecture)
+    student = cut(dense, random_masks_of(dense, 0.6))
     ids = tiny_ids()
     expected = F.log_softmax(dense(ids).logits, -1).detach()
-    found = F.log_softmax(pruned(ids).logits, -1)
+    found = F.log_softmax(student(ids).logits, -1)
     exact = (expected.exp() * (expected - found)).sum(-1).mean()
-    gradients = torch.autograd.grad(exact, list(pruned.parameters()))
+    gradients = torch.autograd.grad(exact, list(student.parameters()))
     for chunk in (256, 5):
         monkeypatch.setattr("gradprune.recovery.losses.MIN_TOKENS", chunk)
         monkeypatch.setattr("gradprune.recovery.losses.LOGITS", 1)
-        loss = distillation_loss(pruned, dense, ids)
+        loss = distillation_loss(student, dense, ids)
         torch.testing.assert_close(loss, exact, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(torch.autograd.grad(loss, list(pruned.parameters())), gradients)
+        torch.testing.assert_close(torch.autograd.grad(loss, list(student.parameters())), gradients)
     assert distillation_loss(dense, dense, ids).abs() < 1e-12
+
+
+def test_each_head_runs_once_whether_it_is_trained_or_not() -> None:
+    dense, pruned = dense_and_pruned()
+    ids, found = tiny_ids(), []
+    for trained in (True, False):
+        pruned.lm_head.requires_grad_(trained)
+        with FlopCounterMode(display=False) as counter:
+            distillation_loss(pruned, dense, ids).backward()
+        found.append(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter:
+            dense.get_decoder()(input_ids=ids, use_cache=False)
+            pruned.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+        found[-1] -= counter.get_total_flops()
+    once = 2 * ids.numel() * dense.lm_head.weight.numel()
+    # Both heads forward, the gradient of the student's input and, where it is trained, of its weight.
+    assert found == [4 * once, 3 * once]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -110,6 +132,8 @@ def test_interrupted_and_resumed_is_the_same(method: str, tmp_path: Path, monkey
         recover(first, dense, TEXT, config, state=state)
     with pytest.raises(RecoveryError, match="interrupted recovery with other options"):
         recover(copies(pruned), dense, TEXT, RecoveryConfig(method=method, **{**QUICK, "seed": 1}), state=state)
+    with pytest.raises(RecoveryError, match="interrupted recovery with other options"):
+        recover(copies(pruned), tiny_model(seed=5), TEXT, config, state=state)
     resumed = copies(pruned)
     found = recover(resumed, dense, TEXT, config, state=state)
     assert taken == [*range(9), *range(6, 12)], "it goes on from the last check"
@@ -149,7 +173,7 @@ def test_what_cannot_be_trained_is_told(tmp_path: Path, monkeypatch: pytest.Monk
         recover(pruned, None, TEXT[:20], RecoveryConfig(loss="lm", **QUICK))
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(RecoveryError, match=r"pip install 'gradprune\[recover\]'"):
-        recover(pruned, None, TEXT, RecoveryConfig(loss="lm", **QUICK))
+        recover(pruned, None, TEXT, RecoveryConfig(method="lora", loss="lm", **QUICK))
     with torch.no_grad():
         pruned.lm_head.weight[0] = torch.nan
     with pytest.raises(NonFiniteError, match="step 0"):

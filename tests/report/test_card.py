@@ -106,12 +106,16 @@ def test_recovery_adds_to_the_card(results: Path, tmp_path: Path) -> None:
     assert card.data.to_dict() == before.data.to_dict()
     assert card.text.startswith(before.text.rstrip())
     assert "## Recovery" in card.text
+    assert "all weights, to predict the text, for" in card.text
+    assert "of 2 steps (256 tokens in all)" in card.text
     assert str(tmp_path) not in card.text
 
 
 def test_recovery_of_a_checkpoint_without_a_card(tmp_path: Path) -> None:
-    summary = {"perplexity": {"before": 3.0, "after": 2.0}, "best_step": 5}
+    perplexity, training = {"before": 3.0, "after": 2.0}, {"method": "lora", "loss": "kd", "steps": 8, "tokens": 64}
+    summary = {"perplexity": perplexity, "best_step": 5, **training}
     write_recovered_card(tmp_path, tiny_model().config, tmp_path / "nowhere", summary)
     card = ModelCard.load(tmp_path / "README.md")
     assert "gradprune" in card.data.tags
+    assert "low-rank updates, merged into the weights, towards the dense model's predictions, for 5 of 8" in card.text
     assert "3.000 before, 2.000 after" in card.text
