@@ -150,6 +150,29 @@ void linear_importance_binding(const ActivationsArgument& x_argument, const Acti
   linear_importance(x, dy, w, {samples, tokens, rows, columns}, outputs, threads, isa);
 }
 
+void grouped_linear_importance_binding(const ActivationsArgument& x_argument, const ActivationsArgument& dy_argument,
+                                       const MatrixArgument& w_argument, std::ptrdiff_t w_expert_stride,
+                                       const std::vector<std::int64_t>& offsets,
+                                       const std::array<std::ptrdiff_t, 4>& sizes, const std::string& side,
+                                       const OutputAddresses& addresses, int threads, const std::string& isa_argument) {
+  const auto [experts, samples, rows, columns] = sizes;
+  require(experts >= 0 && samples >= 0 && rows >= 0 && columns >= 0, "sizes: must not be negative");
+  require(threads >= 1, "threads: must be at least 1");
+  require(static_cast<std::ptrdiff_t>(offsets.size()) == experts * samples + 1, "offsets: experts * samples + 1 are needed");
+  require(offsets.front() >= 0, "offsets: must not be negative");
+  for (std::size_t k = 1; k < offsets.size(); ++k) require(offsets[k - 1] <= offsets[k], "offsets: must not descend");
+  const Activations x = parse_activations("x", x_argument, offsets.back() * columns);
+  const Activations dy = parse_activations("dy", dy_argument, offsets.back() * rows);
+  const Matrix w = parse_matrix("w", w_argument, experts * rows * columns);
+  require(taylor_score_supports(w.type, x.type) && taylor_score_supports(w.type, dy.type),
+          "x, dy, w: all must be fp64, or none");
+  const Isa isa = parse_isa(isa_argument);
+  const TaylorOutputs outputs = parse_outputs(addresses, side, experts * rows, experts * columns);
+  py::gil_scoped_release release;
+  grouped_linear_importance(x, dy, w, w_expert_stride, offsets.data(), {experts, samples, rows, columns}, outputs,
+                            threads, isa);
+}
+
 void mask_gradient_binding(const ActivationsArgument& x_argument, const ActivationsArgument& dx_argument,
                            const std::array<std::ptrdiff_t, 3>& sizes, const std::array<std::uintptr_t, 2>& addresses,
                            int threads, const std::string& isa_argument) {
@@ -265,6 +288,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("side"), py::arg("outputs"), py::arg("threads"), py::arg("isa") = "auto",
         "taylor_score of each sample's weight gradient, summed. x, dy: (address, sample stride, token stride, type); "
         "w, side, outputs: as taylor_score's; sizes: samples, tokens, rows, columns.");
+  m.def("grouped_linear_importance", &grouped_linear_importance_binding, py::arg("x"), py::arg("dy"), py::arg("w"),
+        py::arg("w_expert_stride"), py::arg("offsets"), py::arg("sizes"), py::arg("side"), py::arg("outputs"),
+        py::arg("threads"), py::arg("isa") = "auto",
+        "linear_importance of each expert's weight and tokens. x, dy: [tokens of all, width], the sample stride is not "
+        "used; w: the first expert's; offsets: where each sample's tokens of each expert begin, and the end; sizes: "
+        "experts, samples, rows, columns; outputs: the first expert's, of [experts, 2, length] and [experts, 5].");
   m.def("mask_gradient", &mask_gradient_binding, py::arg("x"), py::arg("dx"), py::arg("sizes"), py::arg("outputs"),
         py::arg("threads"), py::arg("isa") = "auto",
         "Sums over tokens of x dx and of x^2, by sample. x, dx: as linear_importance's x, of one type; sizes: samples, "

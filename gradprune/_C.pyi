@@ -47,6 +47,24 @@ def linear_importance(
 ) -> None:
     """x, dy: (address, strides between samples and tokens, type). sizes: samples, tokens, rows, columns."""
 
+def grouped_linear_importance(
+    x: tuple[int, int, int, int],
+    dy: tuple[int, int, int, int],
+    w: tuple[int, int, int],
+    w_expert_stride: int,
+    offsets: list[int],
+    sizes: tuple[int, int, int, int],
+    side: str,
+    outputs: Sequence[int],
+    threads: int,
+    isa: str = "auto",
+) -> None:
+    """x, dy: as `linear_importance`'s, of all tokens as one sample. w: the first expert's weight.
+
+    offsets: where the tokens of each expert begin by sample, and the end. sizes: experts, samples, rows, columns.
+    outputs: the first expert's, of sums [experts, 2, length] and statistics [experts, 5].
+    """
+
 def mask_gradient(
     x: tuple[int, int, int, int],
     dx: tuple[int, int, int, int],

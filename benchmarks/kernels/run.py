@@ -8,14 +8,21 @@ GB/s: the bytes that the op must move at least, over the median time; so a provi
 from argparse import Namespace
 from collections.abc import Sequence
 
-from benchmarks.kernels import grad_stats, linear_importance, mask_gradient, scale_gradients, taylor_score
+from benchmarks.kernels import (
+    grad_stats,
+    grouped_linear_importance,
+    linear_importance,
+    mask_gradient,
+    scale_gradients,
+    taylor_score,
+)
 from benchmarks.kernels.op import Case, Op
 from benchmarks.options import listed, parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.results import Record, append, record
 from benchmarks.timing import Provider, Timing, free, measure
 
-_MODULES = (taylor_score, linear_importance, mask_gradient, grad_stats, scale_gradients)
+_MODULES = (taylor_score, linear_importance, grouped_linear_importance, mask_gradient, grad_stats, scale_gradients)
 OPS = {module.OP.name: module.OP for module in _MODULES}
 _REPEATS = {"full": 40, "quick": 10, "toy": 3}
 _SECONDS = {"full": 3.0, "quick": 2.0, "toy": 0.2}

@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gradprune.kernels import grouped_linear_importance as grouped
 from gradprune.kernels import linear_importance as linear
 from gradprune.kernels import mask_gradient, partial_sums
 from gradprune.kernels import taylor_score as taylor
@@ -66,6 +67,7 @@ def variants() -> Iterator[Variant]:
     """Every kind of code that a launch may run, once: what differs in an address or a conversion alone is left out."""
     for dtype in DTYPES:
         yield from linear_importances(dtype)
+        yield from grouped_linear_importances(dtype)
         if dtype != "fp16":  # compiled as bf16 is
             yield from taylor_scores(dtype)
             yield from recounts(dtype)
@@ -149,6 +151,23 @@ def linear_importance(
     )  # fmt: skip
 
 
+def grouped_linear_importances(dtype: str) -> Iterator[Variant]:
+    """What a launch for the experts of a layer chooses; fp16 is multiplied as bf16 is."""
+    for widths in ("whole", "ragged") if dtype != "fp16" else ():
+        config = grouped.config_for(*WIDTHS[widths], DTYPES[dtype])
+        for columns in (False, True):
+            constants = dataclasses.asdict(config) | {"COLUMNS": columns}
+            options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
+            types = dict.fromkeys(("a_ptr", "b_ptr", "w_ptr"), f"*{dtype}") | {"offsets_ptr": "*i64"}
+            name = (
+                f"grouped_linear_importance {config.BLOCK_A}x{config.BLOCK_B}x{config.BLOCK_T} {widths} "
+                f"{'columns' if columns else 'rows'}"
+            )
+            elements = config.BLOCK_A * config.BLOCK_B // (32 * config.num_warps)
+            kernel = grouped._grouped_linear_importance_kernel
+            yield Variant(name, kernel, dtype, types, constants, options, widths == "whole", CAPABILITIES, elements)
+
+
 def recounts(dtype: str) -> Iterator[Variant]:
     """The error path, once for each tile, where shared memory is least and, by descriptors, where they are."""
     for widths, descriptors, capability in (("tail", False, 80), ("ragged", False, 80), ("tail", True, 90)):
@@ -223,6 +242,12 @@ def worsened() -> Iterator[tuple[tuple[str, ...], Variant]]:
     yield ("two blocks fit on an SM",), _with_options(default, maxnreg=None)
     for gate, product in zip(("by descriptors", "by pointers", "of ragged widths"), products.values(), strict=True):
         yield (f"a short epilogue {gate}",), _rewritten(product, "tl.abs(product)", "tl.sqrt_rn(product * product)")
+
+    by_rows = next(grouped_linear_importances("bf16"))
+    yield (
+        ("a short epilogue of ragged tokens",),
+        _rewritten(by_rows, "tl.abs(product)", "tl.sqrt_rn(product * product)"),
+    )
 
     of_all = "mask_gradient waits for nothing", "a short loop of mask_gradient"
     yield of_all, _rewritten(mask_gradients("bf16"), "+= x * dx", "+= tl.sum(x * dx, 0)[None]")

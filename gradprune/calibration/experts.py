@@ -11,9 +11,9 @@ takes the root of, a token that an expert does not see counts as zero.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,9 @@ from gradprune.config import Method, ReductionName
 from gradprune.errors import ConfigError
 from gradprune.models import PrunableModel
 from gradprune.models.experts import ExpertProjection, ExpertsBlock, Routed, WholeExperts
-from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, Side
+from gradprune.ops.vectors import GradientStatistics
+
+_SIDES: tuple[Literal["rows"], Literal["columns"]] = ("rows", "columns")
 
 
 def scores_experts_alone(view: PrunableModel) -> bool:
@@ -83,24 +85,18 @@ def _layout(tokens: Tensor, samples: int, length: int) -> _Layout:
     return _Layout(sample, position, (samples, int(counts.max())))
 
 
+def _offsets(routed: Routed, samples: int, length: int) -> Tensor:
+    """[E * N + 1] int64: where the rows of each expert begin by sample, and the end."""
+    experts = torch.arange(len(routed.counts), device=routed.tokens.device)
+    counts = torch.tensor(routed.counts, device=routed.tokens.device)
+    of_rows = experts.repeat_interleave(counts) * samples + routed.tokens // length
+    return F.pad(torch.bincount(of_rows, minlength=len(experts) * samples).cumsum(0), (1, 0))
+
+
 class ExpertsAccumulator(BlockAccumulator):
     """Sums over samples of the importances of a layer's expert channels."""
 
     block: ExpertsBlock
-
-    def discard(self) -> None:
-        """Drop the pending contributions of the current step."""
-        super().discard()
-        self._seen: set[int] = set()
-
-    def commit(self, scale: float = 1.0) -> None:
-        """Add the pending contributions, as if the step's gradients had been multiplied by `scale`."""
-        if len(self._seen) < self.block.experts:
-            # The gradients of an expert without tokens are zero.
-            statistics = self.pending.statistics
-            for name in statistics.keys() & {projection.name for projection in self.block.projections}:
-                statistics[name] = replace(statistics[name], min_abs=torch.zeros_like(statistics[name].min_abs))
-        super().commit(scale)
 
     @contextmanager
     def attached(self, depth: Depth) -> Iterator[None]:
@@ -123,7 +119,7 @@ class ExpertsAccumulator(BlockAccumulator):
         if depth is Depth.INPUTS and is_output:
             return self._observe_input(routed, x, product(x))
         if depth is Depth.WEIGHTS or (depth is Depth.MASKS and is_output):
-            observer = partial(self._observe, depth, self._layouts(routed), projection)
+            observer = partial(self._observe, depth, routed, self._shape, projection)
             return observed_product(x, product, partial(projection.transposed_product, routed), observer)
         return product(x)
 
@@ -134,30 +130,38 @@ class ExpertsAccumulator(BlockAccumulator):
             self._added.input_square[self.block.channels_of(expert)] += found
         return y
 
-    def _layouts(self, routed: Routed) -> dict[int, _Layout]:
-        """By expert that sees tokens, how its rows are laid out."""
-        samples, length = self._shape
-        return {expert: _layout(tokens, samples, length) for expert, tokens in routed.by_expert(routed.tokens)}
-
     def _observe(
         self,
         depth: Depth,
-        layouts: dict[int, _Layout],
+        routed: Routed,
+        shape: torch.Size,
         projection: ExpertProjection,
         x: Tensor,
         dy: Tensor,
         dx: Tensor,
     ) -> None:
-        """Accumulate from the backward pass of one projection; x: [R, I], dy: [R, O], dx: [R, I]."""
-        counts = [len(layout.sample) for layout in layouts.values()]
-        for (expert, layout), *rows in zip(layouts.items(), *(each.split(counts) for each in (x, dy, dx)), strict=True):
-            of_x, of_dy, of_dx = (layout.by_sample(each) for each in rows)
-            if depth is Depth.WEIGHTS:
-                weight = projection.weight(expert).contiguous()
-                side: Side = "columns" if projection is self.block.down else "rows"
-                self._accumulate(projection, expert, self._ops.linear_importance(of_x, of_dy, weight, side))
-            if projection is self.block.down:
-                self._observe_output(expert, of_x, of_dy, of_dx)
+        """Accumulate from the backward pass of one projection; x: [R, I], dy: [R, O], dx: [R, I]. shape: [N, T]."""
+        samples, length = shape
+        if depth is Depth.WEIGHTS:
+            self._observe_weights(projection, _offsets(routed, samples, length), x, dy)
+        if projection is self.block.down:
+            for expert, tokens in routed.by_expert(routed.tokens):
+                layout, rows = _layout(tokens, samples, length), routed.spans[expert]
+                self._observe_output(expert, *(layout.by_sample(each[rows]) for each in (x, dy, dx)))
+
+    def _observe_weights(self, projection: ExpertProjection, offsets: Tensor, x: Tensor, dy: Tensor) -> None:
+        """Accumulate from the gradients of all experts' weights; offsets: as of `grouped_linear_importance`."""
+        is_output = projection is self.block.down
+        # A weight that is stored transposed has the transposed gradient.
+        by_columns = is_output != projection.transposed
+        left, right = (dy, x) if projection.transposed else (x, dy)
+        weights, side = projection.parameter.detach(), _SIDES[by_columns]
+        found = self._ops.grouped_linear_importance(left, right, weights, offsets, side)
+        sums = found.sums(side).double()
+        of_groups = self.block.fold_channels(sums if is_output else self.block.fold_rows(sums))
+        self._added.weights += of_groups.transpose(0, 1).flatten(1)
+        statistics = GradientStatistics.unpack(found.statistics.pack().double()).merge()
+        self.pending.statistics[projection.name] = statistics
 
     def _observe_output(self, expert: int, x: Tensor, dy: Tensor, dx: Tensor) -> None:
         """Gradients of masks on the expert's groups; all by sample: [N, T', I], [N, T', O], [N, T', I]."""
@@ -179,23 +183,6 @@ class ExpertsAccumulator(BlockAccumulator):
             gate: [N], of a mask on its output.
         """
         return by_channel
-
-    def _accumulate(self, projection: ExpertProjection, expert: int, vectors: ImportanceVectors) -> None:
-        self._seen.add(expert)
-        groups = self.block.groups_of(expert)
-        if projection is self.block.down:
-            sums = list(vectors.sums("columns"))
-        else:
-            sums = [self.block.fold_rows(rows) for rows in vectors.sums("rows")]
-        self._added.weights[:, groups] += torch.stack([self.block.fold_channels(channels) for channels in sums])
-        self._merge(projection.name, vectors.statistics)
-
-    def _merge(self, name: str, statistics: GradientStatistics[Tensor]) -> None:
-        """Add an expert's statistics to those of the experts before it."""
-        found = [statistics]
-        if name in self.pending.statistics:
-            found.insert(0, self.pending.statistics[name])
-        self.pending.statistics[name] = GradientStatistics.stack(found).merge()
 
     def _first_order(self, count: int) -> Tensor:
         return self.sums.first / count

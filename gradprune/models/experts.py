@@ -186,12 +186,14 @@ class ExpertsBlock(Block):
 
     @abstractmethod
     def fold_channels(self, channels: Tensor) -> Tensor:
-        """Sum a vector over an expert's channels [channels] into one over its groups."""
+        """Sum the last dimension [..., channels], an expert's channels, into its groups."""
 
     def fold_rows(self, rows: Tensor) -> Tensor:
-        """Sum a vector over an expert's rows of the input projections [parts * channels] into one over channels."""
-        parts = rows.view(-1, self.parts).T if self.interleaved else rows.view(self.parts, -1)
-        return parts.sum(0)
+        """Sum the last dimension [..., parts * channels], an expert's rows of the input projections, into channels."""
+        leading = rows.shape[:-1]
+        if self.interleaved:
+            return rows.reshape(*leading, -1, self.parts).sum(-1)
+        return rows.reshape(*leading, self.parts, -1).sum(-2)
 
     def weights(self) -> Iterator[tuple[str, int]]:
         """The two three-dimensional parameters."""

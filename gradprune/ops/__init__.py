@@ -3,14 +3,23 @@
 from gradprune.ops import linear_importance, taylor_score
 """
 
-from gradprune.ops.dispatch import grad_stats, linear_importance, mask_gradient, scale_gradients, taylor_score
-from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, MaskGradient
+from gradprune.ops.dispatch import (
+    grad_stats,
+    grouped_linear_importance,
+    linear_importance,
+    mask_gradient,
+    scale_gradients,
+    taylor_score,
+)
+from gradprune.ops.vectors import GradientStatistics, GroupedVectors, ImportanceVectors, MaskGradient
 
 __all__ = [
     "GradientStatistics",
+    "GroupedVectors",
     "ImportanceVectors",
     "MaskGradient",
     "grad_stats",
+    "grouped_linear_importance",
     "linear_importance",
     "mask_gradient",
     "scale_gradients",

@@ -14,7 +14,15 @@ from gradprune.ops.extension import (
     finish_scaling,
     require_extension,
 )
-from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, MaskGradient, Side, sides
+from gradprune.ops.vectors import (
+    GradientStatistics,
+    GroupedVectors,
+    ImportanceVectors,
+    MaskGradient,
+    Side,
+    check_grouped,
+    sides,
+)
 
 
 def taylor_score_cpp(w: Tensor, g: Tensor, side: Side = "both", isa: str = "auto") -> ImportanceVectors:
@@ -88,6 +96,53 @@ def linear_importance_cpp(
         _activations(x), _activations(dy), _matrix(w), sizes, side, addresses, torch.get_num_threads(), isa
     )
     return vectors
+
+
+def grouped_linear_importance_cpp(
+    x: Tensor, dy: Tensor, w: Tensor, offsets: Tensor, side: Side = "both", isa: str = "auto"
+) -> GroupedVectors:
+    """`linear_importance` of each expert's weight, on the tokens that it sees: a ragged batch of samples.
+
+    Args:
+        x: [R, I] CPU tensor, fp32, bf16, fp16 or fp64, the inputs, expert by expert and sample by sample.
+        dy: [R, O] CPU tensor, any of these types, the gradient of each sample's loss with respect to the outputs.
+        w: [E, O, I] CPU tensor, any of these types, the weights. Types and strides as for `linear_importance_cpp`.
+        offsets: [E * N + 1] int64, where each sample's rows of each expert begin, and the end.
+        side: which sums to compute.
+        isa: as for `taylor_score_cpp`.
+
+    One call for all experts. Sums and determinism as for `linear_importance_cpp`.
+
+    Raises:
+        BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
+        ValueError: a tensor is not a floating-point CPU tensor, the shapes do not fit, or the offsets descend.
+    """
+    x, dy, w = check_tensor("x", x), check_tensor("dy", dy), check_tensor("w", w)
+    samples = check_grouped(x, dy, w, offsets)
+    ends = offsets.tolist()
+    if ends[-1] > len(x):
+        raise ValueError(f"offsets: the last is {ends[-1]}, but x has {len(x)} rows")
+    require_extension(isa)
+    from gradprune import _C
+
+    dtype = torch.float64 if x.dtype == dy.dtype == w.dtype == torch.float64 else torch.float32
+    if dtype == torch.float32:
+        x, dy, w = (t.to(dtype) if t.dtype == torch.float64 else t for t in (x, dy, w))
+    x, dy, w = _unit_stride(x), _unit_stride(dy), _unit_stride(w)
+    experts, outputs, inputs = w.shape
+    rows, columns = (
+        w.new_empty((experts, 2, length), dtype=dtype) if asked else None
+        for length, asked in zip((outputs, inputs), sides(side), strict=True)
+    )
+    statistics = w.new_empty((experts, 5), dtype=dtype)
+    firsts = [sums[:1, k] if sums is not None else None for sums in (rows, columns) for k in range(2)]
+    addresses = [0 if first is None else first.data_ptr() for first in (*firsts, statistics)]
+    weights = (w.data_ptr(), w.stride(1), dtype_code(w.dtype))
+    _C.grouped_linear_importance(
+        _activations(x[None]), _activations(dy[None]), weights, w.stride(0), ends, (experts, samples, outputs, inputs),
+        side, addresses, torch.get_num_threads(), isa,
+    )  # fmt: skip
+    return GroupedVectors(rows, columns, GradientStatistics.unpack(statistics))
 
 
 def mask_gradient_cpp(x: Tensor, dx: Tensor, isa: str = "auto") -> MaskGradient:

@@ -15,12 +15,13 @@ from gradprune.config import GradientBackend, ImportanceBackend
 from gradprune.ops.backends import choose_backend, cpp_fault, cuda_fault, reference_fault, triton_fault
 from gradprune.ops.reference import (
     grad_stats_reference,
+    grouped_linear_importance_reference,
     linear_importance_reference,
     mask_gradient_reference,
     scale_gradients_reference,
     taylor_score_reference,
 )
-from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, MaskGradient, Side
+from gradprune.ops.vectors import GradientStatistics, GroupedVectors, ImportanceVectors, MaskGradient, Side
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class ImportanceOps:
     backend: str
     taylor_score: Callable[[Tensor, Tensor, Side], ImportanceVectors]
     linear_importance: Callable[[Tensor, Tensor, Tensor, Side], ImportanceVectors]
+    grouped_linear_importance: Callable[[Tensor, Tensor, Tensor, Tensor, Side], GroupedVectors]
     mask_gradient: Callable[[Tensor, Tensor], MaskGradient]
 
 
@@ -75,6 +77,28 @@ def linear_importance(
         ValueError: the shapes do not fit, `side` is unknown, or the backend cannot read a tensor.
     """
     return select_ops(backend, w.device.type).linear_importance(x, dy, w, side)
+
+
+def grouped_linear_importance(
+    x: Tensor, dy: Tensor, w: Tensor, offsets: Tensor, side: Side = "both", backend: ImportanceBackend = "auto"
+) -> GroupedVectors:
+    """`linear_importance` of each expert's weight, on the tokens that it sees: a ragged batch of samples.
+
+    Args:
+        x: [R, I] floating point, the inputs, a row for each token and expert of its own: expert by expert, and of an
+            expert sample by sample.
+        dy: [R, O] floating point, the gradient of each sample's loss with respect to the outputs.
+        w: [E, O, I] floating point, the weights.
+        offsets: [E * N + 1] int64 on x's device, ascending: sample n's rows of expert e are those from
+            offsets[e * N + n] on, up to the next. The gradient of a sample without rows is zero.
+        side: which sums to compute: "rows", "columns" or "both". The others are None in the result.
+        backend: who computes it; "auto" takes the fastest that runs on w's device.
+
+    Raises:
+        BackendUnavailableError: the backend asked for cannot run here.
+        ValueError: the shapes do not fit, `side` is unknown, or the backend cannot read a tensor.
+    """
+    return select_ops(backend, w.device.type).grouped_linear_importance(x, dy, w, offsets, side)
 
 
 def mask_gradient(x: Tensor, dx: Tensor, backend: ImportanceBackend = "auto") -> MaskGradient:
@@ -186,19 +210,37 @@ class _Family(Generic[Ops]):
 
 
 def _importance_reference() -> ImportanceOps:
-    return ImportanceOps("reference", taylor_score_reference, linear_importance_reference, mask_gradient_reference)
+    return ImportanceOps(
+        "reference",
+        taylor_score_reference,
+        linear_importance_reference,
+        grouped_linear_importance_reference,
+        mask_gradient_reference,
+    )
 
 
 def _importance_cpp() -> ImportanceOps:
-    from gradprune.ops.cpp import linear_importance_cpp, mask_gradient_cpp, taylor_score_cpp
+    from gradprune.ops import cpp
 
-    return ImportanceOps("cpp", taylor_score_cpp, linear_importance_cpp, mask_gradient_cpp)
+    return ImportanceOps(
+        "cpp",
+        cpp.taylor_score_cpp,
+        cpp.linear_importance_cpp,
+        cpp.grouped_linear_importance_cpp,
+        cpp.mask_gradient_cpp,
+    )
 
 
 def _importance_triton() -> ImportanceOps:
-    from gradprune.ops.triton import linear_importance_triton, mask_gradient_triton, taylor_score_triton
+    from gradprune.ops import triton
 
-    return ImportanceOps("triton", taylor_score_triton, linear_importance_triton, mask_gradient_triton)
+    return ImportanceOps(
+        "triton",
+        triton.taylor_score_triton,
+        triton.linear_importance_triton,
+        triton.grouped_linear_importance_triton,
+        triton.mask_gradient_triton,
+    )
 
 
 def _gradient_reference() -> GradientOps:

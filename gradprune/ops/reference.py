@@ -5,11 +5,22 @@ empirical Fisher in place of the Hessian is Theis et al. 2018 (arXiv:1801.05787)
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, MaskGradient, Side, sides
+from gradprune.ops.vectors import (
+    GradientStatistics,
+    GroupedVectors,
+    ImportanceVectors,
+    MaskGradient,
+    Side,
+    check_grouped,
+    sides,
+)
+
+_SIDES: tuple[Literal["rows", "columns"], ...] = ("rows", "columns")
 
 
 def taylor_score_reference(w: Tensor, g: Tensor, side: Side = "both") -> ImportanceVectors:
@@ -48,6 +59,39 @@ def linear_importance_reference(x: Tensor, dy: Tensor, w: Tensor, side: Side = "
     dtype = torch.float64 if x.dtype == dy.dtype == w.dtype == torch.float64 else torch.float32
     w = w.to(dtype)
     return sum_vectors([taylor_score_reference(w, dy[n].to(dtype).T @ x[n].to(dtype), side) for n in range(x.shape[0])])
+
+
+def grouped_linear_importance_reference(
+    x: Tensor, dy: Tensor, w: Tensor, offsets: Tensor, side: Side = "both"
+) -> GroupedVectors:
+    """`linear_importance` of each expert's weight, on the tokens that it sees: a ragged batch of samples.
+
+    With r the rows of expert e and sample n, g_en = sum over r of dy_r x_r^T, and the result for e is the sum over n of
+    `taylor_score(w_e, g_en)`.
+
+    Args:
+        x: [R, I] floating point, the inputs, a row for each token and expert of its own: expert by expert, and of an
+            expert sample by sample.
+        dy: [R, O] floating point, the gradient of each sample's loss with respect to the outputs.
+        w: [E, O, I] floating point, the weights.
+        offsets: [E * N + 1] int64, ascending: sample n's rows of expert e are those from offsets[e * N + n] on, up to
+            the next. The gradient of a sample without rows is zero, and counts in the statistics.
+        side: which sums to compute.
+
+    The gradient is formed in fp32 (fp64 where all are fp64), one sample at a time. Deterministic.
+    """
+    samples = check_grouped(x, dy, w, offsets)
+    ends = offsets.tolist()
+    found = []
+    for expert, own in enumerate(w):
+        spans = [slice(*ends[k : k + 2]) for k in range(expert * samples, (expert + 1) * samples)]
+        of_samples = [linear_importance_reference(x[None, span], dy[None, span], own, side) for span in spans]
+        found.append(sum_vectors(of_samples))
+    rows, columns = (
+        torch.stack([each.sums(name) for each in found]) if asked else None
+        for name, asked in zip(_SIDES, sides(side), strict=True)
+    )
+    return GroupedVectors(rows, columns, GradientStatistics.unpack(torch.stack([s.statistics.pack() for s in found])))
 
 
 def mask_gradient_reference(x: Tensor, dx: Tensor) -> MaskGradient:

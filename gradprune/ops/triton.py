@@ -3,10 +3,19 @@
 import torch
 from torch import Tensor
 
+from gradprune.kernels import grouped_linear_importance as grouped_kernel
 from gradprune.kernels import linear_importance as linear_kernel
 from gradprune.kernels import mask_gradient as mask_kernel
 from gradprune.kernels import taylor_score as taylor_kernel
-from gradprune.ops.vectors import GradientStatistics, ImportanceVectors, MaskGradient, Side, sides
+from gradprune.ops.vectors import (
+    GradientStatistics,
+    GroupedVectors,
+    ImportanceVectors,
+    MaskGradient,
+    Side,
+    check_grouped,
+    sides,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,6 +72,40 @@ def linear_importance_triton(x: Tensor, dy: Tensor, w: Tensor, side: Side = "bot
     of_rows = linear_kernel.linear_importance_triton(x, dy, w, columns=False) if rows else None
     of_columns = linear_kernel.linear_importance_triton(x, dy, w, columns=True) if columns else None
     return vectors(of_rows, of_columns)
+
+
+def grouped_linear_importance_triton(
+    x: Tensor, dy: Tensor, w: Tensor, offsets: Tensor, side: Side = "both"
+) -> GroupedVectors:
+    """`linear_importance` of each expert's weight, on the tokens that it sees: a ragged batch of samples.
+
+    Args:
+        x: [R, I] fp32, bf16 or fp16, the inputs, expert by expert and sample by sample.
+        dy: [R, O] any of these types, the gradient of each sample's loss with respect to the outputs; dtypes that
+            differ are treated as in `linear_importance_triton`.
+        w: [E, O, I] any of these types, the weights.
+        offsets: [E * N + 1] int64 on their device, where each sample's rows of each expert begin, and the end.
+        side: which sums to compute; "both" computes the gradients twice.
+
+    One launch for all experts and a side; a gradient is never written to memory. A tensor whose inner stride is not 1
+    is copied. Accumulates in fp32 and in fixed order: the same bits every time.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unsupported dtype; names the argument.
+    """
+    check_grouped(x, dy, w, offsets)
+    for name, tensor in (("x", x), ("dy", dy), ("w", w)):
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name}: dtype {tensor.dtype} is not one of float32, bfloat16, float16")
+    dtype = torch.promote_types(x.dtype, dy.dtype)
+    x, dy, w = (_unit_inner_stride(tensor) for tensor in (x.to(dtype), dy.to(dtype), w))
+    rows, columns = (
+        grouped_kernel.grouped_linear_importance_triton(x, dy, w, offsets, columns=across) if asked else None
+        for across, asked in zip((False, True), sides(side), strict=True)
+    )
+    either = rows or columns
+    assert either is not None
+    return GroupedVectors(rows and rows[0], columns and columns[0], GradientStatistics.unpack(either[1]))
 
 
 def mask_gradient_triton(x: Tensor, dx: Tensor) -> MaskGradient:

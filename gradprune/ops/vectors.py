@@ -1,4 +1,4 @@
-"""The results of the importance and gradient ops: `GradientStatistics` and `ImportanceVectors`."""
+"""The results of the importance and gradient ops: `GradientStatistics`, `ImportanceVectors` and those of experts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -131,3 +131,46 @@ class ImportanceVectors:
         if found is None:
             raise ValueError(f"side: the {side} were not computed")
         return found
+
+
+@dataclass(frozen=True)
+class GroupedVectors:
+    """`ImportanceVectors` of E experts' weights [O, I] and their gradients.
+
+    rows: [E, 2, O]. columns: [E, 2, I]. statistics: each field [E]. The side not asked for is None.
+    """
+
+    rows: Tensor | None
+    columns: Tensor | None
+    statistics: GradientStatistics[Tensor]
+
+    def sums(self, side: Literal["rows", "columns"]) -> Tensor:
+        """[E, 2, O] or [E, 2, I], the sums over one side: of |w g| and of w^2 g^2.
+
+        Raises:
+            ValueError: the op was not asked for them.
+        """
+        found = self.rows if side == "rows" else self.columns
+        if found is None:
+            raise ValueError(f"side: the {side} were not computed")
+        return found
+
+
+def check_grouped(x: Tensor, dy: Tensor, w: Tensor, offsets: Tensor) -> int:
+    """The number of samples of arguments of `grouped_linear_importance`.
+
+    Raises:
+        ValueError: their shapes do not fit; names the argument.
+    """
+    if w.ndim != 3:
+        raise ValueError(f"w: has shape {tuple(w.shape)}; [E, O, I] is needed, a weight for each expert")
+    experts, outputs, inputs = w.shape
+    if x.ndim != 2 or x.shape[1] != inputs:
+        raise ValueError(f"x: has shape {tuple(x.shape)}; [R, {inputs}] is needed, for w {tuple(w.shape)}")
+    if dy.shape != (len(x), outputs):
+        raise ValueError(f"dy: has shape {tuple(dy.shape)}; {(len(x), outputs)} is needed")
+    if offsets.dtype != torch.int64 or offsets.ndim != 1 or not len(offsets) or (len(offsets) - 1) % max(1, experts):
+        raise ValueError(
+            f"offsets: is {offsets.dtype} {tuple(offsets.shape)}; int64 [{experts} * samples + 1] is needed"
+        )
+    return (len(offsets) - 1) // max(1, experts)

@@ -131,6 +131,7 @@ GATES: dict[str, tuple[Callable[[Compiled], bool], tuple[str, ...]]] = {
     "a short epilogue by descriptors": (long_epilogue(15.5), ("linear_importance", "descriptors")),
     "a short epilogue by pointers": (long_epilogue(18), ("linear_importance", "tail", "pointers")),
     "a short epilogue of ragged widths": (long_epilogue(28), ("linear_importance", "ragged", "pointers")),
+    "a short epilogue of ragged tokens": (long_epilogue(30), ("grouped_linear_importance", "whole")),
     "linear_importance waits for little": (waits(4), ("linear_importance",)),
     "taylor_score waits for little": (waits(6), ("taylor_score",)),
     "mask_gradient waits for nothing": (waits(0), ("mask_gradient",)),

@@ -1,0 +1,95 @@
+"""grouped_linear_importance: eager, our backends; the floor is each expert's plain weight gradient, a GEMM for each.
+
+The floor does less, as that of linear_importance does. Experts see as many tokens as chance gives them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.op import DTYPES, Case, Op
+from benchmarks.kernels.providers import importance_backends, unchecked
+from benchmarks.kernels.vectors import vectors_fault
+from benchmarks.timing import Provider
+from gradprune.ops.reference import grouped_linear_importance_reference
+from gradprune.ops.vectors import GradientStatistics, GroupedVectors, ImportanceVectors
+
+_FP32_SUM = 1e-5
+
+
+def cases(device: str, size: str) -> list[Case]:
+    """Qwen3-30B-A3B's experts, all of a layer on a GPU, with the rows that its router sends them; and a toy's."""
+    if size == "toy":
+        return [Case("toy", ((3, 24, 40),), dtype, samples=2, tokens=20) for dtype in ("fp32", "bf16")]
+    experts, tokens = (128, 4096) if device == "cuda" else (8, 256)
+    shapes = {"gate_up": (experts, 1536, 2048), "down": (experts, 2048, 768)}
+    return [
+        Case(f"Qwen3-30B-A3B {name}", (shape,), dtype, samples=4, tokens=tokens)
+        for dtype in (("bf16", "fp32") if device == "cuda" else ("fp32", "bf16"))
+        for name, shape in shapes.items()
+    ]
+
+
+def _inputs(case: Case, number: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`tokens` rows of each sample, spread over the experts."""
+    experts, rows, columns = case.shapes[0]
+    generator = torch.Generator().manual_seed(number)
+    chosen = torch.randint(experts, (case.samples, case.tokens), generator=generator)
+    of_rows = chosen * case.samples + torch.arange(case.samples)[:, None]
+    counts = torch.bincount(of_rows.flatten(), minlength=experts * case.samples)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(device)
+    x = case.random((case.samples * case.tokens, columns), 3 * number, device)
+    dy = case.random((case.samples * case.tokens, rows), 3 * number + 1, device)
+    return x, dy, case.random(case.shapes[0], 3 * number + 2, device), offsets
+
+
+def weight_gradients(x: Tensor, dy: Tensor, w: Tensor, offsets: Tensor) -> list[Tensor]:
+    """The floor: what a backward pass multiplies, expert by expert."""
+    samples = (len(offsets) - 1) // len(w)
+    counts = offsets[::samples].diff().tolist()
+    parts = zip(dy.split(counts), x.split(counts), strict=True)
+    return [torch.mm(of_dy.T, of_x) for of_dy, of_x in parts]
+
+
+def _check(epsilon: float) -> Callable[[Any, tuple[Any, ...]], str | None]:
+    """epsilon: relative rounding of the gradient's elements."""
+    expected: list[GroupedVectors] = []
+
+    def check(found: GroupedVectors, inputs: tuple[Any, ...]) -> str | None:
+        *values, offsets = inputs
+        if not expected:
+            expected.append(grouped_linear_importance_reference(*(value.double() for value in values), offsets))
+        pairs = zip(_by_expert(found), _by_expert(expected[0]), strict=True)
+        faults = (vectors_fault(have, want, _FP32_SUM + epsilon) for have, want in pairs)
+        return next((fault for fault in faults if fault is not None), None)
+
+    return check
+
+
+def _by_expert(found: GroupedVectors) -> list[ImportanceVectors]:
+    parts = zip(found.sums("rows"), found.sums("columns"), found.statistics.pack(), strict=True)
+    return [ImportanceVectors(rows, columns, GradientStatistics.unpack(own)) for rows, columns, own in parts]
+
+
+def _providers(case: Case, device: str) -> list[Provider]:
+    check = _check(torch.finfo(DTYPES[case.dtype]).eps / 2)
+    providers = [
+        Provider("torch.mm by expert", weight_gradients, unchecked, floor=True),
+        Provider("eager", grouped_linear_importance_reference, check),
+    ]
+    return providers + importance_backends(lambda ops: ops.grouped_linear_importance, check, device)
+
+
+def _bytes(case: Case) -> int:
+    _, rows, columns = case.shapes[0]
+    return (case.elements + case.samples * case.tokens * (rows + columns)) * case.itemsize
+
+
+def _flops(case: Case) -> int:
+    _, rows, columns = case.shapes[0]
+    return 2 * case.samples * case.tokens * rows * columns
+
+
+OP = Op("grouped_linear_importance", cases, _inputs, _providers, moved_bytes=_bytes, input_bytes=_bytes, flops=_flops)
