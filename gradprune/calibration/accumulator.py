@@ -31,15 +31,17 @@ class BlockSums:
     mask_square: [groups], sum of (sum of w g over the group's output columns)^2, the squared gradient of a
         mask on the group.
     input_square: [I], sum of x^2 at the output projection.
-    output_square: [], sum of dy^2 at the output projection, of each sample's own loss, where curvatures are collected.
+    output_square: [outputs], sum of dy^2 at each output projection, of each sample's own loss, where curvatures are
+        collected.
     """
 
-    def __init__(self, groups: int, width: int, device: torch.device, more: Sequence[str] = ()) -> None:
-        """Zeros, of so many groups and columns of the output projection; `more`: names of further sums, [groups]."""
+    def __init__(self, block: Block, device: torch.device, more: Sequence[str] = ()) -> None:
+        """Zeros, for the groups and output projections of a block; `more`: names of further sums, [groups]."""
+        groups, width, outputs = block.groups, block.width, block.outputs
         of_groups = ("first", "second", "mask_square", *more)
-        self.whole = torch.zeros(len(of_groups) * groups + width + 1, dtype=torch.float64, device=device)
+        self.whole = torch.zeros(len(of_groups) * groups + width + outputs, dtype=torch.float64, device=device)
         self.weights = self.whole[: 2 * groups].view(2, groups)
-        self.input_square, self.output_square = self.whole[-width - 1 : -1], self.whole[-1]
+        self.input_square, self.output_square = self.whole[-width - outputs :].split([width, outputs])
         parts: tuple[Tensor, ...] = self.whole[: len(of_groups) * groups].view(-1, groups).unbind()
         self.first, self.second, self.mask_square = parts[:3]
         self.by_name = dict(zip(of_groups, parts, strict=True))
@@ -103,7 +105,7 @@ class BlockAccumulator(ABC):
         self.discard()
 
     def _zeros(self, device: torch.device) -> BlockSums:
-        return BlockSums(self.block.groups, self.block.width, device, self.more_sums)
+        return BlockSums(self.block, device, self.more_sums)
 
     def discard(self) -> None:
         """Drop the pending contributions of the current step."""
@@ -202,6 +204,13 @@ class BlockAccumulator(ABC):
         return self._first_order(count)
 
     @abstractmethod
+    def curvatures(self, samples: int) -> Tensor:
+        """[outputs], mean over samples of the diagonal mean of sum over tokens dy dy^T of each output projection.
+
+        See `gradprune.calibration.obs`.
+        """
+
+    @abstractmethod
     def _first_order(self, count: int) -> Tensor:
         """[groups] fp64, the component "taylor" of `count` gradients."""
 
@@ -264,9 +273,10 @@ class LinearAccumulator(BlockAccumulator):
         self._added.input_square += x.to(accumulation_dtype(x)).square().sum(0)
         self._pending_tokens += x.shape[0]
 
-    def curvature(self, samples: int) -> Tensor:
-        """[], mean over samples of the diagonal mean of sum over tokens dy dy^T, see `gradprune.calibration.obs`."""
-        return self.sums.output_square / (samples * self.block.output.linear.out_features)
+    def curvatures(self, samples: int) -> Tensor:
+        """[1], that of its output projection."""
+        mean: Tensor = self.sums.output_square / (samples * self.block.output.linear.out_features)
+        return mean
 
     @abstractmethod
     def _observe_weight(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor) -> None:
@@ -287,9 +297,7 @@ class LinearAccumulator(BlockAccumulator):
         of_bias = None if self.block.output.linear.bias is None else self._reduced(dy.sum(1))
         self._observe_mask(self._reduced(self._input_gradient(x, dx)), of_bias)
         if self._curvature:
-            # Each row first, so that no sum is split between threads; in one read.
-            rows = torch.linalg.vector_norm(dy, dim=-1, dtype=accumulation_dtype(dy))
-            _square_of(torch.linalg.vector_norm(rows, dtype=torch.float64), self._added.output_square)
+            square_sum(dy, self._added.output_square[0])
 
     def _accumulate(self, entry: InputLinear | OutputLinear, vectors: ImportanceVectors) -> None:
         sums = vectors.sums(_side(entry))
@@ -423,6 +431,13 @@ def _of_first_steps(values: Tensor, gradients: Sequence[int]) -> tuple[Tensor, .
     ends = list(itertools.accumulate(gradients))
     of_steps: tuple[Tensor, ...] = values.split(list(gradients[: 1 + ends.index(len(values))]))
     return of_steps
+
+
+def square_sum(values: Tensor, into: Tensor) -> None:
+    """Put the sum of squares of `values`, [..., O], into `into`, [] fp64, in one read of them."""
+    # Each row first, so that no sum is split between threads.
+    rows = torch.linalg.vector_norm(values, dim=-1, dtype=accumulation_dtype(values))
+    _square_of(torch.linalg.vector_norm(rows, dtype=torch.float64), into)
 
 
 def _square_of(norm: Tensor, into: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradprune.calibration.accumulator import BlockAccumulator, LinearAccumulator, StepRecord
+from gradprune.calibration.accumulator import BlockAccumulator, StepRecord
 from gradprune.calibration.capture import capture, checkpointed
 from gradprune.calibration.evidence import Evidence, Scores
 from gradprune.calibration.experts import check_experts, scores_experts_alone
@@ -492,9 +492,8 @@ class ImportanceEngine:
         """The component "obs", computed once for the samples so far."""
         if self._costs is None:
             samples = sum(len(ids) for ids in self._samples)
-            linear = {key: one for key, one in self._accumulators.items() if isinstance(one, LinearAccumulator)}
-            found = on_host([accumulator.curvature(samples) for accumulator in linear.values()])
-            curvatures = dict(zip(linear, map(float, found), strict=True))
+            found = on_host([accumulator.curvatures(samples) for accumulator in self._accumulators.values()])
+            curvatures = {key: of_block.tolist() for key, of_block in zip(self._accumulators, found, strict=True)}
             costs = removal_costs(self._view, self._samples, curvatures, self.ranks)
             self._costs = torch.cat([costs[key] for key in self._accumulators])
         return self._costs

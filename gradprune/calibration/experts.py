@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradprune.calibration.accumulator import BlockAccumulator, accumulation_dtype
+from gradprune.calibration.accumulator import BlockAccumulator, accumulation_dtype, square_sum
 from gradprune.calibration.capture import observed_linear, observed_product
 from gradprune.calibration.methods import Depth
 from gradprune.config import Method, ReductionName
@@ -40,7 +40,7 @@ def check_experts(view: PrunableModel, method: Method, reduction: ReductionName)
     """Refuse what there is not for mixtures of experts, or only for them.
 
     Raises:
-        ConfigError: "obs" or the reduction "batch"; "reap" for anything but whole experts.
+        ConfigError: the reduction "batch"; "obs" for whole experts, and "reap" for anything but them.
     """
     if method == "reap" and not scores_experts_alone(view):
         others = sorted({block.kind.name for block in view.blocks if not isinstance(block, WholeExperts)})
@@ -50,10 +50,10 @@ def check_experts(view: PrunableModel, method: Method, reduction: ReductionName)
         )
     if not view.has_experts:
         return
-    if method == "obs":
+    if method == "obs" and any(isinstance(block, WholeExperts) for block in view.blocks):
         raise ConfigError(
-            "importance_method: 'obs' needs the inverse of a Gram matrix for each expert, which sees too few tokens; "
-            "choose 'group_fisher' or 'taylor_2nd' for a mixture of experts"
+            "importance_method: 'obs' scores channels that others can make up for; choose 'group_fisher', 'reap' or "
+            "'taylor_2nd' for whole experts"
         )
     if reduction == "batch":
         raise ConfigError("reduction: 'batch' is not made for a mixture of experts; choose 'sample'")
@@ -172,6 +172,8 @@ class ExpertsAccumulator(BlockAccumulator):
         bias = self.block.down.bias_of(expert)
         if bias is not None:
             gate = gate + dy.sum(1).double() @ bias.detach().double()
+        if self._curvature:
+            square_sum(dy, self._added.output_square[expert])
         self._added.mask_square[self.block.groups_of(expert)] += self._of_masks(by_channel, gate).square().sum(0)
         self.pending.gate = gate if self.pending.gate is None else self.pending.gate + gate
 
@@ -183,6 +185,11 @@ class ExpertsAccumulator(BlockAccumulator):
             gate: [N], of a mask on its output.
         """
         return by_channel
+
+    def curvatures(self, samples: int) -> Tensor:
+        """[experts], each expert's."""
+        mean: Tensor = self.sums.output_square / (samples * self.block.down.weight(0).shape[0])
+        return mean
 
     def _first_order(self, count: int) -> Tensor:
         return self.sums.first / count

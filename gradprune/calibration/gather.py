@@ -15,6 +15,7 @@ from gradprune.config import OPTIONS, Method, PruneConfig
 from gradprune.data.windows import batches
 from gradprune.errors import ConfigError
 from gradprune.models.digest import model_digest
+from gradprune.models.experts import WholeExperts
 from gradprune.progress import progress
 from gradprune.run import Run
 
@@ -84,8 +85,8 @@ def calibrate(
 def _calibrated(run: Run) -> Evidence:
     config = run.config
     method, everything = _collected(config)
-    if everything and run.view.has_experts:
-        # All methods but "obs", which there is not for experts.
+    if everything and any(isinstance(block, WholeExperts) for block in run.view.blocks):
+        # All methods but "obs", which there is not for whole experts.
         method = "taylor_2nd"
     engine = ImportanceEngine(
         run.view.model,

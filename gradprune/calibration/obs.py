@@ -12,6 +12,9 @@ LLM Surgeon, arXiv:2312.17244; ZipLM, arXiv:2302.04089). Groups are removed one 
 two identical channels the first costs nothing and the second its full price. g is the mean over samples of the
 diagonal mean of sum over tokens dy dy^T, with dy the gradient of the sample's loss to the block's output: one
 number per block.
+
+A routed expert is such a block of its own: its tokens are those that are sent to it, and dy the gradient to what it
+writes before the router's factor. The channels of one that sees no token cost nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +26,8 @@ from torch import Tensor
 from gradprune.calibration.cholesky import cholesky, inverse
 from gradprune.calibration.gram import add_gram, one_thread, symmetric
 from gradprune.errors import NonFiniteError
-from gradprune.models import BlockKey, LinearBlock, PrunableModel
+from gradprune.models import Block, BlockKey, LinearBlock, PrunableModel
+from gradprune.models.experts import ExpertsBlock
 from gradprune.models.modes import evaluation_mode
 from gradprune.models.streams import Streams, read_bytes, stream_bytes
 from gradprune.ranks import ALONE, Ranks
@@ -58,14 +62,14 @@ class RemovalPath:
 
 @torch.no_grad()
 def removal_costs(
-    view: PrunableModel, batches: Sequence[Tensor], curvatures: Mapping[BlockKey, float], ranks: Ranks = ALONE
+    view: PrunableModel, batches: Sequence[Tensor], curvatures: Mapping[BlockKey, Sequence[float]], ranks: Ranks = ALONE
 ) -> dict[BlockKey, Tensor]:
     """[groups] fp64 on the CPU for each block: the importance along its removal path, in the dense model.
 
     Args:
         view: the model, which is run once, layer by layer.
         batches: calibration ids, [N, T] int64 each.
-        curvatures: g of each block.
+        curvatures: g of each output projection of each block.
         ranks: the processes that divide `batches`, which all of them give.
 
     One Gram matrix is in memory at a time, summed in fp32 (fp64 for fp64 models).
@@ -83,21 +87,60 @@ def removal_costs(
             written: list[dict[torch.nn.Module, Tensor]] = [{} for _ in current]
             with view.resident(layer, layer + 1):
                 for block in view.of_layer(layer):
-                    assert isinstance(block, LinearBlock)  # the engine refuses others
-                    linear = block.output.linear
-                    inputs = [streams.output_input(block, k, stream, written[k]) for k, stream in enumerate(current)]
-                    gram = with_ridge(_mean_gram(block, inputs, ranks))
-                    path = removal_path(linear.weight, gram, block.output.columns, curvatures[block.key])
-                    costs[block.key] = path.importance()
-                    for batch, x in enumerate(inputs):
-                        written[batch][block.module] = streams.keep(linear(x.to(linear.weight.device)))
+                    find = _of_experts if isinstance(block, ExpertsBlock) else _of_linear
+                    costs[block.key], outputs = find(streams, block, current, written, curvatures[block.key], ranks)
+                    for batch, output in enumerate(outputs):
+                        written[batch][block.module] = output
                 current = [streams.layer(layer, k, stream, written[k]) for k, stream in enumerate(current)]
     return costs
 
 
-def _mean_gram(block: LinearBlock, inputs: Sequence[Tensor], ranks: Ranks) -> Tensor:
-    """[I, I], the mean over all ranks' tokens of x x^T of inputs x [N, T, I]."""
-    weight = block.output.linear.weight
+_Written = Sequence[dict[torch.nn.Module, Tensor]]
+
+
+def _of_linear(
+    streams: Streams,
+    block: Block,
+    current: Sequence[Tensor],
+    written: _Written,
+    curvatures: Sequence[float],
+    ranks: Ranks,
+) -> tuple[Tensor, list[Tensor]]:
+    """The importances of a block's groups, and what it writes, per batch.
+
+    current: per batch, the stream before the layer. written: what modules before the block write.
+    """
+    assert isinstance(block, LinearBlock)
+    linear = block.output.linear
+    inputs = [streams.output_input(block, k, stream, written[k]) for k, stream in enumerate(current)]
+    gram = _mean_gram(inputs, linear.weight, f"layer {block.layer}'s {block.output.path}", ranks)
+    path = removal_path(linear.weight, with_ridge(gram), block.output.columns, curvatures[0])
+    return path.importance(), [streams.keep(linear(x.to(linear.weight.device))) for x in inputs]
+
+
+def _of_experts(
+    streams: Streams,
+    block: Block,
+    current: Sequence[Tensor],
+    written: _Written,
+    curvatures: Sequence[float],
+    ranks: Ranks,
+) -> tuple[Tensor, list[Tensor]]:
+    """As `_of_linear`, of a layer's experts by channels, one expert after the other."""
+    assert isinstance(block, ExpertsBlock)
+    found = [streams.expert_inputs(block, k, stream, written[k]) for k, stream in enumerate(current)]
+    importances = []
+    for expert, curvature in enumerate(curvatures):
+        weight = block.down.weight(expert)
+        inputs = [x[routed.spans[expert]] for routed, x, _ in found]
+        name = f"layer {block.layer}'s {block.down.name} of expert {expert}"
+        gram = _mean_gram(inputs, weight, name, ranks)
+        importances.append(removal_path(weight, with_ridge(gram), 1, curvature).importance())
+    return torch.cat(importances), [wrote for _, _, wrote in found]
+
+
+def _mean_gram(inputs: Sequence[Tensor], weight: Tensor, name: str, ranks: Ranks) -> Tensor:
+    """[I, I], the mean over all ranks' tokens of x x^T of inputs x [..., I] of a weight [O, I]; 0 of no token."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=dtype, device=weight.device)
     for x in inputs:
@@ -105,11 +148,10 @@ def _mean_gram(block: LinearBlock, inputs: Sequence[Tensor], ranks: Ranks) -> Te
     gram = ranks.sum(gram)
     if not gram.diagonal().isfinite().all():
         raise NonFiniteError(
-            f"obs: the input of layer {block.layer}'s {block.output.path} is not finite; "
-            "load the model in a wider dtype (bfloat16 or float32)"
+            f"obs: the input of {name} is not finite; load the model in a wider dtype (bfloat16 or float32)"
         )
     tokens: int = sum(ranks.gather_json(sum(x.shape[:-1].numel() for x in inputs)))
-    return symmetric(gram) / tokens
+    return symmetric(gram) / max(tokens, 1)
 
 
 @torch.no_grad()

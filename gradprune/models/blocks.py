@@ -149,6 +149,11 @@ class Block(ABC):
         return 1
 
     @property
+    def outputs(self) -> int:
+        """How many output projections it has."""
+        return 1
+
+    @property
     @abstractmethod
     def width(self) -> int:
         """Columns of the output projection (of all experts' together)."""

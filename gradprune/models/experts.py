@@ -154,6 +154,11 @@ class ExpertsBlock(Block):
         return self.gate_up, self.down
 
     @property
+    def outputs(self) -> int:
+        """One for each expert."""
+        return self.experts
+
+    @property
     def width(self) -> int:
         """Channels of all experts together."""
         return self.experts * self.channels

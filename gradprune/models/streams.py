@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.models import Block, LinearBlock, PrunableModel
+from gradprune.models.experts import ExpertProjection, ExpertsBlock, Routed
 from gradprune.models.loss import sample_losses
 from gradprune.models.modes import forward_replaced
 from gradprune.ranks import ALONE, Ranks
@@ -114,6 +115,25 @@ class Streams:
         with _removed([block.module.register_forward_hook(stop)]), suppress(_StoppedError):
             self.layer(block.layer, batch, stream, written)
         return self.keep(reached[0])
+
+    def expert_inputs(
+        self, block: ExpertsBlock, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]
+    ) -> tuple[Routed, Tensor, Tensor]:
+        """Which tokens a layer's experts see, [R, C] what their output projections read, and what their module writes.
+
+        Arguments as of `output_input`.
+        """
+        seen: list[tuple[Routed, Tensor]] = []
+
+        def product(routed: Routed, projection: ExpertProjection, x: Tensor) -> Tensor:
+            if projection is block.down:
+                inputs = self.keep(x)
+                seen.append((routed.to(inputs.device), inputs))
+            return projection.product(routed, x)
+
+        with block.run_by(product):
+            wrote = self.block_output(block, batch, stream, written)
+        return *seen[0], wrote
 
     def mean_loss(self, streams: Sequence[Tensor], first: int, ranks: Ranks = ALONE) -> float:
         """Mean loss of all ranks' samples from batch `first` on, in nats per token, given the last layer's streams."""

@@ -19,7 +19,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from gradprune.models.experts import ExpertProjection, ExpertsBlock, Routed
+from gradprune.models.experts import ExpertsBlock, Routed
 from gradprune.models.streams import Streams
 from gradprune.ranks import Ranks
 from gradprune.surgery.moments import Fit, Moments, fit
@@ -83,24 +83,16 @@ def expert_reads(
         wanted: per batch, z, what they would have to write; None where it is what they would write whole.
         blend: how much of the way there they are to go.
     """
-    seen: list[tuple[Routed, Tensor]] = []
-
-    def product(routed: Routed, projection: ExpertProjection, x: Tensor) -> Tensor:
-        if projection is block.down:
-            inputs = streams.keep(x)
-            seen.append((routed.to(inputs.device), inputs))
-        return projection.product(routed, x)
-
     rerouted = block.reroutes(kept)
-    with block.masked(kept) if rerouted else nullcontext(), block.run_by(product):
-        wrote = [streams.block_output(block, k, stream, written[k]) for k, stream in enumerate(before)]
+    with block.masked(kept) if rerouted else nullcontext():
+        seen = [streams.expert_inputs(block, k, stream, written[k]) for k, stream in enumerate(before)]
     found = []
-    for k, (routed, inputs) in enumerate(seen):
+    for k, (routed, inputs, wrote) in enumerate(seen):
         lacking = None
         if rerouted or wanted is not None:
-            own = streams.block_output(block, k, before[k], written[k]) if rerouted else wrote[k]
+            own = streams.block_output(block, k, before[k], written[k]) if rerouted else wrote
             aim = own if wanted is None else torch.lerp(own, wanted[k].view_as(own), blend)
-            lacking = streams.keep((aim - wrote[k]).flatten(0, -2))
+            lacking = streams.keep((aim - wrote).flatten(0, -2))
         found.append(ExpertReads(routed, inputs, lacking))
     return found
 
