@@ -95,6 +95,19 @@ def test_mixtures_of_experts_are_streamed_bit_for_bit(architecture: str, options
     assert {file.name for file in (tmp_path / "streamed" / "run" / "model").glob("*.py")} == set()
 
 
+def test_weights_that_transformers_keeps_in_fp32_are_so_when_streamed(tmp_path: Path) -> None:
+    """Of a gpt_oss in fp16 these are the norms."""
+    saved(tiny_mixture("gpt_oss").float(), tmp_path)
+    whole, streamed = (load_model(tmp_path, dtype="float16", stream_layers=how)[0] for how in ("off", "on"))
+    residency = residency_of(streamed)
+    assert residency is not None
+    assert {parameter.dtype for parameter in whole.parameters()} == {torch.float16, torch.float32}
+    for name, parameter in whole.named_parameters():
+        found = residency.read(name) if name in residency.sources else streamed.get_parameter(name)
+        assert found.dtype == parameter.dtype, name
+        assert torch.equal(found, parameter), name
+
+
 @pytest.mark.parametrize(
     "options", [{"in_place": True}, {"repair": "none", "epsilon": 0.5}, {"uniform": True, "max_shard_size": "6KB"}]
 )

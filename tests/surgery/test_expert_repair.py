@@ -9,6 +9,7 @@ import torch
 from gradprune.models import describe
 from gradprune.models.kinds import BlockKey
 from gradprune.models.masks import GroupMasks
+from gradprune.ranks import ALONE, Ranks
 from gradprune.surgery.least_squares import least_squares
 from helpers.mixtures import CHANNELS, EXPERTS, MIXTURES, down_columns, experts_of, tiny_mixture
 from helpers.routing import routed, without_experts
@@ -148,6 +149,28 @@ def test_an_expert_that_sees_few_tokens_or_none_is_left_as_it_is() -> None:
         same = [torch.equal(after[expert][stays[expert]], before[expert][stays[expert]]) for expert in range(EXPERTS)]
         assert {expert for expert in range(EXPERTS) if not same[expert]} == solved
         assert not after[~stays].any()
+
+
+class TwoAlike(Ranks):
+    """Two ranks that have the same samples."""
+
+    def sum(self, own: torch.Tensor) -> torch.Tensor:
+        return own + own
+
+
+def test_an_expert_is_solved_for_where_the_tokens_of_all_ranks_are_enough() -> None:
+    """On each of two ranks, 2 tokens see expert 1, which keeps 8 channels."""
+    ids, kept, chosen = tiny_ids(4, 10), channels_drawn(), torch.tensor([[0, 2]] * 40)
+    chosen[[3, 17], 1] = 1
+    found = []
+    for batches, ranks in (([ids], TwoAlike()), ([ids, ids], ALONE), ([ids], ALONE)):
+        model = tiny_mixture()
+        view = describe(model)
+        with routed(model, chosen):
+            least_squares(view, masks_of(view, 1, kept), batches, [], blend=0.0, ridges=(RIDGE,), ranks=ranks)
+        found.append(down_columns(experts_of(model)[1]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(found[0][1], found[2][1], rtol=1e-3)
 
 
 @pytest.mark.parametrize("kinds", [None, ["attention", "experts"]])
