@@ -453,6 +453,7 @@ def _measure_perplexity(
     from gradprune.data.windows import check_context
     from gradprune.evaluation.perplexity import perplexity
     from gradprune.evaluation.protocols import protocol_perplexity
+    from gradprune.models.sizes import vocabulary_of
 
     if protocol is not None:
         return protocol_perplexity(
@@ -465,7 +466,7 @@ def _measure_perplexity(
             ranks=current(),
         )
     check_context(model.config, config.seq_len)
-    tokens = load_tokens(config.dataset, tokenizer, split="evaluation", vocab_size=model.config.vocab_size)
+    tokens = load_tokens(config.dataset, tokenizer, split="evaluation", vocab_size=vocabulary_of(model))
     return perplexity(
         model,
         tokens,
@@ -483,11 +484,12 @@ def _diagnoses(config: PruneConfig, lengths: list[int]) -> "dict[int, Diagnosis]
     from gradprune.calibration.gather import calibrate
     from gradprune.data.sources import load_tokens
     from gradprune.data.windows import check_context, sample_windows
+    from gradprune.models.sizes import vocabulary_of
     from gradprune.vanishing.diagnosis import diagnose_gradients
 
     model, tokenizer = _load(config, stages=("calibration",))
     check_context(model.config, max(lengths))
-    tokens = load_tokens(config.dataset, tokenizer, vocab_size=model.config.vocab_size)
+    tokens = load_tokens(config.dataset, tokenizer, vocab_size=vocabulary_of(model))
     windows = {
         length: sample_windows(tokens, num_samples=config.num_samples, seq_len=length, seed=config.seed)
         for length in lengths

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +26,7 @@ from gradprune.errors import CheckpointError, ConfigError, GradPruneError, Unsup
 from gradprune.hub import hub_fault
 from gradprune.models import accepted_kinds
 from gradprune.models.footprint import Job
-from gradprune.models.modeling_gradprune import auto_class, per_layer_overrides
+from gradprune.models.modeling_gradprune import auto_class, head_class, per_layer_overrides
 from gradprune.models.placement import check_placement
 from gradprune.models.sizes import ModelShape, free_memory, in_gib, model_shape
 
@@ -198,7 +199,8 @@ def _load_config(base_model: str | Path, source: dict[str, bool], argument: str)
 def _config_class(base_model: str | Path, source: dict[str, bool]) -> Any:
     """What reads the configuration: gradprune's own class where layers differ, because not every stock one can."""
     stated, _ = PreTrainedConfig.get_config_dict(base_model, local_files_only=source["local_files_only"])
-    pruned = stated.get("per_layer_config") and auto_class(str(stated.get("model_type")), "AutoConfig")
+    differ = any(part.get("per_layer_config") for part in (stated, stated.get("text_config") or {}))
+    pruned = auto_class(str(stated.get("model_type")), "AutoConfig") if differ else None
     return pruned or AutoConfig
 
 
@@ -230,9 +232,7 @@ def _load_weights(
     argument: str,
     **placed: Any,
 ) -> Any:
-    pruned = bool(per_layer_overrides(config))
-    # transformers' annotation of from_pretrained does not know output_loading_info's pair.
-    model_class: Any = auto_class(config.model_type, "AutoModelForCausalLM") if pruned else AutoModelForCausalLM
+    model_class, pruned = _model_class(config), bool(per_layer_overrides(config))
     options: dict[str, Any] = {"local_files_only": source["local_files_only"]} if pruned else dict(source)
     options |= placed
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -324,9 +324,14 @@ def load_shape(
 def _maker(config: PreTrainedConfig, source: dict[str, bool]) -> Callable[..., Any]:
     """What makes a model of the configuration: gradprune's own class where layers differ."""
     if per_layer_overrides(config):
-        pruned: Any = auto_class(config.model_type, "AutoModelForCausalLM")
-        return partial(pruned._from_config)
-    return partial(AutoModelForCausalLM.from_config, trust_remote_code=source["trust_remote_code"])
+        return partial(_model_class(config)._from_config)
+    return partial(_model_class(config).from_config, trust_remote_code=source["trust_remote_code"])
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    """What loads a model of the configuration: gradprune's own class where layers differ, else one of transformers'."""
+    auto = str(head_class(config.model_type))
+    return auto_class(config.model_type, auto) if per_layer_overrides(config) else getattr(transformers, auto)
 
 
 def _fits(shape: ModelShape, job: Job, device: torch.device) -> bool:

@@ -7,18 +7,26 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
 import gradprune.models
 from gradprune.checkpoint.atomic import atomic_directory, is_checkpoint
 from gradprune.checkpoint.shards import save_streamed
 from gradprune.config import OPTIONS, bytes_of
-from gradprune.models.modeling_gradprune import per_layer_overrides
+from gradprune.hub import hub_fault
+from gradprune.models.modeling_gradprune import per_layer_overrides, text_config
 from gradprune.models.residency import residency_of
 
 MAX_SHARD_SIZE: str = OPTIONS["max_shard_size"].default
 # Never imported here, where MLX need not be installed.
 MLX_FILE = "modeling_mlx.py"
 MLX_SOURCE = Path(gradprune.models.__file__).with_name(MLX_FILE)
+_PROCESSOR = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 MLX_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 """Model types of which mlx-lm has what the file builds on."""
 
@@ -32,7 +40,7 @@ def save_checkpoint(
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
     """Write a Hugging Face checkpoint: weights as safetensors, configuration, tokenizer, modelling files
-    for transformers and MLX if needed.
+    for transformers and MLX if needed, and the processor's files of a vision-language model.
 
     The folder appears whole or not at all, and has the same bytes every time.
 
@@ -70,3 +78,19 @@ def write_checkpoint(
         shutil.copyfile(MLX_SOURCE, folder / MLX_FILE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    if text_config(model.config) is not model.config:
+        _copy_processor(model.name_or_path or "", folder)
+
+
+def _copy_processor(source: str, folder: Path) -> None:
+    """Copy what turns images into a vision-language model's input, as far as `source`, a folder or an id, has it."""
+    for name in _PROCESSOR if source else ():
+        found = cached_file(
+            source,
+            name,
+            local_files_only=Path(source).is_dir() or hub_fault() is not None,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is not None and not (folder / name).exists():
+            shutil.copyfile(found, folder / name)

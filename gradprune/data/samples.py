@@ -9,6 +9,7 @@ from gradprune.config import PruneConfig
 from gradprune.data.sources import load_tokens
 from gradprune.data.windows import overlap_of, sample_windows, split_held_out
 from gradprune.errors import CalibrationError
+from gradprune.models.sizes import vocabulary_of
 
 # A standard error needs two.
 _FEWEST_SEARCHED = 2
@@ -46,9 +47,9 @@ def draw_samples(
     """
     for name, given in (("calibration", calibration), ("evaluation", evaluation)):
         if given is not None:
-            _check_ids(name, given, model.config.vocab_size)
+            _check_ids(name, given, vocabulary_of(model))
     calibration, evaluation = calibration_and_evaluation(
-        tokenizer, config, calibration, evaluation, model.config.vocab_size
+        tokenizer, config, calibration, evaluation, vocabulary_of(model)
     )
     # Held-out samples come from the windows that calibration leaves over.
     spare = max(0, len(calibration) // config.seq_len - config.num_samples)

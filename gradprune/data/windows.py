@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from gradprune.errors import CalibrationError
+from gradprune.models.modeling_gradprune import text_config
 
 HELD_OUT = 0.1
 """The fraction of a stream's tokens, at its end, that is held out for evaluation."""
@@ -108,7 +109,7 @@ def check_context(config: PreTrainedConfig, seq_len: int) -> None:
     Raises:
         CalibrationError: `seq_len` exceeds the context; the message gives both.
     """
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = getattr(text_config(config), "max_position_embeddings", None)
     if longest is not None and seq_len > longest:
         raise CalibrationError(
             f"seq_len: {seq_len} is longer than the model's context of {longest} tokens (max_position_embeddings)"

@@ -11,6 +11,7 @@ from gradprune.data.tokenize import begins_with_bos
 from gradprune.data.windows import check_context
 from gradprune.errors import ConfigError
 from gradprune.evaluation.perplexity import Perplexity, perplexity
+from gradprune.models.sizes import vocabulary_of
 from gradprune.progress import QUIET
 from gradprune.ranks import ALONE, Ranks
 
@@ -50,7 +51,7 @@ def protocol_perplexity(
         raise ConfigError(f"protocol: '{protocol}' is unknown; choose one of {', '.join(get_args(Protocol))}")
     window = _WINDOW[protocol]
     check_context(model.config, window)
-    tokens = load_tokens(dataset or "wikitext2", tokenizer, split="evaluation", vocab_size=int(model.config.vocab_size))
+    tokens = load_tokens(dataset or "wikitext2", tokenizer, split="evaluation", vocab_size=vocabulary_of(model))
     if tokenizer is not None and begins_with_bos(tokenizer):
         tokens = torch.cat([torch.tensor([tokenizer.bos_token_id]), tokens])
     return perplexity(

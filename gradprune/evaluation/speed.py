@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from gradprune.errors import ConfigError
 from gradprune.models.modes import evaluation_mode
+from gradprune.models.sizes import vocabulary_of
 
 _WARM_UP = 2
 
@@ -80,7 +81,7 @@ def decode_throughput(
 
 def _random_ids(models: Mapping[str, PreTrainedModel], samples: int, tokens: int, seed: int) -> Tensor:
     """Random ids [samples, tokens] int64, within every model's vocabulary."""
-    vocabulary = min(model.config.vocab_size for model in models.values())
+    vocabulary = min(vocabulary_of(model) for model in models.values())
     return torch.randint(vocabulary, (samples, tokens), generator=torch.Generator().manual_seed(seed))
 
 

@@ -11,7 +11,7 @@ from gradprune.models.blocks import LinearBlock, PrunableModel
 from gradprune.models.kinds import DEFAULT_KINDS
 from gradprune.models.modeling_gradprune import stock_class
 from gradprune.models.self_test import self_test
-from gradprune.models.tested import TESTED, tested_architectures
+from gradprune.models.tested import tested_architectures, tested_kinds
 from gradprune.models.view import view_of
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,9 @@ def accepted_kinds(config: PreTrainedConfig, model_class: type | None = None) ->
     Raises:
         UnsupportedArchitectureError: there is none; says what failed.
     """
-    if config.model_type in TESTED:
-        return TESTED[config.model_type]
+    tested = tested_kinds(config)
+    if tested:
+        return tested
     found = self_test(config, None if model_class is None else stock_class(model_class))
     line = f"architecture '{config.model_type}' is not on the tested list; {found.sentence()}"
     if not found.accepted:

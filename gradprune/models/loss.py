@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from gradprune.models.modeling_gradprune import text_config
 from gradprune.models.modes import forward_replaced
 
 # The head runs in chunks of tokens: at most so many logits are live at once, but a chunk is never below MIN_TOKENS, so
@@ -68,7 +69,8 @@ def logits_of(model: PreTrainedModel) -> Head:
     Where an architecture does something else to its logits (a scale, a soft cap), it is the model's own forward pass
     around the decoder.
     """
-    if not any(getattr(model.config, name, None) is not None for name in _CHANGES_LOGITS):
+    configs = (model.config, text_config(model.config))
+    if all(getattr(config, name, None) is None for config in configs for name in _CHANGES_LOGITS):
         head: nn.Linear = model.get_output_embeddings()
         return head
     decoder: Any = model.get_decoder()

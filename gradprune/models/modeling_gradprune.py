@@ -5,7 +5,9 @@ This file is saved beside the weights of a pruned checkpoint and needs only torc
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 AutoConfig and AutoModel work in the same way. Every causal LM of transformers has its classes here: `PrunedXConfig`,
-`PrunedXModel`, `PrunedXForCausalLM` extend transformers' `X...` and are made when they are first asked for.
+`PrunedXModel`, `PrunedXForCausalLM` extend transformers' `X...` and are made when they are first asked for. So has
+every vision-language model, which AutoModelForImageTextToText loads too: the layers of its decoder differ, and its
+`text_config` says how.
 
 `config.json` uses transformers' `per_layer_config`, which maps a layer's index to the values that differ from the
 model's global ones: `num_key_value_heads`; `num_attention_heads` (where it is left out, `num_key_value_heads` times the
@@ -22,7 +24,11 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 PLACES: dict[str, tuple[str, ...]] = {
     "attention": ("self_attn", "self_attention", "attention", "attn"),
@@ -47,6 +53,12 @@ SHARED_WIDTHS = (
 """What they call that of shared experts, where it is stated apart; elsewhere it is a multiple of the routed ones'."""
 EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 """What they call the number of routed experts; the first that is there."""
+
+HEADS: dict[str, Any] = {
+    "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+}
+"""By transformers' auto class, the classes of models that predict tokens; a vision-language model is meant whole."""
 
 # A layer's norms, and by kind of block those before it and those behind it, which go with the block. Where two blocks
 # share a norm, or the norms are others, they stay.
@@ -171,18 +183,21 @@ class PerLayerWidths:
     def __init__(self, config: PreTrainedConfig) -> None:
         """config: the architecture's own, with `per_layer_config`."""
         dense = homogeneous(config)
+        text = text_config(dense)
         overrides = per_layer_overrides(config)
         check_overrides(overrides)
         super().__init__(dense)
         layers = decoder_layers(self, config)
         for index, own in overrides.items():
-            layers[index] = build_layer(layers[index], dense, own, index)
+            layers[index] = build_layer(layers[index], text, own, index)
             for kind in own.get("skip", ()):
                 drop_block(layers[index], kind)
-        config._attn_implementation = dense._attn_implementation
+        config._attn_implementation = {"": dense._attn_implementation, "text_config": text._attn_implementation}
         config.auto_map = auto_map(config.model_type)
         self.config: PreTrainedConfig = config
         getattr(self, self.base_model_prefix, self).config = config
+        if text is not dense:
+            self.get_decoder().config = text_config(config)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -194,7 +209,7 @@ class PerLayerWidths:
         super().set_attn_implementation(*args, **kwargs)
         for module in decoder_layers(self, self.config).modules():
             if hasattr(module, "config"):
-                module.config._attn_implementation = self.config._attn_implementation
+                module.config._attn_implementation = text_config(self.config)._attn_implementation
 
 
 def __getattr__(name: str) -> Any:
@@ -217,7 +232,7 @@ def pruned_class(stock: type) -> Any:
     if issubclass(stock, PreTrainedConfig):
         auto = "AutoConfig"
     else:
-        auto = "AutoModelForCausalLM" if stock.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "AutoModel"
+        auto = next((auto for auto, names in HEADS.items() if stock.__name__ in names.values()), "AutoModel")
         made.config_class = pruned_class(stock.config_class)
     # Saving an object of a registered class writes this file, and its class into the configuration's auto_map.
     made.register_for_auto_class(auto)
@@ -226,28 +241,47 @@ def pruned_class(stock: type) -> Any:
 
 
 def class_names(model_type: str) -> dict[str, str]:
-    """Which class of transformers each of its auto classes takes for an architecture; empty if it has no causal LM."""
-    names: tuple[Any, ...] = (CONFIG_MAPPING_NAMES, MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    """Which class of transformers each of its auto classes takes for an architecture; empty if it predicts no token."""
+    auto = head_class(model_type)
+    if auto is None:
         return {}
-    autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-    return {auto: of[model_type] for auto, of in zip(autos, names, strict=True) if isinstance(of.get(model_type), str)}
+    names: dict[str, Any] = {"AutoConfig": CONFIG_MAPPING_NAMES, "AutoModel": MODEL_MAPPING_NAMES, auto: HEADS[auto]}
+    return {each: of[model_type] for each, of in names.items() if isinstance(of.get(model_type), str)}
 
 
-def auto_class(model_type: str, auto: str) -> Any:
+def head_class(model_type: str) -> str | None:
+    """Transformers' auto class for an architecture's models that predict tokens, as a whole; None if it has none."""
+    return next((auto for auto, names in HEADS.items() if model_type in names), None)
+
+
+def causal_lm(model_type: str) -> Any:
+    """The name of the class that `head_class` takes; None if it has none."""
+    return class_names(model_type).get(str(head_class(model_type)))
+
+
+def auto_class(model_type: str, auto: str | None) -> Any:
     """The class of this file that one of transformers' auto classes takes for an architecture; None if none."""
-    name = class_names(model_type).get(auto)
+    name = class_names(model_type).get(str(auto))
     return None if name is None else pruned_class(getattr(transformers, name))
 
 
 def auto_map(model_type: str) -> dict[str, str]:
     """`config.auto_map` of a pruned checkpoint: which class of this file each of transformers' auto classes takes."""
-    return {auto: f"modeling_gradprune.Pruned{name}" for auto, name in class_names(model_type).items()}
+    names = class_names(model_type)
+    names["AutoModelForCausalLM"] = causal_lm(model_type)
+    return {auto: f"modeling_gradprune.Pruned{name}" for auto, name in names.items()}
+
+
+def text_config(config: Any) -> Any:
+    """The part of a vision-language model's configuration that describes its decoder; of others, all of it."""
+    inner = getattr(config, "text_config", None)
+    return inner if isinstance(inner, PreTrainedConfig) else config
 
 
 def per_layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
     """`per_layer_config` by layer index, in transformers releases that do not know the attribute too."""
-    return {int(index): overrides for index, overrides in (config.to_dict().get("per_layer_config") or {}).items()}
+    stated = text_config(config).to_dict().get("per_layer_config") or {}
+    return {int(index): overrides for index, overrides in stated.items()}
 
 
 def check_overrides(layers: dict[int, dict[str, Any]]) -> None:
@@ -269,6 +303,8 @@ def stock_class(pruned: type) -> Any:
 def homogeneous(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of the configuration in which every layer has the global values."""
     dense = copy.copy(config)
+    if text_config(config) is not config:
+        dense.text_config = homogeneous(text_config(config))
     dense.per_layer_config = None
     return dense
 
@@ -306,9 +342,11 @@ def resolve_layer_config(dense: PreTrainedConfig, overrides: dict[str, Any]) -> 
 
 
 def decoder_layers(model: Any, config: PreTrainedConfig) -> nn.ModuleList:
-    """The model's decoder layers: its first list of as many modules as the configuration has layers."""
-    lists = (entry for entry in model.modules() if isinstance(entry, nn.ModuleList))
-    return next(entry for entry in lists if len(entry) == config.num_hidden_layers)
+    """The model's decoder layers: its decoder's first list of as many modules as the configuration has layers."""
+    text = text_config(config)
+    decoder = model if text is config else model.get_decoder()
+    lists = (entry for entry in decoder.modules() if isinstance(entry, nn.ModuleList))
+    return next(entry for entry in lists if len(entry) == text.num_hidden_layers)
 
 
 def build_layer(stock: Any, dense: PreTrainedConfig, overrides: dict[str, Any], index: int) -> Any:

@@ -27,9 +27,9 @@ from gradprune.models.experts import ExpertsBlock, plain_product
 from gradprune.models.kinds import KIND_NAMES
 from gradprune.models.loss import sample_losses
 from gradprune.models.masks import GroupMasks
-from gradprune.models.modeling_gradprune import class_names
+from gradprune.models.modeling_gradprune import causal_lm
 from gradprune.models.narrow import narrow
-from gradprune.models.shrink import shrunk, tiny_model
+from gradprune.models.shrink import shrunk, tiny_model, vision_left_empty
 from gradprune.models.view import missing_kinds, view_of
 
 # The largest difference, relative to the logits' size. Some architectures compute parts in fp32; a wrong cut differs
@@ -89,7 +89,7 @@ class _Keyed:
 
 @functools.cache
 def _tested(given: _Keyed) -> SelfTest:
-    if given.model_class is None and not class_names(given.config.model_type):
+    if given.model_class is None and causal_lm(given.config.model_type) is None:
         return SelfTest((), {"model": "transformers has no causal LM of this model_type"})
     with quiet():
         try:
@@ -152,9 +152,12 @@ def _by_experts(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _check_loss(model: PreTrainedModel) -> None:
-    """Importances are gradients of `sample_losses`, which must be the loss of the model's own logits."""
+    """Importances are gradients of `sample_losses`, which must be the loss of the model's own, causal logits."""
     ids = _ids(model)
     logits = _logits(model, ids)[:, :-1]
+    other = torch.cat([ids[:, :-1], ids[:, -1:] - 1], 1)
+    if _differ(_logits(model, other)[:, :-1], logits):
+        raise ValueError("its logits depend on tokens that follow")
     expected = (
         F.cross_entropy(logits.flatten(0, 1).double(), ids[:, 1:].flatten(), reduction="none").view(2, -1).mean(1)
     )
@@ -242,7 +245,7 @@ def _rebuilt(model: PreTrainedModel) -> nn.Module:
     config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
     config._attn_implementation = model.config._attn_implementation
     config._experts_implementation = model.config._experts_implementation
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), vision_left_empty(config):
         rebuilt: Any = type(model)._from_config(config, dtype=model.dtype)
-    rebuilt.load_state_dict(model.state_dict())
+    rebuilt.load_state_dict(model.state_dict(), assign=True)
     return rebuilt.double().eval()  # type: ignore[no-any-return]

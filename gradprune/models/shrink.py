@@ -1,13 +1,23 @@
 """A tiny random model of a configuration: its structure, with a few layers and small widths."""
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gradprune.models.modeling_gradprune import KV_HEADS, WIDTHS, class_names, homogeneous, stock_class
+from gradprune.models.modeling_gradprune import (
+    KV_HEADS,
+    WIDTHS,
+    causal_lm,
+    homogeneous,
+    stock_class,
+    text_config,
+)
 
 _MOST_PARAMETERS = 2_000_000
 _HEADS, _HEAD_DIM = 6, 4
@@ -56,22 +66,42 @@ _SMALL: dict[str, int] = {
 def tiny_model(config: PreTrainedConfig, model_class: type | None) -> PreTrainedModel:
     """A random fp64 model in evaluation mode of the structure that `config` describes; the same one every time.
 
-    It has one layer of every type that the configuration lists, two at least.
+    It has one layer of every type that the configuration lists, two at least. Of a vision-language model only what text
+    passes through has weights.
 
     Raises:
         Exception: whatever transformers raises where the shrunk configuration builds no model.
     """
     small = shrunk(config)
-    name = class_names(config.model_type).get("AutoModelForCausalLM")
-    stock: Any = model_class if model_class is not None else getattr(transformers, str(name))
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in stock._from_config(small).parameters())
+    stock: Any = model_class if model_class is not None else getattr(transformers, str(causal_lm(config.model_type)))
+    with init_empty_weights():
+        model: Any = stock._from_config(small, dtype=torch.float32)
+    whole = text_config(small) is small
+    parameters = sum(parameter.numel() for parameter in (model if whole else model.get_decoder()).parameters())
     if parameters > _MOST_PARAMETERS:
         raise ValueError(f"its configuration cannot be made small: {parameters:,} parameters are left")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: PreTrainedModel = stock._from_config(small, dtype=torch.float32)
+        if whole:
+            model = stock._from_config(small, dtype=torch.float32)
+        else:
+            _fill_text_part(model)
         return with_random_weights(model)
+
+
+def vision_left_empty(config: PreTrainedConfig) -> AbstractContextManager[Any]:
+    """Inside the context a vision-language model is made without weights; another with them."""
+    return nullcontext() if text_config(config) is config else init_empty_weights()
+
+
+def _fill_text_part(model: Any) -> None:
+    """Give weights to the decoder and the head of a vision-language model that has none."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    filled = type(decoder)._from_config(text_config(model.config), dtype=torch.float32)
+    decoder.load_state_dict(filled.state_dict(), assign=True)
+    for name, parameter in list(head.named_parameters()):
+        setattr(head, name, nn.Parameter(torch.zeros(parameter.shape)))
+    model.tie_weights()
 
 
 @torch.no_grad()
@@ -79,6 +109,8 @@ def with_random_weights(model: PreTrainedModel) -> PreTrainedModel:
     """The model in fp64 and evaluation mode, with weights drawn anew in place by torch's random generator."""
     model = model.double().eval()
     for parameter in model.parameters():
+        if parameter.is_meta:
+            continue
         # Norms' weights and what else is one-dimensional stay near what they are.
         noise = torch.randn_like(parameter) * 0.2
         parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
@@ -86,10 +118,25 @@ def with_random_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration with small numbers, as its stock class; structure and options are its own."""
+    """The configuration with small numbers, as its stock class; structure and options are its own.
+
+    Of a vision-language model the decoder's part is made small.
+    """
     dense = homogeneous(config)
     dense.__class__ = stock_class(type(dense))
-    values = dense.to_dict()
+    if text_config(dense) is not dense:
+        dense.text_config = shrunk(text_config(dense))
+        rope = getattr(dense.text_config, "rope_parameters", None)
+        if isinstance(rope, dict) and "rope_theta" in rope:
+            # All of a head's angles to the first of an image's three coordinates: a text's are equal.
+            rope["mrope_section"] = [int(_HEAD_DIM * rope.get("partial_rotary_factor", 1.0)) // 2, 0, 0]
+        for name in ("quantization_config", "auto_map", "dtype", "transformers_version"):
+            dense.__dict__.pop(name, None)
+        return dense
+    # By the common names, which attribute_map gives for an architecture's own.
+    own_names = dense.attribute_map
+    common = {own: name for name, own in own_names.items()}
+    values = {common.get(name, name): value for name, value in dense.to_dict().items()}
     layers = _layers_kept(values)
     found = _with_layers(values, layers) | {
         name: min(small, values[name]) for name, small in _SMALL.items() if isinstance(values.get(name), int)
@@ -106,7 +153,7 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
             found[name] = _plain_rope(values[name])
     for name in ("quantization_config", "auto_map", "per_layer_config", "dtype", "transformers_version"):
         found.pop(name, None)
-    made: PreTrainedConfig = type(dense).from_dict(found)
+    made: PreTrainedConfig = type(dense).from_dict({own_names.get(name, name): value for name, value in found.items()})
     # Grouped matrix products, the default for experts, are not made for fp64.
     made._experts_implementation = "eager"
     return made

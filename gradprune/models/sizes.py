@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gradprune.models.blocks import LinearBlock
 from gradprune.models.experts import has_experts
+from gradprune.models.modeling_gradprune import text_config
 from gradprune.models.view import layers_of, view_of
 
 
@@ -70,7 +71,7 @@ def model_shape(model: PreTrainedModel, itemsize: int | None = None) -> ModelSha
     outside = sum(parameter.numel() for parameter in model.parameters()) - sum(own)
     view = view_of(model)
     blocks = view.linear_blocks
-    config = model.config
+    config = text_config(model.config)
     return ModelShape(
         layer_parameters=own,
         outside=outside,
@@ -85,6 +86,11 @@ def model_shape(model: PreTrainedModel, itemsize: int | None = None) -> ModelSha
         experts=any(map(has_experts, layers_of(model))),
         itemsize=itemsize or model.dtype.itemsize,
     )
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Token ids are less than this."""
+    return int(text_config(model.config).vocab_size)
 
 
 def free_memory(device: torch.device) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gradprune.models import Block, LinearBlock, PrunableModel
 from gradprune.models.experts import ExpertProjection, ExpertsBlock, Routed
 from gradprune.models.loss import sample_losses
+from gradprune.models.modeling_gradprune import text_config
 from gradprune.models.modes import forward_replaced
 from gradprune.ranks import ALONE, Ranks
 
@@ -30,7 +31,7 @@ class _StoppedError(Exception):
 
 def stream_bytes(view: PrunableModel, batches: Sequence[Tensor]) -> int:
     """Bytes of one residual stream [N, T, H] of every batch [N, T]."""
-    hidden: int = view.model.config.hidden_size
+    hidden: int = text_config(view.model.config).hidden_size
     return sum(batch.numel() for batch in batches) * hidden * view.model.dtype.itemsize
 
 

@@ -1,4 +1,4 @@
-"""Which causal LMs of the installed transformers can be pruned: tested, accepted by the self-test, or refused and why.
+"""Which models of the installed transformers can be pruned: tested, accepted by the self-test, or refused and why.
 
 python -m gradprune.models.survey > docs/architectures.md
 """
@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gradprune.errors import one_line
-from gradprune.models.modeling_gradprune import class_names
+from gradprune.models.modeling_gradprune import HEADS, class_names
 from gradprune.models.self_test import SelfTest, quiet, self_test
 from gradprune.models.tested import TESTED
 
@@ -32,8 +31,11 @@ class Support:
 
 
 def survey() -> Iterator[Support]:
-    """Every causal LM of the installed transformers, by its default configuration; seconds to a minute in all."""
-    for architecture in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    """Every causal LM and vision-language model of the installed transformers, by its default configuration.
+
+    Seconds to a minute in all.
+    """
+    for architecture in sorted(set().union(*HEADS.values())):
         yield support(architecture)
 
 
@@ -64,9 +66,10 @@ def markdown() -> str:
     counts = {status: sum(row.status == status for row in rows) for status in ("tested", "self-test", "refused")}
     head = f"""# Architectures
 
-All causal LMs of transformers {transformers.__version__}, as `gradprune info --architectures` lists them. *tested*: the
-test suite prunes, saves and reloads them. *self-test*: pruned where a tiny random model of the given configuration
-passes *masked = cut*, as that of the default configuration did here. *refused*: not pruned, with what failed.
+All causal LMs and vision-language models of transformers {transformers.__version__}, as `gradprune info
+--architectures` lists them. *tested*: the test suite prunes, saves and reloads them. *self-test*: pruned where a tiny
+random model of the given configuration passes *masked = cut*, as that of the default configuration did here. *refused*:
+not pruned, with what failed. Of a vision-language model the decoder is pruned, by text; the rest stays as it is.
 Here {counts["tested"]} are tested, {counts["self-test"]} pass the self-test, {counts["refused"]} are refused.
 Of a mixture of experts, channels of the routed experts are pruned, equally many in every expert of every layer, or,
 with `--prune_kinds`, whole experts, equally many in every layer, beside attention, shared experts and MLPs of layers

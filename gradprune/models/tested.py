@@ -1,5 +1,9 @@
 """The architectures that the test suite prunes, saves and reloads, with the kinds of blocks that it prunes there."""
 
+from transformers import PreTrainedConfig
+
+from gradprune.models.modeling_gradprune import causal_lm, text_config
+
 _BOTH = ("attention", "mlp")
 _EXPERTS = ("expert_channels", "experts")
 
@@ -14,6 +18,7 @@ TESTED: dict[str, tuple[str, ...]] = {
             "exaone4",
             "gemma",
             "gemma2",
+            "gemma3",
             "gemma3_text",
             "glm",
             "glm4",
@@ -22,14 +27,19 @@ TESTED: dict[str, tuple[str, ...]] = {
             "helium",
             "hunyuan_v1_dense",
             "llama",
+            "llava",
             "ministral",
             "mistral",
+            "mistral3",
             "nemotron",
             "olmo",
             "phi",
             "phi3",
             "qwen2",
+            "qwen2_5_vl",
+            "qwen2_vl",
             "qwen3",
+            "qwen3_vl",
             "seed_oss",
             "smollm3",
             "starcoder2",
@@ -46,6 +56,16 @@ TESTED: dict[str, tuple[str, ...]] = {
     "qwen2_moe": (*_BOTH, *_EXPERTS, "shared_experts"),
 }
 """By `config.model_type`. A kind that is not named is left whole."""
+
+
+def tested_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The kinds of blocks that are pruned in models of this configuration; empty where they are not tested.
+
+    The decoder of a vision-language model can be that of several architectures, which then has to be tested too.
+    """
+    decoder = text_config(config).model_type
+    named = decoder != config.model_type and causal_lm(decoder) is not None
+    return () if named and decoder not in TESTED else TESTED.get(config.model_type, ())
 
 
 def tested_architectures() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gradprune.models.blocks import Block, LinearBlock, PrunableModel
 from gradprune.models.experts import ExpertChannels
@@ -26,6 +26,7 @@ from gradprune.models.modeling_gradprune import (
     per_layer_overrides,
     pruned_class,
     stock_class,
+    text_config,
 )
 
 # What a module can hold that depends on its widths.
@@ -49,7 +50,7 @@ def plain_widths(view: PrunableModel) -> dict[str, frozenset[int]]:
 
 def _attention_widths(view: PrunableModel, first: LinearBlock) -> dict[str, frozenset[int]]:
     """`plain_widths` of attention, of which `first` is a block."""
-    dense = homogeneous(view.model.config)
+    dense = _dense(view.model)
     dense.__class__ = stock_class(type(dense))
     _state_head_dim(dense, first)
     layer = view.layers[first.layer]
@@ -68,8 +69,9 @@ def state_widths(view: PrunableModel, before: PrunableModel) -> None:
             may have no attention block left.
     """
     model = view.model
-    config = model.config
-    config.__dict__.pop("auto_map", None)
+    # Of a vision-language model: the whole configuration, and the decoder's part of it. Else they are one.
+    whole, config = model.config, text_config(model.config)
+    whole.__dict__.pop("auto_map", None)
     attention = _attention(before)
     _state_head_dim(config, attention)
     plain = _plain_widths(view, attention)
@@ -80,9 +82,9 @@ def state_widths(view: PrunableModel, before: PrunableModel) -> None:
         for name, value in plain.items():
             setattr(config, name, value)
         model.__class__ = stock_class(type(model))
-        config.__class__ = stock_class(type(config))
+        whole.__class__ = stock_class(type(whole))
     else:
-        dense = homogeneous(config)
+        dense = _dense(model)
         width = name_in(dense, WIDTHS)
         stated = {block.layer for block in view.blocks if block.kind.name == "mlp"}
         stated |= {key.layer for key in view.dropped if key.kind == "mlp"}
@@ -93,12 +95,17 @@ def state_widths(view: PrunableModel, before: PrunableModel) -> None:
         config.per_layer_config = _per_layer_config(view, attention)
         # The same objects with the classes that know per-layer widths: saving and reloading then just work.
         model.__class__ = pruned_class(stock_class(type(model)))
-        config.__class__ = pruned_class(stock_class(type(config)))
-        config.auto_map = auto_map(config.model_type)
+        whole.__class__ = pruned_class(stock_class(type(whole)))
+        whole.auto_map = auto_map(whole.model_type)
         if not _stock_can_read(config):
             # For the stock class, with which AutoTokenizer reads config.json where remote code is off.
             config.allow_global_per_layer_attribute_access = True
     _state_attributes(view)
+
+
+def _dense(model: PreTrainedModel) -> Any:
+    """A copy of the decoder's configuration in which every layer has the global values."""
+    return homogeneous(text_config(model.config))
 
 
 def _attention(view: PrunableModel) -> LinearBlock | None:
@@ -159,8 +166,11 @@ def _is_valid(config: Any) -> bool:
 
 def _has_heads(layer: nn.Module, config: PreTrainedConfig, attention: LinearBlock, groups: int) -> bool:
     """Whether a stock layer of a configuration has attention of that many groups; some make it as wide as the model."""
-    with torch.device("meta"):
-        built: Any = type(layer)(config, attention.layer)
+    try:
+        with torch.device("meta"):
+            built: Any = type(layer)(config, attention.layer)
+    except ValueError:
+        return False
     output = getattr(getattr(built, attention.path), attention.output.path)
     return bool(output.in_features == groups * attention.output.columns)
 
@@ -172,7 +182,7 @@ def _plain_widths(view: PrunableModel, attention: LinearBlock | None) -> dict[st
         groups.setdefault(block.kind.name, set()).add(_width_of(block))
     if view.dropped or any(len(found) > 1 for found in groups.values()):
         return None
-    dense = homogeneous(view.model.config)
+    dense = _dense(view.model)
     dense.__class__ = stock_class(type(dense))
     widths = _own_widths(dense, {kind: found.pop() for kind, found in groups.items()}, attention)
     config = _with(dense, widths)
@@ -204,7 +214,7 @@ def _differs_in_width(view: PrunableModel, before: PrunableModel, dense: PreTrai
 
 
 def _per_layer_config(view: PrunableModel, attention: LinearBlock | None) -> dict[int | str, dict[str, Any]]:
-    dense = homogeneous(view.model.config)
+    dense = _dense(view.model)
     overrides: dict[int | str, dict[str, Any]] = {}
     for layer in range(len(view.layers)):
         groups = {block.kind.name: _width_of(block) for block in view.of_layer(layer)}
@@ -230,7 +240,7 @@ def _stock_can_read(config: PreTrainedConfig) -> bool:
 
 def _state_attributes(view: PrunableModel) -> None:
     """Give each layer's modules the attributes that they would have, were they built at their own widths."""
-    config = view.model.config
+    config = text_config(view.model.config)
     overrides = per_layer_overrides(config)
     dense = homogeneous(config) if overrides else config
     touched = {block.layer for block in view.blocks} | {key.layer for key in view.dropped}

@@ -14,6 +14,7 @@ from gradprune.config import PruneConfig
 from gradprune.data.samples import calibration_and_evaluation
 from gradprune.evaluation.perplexity import perplexity
 from gradprune.evaluation.size import model_size
+from gradprune.models.sizes import vocabulary_of
 from gradprune.progress import QUIET
 from gradprune.recovery.options import RecoveryConfig
 from gradprune.recovery.recover import recover
@@ -50,7 +51,7 @@ def recover_checkpoint(
     Raises:
         GradPruneError: as `recover`, or the output folder exists.
     """
-    vocabulary = int(model.config.vocab_size)
+    vocabulary = vocabulary_of(model)
     text, held_out = calibration_and_evaluation(tokenizer, places, None, None, vocabulary)
 
     def measured() -> float:

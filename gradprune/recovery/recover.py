@@ -17,6 +17,7 @@ from gradprune.errors import CalibrationError, NonFiniteError, RecoveryError
 from gradprune.models import describe
 from gradprune.models.loss import sample_losses
 from gradprune.models.passes import mean_loss
+from gradprune.models.sizes import vocabulary_of
 from gradprune.progress import QUIET, progress
 from gradprune.recovery.losses import distillation_loss
 from gradprune.recovery.options import RecoveryConfig
@@ -94,9 +95,9 @@ def _loss(
         return lambda ids: sample_losses(model, ids).mean()
     if teacher is None:
         raise RecoveryError("teacher: loss 'kd' learns from the dense model; name it, or choose loss 'lm'")
-    if teacher.config.vocab_size != model.config.vocab_size:
+    if vocabulary_of(teacher) != vocabulary_of(model):
         raise RecoveryError(
-            f"teacher: its vocabulary has {teacher.config.vocab_size} tokens, the model's {model.config.vocab_size}; "
+            f"teacher: its vocabulary has {vocabulary_of(teacher)} tokens, the model's {vocabulary_of(model)}; "
             "name the model that was pruned"
         )
     dense = teacher.eval()

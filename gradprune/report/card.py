@@ -15,7 +15,7 @@ from gradprune.checkpoint.push import PLACE
 from gradprune.checkpoint.save import MLX_TYPES
 from gradprune.config import OPTIONS, PruneConfig, command_line
 from gradprune.hub import hub_fault
-from gradprune.models.modeling_gradprune import per_layer_overrides
+from gradprune.models.modeling_gradprune import head_class, per_layer_overrides
 from gradprune.report.rows import layer_header, layer_rows, summary_rows
 from gradprune.version import __version__
 
@@ -49,7 +49,7 @@ def write_card(folder: Path, model: PreTrainedConfig, config: PruneConfig, summa
     head = ModelCardData(
         base_model=base.hub_id,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_task(model),
         tags=[TAG, "pruned", "structured-pruning"],
         **base.license,
     )
@@ -87,7 +87,7 @@ def write_recovered_card(folder: Path, model: PreTrainedConfig, source: Path, su
     if TAG in head.get("tags", ()):
         text = (source / CARD).read_text(encoding="utf-8").split("---\n", 2)[2].strip()
     else:
-        head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [TAG, "pruned"]}
+        head = {"library_name": "transformers", "pipeline_tag": _task(model), "tags": [TAG, "pruned"]}
         text = f"# A pruned model\n\n## Loading\n\n{_loading(model)}"
     _write(folder, ModelCardData(**head).to_yaml(), f"{text}\n\n{recovered}")
 
@@ -161,7 +161,7 @@ def _loading(model: PreTrainedConfig) -> str:
     """How to load the checkpoint in each runtime."""
     layers = per_layer_overrides(model)
     if not layers:
-        return f"A plain `{model.model_type}` checkpoint: whatever loads the dense model loads it.\n\n{_python('')}"
+        return f"A plain `{model.model_type}` checkpoint: whatever loads the dense model loads it.\n\n{_python(model)}"
     without = [index for index, own in layers.items() if "attention" in own.get("skip", ())]
     vllm = (
         f"- vLLM does not load it: layers {', '.join(map(str, without))} have no attention block."
@@ -171,7 +171,7 @@ def _loading(model: PreTrainedConfig) -> str:
     mlx = f"- MLX: `mlx_lm.generate --model {PLACE} --trust-remote-code`"
     lines = [
         "Layers differ in width, so a modelling file lies beside the weights; it needs torch and transformers only.\n\n"
-        f"{_python(', trust_remote_code=True')}\n",
+        f"{_python(model, ', trust_remote_code=True')}\n",
         vllm,
         f"- llama.cpp, after `gradprune export --model {PLACE} --output model.gguf`: `llama-cli -m model.gguf`",
         *([mlx] if model.model_type in MLX_TYPES else []),
@@ -179,11 +179,14 @@ def _loading(model: PreTrainedConfig) -> str:
     return "\n".join(lines)
 
 
-def _python(argument: str) -> str:
-    return (
-        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{PLACE}"{argument})\n```'
-    )
+def _task(model: PreTrainedConfig) -> str:
+    """What the hub calls what a model does."""
+    return "image-text-to-text" if head_class(model.model_type) == "AutoModelForImageTextToText" else "text-generation"
+
+
+def _python(model: PreTrainedConfig, argument: str = "") -> str:
+    auto = head_class(model.model_type)
+    return f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{PLACE}"{argument})\n```'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from gradprune.errors import UnsupportedArchitectureError
 from gradprune.models import PrunableModel, whole_view
 from gradprune.models.masks import GroupMasks
-from gradprune.models.modeling_gradprune import class_names, stock_class
+from gradprune.models.modeling_gradprune import causal_lm, stock_class
 from gradprune.models.narrow import narrow, parameter_like
 from gradprune.models.residency import residency_of
 
@@ -53,7 +53,7 @@ def check_class(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedArchitectureError: naming the class, and the one to load it as.
     """
-    name = class_names(model.config.model_type)["AutoModelForCausalLM"]
+    name = causal_lm(model.config.model_type)
     # A model loaded with trust_remote_code has a class of gradprune's name, defined by the file beside its weights.
     if type(model).__name__ != f"Pruned{name}" and not (
         type(model) is stock_class(type(model)) and type(model).__name__ == name

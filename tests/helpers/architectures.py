@@ -1,16 +1,22 @@
 """Tiny random models of the architectures that are described from their modules."""
 
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gradprune.models import describe
+from gradprune.models.modeling_gradprune import causal_lm
 from gradprune.models.shrink import with_random_weights
 
-# By model_type: what a tiny configuration states beside the common values.
+_GEMMA3 = {
+    "sliding_window": 4,
+    "query_pre_attn_scalar": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+# By model_type: what a tiny configuration states beside the common values; of vision-language models, its text_config.
 OPTIONS: dict[str, dict[str, object]] = {
     "apertus": {},
     "arcee": {},
@@ -20,26 +26,50 @@ OPTIONS: dict[str, dict[str, object]] = {
     "exaone4": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma": {"hidden_activation": "gelu_pytorch_tanh"},
     "gemma2": {"sliding_window": 4, "query_pre_attn_scalar": 4},
-    "gemma3_text": {
-        "sliding_window": 4,
-        "query_pre_attn_scalar": 4,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
+    "gemma3": _GEMMA3,
+    "gemma3_text": _GEMMA3,
     "glm": {"attention_bias": True},
     "glm4": {},
     "gpt_neox": {"attention_bias": True},
     "granite": {"residual_multiplier": 0.5, "logits_scaling": 3.0, "attention_multiplier": 0.5},
     "helium": {},
     "hunyuan_v1_dense": {},
+    "llava": {},
     "ministral": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "mistral3": {},
     "nemotron": {},
     "olmo": {},
     "olmo2": {},
     "olmo3": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "phi": {"partial_rotary_factor": 0.5},
+    "qwen2_5_vl": {},
+    "qwen2_vl": {},
+    "qwen3_vl": {},
     "seed_oss": {},
     "smollm3": {},
     "starcoder2": {"use_bias": True},
+}
+
+_TOWER = {"intermediate_size": 12, "hidden_act": "gelu"}
+_TRANSFORMER = {
+    **_TOWER,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+_QWEN = {**_TOWER, "depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 1, "temporal_patch_size": 1}
+# Of vision-language models: what their configuration states beside text_config. None: as wide as the decoder.
+VISION: dict[str, dict[str, Any]] = {
+    "gemma3": {"vision_config": _TRANSFORMER, "mm_tokens_per_image": 4, "image_token_index": 60},
+    "llava": {"vision_config": {**_TRANSFORMER, "model_type": "clip_vision_model"}, "image_token_index": 60},
+    "mistral3": {"vision_config": {**_TRANSFORMER, "model_type": "pixtral", "head_dim": 4}, "image_token_index": 60},
+    "qwen2_vl": {"vision_config": {**_QWEN, "embed_dim": 8, "hidden_size": None}},
+    "qwen2_5_vl": {"vision_config": {**_QWEN, "hidden_size": 8, "out_hidden_size": None}},
+    "qwen3_vl": {
+        "vision_config": {**_QWEN, "hidden_size": 8, "out_hidden_size": None, "deepstack_visual_indexes": [0]}
+    },
 }
 
 
@@ -65,9 +95,23 @@ def tiny(architecture: str, *, ratio: int = 2, kv_heads: int = 3, head_dim: int 
     }
     if architecture == "gpt_neox":
         del values["num_key_value_heads"], values["head_dim"]
+    if architecture in VISION:
+        values = _with_vision(architecture, values)
     torch.manual_seed(seed)
-    model = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture])(config_class(**values))
+    model = getattr(transformers, causal_lm(architecture))(config_class(**values))
     return with_random_weights(model)
+
+
+def _with_vision(architecture: str, text: dict[str, Any]) -> dict[str, Any]:
+    """What a vision-language model's configuration states, given the decoder's part of it."""
+    of_vision = dict(VISION[architecture])
+    tower = of_vision["vision_config"]
+    of_vision["vision_config"] = {k: text["hidden_size"] if value is None else value for k, value in tower.items()}
+    if architecture.startswith("qwen"):
+        half = text["head_dim"] // 2
+        sections = [half - half // 2, half // 2 - half // 4, half // 4]
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections}
+    return {**of_vision, "text_config": text, "tie_word_embeddings": text["tie_word_embeddings"]}
 
 
 def random_masks_of(model, keep: float, seed: int = 0):

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+import transformers
 
 from gradprune import ImportanceEngine, load_pruned
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.models import describe
 from gradprune.models.loss import sample_losses
+from gradprune.models.modeling_gradprune import head_class
 from gradprune.models.tested import TESTED
 from gradprune.models.widths import plain_widths
 from gradprune.surgery.cut import cut
@@ -133,15 +134,15 @@ def test_the_loss_is_that_of_the_model_s_own_logits(architecture: str) -> None:
 def test_a_uniform_result_is_a_plain_checkpoint(architecture: str, tmp_path: Path) -> None:
     model, ids = tiny(architecture, kv_heads=4), tiny_ids(2)
     masks = random_masks_of(model, 2.0)
-    # What a plain checkpoint can state: these two have attention as wide as the model, whatever their heads are.
-    heads_can_go = architecture not in ("gpt_neox", "helium")
+    # What a plain checkpoint can state: these have attention as wide as the model, whatever their heads are.
+    heads_can_go = architecture not in ("gpt_neox", "helium", "qwen2_vl", "qwen2_5_vl")
     assert (2 in plain_widths(describe(model)).get("attention", {2})) is heads_can_go
     for key in masks:
         if key.kind == "mlp" or heads_can_go:
             masks[key][: len(masks[key]) // 2] = False
     save_checkpoint(cut(model, masks), None, tmp_path / "x")
     assert not list((tmp_path / "x").glob("*.py"))
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "x").eval()
+    found = getattr(transformers, head_class(architecture)).from_pretrained(tmp_path / "x").eval()
     assert type(found) is type(model)
     with torch.no_grad(), silenced(model, masks):
         torch.testing.assert_close(found(ids).logits, model(ids).logits, **tolerance(architecture))

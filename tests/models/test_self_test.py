@@ -62,10 +62,8 @@ def test_the_table_of_the_docs_is_current(architecture: str) -> None:
 def test_the_command_lists_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from gradprune import cli
 
-    monkeypatch.setattr(
-        "gradprune.models.survey.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-        {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"},
-    )
+    heads = {"AutoModelForCausalLM": {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}}
+    monkeypatch.setattr("gradprune.models.survey.HEADS", heads)
     cli.info(as_json=True, architectures=True)
     found = {entry["architecture"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert found["llama"]["status"] == "tested"
