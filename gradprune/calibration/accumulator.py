@@ -275,7 +275,7 @@ class LinearAccumulator(BlockAccumulator):
 
     def curvatures(self, samples: int) -> Tensor:
         """[1], that of its output projection."""
-        mean: Tensor = self.sums.output_square / (samples * self.block.output.linear.out_features)
+        mean: Tensor = self.sums.output_square / (samples * self.block.output.weight.shape[0])
         return mean
 
     @abstractmethod
@@ -336,12 +336,12 @@ class LinearAccumulator(BlockAccumulator):
     def _folded_weights(self, column_scale: Tensor | None) -> Tensor:
         """Sum of |w| over each group: all its elements, or, with a scale per column, its output columns only."""
         output = self.block.output
-        columns = output.linear.weight.detach().double().abs().sum(0)
+        columns = output.weight.detach().double().abs().sum(0)
         if column_scale is not None:
             return output.fold_columns(columns * column_scale)
         total = output.fold_columns(columns)
         for entry in self.block.inputs:
-            rows = entry.linear.weight.detach().double().abs().sum(1)
+            rows = entry.weight.detach().double().abs().sum(1)
             total = total + entry.fold_rows(rows, self.block.groups)
         return total
 
@@ -350,7 +350,8 @@ class SampleAccumulator(LinearAccumulator):
     """Scores each sample's own gradient: running sums per group suffice, and no gradient is kept."""
 
     def _observe_weight(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor) -> None:
-        self._accumulate(entry, self._ops.linear_importance(x, dy, entry.linear.weight, _side(entry)))
+        left, right = _as_stored(entry, x, dy)
+        self._accumulate(entry, self._ops.linear_importance(right, left, entry.linear.weight, _side(entry)))
 
     def _reduced(self, of_samples: Tensor) -> Tensor:
         return of_samples
@@ -409,7 +410,8 @@ class BatchAccumulator(LinearAccumulator):
         samples = x.shape[0]
         dtype = accumulation_dtype(entry.linear.weight)
         gradient = torch.zeros_like(entry.linear.weight, dtype=dtype, requires_grad=False)
-        add_product(gradient, dy.flatten(0, 1), x.flatten(0, 1))
+        left, right = _as_stored(entry, x, dy)
+        add_product(gradient, left.flatten(0, 1), right.flatten(0, 1))
         gradient /= samples
         self._accumulate(entry, self._ops.taylor_score(entry.linear.weight, gradient, _side(entry)))
         self._pending_gradients[entry.path] = gradient
@@ -451,5 +453,10 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _side(entry: InputLinear | OutputLinear) -> Literal["rows", "columns"]:
-    """Groups own rows of input projections and columns of the output projection."""
-    return "columns" if isinstance(entry, OutputLinear) else "rows"
+    """Groups own rows of input projections and columns of the output projection; of the weight as it is stored."""
+    return "columns" if isinstance(entry, OutputLinear) != entry.transposed else "rows"
+
+
+def _as_stored(entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The two factors of the weight's gradient left^T right as it is stored, so that no weight is copied."""
+    return (x, dy) if entry.transposed else (dy, x)

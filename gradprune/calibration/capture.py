@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from gradprune.models.loss import times
+from gradprune.models.modeling_gradprune import weight_of
 from gradprune.models.modes import forward_replaced, frozen
 
 Product = Callable[[Tensor], Tensor]
@@ -49,7 +50,10 @@ class _ObservedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, product: Product, transposed: Product, observer: Observer) -> Tensor:
         ctx.kept, ctx.transposed, ctx.observer = x.grad_fn, transposed, observer
-        return product(x)
+        output = product(x)
+        # No view for autograd, so that a layer can add to it in place; nothing else has its memory.
+        unviewed: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+        return unviewed
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
@@ -83,7 +87,7 @@ def observed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, observer: Ob
 
 
 def _observed_forward(linear: nn.Linear, observer: Observer, x: Tensor) -> Tensor:
-    return observed_linear(x, linear.weight, linear.bias, observer)
+    return observed_linear(x, weight_of(linear), linear.bias, observer)
 
 
 @contextmanager

@@ -113,8 +113,8 @@ def _of_linear(
     assert isinstance(block, LinearBlock)
     linear = block.output.linear
     inputs = [streams.output_input(block, k, stream, written[k]) for k, stream in enumerate(current)]
-    gram = _mean_gram(inputs, linear.weight, f"layer {block.layer}'s {block.output.path}", ranks)
-    path = removal_path(linear.weight, with_ridge(gram), block.output.columns, curvatures[0])
+    gram = _mean_gram(inputs, block.output.weight, f"layer {block.layer}'s {block.output.path}", ranks)
+    path = removal_path(block.output.weight, with_ridge(gram), block.output.columns, curvatures[0])
     return path.importance(), [streams.keep(linear(x.to(linear.weight.device))) for x in inputs]
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from gradprune.errors import UnsupportedArchitectureError
 from gradprune.models.kinds import BlockKey, Kind
-from gradprune.models.modeling_gradprune import norms_of
+from gradprune.models.modeling_gradprune import adds_residual, norms_of, stored_transposed, weight_of
 from gradprune.models.modes import values_restored
 from gradprune.models.residency import Residency, residency_of
 
@@ -30,11 +30,37 @@ class Part:
 
 
 @dataclass(frozen=True)
-class InputLinear:
-    """An input projection of a block: its attribute path in the block, its module and its parts."""
+class Projection:
+    """A linear layer of a block: its attribute path in the block, and its module."""
 
     path: str
     linear: nn.Linear
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored [I, O]."""
+        return stored_transposed(self.linear)
+
+    @property
+    def weight(self) -> Tensor:
+        """[O, I], a view where it is stored transposed; changing it in place changes the layer."""
+        found: Tensor = weight_of(self.linear)
+        return found
+
+    def cut(self, rows: Tensor | None, columns: Tensor | None) -> "Iterator[Cut]":
+        """What remains of the weight and the bias when these rows, or these columns, stay."""
+        if rows is not None:
+            yield Cut(f"{self.path}.weight", int(self.transposed), rows)
+            if self.linear.bias is not None:
+                yield Cut(f"{self.path}.bias", 0, rows)
+        if columns is not None:
+            yield Cut(f"{self.path}.weight", int(not self.transposed), columns)
+
+
+@dataclass(frozen=True)
+class InputLinear(Projection):
+    """An input projection of a block: its parts, beside the linear layer."""
+
     parts: tuple[Part, ...]
 
     def rows_of(self, groups: Tensor) -> Tensor:
@@ -72,11 +98,9 @@ class Rider:
 
 
 @dataclass(frozen=True)
-class OutputLinear:
+class OutputLinear(Projection):
     """The output projection of a block; group g owns columns `g*columns ... (g+1)*columns`."""
 
-    path: str
-    linear: nn.Linear
     columns: int
 
     def columns_of(self, groups: Tensor) -> Tensor:
@@ -103,6 +127,14 @@ class Cut:
     path: str
     dim: int
     index: Tensor
+
+
+def writing(block: nn.Module, output: nn.Module) -> nn.Module:
+    """`Block.module` of a block, whose output projection is given.
+
+    A block that adds to the residual stream itself returns the sum; what it adds is what its output projection returns.
+    """
+    return output if adds_residual(block) else block
 
 
 def added(layer: nn.Module, module: nn.Module, kind: str) -> tuple[float | None, nn.Module]:
@@ -227,7 +259,7 @@ class LinearBlock(Block):
     @property
     def width(self) -> int:
         """Columns of the output projection."""
-        return self.output.linear.in_features
+        return self.output.weight.shape[1]
 
     @property
     def solved_columns(self) -> int:
@@ -247,21 +279,18 @@ class LinearBlock(Block):
     @torch.no_grad()
     def mask(self, kept: Tensor) -> None:
         """Zero the columns of the groups that are not kept, and the bias if none is: cutting drops the block."""
-        linear = self.output.linear
-        gone = self.output.columns_of((~kept).nonzero().flatten()).to(linear.weight.device)
-        linear.weight[:, gone] = 0.0
+        linear, weight = self.output.linear, self.output.weight
+        weight[:, self.output.columns_of((~kept).nonzero().flatten()).to(weight.device)] = 0.0
         if linear.bias is not None and not kept.any():
             linear.bias.zero_()
 
     def cuts(self, groups: Tensor) -> Iterator[Cut]:
         """Rows of the input projections and of the riders, columns of the output projection."""
         for entry in self.inputs:
-            rows = entry.rows_of(groups)
-            for name, _ in entry.linear.named_parameters():
-                yield Cut(f"{entry.path}.{name}", 0, rows)
+            yield from entry.cut(entry.rows_of(groups), None)
         for rider in self.riders:
             yield Cut(rider.path, 0, rider.rows_of(groups))
-        yield Cut(f"{self.output.path}.weight", 1, self.output.columns_of(groups))
+        yield from self.output.cut(None, self.output.columns_of(groups))
 
 
 @dataclass(frozen=True)

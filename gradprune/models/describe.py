@@ -11,7 +11,7 @@ from gradprune.models.blocks import LinearBlock, PrunableModel
 from gradprune.models.kinds import DEFAULT_KINDS
 from gradprune.models.modeling_gradprune import stock_class
 from gradprune.models.self_test import self_test
-from gradprune.models.tested import tested_architectures, tested_kinds
+from gradprune.models.tested import LEFT_WHOLE, tested_architectures, tested_kinds
 from gradprune.models.view import view_of
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def whole_view(model: PreTrainedModel) -> PrunableModel:
 
 
 def accepted_kinds(config: PreTrainedConfig, model_class: type | None = None) -> tuple[str, ...]:
-    """The kinds of blocks that are pruned in models of this configuration; says once what a self-test found.
+    """The kinds of blocks that are pruned in models of this configuration; says once what is left whole or was tested.
 
     Args:
         config: of the model, pruned before or not.
@@ -71,6 +71,8 @@ def accepted_kinds(config: PreTrainedConfig, model_class: type | None = None) ->
     """
     tested = tested_kinds(config)
     if tested:
+        for kind, reason in LEFT_WHOLE.get(config.model_type, {}).items():
+            _say_once(f"architecture '{config.model_type}': {kind} is left whole: {reason}")
         return tested
     found = self_test(config, None if model_class is None else stock_class(model_class))
     line = f"architecture '{config.model_type}' is not on the tested list; {found.sentence()}"
@@ -78,7 +80,11 @@ def accepted_kinds(config: PreTrainedConfig, model_class: type | None = None) ->
         raise UnsupportedArchitectureError(
             f"base_model: {line}; tested are {tested_architectures()} (gradprune info --architectures lists all)"
         )
+    _say_once(line)
+    return found.accepted
+
+
+def _say_once(line: str) -> None:
     if line not in _SAID:
         _SAID.add(line)
         logger.warning(line)
-    return found.accepted

@@ -5,6 +5,7 @@ one output projection, whose *columns* do. The names that transformers uses for 
 architecture computes with them what its names say is for `gradprune.models.self_test` to find out.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from gradprune.errors import UnsupportedArchitectureError
-from gradprune.models.blocks import InputLinear, LinearBlock, OutputLinear, Part, Rider, added
+from gradprune.models.blocks import InputLinear, LinearBlock, OutputLinear, Part, Rider, added, writing
 from gradprune.models.kinds import Kind
-from gradprune.models.modeling_gradprune import output_of, place_of
+from gradprune.models.modeling_gradprune import output_of, place_of, weight_of
 
 # By kind, the sets of input projections: attribute, and the parts whose rows it stacks. "qkv" is one part: each KV
 # head's query, key and value rows are neighbours.
@@ -23,6 +24,7 @@ _INPUTS: dict[str, tuple[dict[str, tuple[str, ...]], ...]] = {
         {"q_proj": ("q",), "k_proj": ("k",), "v_proj": ("v",)},
         {"qkv_proj": ("q", "k", "v")},
         {"query_key_value": ("qkv",)},
+        {"c_attn": ("q", "k", "v")},
     ),
     "mlp": (
         {"gate_proj": ("gate",), "up_proj": ("up",)},
@@ -36,7 +38,7 @@ _INPUTS: dict[str, tuple[dict[str, tuple[str, ...]], ...]] = {
     ),
 }
 # Classes of linear layers that compute what nn.Linear does. Others quantise, or add to it.
-_LINEAR = ("Linear", "FalconLinear")
+_LINEAR = ("Linear", "FalconLinear", "Conv1D")
 
 
 def find_block(layer: nn.Module, index: int, kind: Kind) -> LinearBlock | str:
@@ -70,16 +72,18 @@ def block_at(layer: nn.Module, index: int, kind: Kind, place: str) -> LinearBloc
         [_input(name, linears[name], parts, shape) for name, parts in inputs.items()]
         + [InputLinear(name, gate, (Part("gate", 0, gate.out_features // shape.groups),)) for name, gate in gates]
     )
-    columns = linears[output].in_features // shape.groups
-    cost = linears[output].out_features * columns + sum(rider.rows * rider.parameter[0].numel() for rider in riders)
+    written, width = weight_of(linears[output]).shape
+    columns = width // shape.groups
+    cost = written * columns + sum(rider.rows * rider.parameter[0].numel() for rider in riders)
     for entry in entries:
-        cost += sum(part.rows for part in entry.parts) * (entry.linear.in_features + (entry.linear.bias is not None))
-    adds, writer = added(layer, module, form)
+        cost += sum(part.rows for part in entry.parts) * (entry.weight.shape[1] + (entry.linear.bias is not None))
+    own = writing(module, linears[output])
+    adds, writer = added(layer, own, form)
     return LinearBlock(
         kind=kind,
         layer=index,
         path=place,
-        module=module,
+        module=own,
         groups=shape.groups,
         cost=cost,
         adds=adds,
@@ -112,11 +116,13 @@ def _kv_groups(module: nn.Module, linears: dict[str, nn.Linear], output: nn.Line
     width: Any = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
     if not isinstance(width, int):
         return "its heads have no stated width"
-    heads = output.in_features // width
+    if _has_alibi(module):
+        return "its heads differ by a bias on distances (alibi), which depends on their number"
+    heads = weight_of(output).shape[1] // width
     if "k_proj" in linears:
-        kv_heads = linears["k_proj"].out_features // width
+        kv_heads = weight_of(linears["k_proj"]).shape[0] // width
     else:
-        rows = sum(linear.out_features for linear in linears.values() if linear is not output)
+        rows = sum(weight_of(linear).shape[0] for linear in linears.values() if linear is not output)
         kv_heads = (rows // width - heads) // 2
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
         return f"{heads} query heads cannot be shared among {kv_heads} KV heads"
@@ -124,13 +130,20 @@ def _kv_groups(module: nn.Module, linears: dict[str, nn.Linear], output: nn.Line
     rows_of = {"q": ratio * width, "k": width, "v": width, "qkv": (ratio + 2) * width}
     if "q_proj" in linears:
         # Some architectures stack a gate beside each head's query.
-        rows_of["q"] = linears["q_proj"].out_features // kv_heads
+        rows_of["q"] = weight_of(linears["q_proj"]).shape[0] // kv_heads
     return _GroupShape(kv_heads, rows_of, heads, width)
 
 
 def _channels(_module: nn.Module, _linears: dict[str, nn.Linear], output: nn.Linear) -> _GroupShape | str:
     """A group is one intermediate channel."""
-    return _GroupShape(output.in_features, {"gate": 1, "up": 1}, output.in_features, 1)
+    channels = weight_of(output).shape[1]
+    return _GroupShape(channels, {"gate": 1, "up": 1}, channels, 1)
+
+
+def _has_alibi(module: nn.Module) -> bool:
+    """Whether attention is given biases of its heads; where the configuration says so, if it says so."""
+    given = not {"alibi", "position_bias"}.isdisjoint(inspect.signature(type(module).forward).parameters)
+    return given and bool(getattr(getattr(module, "config", None), "alibi", True))
 
 
 _GROUP_SHAPES: dict[str, Callable[[nn.Module, dict[str, nn.Linear], nn.Linear], _GroupShape | str]] = {

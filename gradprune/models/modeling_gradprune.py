@@ -17,6 +17,7 @@ model's ratio); the MLP's `intermediate_size`, or what the architecture calls it
 """
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -36,13 +37,13 @@ PLACES: dict[str, tuple[str, ...]] = {
 }
 """By kind of block, the attributes of a decoder layer that hold it."""
 OUTPUTS: dict[str, tuple[str, ...]] = {
-    "attention": ("o_proj", "out_proj", "dense"),
+    "attention": ("o_proj", "out_proj", "dense", "c_proj"),
     "mlp": ("down_proj", "c_proj", "fc2", "fc_out", "w2", "dense_4h_to_h"),
 }
 """By kind of block, what its output projection is called."""
 KV_HEADS = ("num_key_value_heads", "num_kv_heads")
-WIDTHS = ("intermediate_size", "ffn_hidden_size")
-"""What configurations call an MLP's number of channels."""
+WIDTHS = ("intermediate_size", "ffn_hidden_size", "n_inner")
+"""What configurations call an MLP's number of channels; where they do not say it, `per_layer_config` has the first."""
 EXPERT_WIDTHS = ("moe_intermediate_size", *WIDTHS)
 """What they call that of each expert; the first that is there."""
 SHARED_WIDTHS = (
@@ -75,6 +76,7 @@ _NORMS: dict[frozenset[str], dict[str, tuple[tuple[str, ...], tuple[str, ...]]]]
             (("attention_layernorm",), ()),
             (("feedforward_layernorm",), ()),
         ),
+        (("ln_1", "ln_2"), (("ln_1",), ()), (("ln_2",), ())),
         (("operator_norm", "ffn_norm"), (("operator_norm",), ()), (("ffn_norm",), ())),
         (("ln_attn", "ln_mlp"), (("ln_attn",), ()), (("ln_mlp",), ())),
         (("input_layernorm", "pre_ff_layernorm"), (("input_layernorm",), ()), (("pre_ff_layernorm",), ())),
@@ -141,23 +143,24 @@ class DroppedAttention(nn.Module):
     It still caches one head, never read, because a cache asks its first layers how many tokens it holds.
     """
 
-    def __init__(self, head_dim: int, layer_idx: int) -> None:
-        """head_dim: width of the cached head; layer_idx: the layer's index in the cache."""
+    def __init__(self, head_dim: int, layer_idx: int, adds_itself: bool = False) -> None:
+        """head_dim: width of the cached head; layer_idx: the layer's index in the cache; `adds_itself`: see below."""
         super().__init__()
         self.head_dim = head_dim
         self.layer_idx = layer_idx
+        self.adds_itself = adds_itself
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        *_args: Any,
+        *args: Any,
         cache: Any = None,
         past_key_values: Any = None,
         layer_past: Any = None,
         cache_position: Any = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states: [B, T, H]; returns zeros like it, and no attention weights.
+        """hidden_states: [B, T, H]; returns what `nothing_added` does, and no attention weights.
 
         Older transformers releases name the cache `past_key_values`, some architectures `layer_past`.
         """
@@ -166,15 +169,31 @@ class DroppedAttention(nn.Module):
             # Ones, because older static caches count the tokens whose key is not zero.
             ones = hidden_states.new_ones(hidden_states.shape[0], 1, hidden_states.shape[1], self.head_dim)
             cache.update(ones, ones, self.layer_idx, {"cache_position": cache_position})
-        return torch.zeros_like(hidden_states), None
+        return nothing_added(self.adds_itself, hidden_states, *args), None
 
 
 class DroppedMLP(nn.Module):
     """An MLP block that is gone: adds nothing to the residual stream."""
 
-    def forward(self, hidden_states: torch.Tensor, *_args: Any, **_: Any) -> torch.Tensor:
-        """hidden_states: [B, T, H]; returns zeros like it."""
-        return torch.zeros_like(hidden_states)
+    def __init__(self, adds_itself: bool = False) -> None:
+        """adds_itself: see `adds_residual`."""
+        super().__init__()
+        self.adds_itself = adds_itself
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **_: Any) -> torch.Tensor:
+        """hidden_states: [B, T, H]; returns what `nothing_added` does."""
+        return nothing_added(self.adds_itself, hidden_states, *args)
+
+
+def adds_residual(block: nn.Module) -> bool:
+    """Whether a block is given the residual stream, its second argument, and returns it with its output added."""
+    return list(inspect.signature(type(block).forward).parameters)[2:3] == ["residual"]
+
+
+def nothing_added(adds_itself: bool, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+    """[B, T, H], zeros; of a block that adds to the residual stream itself, the stream that it is given."""
+    stream: torch.Tensor = args[0] if adds_itself else torch.zeros_like(hidden_states)
+    return stream
 
 
 class PerLayerWidths:
@@ -314,9 +333,20 @@ def name_in(config: PreTrainedConfig, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if isinstance(getattr(config, name, None), int)), None)
 
 
+def kv_heads_name(config: PreTrainedConfig) -> str | None:
+    """What the configuration calls the number of KV heads; None where it states none, or one that has no effect."""
+    unread = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    return None if unread else name_in(config, KV_HEADS)
+
+
+def width_name(config: PreTrainedConfig) -> str:
+    """What the configuration calls an MLP's number of channels, which it may leave open, or not know."""
+    return name_in(config, WIDTHS) or next((name for name in WIDTHS if hasattr(config, name)), WIDTHS[0])
+
+
 def heads_per_group(dense: PreTrainedConfig) -> int:
     """Query heads of one KV head; 1 where the architecture has as many of both and states one number."""
-    name = name_in(dense, KV_HEADS)
+    name = kv_heads_name(dense)
     return 1 if name is None else dense.num_attention_heads // getattr(dense, name)
 
 
@@ -364,12 +394,59 @@ def build_layer(stock: Any, dense: PreTrainedConfig, overrides: dict[str, Any], 
     except ValueError:  # some classes refuse numbers of heads that do not divide the hidden size
         layer = None
     if layer is not None and (not overrides or _heads_fit(layer, config, dense)):
-        return layer
+        return with_channels(layer, overrides)
     kept = {name: value for name, value in overrides.items() if name in (*EXPERT_WIDTHS, *SHARED_WIDTHS, *EXPERTS)}
     layer = type(stock)(resolve_layer_config(dense, kept), index)
     place = place_of(layer, "attention")
     setattr(layer, place, _narrow_attention(stock, config, head_dim(dense), index))
+    return with_channels(layer, overrides)
+
+
+def with_channels(layer: Any, overrides: dict[str, Any]) -> Any:
+    """The layer, its MLP made as wide as `overrides` say where its class makes it as wide as it likes."""
+    place = place_of(layer, "mlp")
+    width = next((overrides[name] for name in WIDTHS if name in overrides), None)
+    block = None if place is None else getattr(layer, place)
+    output = None if block is None else output_of(block, "mlp")
+    if width is None or output is None:
+        return layer
+    stated = weight_of(getattr(block, output)).shape[1]
+    for name, linear in block.named_children() if stated != width else ():
+        if is_linear(linear):
+            rows, columns = weight_of(linear).shape
+            resize(linear, *((rows, width) if name == output else (rows * width // stated, columns)))
     return layer
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module is a linear layer; a `Conv1D` is one too, whose weight is stored transposed."""
+    return isinstance(module, nn.Linear) or stored_transposed(module)
+
+
+def stored_transposed(linear: nn.Module) -> bool:
+    """Whether a linear layer's weight is stored [I, O]."""
+    return type(linear).__name__ == "Conv1D"
+
+
+def weight_of(linear: Any) -> Any:
+    """[O, I], a linear layer's weight, or a view of it."""
+    return linear.weight.T if stored_transposed(linear) else linear.weight
+
+
+def resize(linear: Any, rows: int, columns: int) -> None:
+    """Give a linear layer a new weight [rows, columns] and a new bias, without values."""
+    shape = (columns, rows) if stored_transposed(linear) else (rows, columns)
+    linear.weight = nn.Parameter(linear.weight.new_empty(shape))
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.new_empty(rows))
+    state_features(linear)
+
+
+def state_features(linear: Any) -> None:
+    """Make a linear layer's attributes agree with its weight."""
+    names = ("nf", "nx") if stored_transposed(linear) else ("out_features", "in_features")
+    for name, size in zip(names, weight_of(linear).shape, strict=True):
+        setattr(linear, name, size)
 
 
 def head_dim(dense: PreTrainedConfig) -> int:
@@ -382,9 +459,9 @@ def _heads_fit(layer: nn.Module, config: PreTrainedConfig, dense: PreTrainedConf
     place = place_of(layer, "attention")
     output = None if place is None else output_of(getattr(layer, place), "attention")
     linear = None if output is None else getattr(getattr(layer, place), output)
-    if not isinstance(linear, nn.Linear) or config is dense:
+    if not is_linear(linear) or config is dense:
         return True
-    return bool(linear.in_features == config.num_attention_heads * head_dim(dense))
+    return bool(weight_of(linear).shape[1] == config.num_attention_heads * head_dim(dense))
 
 
 def _narrow_attention(stock: Any, config: PreTrainedConfig, width: int, index: int) -> nn.Module:
@@ -397,14 +474,10 @@ def _narrow_attention(stock: Any, config: PreTrainedConfig, width: int, index: i
     layer = type(stock)(narrow, index)
     block: nn.Module = getattr(layer, place_of(layer, "attention"))
     for name, linear in block.named_children():
-        if isinstance(linear, nn.Linear) and name in OUTPUTS["attention"]:
-            linear.out_features = config.hidden_size
-            linear.weight = nn.Parameter(linear.weight.new_empty(config.hidden_size, linear.in_features))
-            if linear.bias is not None:
-                linear.bias = nn.Parameter(linear.bias.new_empty(config.hidden_size))
-        elif isinstance(linear, nn.Linear):
-            linear.in_features = config.hidden_size
-            linear.weight = nn.Parameter(linear.weight.new_empty(linear.out_features, config.hidden_size))
+        if is_linear(linear):
+            rows, columns = weight_of(linear).shape
+            of_model = config.hidden_size
+            resize(linear, *((of_model, columns) if name in OUTPUTS["attention"] else (rows, of_model)))
     for module in block.modules():
         if "config" in vars(module):
             vars(module)["config"] = config
@@ -423,6 +496,8 @@ def output_of(block: nn.Module, kind: str) -> Any:
 
 def norms_of(layer: nn.Module, kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The norms before the layer's block of that kind and those behind it, which serve no other block."""
+    if getattr(layer, "apply_residual_connection_post_layernorm", False):
+        return (), ()
     own = frozenset(name for name, _ in layer.named_children() if "norm" in name or name.startswith("ln_"))
     return _NORMS.get(own, {}).get(kind, ((), ()))
 
@@ -433,8 +508,8 @@ def drop_block(layer: nn.Module, kind: str) -> None:
     stock = getattr(layer, place)
     if kind == "attention":
         width = getattr(stock, "head_dim", None) or stock.head_size
-        setattr(layer, place, DroppedAttention(width, stock.layer_idx))
+        setattr(layer, place, DroppedAttention(width, stock.layer_idx, adds_residual(stock)))
     else:
-        setattr(layer, place, DroppedMLP())
+        setattr(layer, place, DroppedMLP(adds_residual(stock)))
     for name in (norm for side in norms_of(layer, kind) for norm in side):
         setattr(layer, name, nn.Identity())

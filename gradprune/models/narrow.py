@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from gradprune.models.blocks import Block, Cut, LinearBlock, PrunableModel
 from gradprune.models.masks import GroupMasks
-from gradprune.models.modeling_gradprune import drop_block
+from gradprune.models.modeling_gradprune import drop_block, is_linear, state_features
 from gradprune.models.residency import selected
 from gradprune.models.view import view_of
 from gradprune.models.widths import state_widths
@@ -49,8 +49,8 @@ def _select(view: PrunableModel, block: Block, cut: Cut) -> None:
     old: Tensor = getattr(module, name)
     new = selected(old, cut.dim, cut.index)
     setattr(module, name, parameter_like(old, new) if isinstance(old, nn.Parameter) else new)
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
+    if is_linear(module):
+        state_features(module)
     if view.residency is not None and isinstance(old, nn.Parameter):
         view.residency.cut(block.layer, f"{block.path}.{cut.path}", cut.dim, cut.index)
 

@@ -27,9 +27,10 @@ from gradprune.models.experts import ExpertsBlock, plain_product
 from gradprune.models.kinds import KIND_NAMES
 from gradprune.models.loss import sample_losses
 from gradprune.models.masks import GroupMasks
-from gradprune.models.modeling_gradprune import causal_lm
+from gradprune.models.modeling_gradprune import causal_lm, text_config
 from gradprune.models.narrow import narrow
 from gradprune.models.shrink import shrunk, tiny_model, vision_left_empty
+from gradprune.models.sizes import vocabulary_of
 from gradprune.models.view import missing_kinds, view_of
 
 # The largest difference, relative to the logits' size. Some architectures compute parts in fp32; a wrong cut differs
@@ -133,8 +134,7 @@ def quiet() -> Iterator[None]:
 
 def _ids(model: PreTrainedModel) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    embedding: Any = model.get_input_embeddings()
-    return torch.randint(3, embedding.weight.shape[0], (2, 9), generator=generator)
+    return torch.randint(3, vocabulary_of(model), (2, 9), generator=generator)
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
@@ -243,8 +243,9 @@ def _by_steps(model: Any, ids: Tensor) -> Tensor:
 def _rebuilt(model: PreTrainedModel) -> nn.Module:
     """The model as its configuration says, with its weights."""
     config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
-    config._attn_implementation = model.config._attn_implementation
-    config._experts_implementation = model.config._experts_implementation
+    for name in ("_attn_implementation", "_experts_implementation"):
+        chosen = {"": getattr(model.config, name), "text_config": getattr(text_config(model.config), name)}
+        setattr(config, name, chosen)
     with torch.random.fork_rng(devices=[]), vision_left_empty(config):
         rebuilt: Any = type(model)._from_config(config, dtype=model.dtype)
     rebuilt.load_state_dict(model.state_dict(), assign=True)

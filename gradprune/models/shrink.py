@@ -44,6 +44,7 @@ _SMALL: dict[str, int] = {
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
+    "rotary_dim": _HEAD_DIM,
     "q_lora_rank": 8,
     "kv_lora_rank": 8,
     "qk_rope_head_dim": 4,

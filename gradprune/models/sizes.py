@@ -80,7 +80,7 @@ def model_shape(model: PreTrainedModel, itemsize: int | None = None) -> ModelSha
         # Where layers have experts, those that a token passes through.
         intermediate=_widest(blocks, "mlp") or getattr(config, "num_experts_per_tok", 1) * _expert_width(config),
         vocabulary=config.vocab_size,
-        outputs=tuple((each.output.linear.out_features, each.output.linear.in_features) for each in blocks),
+        outputs=tuple((each.output.weight.shape[0], each.output.weight.shape[1]) for each in blocks),
         groups=sum(block.groups for block in view.blocks),
         prunable=sum(block.groups * block.cost for block in view.blocks),
         experts=any(map(has_experts, layers_of(model))),
@@ -106,7 +106,7 @@ def in_gib(size: int) -> str:
 
 
 def _widest(blocks: tuple[LinearBlock, ...], kind: str) -> int:
-    return max((block.output.linear.in_features for block in blocks if block.kind.name == kind), default=0)
+    return max((block.width for block in blocks if block.kind.name == kind), default=0)
 
 
 def _expert_width(config: PreTrainedConfig) -> int:

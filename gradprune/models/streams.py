@@ -9,6 +9,7 @@ kept in the host's memory, and one batch of it at a time is on the layer's devic
 model's budget is kept in mapped files.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -75,7 +76,9 @@ class Streams:
 
     def on_device(self, layer: int, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
         """`layer` of a stream that is on the device already; the result is there, too, and differentiable."""
-        with self._answering(written, self._view.device_of(layer)):
+        # Copies, because some layers add to what one of their blocks returned in place.
+        answers = {module: value.clone() for module, value in written.items()}
+        with self._answering(answers, self._view.device_of(layer)):
             output = self._view.layers[layer](stream, **self._arguments[batch][layer])
         after: Tensor = output[0] if isinstance(output, tuple) else output
         return after
@@ -85,7 +88,7 @@ class Streams:
         written: dict[nn.Module, Tensor] = {}
 
         def keep(module: nn.Module, _args: Any, output: Any) -> None:
-            written[module] = self.keep(output[0] if isinstance(output, tuple) else output)
+            written[module] = self.keep((output[0] if isinstance(output, tuple) else output).clone())
 
         with _removed([block.module.register_forward_hook(keep) for block in self._view.of_layer(layer)]):
             return self.layer(layer, batch, stream, {}), written
@@ -175,9 +178,10 @@ class Streams:
         entered: list[Tensor] = []
         arguments: list[dict[str, Any]] = []
 
-        def skip(layer: nn.Module, hidden_states: Tensor, **kwargs: Any) -> Any:
+        def skip(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             entered.append(hidden_states)
-            arguments.append(kwargs)
+            names = list(inspect.signature(type(layer).forward).parameters)[2:]
+            arguments.append(dict(zip(names, args, strict=False)) | kwargs)
             return self._answer(layer, hidden_states)
 
         with ExitStack() as stack:

@@ -12,7 +12,7 @@ import transformers
 from gradprune.errors import one_line
 from gradprune.models.modeling_gradprune import HEADS, class_names
 from gradprune.models.self_test import SelfTest, quiet, self_test
-from gradprune.models.tested import TESTED
+from gradprune.models.tested import LEFT_WHOLE, TESTED
 
 Status = Literal["tested", "self-test", "refused"]
 
@@ -46,6 +46,7 @@ def support(architecture: str) -> Support:
         # Some default configurations describe no model.
         found = {} if complete else _tested(architecture).refused
         whole = {kind: reason for kind, reason in found.items() if kind != "model"}
+        whole |= LEFT_WHOLE.get(architecture, {})
         return Support(architecture, "tested", TESTED[architecture], whole)
     result = _tested(architecture)
     return Support(architecture, "self-test" if result.accepted else "refused", result.accepted, result.refused)

@@ -22,6 +22,8 @@ TESTED: dict[str, tuple[str, ...]] = {
             "gemma3_text",
             "glm",
             "glm4",
+            "falcon",
+            "gpt2",
             "gpt_neox",
             "granite",
             "helium",
@@ -46,8 +48,7 @@ TESTED: dict[str, tuple[str, ...]] = {
         ),
         _BOTH,
     ),
-    # Their norms of queries and keys span all heads.
-    **dict.fromkeys(("olmo2", "olmo3"), ("mlp",)),
+    **dict.fromkeys(("bloom", "olmo2", "olmo3"), ("mlp",)),
     **dict.fromkeys(("gpt_oss", "mixtral"), ("attention", *_EXPERTS)),
     "qwen3_moe": (*_BOTH, *_EXPERTS),
     "olmoe": _EXPERTS,
@@ -56,6 +57,16 @@ TESTED: dict[str, tuple[str, ...]] = {
     "qwen2_moe": (*_BOTH, *_EXPERTS, "shared_experts"),
 }
 """By `config.model_type`. A kind that is not named is left whole."""
+
+
+_NORM = {"attention": "its norms of queries and keys span all heads, and would change with every head that goes"}
+_LATENT = {"attention": "its heads share compressed keys and values"}
+LEFT_WHOLE: dict[str, dict[str, str]] = {
+    **dict.fromkeys(("olmo2", "olmo3", "olmoe"), _NORM),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _LATENT),
+    "bloom": {"attention": "its heads differ by a bias on distances (alibi), which depends on their number"},
+}
+"""Why a kind of block that they have is left whole."""
 
 
 def tested_kinds(config: PreTrainedConfig) -> tuple[str, ...]:

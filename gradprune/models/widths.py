@@ -16,17 +16,18 @@ from gradprune.models.experts import ExpertChannels
 from gradprune.models.modeling_gradprune import (
     EXPERT_WIDTHS,
     EXPERTS,
-    KV_HEADS,
     SHARED_WIDTHS,
-    WIDTHS,
     auto_map,
     build_layer,
     homogeneous,
+    kv_heads_name,
     name_in,
     per_layer_overrides,
     pruned_class,
     stock_class,
     text_config,
+    weight_of,
+    width_name,
 )
 
 # What a module can hold that depends on its widths.
@@ -44,8 +45,26 @@ def plain_widths(view: PrunableModel) -> dict[str, frozenset[int]]:
         for block in view.blocks
         if block.least > 1
     }
+    mlp = next((block for block in view.of_kind("mlp") if block is not None), None)
+    if mlp is not None and not _follows_width(view, mlp):
+        found[mlp.kind.name] = frozenset({mlp.groups})
     first = _attention(view)
     return found if first is None else found | _attention_widths(view, first)
+
+
+def _follows_width(view: PrunableModel, mlp: LinearBlock) -> bool:
+    """Whether a stock layer's MLP is as wide as the configuration says; some derive its width in their own way."""
+    dense = _dense(view.model)
+    dense.__class__ = stock_class(type(dense))
+    other = mlp.groups + 1
+    try:
+        with torch.device("meta"):
+            built: Any = type(view.layers[mlp.layer])(_with(dense, {width_name(dense): other}), mlp.layer)
+    except ValueError:
+        # As refused by the class, for another reason: its heads.
+        return True
+    output = getattr(built.get_submodule(mlp.path), mlp.output.path)
+    return bool(weight_of(output).shape[1] == other)
 
 
 def _attention_widths(view: PrunableModel, first: LinearBlock) -> dict[str, frozenset[int]]:
@@ -85,10 +104,10 @@ def state_widths(view: PrunableModel, before: PrunableModel) -> None:
         whole.__class__ = stock_class(type(whole))
     else:
         dense = _dense(model)
-        width = name_in(dense, WIDTHS)
+        width = width_name(dense)
         stated = {block.layer for block in view.blocks if block.kind.name == "mlp"}
         stated |= {key.layer for key in view.dropped if key.kind == "mlp"}
-        if width is not None and len(stated) == len(view.layers) and not _differs_in_width(view, before, dense):
+        if hasattr(dense, width) and len(stated) == len(view.layers) and not _differs_in_width(view, before, dense):
             # transformers releases that do not know per_layer_config would load the stock model, with random weights
             # for the dropped blocks. A global width that fits no layer makes them refuse.
             setattr(config, width, 0)
@@ -131,11 +150,11 @@ def _own_widths(config: PreTrainedConfig, groups: dict[str, int], attention: Lin
     """
     stated: dict[str, int] = {}
     if "attention" in groups and attention is not None:
-        if (name := name_in(config, KV_HEADS)) is not None:
+        if (name := kv_heads_name(config)) is not None:
             stated[name] = groups["attention"]
         stated["num_attention_heads"] = groups["attention"] * attention.heads_per_group
-    if "mlp" in groups and (name := name_in(config, WIDTHS)) is not None:
-        stated[name] = groups["mlp"]
+    if "mlp" in groups:
+        stated[width_name(config)] = groups["mlp"]
     if "expert_channels" in groups and (name := name_in(config, EXPERT_WIDTHS)) is not None:
         stated[name] = groups["expert_channels"]
     if "experts" in groups and (name := name_in(config, EXPERTS)) is not None:
@@ -172,7 +191,7 @@ def _has_heads(layer: nn.Module, config: PreTrainedConfig, attention: LinearBloc
     except ValueError:
         return False
     output = getattr(getattr(built, attention.path), attention.output.path)
-    return bool(output.in_features == groups * attention.output.columns)
+    return bool(weight_of(output).shape[1] == groups * attention.output.columns)
 
 
 def _plain_widths(view: PrunableModel, attention: LinearBlock | None) -> dict[str, int] | None:
@@ -207,7 +226,7 @@ def _differs_in_width(view: PrunableModel, before: PrunableModel, dense: PreTrai
     """Whether a block that exists has other than the global width."""
     attention = _attention(before)
     return any(
-        getattr(dense, name) != value
+        getattr(dense, name, None) != value
         for block in view.blocks
         for name, value in _own_widths(dense, {block.kind.name: _width_of(block)}, attention).items()
     )

@@ -209,8 +209,8 @@ class _Repair:
             wanted = [each - linear.bias.to(each.device) for each in wanted]
         solved, judge = (
             Moments.measure(
-                read[part], None if wanted is None else wanted[part], linear.weight, name, self.ranks
-            ).of_output(linear.weight, columns, self.blend)
+                read[part], None if wanted is None else wanted[part], block.output.weight, name, self.ranks
+            ).of_output(block.output.weight, columns, self.blend)
             for part in self.parts
         )
         found = fit(solved, judge, self.ridges)
@@ -219,7 +219,7 @@ class _Repair:
         with self.view.rewriting(block, [f"{block.output.path}.weight"]):
             block.mask(kept)
             if found.better:
-                linear.weight[:, columns] = found.weight.to(linear.weight.dtype)
+                block.output.weight[:, columns] = found.weight.to(linear.weight.dtype)
 
     def _silence(self, block: Block, kept: Tensor) -> None:
         """Zero what the pruned groups write, without a repair."""
@@ -248,4 +248,4 @@ def _wanted(block: Block, ahead: Tensor, written: dict[nn.Module, Tensor]) -> Te
 
 def _write(block: LinearBlock, x: Tensor) -> Tensor:
     linear = block.output.linear
-    return F.linear(x.to(linear.weight.device), linear.weight, linear.bias)
+    return F.linear(x.to(linear.weight.device), block.output.weight, linear.bias)

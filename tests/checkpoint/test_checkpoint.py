@@ -407,9 +407,9 @@ def test_a_path_that_is_not_there_is_told_at_once(name: str) -> None:
 
 
 def test_an_unsupported_architecture_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "ctrl"}))
     with pytest.raises(
-        UnsupportedArchitectureError, match=r"'gpt2' .*self-test refused it.*tested are .*llama, .*qwen3"
+        UnsupportedArchitectureError, match=r"'ctrl' .*self-test refused it.*tested are .*llama, .*qwen3"
     ):
         load_model(tmp_path)
 

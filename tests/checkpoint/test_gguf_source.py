@@ -112,8 +112,8 @@ def test_what_is_wrong_with_a_gguf_file_is_said(tmp_path: Path) -> None:
     write_gguf(llama(), tmp_path / "lacks.gguf", without="blk.1.ffn_up")
     with pytest.raises(CheckpointError, match=r"lacks 1 weights .* first model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(tmp_path / "lacks.gguf")
-    write_gguf(llama(), tmp_path / "other.gguf", architecture="gpt2")
-    with pytest.raises(UnsupportedArchitectureError, match=r"other\.gguf': architecture 'gpt2' is not"):
+    write_gguf(llama(), tmp_path / "other.gguf", architecture="mamba")
+    with pytest.raises(UnsupportedArchitectureError, match=r"other\.gguf': architecture 'mamba' is not"):
         load_model(tmp_path / "other.gguf")
 
 

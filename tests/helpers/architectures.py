@@ -20,16 +20,19 @@ _GEMMA3 = {
 OPTIONS: dict[str, dict[str, object]] = {
     "apertus": {},
     "arcee": {},
+    "bloom": {},
     "cohere": {},
     "cohere2": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "ernie4_5": {"use_bias": True},
     "exaone4": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "falcon": {"new_decoder_architecture": True, "bias": True},
     "gemma": {"hidden_activation": "gelu_pytorch_tanh"},
     "gemma2": {"sliding_window": 4, "query_pre_attn_scalar": 4},
     "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA3,
     "glm": {"attention_bias": True},
     "glm4": {},
+    "gpt2": {},
     "gpt_neox": {"attention_bias": True},
     "granite": {"residual_multiplier": 0.5, "logits_scaling": 3.0, "attention_multiplier": 0.5},
     "helium": {},
@@ -93,8 +96,14 @@ def tiny(architecture: str, *, ratio: int = 2, kv_heads: int = 3, head_dim: int 
         **OPTIONS[architecture],
         **options,
     }
-    if architecture == "gpt_neox":
+    if architecture in ("bloom", "falcon", "gpt2", "gpt_neox"):
         del values["num_key_value_heads"], values["head_dim"]
+    if architecture == "falcon":
+        values |= {"num_kv_heads": kv_heads, "ffn_hidden_size": values.pop("intermediate_size")}
+    if architecture in ("bloom", "gpt2"):
+        # Files of BLOOM leave it open too, to no effect.
+        channels = values.pop("intermediate_size")
+        values["n_inner"] = channels if architecture == "gpt2" else None
     if architecture in VISION:
         values = _with_vision(architecture, values)
     torch.manual_seed(seed)
@@ -137,7 +146,7 @@ def silenced(model, masks):
     with ExitStack() as stack:
         for block in describe(model).blocks:
             kept, linear = masks[block], block.output.linear
-            width = linear.in_features // len(kept)
+            width = block.width // len(kept)
             stack.callback(linear.register_forward_pre_hook(zeroed(kept, width)).remove)
             if not kept.any():
                 stack.callback(block.writer.register_forward_hook(nothing).remove)

@@ -1,6 +1,7 @@
 """Every architecture on the tested list beyond the first five: importances, cutting, saving, loading."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import transformers
 
 from gradprune import ImportanceEngine, load_pruned
 from gradprune.checkpoint.save import save_checkpoint
+from gradprune.errors import SelectionError
 from gradprune.models import describe
 from gradprune.models.loss import sample_losses
 from gradprune.models.modeling_gradprune import head_class
 from gradprune.models.tested import TESTED
 from gradprune.models.widths import plain_widths
+from gradprune.ops.dispatch import select_ops
 from gradprune.surgery.cut import cut
 from gradprune.surgery.least_squares import least_squares
 from helpers.architectures import OPTIONS, random_masks_of, silenced, tiny
@@ -24,7 +27,6 @@ from helpers.pipeline_runs import run
 from helpers.programs import run_program
 from helpers.tiny_models import CLASSES, tiny_ids
 
-# Attention of olmo2 and olmo3 norms all heads at once, and gpt_neox and olmo have no GQA to vary there.
 SHAPES = ((1, 4), (2, 4), (3, 8))
 FRESH = """
 import sys, torch
@@ -43,7 +45,7 @@ def tolerance(architecture: str) -> dict[str, float]:
 
 
 def shapes_of(architecture: str) -> tuple[tuple[int, int], ...]:
-    return ((1, 4),) if architecture == "gpt_neox" else SHAPES
+    return ((1, 4), (1, 8)) if architecture in ("bloom", "gpt2", "gpt_neox") else SHAPES
 
 
 CASES = [(architecture, *shape) for architecture in OPTIONS for shape in shapes_of(architecture)]
@@ -85,7 +87,7 @@ def test_importances_equal_fp64_autograd_and_dead_groups_are_lowest(architecture
         # The last group reads and writes nothing.
         dead = torch.tensor([block.groups - 1])
         with torch.no_grad():
-            block.output.linear.weight[:, block.output.columns_of(dead)] = 0.0
+            block.output.weight[:, block.output.columns_of(dead)] = 0.0
     with ImportanceEngine(model, method="taylor_2nd", backend="reference") as engine:
         engine.step(ids)
     found = {method: engine.evidence().scores(method, "none") for method in ("taylor", "group_fisher")}
@@ -103,8 +105,9 @@ def test_importances_equal_fp64_autograd_and_dead_groups_are_lowest(architecture
 def sample_gradients(model, block, ids):
     """Per group: the sum of |w g| over its weights, and the gradient of a mask on it; from the model's own logits."""
     linears = [entry.linear for entry in block.projections]
+    stored = [entry.transposed for entry in block.projections]
     mask = torch.ones(block.groups, dtype=torch.float64, requires_grad=True)
-    width = block.output.linear.in_features // block.groups
+    width = block.width // block.groups
 
     def gate(_module, args):
         return (args[0] * mask.repeat_interleave(width),)
@@ -115,11 +118,39 @@ def sample_gradients(model, block, ids):
     loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     *of_weights, of_mask = torch.autograd.grad(loss, [*(linear.weight for linear in linears), mask])
     absolute = [(linear.weight * g).abs().detach() for linear, g in zip(linears, of_weights, strict=True)]
+    absolute = [values.T if transposed else values for values, transposed in zip(absolute, stored, strict=True)]
     total = absolute[-1].sum(0).view(block.groups, width).sum(1)
     for entry, values in zip(block.inputs, absolute, strict=False):
         for group in range(block.groups):
             total[group] += values[entry.rows_of(torch.tensor([group]))].sum()
     return total, of_mask
+
+
+def test_weights_that_are_stored_transposed_are_scored_as_they_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So no weight is copied."""
+    model, scored, ops = tiny("gpt2").float(), [], select_ops("cpp", "cpu")
+
+    def seen(x: torch.Tensor, dy: torch.Tensor, w: torch.Tensor, side: str) -> object:
+        scored.append(w)
+        return ops.linear_importance(x, dy, w, side)
+
+    monkeypatch.setattr("gradprune.calibration.engine.select_ops", lambda *_: replace(ops, linear_importance=seen))
+    with ImportanceEngine(model, method="taylor") as engine:
+        engine.step(tiny_ids(2))
+    stored = {parameter.data_ptr() for parameter in model.parameters()}
+    assert len(scored) == 8
+    assert all(w.is_contiguous() and w.data_ptr() in stored for w in scored)
+
+
+def test_a_batch_of_one_sample_scores_transposed_weights_as_the_sample() -> None:
+    found = []
+    for reduction in ("sample", "batch"):
+        with ImportanceEngine(tiny("gpt2"), method="taylor_2nd", reduction=reduction, backend="reference") as engine:
+            engine.step(tiny_ids(1))
+        found.append(engine.scores())
+    for kind in ("attention", "mlp"):
+        for one, other in zip(*(getattr(scores, kind) for scores in found), strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("architecture", OPTIONS)
@@ -130,12 +161,19 @@ def test_the_loss_is_that_of_the_model_s_own_logits(architecture: str) -> None:
     torch.testing.assert_close(sample_losses(model, ids, chunk=5), expected)
 
 
-@pytest.mark.parametrize("architecture", OPTIONS)
+def test_a_width_that_a_configuration_does_not_state_stays_where_layers_are_alike() -> None:
+    model = tiny("bloom")
+    assert plain_widths(describe(model)) == {"mlp": frozenset({96})}
+    with pytest.raises(SelectionError, match=r"pruning_ratio: 0\.1 cannot be reached"):
+        run(model, uniform=True, pruning_ratio=0.1)
+
+
+@pytest.mark.parametrize("architecture", [name for name in OPTIONS if name != "bloom"])
 def test_a_uniform_result_is_a_plain_checkpoint(architecture: str, tmp_path: Path) -> None:
     model, ids = tiny(architecture, kv_heads=4), tiny_ids(2)
     masks = random_masks_of(model, 2.0)
     # What a plain checkpoint can state: these have attention as wide as the model, whatever their heads are.
-    heads_can_go = architecture not in ("gpt_neox", "helium", "qwen2_vl", "qwen2_5_vl")
+    heads_can_go = architecture not in ("falcon", "gpt2", "gpt_neox", "helium", "qwen2_vl", "qwen2_5_vl")
     assert (2 in plain_widths(describe(model)).get("attention", {2})) is heads_can_go
     for key in masks:
         if key.kind == "mlp" or heads_can_go:

@@ -2,11 +2,12 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, StableLmConfig
+from transformers import CTRLConfig, FalconConfig, LlamaConfig, Olmo2Config, StableLmConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from gradprune.errors import UnsupportedArchitectureError
@@ -42,6 +43,29 @@ def test_what_the_self_test_found_is_said_once(caplog: pytest.LogCaptureFixture)
     ]
 
 
+def test_what_a_tested_architecture_leaves_whole_is_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["gradprune.models.describe"], "_SAID", set())
+    with caplog.at_level(logging.WARNING, logger="gradprune"):
+        for _ in range(2):
+            assert accepted_kinds(Olmo2Config()) == ("mlp",)
+        assert accepted_kinds(LlamaConfig()) == ("attention", "mlp")
+    assert caplog.messages == [
+        "architecture 'olmo2': attention is left whole: its norms of queries and keys span all heads, and would change "
+        "with every head that goes"
+    ]
+
+
+def test_heads_that_differ_by_a_bias_are_left_whole() -> None:
+    rotary, biased = FalconConfig(multi_query=False), FalconConfig(multi_query=False, alibi=True)
+    for config in (rotary, FalconConfig(), FalconConfig(new_decoder_architecture=True, num_kv_heads=8)):
+        assert self_test(config).accepted == ("attention", "mlp")
+    found = self_test(biased)
+    assert found.accepted == ("mlp",)
+    assert "alibi" in found.refused["attention"]
+
+
 def test_an_option_that_changes_the_architecture_is_tested_too() -> None:
     found = self_test(StableLmConfig(qk_layernorm=True))
     assert found.accepted == ("mlp",)
@@ -49,11 +73,11 @@ def test_an_option_that_changes_the_architecture_is_tested_too() -> None:
 
 
 def test_a_refusal_says_what_failed() -> None:
-    with pytest.raises(UnsupportedArchitectureError, match=r"'gpt2' .* refused it: .*; tested are .*llama"):
-        accepted_kinds(GPT2Config())
+    with pytest.raises(UnsupportedArchitectureError, match=r"'ctrl' .* refused it: .*; tested are .*llama"):
+        accepted_kinds(CTRLConfig())
 
 
-@pytest.mark.parametrize("architecture", ["llama", "olmo2", "stablelm", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "olmo2", "stablelm", "ctrl", "internvl"])
 def test_the_table_of_the_docs_is_current(architecture: str) -> None:
     row = f"| {' | '.join(cells(support(architecture)))} |"
     assert row in DOCS.read_text(encoding="utf-8").splitlines()
@@ -62,11 +86,11 @@ def test_the_table_of_the_docs_is_current(architecture: str) -> None:
 def test_the_command_lists_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from gradprune import cli
 
-    heads = {"AutoModelForCausalLM": {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}}
+    heads = {"AutoModelForCausalLM": {"llama": "LlamaForCausalLM", "ctrl": "CTRLLMHeadModel"}}
     monkeypatch.setattr("gradprune.models.survey.HEADS", heads)
     cli.info(as_json=True, architectures=True)
     found = {entry["architecture"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert found["llama"]["status"] == "tested"
     assert found["llama"]["pruned"] == ["attention", "mlp"]
-    assert found["gpt2"]["status"] == "refused"
-    assert found["gpt2"]["whole"]
+    assert found["ctrl"]["status"] == "refused"
+    assert found["ctrl"]["whole"]
