@@ -15,6 +15,7 @@ from gradprune.errors import SelectionError
 from gradprune.models import describe
 from gradprune.models.loss import sample_losses
 from gradprune.models.modeling_gradprune import head_class
+from gradprune.models.streams import Streams
 from gradprune.models.tested import TESTED
 from gradprune.models.widths import plain_widths
 from gradprune.ops.dispatch import select_ops
@@ -184,6 +185,16 @@ def test_a_uniform_result_is_a_plain_checkpoint(architecture: str, tmp_path: Pat
     assert type(found) is type(model)
     with torch.no_grad(), silenced(model, masks):
         torch.testing.assert_close(found(ids).logits, model(ids).logits, **tolerance(architecture))
+
+
+def test_what_blocks_are_given_to_write_stays_as_it_is() -> None:
+    """Falcon's layers add to what the MLP returns in place."""
+    streams = Streams(describe(tiny("falcon")), [tiny_ids(2)])
+    with torch.no_grad():
+        after, written = streams.layer_and_written(0, 0, streams.first[0])
+        before = {module: value.clone() for module, value in written.items()}
+        torch.testing.assert_close(streams.layer(0, 0, streams.first[0], written), after)
+    assert all(torch.equal(written[module], value) for module, value in before.items())
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "granite", "cohere"])
