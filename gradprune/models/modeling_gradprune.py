@@ -223,12 +223,23 @@ class PerLayerWidths:
         # The stock method reads the source file of the class it is called on, so it is called on the stock class.
         return bool(stock_class(cls)._can_set_attn_implementation())
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return bool(stock_class(cls)._can_set_experts_implementation())
+
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """The stock method, applied to the layers' own configurations too."""
         super().set_attn_implementation(*args, **kwargs)
         for module in decoder_layers(self, self.config).modules():
             if hasattr(module, "config"):
                 module.config._attn_implementation = text_config(self.config)._attn_implementation
+
+    def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """The stock method, applied to the layers' own configurations too."""
+        super().set_experts_implementation(*args, **kwargs)
+        for module in decoder_layers(self, self.config).modules():
+            if hasattr(module, "config"):
+                module.config._experts_implementation = text_config(self.config)._experts_implementation
 
 
 def __getattr__(name: str) -> Any:

@@ -157,8 +157,11 @@ def test_layers_of_different_widths_survive_saving(tmp_path: Path) -> None:
         if key.layer == 1:
             masks[key][:] = wider[key]
     save_checkpoint(cut(model, masks), None, tmp_path / "x")
+    # A class that answers so lets its models begin with another implementation.
+    assert type(model)._can_set_experts_implementation()
     found = load_pruned(tmp_path / "x")
     found.set_experts_implementation("eager")
+    assert {layer.mlp.experts.config._experts_implementation for layer in found.model.layers} == {"eager"}
     with torch.no_grad():
         torch.testing.assert_close(found(ids).logits, without_channels(model, masks)(ids).logits, **TOLERANCE)
 
