@@ -1,5 +1,6 @@
 """The `gradprune` command. Heavy imports wait until a command runs, so that `--help` is quick."""
 
+import atexit
 import io
 import json
 import logging
@@ -374,8 +375,10 @@ def main() -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     arguments = sorted((_today(argument) for argument in sys.argv[1:]), key=_anywhere, reverse=True)
     try:
-        with interruptible(), launched():
+        with interruptible(), launched() as ranks:
             code = app(arguments, standalone_mode=False) or 0
+        if ranks.world > 1:
+            _end_at_once(code)
         sys.exit(code)
     except GradPruneError as error:
         _fail(str(error))
@@ -419,6 +422,14 @@ def _log(level: str) -> None:
     logger = logging.getLogger("gradprune")
     logger.handlers = [_LogLines()]
     logger.setLevel(level)
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End a rank that is done before Python takes itself apart, in which threads of PyTorch's may abort the process."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    atexit._run_exitfuncs()
+    os._exit(code)
 
 
 def _today(argument: str) -> str:
