@@ -12,7 +12,9 @@ from torch import Tensor
 from gradprune.kernels.launch import device_of
 from gradprune.kernels.linear_importance import (
     LinearImportanceConfig,
+    _add_statistics,
     _product_by_pointers,
+    _store_statistics,
     _tile_of_program,
     _weight_tile,
     configs_for,
@@ -74,14 +76,9 @@ def _grouped_linear_importance_kernel(
             a_ptr + begin * stride_at, b_ptr + begin * stride_bt, rows, columns, A, B, tokens, stride_at, stride_bt,
             BLOCK_A, BLOCK_B, BLOCK_T,
         )  # fmt: skip
-        magnitude = tl.abs(g)
-        finite = (magnitude < float("inf")) & inside  # false for NaN too
-        clean = tl.where(finite, magnitude, 0.0)
-        sum_abs += tl.sum(clean, 1)
-        sum_square += tl.sum(clean * clean, 1)
-        max_abs = tl.maximum(max_abs, tl.max(clean, 1))
-        min_abs = tl.minimum(min_abs, tl.min(tl.where(finite, magnitude, float("inf")), 1))
-        others += tl.sum(tl.where(inside & (finite == 0), 1.0, 0.0), 1)
+        sum_abs, sum_square, max_abs, min_abs, others = _add_statistics(
+            g, inside, sum_abs, sum_square, max_abs, min_abs, others
+        )
         w = w_ptr + expert * stride_we
         product = _weight_tile(w, row, column, A, B, stride_w, BLOCK_A, BLOCK_B, COLUMNS, False) * g
         row_abs += tl.sum(tl.abs(product), 1)
@@ -92,11 +89,7 @@ def _grouped_linear_importance_kernel(
     tl.store(sums, row_abs, mask=rows < A)
     tl.store(sums + A, row_square, mask=rows < A)
     statistics = statistics_ptr + (of_expert * tl.num_programs(0) + tile_a * tl.cdiv(B, BLOCK_B) + tile_b) * 5
-    tl.store(statistics, tl.sum(sum_abs, 0))
-    tl.store(statistics + 1, tl.sum(sum_square, 0))
-    tl.store(statistics + 2, tl.max(max_abs, 0))
-    tl.store(statistics + 3, tl.min(min_abs, 0))
-    tl.store(statistics + 4, tl.sum(others, 0))
+    _store_statistics(statistics, sum_abs, sum_square, max_abs, min_abs, others)
 
 
 # Compiled for sm_80 and sm_90 none spills a register, as `linear_importance`'s own for fp32 would: rows have more sums.

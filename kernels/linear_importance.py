@@ -253,6 +253,30 @@ def _recount_kernel(
 
 
 @triton.jit
+def _add_statistics(g, inside, sum_abs, sum_square, max_abs, min_abs, others):
+    """Statistics of a tile by row, [TILE_A] each, with those of one sample's gradient g [TILE_A, TILE_B]."""
+    magnitude = tl.abs(g)
+    finite = (magnitude < float("inf")) & inside  # false for NaN too
+    clean = tl.where(finite, magnitude, 0.0)
+    sum_abs += tl.sum(clean, 1)
+    sum_square += tl.sum(clean * clean, 1)
+    max_abs = tl.maximum(max_abs, tl.max(clean, 1))
+    min_abs = tl.minimum(min_abs, tl.min(tl.where(finite, magnitude, float("inf")), 1))
+    others += tl.sum(tl.where(inside & (finite == 0), 1.0, 0.0), 1)
+    return sum_abs, sum_square, max_abs, min_abs, others
+
+
+@triton.jit
+def _store_statistics(statistics, sum_abs, sum_square, max_abs, min_abs, others):
+    """Write the statistics of a tile, given by row."""
+    tl.store(statistics, tl.sum(sum_abs, 0))
+    tl.store(statistics + 1, tl.sum(sum_square, 0))
+    tl.store(statistics + 2, tl.max(max_abs, 0))
+    tl.store(statistics + 3, tl.min(min_abs, 0))
+    tl.store(statistics + 4, tl.sum(others, 0))
+
+
+@triton.jit
 def _recount_tile(
     a_ptr, b_ptr, statistics, part, row, column, N, T, A, B, samples_per_program, per_tile,
     stride_an, stride_at, stride_bn, stride_bt,
@@ -274,24 +298,15 @@ def _recount_tile(
             a_ptr + sample * stride_an, b_ptr + sample * stride_bn, rows, columns, A, B, T, stride_at, stride_bt,
             TILE_A, TILE_B, BLOCK_T,
         )  # fmt: skip
-        magnitude = tl.abs(g)
-        finite = (magnitude < float("inf")) & inside
-        clean = tl.where(finite, magnitude, 0.0)
-        sum_abs += tl.sum(clean, 1)
-        sum_square += tl.sum(clean * clean, 1)
-        max_abs = tl.maximum(max_abs, tl.max(clean, 1))
-        min_abs = tl.minimum(min_abs, tl.min(tl.where(finite, magnitude, float("inf")), 1))
-        others += tl.sum(tl.where(inside & (finite == 0), 1.0, 0.0), 1)
+        sum_abs, sum_square, max_abs, min_abs, others = _add_statistics(
+            g, inside, sum_abs, sum_square, max_abs, min_abs, others
+        )
     for entry in range(1, per_tile):
         tl.store(statistics + entry * 5, 0.0)
         tl.store(statistics + entry * 5 + 1, 0.0)
         tl.store(statistics + entry * 5 + 2, 0.0)
         tl.store(statistics + entry * 5 + 3, float("inf"))
-    tl.store(statistics, tl.sum(sum_abs, 0))
-    tl.store(statistics + 1, tl.sum(sum_square, 0))
-    tl.store(statistics + 2, tl.max(max_abs, 0))
-    tl.store(statistics + 3, tl.min(min_abs, 0))
-    tl.store(statistics + 4, tl.sum(others, 0))
+    _store_statistics(statistics, sum_abs, sum_square, max_abs, min_abs, others)
 
 
 # Compiled for sm_80 and sm_90 none of these spills a register; none has been timed on a GPU.
