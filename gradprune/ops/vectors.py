@@ -86,7 +86,27 @@ class MaskGradient(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ImportanceVectors:
+class SideSums:
+    """What the importance ops return: sums over a weight's rows and columns, and its gradient's statistics."""
+
+    rows: Tensor | None
+    columns: Tensor | None
+    statistics: GradientStatistics[Tensor]
+
+    def sums(self, side: Literal["rows", "columns"]) -> Tensor:
+        """[..., 2, O] or [..., 2, I], the sums over one side: of |w g| and of w^2 g^2.
+
+        Raises:
+            ValueError: the op was not asked for them.
+        """
+        found = self.rows if side == "rows" else self.columns
+        if found is None:
+            raise ValueError(f"side: the {side} were not computed")
+        return found
+
+
+@dataclass(frozen=True)
+class ImportanceVectors(SideSums):
     """Row and column sums for a weight W `[O, I]` and its gradient G `[O, I]`, and G's statistics.
 
     rows: [2, O], sums over columns of |w g| and of w^2 g^2. columns: [2, I], sums over rows of the same.
@@ -96,10 +116,6 @@ class ImportanceVectors:
     fp64. A non-finite element of G makes its row's and its column's sums non-finite. Summed over samples, `statistics`
     are merged.
     """
-
-    rows: Tensor | None
-    columns: Tensor | None
-    statistics: GradientStatistics[Tensor]
 
     @property
     def row_abs(self) -> Tensor | None:
@@ -121,39 +137,13 @@ class ImportanceVectors:
         """[I], sum over rows of w^2 g^2."""
         return None if self.columns is None else self.columns[1]
 
-    def sums(self, side: Literal["rows", "columns"]) -> Tensor:
-        """[2, O] or [2, I], the sums over one side: of |w g| and of w^2 g^2.
-
-        Raises:
-            ValueError: the op was not asked for them.
-        """
-        found = self.rows if side == "rows" else self.columns
-        if found is None:
-            raise ValueError(f"side: the {side} were not computed")
-        return found
-
 
 @dataclass(frozen=True)
-class GroupedVectors:
+class GroupedVectors(SideSums):
     """`ImportanceVectors` of E experts' weights [O, I] and their gradients.
 
     rows: [E, 2, O]. columns: [E, 2, I]. statistics: each field [E]. The side not asked for is None.
     """
-
-    rows: Tensor | None
-    columns: Tensor | None
-    statistics: GradientStatistics[Tensor]
-
-    def sums(self, side: Literal["rows", "columns"]) -> Tensor:
-        """[E, 2, O] or [E, 2, I], the sums over one side: of |w g| and of w^2 g^2.
-
-        Raises:
-            ValueError: the op was not asked for them.
-        """
-        found = self.rows if side == "rows" else self.columns
-        if found is None:
-            raise ValueError(f"side: the {side} were not computed")
-        return found
 
 
 def check_grouped(x: Tensor, dy: Tensor, w: Tensor, offsets: Tensor) -> int:
