@@ -15,7 +15,7 @@ from gradprune.calibration.kept import evidence_kept
 from gradprune.calibration.resume import forget_calibration
 from gradprune.checkpoint.atomic import atomic_directory
 from gradprune.checkpoint.results import claimed_results, ratio_names, weight_bytes_on_disk
-from gradprune.config import TARGETS, PruneConfig
+from gradprune.config import PruneConfig
 from gradprune.data.samples import draw_samples
 from gradprune.data.windows import check_context
 from gradprune.errors import ConfigError, SelectionError
@@ -203,10 +203,9 @@ def _check_reachable(view: PrunableModel, groups: GroupTable, config: PruneConfi
     try:
         check_reachable(groups, config.pruning_ratio if ratio is None else ratio, view.parameters, config.constraints)
     except SelectionError as error:
-        if ratio is None:
+        if config.target is None:
             raise
-        given = next(name for name in TARGETS if getattr(config, name) is not None)
-        raise SelectionError(f"{given}: {getattr(config, given)} asks for too much; {error}") from error
+        raise SelectionError(f"{config.target}: {getattr(config, config.target)} asks for too much; {error}") from error
 
 
 def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResult:
@@ -230,7 +229,7 @@ def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResul
 
 
 def _at_target(run: Run, evidence: Evidence) -> Run:
-    if all(getattr(run.config, name) is None for name in TARGETS):
+    if run.config.target is None:
         return run
     with run.clock.stage("target"):
         return at_target(run, evidence)

@@ -97,6 +97,11 @@ class Model(Options):
         """The kinds of groups to prune; None for the default."""
         return None if self.prune_kinds is None else tuple(self.prune_kinds.split(","))
 
+    @property
+    def target(self) -> str | None:
+        """The option that says what is to come out instead of a ratio; None where none does."""
+        return next((name for name in TARGETS if getattr(self, name) is not None), None)
+
     def check_together(self) -> None:
         """An expert goes as a whole, or its channels do; the layers' places are said once."""
         super().check_together()
