@@ -115,8 +115,8 @@ def prune(
     target = _target(options)
     if target is not None and len(ratios) > 1:
         raise ConfigError("pruning_ratio: several are given, and a target too; leave out one or the other")
-    name = f"{options['importance_method']}-{target or '-'.join(f'{ratio:g}' for ratio in ratios)}"
-    config = _config({**options, "pruning_ratio": ratios[0]}, name)
+    config = _in_place({**options, "pruning_ratio": ratios[0]})
+    config = _named(config, f"{config.importance_method}-{target or '-'.join(f'{ratio:g}' for ratio in ratios)}")
     if len(ratios) == 1:
         _prune(config)
     else:
@@ -127,12 +127,8 @@ def prune(
 @takes(Model, Data, Calibration, "prior", Search, Constraints, Repair, Output, from_file=True)
 def search(options: dict[str, Any]) -> None:
     """Choose the scoring by held-out loss, and prune with it."""
-    _prune(
-        _config(
-            {**options, "importance_method": "auto"},
-            f"search-{_target(options) or format(options['pruning_ratio'], 'g')}",
-        )
-    )
+    config = _in_place({**options, "importance_method": "auto"})
+    _prune(_named(config, f"search-{_target(options) or format(config.pruning_ratio, 'g')}"))
 
 
 def _target(options: dict[str, Any]) -> str | None:
@@ -441,14 +437,14 @@ def _today(argument: str) -> str:
     return "--" + OLDER_NAMES.get(name, name).replace("_", "-") + equals + value
 
 
-def _config(options: dict[str, Any], name: str) -> PruneConfig:
-    """The configuration of a run; without an output name the results folder is named after the model, and `name`."""
-    if options["output_name"] is None:
-        base_model = options["base_model"]
-        options["output_name"] = f"{'demo' if base_model is None else Path(base_model).absolute().name}-{name}"
+def _named(config: PruneConfig, name: str) -> PruneConfig:
+    """With a results folder, by default named after the model, and `name`; of several ranks the leading one's alone."""
     if not current().leads:
-        options["output_name"] = None
-    return _in_place(options)
+        return replace(config, output_name=None)
+    if config.output_name is not None:
+        return config
+    model = "demo" if config.base_model is None else Path(config.base_model).absolute().name
+    return replace(config, output_name=f"{model}-{name}")
 
 
 def _in_place(options: dict[str, Any]) -> PruneConfig:

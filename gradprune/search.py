@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from gradprune.calibration.evidence import Evidence
-from gradprune.config import GRADIENT_METHODS, OPTIONS, Normalize, Scoring
+from gradprune.config import GRADIENT_METHODS, Normalize, Scoring
 from gradprune.data.windows import batches
 from gradprune.errors import SelectionError
 from gradprune.models import PrunableModel, describe
@@ -224,7 +224,7 @@ def _candidates(run: Run, evidence: Evidence) -> Iterator[_Candidate]:
 def _fixed(scoring: Scoring, evidence: Evidence) -> Iterator[Scoring]:
     """Every method without and with plain H-GSP, the default first; no fix but one that batches already had."""
     fix = evidence.fixes(FIXES)[0]
-    methods = sorted(evidence.methods, key=lambda method: method != OPTIONS["importance_method"].default)
+    methods = sorted(evidence.methods, key=lambda method: method != evidence.default_method)
     for method, (temperature, tau) in itertools.product(methods, (TEMPERATURES[0], TEMPERATURES[2])):
         if fix == "none" or method in GRADIENT_METHODS:
             yield replace(scoring, importance_method=method, temperature=temperature, tau=tau, gradient_fix=fix)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from gradprune.calibration.evidence import Evidence
-from gradprune.config import OPTIONS, PruneConfig, bytes_of, count_of
+from gradprune.config import PruneConfig, bytes_of, count_of
 from gradprune.errors import SelectionError
 from gradprune.evaluation.size import model_size
 from gradprune.evaluation.speed import throughput
@@ -50,7 +50,7 @@ def at_target(run: Run, evidence: Evidence) -> Run:
     scoring = config.scoring
     if config.importance_method == "auto":
         # What search compares with, until it has chosen.
-        scoring = replace(scoring, importance_method=OPTIONS["importance_method"].default)
+        scoring = replace(scoring, importance_method=evidence.default_method)
 
     def chosen(ratio: float) -> Choice:
         return choose(run.view, evidence, scoring, config.constraints, ratio)

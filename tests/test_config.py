@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gradprune import PruneConfig
 from gradprune.cli import app
 from gradprune.config import (
+    DEFAULT_METHODS,
     METHODS,
     OPTIONS,
     PARTS,
@@ -108,7 +109,7 @@ def test_a_new_option_is_one_line() -> None:
         ({"tau": float("nan")}, "tau: nan is not between 0 and inf"),
         ({"gradient_fix": None}, "gradient_fix: None is not none, auto, one of adaptive"),
         ({"gradient_fix": ""}, "gradient_fix: '' in '' is unknown"),
-        ({"gradient_fix": "none", "importance_method": None}, "importance_method: None is unknown; choose one of auto"),
+        ({"normalize_scores": None}, "normalize_scores: None is unknown; choose one of none, log"),
         ({"reduction": ["sample"]}, r"reduction: \['sample'\] is unknown; choose one of sample, batch"),
         ({"backend": "cuda"}, "backend: 'cuda' is unknown; choose one of auto, reference, cpp, triton"),
         ({"output_name": 5}, "output_name: 5 is not a plain folder name"),
@@ -146,6 +147,15 @@ def test_a_part_checks_like_the_whole() -> None:
         Scoring(tau="x")
     with pytest.raises(ConfigError, match="'wanda' uses no gradients"):
         Scoring("wanda", "adaptive")
+
+
+def test_the_default_method_is_decided_with_the_kinds_and_recorded() -> None:
+    for config, method in ((PruneConfig(), DEFAULT_METHODS[0]), (PruneConfig(prune_kinds="experts"), "group_fisher")):
+        assert config.importance_method == config.scoring.importance_method == method
+        assert config.to_dict()["importance_method"] == method
+        assert f"--importance_method {method}" in command_line(config)
+    assert Scoring().importance_method == DEFAULT_METHODS[0]
+    assert PruneConfig(importance_method="obs", prune_kinds="experts").importance_method == "obs"
 
 
 def test_values_become_plain_so_that_they_can_be_written() -> None:

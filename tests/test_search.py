@@ -11,7 +11,7 @@ import torch
 import gradprune.search as search_module
 from gradprune import PruneConfig
 from gradprune.cli import app
-from gradprune.config import OPTIONS, Constraints, Scoring, command_line
+from gradprune.config import DEFAULT_METHODS, Constraints, Scoring, command_line
 from gradprune.data.samples import draw_samples
 from gradprune.errors import CalibrationError, ConfigError
 from gradprune.models import describe
@@ -47,7 +47,7 @@ def test_every_difference_is_measured_sample_by_sample() -> None:
             masks = table.masks(select(table, 0.2, result.before.parameters, Constraints()))
             with masked(view, masks):
                 losses[scoring] = np.array([mean_loss(model, [sample[None]]) for sample in searched])
-    default = losses[Scoring(OPTIONS["importance_method"].default)]
+    default = losses[Scoring(DEFAULT_METHODS[0])]
     trials = {trial.scoring: trial for trial in result.search.trials if trial.samples == 8}
     compared = [scoring for scoring in losses if scoring in trials]
     assert len(compared) >= 6  # the others select what one before them does
@@ -60,11 +60,12 @@ def test_every_difference_is_measured_sample_by_sample() -> None:
 
 @pytest.mark.parametrize(
     ("advantage", "noise", "method"),
-    # With n selections, sqrt(2 ln n) standard errors are needed: about 3 here. 0.05 is 1.3 errors in the first case.
-    [(0.05, 0.15, "group_fisher"), (0.05, 0.01, "wanda"), (-0.05, 0.01, "group_fisher"), (0.0, 0.0, "group_fisher")],
+    # None is the default. With n selections, sqrt(2 ln n) standard errors are needed: about 3 here; in the first case
+    # 0.05 is 1.3.
+    [(0.05, 0.15, None), (0.05, 0.01, "wanda"), (-0.05, 0.01, None), (0.0, 0.0, None)],
 )
 def test_the_default_stays_unless_another_is_better_beyond_its_error(
-    advantage: float, noise: float, method: str, monkeypatch: pytest.MonkeyPatch
+    advantage: float, noise: float, method: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted losses: samples differ a lot, `wanda` is better than the default by `advantage` with a spread `noise`."""
     of_samples = torch.linspace(1.0, 5.0, 16, dtype=torch.float64)
@@ -74,17 +75,17 @@ def test_the_default_stays_unless_another_is_better_beyond_its_error(
         return (losses(candidate, sum(map(len, searched))) for candidate in candidates)
 
     def losses(candidate, count):
-        if candidate.scoring.importance_method == OPTIONS["importance_method"].default:
+        if candidate.scoring.importance_method == DEFAULT_METHODS[0]:
             return of_samples[:count]
         better = advantage if candidate.scoring.importance_method == "wanda" else -0.2
         return (of_samples - better + spread)[:count]
 
     monkeypatch.setattr(search_module, "_masked_losses", planted)
     result = found(search_samples=16)
-    assert result.search.winner.scoring.importance_method == method
+    assert result.search.winner.scoring.importance_method == (method or DEFAULT_METHODS[0])
     assert result.search.threshold == pytest.approx(math.sqrt(2 * math.log(result.search.candidates)))
     verdict = search_verdict(result.search)
-    assert verdict.startswith("The default (group_fisher" if method == "group_fisher" else "wanda")
+    assert verdict.startswith(method or f"The default ({DEFAULT_METHODS[0]}")
     if noise and advantage > 0.0:
         errors = advantage / (noise * (16 / 15) ** 0.5 / 4)
         assert f"{advantage:.4f} nats a token, {errors:.1f} standard errors over 16 samples" in verdict

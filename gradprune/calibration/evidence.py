@@ -16,7 +16,7 @@ from gradprune.calibration.methods import importance
 from gradprune.calibration.priors import Priors
 from gradprune.calibration.reduction import REDUCTIONS
 from gradprune.calibration.sealed import DamagedFileError, read_sealed, write_sealed
-from gradprune.config import METHODS, Method, Prior, ReductionName
+from gradprune.config import DEFAULT_METHODS, METHODS, Method, Prior, ReductionName
 from gradprune.errors import CheckpointError, ConfigError, GradPruneError, NonFiniteError, one_line
 from gradprune.models import BlockKey, whole_view
 from gradprune.models.digest import model_digest
@@ -139,6 +139,23 @@ class Evidence:
         needed = {"taylor_2nd": {"taylor", "fisher"}}
         return tuple(method for method in METHODS if needed.get(method, {method}) <= set(self.components))
 
+    @property
+    def default_method(self) -> Method:
+        """What others are compared with: the first of the default methods that was collected, if any."""
+        return next((method for method in DEFAULT_METHODS if method in self.methods), self.methods[0])
+
+    def check_method(self, method: Method) -> None:
+        """Refuse a method whose components were not collected.
+
+        Raises:
+            GradPruneError: naming those that were.
+        """
+        if method not in self.methods:
+            raise GradPruneError(
+                f"importance_method: '{method}' was not collected in this calibration; name one of those that were, "
+                f"{', '.join(self.methods)}, or calibrate again for it, or with evidence 'all'"
+            )
+
     def importance(self, method: Method, fix: str = "none") -> Tensor:
         """[groups of all blocks] fp32, by `method`, of gradients scaled by `fix`.
 
@@ -146,7 +163,8 @@ class Evidence:
             ConfigError: as `scaling`.
             GradPruneError: the pass did not collect what `method` needs.
         """
-        values: Tensor = importance(method, self._component, self._group_scales(self.scaling(fix)))
+        self.check_method(method)
+        values: Tensor = importance(method, self.components.__getitem__, self._group_scales(self.scaling(fix)))
         return values.float()
 
     def scores(self, method: Method, fix: str = "none") -> Scores:
@@ -193,14 +211,6 @@ class Evidence:
         if not evidence.blocks.items() <= {block.key: block.groups for block in whole_view(model).blocks}.items():
             raise CheckpointError(f"evidence_file: '{path}' does not have the blocks of this model; calibrate again")
         return evidence
-
-    def _component(self, name: str) -> Tensor:
-        if name not in self.components:
-            raise GradPruneError(
-                f"importance_method: '{name}' was not collected in this calibration, which has "
-                f"{', '.join(self.components)}; calibrate again for it, or with evidence 'all'"
-            )
-        return self.components[name]
 
     def _group_scales(self, scaling: GradientScaling | None) -> Tensor:
         """[groups of all blocks] fp64, the scale that is still to be applied to the sums' gradients."""

@@ -29,6 +29,8 @@ def gather_evidence(run: Run) -> Evidence:
         evidence = Evidence.load(config.evidence_file, run.view.model)
         _check_reduction(config, evidence)
         _check_kinds(run, evidence)
+        if config.importance_method != "auto":
+            evidence.check_method(config.method)
     else:
         with run.clock.stage("calibration"):
             evidence = _calibrated(run)
@@ -118,9 +120,9 @@ def _calibrated(run: Run) -> Evidence:
 
 def _collected(config: PruneConfig) -> tuple[Method, bool]:
     """The engine's method, and whether every step serves every method."""
-    method = config.importance_method
-    if config.evidence == "all" or method == "auto":
+    if config.evidence == "all" or config.importance_method == "auto":
         return "obs", True
+    method = config.method
     # The taylor prior is read from the backward pass, which these methods do without.
     if config.prior == "taylor" and config.temperature > 0.0 and method in ("magnitude", "wanda", "reap"):
         return "group_fisher", False

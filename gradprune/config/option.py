@@ -95,7 +95,11 @@ class Options:
         """
         for name, known in options_of(type(self)).items():
             object.__setattr__(self, name, known.accepted(getattr(self, name)))
+        self.decide()
         self.check_together()
+
+    def decide(self) -> None:
+        """Set what was left to the other options, by `object.__setattr__`; an override calls this one."""
 
     def check_together(self) -> None:
         """Raise ConfigError where values contradict each other; an override calls this one first."""

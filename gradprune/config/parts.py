@@ -4,6 +4,7 @@ The first line of a group's docstring is its title in `gradprune prune --help` a
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -46,10 +47,17 @@ GradientBackend = Literal["auto", "reference", "cpp", "cuda"]
 TARGETS = ("target_parameters", "target_bytes", "target_speedup")
 METHODS: tuple[Method, ...] = get_args(Method)
 GRADIENT_METHODS = ("taylor", "taylor_2nd", "fisher", "group_fisher", "obs")
+DEFAULT_METHODS: tuple[Method, ...] = ("group_fisher",)
+"""The default method is the first of these that there is for what is pruned."""
 
 _DATASET = path("a .txt, .jsonl or .npy file, or wikitext2, ptb or c4, or several as a.txt:0.7,b.jsonl:0.3")
 _UNIT_INTERVAL = numbers("between 0 and 1 (both excluded)", lambda x: 0.0 < x < 1.0)
 _UNIT_OR_ONE = numbers("above 0 and at most 1", lambda x: 0.0 < x <= 1.0)
+
+
+def default_method(kinds: Collection[str] = ()) -> Method:
+    """What scores groups of these kinds where no method is named; "obs" is not defined for whole experts."""
+    return next(method for method in DEFAULT_METHODS if method != "obs" or "experts" not in kinds)
 
 
 @dataclass(frozen=True)
@@ -181,7 +189,7 @@ class Calibration(Options):
 class Scoring(Options):
     """Scoring."""
 
-    importance_method: MethodOption = option("group_fisher", "How groups are scored; auto searches.")
+    importance_method: MethodOption | None = option(None, "How groups are scored; auto searches; default group_fisher.")
     gradient_fix: str = option(
         "none",
         f"Rescaling of vanishing gradients: {', '.join(GRADIENT_FIXES)}, a chain such as adaptive+depth:sqrt, "
@@ -207,6 +215,19 @@ class Scoring(Options):
         numbers("between 0 and inf (both included)", lambda x: x >= 0.0),
     )
     prior: Prior = option("removal", "Measure of a block's worth that H-GSP uses.")
+
+    @property
+    def method(self) -> Method:
+        """How groups are scored, once "auto" has been decided."""
+        assert self.importance_method is not None
+        assert self.importance_method != "auto"
+        return self.importance_method
+
+    def decide(self) -> None:
+        """Where no method is named, it is the default one; afterwards there always is one."""
+        super().decide()
+        if self.importance_method is None:
+            object.__setattr__(self, "importance_method", default_method())
 
     def check_together(self) -> None:
         """A gradient fix needs a method that uses gradients."""

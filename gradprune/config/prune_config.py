@@ -15,6 +15,7 @@ from gradprune.config.parts import (
     Repair,
     Scoring,
     Search,
+    default_method,
 )
 from gradprune.errors import ConfigError
 
@@ -67,6 +68,12 @@ class PruneConfig(Output, Repair, Constraints, Search, Scoring, Calibration, Dat
     def with_part(self, part: Options) -> "PruneConfig":
         """The same with the options of `part`."""
         return replace(self, **vars(part))
+
+    def decide(self) -> None:
+        """The default method depends on the kinds that are pruned."""
+        if self.importance_method is None:
+            object.__setattr__(self, "importance_method", default_method(self.kinds or ()))
+        super().decide()
 
     def check_together(self) -> None:
         """A method scores the kinds that are pruned; what "auto" decides cannot be given too."""

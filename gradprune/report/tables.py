@@ -111,7 +111,7 @@ def _errors(trial: Trial) -> str:
 
 def describe_scoring(scoring: Scoring) -> str:
     """A short description: the method, and what differs from the default scoring."""
-    parts: list[str] = [scoring.importance_method]
+    parts: list[str] = [scoring.method]
     if scoring.temperature > 0.0:
         tau = "25th percentile" if scoring.tau is None else f"{scoring.tau:g}"
         parts.append(f"T={scoring.temperature:g} tau={tau}")

@@ -21,8 +21,7 @@ def score_groups(view: PrunableModel, evidence: Evidence, scoring: Scoring) -> G
     Raises:
         ConfigError: the evidence is of batches whose gradients were scaled in another way.
     """
-    assert scoring.importance_method != "auto"
-    importance = evidence.importance(scoring.importance_method, scoring.gradient_fix)
+    importance = evidence.importance(scoring.method, scoring.gradient_fix)
     table = replace(empty_table(view), importance=importance.double().numpy())
     table = replace(table, score=normalized_scores(table, scoring))
     return modulate(table, scoring.temperature, scoring.tau, evidence.priors.get(scoring.prior))

@@ -146,6 +146,14 @@ def test_what_is_not_there_is_refused_with_the_remedy(options, error, named: str
         run(tiny_model(), evidence_file=needed_file, repair="none", **options)
 
 
+def test_a_method_that_is_not_there_is_refused_before_anything_is_measured(needed_file: str, monkeypatch) -> None:
+    monkeypatch.setattr("gradprune.pipeline.perplexity", None)
+    with pytest.raises(
+        GradPruneError, match=r"'obs'.* name one of those that were, magnitude, wanda, group_fisher, or"
+    ):
+        run(tiny_model(), evidence_file=needed_file, importance_method="obs")
+
+
 def test_a_prior_that_is_not_there_is_refused_with_the_remedy(tmp_path: Path) -> None:
     options = {"importance_method": "wanda", "repair": "none"}
     run(tiny_model(), output_name="a", output_dir=str(tmp_path), **options)

@@ -294,6 +294,7 @@ def test_priors_and_search_know_whole_experts(architecture: str) -> None:
     assert "reap" in result.evidence.methods
     assert result.search is not None
     assert "reap" in {trial.scoring.importance_method for trial in result.search.trials}
+    assert result.search.default.scoring.importance_method == "group_fisher"
 
 
 @pytest.mark.parametrize(
