@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from gradprune.calibration.engine import ImportanceEngine
 from gradprune.calibration.evidence import Evidence
@@ -46,17 +47,22 @@ WHOLE = {"stream_layers": "off"}
 STREAMED = {"stream_layers": "on", "stream_memory": "40KB"}
 
 
+def experts_one_by_one() -> None:
+    """For `prepare`: transformers' grouped matrix products, by which experts are run, are not made for fp64."""
+    pytest.MonkeyPatch().setattr(PreTrainedModel, "get_correct_experts_implementation", lambda *_: "eager")
+
+
 def groups(place: Path, name: str) -> list[dict[str, str]]:
     with (place / "results" / name / "analysis/groups.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def assert_same_result(place: Path, one: str, several: str) -> None:
+def assert_same_result(place: Path, one: str, several: str, model: str = "model") -> None:
     left, right = groups(place, one), groups(place, several)
     assert [row["pruned"] for row in left] == [row["pruned"] for row in right]
     assert "1" in {row["pruned"] for row in left} or "True" in {row["pruned"] for row in left}
     evidence = [
-        Evidence.load(place / "results" / name / "analysis/evidence.safetensors", load_pruned(place / "model"))
+        Evidence.load(place / "results" / name / "analysis/evidence.safetensors", load_pruned(place / model))
         for name in (one, several)
     ]
     assert evidence[0].components.keys() == evidence[1].components.keys()
@@ -67,24 +73,32 @@ def assert_same_result(place: Path, one: str, several: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "method", "changed"),
+    ("world", "model", "method", "changed"),
     [
-        (2, "group_fisher", {"num_samples": 22}),  # batches of 4, 4, 4, 4, 4 and 2 samples
-        (3, "taylor_2nd", {"num_samples": 14, "temperature": 1, "collect_batches": 3}),
-        (3, "obs", {"num_samples": 8}),  # the last rank has no batch
+        (2, "model", "group_fisher", {"num_samples": 22}),  # batches of 4, 4, 4, 4, 4 and 2 samples
+        (3, "model", "taylor_2nd", {"num_samples": 14, "temperature": 1, "collect_batches": 3}),
+        (3, "model", "obs", {"num_samples": 8}),  # the last rank has no batch
+        (2, "experts", "obs", {"num_samples": 10, "pruning_ratio": 0.3}),
+        # The second rank's share is one sample of three tokens.
+        (2, "experts", "obs", {"num_samples": 3, "batch_size": 2, "seq_len": 3, "pruning_ratio": 0.3}),
     ],
 )
-def test_ranks_prune_what_one_process_prunes(place: Path, world: int, method: str, changed: dict[str, object]) -> None:
+def test_ranks_prune_what_one_process_prunes(
+    place: Path, world: int, model: str, method: str, changed: dict[str, object]
+) -> None:
     """Whole and streamed."""
-    one = f"{method}-one"
-    code, said = run(place, "prune", *options(one, importance_method=method, **changed))
+    tiny_mixture().save_pretrained(place / "experts")
+    given = {"importance_method": method, "base_model": model, **changed}
+    one = f"{model}-{method}-{changed['num_samples']}"
+    code, said = run(place, "prune", *options(one, **given), prepare=experts_one_by_one)
     assert code == 0, said
-    for name, how in ((f"{method}-{world}", WHOLE), (f"{method}-{world}-streamed", STREAMED)):
-        ended = run_ranks(place, world, "prune", *options(name, importance_method=method, **changed, **how))
+    for name, how in ((f"{one}-{world}", WHOLE), (f"{one}-{world}-streamed", STREAMED)):
+        prepare = dict.fromkeys(range(world), experts_one_by_one)
+        ended = run_ranks(place, world, "prune", *options(name, **given, **how), prepare=prepare)
         assert [code for code, _ in ended] == [0] * world, ended
         assert f"results/{name}/model" in ended[0][1]
         assert not any(said for _, said in ended[1:])
-        assert_same_result(place, one, name)
+        assert_same_result(place, one, name, model)
 
 
 def test_experts_are_repaired_from_the_tokens_of_all_ranks(place: Path) -> None:
