@@ -7,20 +7,21 @@ with eager attention, because the former cannot trace any other and the latter h
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from gradprune import ImportanceEngine, PruneConfig
-from gradprune.calibration.capture import checkpointed
 from gradprune.calibration.engine import Scores
 from gradprune.models import Block, describe
+from gradprune.models.modes import forward_replaced
 
 # Suffix of the providers that recompute activations even if the job does not make everyone do so.
 RECOMPUTING = " recomputing"
@@ -231,6 +232,17 @@ def _sample_losses(logits: Tensor, ids: Tensor) -> Tensor:
 
 def _recomputing(model: PreTrainedModel, recompute: bool) -> AbstractContextManager[None]:
     return checkpointed(describe(model).layers) if recompute else nullcontext()
+
+
+@contextmanager
+def checkpointed(layers: nn.ModuleList) -> Iterator[None]:
+    """Each layer is recomputed in the backward pass by PyTorch's checkpoints, in evaluation mode, too."""
+    with ExitStack() as stack:
+        for layer in layers:
+            # Dropout is off, so the random generator's state need not be saved for the recomputation.
+            again = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            stack.enter_context(forward_replaced(layer, again))
+        yield
 
 
 @contextmanager

@@ -87,6 +87,12 @@ class Counted(TorchDispatchMode):
             self.launches.append(Launch(name, sum(map(_bytes_of, (*used, *made))), flops, dtype))
         return out
 
+    def forget(self) -> None:
+        """Start again from nothing."""
+        self.launches.clear()
+        self.kernels.clear()
+        self.workspace = self.peak = 0
+
     @property
     def by_name(self) -> Counter[str]:
         """How often each kernel is launched."""

@@ -4,12 +4,14 @@ from contextlib import ExitStack
 
 import torch
 
+from benchmarks.jobs.calibrators import checkpointed
 from benchmarks.predicted.counted import Counted, counted_gpu, llama
-from gradprune.calibration.capture import capture, checkpointed
+from gradprune.calibration.capture import capture
 from gradprune.calibration.engine import ImportanceEngine
 from gradprune.config import Method
 from gradprune.models import describe
 from gradprune.models.loss import sample_losses
+from gradprune.models.recomputed import Recomputation, recomputed
 
 
 def engine_step(size: str, layers: int, method: Method, samples: int, tokens: int) -> Counted:
@@ -17,25 +19,35 @@ def engine_step(size: str, layers: int, method: Method, samples: int, tokens: in
     with counted_gpu() as counted:
         engine = ImportanceEngine(llama(size, layers), method, use_gradient_checkpointing=True, weight_gradient_steps=0)
         ids = torch.zeros(samples, tokens, dtype=torch.int64, device="meta")
-        with engine, counted:
-            engine.step(ids)
+        with engine:
+            # In its first step an engine finds out what it need not compute again.
+            engine.step(ids[:1, :2])
+            counted.forget()
+            with counted:
+                engine.step(ids)
     return counted
 
 
 def plain_step(size: str, layers: int, samples: int, tokens: int, *, weights: bool = False) -> Counted:
     """The same forward and backward pass, without what the engine makes of it.
 
-    weights: with every weight's gradient, as `loss.backward()` takes it; otherwise none is, as in the engine's pass.
+    weights: with every weight's gradient, as `loss.backward()` takes it, activations recomputed by PyTorch; otherwise
+        as the engine's pass.
     """
+    ids = torch.zeros(samples, tokens, dtype=torch.int64, device="meta")
     with counted_gpu() as counted, ExitStack() as stack:
         model = llama(size, layers)
         view = describe(model)
-        if not weights:
+        if weights:
+            stack.enter_context(checkpointed(view.layers))
+        else:
             linears = [entry.linear for block in view.linear_blocks for entry in block.projections]
-            stack.enter_context(capture(model, dict.fromkeys(linears, lambda *_: None)))
-        stack.enter_context(checkpointed(view.layers))
+            recomputation = Recomputation()
+            stack.enter_context(capture(model, dict.fromkeys(linears, lambda *_: None), recomputation))
+            stack.enter_context(recomputed(view.layers, recomputation))
+            sample_losses(model, ids[:1, :2]).sum().backward()
+            counted.forget()
         stack.enter_context(counted)
-        ids = torch.zeros(samples, tokens, dtype=torch.int64, device="meta")
         sample_losses(model, ids).sum().backward()
     return counted
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gradprune.calibration.accumulator import BlockAccumulator, StepRecord
-from gradprune.calibration.capture import capture, checkpointed
+from gradprune.calibration.capture import capture
 from gradprune.calibration.evidence import Evidence, Scores
 from gradprune.calibration.experts import check_experts, scores_experts_alone
 from gradprune.calibration.findings import Findings
@@ -38,6 +38,7 @@ from gradprune.models.loss import sample_losses
 from gradprune.models.modes import evaluation_mode
 from gradprune.models.passes import backward_by_layers, waves
 from gradprune.models.placement import check_placement
+from gradprune.models.recomputed import Recomputation, recomputed
 from gradprune.ops.dispatch import select_ops
 from gradprune.ranks import ALONE, Ranks
 from gradprune.vanishing.scaling import scales_of
@@ -148,6 +149,7 @@ class ImportanceEngine:
         self._stack = ExitStack()
         self._hooks = ExitStack()
         self._observed: Depth | None = None
+        self._recomputation = Recomputation()
         self._open = False
 
     @classmethod
@@ -311,7 +313,7 @@ class ImportanceEngine:
         try:
             # As in `_run`, even if the caller is under no_grad.
             with torch.inference_mode(False), torch.enable_grad():
-                losses = backward_by_layers(self._view, batches, self._commit_layer)
+                losses = backward_by_layers(self._view, batches, self._recomputation, self._commit_layer)
             if self._model.device.type == "cpu":
                 self._check_wave(batches, losses)
         except BaseException:
@@ -357,10 +359,11 @@ class ImportanceEngine:
             if depth is not None and depth >= Depth.MASKS:
                 observers = dict(pair for entry in accumulators for pair in entry.observers(depth))
                 stack.enter_context(deterministic_attention())
-                stack.enter_context(capture(self._model, observers))
+                self._recomputation = Recomputation()
+                stack.enter_context(capture(self._model, observers, self._recomputation))
                 # A streamed model's layers are recomputed anyway, see `backward_by_layers`.
                 if self._checkpointing and self._view.residency is None:
-                    stack.enter_context(checkpointed(self._view.layers))
+                    stack.enter_context(recomputed(self._view.layers, self._recomputation))
             self._hooks = stack.pop_all()
         self._observed = depth
 

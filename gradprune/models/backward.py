@@ -47,38 +47,38 @@ def deterministic_attention() -> Iterator[None]:
     which has no such algorithm, is not chosen. The context has to be open in the forward and in the backward pass; on
     exit the settings are as they were, whatever happened.
     """
-    before, settings = ALL_ATTENTION_FUNCTIONS["sdpa"], _settings()
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _in_fixed_order(before)
+    attention, settings = ALL_ATTENTION_FUNCTIONS["sdpa"], _settings()
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _in_fixed_order(attention)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         # A backward pass that raised inside an attention did not come to its end.
         _set(settings)
 
 
 def _in_fixed_order(attention: Callable[..., Any]) -> Callable[..., Any]:
+    before = _DETERMINISTIC
+
+    def begin(_gradients: Any) -> None:
+        nonlocal before
+        before = _settings()
+        _set(_DETERMINISTIC)
+
+    def end(_inputs: Any, _outputs: Any) -> None:
+        _set(before)
+
     def forward(*args: Any, **kwargs: Any) -> Any:
-        settings = _settings()
-        with _without_cudnn():
-            output, weights = attention(*args, **kwargs)
+        output, weights = attention(*args, **kwargs)
         for node in _fused_attentions(output):
-            node.register_prehook(lambda _gradients: _set(_DETERMINISTIC))
-            node.register_hook(lambda _inputs, _outputs: _set(settings))
+            node.register_prehook(begin)
+            node.register_hook(end)
         return output, weights
 
     return forward
-
-
-@contextmanager
-def _without_cudnn() -> Iterator[None]:
-    """Attention is computed by another of PyTorch's ways."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _fused_attentions(output: Tensor) -> Iterator[torch.autograd.graph.Node]:

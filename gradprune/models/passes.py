@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from gradprune.models import PrunableModel, describe
 from gradprune.models.backward import backpropagated, without_autocast
 from gradprune.models.loss import sample_losses
+from gradprune.models.recomputed import Recomputation
 from gradprune.models.residency import residency_of
 from gradprune.models.streams import Streams, stream_bytes
 
@@ -137,7 +138,9 @@ def _streamed_losses(view: PrunableModel, batches: Sequence[Tensor], variants: S
     return [streams.losses_of(each, 0) for each in current]
 
 
-def backward_by_layers(view: PrunableModel, batches: Sequence[Tensor], passed: Callable[[int], None]) -> list[Tensor]:
+def backward_by_layers(
+    view: PrunableModel, batches: Sequence[Tensor], recomputation: Recomputation, passed: Callable[[int], None]
+) -> list[Tensor]:
     """Backpropagate the sum of each batch's sample losses through a streamed model; each weight is read twice.
 
     The gradients are `loss_scale` times as large.
@@ -148,6 +151,7 @@ def backward_by_layers(view: PrunableModel, batches: Sequence[Tensor], passed: C
     Args:
         view: the model, whose parameters are frozen.
         batches: [N, T] int64 each, on the model's device.
+        recomputation: what a layer that is run again leaves out.
         passed: called with the layer after each batch's backward pass through it, while its weights are in memory.
 
     Returns:
@@ -168,20 +172,27 @@ def backward_by_layers(view: PrunableModel, batches: Sequence[Tensor], passed: C
     for layer in reversed(range(len(view.layers))):
         with view.resident(layer, layer - 1):
             for k, stream in enumerate(before.pop()):
-                gradients[k] = _backward_of_layer(streams, view, layer, k, stream, gradients[k])
+                gradients[k] = _backward_of_layer(streams, view, recomputation, layer, k, stream, gradients[k])
                 passed(layer)
     return [each.detach() for each in losses]
 
 
 def _backward_of_layer(
-    streams: Streams, view: PrunableModel, layer: int, batch: int, stream: Tensor, gradient: Tensor
+    streams: Streams,
+    view: PrunableModel,
+    recomputation: Recomputation,
+    layer: int,
+    batch: int,
+    stream: Tensor,
+    gradient: Tensor,
 ) -> Tensor:
     """The gradient [N, T, H] of what enters a layer, given that of what leaves it.
 
     Nothing of the graph is alive afterwards: it would keep the layer's weights in memory while the next are read.
     """
     entered = stream.to(view.device).requires_grad_()
-    after = streams.on_device(layer, batch, entered, {})
+    with recomputation.of(view.layers[layer]):
+        after = streams.on_device(layer, batch, entered, {})
     with without_autocast(view.device):
         found = torch.autograd.grad(after, entered, gradient.to(view.device))[0]
     return streams.keep(found)

@@ -1,10 +1,13 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradprune.calibration.capture import capture, checkpointed
+from gradprune.calibration.capture import capture
 from gradprune.models import describe
 from gradprune.models.loss import sample_losses
+from gradprune.models.recomputed import Recomputation, recomputed
 from helpers.tiny_models import tiny_ids, tiny_model
 
 LAYERS = 3
@@ -20,16 +23,15 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def products(architecture: str, recompute: bool) -> tuple[int, int]:
-    """The products of a forward and of a backward pass without the head's."""
+def products(architecture: str, recompute: bool) -> list[tuple[int, int]]:
+    """The products of the forward and the backward pass of two steps, without the head's."""
     model, ids = tiny_model(architecture, layers=LAYERS), tiny_ids()
     view = describe(model)
     observers = {entry.linear: lambda *_: None for block in view.blocks for entry in block.projections}
-    with capture(model, observers):
-        if recompute:
-            with checkpointed(view.layers):
-                return _count(model, ids)
-        return _count(model, ids)
+    recomputation = Recomputation()
+    again = recomputed(view.layers, recomputation) if recompute else nullcontext()
+    with capture(model, observers, recomputation), again:
+        return [_count(model, ids) for _ in range(2)]
 
 
 def _count(model, ids: torch.Tensor) -> tuple[int, int]:
@@ -42,9 +44,10 @@ def _count(model, ids: torch.Tensor) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("architecture", "linears"), [("llama", 7), ("qwen2", 7), ("phi3", 4)])
 def test_nothing_is_computed_for_nothing(architecture: str, linears: int) -> None:
-    """Backward: each layer's dx, and no weight's gradient; recomputed: all but the layer's last product."""
-    assert products(architecture, recompute=False) == (LAYERS * linears, LAYERS * linears)
-    assert products(architecture, recompute=True) == (LAYERS * linears, LAYERS * (2 * linears - 1))
+    """Backward: each layer's dx, and no weight's gradient; from the second step on all but the last is recomputed."""
+    forward = LAYERS * linears
+    assert products(architecture, recompute=False) == [(forward, LAYERS * linears)] * 2
+    assert products(architecture, recompute=True) == [(forward, 2 * LAYERS * linears), (forward, 2 * forward - LAYERS)]
 
 
 def test_layers_with_the_same_input_keep_it_once() -> None:
