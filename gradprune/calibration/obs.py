@@ -35,11 +35,12 @@ from gradprune.ranks import ALONE, Ranks
 RIDGE = 0.01
 """Added to A's diagonal, relative to its mean: guards against a Gram matrix estimated from few tokens."""
 
-_ROUNDS = 16
+# Groups that a round removes: at most this share of the block's, and so many.
+_SHARE, _MOST = 1 / 16, 256
 # Minimum relative gap between successive costs, so that sorting recovers the path's order even after fp32 rounding.
 _STEP = 2.0**-20
 # Candidates per round, as a multiple of the groups that it removes.
-_SURPLUS = 2
+_SURPLUS = 4
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,11 @@ def _mean_gram(inputs: Sequence[Tensor], weight: Tensor, name: str, ranks: Ranks
 def removal_path(weight: Tensor, gram: Tensor, columns: int, curvature: float = 1.0) -> RemovalPath:
     """Remove the groups of a block one after the other, each time one of the cheapest.
 
-    A round looks at the eighth of the groups that are cheapest by the weights and A^-1 as they are at its start, and
-    removes the cheapest of these one by one, with exact updates among them, until a sixteenth of the block's groups is
-    gone or none of them is cheaper than the cheapest group outside. W and A^-1 are updated once at its end. So every
-    cost is exact, and only the order is not always the greedy one; of a block of fewer than 32 groups it is.
+    A round looks at the cheapest quarter of the block's groups, by the weights and A^-1 as they are at its start (at
+    most 1024 groups), and removes the cheapest of these one by one, with exact updates among them, until a sixteenth
+    of the groups (at most 256) is gone or none of them is cheaper than the cheapest group outside. W and A^-1 are
+    updated once at its end. So every cost is exact, and only the order is not always the greedy one; of a block of
+    fewer than 32 groups it is.
 
     Args:
         weight: [O, I] floating point, the output projection.
@@ -176,7 +178,7 @@ def removal_path(weight: Tensor, gram: Tensor, columns: int, curvature: float = 
         ValueError: `gram` is not positive definite.
     """
     block = _Remaining(weight.double().to(gram.device), inverse(_factor(gram.double())), columns)
-    quota = max(1, len(block) // _ROUNDS)
+    quota = min(max(1, int(_SHARE * len(block))), _MOST)
     order: list[int] = []
     costs: list[float] = []
     while len(block):
@@ -209,18 +211,14 @@ class _Remaining:
 
     def costs(self) -> Tensor:
         """[k] tr( W_j (A^-1_jj)^-1 W_j^T ), each group alone."""
-        c = self.columns
-        if c == 1:
-            return self._weight.square().sum(0) / self._inverse.diagonal()
-        spans = [slice(j * c, (j + 1) * c) for j in range(len(self))]
-        return torch.stack([self._gone(span).square().sum(0).sum() for span in spans])
+        columns = self._weight.T.unflatten(0, (-1, self.columns))
+        return _costs(_diagonal_blocks(self._inverse, self.columns), columns @ columns.mT)
 
-    def some(self, positions: Tensor) -> "_Remaining":
+    def candidates(self, positions: Tensor) -> "_Candidates":
         """Groups at `positions`, as a separate problem: exact as long as only these are removed."""
         at = self._columns_of(positions)
-        part = _Remaining(self._weight[:, at], self._inverse[at[:, None], at], self.columns)
-        part.groups = positions
-        return part
+        weight = self._weight[:, at]
+        return _Candidates(self._inverse[at[:, None], at], weight.T @ weight, self.columns)
 
     def remove(self, positions: Tensor) -> None:
         """Remove groups and update the remaining weights and A^-1 to compensate."""
@@ -235,35 +233,86 @@ class _Remaining:
         self._inverse = self._inverse[rest[:, None], rest].addmm_(across.T, across, alpha=-1.0)
         self.groups = self.groups[stay]
 
-    def _gone(self, span: slice) -> Tensor:
-        """[c, O] L^-1 W_j^T with L L^T = A^-1_jj: its square is the cost of the group with these columns."""
-        factor = _factor(self._inverse[span, span])
-        gone: Tensor = torch.linalg.solve_triangular(factor, self._weight[:, span].T, upper=False)
-        return gone
-
     def _columns_of(self, positions: Tensor) -> Tensor:
         at = (positions[:, None] * self.columns + torch.arange(self.columns)).reshape(-1)
         return at.to(self._inverse.device)
 
 
+class _Candidates:
+    """k groups of which some are removed one by one, each time the cheapest.
+
+    With Q the group that goes, A^-1_QQ = L L^T, s = L^-1 A^-1_Q: and M = W^T W, which is all that costs need of W,
+
+        A^-1 <- A^-1 - s^T s,    M <- M - s^T d - d^T s,    d = L^-1 M_Q: - (L^-1 M_QQ L^-T) s / 2.
+
+    Only the diagonal blocks are kept up to date; of the rest, a group's rows are computed when it goes.
+    """
+
+    def __init__(self, inverse: Tensor, gram: Tensor, columns: int) -> None:
+        self._columns = columns
+        self._inverse, self._gram = inverse, gram
+        self._inverse_blocks, self._gram_blocks = (_diagonal_blocks(each, columns) for each in (inverse, gram))
+        self._gone = torch.zeros(len(self._gram_blocks), dtype=torch.bool, device=gram.device)
+
+    def cheapest(self, count: int) -> tuple[Tensor, Tensor]:
+        """Remove `count` groups: [count] int64 which, and [count] what each costs once those before it are gone."""
+        s, d = (self._gram.new_empty(count * self._columns, len(self._gram)) for _ in range(2))
+        taken, costs = [], []
+        for step in range(count):
+            each = _costs(self._inverse_blocks, self._gram_blocks).masked_fill(self._gone, torch.inf)
+            group = each.argmin().view(1)
+            taken.append(group)
+            costs.append(each[group])
+            self._remove(group, s, d, step * self._columns)
+        return torch.cat(taken), torch.cat(costs)
+
+    def _remove(self, group: Tensor, s: Tensor, d: Tensor, done: int) -> None:
+        """Remove a group; s and d have `done` rows of those before it, and get its own."""
+        c = self._columns
+        at = (group * c + torch.arange(c, device=group.device)) if c > 1 else group
+        s_before, d_before = s[:done], d[:done]
+        s_at, d_at = s_before[:, at].T, d_before[:, at].T
+        inverse_rows = self._inverse[at].addmm_(s_at, s_before, alpha=-1.0)
+        gram_rows = self._gram[at].addmm_(s_at, d_before, alpha=-1.0).addmm_(d_at, s_before, alpha=-1.0)
+        factor = torch.linalg.cholesky_ex(self._inverse_blocks[group][0])[0]
+        own, rows = torch.linalg.solve_triangular(factor, torch.stack((inverse_rows, gram_rows)), upper=False)
+        corner = torch.linalg.solve_triangular(factor, rows[:, at].T, upper=False)
+        s[done : done + c] = own
+        d[done : done + c] = rows.addmm_(corner.T, own, alpha=-0.5)
+        own, rows = (each.unflatten(1, (-1, c)).transpose(0, 1) for each in (own, rows))
+        self._inverse_blocks -= own.mT @ own
+        across = own.mT @ rows
+        self._gram_blocks -= across + across.mT
+        self._gone[group] = True
+
+
+def _diagonal_blocks(matrix: Tensor, columns: int) -> Tensor:
+    """[k, c, c], a copy of the blocks of `columns` on the diagonal of a matrix [k * c, k * c]."""
+    blocks: Tensor = matrix.unflatten(1, (-1, columns)).unflatten(0, (-1, columns))
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+
+
+def _costs(inverse: Tensor, gram: Tensor) -> Tensor:
+    """[k] tr( (A^-1_jj)^-1 M_jj ) of the groups' blocks of A^-1 and of M = W^T W, [k, c, c] each."""
+    if gram.shape[1] == 1:
+        products = gram / inverse
+    else:
+        products = torch.cholesky_solve(gram, torch.linalg.cholesky_ex(inverse)[0])
+    return products.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0.0)
+
+
 def _round(block: _Remaining, quota: int) -> tuple[Tensor, list[float]]:
     """Positions in `block` of the next groups to go, `quota` at most, and the cost of each after those before it."""
-    costs = block.costs().cpu()
-    ranked = costs.argsort(stable=True)
-    looked_at = ranked[: _SURPLUS * quota].sort().values
-    outside = float(costs[ranked[len(looked_at)]]) if len(looked_at) < len(block) else float("inf")
-    candidates = block.some(looked_at)
-    taken: list[int] = []
-    marginal: list[float] = []
-    while len(taken) < quota and len(candidates):
-        costs = candidates.costs().cpu()
-        cheapest = costs.argmin()
-        if taken and costs[cheapest] > outside:
-            break
-        taken.append(int(candidates.groups[cheapest]))
-        marginal.append(float(costs[cheapest]))
-        candidates.remove(cheapest[None])
-    return torch.tensor(taken), marginal
+    with one_thread():
+        costs = block.costs().cpu()
+        ranked = costs.argsort(stable=True)
+        looked_at = ranked[: _SURPLUS * quota].sort().values
+        outside = float(costs[ranked[len(looked_at)]]) if len(looked_at) < len(block) else float("inf")
+        taken, marginal = block.candidates(looked_at).cheapest(min(quota, len(looked_at)))
+    marginal_costs = marginal.tolist()
+    # The cheapest group outside goes before those that cost more.
+    count = next((n for n, cost in enumerate(marginal_costs) if n and cost > outside), len(marginal_costs))
+    return looked_at[taken[:count].cpu()], marginal_costs[:count]
 
 
 def _factor(matrix: Tensor) -> Tensor:

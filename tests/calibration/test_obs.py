@@ -36,7 +36,9 @@ def least_increase(weight: Tensor, gram: Tensor, gone: list[int], columns: int) 
     return 0.5 * float(((target - root[:, rest] @ found) ** 2).sum())
 
 
-@pytest.mark.parametrize(("groups", "columns"), [(1, 1), (3, 1), (9, 1), (37, 1), (3, 8), (5, 4), (20, 2)])
+@pytest.mark.parametrize(
+    ("groups", "columns"), [(1, 1), (3, 1), (9, 1), (37, 1), (100, 1), (3, 8), (5, 4), (20, 2), (64, 2)]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_every_cost_along_the_path_is_the_optimums_increase(groups: int, columns: int, seed: int) -> None:
     weight, _, gram = block(groups, columns, seed=seed)
