@@ -1,6 +1,6 @@
 """`ImportanceEngine`: one forward and backward pass per calibration batch, group importances at the end."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -145,6 +145,8 @@ class ImportanceEngine:
         }
         self._samples: list[Tensor] = []
         self._losses: list[Tensor] = []
+        # Batches without a step, which only "obs" reads.
+        self._read: list[Tensor] = []
         self._costs: Tensor | None = None
         self._stack = ExitStack()
         self._hooks = ExitStack()
@@ -268,6 +270,24 @@ class ImportanceEngine:
     def waves(self, batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Divide batches [N, T] into what `steps` is to be given at once: all that fits `stream_memory`."""
         return waves(self._view, batches, kept=len(self._view.layers) + 1)
+
+    def read(self, batches: Sequence[Tensor]) -> None:
+        """Give `obs` batches of which no gradient is taken: it fits on them, too, with the curvatures of the steps.
+
+        No other method's importance is then collected.
+
+        Args:
+            batches: [N, T] each, as in `step`; with several ranks each is given all of them.
+
+        Raises:
+            GradPruneError: the method is not `obs`, or `batches` are not as above.
+        """
+        if self.method != "obs":
+            raise GradPruneError(f"read: '{self.method}' takes every sample by a step; only 'obs' reads without one")
+        for batch in batches:
+            check_ids(batch, self._vocabulary)
+        self._read += [on_device(batch, self._model.device) for batch in batches]
+        self._costs = None
 
     def _step(self, input_ids: Tensor) -> None:
         try:
@@ -403,13 +423,16 @@ class ImportanceEngine:
         if self.ranks.world > 1:
             self.restore(joined_state(self.ranks.gather(self.state()), batches), list(batches))
 
-    def evidence(self, steps: int = 0, method: Method | None = None) -> Evidence:
+    def evidence(
+        self, steps: int = 0, method: Method | None = None, advance: Callable[[], None] = lambda: None
+    ) -> Evidence:
         """All that the steps so far say about the model's groups.
 
         Args:
             steps: the layers' gradient statistics are included one by one for this many of the first steps, as far
                 as these took every weight's gradient.
             method: only what it needs is computed; by default, all that the engine collected.
+            advance: called after each block for which `obs` is computed.
 
         Raises:
             NonFiniteError: a loss, a gradient or an importance was NaN or infinite; naming the sample and the layer.
@@ -419,7 +442,7 @@ class ImportanceEngine:
         gradients = found.gradients(slice(self._diagnosed_steps))
         with torch.no_grad():
             wanted = self._components if method is None else components_of(method)
-            components = self._collected([name for name in wanted if name in self._components])
+            components = self._collected([name for name in wanted if name in self._components], advance)
         return Evidence(
             blocks={key: accumulator.block.groups for key, accumulator in self._accumulators.items()},
             layers=len(self._view.layers),
@@ -428,8 +451,8 @@ class ImportanceEngine:
             steps=[found.gradients(slice(step, step + 1)) for step in range(min(steps, self._diagnosed_steps))],
             applied=found.applied_scaling(self.gradient_fix) if gradients else None,
             reduction=self.reduction,
-            num_samples=sum(len(ids) for ids in self._samples),
-            seq_len=max((ids.shape[1] for ids in self._samples), default=0),
+            num_samples=sum(len(ids) for ids in (*self._samples, *self._read)),
+            seq_len=max((ids.shape[1] for ids in (*self._samples, *self._read)), default=0),
             diagnosed_samples=sum(len(ids) for ids in self._samples[: self._diagnosed_steps]),
         )
 
@@ -460,7 +483,7 @@ class ImportanceEngine:
 
     def gate_gradients(self) -> dict[BlockKey, float]:
         """Gradient of the mean loss to a gate (of value 1) on each block's output; empty unless all steps took it."""
-        if self._depth < Depth.MASKS or not self._losses:
+        if self._depth < Depth.MASKS or not self._losses or self._read:
             return {}
         return self._committed().gate_gradients()
 
@@ -474,12 +497,12 @@ class ImportanceEngine:
         """The names of what has been collected."""
         if not self._losses:
             return components_at(Depth.NOTHING)
-        found = components_at(self._depth)
+        found = components_at(Depth.NOTHING if self._read else self._depth)
         if not scores_experts_alone(self._view):
             found = tuple(name for name in found if name != "reap")
         return (*found, *(("obs",) if self.method == "obs" else ()))
 
-    def _collected(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def _collected(self, names: Sequence[str], advance: Callable[[], None]) -> dict[str, Tensor]:
         """By name of a component, [groups of all blocks] fp64 on the CPU; each layer's weights are read once."""
         count = sum(self._reduction.gradients_in(ids) for ids in self._samples)
         found: list[Tensor] = []
@@ -489,15 +512,15 @@ class ImportanceEngine:
                 found += [accumulator.component(name, count) for name in of_sums]
         found = on_host(found)
         by_name = {name: torch.cat(found[index :: len(of_sums)]) for index, name in enumerate(of_sums)}
-        return {name: self._removal_costs() if name == "obs" else by_name[name] for name in names}
+        return {name: self._removal_costs(advance) if name == "obs" else by_name[name] for name in names}
 
-    def _removal_costs(self) -> Tensor:
+    def _removal_costs(self, advance: Callable[[], None]) -> Tensor:
         """The component "obs", computed once for the samples so far."""
         if self._costs is None:
             samples = sum(len(ids) for ids in self._samples)
             found = on_host([accumulator.curvatures(samples) for accumulator in self._accumulators.values()])
             curvatures = {key: of_block.tolist() for key, of_block in zip(self._accumulators, found, strict=True)}
-            costs = removal_costs(self._view, self._samples, curvatures, self.ranks)
+            costs = removal_costs(self._view, [*self._samples, *self._read], curvatures, self.ranks, advance)
             self._costs = torch.cat([costs[key] for key in self._accumulators])
         return self._costs
 

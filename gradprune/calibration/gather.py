@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from rich.console import Console
@@ -9,13 +10,14 @@ from torch import Tensor
 
 from gradprune.calibration.engine import ImportanceEngine
 from gradprune.calibration.evidence import Evidence
+from gradprune.calibration.obs import CURVATURE_SAMPLES
 from gradprune.calibration.priors import Priors, removal_priors, removal_steps, similarity_priors, taylor_priors
 from gradprune.calibration.resume import Resumable
 from gradprune.config import OPTIONS, Method, PruneConfig
 from gradprune.data.windows import batches
 from gradprune.errors import ConfigError
 from gradprune.models.digest import model_digest
-from gradprune.models.experts import WholeExperts
+from gradprune.models.experts import ExpertsBlock, WholeExperts
 from gradprune.progress import progress
 from gradprune.run import Run
 
@@ -101,15 +103,16 @@ def _calibrated(run: Run) -> Evidence:
         run.ranks,
         run.config.kinds,
     )
-    samples = run.samples.calibration
-    if method == "magnitude":
-        # Only the diagnosis of the layers' gradients needs samples.
-        samples = samples[: config.collect_batches * config.batch_size]
-    state = Resumable(run, engine, samples)
+    stepped, read = _divided(run, method, everything)
+    state = Resumable(run, engine, stepped)
     start = state.restore(resume=config.resume)
-    calibrate(engine, samples, config.batch_size, run.console, start=start, after=state.save)
+    calibrate(engine, stepped, config.batch_size, run.console, start=start, after=state.save)
+    with _progress_of_obs(run, engine) as advance:
+        if len(read):
+            engine.read(list(batches(read, config.batch_size)))
+        found = engine.evidence(steps=config.collect_batches, advance=advance)
     evidence = replace(
-        engine.evidence(steps=config.collect_batches),
+        found,
         seed=config.seed,
         dataset=config.dataset,
         model=model_digest(run.view.model),
@@ -127,6 +130,26 @@ def _collected(config: PruneConfig) -> tuple[Method, bool]:
     if config.prior == "taylor" and config.temperature > 0.0 and method in ("magnitude", "wanda", "reap"):
         return "group_fisher", False
     return method, False
+
+
+def _divided(run: Run, method: Method, everything: bool) -> tuple[Tensor, Tensor]:
+    """The calibration samples that steps take, and those that are only read, by `obs`; [N, T] each."""
+    config, samples = run.config, run.samples.calibration
+    if method == "magnitude":
+        # Only the diagnosis of the layers' gradients needs samples.
+        return samples[: config.collect_batches * config.batch_size], samples[:0]
+    taylor_prior = config.prior == "taylor" and config.temperature > 0.0
+    # An expert's curvature is that of the few tokens which it sees.
+    experts = any(isinstance(block, ExpertsBlock) for block in run.view.blocks)
+    if method == "obs" and not (everything or taylor_prior or experts or config.gradient_fix != "none"):
+        return samples[:CURVATURE_SAMPLES], samples[CURVATURE_SAMPLES:]
+    return samples, samples[:0]
+
+
+def _progress_of_obs(run: Run, engine: ImportanceEngine) -> AbstractContextManager[Callable[[], None]]:
+    if engine.method != "obs":
+        return nullcontext(lambda: None)
+    return progress(run.console, "Finding removal paths", len(run.view.blocks), "blocks")
 
 
 def _check_reduction(config: PruneConfig, evidence: Evidence) -> None:

@@ -17,7 +17,7 @@ A routed expert is such a block of its own: its tokens are those that are sent t
 writes before the router's factor. The channels of one that sees no token cost nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,10 @@ from gradprune.models.experts import ExpertsBlock
 from gradprune.models.modes import evaluation_mode
 from gradprune.models.streams import Streams, read_bytes, stream_bytes
 from gradprune.ranks import ALONE, Ranks
+
+CURVATURE_SAMPLES = 32
+"""Samples whose gradients give the blocks' curvatures, one number each, where nothing else needs gradients: those of
+SmolLM2-135M's 60 blocks from 32 samples of 128 tokens vary by 10 % around those from 128."""
 
 RIDGE = 0.01
 """Added to A's diagonal, relative to its mean: guards against a Gram matrix estimated from few tokens."""
@@ -63,7 +67,11 @@ class RemovalPath:
 
 @torch.no_grad()
 def removal_costs(
-    view: PrunableModel, batches: Sequence[Tensor], curvatures: Mapping[BlockKey, Sequence[float]], ranks: Ranks = ALONE
+    view: PrunableModel,
+    batches: Sequence[Tensor],
+    curvatures: Mapping[BlockKey, Sequence[float]],
+    ranks: Ranks = ALONE,
+    advance: Callable[[], None] = lambda: None,
 ) -> dict[BlockKey, Tensor]:
     """[groups] fp64 on the CPU for each block: the importance along its removal path, in the dense model.
 
@@ -72,6 +80,7 @@ def removal_costs(
         batches: calibration ids, [N, T] int64 each.
         curvatures: g of each output projection of each block.
         ranks: the processes that divide `batches`, which all of them give.
+        advance: called after each block.
 
     One Gram matrix is in memory at a time, summed in fp32 (fp64 for fp64 models).
 
@@ -92,6 +101,7 @@ def removal_costs(
                     costs[block.key], outputs = find(streams, block, current, written, curvatures[block.key], ranks)
                     for batch, output in enumerate(outputs):
                         written[batch][block.module] = output
+                    advance()
                 current = [streams.layer(layer, k, stream, written[k]) for k, stream in enumerate(current)]
     return costs
 

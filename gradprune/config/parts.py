@@ -175,7 +175,9 @@ class Calibration(Options):
         "needed", "Collect what importance_method needs, or what every method and gradient_fix does; auto needs all."
     )
     collect_batches: int = option(
-        2, "First batches that are diagnosed and plotted; with evidence all, all are diagnosed.", at_least(1)
+        2,
+        "First batches that are diagnosed and plotted, of 32 samples at most with obs; with evidence all, all are.",
+        at_least(1),
     )
     evidence_file: str | None = option(
         None,

@@ -163,3 +163,47 @@ def test_a_prior_that_is_not_there_is_refused_with_the_remedy(tmp_path: Path) ->
     asked = run(tiny_model(), prior="taylor", temperature=1.0, collect_batches=1, batch_size=2, **options)
     full = run(tiny_model(), prior="taylor", temperature=1.0, evidence="all", batch_size=2, **options)
     assert (asked.table.prior == full.table.prior).all()
+
+
+def test_obs_reads_samples_beyond_those_that_give_its_curvatures() -> None:
+    """Costs are those of all samples' second moments, times the curvatures of the steps alone."""
+    model, ids = tiny_model("qwen2"), tiny_ids(samples=6)
+    everything = engine_of(model, ids, "obs")
+    stepped = engine_of(model, ids[:4], "obs")
+    stepped.read([ids[4:]])
+    found = stepped.evidence()
+    assert sorted(found.components) == ["magnitude", "obs"]
+    assert (found.num_samples, found.diagnosed_samples) == (6, 2)
+    assert stepped.gate_gradients() == {}
+    for block, accumulator in everything._accumulators.items():
+        ratio = stepped._accumulators[block].curvatures(4) / accumulator.curvatures(6)
+        expected = everything.scores().importance[block] * ratio
+        assert not torch.equal(expected, everything.scores().importance[block])
+        torch.testing.assert_close(stepped.scores().importance[block], expected.float(), rtol=1e-5, atol=0.0)
+
+
+def test_only_obs_reads_samples_without_their_gradients() -> None:
+    engine = engine_of(tiny_model(), tiny_ids(), "group_fisher")
+    with pytest.raises(GradPruneError, match="read: 'group_fisher' takes every sample by a step"):
+        engine.read([tiny_ids()])
+
+
+@pytest.mark.parametrize(
+    ("options", "backward_passes"),
+    [
+        ({}, 2),
+        ({"evidence": "all"}, 3),
+        ({"temperature": 1.0, "prior": "taylor"}, 3),
+        ({"gradient_fix": "adaptive"}, 3),
+    ],
+)
+def test_obs_takes_the_gradients_of_so_many_samples_as_something_needs(options, backward_passes, monkeypatch) -> None:
+    monkeypatch.setattr("gradprune.calibration.gather.CURVATURE_SAMPLES", 4)
+    model, gradients = tiny_model(), []
+    model.get_input_embeddings().register_forward_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
+    found = run(
+        model, importance_method="obs", num_samples=6, batch_size=2, collect_batches=1, repair="none", **options
+    )
+    assert sum(gradients) == backward_passes
+    assert found.evidence.num_samples == 6
+    assert ("group_fisher" in found.evidence.components) == (backward_passes == 3)
