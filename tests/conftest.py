@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers.utils import logging
 
 # Without a GPU Triton's kernels run in its interpreter, which is chosen when triton is imported.
@@ -21,6 +22,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARAL
 # Intel's CPUs: MKL divides long sums among threads unless it is told not to, before its first product.
 if sys.platform == "linux" and "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="ignore"):
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+# An example's time says how busy the machine is.
+settings.register_profile("gradprune", deadline=None)
+settings.load_profile("gradprune")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

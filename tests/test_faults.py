@@ -267,7 +267,7 @@ def test_options_of_random_values_never_end_in_a_traceback(work: Path, given_fil
         )
     )
 
-    @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=12, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(option=options, value=numbers)
     def check(option: str, value: object) -> None:
         code, err = run(work, "prune", *given_files, f"{option}={value}", "--output_name", "x", "--overwrite")
@@ -284,7 +284,7 @@ def test_a_damaged_file_is_one_line_or_a_whole_result(work: Path, given_files: l
     evidence = work / "results" / "x" / "analysis" / "evidence.safetensors"
     whole = evidence.read_bytes()
 
-    @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=12, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(at=st.integers(0, len(whole) - 1), flip=st.integers(1, 255), cut=st.booleans())
     def check(at: int, flip: int, cut: bool) -> None:
         damaged = whole[:at] if cut else whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :]
@@ -302,7 +302,7 @@ def test_a_damaged_model_is_one_line_or_a_whole_measurement(work: Path, given_fi
     whole = Path(str(given_files[1]))
     files = sorted(path.name for path in whole.iterdir())
 
-    @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=30, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(
         name=st.sampled_from(files),
         how=st.sampled_from(["cut", "flip", "another file's content", "missing", "a folder"]),

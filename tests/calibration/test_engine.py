@@ -52,7 +52,7 @@ def test_every_gqa_ratio_equals_fp64_autograd(ratio: int) -> None:
     assert_scores_close(run_engine(model, ids), oracle_scores(model, ids, "taylor_2nd", "sample", 2), rtol=1e-6)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(cuts=st.sets(st.integers(1, 6)), method=st.sampled_from(GRADIENT_METHODS))
 def test_any_batch_split_gives_the_same_scores(cuts: set[int], method: str) -> None:
     model, ids = tiny_model("llama"), tiny_ids(samples=7)

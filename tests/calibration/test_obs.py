@@ -119,7 +119,7 @@ def test_curvature_and_powers_of_two_of_the_weights_scale_costs_and_keep_the_ord
     torch.testing.assert_close(scaled.cost, 8.0 * plain.cost, rtol=1e-12, atol=0.0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(groups=st.integers(2, 40), seed=st.integers(0, 99))
 def test_permuting_channels_permutes_the_path(groups: int, seed: int) -> None:
     weight, _, gram = block(groups, seed=seed)

@@ -105,7 +105,7 @@ def test_same_bits_over_repeats_and_threads(isa: str):
         assert all(torch.equal(grad_stats_cpp(grads, isa).pack(), first) for _ in range(20))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(size=st.integers(1, 9000), exponent=st.integers(-8, 8), seed=st.integers(0, 999))
 def test_a_power_of_two_scales_exactly(isa: str, size: int, exponent: int, seed: int):
     g, s = _random((size,), torch.float32, seed), 2.0**exponent

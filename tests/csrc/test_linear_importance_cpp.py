@@ -183,7 +183,7 @@ def test_same_bits_over_repeats_and_threads(dtype: torch.dtype, isa: str):
         assert all(equal_bits(linear_importance_cpp(x, dy, w, isa=isa), first) for _ in range(5))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.tuples(st.integers(1, 3), st.integers(0, 300), st.integers(1, 130), st.integers(1, 270)),
     exponent=st.integers(-8, 8),

@@ -114,7 +114,7 @@ def test_same_bits_over_threads(isa: str):
         assert all(torch.equal(a, b) for a, b in zip(copies, results[0], strict=True))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(size=st.integers(1, 5000), exponent=st.integers(-8, 8), seed=st.integers(0, 999))
 def test_a_power_of_two_and_its_inverse_change_nothing(isa: str, size: int, exponent: int, seed: int):
     g = _random((size,), torch.float32, seed)

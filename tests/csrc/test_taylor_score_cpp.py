@@ -229,7 +229,7 @@ def test_same_bits_over_repeats_and_threads(dtype: torch.dtype, isa: str):
         assert all(equal_bits(taylor_score_cpp(w, g, isa=isa), first) for _ in range(20))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.integers(1, 300), columns=st.integers(1, 200), exponent=st.integers(-8, 8), seed=st.integers(0, 999))
 def test_invariants(isa: str, rows: int, columns: int, exponent: int, seed: int):
     w, g = (

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gradprune.config import Constraints, PruneConfig
@@ -175,7 +175,6 @@ def test_costs_are_the_parameters_removed(architecture: str) -> None:
     assert len(table) == 3 * (2 + 5)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 3))
 def test_selection_is_linear_in_the_number_of_groups(seed: int) -> None:
     """A 7B model has 350 thousand groups; a quadratic rule would take minutes."""

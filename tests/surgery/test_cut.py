@@ -24,7 +24,7 @@ def test_cutting_equals_masking(architecture: str, ratio: int) -> None:
         assert_same(cut(model, masks), masked(model, masks))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), keep=st.floats(0.0, 1.0), architecture=st.sampled_from(ARCHITECTURE_NAMES))
 def test_any_masks_cut_like_they_mask(seed: int, keep: float, architecture: str) -> None:
     model = tiny_model(architecture, layers=2, channels=5)
