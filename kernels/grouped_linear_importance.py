@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradprune.kernels.launch import device_of
+from gradprune.kernels.launch import ceil_div, device_of
 from gradprune.kernels.linear_importance import (
     LinearImportanceConfig,
     _add_statistics,
@@ -129,9 +129,9 @@ def grouped_linear_importance_triton(
     height, width, experts = a.shape[1], b.shape[1], len(w)
     samples = (len(offsets) - 1) // max(1, experts)
     config = config or config_for(height, width, x.dtype)
-    tiles_a, tiles_b = triton.cdiv(height, config.BLOCK_A), triton.cdiv(width, config.BLOCK_B)
+    tiles_a, tiles_b = ceil_div(height, config.BLOCK_A), ceil_div(width, config.BLOCK_B)
     in_turn = samples_in_turn(samples, tiles_b * experts, height)
-    parts = triton.cdiv(samples, in_turn)
+    parts = ceil_div(samples, in_turn)
     sums = torch.empty(experts, parts * tiles_b, 2, height, dtype=torch.float32, device=w.device)
     statistics = torch.empty(experts, parts * tiles_a * tiles_b, 5, dtype=torch.float32, device=w.device)
     if not statistics.numel():

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradprune.kernels.launch import device_of
+from gradprune.kernels.launch import ceil_div, device_of
 from gradprune.kernels.partial_sums import add_partial_sums
 from gradprune.kernels.tuning import fastest
 
@@ -338,7 +338,12 @@ def configs_for(A: int, B: int, dtype: torch.dtype, descriptors: bool) -> tuple[
 
 
 def linear_importance_triton(
-    x: Tensor, dy: Tensor, w: Tensor, columns: bool, config: LinearImportanceConfig | None = None
+    x: Tensor,
+    dy: Tensor,
+    w: Tensor,
+    columns: bool,
+    config: LinearImportanceConfig | None = None,
+    counted: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Row (or column) sums and statistics of each sample's weight gradient g_n = dy_n^T x_n, summed over samples.
 
@@ -352,11 +357,12 @@ def linear_importance_triton(
         w: [O, I] fp32, bf16 or fp16, unit inner stride, the weight.
         columns: sum over the rows of each column, instead of over the columns of each row.
         config: how the product is cut up; by default the fastest of `configs_for` its sizes and dtype.
+        counted: look at a gradient again where a sum of it is not finite.
 
     Returns:
         [2, O] (columns: [2, I]) fp32, sums of |w g_n| and w^2 g_n^2, non-finite where an element of g_n is; and [5]
         fp32, statistics of all g_n: sum|g|, sum g^2, max|g|, min|g|, number of non-finite elements (which enter none
-        of the others).
+        of the others). If not `counted` the number is 0, and non-finite elements make the sums non-finite.
     """
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
         # Triton's interpreter, the only way to run on the CPU, multiplies the bits of bf16. fp32 holds them exactly.
@@ -368,7 +374,10 @@ def linear_importance_triton(
         chosen = fastest(
             configs, lambda entry: _launch(a, b, w, columns, descriptors, entry), x, a.shape, b.shape[2], descriptors
         )
-        return add_partial_sums(*_launch(a, b, w, columns, descriptors, chosen))
+        sums, statistics = _launch(a, b, w, columns, descriptors, chosen)
+        if counted and len(statistics):
+            _recount(a, b, statistics, chosen)
+        return add_partial_sums(sums, statistics)
 
 
 def _launch(
@@ -377,9 +386,9 @@ def _launch(
     """The partial sums [parts, 2, A] and statistics [entries, 5] of the product."""
     samples, tokens, height = a.shape
     width = b.shape[2]
-    tiles_a, tiles_b = triton.cdiv(height, config.BLOCK_A), triton.cdiv(width, config.BLOCK_B)
+    tiles_a, tiles_b = ceil_div(height, config.BLOCK_A), ceil_div(width, config.BLOCK_B)
     in_turn = samples_in_turn(samples, tiles_b, height)
-    parts = triton.cdiv(samples, in_turn)
+    parts = ceil_div(samples, in_turn)
     per_tile = config.BLOCK_A // STATISTICS_ROWS
     sums = torch.empty(parts * tiles_b, 2, height, dtype=torch.float32, device=w.device)
     statistics = torch.empty(parts * tiles_a * tiles_b * per_tile, 5, dtype=torch.float32, device=w.device)
@@ -410,7 +419,16 @@ def _launch(
         num_stages=config.num_stages,
         maxnreg=config.maxnreg,
     )
-    _recount_kernel[(tiles_a, parts)](
+    return sums, statistics
+
+
+def _recount(a: Tensor, b: Tensor, statistics: Tensor, config: LinearImportanceConfig) -> None:
+    """Correct the statistics of tiles whose sums are not finite."""
+    samples, tokens, height = a.shape
+    width = b.shape[2]
+    tiles_a, tiles_b = ceil_div(height, config.BLOCK_A), ceil_div(width, config.BLOCK_B)
+    in_turn = samples_in_turn(samples, tiles_b, height)
+    _recount_kernel[(tiles_a, ceil_div(samples, in_turn))](
         a,
         b,
         statistics,
@@ -420,22 +438,24 @@ def _launch(
         width,
         in_turn,
         tiles_b,
-        per_tile,
-        *strides,
+        config.BLOCK_A // STATISTICS_ROWS,
+        a.stride(0),
+        a.stride(1),
+        b.stride(0),
+        b.stride(1),
         TILE_A=config.BLOCK_A,
         TILE_B=config.BLOCK_B,
         **_RECOUNT,
         num_warps=8,
         num_stages=1,
     )
-    return sums, statistics
 
 
 def samples_in_turn(samples: int, tiles_b: int, height: int) -> int:
     """Samples that a program takes in turn, so that the partial sums stay within the workspace."""
     of_sample = tiles_b * 2 * height * torch.float32.itemsize
     at_once = max(1, WORKSPACE // max(1, of_sample))
-    return max(1, triton.cdiv(samples, at_once))
+    return max(1, ceil_div(samples, at_once))
 
 
 def descriptors_work(*tensors: Tensor) -> bool:
@@ -456,7 +476,11 @@ def _describe(
 ) -> tuple[object, object, object]:
     tile = [config.BLOCK_B, config.BLOCK_A] if columns else [config.BLOCK_A, config.BLOCK_B]
     return (
-        TensorDescriptor.from_tensor(a, [1, config.BLOCK_T, config.BLOCK_A]),
-        TensorDescriptor.from_tensor(b, [1, config.BLOCK_T, config.BLOCK_B]),
-        TensorDescriptor.from_tensor(w, tile),
+        _descriptor(a, [1, config.BLOCK_T, config.BLOCK_A]),
+        _descriptor(b, [1, config.BLOCK_T, config.BLOCK_B]),
+        _descriptor(w, tile),
     )
+
+
+def _descriptor(tensor: Tensor, block: list[int]) -> object:
+    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), block)

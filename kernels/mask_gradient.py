@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradprune.kernels.launch import device_of
+from gradprune.kernels.launch import ceil_div, device_of
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def mask_gradient_triton(x: Tensor, dx: Tensor, config: MaskGradientConfig | Non
     gradient, square = torch.empty(2, samples, width, dtype=torch.float32, device=x.device).unbind()
     if samples and width:
         with device_of(x):
-            _mask_gradient_kernel[(triton.cdiv(width, config.BLOCK_I), samples)](
+            _mask_gradient_kernel[(ceil_div(width, config.BLOCK_I), samples)](
                 x,
                 dx,
                 gradient,

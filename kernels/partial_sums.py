@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradprune.kernels.launch import device_of
+from gradprune.kernels.launch import ceil_div, device_of
 
 _BLOCK = 128
 _PARTS = 16
@@ -74,7 +74,7 @@ def add_partial_sums(sums: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
     statistics_out = torch.empty(5, dtype=torch.float32, device=sums.device)
     width = out.numel()
     with device_of(sums):
-        _add_kernel[(1 + triton.cdiv(width, _BLOCK),)](
+        _add_kernel[(1 + ceil_div(width, _BLOCK),)](
             sums, statistics, out, statistics_out, len(sums), width, len(statistics), BLOCK=_BLOCK, PARTS=_PARTS
         )
     return out, statistics_out

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradprune.kernels.launch import device_of
+from gradprune.kernels.launch import ceil_div, device_of
 from gradprune.kernels.partial_sums import add_partial_sums
 
 
@@ -124,7 +124,7 @@ def taylor_score_triton(
     """
     config = config or config_for(w.dtype)
     height, width = w.shape
-    strips_o, strips_i = triton.cdiv(height, config.ROWS), triton.cdiv(width, config.BLOCK_I)
+    strips_o, strips_i = ceil_div(height, config.ROWS), ceil_div(width, config.BLOCK_I)
     rows = torch.empty(strips_i, 2, height if row_sums else 0, dtype=torch.float32, device=w.device)
     columns = torch.empty(strips_o, 2, width if column_sums else 0, dtype=torch.float32, device=w.device)
     statistics = torch.empty(strips_o * strips_i, 5, dtype=torch.float32, device=w.device)

@@ -14,10 +14,16 @@ from gradprune.models.loss import sample_losses
 from gradprune.models.recomputed import Recomputation, recomputed
 
 
-def engine_step(size: str, layers: int, method: Method, samples: int, tokens: int) -> Counted:
-    """A step that collects what `method` needs, activations recomputed; `size` and `layers` as for `llama`."""
+def engine_step(size: str, layers: int, method: Method, samples: int, tokens: int, *, every: bool = False) -> Counted:
+    """A step that collects what `method` needs, activations recomputed; `size` and `layers` as for `llama`.
+
+    every: it collects what every method needs.
+    """
     with counted_gpu() as counted:
-        engine = ImportanceEngine(llama(size, layers), method, use_gradient_checkpointing=True, weight_gradient_steps=0)
+        steps = None if every else 0
+        engine = ImportanceEngine(
+            llama(size, layers), method, use_gradient_checkpointing=True, weight_gradient_steps=steps
+        )
         ids = torch.zeros(samples, tokens, dtype=torch.int64, device="meta")
         with engine:
             # In its first step an engine finds out what it need not compute again.

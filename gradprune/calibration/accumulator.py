@@ -21,9 +21,7 @@ from gradprune.ops.vectors import GradientStatistics, ImportanceVectors
 
 
 class BlockSums:
-    """Sums over samples (or batches) of one block's group importances, fp64, as views of one tensor.
-
-    On a GPU each tensor would be a launch to zero, and another to add.
+    """Sums over samples (or batches) of one block's group importances, fp64, as views of a ledger's tensors.
 
     by_name: all of them. weights: [2, groups], `first` and `second`.
     first: [groups], sum of |w g| over the group's elements, as far as it can be summed step by step.
@@ -35,17 +33,25 @@ class BlockSums:
         collected.
     """
 
-    def __init__(self, block: Block, device: torch.device, more: Sequence[str] = ()) -> None:
-        """Zeros, for the groups and output projections of a block; `more`: names of further sums, [groups]."""
-        groups, width, outputs = block.groups, block.width, block.outputs
-        of_groups = ("first", "second", "mask_square", *more)
-        self.whole = torch.zeros(len(of_groups) * groups + width + outputs, dtype=torch.float64, device=device)
-        self.weights = self.whole[: 2 * groups].view(2, groups)
-        self.input_square, self.output_square = self.whole[-width - outputs :].split([width, outputs])
-        parts: tuple[Tensor, ...] = self.whole[: len(of_groups) * groups].view(-1, groups).unbind()
-        self.first, self.second, self.mask_square = parts[:3]
-        self.by_name = dict(zip(of_groups, parts, strict=True))
-        self.by_name |= {"input_square": self.input_square, "output_square": self.output_square}
+    def __init__(self, block: Block, norms: Tensor, rest: Tensor, more: Sequence[str] = ()) -> None:
+        """Views of `norms` and `rest`, of an accumulator's `sizes`.
+
+        more: names of further sums, [groups].
+        """
+        groups, squares = block.groups, block.groups + block.outputs
+        if not len(norms):
+            norms, rest = rest.split([squares, len(rest) - squares])
+        self.mask_square: Tensor
+        self.output_square: Tensor
+        self.input_square: Tensor
+        self.mask_square, self.output_square = norms.split([groups, block.outputs])
+        names = ("first", "second", *more)
+        of_groups, self.input_square = rest.split([len(names) * groups, block.width])
+        self.weights: Tensor = of_groups[: 2 * groups].view(2, groups)
+        parts: tuple[Tensor, ...] = of_groups.view(-1, groups).unbind()
+        self.by_name: dict[str, Tensor] = dict(zip(names, parts, strict=True))
+        self.first, self.second = self.by_name["first"], self.by_name["second"]
+        self.by_name |= {name: getattr(self, name) for name in ("mask_square", "input_square", "output_square")}
 
     def multiply(self, factor: float) -> None:
         """As if the gradients had been multiplied by `factor`."""
@@ -68,17 +74,8 @@ class StepRecord:
     scale: float = 1.0
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A point in an accumulator's history: its sums, its number of tokens, and its number of steps."""
-
-    sums: Tensor
-    tokens: int
-    steps: int
-
-
 class BlockAccumulator(ABC):
-    """One block's sums, and a record of each step.
+    """One block's sums, which lie in a ledger, and a record of each step.
 
     A step's contributions stay pending until `commit`: a failed step is discarded as a whole, and the scale of a
     batch's gradients is known only once all layers' gradients are.
@@ -89,9 +86,11 @@ class BlockAccumulator(ABC):
     """
 
     more_sums: tuple[str, ...] = ()
+    # Whether sums of squares are given to the ledger as norms, which it squares, those of all blocks at once.
+    _gives_norms = False
 
-    def __init__(self, block: Block, ops: ImportanceOps, device: torch.device, curvature: bool = False) -> None:
-        """Start at zero; `ops` computes the vectors of one weight's gradient on `device`.
+    def __init__(self, block: Block, ops: ImportanceOps, curvature: bool = False) -> None:
+        """`ops` computes the vectors of one weight's gradient.
 
         curvature: collect what `gradprune.calibration.obs` needs of the gradients.
         """
@@ -99,18 +98,24 @@ class BlockAccumulator(ABC):
         self.records: list[StepRecord] = []
         self._ops = ops
         self._curvature = curvature
-        self.sums = self._zeros(device)
         self.tokens = 0
         self._shape = torch.Size(())
         self.discard()
 
-    def _zeros(self, device: torch.device) -> BlockSums:
-        return BlockSums(self.block, device, self.more_sums)
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Numbers that its sums take of a ledger: of norms, and of others."""
+        squares = self.block.groups + self.block.outputs
+        others = (2 + len(self.more_sums)) * self.block.groups + self.block.width
+        return (squares, others) if self._gives_norms else (0, squares + others)
+
+    def open(self, sums: BlockSums, pending: BlockSums) -> None:
+        """Take parts of a ledger, which are zero."""
+        self.sums, self._added = sums, pending
 
     def discard(self) -> None:
-        """Drop the pending contributions of the current step."""
+        """Drop what is pending beside the sums."""
         self.pending = StepRecord()
-        self._added = self._zeros(self.sums.whole.device)
         self._pending_tokens = 0
 
     @torch.no_grad()
@@ -124,26 +129,13 @@ class BlockAccumulator(ABC):
         for path, found in self.pending.statistics.items():
             self.pending.statistics[path] = found.scale(1.0 / factor)
 
-    def commit(self, scale: float = 1.0) -> None:
-        """Add the pending contributions, as if the step's gradients had been multiplied by `scale`."""
+    def commit(self, scale: float) -> None:
+        """The pending sums are about to be added, as if the step's gradients had been multiplied by `scale`."""
         if scale != 1.0:
             self._added.multiply(scale)
-        self.sums.whole += self._added.whole
         self.tokens += self._pending_tokens
         self.pending.scale = scale
         self.records.append(self.pending)
-        self.discard()
-
-    def mark(self) -> "Mark":
-        """What is committed so far, to go back to."""
-        return Mark(self.sums.whole.clone(), self.tokens, len(self.records))
-
-    def back_to(self, mark: "Mark") -> None:
-        """Undo what was committed since `mark` was taken, and drop what is pending."""
-        self.sums.whole.copy_(mark.sums)
-        self.tokens = mark.tokens
-        del self.records[mark.steps :]
-        self.discard()
 
     def state(self) -> dict[str, Tensor]:
         """Everything committed so far, by name."""
@@ -160,7 +152,7 @@ class BlockAccumulator(ABC):
 
     def restore(self, state: dict[str, Tensor], gradients: list[int]) -> None:
         """Resume from a `state`; `gradients`: the number of gradients in each step."""
-        device = self.sums.whole.device
+        device = self.sums.weights.device
         for name, value in self.sums.by_name.items():
             value.copy_(state[name])
         self.tokens = int(state["tokens"])
@@ -223,6 +215,7 @@ class LinearAccumulator(BlockAccumulator):
     """A block of plain linear layers, each of which is observed once a step."""
 
     block: LinearBlock
+    _gives_norms = True
 
     def discard(self) -> None:
         """Drop the pending contributions of the current step."""
@@ -297,7 +290,7 @@ class LinearAccumulator(BlockAccumulator):
         of_bias = None if self.block.output.linear.bias is None else self._reduced(dy.sum(1))
         self._observe_mask(self._reduced(self._input_gradient(x, dx)), of_bias)
         if self._curvature:
-            square_sum(dy, self._added.output_square[0])
+            norm_of(dy, self._added.output_square[0])
 
     def _accumulate(self, entry: InputLinear | OutputLinear, vectors: ImportanceVectors) -> None:
         sums = vectors.sums(_side(entry))
@@ -327,7 +320,7 @@ class LinearAccumulator(BlockAccumulator):
         """
         entry = self.block.output
         by_group = entry.fold_columns(mask_gradient)
-        _square_of(torch.linalg.vector_norm(by_group, dim=0, dtype=torch.float64), self._added.mask_square)
+        torch.linalg.vector_norm(by_group, dim=0, dtype=torch.float64, out=self._added.mask_square)
         gate = by_group.sum(1, dtype=torch.float64)
         if dy is not None and entry.linear.bias is not None:
             gate = gate + dy.double() @ entry.linear.bias.detach().double()
@@ -351,7 +344,7 @@ class SampleAccumulator(LinearAccumulator):
 
     def _observe_weight(self, entry: InputLinear | OutputLinear, x: Tensor, dy: Tensor) -> None:
         left, right = _as_stored(entry, x, dy)
-        self._accumulate(entry, self._ops.linear_importance(right, left, entry.linear.weight, _side(entry)))
+        self._accumulate(entry, self._ops.linear_importance_uncounted(right, left, entry.linear.weight, _side(entry)))
 
     def _reduced(self, of_samples: Tensor) -> Tensor:
         return of_samples
@@ -363,10 +356,10 @@ class SampleAccumulator(LinearAccumulator):
 class BatchAccumulator(LinearAccumulator):
     """Scores the gradient of each batch's mean loss. The first-order term needs the mean gradient, which is kept."""
 
-    def __init__(self, block: LinearBlock, ops: ImportanceOps, device: torch.device, curvature: bool = False) -> None:
+    def __init__(self, block: LinearBlock, ops: ImportanceOps, curvature: bool = False) -> None:
         """As `BlockAccumulator`; one gradient per weight is kept, and the pending one until `commit`."""
         self._gradient_sums: dict[str, Tensor] = {}
-        super().__init__(block, ops, device, curvature)
+        super().__init__(block, ops, curvature)
 
     def discard(self) -> None:
         """Drop the pending contributions of the current step."""
@@ -381,8 +374,8 @@ class BatchAccumulator(LinearAccumulator):
             for gradient in self._pending_gradients.values():
                 gradient /= factor
 
-    def commit(self, scale: float = 1.0) -> None:
-        """Add the pending contributions, as if the step's gradients had been multiplied by `scale`."""
+    def commit(self, scale: float) -> None:
+        """As of any accumulator; the pending gradients are added, too."""
         for path, gradient in self._pending_gradients.items():
             scaled = gradient if scale == 1.0 else gradient.mul_(scale)
             if path in self._gradient_sums:
@@ -401,7 +394,7 @@ class BatchAccumulator(LinearAccumulator):
         super().restore(state, gradients)
         prefix = "gradients."
         self._gradient_sums = {
-            name.removeprefix(prefix): value.to(self.sums.whole.device)
+            name.removeprefix(prefix): value.to(self.sums.weights.device)
             for name, value in state.items()
             if name.startswith(prefix)
         }
@@ -435,16 +428,11 @@ def _of_first_steps(values: Tensor, gradients: Sequence[int]) -> tuple[Tensor, .
     return of_steps
 
 
-def square_sum(values: Tensor, into: Tensor) -> None:
-    """Put the sum of squares of `values`, [..., O], into `into`, [] fp64, in one read of them."""
+def norm_of(values: Tensor, into: Tensor) -> None:
+    """Put the root of the sum of squares of `values`, [..., O], into `into`, [] fp64, in one read of them."""
     # Each row first, so that no sum is split between threads.
     rows = torch.linalg.vector_norm(values, dim=-1, dtype=accumulation_dtype(values))
-    _square_of(torch.linalg.vector_norm(rows, dtype=torch.float64), into)
-
-
-def _square_of(norm: Tensor, into: Tensor) -> None:
-    """Square the norms of some numbers, [...], into the sum of their squares."""
-    torch.mul(norm, norm, out=into)
+    torch.linalg.vector_norm(rows, dtype=torch.float64, out=into)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradprune.calibration.accumulator import BlockAccumulator, StepRecord
+from gradprune.calibration.accumulator import StepRecord
 from gradprune.calibration.capture import capture
 from gradprune.calibration.evidence import Evidence, Scores
 from gradprune.calibration.experts import check_experts, scores_experts_alone
@@ -137,12 +137,9 @@ class ImportanceEngine:
         self._checkpointing = use_gradient_checkpointing
         ops = select_ops(backend, model.device.type)
         self.backend = ops.backend
-        self._accumulators: dict[BlockKey, BlockAccumulator] = {
-            block.key: self._reduction.accumulator_of(
-                block, ops, self._view.device_of(block.layer), curvature=method == "obs"
-            )
-            for block in self._view.blocks
-        }
+        self._ledgers = self._reduction.ledgers(self._view, ops, curvature=method == "obs")
+        accumulators = {entry.block.key: entry for ledger in self._ledgers for entry in ledger.accumulators}
+        self._accumulators = {block.key: accumulators[block.key] for block in self._view.blocks}
         self._samples: list[Tensor] = []
         self._losses: list[Tensor] = []
         # Batches without a step, which only "obs" reads.
@@ -292,19 +289,22 @@ class ImportanceEngine:
     def _step(self, input_ids: Tensor) -> None:
         try:
             losses = self._run(input_ids)
-            if input_ids.device.type == "cpu":
-                self._pending([input_ids], [losses]).check_finite(len(self._samples))
+            self._check_step(input_ids, losses)
             scales = self._step_scales(input_ids)
         except BaseException:
-            for accumulator in self._accumulators.values():
-                accumulator.discard()
+            for ledger in self._ledgers:
+                ledger.discard()
             raise
-        with torch.no_grad():
-            for key, accumulator in self._accumulators.items():
-                accumulator.commit(scales[key.layer])
+        for ledger in self._ledgers:
+            ledger.commit(scales)
         self._costs = None
         self._samples.append(input_ids)
         self._losses.append(losses)
+
+    def _check_step(self, input_ids: Tensor, losses: Tensor) -> None:
+        """On the CPU, raise if the current step had a non-finite loss or gradient; elsewhere that would wait for it."""
+        if input_ids.device.type == "cpu":
+            self._pending([input_ids], [losses]).check_finite(len(self._samples))
 
     def _run(self, input_ids: Tensor) -> Tensor:
         """[N] each sample's loss, after the backward pass has run through the accumulators."""
@@ -315,8 +315,8 @@ class ImportanceEngine:
             if backward:
                 with without_autocast(input_ids.device):
                     backpropagated(losses, self._model.dtype).backward()
-            for accumulator in self._accumulators.values():
-                accumulator.finish(loss_scale(self._model.dtype))
+            for ledger in self._ledgers:
+                ledger.finish(loss_scale(self._model.dtype))
         return losses.detach()
 
     def _step_scales(self, input_ids: Tensor) -> list[float]:
@@ -329,7 +329,7 @@ class ImportanceEngine:
 
     def _wave(self, batches: list[Tensor]) -> None:
         """Batches that pass through a streamed model's layers together, forward and backward."""
-        marks = {key: accumulator.mark() for key, accumulator in self._accumulators.items()}
+        marks = [ledger.mark() for ledger in self._ledgers]
         try:
             # As in `_run`, even if the caller is under no_grad.
             with torch.inference_mode(False), torch.enable_grad():
@@ -337,20 +337,19 @@ class ImportanceEngine:
             if self._model.device.type == "cpu":
                 self._check_wave(batches, losses)
         except BaseException:
-            for key, accumulator in self._accumulators.items():
-                accumulator.back_to(marks[key])
+            for ledger, mark in zip(self._ledgers, marks, strict=True):
+                ledger.back_to(mark)
             raise
         self._costs = None
         self._samples += batches
         self._losses += losses
 
-    @torch.no_grad()
     def _commit_layer(self, layer: int) -> None:
         """One batch's backward pass has run through a layer; the scale of `reduction="sample"` comes at the end."""
-        for key, accumulator in self._accumulators.items():
-            if key.layer == layer:
-                accumulator.finish(loss_scale(self._model.dtype))
-                accumulator.commit()
+        for ledger in self._ledgers:
+            if ledger.accumulators[0].block.layer == layer:
+                ledger.finish(loss_scale(self._model.dtype))
+                ledger.commit()
 
     def _check_wave(self, batches: list[Tensor], losses: list[Tensor]) -> None:
         """Raise if a batch of the current wave had a non-finite loss or gradient."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradprune.calibration.accumulator import BlockAccumulator, accumulation_dtype, square_sum
+from gradprune.calibration.accumulator import BlockAccumulator, accumulation_dtype, norm_of
 from gradprune.calibration.capture import observed_linear, observed_product
 from gradprune.calibration.methods import Depth
 from gradprune.config import Method, ReductionName
@@ -173,7 +173,9 @@ class ExpertsAccumulator(BlockAccumulator):
         if bias is not None:
             gate = gate + dy.sum(1).double() @ bias.detach().double()
         if self._curvature:
-            square_sum(dy, self._added.output_square[expert])
+            of_expert = self._added.output_square[expert]
+            norm_of(dy, of_expert)
+            of_expert.square_()
         self._added.mask_square[self.block.groups_of(expert)] += self._of_masks(by_channel, gate).square().sum(0)
         self.pending.gate = gate if self.pending.gate is None else self.pending.gate + gate
 

@@ -58,16 +58,16 @@ def raise_non_finite_gradient(records: dict[BlockKey, list[StepRecord]], unit: s
 
 
 def raise_overflow(records: dict[BlockKey, list[StepRecord]]) -> None:
-    """Raise if elements of a weight's gradient are not finite; `records` as above.
+    """Raise if elements of a weight's gradient are not finite, or are too large to be summed; `records` as above.
 
     Raises:
         NonFiniteError: naming the weight.
     """
     for key, steps in records.items():
         for path in steps[0].statistics if steps else ():
-            overflowing = sum(int(record.statistics[path].non_finite) for record in steps if path in record.statistics)
-            if overflowing:
-                raise NonFiniteError(f"gradient: {overflowing} elements of layer {key.layer}'s {path} overflow")
+            of_steps = [record.statistics[path] for record in steps if path in record.statistics]
+            if not all(found.non_finite == 0 and found.sum_abs.isfinite() for found in of_steps):
+                raise NonFiniteError(f"gradient: elements of layer {key.layer}'s {path} overflow")
 
 
 def _first_non_finite_layer(view: PrunableModel, sample: Tensor) -> int | None:

@@ -15,8 +15,9 @@ from gradprune.calibration.accumulator import (
     SampleAccumulator,
 )
 from gradprune.calibration.experts import ExpertsAccumulator, WholeExpertsAccumulator
+from gradprune.calibration.ledger import Ledger
 from gradprune.config import ReductionName
-from gradprune.models import Block, LinearBlock
+from gradprune.models import Block, LinearBlock, PrunableModel
 from gradprune.models.experts import ExpertsBlock, WholeExperts
 from gradprune.ops.dispatch import ImportanceOps
 
@@ -37,16 +38,24 @@ class Reduction:
     accumulator: type[LinearAccumulator]
     scales_afterwards: bool
 
-    def accumulator_of(
-        self, block: Block, ops: ImportanceOps, device: torch.device, curvature: bool
-    ) -> BlockAccumulator:
+    def accumulator_of(self, block: Block, ops: ImportanceOps, curvature: bool) -> BlockAccumulator:
         """What sums up one block; experts are summed by sample, see `check_experts`."""
         if isinstance(block, LinearBlock):
-            return self.accumulator(block, ops, device, curvature)
+            return self.accumulator(block, ops, curvature)
         if isinstance(block, WholeExperts):
-            return WholeExpertsAccumulator(block, ops, device, curvature)
+            return WholeExpertsAccumulator(block, ops, curvature)
         assert isinstance(block, ExpertsBlock)
-        return ExpertsAccumulator(block, ops, device, curvature)
+        return ExpertsAccumulator(block, ops, curvature)
+
+    def ledgers(self, view: PrunableModel, ops: ImportanceOps, curvature: bool) -> list[Ledger]:
+        """What sums up all blocks: in one ledger a device, or one a layer where layers are committed by themselves."""
+        together: dict[object, tuple[list[BlockAccumulator], torch.device]] = {}
+        for block in view.blocks:
+            device = view.device_of(block.layer)
+            which = device if view.residency is None else block.layer
+            entries, _ = together.setdefault(which, ([], device))
+            entries.append(self.accumulator_of(block, ops, curvature))
+        return [Ledger(entries, device) for entries, device in together.values()]
 
     def gradients_in(self, input_ids: Tensor) -> int:
         """How many gradients a step on `input_ids` [N, T] adds."""

@@ -6,7 +6,7 @@ only "auto" falls back to another one, and logs why once.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -26,11 +26,16 @@ from gradprune.ops.vectors import GradientStatistics, GroupedVectors, Importance
 
 @dataclass(frozen=True)
 class ImportanceOps:
-    """One backend's importance ops."""
+    """One backend's importance ops.
+
+    linear_importance_uncounted: `linear_importance`, but non-finite elements of a gradient need not be counted: they
+        may make the sums among the statistics non-finite instead. To look for them is a launch for each weight.
+    """
 
     backend: str
     taylor_score: Callable[[Tensor, Tensor, Side], ImportanceVectors]
     linear_importance: Callable[[Tensor, Tensor, Tensor, Side], ImportanceVectors]
+    linear_importance_uncounted: Callable[[Tensor, Tensor, Tensor, Side], ImportanceVectors]
     grouped_linear_importance: Callable[[Tensor, Tensor, Tensor, Tensor, Side], GroupedVectors]
     mask_gradient: Callable[[Tensor, Tensor], MaskGradient]
 
@@ -214,6 +219,7 @@ def _importance_reference() -> ImportanceOps:
         "reference",
         taylor_score_reference,
         linear_importance_reference,
+        linear_importance_reference,
         grouped_linear_importance_reference,
         mask_gradient_reference,
     )
@@ -225,6 +231,7 @@ def _importance_cpp() -> ImportanceOps:
     return ImportanceOps(
         "cpp",
         cpp.taylor_score_cpp,
+        cpp.linear_importance_cpp,
         cpp.linear_importance_cpp,
         cpp.grouped_linear_importance_cpp,
         cpp.mask_gradient_cpp,
@@ -238,6 +245,7 @@ def _importance_triton() -> ImportanceOps:
         "triton",
         triton.taylor_score_triton,
         triton.linear_importance_triton,
+        partial(triton.linear_importance_triton, counted=False),
         triton.grouped_linear_importance_triton,
         triton.mask_gradient_triton,
     )

@@ -17,7 +17,7 @@ from gradprune.ops.vectors import (
     sides,
 )
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def taylor_score_triton(w: Tensor, g: Tensor, side: Side = "both") -> ImportanceVectors:
@@ -41,7 +41,9 @@ def taylor_score_triton(w: Tensor, g: Tensor, side: Side = "both") -> Importance
     return vectors(*taylor_kernel.taylor_score_triton(_unit_inner_stride(w), _unit_inner_stride(g), *sides(side)))
 
 
-def linear_importance_triton(x: Tensor, dy: Tensor, w: Tensor, side: Side = "both") -> ImportanceVectors:
+def linear_importance_triton(
+    x: Tensor, dy: Tensor, w: Tensor, side: Side = "both", counted: bool = True
+) -> ImportanceVectors:
     """`taylor_score` of each sample's weight gradient g_n = dy_n^T x_n of a linear layer, summed over samples.
 
     Args:
@@ -50,6 +52,8 @@ def linear_importance_triton(x: Tensor, dy: Tensor, w: Tensor, side: Side = "bot
             dtype differs from x's, both are converted to the wider one (bf16 and fp16: to fp32).
         w: [O, I] any of these types, the weight.
         side: which sums to compute; "both" computes the gradient twice.
+        counted: count non-finite elements, and leave them out of the other statistics; otherwise these are not finite
+            where there are any.
 
     One kernel multiplies and scores; a gradient is never written to memory. A tensor whose inner stride is not 1 is
     copied. Accumulates in fp32 and in fixed order: the same bits every time.
@@ -57,21 +61,29 @@ def linear_importance_triton(x: Tensor, dy: Tensor, w: Tensor, side: Side = "bot
     Raises:
         ValueError: shapes that do not fit, or an unsupported dtype; names the argument.
     """
+    if (x.ndim, dy.ndim, w.ndim) != (3, 3, 2) or not {x.dtype, dy.dtype, w.dtype} <= _DTYPES:
+        _refuse(x, dy, w)
+    if dy.shape[:2] != x.shape[:2]:
+        raise ValueError(f"dy: has shape {tuple(dy.shape)}; its samples and tokens must be x's, {tuple(x.shape[:2])}")
+    if w.shape != (dy.shape[2], x.shape[2]):
+        raise ValueError(f"w: has shape {tuple(w.shape)}; dy and x make it {(dy.shape[2], x.shape[2])}")
+    if x.dtype != dy.dtype:
+        dtype = torch.promote_types(x.dtype, dy.dtype)
+        x, dy = x.to(dtype), dy.to(dtype)
+    x, dy, w = _unit_inner_stride(x), _unit_inner_stride(dy), _unit_inner_stride(w)
+    rows, columns = sides(side)
+    of_rows = linear_kernel.linear_importance_triton(x, dy, w, columns=False, counted=counted) if rows else None
+    of_columns = linear_kernel.linear_importance_triton(x, dy, w, columns=True, counted=counted) if columns else None
+    return vectors(of_rows, of_columns)
+
+
+def _refuse(x: Tensor, dy: Tensor, w: Tensor) -> None:
+    """Raise for the argument of `linear_importance_triton` that has the wrong dimensions or type."""
     for name, tensor, ndim in (("x", x, 3), ("dy", dy, 3), ("w", w, 2)):
         if tensor.ndim != ndim:
             raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; x is [N, T, I], dy [N, T, O] and w [O, I]")
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{name}: dtype {tensor.dtype} is not one of float32, bfloat16, float16")
-    if dy.shape[:2] != x.shape[:2]:
-        raise ValueError(f"dy: has shape {tuple(dy.shape)}; its samples and tokens must be x's, {tuple(x.shape[:2])}")
-    if w.shape != (dy.shape[2], x.shape[2]):
-        raise ValueError(f"w: has shape {tuple(w.shape)}; dy and x make it {(dy.shape[2], x.shape[2])}")
-    dtype = torch.promote_types(x.dtype, dy.dtype)
-    x, dy, w = (_unit_inner_stride(tensor) for tensor in (x.to(dtype), dy.to(dtype), w))
-    rows, columns = sides(side)
-    of_rows = linear_kernel.linear_importance_triton(x, dy, w, columns=False) if rows else None
-    of_columns = linear_kernel.linear_importance_triton(x, dy, w, columns=True) if columns else None
-    return vectors(of_rows, of_columns)
 
 
 def grouped_linear_importance_triton(

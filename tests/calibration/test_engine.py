@@ -5,9 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradprune.calibration.accumulator import StepRecord
 from gradprune.calibration.engine import ImportanceEngine, Scores
+from gradprune.calibration.finite import raise_overflow
 from gradprune.config import GRADIENT_METHODS
 from gradprune.errors import BackendUnavailableError, ConfigError, GradPruneError, NonFiniteError
+from gradprune.models import BlockKey
+from gradprune.ops.vectors import GradientStatistics
 from helpers.engine_runs import run_engine
 from helpers.oracle import oracle_layer_statistics, oracle_scores
 from helpers.tiny_models import ARCHITECTURE_NAMES, GQA_RATIOS, METHODS, tiny_ids, tiny_model
@@ -235,6 +239,17 @@ def test_a_nan_gradient_with_finite_loss_names_sample_and_layer() -> None:
         model.model.layers[1].register_forward_hook(poison)
         with pytest.raises(NonFiniteError, match=r"gradient of calibration sample 1 is nan in layer 1 \(mlp\)"):
             engine.step(ids)
+
+
+@pytest.mark.parametrize(("sum_abs", "non_finite"), [(float("inf"), 0.0), (float("nan"), 0.0), (1.0, 2.0)])
+def test_a_weight_s_gradient_that_overflows_is_named(sum_abs: float, non_finite: float) -> None:
+    """Whether a backend counts the elements or has them in the sum; in a later step alone."""
+    right = GradientStatistics.unpack(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]))
+    wrong = GradientStatistics.unpack(torch.tensor([sum_abs, 1.0, 1.0, 0.0, non_finite]))
+    records = {BlockKey(1, "mlp"): [StepRecord({"up_proj": right}), StepRecord({"up_proj": wrong})]}
+    with pytest.raises(NonFiniteError, match="elements of layer 1's up_proj overflow"):
+        raise_overflow(records)
+    raise_overflow({BlockKey(1, "mlp"): [StepRecord({"up_proj": right}), StepRecord()]})
 
 
 def test_wrong_use_is_told() -> None:

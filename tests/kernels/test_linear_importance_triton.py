@@ -224,6 +224,20 @@ def test_finite_elements_whose_sum_overflows_are_not_counted() -> None:
 
 
 @both_sides
+def test_uncounted_elements_make_the_sums_non_finite_and_nothing_else_differs(columns: bool) -> None:
+    x, dy, w = tensors((2, 5, 20, 40), torch.float32)
+    counted, uncounted = (
+        kernel.linear_importance_triton(x, dy, w, columns, SMALL, counted=flag) for flag in (True, False)
+    )
+    assert all(map(torch.equal, counted, uncounted))
+    x[1, 2, 39] = float("nan")
+    sums, statistics = kernel.linear_importance_triton(x, dy, w, columns, SMALL, counted=False)
+    assert torch.equal(sums.isfinite(), kernel.linear_importance_triton(x, dy, w, columns, SMALL)[0].isfinite())
+    assert statistics[:2].isnan().all()
+    assert statistics[4] == 0
+
+
+@both_sides
 def test_the_same_bits_every_time(columns: bool) -> None:
     x, dy, w = tensors((3, 17, 20, 40), torch.bfloat16)
     first = kernel.linear_importance_triton(x, dy, w, columns, SMALL)

@@ -1,0 +1,188 @@
+"""The host's time of a step of calibration, relative to the plain pass', without a GPU.
+
+On tensors so small that they cost nothing but what Python and PyTorch's dispatch do about them:
+
+    python -m benchmarks.predicted.host [--turns 9]     # a line for each evidence
+
+Kernels of Triton go through all of its launch but the driver's call, which is assumed, as for every launch of PyTorch.
+What is measured is processor time, in turns with the plain pass, and the median of the turns' ratios is taken: another
+process on the same cores changes both.
+"""
+
+import json
+import os
+import statistics
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+# Before Triton is imported: its interpreter launches otherwise than Triton does.
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton.runtime.jit
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from benchmarks.jobs.calibrators import checkpointed
+from benchmarks.predicted.counted import Counted
+from gradprune.calibration.engine import ImportanceEngine
+from gradprune.config import Method
+from gradprune.models import describe
+from gradprune.ops import dispatch
+
+# Seconds that the driver takes for a launch.
+DRIVER = 4e-6
+# What a step collects: the method, and in how many steps every weight's gradient is taken (None: in all).
+EVIDENCE: dict[str, tuple[Method, int | None]] = {
+    "needed": ("group_fisher", 0),
+    "all": ("group_fisher", None),
+    "needed by obs": ("obs", 0),
+    "all, with obs": ("obs", None),
+}
+_LAYERS, _STEPS = 8, 5
+
+
+class _Driver:
+    """Of a Hopper GPU that is not here."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+class _Compiled:
+    """A kernel whose launches are counted."""
+
+    function, packed_metadata = 0, ()
+    launches = 0
+
+    def launch_metadata(self, *_arguments: object) -> None:
+        return None
+
+    def run(self, *_arguments: object) -> None:
+        _Compiled.launches += 1
+
+
+def _compile(kernel: Any, key: str, _signature: object, device: int, *_options: object) -> _Compiled:
+    made: _Compiled = kernel.device_caches[device][0].setdefault(key, _Compiled())
+    return made
+
+
+@contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """Inside, an engine of a model on the CPU launches Triton's kernels, as far as that goes without a GPU."""
+    ops = dispatch._importance_triton()
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(driver, "_active", _Driver()))
+        for name, stand_in in {
+            "gradprune.calibration.engine.select_ops": lambda *_: ops,
+            "gradprune.kernels.linear_importance.descriptors_work": lambda *_: True,
+            # One chunk, as on a GPU.
+            "gradprune.models.loss.LOGITS": 2**27,
+        }.items():
+            stack.enter_context(patch(name, stand_in))
+        stack.enter_context(patch.object(triton.runtime.jit.JITFunction, "_do_compile", _compile))
+        yield
+
+
+def host_ratio(evidence: str, turns: int, recompute: bool = True) -> float:
+    """Median of the ratios of the engine's to the plain pass' time."""
+    model, ids = _model(), torch.zeros(2, 8, dtype=torch.int64)
+    method, steps = EVIDENCE[evidence]
+
+    def engine() -> AbstractContextManager[Callable[[], None]]:
+        return _engine_steps(model, ids, method, steps, recompute)
+
+    def plain() -> AbstractContextManager[Callable[[], None]]:
+        return _plain_steps(model, ids, recompute)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with triton_on_cpu():
+            driver_seconds = [_driver_seconds(each) for each in (engine, plain)]
+            ratios = []
+            for _ in range(turns):
+                ours, theirs = (
+                    _seconds(each) + driven for each, driven in zip((engine, plain), driver_seconds, strict=True)
+                )
+                ratios.append(ours / theirs)
+    finally:
+        torch.set_num_threads(threads)
+    return statistics.median(ratios)
+
+
+def _model() -> PreTrainedModel:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
+        num_hidden_layers=_LAYERS, max_position_embeddings=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@contextmanager
+def _engine_steps(
+    model: PreTrainedModel, ids: Tensor, method: Method, steps: int | None, recompute: bool
+) -> Iterator[Callable[[], None]]:
+    engine = ImportanceEngine(model, method, use_gradient_checkpointing=recompute, weight_gradient_steps=steps)
+    # Which reads results, on a CPU alone.
+    with engine, patch.object(ImportanceEngine, "_check_step", lambda *_: None):
+        yield lambda: engine.step(ids)
+
+
+@contextmanager
+def _plain_steps(model: PreTrainedModel, ids: Tensor, recompute: bool) -> Iterator[Callable[[], None]]:
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    with ExitStack() as stack:
+        if recompute:
+            stack.enter_context(checkpointed(describe(model).layers))
+        yield step
+
+
+def _seconds(entered: Callable[[], AbstractContextManager[Callable[[], None]]]) -> float:
+    """Processor time of some steps, after one to warm up."""
+    with entered() as step:
+        step()
+        start = time.process_time()
+        for _ in range(_STEPS):
+            step()
+        return time.process_time() - start
+
+
+def _driver_seconds(entered: Callable[[], AbstractContextManager[Callable[[], None]]]) -> float:
+    """What the driver is assumed to take for the launches of as many steps."""
+    with entered() as step:
+        step()
+        before = _Compiled.launches
+        with Counted() as counted:
+            step()
+        return _STEPS * DRIVER * (counted.total + _Compiled.launches - before)
+
+
+def main() -> None:
+    """Print the ratio of each evidence, with and without recomputation."""
+    made = ArgumentParser(description=__doc__)
+    made.add_argument("--turns", type=int, default=9)
+    turns = made.parse_args().turns
+    for evidence in EVIDENCE:
+        found = {"recomputed": host_ratio(evidence, turns), "kept": host_ratio(evidence, turns, recompute=False)}
+        print(json.dumps({"evidence": evidence, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The host's time of a step, measured without a GPU against the plain pass: a gate, and an engine that it refuses.
+
+Each measurement is a program of its own, in which Triton is not interpreted.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: the host's time of its launches is NOT measured here")
+
+ROOT = Path(__file__).resolve().parents[2]
+MOST = 1.3
+MEASURE = """
+import json, sys
+from benchmarks.predicted.host import host_ratio
+evidence, recompute, seconds = sys.argv[1], sys.argv[2] == "True", float(sys.argv[3])
+if seconds:
+    import time
+    from gradprune.calibration.accumulator import LinearAccumulator
+    observe = LinearAccumulator._observe_output
+    def slow(*arguments):
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+        observe(*arguments)
+    LinearAccumulator._observe_output = slow
+print(json.dumps(host_ratio(evidence, 7, recompute)))
+"""
+
+
+def ratio(evidence: str, recompute: bool = True, slower: float = 0.0) -> float:
+    """To the plain pass' time; `slower`: seconds that the engine takes longer for each block."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    variables.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-W", "ignore", "-c", MEASURE, evidence, str(recompute), str(slower)]
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr
+    found: float = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("evidence", ["needed", "all", "needed by obs", "all, with obs"])
+def test_a_step_takes_the_host_little_longer_than_the_plain_pass(evidence: str) -> None:
+    """Activations recomputed, as where a model is large. It takes less where no weight's gradient is needed."""
+    assert 0.5 < ratio(evidence) <= (1.1 if evidence.startswith("needed") else MOST)
+
+
+def test_without_recomputation_too_where_no_weight_s_gradient_is_needed() -> None:
+    assert 0.5 < ratio("needed", recompute=False) <= MOST
+
+
+def test_a_slower_engine_is_refused() -> None:
+    """By two fifths of a millisecond for each block."""
+    assert ratio("all", slower=4e-4) > MOST
+    assert ratio("needed", slower=4e-4) > 1.1
