@@ -111,6 +111,7 @@ class _Repair:
 
     parts: the batches that problems are solved on, and those that choose the ridge.
     differs: whether a block before the current one lost something.
+    ridge_of: by kind, the ridge of the latest block: the next one's is mostly near it.
     dense: not followed where the blend does not ask for it, nor before the streams differ.
     """
 
@@ -125,6 +126,7 @@ class _Repair:
     dense: list[Tensor]
     repaired: list[Tensor]
     differs: bool = False
+    ridge_of: dict[str, float] = field(default_factory=dict)
     repairs: list[BlockRepair] = field(default_factory=list)
 
     def pass_layer(self, layer: int, advance: Callable[[], None]) -> None:
@@ -213,7 +215,8 @@ class _Repair:
             ).of_output(block.output.weight, columns, self.blend)
             for part in self.parts
         )
-        found = fit(solved, judge, self.ridges)
+        found = fit(solved, judge, self.ridges, self.ridge_of.get(block.kind.name))
+        self.ridge_of[block.kind.name] = found.ridge
         error = min(found.error, found.error_before)
         self.repairs.append(BlockRepair(block.kind.name, block.layer, found.ridge, found.error_before, error))
         with self.view.rewriting(block, [f"{block.output.path}.weight"]):

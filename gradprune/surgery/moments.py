@@ -72,20 +72,19 @@ class Moments:
             + 2.0 * blend * (1.0 - blend) * _dot(cross, weight)
             + blend**2 * self.square.double()
         )
-        start, kept = weight[:, columns], gram[columns[:, None], columns]
-        return Problem(start, start @ kept, kept, torch.lerp(own, cross, blend)[:, columns], square, self.gram.dtype)
+        cross = torch.lerp(own[:, columns], cross[:, columns], blend)
+        return Problem(weight[:, columns], gram[columns[:, None], columns], cross, square, self.gram.dtype)
 
 
 @dataclass(frozen=True)
 class Problem:
     """Find W' [O, K] with the least sum over tokens of ||t - W' x||^2, given the sums of its terms in fp64.
 
-    start: [O, K], the weight W as it is. written: [O, K], W x x^T. gram: [K, K], x x^T. cross: [O, K], t x^T.
-    square: [], ||t||^2. measured: the dtype the sums were made in, which is precise enough for the error.
+    start: [O, K], the weight W as it is. gram: [K, K], x x^T. cross: [O, K], t x^T. square: [], ||t||^2.
+    measured: the dtype the sums were made in, which is precise enough for the error.
     """
 
     start: Tensor
-    written: Tensor
     gram: Tensor
     cross: Tensor
     square: Tensor
@@ -96,11 +95,21 @@ class Problem:
         """What ridges are relative to."""
         return self.gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
 
+    @cached_property
+    def missing(self) -> Tensor:
+        """[O, K], (t - W x) x^T."""
+        return self.cross - self.start @ self.gram
+
+    @cached_property
+    def measured_gram(self) -> Tensor:
+        """The Gram matrix in the dtype in which it was summed."""
+        return self.gram.to(self.measured)
+
     def error(self, weight: Tensor) -> float:
         """sum ||t - weight x||^2 / sum ||t||^2, weight: [O, K] fp64."""
         if self.square <= 0.0:
             return 0.0
-        written = (weight.to(self.measured) @ self.gram.to(self.measured)).double()
+        written = (weight.to(self.measured) @ self.measured_gram).double()
         rest = self.square - 2.0 * _dot(weight, self.cross) + _dot(written, weight)
         return float(rest / self.square)
 
@@ -111,7 +120,7 @@ class Problem:
             shifted.diagonal().add_(ridge * self.unit)
             factor = cholesky(shifted)
             if factor is not None:
-                return self.start + solve(factor, (self.cross - self.written).T).T
+                return self.start + solve(factor, self.missing.T).T
             if ridge > _MOST_RIDGE:
                 return self.start
             ridge = max(10.0 * ridge, 1e-10)
@@ -132,11 +141,11 @@ class Fit:
         return self.error < self.error_before
 
 
-def fit(problem: Problem, judge: Problem, ridges: Sequence[float]) -> Fit:
+def fit(problem: Problem, judge: Problem, ridges: Sequence[float], first: float | None = None) -> Fit:
     """Solve a problem with the ridge that has the least error in another problem, over other tokens.
 
-    The error is taken to have a single minimum: from the middle of `ridges`, ascending, it is followed to where it
-    falls.
+    The error is taken to have a single minimum: from `first`, or the middle of `ridges`, ascending, it is followed to
+    where it falls.
     """
     before = judge.error(problem.start)
 
@@ -144,13 +153,12 @@ def fit(problem: Problem, judge: Problem, ridges: Sequence[float]) -> Fit:
         found = problem.solution(ridge)
         return Fit(found, ridge, before, judge.error(found))
 
-    return _least(ridges, attempt)
+    return _least(ridges, len(ridges) // 2 if first is None else ridges.index(first), attempt)
 
 
-def _least(ridges: Sequence[float], attempt: Callable[[float], Fit]) -> Fit:
-    middle = len(ridges) // 2
-    best = attempt(ridges[middle])
-    for direction in (reversed(ridges[:middle]), ridges[middle + 1 :]):
+def _least(ridges: Sequence[float], first: int, attempt: Callable[[float], Fit]) -> Fit:
+    best = attempt(ridges[first])
+    for direction in (reversed(ridges[:first]), ridges[first + 1 :]):
         start = best
         for ridge in direction:
             found = attempt(ridge)
