@@ -116,6 +116,8 @@ def _jobs(records: Sequence[Record], folder: Path) -> str:
             text = f"{tables.OVERHEAD}\n\n{tables.overhead_table(of_job)}"
         elif name == "streamed":
             text = f"{tables.STREAMED}\n\n{tables.streamed_table(of_job)}"
+        elif name == "stages":
+            text = f"{tables.STAGES}\n\n{tables.stages_table(of_job)}"
         elif name == "whole":
             text = f"{tables.WHOLE}\n\n{tables.whole_table(of_job)}"
         elif name == "profile":

@@ -153,6 +153,28 @@ def streamed_table(records: Sequence[Record]) -> str:
     return table(["job", "provider", "ended", "peak GiB"], rows)
 
 
+STAGES = (
+    "`prune` of a real model by default, removing a fifth of its prunable parameters: the time of each stage as a "
+    "multiple of a plain forward and backward pass over the calibration samples, with perplexity on as many windows."
+)
+
+
+def stages_table(records: Sequence[Record]) -> str:
+    """One row per method: its stages in the order in which they run, and all of them."""
+    stages = list(dict.fromkeys(stage for found in records for stage in found.extra["ratios"]))
+    shown = [stage for stage in stages if any(found.extra["ratios"].get(stage, 0.0) >= 0.005 for found in records)]
+    rows = [
+        [
+            f"{found.name.removeprefix('stages of ')}, {found.shape}",
+            found.provider,
+            *(_number(found.extra["ratios"].get(stage), ".2f") for stage in shown),
+            f"{found.extra['whole']:.2f}",
+        ]
+        for found in records
+    ]
+    return table(["job", "provider", *(stage.replace("_", " ") for stage in shown), "whole"], rows)
+
+
 WHOLE = (
     "`prune` by default, stage by stage, and calibration alone by others on fewer samples of the same length. The time "
     "of a sample is that of the stage divided by the samples that are calibrated on."

@@ -21,10 +21,11 @@ from benchmarks.jobs.session import Session, Task, TurnError, Worker
 from benchmarks.kernels import run as kernels
 from benchmarks.kernels import sweep
 from benchmarks.progress import Deadline
-from benchmarks.quality import experts, methods, recovery, vanishing
+from benchmarks.quality import experts, methods, recovery, stage_times, vanishing
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.peers.choice import uniform_masks
 from benchmarks.quality.peers.torch_pruning import without_grouped_queries
+from benchmarks.report import report
 from benchmarks.results import read
 from gradprune.checkpoint.gguf_source import PACKAGES
 from gradprune.checkpoint.load import load_model
@@ -250,6 +251,22 @@ def test_quality_of_the_prunable_parameters_with_zero_shot_questions(tmp_path: P
     biases = len(view.blocks) * model.config.hidden_size / view.parameters
     assert [record.extra["kept"] for record in found[1:3]] == pytest.approx([kept] * 2, abs=0.01)
     assert kept < found[3].extra["kept"] <= kept + biases + 0.01
+
+
+def test_stage_times_of_a_real_model_and_their_table(tmp_path: Path) -> None:
+    stage_times.main([*TOY, str(tmp_path), "--methods", "obs,magnitude"])
+    found = read(tmp_path)
+    assert [record.provider for record in found] == ["gradprune obs", "gradprune magnitude"]
+    for record in found:
+        ratios = record.extra["ratios"]
+        assert {"calibration", "perplexity_before", "selection", "repair", "perplexity_after"} <= set(ratios)
+        assert record.extra["whole"] == pytest.approx(sum(ratios.values()))
+        assert record.extra["plain_seconds"] > 0.0
+    text = report(found, tmp_path)
+    assert "#### stages" in text
+    whole = found[0].extra["whole"]
+    assert f"| gradprune obs | {found[0].extra['ratios']['calibration']:.2f} |" in text
+    assert f"| {whole:.2f} |" in text
 
 
 def test_recovery(tmp_path: Path) -> None:

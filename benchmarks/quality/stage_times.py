@@ -1,0 +1,110 @@
+"""What a whole `prune` of a real model takes by its default options, stage by stage, in plain passes over its samples.
+
+    python -m benchmarks.quality.stage_times [--methods obs,group_fisher] [--num_samples N]
+    python -m benchmarks.quality.stage_times --base_model MODEL --dataset TEXT --eval_dataset TEXT
+
+A plain pass takes the gradients of all weights on the same samples in the same batches. It is measured before and after
+each `prune`, in the same process, and a stage's ratio is to the mean of the two: other work on the machine slows all.
+Perplexity is measured on as many windows as there are samples; nothing is written, and no text is generated.
+"""
+
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from benchmarks.options import listed, parse, parser
+from benchmarks.progress import say
+from benchmarks.quality.methods import SMOLLM2, Subject, load_subject, shared_texts
+from benchmarks.results import append, record
+from gradprune.config import DEFAULT_METHODS, PruneConfig
+from gradprune.data.windows import batches
+from gradprune.demo import demo_model_path
+from gradprune.models import describe
+from gradprune.models.loss import sample_losses
+from gradprune.pipeline import prune
+
+NAME = "stages of"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prune by each method, and record the stages' ratios."""
+    made = parser(__doc__)
+    made.add_argument("--base_model", help=f"default {SMOLLM2}")
+    made.add_argument("--dataset")
+    made.add_argument("--eval_dataset")
+    made.add_argument(
+        "--methods", type=listed(str), default=(DEFAULT_METHODS[0],), help="importance methods to measure"
+    )
+    made.add_argument("--prunable", type=float, default=0.2, help="fraction of the prunable parameters to remove")
+    made.add_argument("--num_samples", type=int, default=None, help="default as by the options")
+    options = parse(made, arguments)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    subject = _subject(options)
+    for method in options.methods:
+        _measure(subject, _config(subject.model, method, options), options)
+
+
+def _subject(options: Namespace) -> Subject:
+    if options.base_model is not None:
+        return load_subject(options.base_model, options.dataset, options.eval_dataset, options.device)
+    if options.toy:
+        return load_subject(str(demo_model_path()), None, None, options.device)
+    return load_subject(SMOLLM2, *shared_texts("wikitext2_raw"), options.device)
+
+
+def _config(model: PreTrainedModel, method: str, options: Namespace) -> PruneConfig:
+    view = describe(model)
+    ratio = options.prunable * sum(block.groups * block.cost for block in view.blocks) / view.parameters
+    samples = options.num_samples or (4 if options.toy else PruneConfig().num_samples)
+    return PruneConfig(
+        importance_method=method, pruning_ratio=ratio, num_samples=samples, eval_samples=samples, generations=False,
+        measure_speed=False,
+    )  # fmt: skip
+
+
+def _measure(subject: Subject, config: PruneConfig, options: Namespace) -> None:
+    """Plain, prune, plain."""
+    samples = subject.calibration[: config.num_samples * config.seq_len].view(-1, config.seq_len)
+    parts = list(batches(samples.to(subject.model.device), config.batch_size))
+    _plain(subject.model, parts[:1])
+    plain = _plain(subject.model, parts)
+    result = prune(
+        subject.model, subject.tokenizer, config, calibration=subject.calibration, evaluation=subject.evaluation
+    )
+    plain = (plain + _plain(subject.model, parts)) / 2.0
+    _append(subject, config, plain, result.seconds, options)
+
+
+def _plain(model: PreTrainedModel, parts: Sequence[Tensor]) -> float:
+    """Seconds of a forward and backward pass over batches, after which no gradient is kept."""
+    start = time.perf_counter()
+    for ids in parts:
+        sample_losses(model, ids).sum().backward()
+        model.zero_grad(set_to_none=True)
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _append(
+    subject: Subject, config: PruneConfig, plain: float, seconds: Mapping[str, float], options: Namespace
+) -> None:
+    ratios = {stage: of_stage / plain for stage, of_stage in seconds.items()}
+    extra = {"plain_seconds": plain, "ratios": ratios, "whole": sum(ratios.values())}
+    shape = f"{config.num_samples}x{config.seq_len} tokens by {config.batch_size}"
+    provider = f"gradprune {config.importance_method}"
+    append(
+        record("job", f"{NAME} {subject.name}", provider, shape, "fp32", options.device, extra=extra), options.output
+    )
+    shown = ", ".join(f"{stage} {value:.2f}" for stage, value in ratios.items() if value >= 0.005)
+    say(f"    {subject.name}, {provider}, {shape}: whole {extra['whole']:.2f} x plain ({plain:.1f} s): {shown}")
+
+
+if __name__ == "__main__":
+    main()
