@@ -255,9 +255,9 @@ def _predictions(records: Sequence[Record]) -> str:
 
 
 _GROWTH = (
-    "How processor time and peak memory of calibration and repair grow, as exponents (1 is linear, 0 constant), for a "
-    "small Llama with one sample a batch; streamed, with 10 MiB for streams; of several ranks, the one that takes most "
-    "(`python -m benchmarks.jobs.memory`):"
+    "How processor time and peak memory of calibration, importance by `obs` and repair grow, as exponents (1 is "
+    "linear, 0 constant), for a small Llama with one sample a batch; streamed, with 10 MiB for streams; of several "
+    "ranks, the one that takes most (`python -m benchmarks.jobs.memory`):"
 )
 
 SECTIONS: dict[str, dict[str, Callable[[Sequence[Record]], str]]] = {

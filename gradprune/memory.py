@@ -46,6 +46,8 @@ def _cheaper(stage: str, config: PruneConfig) -> list[str]:
         advice.append("--no_measure_speed (no second model in memory)")
     if stage == "calibration" and config.reduction == "batch":
         advice.append("--reduction sample (keeps no gradients)")
+    if stage == "importance" and config.importance_method == "obs":
+        advice.append("--importance_method group_fisher (another selection, without Gram matrices)")
     if stage == "repair":
         advice.append("--repair none (higher perplexity)")
     if config.stream_layers != "on" and config.reduction == "sample":

@@ -22,6 +22,7 @@ from helpers.tiny_models import tiny_model
 STAGES = (
     "loading the model",
     "calibration",
+    "importance",
     "priors",
     "perplexity_before",
     "selection",

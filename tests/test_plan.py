@@ -43,7 +43,7 @@ def test_a_configuration_is_enough(configuration: Path, tmp_path: Path) -> None:
     assert runs["streamed"]["fits"]
     assert runs["streamed"]["footprint"]["device"] < 16 * 10**9
     stages = [stage["name"] for stage in runs["streamed"]["footprint"]["stages"]]
-    assert stages == ["calibration", "repair", "evaluation", "saving"]
+    assert stages == ["calibration", "importance", "repair", "evaluation", "saving"]
     for line in ("streamed: fits, ", "whole: does not fit", "stream_layers auto: on"):
         assert line in command(tmp_path, "plan", *given)[1]
 

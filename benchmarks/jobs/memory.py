@@ -2,9 +2,9 @@
 
     python -m benchmarks.jobs.memory [--quick] [--axes layers,samples]
 
-Each case runs in a process of its own on random weights, or in several that share the work: `prune`, with the model
-whole, whole with recomputed activations, and streamed. Of each stage the peak of resident memory that is no file cache
-(RssAnon, Linux only) is recorded, sampled every millisecond, on top of what the process held before the model was
+Each case runs in a process of its own on random weights, or in several that share the work: `prune` by `obs`, with the
+model whole, whole with recomputed activations, and streamed. Of each stage the peak of resident memory that is no file
+cache (RssAnon, Linux only) is recorded, sampled every millisecond, on top of what the process held before the model was
 loaded; of several processes, the most. Every larger tensor has a memory mapping of its own, so that freed memory leaves
 the process at once.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from benchmarks.jobs.growth import exponent
@@ -44,16 +44,25 @@ _MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
 _TIMEOUT = 300.0
 MODES = ("whole", "recomputing", "streamed")
 # The stages of a run, and the stages of the plan that hold the same.
-STAGES = {"calibration": "calibration", "repair": "repair", "perplexity_before": "evaluation"}
+STAGES = {
+    "calibration": "calibration",
+    "importance": "importance",
+    "repair": "repair",
+    "perplexity_before": "evaluation",
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run: the model's shape, the samples, and how the model is in memory."""
+    """A run: the model's shape, the samples, and how the model is in memory.
+
+    experts: of each layer, of which a token sees two; 0 for plain MLPs.
+    """
 
     mode: str = "whole"
     hidden: int = 512
     intermediate: int = 1536
+    experts: int = 0
     layers: int = 4
     vocabulary: int = 8192
     dtype: str = "float32"
@@ -67,14 +76,16 @@ class Case:
     def text(self) -> str:
         """How results name it."""
         several = f", {self.ranks} ranks" if self.ranks > 1 else ""
+        experts = f"{self.experts} experts of " if self.experts else ""
         return (
-            f"{self.mode}: {self.layers} layers of {self.hidden} and {self.intermediate}, "
+            f"{self.mode}: {self.layers} layers of {self.hidden} and {experts}{self.intermediate}, "
             f"vocabulary {self.vocabulary}, {self.samples}x{self.tokens} tokens by {self.batch}{several}"
         )
 
     def config(self) -> PruneConfig:
         """The options of the run."""
         return PruneConfig(
+            importance_method="obs",
             num_samples=self.samples,
             held_out_samples=self.batch,
             seq_len=self.tokens,
@@ -88,19 +99,23 @@ class Case:
             stream_memory=self.stream_memory,
         )
 
-    def model(self) -> LlamaForCausalLM:
+    def model(self) -> PreTrainedModel:
         """Of random weights."""
-        config = LlamaConfig(
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.hidden // 64,
-            num_key_value_heads=self.hidden // 128,
-            vocab_size=self.vocabulary,
-            max_position_embeddings=8192,
-        )
+        sizes: dict[str, Any] = {
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.hidden // 64,
+            "num_key_value_heads": self.hidden // 128,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": 8192,
+        }
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).to(getattr(torch, self.dtype)).eval()
+        if self.experts:
+            model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=self.experts, num_experts_per_tok=2))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**sizes))
+        return model.to(getattr(torch, self.dtype)).eval()
 
     def predicted(self) -> Footprint:
         """What the plan says."""
@@ -114,6 +129,7 @@ SHAPES = (
     Case(),
     Case(hidden=1024, intermediate=4096, layers=2, tokens=128),
     Case(hidden=512, intermediate=1408, layers=8, dtype="bfloat16", samples=4, tokens=128),
+    Case(hidden=512, intermediate=768, experts=4, layers=3),
 )
 # and not on this one.
 HELD_OUT = Case(hidden=768, intermediate=2304, layers=6, vocabulary=16384, samples=6, tokens=192, batch=3)
@@ -159,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def exponents(records: Sequence[Record]) -> Iterator[tuple[str, str, str, float, float]]:
-    """By axis, stage and provider, how the processor time and peak memory of calibration and repair grow."""
+    """By axis, stage and provider, how processor time and peak memory of all stages but evaluation grow."""
     series: dict[tuple[str, str, str], list[tuple[int, float, float]]] = {}
     for found in records:
         axis, stage = found.extra["axis"], found.extra["stage"]

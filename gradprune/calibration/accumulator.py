@@ -16,6 +16,7 @@ from gradprune.calibration.gram import add_product
 from gradprune.calibration.methods import Depth
 from gradprune.models import Block, LinearBlock
 from gradprune.models.blocks import InputLinear, OutputLinear
+from gradprune.models.footprint import FOLDED
 from gradprune.ops.dispatch import ImportanceOps
 from gradprune.ops.vectors import GradientStatistics, ImportanceVectors
 
@@ -211,6 +212,13 @@ class BlockAccumulator(ABC):
         """Sum of |w| over each group: all its elements, or, with a scale per column, its output columns only."""
 
 
+def absolute_sums(weight: Tensor, dim: int) -> Tensor:
+    """[I] or [O] fp64, the sums of |w| of a weight [O, I] along dimension 0 or 1, some rows at a time."""
+    parts = weight.detach().split(max(1, FOLDED // weight.shape[1]))
+    sums = [part.double().abs().sum(dim) for part in parts]
+    return torch.cat(sums) if dim else torch.stack(sums).sum(0)
+
+
 class LinearAccumulator(BlockAccumulator):
     """A block of plain linear layers, each of which is observed once a step."""
 
@@ -329,12 +337,12 @@ class LinearAccumulator(BlockAccumulator):
     def _folded_weights(self, column_scale: Tensor | None) -> Tensor:
         """Sum of |w| over each group: all its elements, or, with a scale per column, its output columns only."""
         output = self.block.output
-        columns = output.weight.detach().double().abs().sum(0)
+        columns = absolute_sums(output.weight, 0)
         if column_scale is not None:
             return output.fold_columns(columns * column_scale)
         total = output.fold_columns(columns)
         for entry in self.block.inputs:
-            rows = entry.weight.detach().double().abs().sum(1)
+            rows = absolute_sums(entry.weight, 1)
             total = total + entry.fold_rows(rows, self.block.groups)
         return total
 

@@ -7,15 +7,18 @@ small blocks; everything else is matrix products and triangular solves, whose re
 import torch
 from torch import Tensor
 
-from gradprune.calibration.gram import add_gram, same_rounding, symmetric
+from gradprune.calibration.gram import add_gram, mirror, same_rounding
 
 # LAPACK factors matrices up to this size on one thread.
 _BLOCK = 128
 
 
-def cholesky(matrix: Tensor) -> Tensor | None:
-    """[n, n] lower triangular L with L L^T = matrix; None where `matrix`, [n, n] fp64, is not positive definite."""
-    factor = matrix.tril()
+def cholesky(matrix: Tensor, *, overwrite: bool = False) -> Tensor | None:
+    """[n, n] lower triangular L with L L^T = matrix; None where `matrix`, [n, n] fp64, is not positive definite.
+
+    overwrite: L takes the place of `matrix`.
+    """
+    factor = matrix.tril_() if overwrite else matrix.tril()
     for start in range(0, len(factor), _BLOCK):
         end = min(start + _BLOCK, len(factor))
         done = factor[start:, :start]
@@ -28,15 +31,16 @@ def cholesky(matrix: Tensor) -> Tensor | None:
         factor[start:end, start:end] = corner
         below = factor[end:, start:end]
         below.copy_(torch.linalg.solve_triangular(corner, below.T, upper=False).T)
-    return factor.tril()
+    return factor.tril_()
 
 
 def inverse(factor: Tensor) -> Tensor:
-    """[n, n] (L L^T)^-1 of a factor L."""
-    half = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype).to(factor), upper=False)
-    total = torch.zeros_like(factor)
-    add_gram(total, half)
-    return symmetric(total)
+    """[n, n] (L L^T)^-1 of a factor L, whose place it takes; one more matrix is in memory meanwhile."""
+    # Columns lie together, so that they are solved for in place.
+    half = torch.eye(len(factor), dtype=factor.dtype, device=factor.device).T
+    torch.linalg.solve_triangular(factor, half, upper=False, out=half)
+    add_gram(factor.zero_(), half)
+    return mirror(factor)
 
 
 def solve(factor: Tensor, right: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradprune.calibration.accumulator import BlockAccumulator, accumulation_dtype, norm_of
+from gradprune.calibration.accumulator import BlockAccumulator, absolute_sums, accumulation_dtype, norm_of
 from gradprune.calibration.capture import observed_linear, observed_product
 from gradprune.calibration.methods import Depth
 from gradprune.config import Method, ReductionName
@@ -199,9 +199,9 @@ class ExpertsAccumulator(BlockAccumulator):
     def _folded_weights(self, column_scale: Tensor | None) -> Tensor:
         found = []
         for expert in range(self.block.experts):
-            columns = self.block.down.weight(expert).detach().double().abs().sum(0)
+            columns = absolute_sums(self.block.down.weight(expert), 0)
             if column_scale is None:
-                rows = self.block.gate_up.weight(expert).detach().double().abs().sum(1)
+                rows = absolute_sums(self.block.gate_up.weight(expert), 1)
                 columns = columns + self.block.fold_rows(rows)
             else:
                 columns = columns * column_scale[self.block.channels_of(expert)]

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from gradprune.calibration.engine import ImportanceEngine
 from gradprune.calibration.evidence import Evidence
-from gradprune.calibration.obs import CURVATURE_SAMPLES
 from gradprune.calibration.priors import Priors, removal_priors, removal_steps, similarity_priors, taylor_priors
 from gradprune.calibration.resume import Resumable
-from gradprune.config import OPTIONS, Method, PruneConfig
+from gradprune.config import CURVATURE_SAMPLES, OPTIONS, Method, PruneConfig
 from gradprune.data.windows import batches
 from gradprune.errors import ConfigError
 from gradprune.models.digest import model_digest
@@ -35,7 +34,9 @@ def gather_evidence(run: Run) -> Evidence:
             evidence.check_method(config.method)
     else:
         with run.clock.stage("calibration"):
-            evidence = _calibrated(run)
+            engine = _calibrated(run)
+        with run.clock.stage("importance"):
+            evidence = _evidence(run, engine)
     with run.clock.stage("priors"):
         needed = config.temperature > 0.0 or config.importance_method == "auto"
         if needed and config.prior not in evidence.priors:
@@ -86,7 +87,7 @@ def calibrate(
     engine.join(parts)
 
 
-def _calibrated(run: Run) -> Evidence:
+def _calibrated(run: Run) -> ImportanceEngine:
     config = run.config
     method, everything = _collected(config)
     if everything and any(isinstance(block, WholeExperts) for block in run.view.blocks):
@@ -103,13 +104,19 @@ def _calibrated(run: Run) -> Evidence:
         run.ranks,
         run.config.kinds,
     )
-    stepped, read = _divided(run, method, everything)
+    stepped, read = _divided(run, method)
     state = Resumable(run, engine, stepped)
     start = state.restore(resume=config.resume)
     calibrate(engine, stepped, config.batch_size, run.console, start=start, after=state.save)
+    if len(read):
+        engine.read(list(batches(read, config.batch_size)))
+    return engine
+
+
+def _evidence(run: Run, engine: ImportanceEngine) -> Evidence:
+    """What the engine's sums say and, of "obs", one more pass over the samples, see `gradprune.calibration.obs`."""
+    config = run.config
     with _progress_of_obs(run, engine) as advance:
-        if len(read):
-            engine.read(list(batches(read, config.batch_size)))
         found = engine.evidence(steps=config.collect_batches, advance=advance)
     evidence = replace(
         found,
@@ -132,16 +139,15 @@ def _collected(config: PruneConfig) -> tuple[Method, bool]:
     return method, False
 
 
-def _divided(run: Run, method: Method, everything: bool) -> tuple[Tensor, Tensor]:
+def _divided(run: Run, method: Method) -> tuple[Tensor, Tensor]:
     """The calibration samples that steps take, and those that are only read, by `obs`; [N, T] each."""
     config, samples = run.config, run.samples.calibration
     if method == "magnitude":
         # Only the diagnosis of the layers' gradients needs samples.
         return samples[: config.collect_batches * config.batch_size], samples[:0]
-    taylor_prior = config.prior == "taylor" and config.temperature > 0.0
     # An expert's curvature is that of the few tokens which it sees.
     experts = any(isinstance(block, ExpertsBlock) for block in run.view.blocks)
-    if method == "obs" and not (everything or taylor_prior or experts or config.gradient_fix != "none"):
+    if config.curvatures_alone and not experts:
         return samples[:CURVATURE_SAMPLES], samples[CURVATURE_SAMPLES:]
     return samples, samples[:0]
 

@@ -12,10 +12,12 @@ from torch import Tensor
 _NARROW = 128
 # Narrower matrices are computed in one product: skipping the upper triangle saves too little.
 _TILE = 192
+# So many rows are mirrored at once, so that no second matrix is needed.
+_MIRRORED = 1024
 
 
 def add_gram(gram: Tensor, rows: Tensor) -> None:
-    """gram += rows^T rows, on and below the diagonal only; `symmetric` fills in the rest.
+    """gram += rows^T rows, on and below the diagonal only; `mirror` fills in the rest.
 
     Args:
         gram: [I, I], fp32 or fp64.
@@ -59,9 +61,14 @@ def same_rounding(product: Tensor) -> AbstractContextManager[None]:
     return one_thread() if min(product.shape) < _NARROW else nullcontext()
 
 
-def symmetric(gram: Tensor) -> Tensor:
-    """[I, I]: the matrix whose lower triangle is that of `gram`."""
-    return gram.tril() + gram.tril(-1).T
+def mirror(gram: Tensor) -> Tensor:
+    """Make the upper triangle of `gram`, [I, I], that of its lower one, in place; returns it."""
+    for start in range(0, len(gram), _MIRRORED):
+        end = min(start + _MIRRORED, len(gram))
+        corner = gram[start:end, start:end].tril_()
+        corner += corner.tril(-1).T
+        gram[start:end, end:] = gram[end:, start:end].T
+    return gram
 
 
 # torch.mm's out_dtype came with torch 2.8.

@@ -24,17 +24,14 @@ import torch
 from torch import Tensor
 
 from gradprune.calibration.cholesky import cholesky, inverse
-from gradprune.calibration.gram import add_gram, one_thread, symmetric
+from gradprune.calibration.gram import add_gram, mirror, one_thread
 from gradprune.errors import NonFiniteError
 from gradprune.models import Block, BlockKey, LinearBlock, PrunableModel
 from gradprune.models.experts import ExpertsBlock
+from gradprune.models.footprint import OBS_STREAMS
 from gradprune.models.modes import evaluation_mode
 from gradprune.models.streams import Streams, read_bytes, stream_bytes
 from gradprune.ranks import ALONE, Ranks
-
-CURVATURE_SAMPLES = 32
-"""Samples whose gradients give the blocks' curvatures, one number each, where nothing else needs gradients: those of
-SmolLM2-135M's 60 blocks from 32 samples of 128 tokens vary by 10 % around those from 128."""
 
 RIDGE = 0.01
 """Added to A's diagonal, relative to its mean: guards against a Gram matrix estimated from few tokens."""
@@ -90,8 +87,7 @@ def removal_costs(
     costs = {}
     with evaluation_mode(view.model):
         own = ranks.share(batches)
-        # The stream as it enters the model, before and after the layer, and what two blocks write.
-        streams = Streams(view, own, 5 * stream_bytes(view, own) + read_bytes(view, own))
+        streams = Streams(view, own, OBS_STREAMS * stream_bytes(view, own) + read_bytes(view, own))
         current = streams.first
         for layer in range(len(view.layers)):
             written: list[dict[torch.nn.Module, Tensor]] = [{} for _ in current]
@@ -124,8 +120,8 @@ def _of_linear(
     assert isinstance(block, LinearBlock)
     linear = block.output.linear
     inputs = [streams.output_input(block, k, stream, written[k]) for k, stream in enumerate(current)]
-    gram = _mean_gram(inputs, block.output.weight, f"layer {block.layer}'s {block.output.path}", ranks)
-    path = removal_path(block.output.weight, with_ridge(gram), block.output.columns, curvatures[0])
+    name = f"layer {block.layer}'s {block.output.path}"
+    path = _path(inputs, block.output.weight, block.output.columns, curvatures[0], name, ranks)
     return path.importance(), [streams.keep(linear(x.to(linear.weight.device))) for x in inputs]
 
 
@@ -145,9 +141,16 @@ def _of_experts(
         weight = block.down.weight(expert)
         inputs = [x[routed.spans[expert]] for routed, x, _ in found]
         name = f"layer {block.layer}'s {block.down.name} of expert {expert}"
-        gram = _mean_gram(inputs, weight, name, ranks)
-        importances.append(removal_path(weight, with_ridge(gram), 1, curvature).importance())
+        importances.append(_path(inputs, weight, 1, curvature, name, ranks).importance())
     return torch.cat(importances), [wrote for _, _, wrote in found]
+
+
+def _path(
+    inputs: Sequence[Tensor], weight: Tensor, columns: int, curvature: float, name: str, ranks: Ranks
+) -> RemovalPath:
+    """As `removal_path`, of a weight [O, I] whose inputs of this rank are given per batch, [..., I]."""
+    # Nothing here holds on to the matrices.
+    return removal_path(weight, with_ridge(_mean_gram(inputs, weight, name, ranks)), columns, curvature, overwrite=True)
 
 
 def _mean_gram(inputs: Sequence[Tensor], weight: Tensor, name: str, ranks: Ranks) -> Tensor:
@@ -162,11 +165,12 @@ def _mean_gram(inputs: Sequence[Tensor], weight: Tensor, name: str, ranks: Ranks
             f"obs: the input of {name} is not finite; load the model in a wider dtype (bfloat16 or float32)"
         )
     tokens: int = sum(ranks.gather_json(sum(x.shape[:-1].numel() for x in inputs)))
-    return symmetric(gram) / max(tokens, 1)
+    return mirror(gram).div_(max(tokens, 1))
 
 
-@torch.no_grad()
-def removal_path(weight: Tensor, gram: Tensor, columns: int, curvature: float = 1.0) -> RemovalPath:
+def removal_path(
+    weight: Tensor, gram: Tensor, columns: int, curvature: float = 1.0, *, overwrite: bool = False
+) -> RemovalPath:
     """Remove the groups of a block one after the other, each time one of the cheapest.
 
     A round looks at the cheapest quarter of the block's groups, by the weights and A^-1 as they are at its start (at
@@ -180,14 +184,19 @@ def removal_path(weight: Tensor, gram: Tensor, columns: int, curvature: float = 
         gram: [I, I] floating point, positive definite: A, with its ridge, see `with_ridge`.
         columns: of each group; group j has the columns j*columns to (j+1)*columns.
         curvature: g.
+        overwrite: whether `gram` may be, which saves the memory of a copy.
 
-    Computed in fp64 on the device of `gram`; I^2 * (O + I) operations. Deterministic; of equal costs the lower index
-    goes first.
+    Computed in fp64 on the device of `gram`; I^2 * (O + I) operations, about 8 I * (2 I + O) bytes. Deterministic; of
+    equal costs the lower index goes first.
 
     Raises:
         ValueError: `gram` is not positive definite.
     """
-    block = _Remaining(weight.double().to(gram.device), inverse(_factor(gram.double())), columns)
+    inverted = inverse(_factor(gram.double(), overwrite=overwrite))
+    # Now there are no other references to it, so that it can go as groups do.
+    del gram
+    block = _Remaining(weight.detach().double().to(inverted.device), inverted, columns)
+    del inverted
     quota = min(max(1, int(_SHARE * len(block))), _MOST)
     order: list[int] = []
     costs: list[float] = []
@@ -201,7 +210,7 @@ def removal_path(weight: Tensor, gram: Tensor, columns: int, curvature: float = 
 
 def with_ridge(gram: Tensor, ridge: float = RIDGE) -> Tensor:
     """[I, I] fp64: a Gram matrix with `ridge` times its mean diagonal added; the identity where it is all zero."""
-    shifted = gram.double().clone()
+    shifted = gram.to(torch.float64, copy=True)
     unit = shifted.diagonal().mean()
     shifted.diagonal().add_(torch.where(unit > 0.0, ridge * unit, 1.0))
     return shifted
@@ -325,8 +334,8 @@ def _round(block: _Remaining, quota: int) -> tuple[Tensor, list[float]]:
     return looked_at[taken[:count].cpu()], marginal_costs[:count]
 
 
-def _factor(matrix: Tensor) -> Tensor:
-    factor = cholesky(matrix)
+def _factor(matrix: Tensor, *, overwrite: bool = False) -> Tensor:
+    factor = cholesky(matrix, overwrite=overwrite)
     if factor is None:
         raise ValueError("gram: it is not positive definite; add a ridge to its diagonal")
     return factor

@@ -5,6 +5,7 @@ from gradprune.config.domains import bytes_of, count_of, device_map_of
 from gradprune.config.gradient_fix import GRADIENT_FIXES, check_gradient_fix
 from gradprune.config.option import Option, Options, options_of
 from gradprune.config.parts import (
+    CURVATURE_SAMPLES,
     DEFAULT_METHODS,
     GRADIENT_METHODS,
     METHODS,
@@ -33,6 +34,7 @@ from gradprune.config.parts import (
 from gradprune.config.prune_config import OLDER_NAMES, OPTIONS, PruneConfig
 
 __all__ = [
+    "CURVATURE_SAMPLES",
     "DEFAULT_METHODS",
     "GRADIENT_FIXES",
     "GRADIENT_METHODS",

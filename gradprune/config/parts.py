@@ -49,6 +49,9 @@ METHODS: tuple[Method, ...] = get_args(Method)
 GRADIENT_METHODS = ("taylor", "taylor_2nd", "fisher", "group_fisher", "obs")
 DEFAULT_METHODS: tuple[Method, ...] = ("group_fisher",)
 """The default method is the first of these that there is for what is pruned."""
+CURVATURE_SAMPLES = 32
+"""Samples whose gradients give "obs" the blocks' curvatures, one number each, where nothing else needs gradients: those
+of SmolLM2-135M's 60 blocks from 32 samples of 128 tokens vary by 10 % around those from 128."""
 
 _DATASET = path("a .txt, .jsonl or .npy file, or wikitext2, ptb or c4, or several as a.txt:0.7,b.jsonl:0.3")
 _UNIT_INTERVAL = numbers("between 0 and 1 (both excluded)", lambda x: 0.0 < x < 1.0)
@@ -176,7 +179,8 @@ class Calibration(Options):
     )
     collect_batches: int = option(
         2,
-        "First batches that are diagnosed and plotted, of 32 samples at most with obs; with evidence all, all are.",
+        f"First batches that are diagnosed and plotted, of {CURVATURE_SAMPLES} samples at most with obs; with evidence "
+        "all, all are.",
         at_least(1),
     )
     evidence_file: str | None = option(

@@ -61,6 +61,13 @@ class PruneConfig(Output, Repair, Constraints, Search, Scoring, Calibration, Dat
         """What limits the selection."""
         return self.part(Constraints)
 
+    @property
+    def curvatures_alone(self) -> bool:
+        """Whether gradients are needed for the curvatures of "obs" alone, so that those of few samples do."""
+        taylor_prior = self.prior == "taylor" and self.temperature > 0.0
+        more = self.evidence == "all" or taylor_prior or self.gradient_fix != "none"
+        return self.importance_method == "obs" and not more
+
     def part(self, group: type[_Part]) -> _Part:
         """The options of one group."""
         return group(**{name: getattr(self, name) for name in options_of(group)})

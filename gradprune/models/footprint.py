@@ -10,19 +10,32 @@ from typing import Literal
 
 import torch
 
-from gradprune.config import PruneConfig, bytes_of
+from gradprune.config import CURVATURE_SAMPLES, PruneConfig, bytes_of
 from gradprune.models.loss import CUDA_LOGITS, LOGITS, MIN_TOKENS
 from gradprune.models.sizes import ModelShape
+from gradprune.ranks import PIECE
 
-StageName = Literal["calibration", "repair", "evaluation", "saving"]
-STAGES: tuple[StageName, ...] = ("calibration", "repair", "evaluation", "saving")
+StageName = Literal["calibration", "importance", "repair", "evaluation", "saving"]
+STAGES: tuple[StageName, ...] = ("calibration", "importance", "repair", "evaluation", "saving")
 
+OBS_STREAMS = 4
+"""So many residual streams of all samples `obs` keeps at once: as they enter the model, before the layer, and what two
+blocks write."""
 REPAIR_STREAMS = 9
 """So many residual streams of all samples the repair keeps at once: as they enter the model, the repaired model's, the
 dense model's before and after the layer, its lead, what both models' blocks wrote, and what is wanted."""
+EXPERTS_STREAMS = 2
+"""So many more the repair of experts keeps: what they write, and what they lack."""
 
 # On a CPU half-precision products are compiled for each shape that occurs, about 1 MiB for each of a model's dozen.
 _COMPILED = 12 << 20
+
+# What a CPU's libraries keep of their buffers after large products: bytes an element of the largest output projection,
+# and at most.
+_BUFFERS, _MOST_BUFFERS = 6, 32 << 20
+
+FOLDED = 1 << 24
+"""So many weights at a time are summed by group, in fp64: 16 bytes each, with their absolute values."""
 
 # A block's sums, in fp64: see `gradprune.calibration.accumulator`.
 _SUMS_PER_GROUP, _FP64 = 8, 8
@@ -116,6 +129,7 @@ def footprint(
     run = _Run(shape, config, streamed, accelerated, world)
     compute = {
         "calibration": run.calibration,
+        "importance": run.importance,
         "repair": run.repair,
         "evaluation": run.evaluation,
         "saving": run.saving,
@@ -145,7 +159,7 @@ class _Run:
     def calibration(self) -> Stage:
         """Forward and backward of one batch; where the model is streamed, of a wave layer by layer."""
         layers, tokens = len(self.shape.layer_parameters), self._batch
-        sums = self.shape.groups * _SUMS_PER_GROUP * _FP64 * (1 + (self.world > 1) * self.world)
+        sums = self._sums * (1 + (self.world > 1) * self.world)
         kept, backward = self._kept(tokens), self._backward(tokens)
         if self.config.reduction == "batch":
             # Every weight's gradient, summed and of the current batch.
@@ -154,24 +168,38 @@ class _Run:
             together = -(-self._batches // self.waves)
             # The gradients take the place of the uppermost streams.
             streams = self._in_memory(together * self._stream(tokens) * (layers + 1))
-            return self._stage("calibration", max(kept + backward, self._logits(tokens)) + sums, streams, self._reads())
+            own = max(kept + backward, self._logits(tokens)) + sums
+            return self._stage("calibration", own, streams, 2 * self.waves)
         if self.config.use_gradient_checkpointing:
             entered = layers * self._stream(tokens)
             return self._stage("calibration", entered + max(kept + backward, self._logits(tokens)) + sums, 0, 1)
         return self._stage("calibration", layers * kept + max(backward, self._logits(tokens)) + sums, 0, 1)
 
+    def importance(self) -> Stage:
+        """Weights in fp64; with `obs`, the streams of all samples too, and one block's Gram matrix and its inverse."""
+        own = 16 * min(FOLDED, self._largest_output)
+        if not self._second_pass:
+            return self._stage("importance", own + self._sums, 0, 1)
+        tokens = self._share(self.config.num_samples)
+        inverses = max((self._inverse(*each) for each in self._outputs), default=0)
+        own = self._sums + max(own, inverses, self._exchanged, self._forward(self._batch))
+        return self._with_streams("importance", own, OBS_STREAMS * self._stream(tokens) + self._read(tokens), 2)
+
     def repair(self) -> Stage:
         """The streams of all samples, one layer's inputs and outputs, and one block's moments."""
-        samples = self.config.num_samples + self.config.held_out_samples
-        tokens = -(-samples // self.world) * self.config.seq_len
-        widest = max((columns for _, columns in self.shape.outputs), default=0)
-        streams = REPAIR_STREAMS * self._stream(tokens) + tokens * widest * self.shape.itemsize
+        tokens = self._share(self.config.num_samples + self.config.held_out_samples)
         moments = max((self._moments(*each) for each in self.shape.outputs), default=0)
+        streams = REPAIR_STREAMS
+        if self.shape.expert is not None:
+            rows, columns = self.shape.expert.output
+            # An expert reads and lacks its tokens in fp32, while routing is even.
+            solved_on = -(-tokens * self.shape.expert.seen // self.shape.expert.number)
+            moments = max(moments, self._moments(rows, columns) + 4 * solved_on * (rows + columns))
+            streams += EXPERTS_STREAMS
         # Re-solved weights have memory of their own.
         solved = 0 if self.streamed or self.config.in_place else self.shape.output_bytes
-        beside = moments + solved
-        device, host = (beside, self._in_memory(streams)) if self.streamed else (beside + streams, 0)
-        return self._stage("repair", max(device, self._forward(self._batch)), host, 1)
+        own = solved + max(moments, self._forward(self._batch))
+        return self._with_streams("repair", own, streams * self._stream(tokens) + self._read(tokens), 1)
 
     def evaluation(self) -> Stage:
         """The forward pass of a batch, before and after; a model that is timed stands beside the pruned one."""
@@ -203,18 +231,61 @@ class _Run:
             # Loading reads them.
             weights, moved = self.shape.bytes, self.shape.bytes if name == "calibration" else 0
         device += weights
-        if not self.accelerated and self.shape.itemsize < 4:
-            device += _COMPILED
+        if not self.accelerated:
+            device += _COMPILED if self.shape.itemsize < 4 else 0
+            device += min(_BUFFERS * self._largest_output, _MOST_BUFFERS) if name != "calibration" else 0
         return Stage(name, device, host, moved) if self.accelerated else Stage(name, 0, device + host, moved)
 
-    def _reads(self) -> int:
-        """How often calibration reads all layers: twice a wave, and once for what depends on the weights alone."""
-        return 2 * self.waves + 1 + (self.config.importance_method in ("obs", "auto"))
+    def _with_streams(self, name: StageName, own: int, streams: int, reads: int) -> Stage:
+        """Of a stage that passes the streams of all samples through the layers, beside what it holds of its own."""
+        if self.streamed:
+            return self._stage(name, own, self._in_memory(streams), reads)
+        return self._stage(name, own + streams, 0, reads)
+
+    @property
+    def _second_pass(self) -> bool:
+        """Whether the samples are run once more, for `obs`, which there is not for whole experts."""
+        asked = self.config.evidence == "all" or self.config.importance_method in ("obs", "auto")
+        return asked and "experts" not in (self.config.kinds or ())
+
+    @property
+    def _outputs(self) -> list[tuple[int, int]]:
+        """Rows and columns of every output projection; of experts, of one."""
+        return [*self.shape.outputs, *([] if self.shape.expert is None else [self.shape.expert.output])]
+
+    @property
+    def _largest_output(self) -> int:
+        """Elements of the largest output projection."""
+        return max((rows * columns for rows, columns in self._outputs), default=0)
+
+    @property
+    def _sums(self) -> int:
+        """Bytes of what is summed for all groups."""
+        return self.shape.groups * _SUMS_PER_GROUP * _FP64
+
+    @property
+    def _exchanged(self) -> int:
+        """A Gram matrix in fp32 and its sum over ranks, and a piece of all of theirs, which arrive in one."""
+        if self.world == 1:
+            return 0
+        gram = max((4 * columns**2 for _, columns in self._outputs), default=0)
+        return 2 * gram + 2 * self.world * min(gram, PIECE)
+
+    def _share(self, samples: int) -> int:
+        """Tokens of this rank's part of so many samples."""
+        return -(-samples // self.world) * self.config.seq_len
+
+    def _read(self, tokens: int) -> int:
+        """Bytes of what the widest output projection reads for so many tokens."""
+        return tokens * self.shape.read_width * self.shape.itemsize
 
     @property
     def _batches(self) -> int:
-        """Batches of this rank."""
-        return -(-self.config.num_samples // (self.config.batch_size * self.world))
+        """Batches of this rank that calibration takes gradients of."""
+        samples = self.config.num_samples
+        if self.config.curvatures_alone and self.shape.expert is None:
+            samples = min(samples, CURVATURE_SAMPLES)
+        return -(-samples // (self.config.batch_size * self.world))
 
     @property
     def _batch(self) -> int:
@@ -251,10 +322,17 @@ class _Run:
         return 2 * self._stream(tokens) + (8 + self.shape.itemsize) * chunk * self.shape.vocabulary
 
     def _moments(self, rows: int, columns: int) -> int:
-        """Of one output projection [rows, columns]: sums of two parts in fp32, and beside them, for the columns that
-        are kept, both Gram matrices, a shifted one, its factor and a copy of that in fp64, and seven right sides."""
-        kept = self._kept_fraction
-        return int(columns**2 * (8 + 40 * kept**2) + rows * columns * (8 + 56 * kept))
+        """Of one output projection [rows, columns], in fp64 but for sums in fp32: two problems of the columns that are
+        kept; and beside them the sums that the second is made of, or a factor, a Gram matrix in fp32, and solutions."""
+        of_all, of_kept = columns, self._kept_fraction * columns
+        made = 12 * of_all**2 + 16 * of_kept**2 + rows * (20 * of_all + 32 * of_kept)
+        solved = of_kept * (28 * of_kept + 72 * rows)
+        return int(max(made, solved))
+
+    def _inverse(self, rows: int, columns: int) -> int:
+        """For `obs`, of one output projection [rows, columns], in fp64: the weights and the inverse of the Gram matrix,
+        and either of them a second time, while groups go."""
+        return 8 * columns * (columns + rows + max(columns, rows))
 
     @property
     def _kept_fraction(self) -> float:

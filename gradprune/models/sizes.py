@@ -1,15 +1,25 @@
 """The sizes of a model that memory depends on, read from its modules, which need no weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gradprune.models.blocks import LinearBlock
-from gradprune.models.experts import has_experts
+from gradprune.models.blocks import Block, LinearBlock
+from gradprune.models.experts import ExpertsBlock, has_experts
 from gradprune.models.modeling_gradprune import text_config
 from gradprune.models.view import layers_of, view_of
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """A routed expert: rows and columns of its output projection, how many a layer has, and how many a token sees."""
+
+    output: tuple[int, int]
+    number: int
+    seen: int
 
 
 @dataclass(frozen=True)
@@ -18,9 +28,10 @@ class ModelShape:
 
     layer_parameters: of each decoder layer. outside: parameters that are in no decoder layer, tied ones once.
     hidden, vocabulary: widths. heads: of all query heads together, intermediate: of the MLP; of the widest layer.
-    outputs: of every output projection in order, its numbers of rows and columns. groups: of all blocks together.
-    prunable: parameters of all groups. experts: whether a layer has any, whose weights are put together from each
-    expert's when a streamed layer is read, and taken apart when it is saved.
+    outputs: of every output projection in order, its numbers of rows and columns. read_width: what the widest reads of
+    a token, of all its experts together. groups: of all blocks together. prunable: parameters of all groups.
+    experts: whether a layer has any, whose weights are put together from each expert's when a streamed layer is read,
+    and taken apart when it is saved. expert: one of the widest; None where none can be pruned.
     itemsize: bytes of a weight.
     """
 
@@ -31,9 +42,11 @@ class ModelShape:
     intermediate: int
     vocabulary: int
     outputs: tuple[tuple[int, int], ...]
+    read_width: int
     groups: int
     prunable: int
     experts: bool
+    expert: ExpertShape | None
     itemsize: int
 
     @property
@@ -81,9 +94,11 @@ def model_shape(model: PreTrainedModel, itemsize: int | None = None) -> ModelSha
         intermediate=_widest(blocks, "mlp") or getattr(config, "num_experts_per_tok", 1) * _expert_width(config),
         vocabulary=config.vocab_size,
         outputs=tuple((each.output.weight.shape[0], each.output.weight.shape[1]) for each in blocks),
+        read_width=max((block.read_width for block in view.blocks), default=0),
         groups=sum(block.groups for block in view.blocks),
         prunable=sum(block.groups * block.cost for block in view.blocks),
         experts=any(map(has_experts, layers_of(model))),
+        expert=_widest_expert(view.blocks),
         itemsize=itemsize or model.dtype.itemsize,
     )
 
@@ -103,6 +118,15 @@ def free_memory(device: torch.device) -> int:
 def in_gib(size: int) -> str:
     """As "14.9 GiB"."""
     return f"{size / 2**30:,.1f} GiB"
+
+
+def _widest_expert(blocks: Sequence[Block]) -> ExpertShape | None:
+    routed = [block for block in blocks if isinstance(block, ExpertsBlock)]
+    if not routed:
+        return None
+    widest = max(routed, key=lambda block: block.channels)
+    rows, columns = widest.down.weight(0).shape
+    return ExpertShape((rows, columns), widest.experts, widest.read_width // columns)
 
 
 def _widest(blocks: tuple[LinearBlock, ...], kind: str) -> int:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+PIECE = 2**24
+"""Tensors are added in pieces of this many bytes, of which every rank holds one of each rank."""
+
 # What a launcher sets for each process.
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -15,11 +15,9 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from gradprune.errors import ConfigError, GradPruneError, RankError, one_line
-from gradprune.ranks import Ranks
+from gradprune.ranks import PIECE, Ranks
 
 _TIMEOUT = "GRADPRUNE_RANK_TIMEOUT"
-# Tensors are added in pieces of this many bytes, of which every rank holds one of each rank.
-_PIECE = 2**24
 # Seconds that the end of a process takes, at most.
 _ENDING = 0.5
 
@@ -56,7 +54,7 @@ class LaunchedRanks(Ranks):
         self._exchange(b"")
         flat = own.contiguous().flatten()
         total = torch.empty_like(flat)
-        size = max(1, _PIECE // flat.element_size())
+        size = max(1, PIECE // flat.element_size())
         for piece, into in zip(flat.split(size), total.split(size), strict=True):
             pieces = self._all(piece.contiguous())
             into.copy_(pieces[0])

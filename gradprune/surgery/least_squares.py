@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gradprune.models import Block, LinearBlock, PrunableModel
 from gradprune.models.experts import ExpertsBlock
-from gradprune.models.footprint import REPAIR_STREAMS
+from gradprune.models.footprint import EXPERTS_STREAMS, REPAIR_STREAMS
 from gradprune.models.masks import GroupMasks
 from gradprune.models.streams import Streams, read_bytes, stream_bytes
 from gradprune.ranks import ALONE, Ranks
@@ -96,7 +96,8 @@ def least_squares(
     """
     own, judged = ranks.share(samples), ranks.share(held_out)
     batches = [*own, *judged]
-    streams = Streams(view, batches, REPAIR_STREAMS * stream_bytes(view, batches) + read_bytes(view, batches))
+    kept = REPAIR_STREAMS + (EXPERTS_STREAMS if view.has_experts else 0)
+    streams = Streams(view, batches, kept * stream_bytes(view, batches) + read_bytes(view, batches))
     parts = (slice(len(own)), slice(len(own), None) if held_out else slice(None))
     state = _Repair(view, masks, streams, parts, blend, ridges, tokens_per_channel, ranks, streams.first, streams.first)
     for layer in range(len(view.layers)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradprune.calibration.cholesky import cholesky, solve
-from gradprune.calibration.gram import add_gram, add_product, symmetric
+from gradprune.calibration.gram import add_gram, add_product, mirror
 from gradprune.errors import NonFiniteError
 from gradprune.ranks import Ranks
 
@@ -61,7 +61,7 @@ class Moments:
             raise NonFiniteError(
                 f"repair: the input of {name} is not finite; load the model in a wider dtype (bfloat16 or float32)"
             )
-        return cls(symmetric(gram), cross, square)
+        return cls(mirror(gram), cross, square)
 
     def of_output(self, weight: Tensor, columns: Tensor, blend: float) -> "Problem":
         """The problem of the kept columns ([K] int64) of a weight [O, I], for the target W x + blend (z - W x)."""
@@ -118,7 +118,7 @@ class Problem:
         while True:
             shifted = self.gram.clone()
             shifted.diagonal().add_(ridge * self.unit)
-            factor = cholesky(shifted)
+            factor = cholesky(shifted, overwrite=True)
             if factor is not None:
                 return self.start + solve(factor, self.missing.T).T
             if ridge > _MOST_RIDGE:

@@ -98,7 +98,7 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory.main([*TOY, str(tmp_path)])
     found = read(tmp_path)
     assert [case.mode for case in alone] == ["whole", "recomputing", "streamed"]
-    assert [record.extra["stage"] for record in found] == ["calibration", "repair", "evaluation"] * 3
+    assert [record.extra["stage"] for record in found] == ["calibration", "importance", "repair", "evaluation"] * 3
     assert [record.error for record in found if record.error] == []
     assert all(record.peak_memory is not None and record.extra["predicted"] > 0 for record in found)
     assert "predicted / peak" in tables.memory_table(found)
@@ -131,7 +131,16 @@ def test_the_whole_job_has_every_stage_and_those_beside_it(tmp_path: Path) -> No
     whole.main([*TOY, str(tmp_path)])
     found = {record.provider: record for record in read(tmp_path)}
     beside = [f"calibration, {name}" for name in ("gradprune cpp needed evidence", "gradprune cpp", "plain", "naive")]
-    stages = ["calibration", "priors", "perplexity_before", "selection", "repair", "surgery", "perplexity_after"]
+    stages = [
+        "calibration",
+        "importance",
+        "priors",
+        "perplexity_before",
+        "selection",
+        "repair",
+        "surgery",
+        "perplexity_after",
+    ]
     assert [*found] == [*beside, *(f"stage {stage}" for stage in stages), whole.OURS]
     assert [record.error for record in found.values() if record.error] == []
     total = sum(found[f"stage {stage}"].ms_p50 for stage in stages)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from gradprune.calibration.cholesky import cholesky, inverse, solve
-from gradprune.calibration.gram import add_gram, symmetric
+from gradprune.calibration.gram import add_gram, mirror
 
 SIZES = (1, 2, 127, 128, 129, 300)
 
@@ -20,8 +20,19 @@ def test_factor_inverse_and_solution(size: int) -> None:
     matrix, right = positive(size), torch.randn(size, 5, dtype=torch.float64)
     factor = cholesky(matrix)
     torch.testing.assert_close(factor, torch.linalg.cholesky(matrix), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(inverse(factor), torch.linalg.inv(matrix), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(solve(factor, right), torch.linalg.solve(matrix, right), rtol=1e-8, atol=1e-8)
+    inverted = inverse(factor)
+    torch.testing.assert_close(inverted, torch.linalg.inv(matrix), rtol=1e-8, atol=1e-8)
+    assert inverted.data_ptr() == factor.data_ptr()
+
+
+def test_a_factor_takes_the_place_of_its_matrix_where_it_may() -> None:
+    matrix = positive(300)
+    kept, given = matrix.clone(), matrix.clone()
+    factor = cholesky(given, overwrite=True)
+    assert torch.equal(factor, cholesky(matrix))
+    assert torch.equal(matrix, kept)
+    assert factor.data_ptr() == given.data_ptr()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -40,24 +51,24 @@ def test_the_same_bits_at_any_number_of_threads() -> None:
             factor = cholesky(matrix)
             gram = torch.zeros(40, 40, dtype=torch.float64)
             add_gram(gram, matrix[:, :40])
-            found.append((factor, inverse(factor), solve(factor, matrix), gram))
+            found.append((factor, solve(factor, matrix), inverse(factor.clone()), gram))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("width", [1, 191, 192, 384, 385, 1600])
+@pytest.mark.parametrize("width", [1, 191, 192, 384, 385, 1024, 1600])
 def test_half_the_products_make_the_whole_gram_matrix(width: int) -> None:
     x = torch.randn(20, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gram = torch.full((width, width), torch.nan, dtype=torch.float64).triu(1)
     add_gram(gram, x[:13])
     add_gram(gram, x[13:])
-    torch.testing.assert_close(symmetric(gram), x.T @ x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mirror(gram), x.T @ x, rtol=1e-12, atol=1e-12)
 
 
 def test_half_precision_rows_are_summed_in_fp32() -> None:
     x = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     gram = torch.zeros(8, 8)
     add_gram(gram, x)
-    torch.testing.assert_close(symmetric(gram), (x.double().T @ x.double()).float(), rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(mirror(gram), (x.double().T @ x.double()).float(), rtol=1e-5, atol=1e-2)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradprune.calibration.accumulator import StepRecord
+from gradprune.calibration.accumulator import StepRecord, absolute_sums
 from gradprune.calibration.engine import ImportanceEngine, Scores
 from gradprune.calibration.finite import raise_overflow
 from gradprune.config import GRADIENT_METHODS
@@ -276,3 +276,13 @@ def test_magnitude_needs_no_calibration() -> None:
     model = tiny_model()
     scores = ImportanceEngine(model, "magnitude").scores()
     assert_scores_close(scores, oracle_scores(model, tiny_ids(), "magnitude", "sample", 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("at_once", [1, 20, 45, 1000])
+def test_weights_are_summed_some_rows_at_a_time(dim: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradprune.calibration.accumulator.FOLDED", at_once)
+    weight = torch.randn(9, 10, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found = absolute_sums(weight, dim)
+    torch.testing.assert_close(found, weight.detach().double().abs().sum(dim), rtol=1e-14, atol=0.0)
+    assert not found.requires_grad

@@ -5,15 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import init_empty_weights
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from gradprune import PruneConfig
 from gradprune.models import describe
-from gradprune.models.footprint import Footprint, footprint
-from gradprune.models.sizes import ModelShape, model_shape
+from gradprune.models.footprint import Footprint, Stage, footprint
+from gradprune.models.sizes import ExpertShape, ModelShape, model_shape
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_model
 
-CONFIG = PruneConfig(num_samples=32, seq_len=512, batch_size=4, measure_speed=False, in_place=True)
+CONFIG = PruneConfig(
+    importance_method="group_fisher", num_samples=32, seq_len=512, batch_size=4, measure_speed=False, in_place=True
+)
+
+OBS = replace(CONFIG, importance_method="obs", batch_size=1)
 
 
 def shape_of(layers: int = 8, **widths: int) -> ModelShape:
@@ -24,6 +28,10 @@ def shape_of(layers: int = 8, **widths: int) -> ModelShape:
 
 def held(shape: ModelShape, config: PruneConfig = CONFIG, *, streamed: bool, **how) -> Footprint:
     return footprint(shape, config, streamed=streamed, accelerated=True, **how)
+
+
+def stage(found: Footprint, name: str) -> Stage:
+    return next(each for each in found.stages if each.name == name)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
@@ -42,10 +50,10 @@ def test_sizes_are_those_of_the_modules(architecture: str) -> None:
 def test_a_streamed_model_holds_as_much_whatever_its_number_of_layers_and_samples() -> None:
     few, many = (held(shape_of(layers), streamed=True) for layers in (4, 64))
     # Only the sums over a layer's groups grow: 4 KV groups or 1536 channels of 64 bytes.
-    assert few.stages[2].device == many.stages[2].device
-    assert many.stages[0].device - few.stages[0].device == 60 * (8 + 1536) * 64
+    assert stage(few, "evaluation").device == stage(many, "evaluation").device
+    assert stage(many, "calibration").device - stage(few, "calibration").device == 60 * (8 + 1536) * 64
     more = held(shape_of(4), replace(CONFIG, num_samples=512), streamed=True)
-    assert more.stages[0].device == few.stages[0].device
+    assert stage(more, "calibration").device == stage(few, "calibration").device
     assert many.moved > 10 * few.moved
 
 
@@ -54,14 +62,14 @@ def test_a_smaller_stream_memory_holds_less_and_reads_more() -> None:
     much, little = (held(shape, replace(CONFIG, stream_memory=size), streamed=True) for size in ("1GiB", "40MiB"))
     assert much.waves == 1
     assert little.waves == 8  # a batch's streams before nine layers are 36 MiB: one batch at a time
-    assert little.stages[0].host == 9 * 4 * 512 * 512 * 4 < much.stages[0].host
+    assert stage(little, "calibration").host == 9 * 4 * 512 * 512 * 4 < stage(much, "calibration").host
     layers = sum(shape.layer_parameters) * 4
     # What the repair keeps of all samples, the widest output projection's input too, is in files.
     samples = CONFIG.num_samples + CONFIG.held_out_samples
-    assert little.stages[1].host == 0
-    assert much.stages[1].host == samples * 512 * (9 * 512 + 1536) * 4
-    assert much.stages[0].moved == (2 + 1) * layers
-    assert little.stages[0].moved == (2 * 8 + 1) * layers
+    assert stage(little, "repair").host == 0
+    assert stage(much, "repair").host == samples * 512 * (9 * 512 + 1536) * 4
+    assert stage(much, "calibration").moved == 2 * layers
+    assert stage(little, "calibration").moved == 2 * 8 * layers
 
 
 def test_a_whole_model_is_read_once_and_recomputing_holds_less() -> None:
@@ -70,17 +78,79 @@ def test_a_whole_model_is_read_once_and_recomputing_holds_less() -> None:
     recomputing = held(shape, replace(CONFIG, use_gradient_checkpointing=True), streamed=False)
     streamed = held(shape, streamed=True)
     assert whole.moved == recomputing.moved == shape.bytes
-    calibration = [each.stages[0].device for each in (whole, recomputing, streamed)]
+    calibration = [stage(each, "calibration").device for each in (whole, recomputing, streamed)]
     assert calibration == sorted(calibration, reverse=True)
     assert calibration[0] > 2 * calibration[1]
     assert all(stage.device >= shape.bytes for stage in whole.stages)
 
 
-def test_ranks_share_the_samples_of_the_repair() -> None:
+def test_ranks_share_the_samples_of_obs_and_of_the_repair() -> None:
     shape = shape_of()
-    one, two = (held(shape, streamed=True, world=world) for world in (1, 2))
-    host = {world: found.stages[1].host for world, found in ((1, one), (2, two))}
-    assert host[1] == 2 * host[2]
+    one, two = (held(shape, OBS, streamed=True, world=world) for world in (1, 2))
+    for name in ("importance", "repair"):
+        assert stage(one, name).host == 2 * stage(two, name).host > 0
+        assert stage(one, name).device == stage(two, name).device
+    # Of eight ranks the pieces of Gram matrices that are added are more than a block's inverse.
+    gram, eight = 4 * 1536**2, stage(held(shape, OBS, streamed=True, world=8), "importance")
+    inverse = 8 * 1536 * (2 * 1536 + 512)
+    assert eight.device - stage(one, "importance").device == 2 * gram + 2 * 8 * gram - inverse
+
+
+def test_obs_holds_the_streams_of_all_samples_and_a_matrix_of_the_widest_block() -> None:
+    shape, width = shape_of(), 1536
+    sums = shape.groups * 64
+    matrices = 8 * width * (2 * width + 512)
+    streams = 32 * 512 * (4 * 512 + width) * 4
+    whole, streamed = (stage(held(shape, OBS, streamed=way), "importance") for way in (False, True))
+    assert whole.device == shape.bytes + sums + matrices + streams
+    assert streamed.device == whole.device - shape.bytes - streams + stage(held(shape, streamed=True), "saving").device
+    assert streamed.host == streams
+    # Beyond the budget they are in files.
+    assert stage(held(shape, replace(OBS, stream_memory="1MiB"), streamed=True), "importance").host == 0
+    # The weights are read once for the sums' sake, and once by the pass.
+    assert streamed.moved == 2 * sum(shape.layer_parameters) * 4
+    without = stage(held(shape, streamed=True), "importance")
+    assert (without.host, without.moved) == (0, streamed.moved // 2)
+    assert without.device == streamed.device - matrices + 16 * 512 * width
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({"importance_method": "obs"}, True),
+        ({"importance_method": "auto"}, True),
+        ({"importance_method": "wanda", "evidence": "all"}, True),
+        ({"importance_method": "wanda"}, False),
+        ({"importance_method": "auto", "prune_kinds": "experts"}, False),
+    ],
+)
+def test_a_second_pass_is_planned_where_obs_is_collected(options: dict[str, str], passes: bool) -> None:
+    found = held(shape_of(), replace(CONFIG, **options), streamed=True)
+    assert (stage(found, "importance").host > 0) == passes
+
+
+def test_obs_alone_takes_the_gradients_of_32_samples() -> None:
+    shape, little = shape_of(), replace(OBS, num_samples=128, stream_memory="40MiB")
+    assert held(shape, little, streamed=True).waves == 8  # of four samples each
+    assert held(shape, replace(little, evidence="all"), streamed=True).waves == 32
+
+
+def test_experts_count_by_what_one_of_them_reads_and_writes() -> None:
+    """Of the repair: an expert's own moments, what it reads and lacks of its tokens, and two more streams."""
+    sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 128, "num_local_experts": 8, "num_experts_per_tok": 2}
+    with init_empty_weights():
+        mixture = MixtralForCausalLM(MixtralConfig(**sizes))
+    shape = model_shape(mixture)
+    assert shape.expert == ExpertShape((64, 512), number=8, seen=2)
+    assert (shape.read_width, shape.outputs) == (2 * 512, ((64, 64), (64, 64)))
+    more, short = replace(shape, expert=replace(shape.expert, number=16)), replace(OBS, seq_len=128)
+    repair = {number: stage(held(of, short, streamed=True), "repair") for number, of in ((8, shape), (16, more))}
+    tokens = (32 + 32) * 128
+    assert repair[8].host == tokens * (11 * 64 + 1024) * 4
+    assert repair[8].device - repair[16].device == tokens * 2 * (64 + 512) * 4 // 16
+    obs = stage(held(shape, short, streamed=False), "importance").device
+    assert obs == shape.bytes + shape.groups * 64 + 8 * 512 * (2 * 512 + 64) + 32 * 128 * (4 * 64 + 1024) * 4
 
 
 def test_a_cpu_holds_everything_in_one_memory() -> None:
@@ -95,10 +165,12 @@ def test_a_cpu_holds_everything_in_one_memory() -> None:
 def test_options_count() -> None:
     shape = shape_of()
     stages = {stage.name for stage in held(shape, replace(CONFIG, repair="none"), streamed=False).stages}
-    assert stages == {"calibration", "evaluation", "saving"}
-    timed = held(shape, replace(CONFIG, measure_speed=True, in_place=False), streamed=False).stages[2]
-    assert timed.device - held(shape, streamed=False).stages[2].device == int(0.8 * shape.bytes)
-    batch = held(shape, replace(CONFIG, reduction="batch"), streamed=False).stages[0]
-    assert batch.device - held(shape, streamed=False).stages[0].device == 2 * 4 * sum(shape.layer_parameters)
-    uniform = held(shape, replace(CONFIG, uniform=True), streamed=True).stages[1]
-    assert uniform.device < held(shape, streamed=True).stages[1].device
+    assert stages == {"calibration", "importance", "evaluation", "saving"}
+    timed = stage(held(shape, replace(CONFIG, measure_speed=True, in_place=False), streamed=False), "evaluation")
+    assert timed.device - stage(held(shape, streamed=False), "evaluation").device == int(0.8 * shape.bytes)
+    batch = stage(held(shape, replace(CONFIG, reduction="batch"), streamed=False), "calibration")
+    assert batch.device - stage(held(shape, streamed=False), "calibration").device == 2 * 4 * sum(
+        shape.layer_parameters
+    )
+    uniform = stage(held(shape, replace(CONFIG, uniform=True), streamed=True), "repair")
+    assert uniform.device < stage(held(shape, streamed=True), "repair").device
