@@ -36,7 +36,9 @@ from benchmarks.results import append, record
 from benchmarks.timing import Timing
 from gradprune.checkpoint.shards import write_safetensors
 
-NAME = "streamed"
+NAME, OURS = "streamed", "gradprune streamed"
+# Samples and tokens of each, on a GPU.
+LOAD = (8, 2048)
 SCALE = 0.02
 # Of the free disk, what the model and its pruned copy may take.
 _OF_DISK = 0.8
@@ -224,9 +226,7 @@ def _resident(process: int) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
 
 
-def _append(
-    options: Namespace, layers: int, timing: Timing, provider: str = "gradprune streamed", **extra: object
-) -> None:
+def _append(options: Namespace, layers: int, timing: Timing, provider: str = OURS, **extra: object) -> None:
     shape = f"Llama {options.size} of {layers} layers, {options.num_samples}x{options.seq_len} tokens"
     append(
         record("job", NAME, provider, shape, "bf16", options.device, extra=extra, **timing.values()),

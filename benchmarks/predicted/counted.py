@@ -29,6 +29,12 @@ _FREE = (
     "split", "split_with_sizes", "unbind", "transpose", "permute", "t", "unsqueeze", "squeeze", "as_strided", "reshape",
     "unflatten", "_unsafe_view", "promote_types",
 )  # fmt: skip
+# Floating-point operations; PyTorch has no formula for a product that is added in place, nor for a triangular solve.
+_FORMULAS = {
+    **flop_registry,
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
+    torch.ops.aten.linalg_solve_triangular: lambda a, b, **_: b.numel() * a.shape[-1],
+}
 # A shape that is known by its size alone.
 LLAMA_405B = {"hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128, "num_hidden_layers": 126}
 
@@ -42,7 +48,7 @@ class Launch:
 
     name: str
     bytes: int
-    flops: int = 0
+    flops: float = 0
     dtype: torch.dtype | None = None
     samples: int = 0
     tokens: int = 0
@@ -81,7 +87,7 @@ class Counted(TorchDispatchMode):
                 self._hold(tensor)
         name = func.name().removeprefix("aten::")
         if name.split(".")[0] not in _FREE:
-            formula = flop_registry.get(func._overloadpacket)
+            formula = _FORMULAS.get(func._overloadpacket)
             flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
             dtype = used[0].dtype if used else None
             self.launches.append(Launch(name, sum(map(_bytes_of, (*used, *made))), flops, dtype))

@@ -15,6 +15,10 @@ from benchmarks.predicted.counted import Counted, Launch
 PRODUCTS, FP32_PRODUCTS, ATTENTION, MEMORY = 0.71, 0.75, 0.45, 0.81
 # Seconds that a kernel takes at least, and that the host takes to enqueue an op of PyTorch, and a Triton kernel.
 SHORTEST, ENQUEUED, TRITON_ENQUEUED = 2e-6, 8e-6, 30e-6
+# Seconds that a Cholesky factorisation of a small block takes for each row: they depend on each other.
+FACTORED = 1e-6
+# Bytes a second from files that are mapped into the host's memory, and read already, to the card.
+STREAMED = 12e9
 # The epilogue of `linear_importance`, for each element of a gradient: its instructions after the last product (as
 # compiled), and what part of them runs beside the products of the other block of the same multiprocessor.
 EPILOGUE_INSTRUCTIONS, OVERLAP = 13.0, 0.5
@@ -44,7 +48,9 @@ CARDS = (
 
 
 def launch_seconds(launch: Launch, card: Card) -> float:
-    """Seconds of one kernel."""
+    """Seconds of one kernel; products in fp64 are as fast as in fp32."""
+    if launch.name == "cholesky":
+        return max(FACTORED * (3 * launch.flops) ** (1 / 3), SHORTEST)
     if launch.name.startswith("attention"):
         arithmetic = launch.flops / (ATTENTION * card.half)
     elif launch.dtype in (torch.bfloat16, torch.float16):

@@ -11,26 +11,23 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.environment import ROOT, environment
-from benchmarks.jobs import whole
-from benchmarks.jobs.calibrators import NEEDED
+from benchmarks.environment import ROOT
 from benchmarks.kernels import linear_importance, mask_gradient, taylor_score
 from benchmarks.kernels.op import Case, Op
 from benchmarks.options import parser
-from benchmarks.predicted.counted import Counted, Launch
-from benchmarks.predicted.roofline import CARDS, Card, launch_seconds, pass_seconds
-from benchmarks.predicted.steps import engine_step, forward_pass, plain_step
+from benchmarks.predicted.counted import Launch
+from benchmarks.predicted.jobs import OURS, passes, predicted, streamed
+from benchmarks.predicted.roofline import CARDS, Card, launch_seconds
 from benchmarks.progress import say
-from benchmarks.results import Kind, Record, append, run_id
-from gradprune import PruneConfig
+from benchmarks.results import Record, append
 
-_OURS, _MODEL = "gradprune triton", "Llama-3-8B"
+_MODEL = "Llama-3-8B"
 _OPS = (linear_importance.OP, mask_gradient.OP, taylor_score.OP)
 # Installed beside the newest Triton: the version that a GPU machine has.
 _OTHER_TRITON = ROOT / ".venv" / "triton-3.6.0"
@@ -44,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--compiled", action="store_true", help="compile the kernels for devices that are not here")
     options = made.parse_args(arguments)
     for card in CARDS:
-        for found in (*ops(card, options.toy), *passes(card, options.toy)):
+        for found in (*ops(card, options.toy), *passes(card, options.toy), streamed(card)):
             append(found, options.output)
             say(f"{card.name}: {found.name} {found.provider} [{found.shape}] {found.ms_p50:.3f} ms predicted")
     if options.compiled:
@@ -57,7 +54,7 @@ def ops(card: Card, toy: bool) -> Iterator[Record]:
     for op in _OPS:
         for case in op.cases("cuda", "toy" if toy else "full"):
             if case.dtype == "bf16" and case.label.startswith((_MODEL, "toy")):
-                yield _of_op(card, op, case, _OURS, f"triton {op.name}")
+                yield _of_op(card, op, case, OURS, f"triton {op.name}")
                 if op is linear_importance.OP:
                     yield _of_op(card, op, case, "torch.mm", "floor")
 
@@ -66,37 +63,7 @@ def _of_op(card: Card, op: Op, case: Case, provider: str, kernel: str) -> Record
     flops = 0 if op.flops is None else op.flops(case)
     launch = Launch(kernel, op.moved_bytes(case), flops, torch.bfloat16, case.samples, case.tokens)
     extra = {"of": "kernel", "label": case.label}
-    return _record("predicted", op.name, provider, case.text, 1e3 * launch_seconds(launch, card), card.name, extra)
-
-
-def passes(card: Card, toy: bool) -> Iterator[Record]:
-    """Calibration of the whole job by everyone, and the stages that are passes over the model."""
-    job, layers = whole.FULL, 2 if toy else None
-    method, weights = PruneConfig().importance_method, PruneConfig().collect_batches
-    tokens, batch = job.compared.tokens, job.compared.batch
-    steps = job.compared.samples // batch
-    counted: dict[str, Callable[[int], Counted]] = {
-        f"calibration, {_OURS}{NEEDED}": lambda batch: engine_step(job.size, layers, method, batch, tokens),
-        f"calibration, {_OURS}": lambda batch: engine_step(job.size, layers, "taylor", batch, tokens),
-        "calibration, plain": lambda batch: plain_step(job.size, layers, batch, tokens, weights=True),
-    }
-    for provider, count in counted.items():
-        step = count(batch)
-        yield _of_pass(card, job.compared.text, provider, steps * pass_seconds(step, card), step.peak)
-    load = job.load(job.samples)
-    needed, every = (count(job.batch) for count in list(counted.values())[:2])
-    seconds = [pass_seconds(step, card) for step in (every, needed)]
-    total = weights * seconds[0] + (job.samples // job.batch - weights) * seconds[1]
-    yield _of_pass(card, load.text, "stage calibration", total, max(every.peak, needed.peak))
-    forward = forward_pass(job.size, layers, job.batch, tokens)
-    yield _of_pass(card, load.text, "stage perplexity_before", pass_seconds(forward, card), forward.peak)
-
-
-def _of_pass(card: Card, load: str, provider: str, seconds: float, peak: int) -> Record:
-    job = whole.FULL
-    shape = f"Llama {job.size}, {load}"
-    made = _record("predicted", whole.NAME, provider, shape, 1e3 * seconds, card.name, {"of": "job"})
-    return replace(made, peak_memory=peak)
+    return predicted("predicted", op.name, provider, case.text, 1e3 * launch_seconds(launch, card), card.name, extra)
 
 
 def compiled() -> Iterator[Record]:
@@ -132,21 +99,8 @@ def _of_kernel(entry: dict[str, int | str | bool]) -> Record:
         "wgmma": entry.get("wgmma"), "loop_barriers": entry.get("loop_barriers"), **counts,
     }  # fmt: skip
     shape = f"sm_{capability}, Triton {entry['triton']}"
-    made = _record("compiled", "compiled", str(entry["name"]), shape, None, f"sm_{capability}", extra)
+    made = predicted("compiled", "compiled", str(entry["name"]), shape, None, f"sm_{capability}", extra)
     return replace(made, dtype=str(entry["dtype"]))
-
-
-def _record(
-    kind: Kind,
-    name: str,
-    provider: str,
-    shape: str,
-    milliseconds: float | None,
-    hardware: str,
-    extra: dict[str, object],
-) -> Record:
-    where = replace(environment("cpu"), device="cuda", hardware=hardware)
-    return Record(kind, name, provider, shape, "bf16", where, run_id(), ms_p50=milliseconds, extra=extra)
 
 
 if __name__ == "__main__":

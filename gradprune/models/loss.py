@@ -115,9 +115,10 @@ class _FrozenHeadNll(torch.autograd.Function):
             exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
             log_p = F.log_softmax(logits, dim=1, dtype=exact)
             nll.append(-log_p.gather(1, t))
-            # In place, because this is the largest tensor.
-            d_logits = log_p.exp_().scatter_(1, t, torch.expm1(-nll[-1]))
-            into.copy_(times(d_logits.to(logits.dtype), head.weight.to(logits.dtype)))
+            # Over the largest tensors, without another one between.
+            d_logits = torch.exp(log_p, out=log_p if log_p.dtype == logits.dtype else logits)
+            d_logits.scatter_(1, t, torch.expm1(-nll[-1]).to(logits.dtype))
+            into.copy_(times(d_logits, head.weight.to(logits.dtype)))
             del logits, log_p, d_logits
         ctx.save_for_backward(gradient)
         return torch.cat(nll)[:, 0]

@@ -8,21 +8,27 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: what its kernels take is NOT predicted here")
 
-from benchmarks.predicted import run
-from benchmarks.predicted.counted import Launch
+from benchmarks.jobs.streamed import LOAD
+from benchmarks.predicted import jobs, run
+from benchmarks.predicted.counted import Counted, Launch
 from benchmarks.predicted.roofline import (
     CARDS,
     MEMORY,
     PRODUCTS,
     SHORTEST,
+    STREAMED,
     TRITON_ENQUEUED,
     device_seconds,
     host_seconds,
     launch_seconds,
+    pass_seconds,
 )
+from benchmarks.predicted.stages import removal_of_all, repair_pass
 from benchmarks.predicted.steps import engine_step, plain_step
 from benchmarks.report import report
 from benchmarks.results import latest, read
+from benchmarks.run import LARGE
+from gradprune.calibration import obs
 
 H100 = CARDS[0]
 
@@ -84,6 +90,50 @@ def test_every_prediction_says_that_it_is_one(tmp_path: Path) -> None:
     assert "Predicted, not measured" in text
     of_plain = next(line for line in text.splitlines() if "calibration, plain" in line)
     assert of_plain.split("|")[-3:-1] == [" - ", " - "]
+
+
+def test_what_a_repair_multiplies_is_counted() -> None:
+    """Of a further layer: two passes over it, as it was and as it is repaired, and sums of products of its inputs."""
+    hidden, channels, kv, tokens = 4096, 14336, 1024, 2 * 512
+    layer = hidden * (2 * hidden + 2 * kv) + 3 * hidden * channels
+    counts = []
+    for layers in (2, 3):
+        found = repair_pass("8B", layers, 0.25, 1, 1, (1, 512)).launches
+        counts.append(sum(launch.flops for launch in found if launch.dtype is torch.bfloat16 and "mm" in launch.name))
+    grams = sum(0.5625 * width**2 + hidden * width for width in (hidden, channels))
+    assert counts[1] - counts[0] == pytest.approx(2 * tokens * (2 * layer + grams), rel=0.02)
+
+
+def test_a_repair_that_solves_more_takes_longer() -> None:
+    few, many = (repair_pass("8B", 2, lost, 1, 1, (1, 512)) for lost in (0.75, 0.25))
+    assert pass_seconds(few, H100) < pass_seconds(many, H100)
+
+
+def test_a_removal_path_s_launches_are_those_of_a_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose rounds remove as many groups as they may."""
+    x = torch.randn(64, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight = torch.ones(5, 48, dtype=torch.float64)
+    for columns in (1, 4):
+        with Counted() as counted:
+            obs.removal_path(weight, obs.with_ridge(x.T @ x), columns)
+        found = removal_of_all(5, 48 // columns, columns)
+        assert found.by_name["cholesky"] == counted.by_name["linalg_cholesky_ex"]
+        assert abs(found.total - counted.total) < 0.25 * counted.total
+
+
+def test_the_whole_job_is_the_sum_of_its_stages() -> None:
+    found = {record.provider: record for record in jobs.passes(H100, toy=True)}
+    stages = [record.ms_p50 for name, record in found.items() if name.startswith("stage ")]
+    assert len(stages) == 4
+    assert found["gradprune by default"].ms_p50 == pytest.approx(sum(stages))
+
+
+def test_a_streamed_model_s_weights_take_the_time() -> None:
+    found = jobs.streamed(H100)
+    # 137 GB of layers, about twice a sample.
+    assert found.ms_p50 / 1e3 == pytest.approx(18.6 * 137e9 / STREAMED, rel=0.05)
+    (step,) = [step for step in LARGE if step.module == "benchmarks.jobs.streamed"]
+    assert step.arguments == ("--num_samples", str(LOAD[0]), "--seq_len", str(LOAD[1]))
 
 
 def test_a_measurement_stands_beside_its_prediction(tmp_path: Path) -> None:

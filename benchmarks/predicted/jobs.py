@@ -1,0 +1,118 @@
+"""Seconds and peak memory of whole jobs and their stages on a card, put together from what is counted."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+
+from benchmarks.environment import environment
+from benchmarks.jobs import streamed as larger
+from benchmarks.jobs import whole
+from benchmarks.jobs.calibrators import NEEDED
+from benchmarks.kernels.cases import LLAMA_8B
+from benchmarks.predicted.counted import Counted, llama
+from benchmarks.predicted.roofline import STREAMED, Card, pass_seconds
+from benchmarks.predicted.stages import cut_forward_pass, lost_at, removal_of_all, repair_pass
+from benchmarks.predicted.steps import engine_step, forward_pass, plain_step
+from benchmarks.results import Kind, Record, run_id
+from gradprune import PruneConfig
+from gradprune.config.domains import bytes_of
+from gradprune.models import describe
+
+OURS = "gradprune triton"
+_LAYERS = 32
+
+
+def passes(card: Card, toy: bool) -> Iterator[Record]:
+    """Calibration of the whole job by everyone, and the stages of the whole job with their sum."""
+    job, layers = whole.FULL, 2 if toy else None
+    method = PruneConfig().importance_method
+    tokens, batch = job.compared.tokens, job.compared.batch
+    steps = job.compared.samples // batch
+    counted: dict[str, Callable[[int], Counted]] = {
+        f"calibration, {OURS}{NEEDED}": lambda batch: engine_step(job.size, layers, method, batch, tokens),
+        f"calibration, {OURS}": lambda batch: engine_step(job.size, layers, "taylor", batch, tokens),
+        "calibration, plain": lambda batch: plain_step(job.size, layers, batch, tokens, weights=True),
+    }
+    for provider, count in counted.items():
+        step = count(batch)
+        yield _of_pass(card, job.compared.text, provider, steps * pass_seconds(step, card), step.peak)
+    needed, every = (count(job.batch) for count in list(counted.values())[:2])
+    found = list(_stages(card, needed, every, layers))
+    yield from found
+    total, peak = sum(stage.ms_p50 or 0.0 for stage in found), max(stage.peak_memory or 0 for stage in found)
+    yield _of_pass(card, job.load(job.samples).text, whole.OURS, total / 1e3, peak)
+    yield _of_pass(card, job.load(job.samples).text, "removal paths of obs", _removals(card, toy), 0)
+
+
+def _stages(card: Card, needed: Counted, every: Counted, layers: int | None) -> Iterator[Record]:
+    """Those of `prune` that a card takes time for, by what a step takes that collects what is needed, or everything."""
+    job, config = whole.FULL, PruneConfig()
+    load, shape, lost = job.load(job.samples), (job.batch, job.compared.tokens), lost_at(job.size, config.pruning_ratio)
+    weights = config.collect_batches
+    of_every, of_needed = (pass_seconds(step, card) for step in (every, needed))
+    total = weights * of_every + (job.samples // job.batch - weights) * of_needed
+    yield _of_pass(card, load.text, "stage calibration", total, max(every.peak, needed.peak))
+    before = forward_pass(job.size, layers, *shape)
+    yield _of_pass(card, load.text, "stage perplexity_before", pass_seconds(before, card), before.peak)
+    # Each layer takes as long as the third: the first reads nothing of a repaired one.
+    count = _LAYERS if layers is None else layers
+    two, three = (_repair(each, lost, shape) for each in (2, 3))
+    of_two, of_three = (pass_seconds(each, card) for each in (two, three))
+    yield _of_pass(card, load.text, "stage repair", of_two + (count - 2) * (of_three - of_two), three.peak)
+    after = cut_forward_pass(job.size, layers, lost, *shape)
+    yield _of_pass(card, load.text, "stage perplexity_after", pass_seconds(after, card), after.peak)
+
+
+@cache
+def _repair(layers: int, lost: float, shape: tuple[int, int]) -> Counted:
+    job = whole.FULL
+    return repair_pass(job.size, layers, lost, job.samples // job.batch, job.held_out // job.batch, shape)
+
+
+def _removals(card: Card, toy: bool) -> float:
+    """Of all blocks' removal paths, which `obs` adds to calibration."""
+    hidden, channels = (64, 96) if toy else (LLAMA_8B["down"][0], LLAMA_8B["down"][1])
+    of_attention, of_mlp = _removal(hidden, 8, hidden // 8), _removal(hidden, channels, 1)
+    return (2 if toy else _LAYERS) * sum(pass_seconds(each, card) for each in (of_attention, of_mlp))
+
+
+_removal = cache(removal_of_all)
+
+
+def streamed(card: Card) -> Record:
+    """The job of the 70B model within 24 GiB: its weights cross to the card so often that nothing else counts."""
+    samples, tokens, size, config = *larger.LOAD, "70B", PruneConfig()
+    view = describe(llama(size))
+    layers = len(view.layers)
+    stream = (layers + 1) * tokens * view.model.config.hidden_size * 2
+    waves = -(-samples // max(1, bytes_of(config.stream_memory) // stream))
+    of_layers = 2 * sum(parameter.numel() for parameter in view.layers.parameters())
+    # Twice a wave; for both perplexities, and when the cut layers are put together.
+    crossings = 2 * waves + 2 * (1.0 - config.pruning_ratio) + 1
+    transfer = crossings * of_layers / STREAMED
+    one, two = (pass_seconds(engine_step(size, each, config.importance_method, 1, tokens), card) for each in (1, 2))
+    compute = samples * (one + (layers - 1) * (two - one))
+    shape = f"Llama {size} of {layers} layers, {samples}x{tokens} tokens"
+    milliseconds = 1e3 * max(transfer, compute)
+    return predicted("predicted", larger.NAME, larger.OURS, shape, milliseconds, card.name, {"of": "job"})
+
+
+def _of_pass(card: Card, load: str, provider: str, seconds: float, peak: int) -> Record:
+    job = whole.FULL
+    shape = f"Llama {job.size}, {load}"
+    made = predicted("predicted", whole.NAME, provider, shape, 1e3 * seconds, card.name, {"of": "job"})
+    return replace(made, peak_memory=peak)
+
+
+def predicted(
+    kind: Kind,
+    name: str,
+    provider: str,
+    shape: str,
+    milliseconds: float | None,
+    hardware: str,
+    extra: dict[str, object],
+) -> Record:
+    """A record of what was not measured."""
+    where = replace(environment("cpu"), device="cuda", hardware=hardware)
+    return Record(kind, name, provider, shape, "bf16", where, run_id(), ms_p50=milliseconds, extra=extra)

@@ -1,0 +1,100 @@
+"""The stages of `prune` behind calibration, counted: repair, the pass over the cut model, removal paths of `obs`.
+
+The repair runs as it is, on meta tensors. Where it asks for a number that decides how it goes on, it is told that all
+is finite, positive definite, and no better with another ridge, so that three are tried. Of a removal path, which
+depends on numbers throughout, each round is taken to remove as many groups as it may.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks.predicted.counted import Counted, Launch, counted_gpu, llama
+from gradprune.calibration import gram, obs
+from gradprune.models import PrunableModel, describe
+from gradprune.models.loss import sample_losses
+from gradprune.models.masks import GroupMasks
+from gradprune.surgery import moments
+from gradprune.surgery.cut import cut
+from gradprune.surgery.least_squares import least_squares
+
+
+def uniform_masks(view: PrunableModel, lost: float) -> GroupMasks:
+    """Every block loses that part of its groups."""
+    kept = {block.key: torch.arange(block.groups) >= round(lost * block.groups) for block in view.blocks}
+    return GroupMasks(kept, len(view.layers))
+
+
+def lost_at(size: str, ratio: float) -> float:
+    """The part of all groups that goes with `ratio` of the model's parameters."""
+    view = describe(llama(size))
+    return ratio * view.parameters / sum(block.groups * block.cost for block in view.blocks)
+
+
+def repair_pass(size: str, layers: int, lost: float, batches: int, held_out: int, shape: tuple[int, int]) -> Counted:
+    """`least_squares` of a model whose blocks lose that part of their groups; batches: [N, T] each, `shape`."""
+    with counted_gpu() as counted, _told(counted):
+        view = describe(llama(size, layers))
+        ids = torch.zeros(shape, dtype=torch.int64, device="meta")
+        masks = uniform_masks(view, lost)
+        with counted:
+            least_squares(view, masks, [ids] * batches, [ids] * held_out)
+    return counted
+
+
+def cut_forward_pass(size: str, layers: int, lost: float, samples: int, tokens: int) -> Counted:
+    """Each sample's loss in the cut model."""
+    with counted_gpu() as counted:
+        model = llama(size, layers)
+        model = cut(model, uniform_masks(describe(model), lost), inplace=True)
+        with counted, torch.no_grad():
+            sample_losses(model, torch.zeros(samples, tokens, dtype=torch.int64, device="meta"))
+    return counted
+
+
+def removal_of_all(outputs: int, groups: int, columns: int) -> Counted:
+    """The removal path of a block with such an output projection; every round removes as many groups as it may."""
+
+    def each_round(block: Any, quota: int) -> tuple[Tensor, list[float]]:
+        count = min(quota, len(block))
+        block.costs()
+        block.candidates(torch.arange(min(obs._SURPLUS * quota, len(block)))).cheapest(count)
+        return torch.arange(count), [0.0] * count
+
+    with counted_gpu() as counted, _told(counted), patch.object(obs, "_round", each_round), counted:
+        weight = torch.empty(outputs, groups * columns, dtype=torch.bfloat16, device="meta")
+        obs.removal_path(weight, torch.empty(groups * columns, groups * columns, device="meta"), columns)
+    return counted
+
+
+@contextmanager
+def _told(counted: Counted) -> Iterator[None]:
+    """Inside, meta tensors answer what the repair asks, and half precision is multiplied as on a GPU."""
+
+    def product(total: Tensor, left: Tensor, right: Tensor) -> None:
+        made = torch.empty_like(total)
+        moved = sum(each.numel() * each.element_size() for each in (left, right, made))
+        counted.launches.append(Launch("mm", moved, 2 * left.shape[0] * total.numel(), left.dtype))
+        total += made
+
+    def factor(matrix: Tensor) -> tuple[Tensor, bool]:
+        made = torch.empty_like(matrix)
+        counted.launches.append(Launch("cholesky", 2 * made.nbytes, made.numel() * made.shape[-1] / 3, made.dtype))
+        return made, False
+
+    with ExitStack() as stack:
+        for module in (gram, moments):
+            stack.enter_context(patch.object(module, "add_product", product))
+        for name, answer in {"__bool__": True, "__float__": 0.5, "__le__": False}.items():
+            stack.enter_context(patch.object(Tensor, name, _answering(getattr(Tensor, name), answer)))
+        stack.enter_context(patch("torch.linalg.cholesky_ex", factor))
+        yield
+
+
+def _answering(method: Callable[..., Any], answer: object) -> Callable[..., Any]:
+    """What a method of a number returns; of tensors it does as ever."""
+    return lambda tensor, *others: method(tensor, *others) if tensor.ndim or not tensor.is_meta else answer
