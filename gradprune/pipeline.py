@@ -41,6 +41,7 @@ from gradprune.scoring.choose import choose
 from gradprune.scoring.selection import check_reachable
 from gradprune.scoring.table import GroupTable, empty_table
 from gradprune.search import search
+from gradprune.shots import after_shots
 from gradprune.surgery.cut import check_class, cut, sharing_copy
 from gradprune.surgery.repair import REPAIRS, BlockRepair
 from gradprune.target import at_target, ratio_of_size
@@ -216,9 +217,13 @@ def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResul
         with run.clock.stage("search"):
             found = search(run, evidence)
         run = _at_target(replace(run, config=run.config.with_part(found.winner.scoring)), evidence)
+    scored = after_shots(run, evidence)
+    if run.config.shots > 1:
+        # With other scores, another ratio leads to the target.
+        run = _at_target(run, scored)
     config = run.config
     with run.clock.stage("selection"):
-        choice = choose(run.view, evidence, config.scoring, config.constraints, config.pruning_ratio)
+        choice = choose(run.view, scored, config.scoring, config.constraints, config.pruning_ratio)
     pruned_model, repairs = _repair_and_cut(run, choice.masks)
     before, after = _measure_pruned(run, pruned_model, dense)
     return PruneResult(

@@ -30,6 +30,7 @@ ORDER = (
     "surgery",
     "search",
     "target",
+    "shots",
     "demo",
     "result",
     "environment",

@@ -78,6 +78,7 @@ def assert_same_result(place: Path, one: str, several: str, model: str = "model"
         (2, "model", "group_fisher", {"num_samples": 22}),  # batches of 4, 4, 4, 4, 4 and 2 samples
         (3, "model", "taylor_2nd", {"num_samples": 14, "temperature": 1, "collect_batches": 3}),
         (3, "model", "obs", {"num_samples": 8}),  # the last rank has no batch
+        (2, "model", "obs", {"num_samples": 12, "shots": 2}),
         (2, "experts", "obs", {"num_samples": 10, "pruning_ratio": 0.3}),
         # The second rank's share is one sample of three tokens.
         (2, "experts", "obs", {"num_samples": 3, "batch_size": 2, "seq_len": 3, "pruning_ratio": 0.3}),

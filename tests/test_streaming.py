@@ -95,6 +95,13 @@ def test_mixtures_of_experts_are_streamed_bit_for_bit(architecture: str, options
     assert {file.name for file in (tmp_path / "streamed" / "run" / "model").glob("*.py")} == set()
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_several_shots_are_streamed_bit_for_bit(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture, dtype=torch.float32)
+    whole, streamed = both(model, tmp_path / "model", stream_memory="40KB")
+    assert_same_run(whole, streamed, tmp_path, importance_method="obs", shots=3, pruning_ratio=0.3)
+
+
 def test_weights_that_transformers_keeps_in_fp32_are_so_when_streamed(tmp_path: Path) -> None:
     """Of a gpt_oss in fp16 these are the norms."""
     saved(tiny_mixture("gpt_oss").float(), tmp_path)

@@ -45,6 +45,7 @@ from gradprune.models.masks import GroupMasks
 from gradprune.run import Run
 from gradprune.scoring.choose import choose
 from gradprune.search import search
+from gradprune.shots import after_shots
 from gradprune.surgery.cut import cut, sharing_copy
 from gradprune.surgery.repair import REPAIRS
 
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--temperatures", type=listed(float), default=None)
     made.add_argument("--num_samples", type=int, default=None)
     made.add_argument("--seq_len", type=int, default=128)
+    made.add_argument("--shots", type=int, default=1, help="above 1: obs in so many shots, too")
     made.add_argument("--search", action="store_true", help="search too, which takes minutes a ratio and seed")
     made.add_argument("--eval_samples", type=int, default=64, help="windows to measure; 0 measures the whole text")
     made.add_argument("--tasks", type=Path, default=None, help="folder of .jsonl files with zero-shot questions")
@@ -225,6 +227,11 @@ def _choices(run: Run, options: Namespace) -> Iterator[Choice]:
                 for repaired in (False, True):
                     name = f"gradprune {method}" + (" + least squares" if repaired else "")
                     yield Choice(f"{name} T={temperature:g}", given, masks, repaired)
+        if options.shots > 1:
+            config = replace(run.config, importance_method="obs", pruning_ratio=ratio, shots=options.shots)
+            scored = after_shots(replace(run, config=config), evidence)
+            masks = choose(run.view, scored, config.scoring, constraints, ratio).masks
+            yield Choice(f"gradprune obs, {options.shots} shots + least squares", given, masks, repaired=True)
         if options.search:
             found = search(replace(run, config=replace(run.config, pruning_ratio=ratio)), evidence)
             masks = choose(run.view, evidence, found.winner.scoring, constraints, ratio).masks

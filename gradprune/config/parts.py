@@ -316,6 +316,7 @@ class Repair(Options):
     """Repair of the remaining weights."""
 
     repair: RepairName = option("least_squares", "Re-solve the output projections of pruned blocks.")
+    shots: int = option(1, "Prune in so many steps, each repaired and calibrated again before the next.", at_least(1))
 
 
 @dataclass(frozen=True)

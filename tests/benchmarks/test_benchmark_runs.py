@@ -242,12 +242,13 @@ def test_quality_of_the_prunable_parameters_with_zero_shot_questions(tmp_path: P
     question = {"context": "Once upon a", "choices": ["time", "zebra"], "answer": 0}
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "toy.jsonl").write_text(f"{json.dumps(question)}\n")
-    chosen = ["--methods", "magnitude", "--peers", "FLAP", "--ratios", "0.5", "--prunable"]
+    chosen = ["--methods", "magnitude", "--peers", "FLAP", "--ratios", "0.5", "--prunable", "--shots", "2"]
     texts = ["--base_model", str(demo_model_path()), "--tasks", str(tmp_path / "tasks"), "--seq_len", "16"]
     methods.main([*TOY, str(tmp_path / "results"), *texts, *chosen])
     found = read(tmp_path / "results")
     assert [record.provider for record in found] == [
-        "dense", "gradprune magnitude T=0", "gradprune magnitude + least squares T=0", "FLAP"
+        "dense", "gradprune magnitude T=0", "gradprune magnitude + least squares T=0",
+        "gradprune obs, 2 shots + least squares", "FLAP",
     ]  # fmt: skip
     model, _ = load_model(demo_model_path())
     view = describe(model)
@@ -258,8 +259,8 @@ def test_quality_of_the_prunable_parameters_with_zero_shot_questions(tmp_path: P
         assert record.extra["accuracies"]["toy"] in (0.0, 1.0)
     # FLAP's biases come on top.
     biases = len(view.blocks) * model.config.hidden_size / view.parameters
-    assert [record.extra["kept"] for record in found[1:3]] == pytest.approx([kept] * 2, abs=0.01)
-    assert kept < found[3].extra["kept"] <= kept + biases + 0.01
+    assert [record.extra["kept"] for record in found[1:4]] == pytest.approx([kept] * 3, abs=0.01)
+    assert kept < found[4].extra["kept"] <= kept + biases + 0.01
 
 
 def test_stage_times_of_a_real_model_and_their_table(tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""Several shots: what goes first is repaired before the rest is scored again."""
+
+import copy
+
+import pytest
+import torch
+
+from gradprune import ImportanceEngine, PruneConfig, prune
+from gradprune.calibration.gather import gather_evidence
+from gradprune.data.samples import draw_samples
+from gradprune.errors import ConfigError
+from gradprune.evaluation.size import model_size
+from gradprune.models import describe
+from gradprune.run import Run
+from gradprune.scoring.choose import choose
+from gradprune.shots import after_shots
+from gradprune.surgery.least_squares import least_squares
+from helpers.pipeline_runs import TOKENS, run
+from helpers.tiny_models import tiny_model
+
+OPTIONS = {"num_samples": 8, "seq_len": 16, "batch_size": 4, "backend": "reference", "pruning_ratio": 0.4}
+
+
+def run_of(model, **options) -> Run:
+    config = PruneConfig(**{**OPTIONS, **options})
+    return Run(describe(model).with_groups(), config, draw_samples(model, None, config, TOKENS[:1500], TOKENS[1500:]))
+
+
+def test_one_shot_takes_the_evidence_as_it_is() -> None:
+    whole = run_of(tiny_model(dtype=torch.float32))
+    evidence = gather_evidence(whole)
+    assert after_shots(whole, evidence) is evidence
+    assert "shot_1" not in whole.clock.seconds
+
+
+@pytest.mark.parametrize("method", ["obs", "group_fisher"])
+def test_scores_are_those_of_the_repaired_model(method: str) -> None:
+    """By hand: the selection at half of the ratio, its repair, and an engine on what comes out."""
+    model = tiny_model(dtype=torch.float32)
+    whole = run_of(model, importance_method=method, shots=2)
+    evidence = gather_evidence(whole)
+    masks = choose(whole.view, evidence, whole.config.scoring, whole.config.constraints, 0.2).masks
+    repaired = copy.deepcopy(model)
+    least_squares(describe(repaired), masks, whole.calibration, whole.held_out)
+    engine = ImportanceEngine(repaired, method, backend="reference")
+    with engine:
+        for batch in whole.calibration:
+            engine.step(batch)
+    found = after_shots(whole, evidence)
+    assert set(whole.clock.seconds) == {"calibration", "priors", "shot_1"}
+    expected, changed = engine.scores().importance, False
+    for block in whole.view.blocks:
+        scores = found.scores(method).importance[block]
+        assert torch.equal(scores, expected[block].masked_fill(~masks[block], 0.0))
+        changed |= not torch.equal(scores, evidence.scores(method).importance[block])
+    assert changed
+
+
+@pytest.mark.parametrize("method", ["obs", "group_fisher", "taylor", "magnitude"])
+def test_each_shot_removes_more(method: str) -> None:
+    model = tiny_model(dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first = run(model, importance_method=method, pruning_ratio=0.2)
+    found = run(model, importance_method=method, pruning_ratio=0.4, shots=2)
+    for block in describe(model).blocks:
+        assert (found.masks[block] <= first.masks[block]).all()
+    # A block that loses all of its groups takes its norm along.
+    assert 0.35 < 1.0 - found.after.parameters / found.before.parameters < 0.41
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_search_chooses_what_the_shots_score_by() -> None:
+    found = run(tiny_model(dtype=torch.float32), importance_method="auto", shots=2, search_samples=8)
+    assert found.config.importance_method == found.search.winner.scoring.importance_method
+    assert found.after.parameters < found.before.parameters
+
+
+def test_a_target_is_met_by_the_last_scores() -> None:
+    model = tiny_model(dtype=torch.float32)
+    wanted = int(0.7 * model_size(model).parameters)
+    config = PruneConfig(num_samples=8, seq_len=16, batch_size=4, target_parameters=str(wanted), shots=3)
+    left = prune(model, None, config, calibration=TOKENS[:1500], evaluation=TOKENS[1500:]).after.parameters
+    assert 0.9 * wanted < left <= wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shots": 0}, "shots: 0 is not a whole number of at least 1"),
+        ({"shots": 2, "repair": "none"}, "shots: 2 calibrate a repaired model again; leave out --repair none"),
+        ({"shots": 2, "prune_kinds": "experts"}, "shots: 2 need a model whose router knows"),
+    ],
+)
+def test_what_shots_cannot_do_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PruneConfig(**options)
