@@ -40,7 +40,8 @@ class LinearImportanceConfig:
     and then to the next column, so that programs that run together share their inputs in the L2 cache.
 
     BLOCK_A, BLOCK_B, BLOCK_T and num_warps fix the order of summation; the others change no bit of the result. maxnreg:
-    the most registers that a thread may use.
+    the most registers that a thread may use. persistent: as many programs as the device has multiprocessors take tiles
+    in turn; by descriptors only, and each sample has its own partial sums, however many these are.
     """
 
     BLOCK_A: int
@@ -50,17 +51,23 @@ class LinearImportanceConfig:
     num_warps: int = 8
     num_stages: int = 3
     maxnreg: int | None = None
+    persistent: bool = False
 
 
 @triton.jit
 def _tile_of_program(A, B, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, GROUP_A: tl.constexpr):
-    """This program's row and column of tiles: down GROUP_A rows of tiles first, then to the next column."""
-    program = tl.program_id(0)
+    """This program's row and column of tiles."""
+    return _tile_at(tl.program_id(0), A, B, BLOCK_A, BLOCK_B, GROUP_A)
+
+
+@triton.jit
+def _tile_at(place, A, B, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, GROUP_A: tl.constexpr):
+    """The row and column of the tile at a place in their order: down GROUP_A rows first, then to the next column."""
     tiles_a = tl.cdiv(A, BLOCK_A)
     tiles_b = tl.cdiv(B, BLOCK_B)
-    group = program // (GROUP_A * tiles_b)
+    group = place // (GROUP_A * tiles_b)
     height = tl.minimum(tiles_a - group * GROUP_A, GROUP_A)
-    within = program % (GROUP_A * tiles_b)
+    within = place % (GROUP_A * tiles_b)
     return group * GROUP_A + within % height, within // height
 
 
@@ -182,27 +189,96 @@ def _linear_importance_kernel(
                 a + sample * stride_an, b + sample * stride_bn, rows, columns, A, B, T, stride_at, stride_bt,
                 BLOCK_A, BLOCK_B, BLOCK_T,
             )  # fmt: skip
-        magnitude = tl.abs(g)
-        sum_abs += tl.sum(tl.sum(magnitude, 1).reshape(GROUPS, STATISTICS_ROWS), 1)
-        sum_square += tl.sum(tl.sum(g * g, 1).reshape(GROUPS, STATISTICS_ROWS), 1)
-        max_abs = tl.maximum(max_abs, tl.max(tl.max(magnitude, 1).reshape(GROUPS, STATISTICS_ROWS), 1))
-        if TAIL:
-            magnitude = tl.where((rows < A)[:, None] & (columns < B)[None, :], magnitude, float("inf"))
-        min_abs = tl.minimum(min_abs, tl.min(tl.min(magnitude, 1).reshape(GROUPS, STATISTICS_ROWS), 1))
-        product = _weight_tile(w, row, column, A, B, stride_w, BLOCK_A, BLOCK_B, COLUMNS, DESCRIPTORS) * g
-        row_abs += tl.sum(tl.abs(product), 1)
-        row_square += tl.sum(product * product, 1)
+        of_rows_abs, of_rows_square, of_abs, of_square, of_max, of_min = _scores(
+            g, w, row, column, A, B, stride_w, BLOCK_A, BLOCK_B, GROUPS, COLUMNS, DESCRIPTORS, TAIL
+        )
+        row_abs += of_rows_abs
+        row_square += of_rows_square
+        sum_abs += of_abs
+        sum_square += of_square
+        max_abs = tl.maximum(max_abs, of_max)
+        min_abs = tl.minimum(min_abs, of_min)
+    _store_scores(
+        sums_ptr, statistics_ptr, part, tile_a, tile_b, tl.num_programs(0), A, B, row_abs, row_square, sum_abs,
+        sum_square, max_abs, min_abs, BLOCK_A, BLOCK_B, GROUPS,
+    )  # fmt: skip
 
+
+@triton.jit
+def _scores(
+    g, w, row, column, A, B, stride_w, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, GROUPS: tl.constexpr,
+    COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Of one sample's tile g: by row [BLOCK_A] sums of |w g| and w^2 g^2, and by group of rows [GROUPS] statistics."""
+    ROWS: tl.constexpr = BLOCK_A // GROUPS
+    magnitude = tl.abs(g)
+    sum_abs = tl.sum(tl.sum(magnitude, 1).reshape(GROUPS, ROWS), 1)
+    sum_square = tl.sum(tl.sum(g * g, 1).reshape(GROUPS, ROWS), 1)
+    max_abs = tl.max(tl.max(magnitude, 1).reshape(GROUPS, ROWS), 1)
+    if TAIL:
+        inside = (row + tl.arange(0, BLOCK_A) < A)[:, None] & (column + tl.arange(0, BLOCK_B) < B)[None, :]
+        magnitude = tl.where(inside, magnitude, float("inf"))
+    min_abs = tl.min(tl.min(magnitude, 1).reshape(GROUPS, ROWS), 1)
+    product = _weight_tile(w, row, column, A, B, stride_w, BLOCK_A, BLOCK_B, COLUMNS, DESCRIPTORS) * g
+    return tl.sum(tl.abs(product), 1), tl.sum(product * product, 1), sum_abs, sum_square, max_abs, min_abs
+
+
+@triton.jit
+def _store_scores(
+    sums_ptr, statistics_ptr, part, tile_a, tile_b, tiles, A, B, row_abs, row_square, sum_abs, sum_square, max_abs,
+    min_abs, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Write a tile's sums, and the statistics of its groups of rows; `part`: of the samples."""
+    rows = tile_a * BLOCK_A + tl.arange(0, BLOCK_A)
     sums = sums_ptr + (part.to(tl.int64) * tl.cdiv(B, BLOCK_B) + tile_b) * 2 * A + rows
     tl.store(sums, row_abs, mask=rows < A)
     tl.store(sums + A, row_square, mask=rows < A)
-    tile = part.to(tl.int64) * tl.num_programs(0) + tile_a * tl.cdiv(B, BLOCK_B) + tile_b
+    tile = part.to(tl.int64) * tiles + tile_a * tl.cdiv(B, BLOCK_B) + tile_b
     statistics = statistics_ptr + (tile * GROUPS + tl.arange(0, GROUPS)) * 5
     tl.store(statistics, sum_abs)
     tl.store(statistics + 1, sum_square)
     tl.store(statistics + 2, max_abs)
     tl.store(statistics + 3, min_abs)
     tl.store(statistics + 4, tl.zeros((GROUPS,), tl.float32))
+
+
+@triton.jit(do_not_specialize=["N", "T"])
+def _persistent_linear_importance_kernel(
+    a,
+    b,
+    w,
+    sums_ptr,
+    statistics_ptr,
+    N,
+    T,
+    A,
+    B,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    GROUP_A: tl.constexpr,
+    STATISTICS_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """As `_linear_importance_kernel`, by descriptors: as many programs as fit on the device take tiles in turn.
+
+    The loops over tiles and tokens are one to the compiler, so that a tile's first loads run beside the epilogue of the
+    one before. Each sample has its own partial sums.
+    """
+    GROUPS: tl.constexpr = BLOCK_A // STATISTICS_ROWS
+    tiles = tl.cdiv(A, BLOCK_A) * tl.cdiv(B, BLOCK_B)
+    for item in tl.range(tl.program_id(0), tiles * N, tl.num_programs(0), flatten=True):
+        tile_a, tile_b = _tile_at(item % tiles, A, B, BLOCK_A, BLOCK_B, GROUP_A)
+        row, column, n = tile_a * BLOCK_A, tile_b * BLOCK_B, item // tiles
+        g = _product_by_descriptors(a, b, n, row, column, T, BLOCK_A, BLOCK_B, BLOCK_T)
+        row_abs, row_square, sum_abs, sum_square, max_abs, min_abs = _scores(
+            g, w, row, column, A, B, 0, BLOCK_A, BLOCK_B, GROUPS, COLUMNS, True, TAIL
+        )
+        _store_scores(
+            sums_ptr, statistics_ptr, n, tile_a, tile_b, tiles, A, B, row_abs, row_square, sum_abs, sum_square, max_abs,
+            min_abs, BLOCK_A, BLOCK_B, GROUPS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "T", "samples_per_program", "tiles_b", "per_tile"])
@@ -318,6 +394,9 @@ _DESCRIPTORS = (
     LinearImportanceConfig(BLOCK_A=128, BLOCK_B=128, BLOCK_T=64, GROUP_A=16, maxnreg=128),
     LinearImportanceConfig(BLOCK_A=128, BLOCK_B=128, BLOCK_T=64, num_stages=4),
 )
+# For the sweep alone, because its wider tiles add in another order than the others: the next tile's loads run beside a
+# tile's epilogue. Triton 3.6.0 gives it 168 to 180 registers; 3.9.0 spills two by rows.
+PERSISTENT = LinearImportanceConfig(BLOCK_A=128, BLOCK_B=256, BLOCK_T=64, persistent=True)
 # By pointers, which take registers; most where widths are not a multiple of 16 and elements are read one by one.
 _POINTERS = (LinearImportanceConfig(BLOCK_A=128, BLOCK_B=64, BLOCK_T=64),)
 _POINTERS_RAGGED = (LinearImportanceConfig(BLOCK_A=64, BLOCK_B=64, BLOCK_T=32),)
@@ -387,7 +466,7 @@ def _launch(
     samples, tokens, height = a.shape
     width = b.shape[2]
     tiles_a, tiles_b = ceil_div(height, config.BLOCK_A), ceil_div(width, config.BLOCK_B)
-    in_turn = samples_in_turn(samples, tiles_b, height)
+    in_turn = _in_turn(config, samples, tiles_b, height)
     parts = ceil_div(samples, in_turn)
     per_tile = config.BLOCK_A // STATISTICS_ROWS
     sums = torch.empty(parts * tiles_b, 2, height, dtype=torch.float32, device=w.device)
@@ -396,6 +475,9 @@ def _launch(
         return sums, statistics
     strides = (a.stride(0), a.stride(1), b.stride(0), b.stride(1))
     inputs: tuple[Any, Any, Any] = _describe(a, b, w, columns, config) if descriptors else (a, b, w)
+    if config.persistent and descriptors:
+        _launch_persistent(inputs, sums, statistics, (samples, tokens, height, width), columns, config)
+        return sums, statistics
     _linear_importance_kernel[(tiles_a * tiles_b, parts)](
         *inputs,
         sums,
@@ -422,12 +504,47 @@ def _launch(
     return sums, statistics
 
 
+def _launch_persistent(
+    inputs: tuple[Any, Any, Any],
+    sums: Tensor,
+    statistics: Tensor,
+    sizes: tuple[int, int, int, int],
+    columns: bool,
+    config: LinearImportanceConfig,
+) -> None:
+    """inputs: a, b and w as descriptors. sizes: N, T, A, B."""
+    samples, _, height, width = sizes
+    tiles = ceil_div(height, config.BLOCK_A) * ceil_div(width, config.BLOCK_B)
+    # The interpreter runs one after the other.
+    at_once = torch.cuda.get_device_properties(sums.device).multi_processor_count if sums.is_cuda else 3
+    _persistent_linear_importance_kernel[(min(tiles * samples, at_once),)](
+        *inputs,
+        sums,
+        statistics,
+        *sizes,
+        BLOCK_A=config.BLOCK_A,
+        BLOCK_B=config.BLOCK_B,
+        BLOCK_T=config.BLOCK_T,
+        GROUP_A=config.GROUP_A,
+        STATISTICS_ROWS=STATISTICS_ROWS,
+        COLUMNS=columns,
+        TAIL=bool(height % config.BLOCK_A or width % config.BLOCK_B),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
+    )
+
+
+def _in_turn(config: LinearImportanceConfig, samples: int, tiles_b: int, height: int) -> int:
+    return 1 if config.persistent else samples_in_turn(samples, tiles_b, height)
+
+
 def _recount(a: Tensor, b: Tensor, statistics: Tensor, config: LinearImportanceConfig) -> None:
     """Correct the statistics of tiles whose sums are not finite."""
     samples, tokens, height = a.shape
     width = b.shape[2]
     tiles_a, tiles_b = ceil_div(height, config.BLOCK_A), ceil_div(width, config.BLOCK_B)
-    in_turn = samples_in_turn(samples, tiles_b, height)
+    in_turn = _in_turn(config, samples, tiles_b, height)
     _recount_kernel[(tiles_a, ceil_div(samples, in_turn))](
         a,
         b,

@@ -70,7 +70,7 @@ def cases(quick: bool, toy: bool) -> list[Case]:
 
 def candidates(rows: int, columns: int, dtype: str, descriptors: bool) -> dict[str, "LinearImportanceConfig"]:
     """By name: those that the kernel chooses among first, then their neighbours."""
-    from gradprune.kernels.linear_importance import configs_for
+    from gradprune.kernels.linear_importance import PERSISTENT, configs_for
 
     chosen = configs_for(rows, columns, DTYPES[dtype], descriptors)
     default = chosen[0]
@@ -82,6 +82,8 @@ def candidates(rows: int, columns: int, dtype: str, descriptors: bool) -> dict[s
         replace(default, BLOCK_B=2 * default.BLOCK_B, maxnreg=None),
         replace(default, BLOCK_A=2 * default.BLOCK_A, maxnreg=None),
     ]
+    if descriptors:
+        near.append(PERSISTENT)
     named = {_name(config): config for config in near}
     return {f"{_name(config)}, chosen from": config for config in chosen} | {
         name: config for name, config in named.items() if config not in chosen
@@ -91,7 +93,8 @@ def candidates(rows: int, columns: int, dtype: str, descriptors: bool) -> dict[s
 def _name(config: "LinearImportanceConfig") -> str:
     tile = f"{config.BLOCK_A}x{config.BLOCK_B}x{config.BLOCK_T}"
     registers = f", {config.maxnreg} registers" if config.maxnreg else ""
-    return f"{tile}, {config.num_warps} warps, {config.num_stages} stages, down {config.GROUP_A}{registers}"
+    persistent = ", persistent" if config.persistent else ""
+    return f"{tile}, {config.num_warps} warps, {config.num_stages} stages, down {config.GROUP_A}{registers}{persistent}"
 
 
 def _sweep(case: Case, options: Namespace) -> None:

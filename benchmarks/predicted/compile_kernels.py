@@ -110,6 +110,8 @@ def by_descriptors(
     if dtype == "fp16":
         return
     yield linear_importance(widths, dtype, default, True, True)
+    if not whole:
+        yield from (persistent(dtype, linear.PERSISTENT, columns) for columns in (False, True))
     for config in others:
         same_code = dataclasses.replace(config, GROUP_A=default.GROUP_A) == default  # but for a division
         for columns in (False,) if same_code else (False, True):
@@ -132,12 +134,8 @@ def linear_importance(
     """One configuration, by rows or by columns."""
     flags = {"COLUMNS": columns, "DESCRIPTORS": descriptors, "TAIL": widths != "whole"}
     constants = dataclasses.asdict(config) | flags | {"STATISTICS_ROWS": linear.STATISTICS_ROWS}
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
-    types = dict.fromkeys(("a", "b", "w"), f"*{dtype}")
-    if descriptors:
-        a, b = ([1, config.BLOCK_T, block] for block in (config.BLOCK_A, config.BLOCK_B))
-        w = [config.BLOCK_B, config.BLOCK_A] if columns else [config.BLOCK_A, config.BLOCK_B]
-        types = {name: f"tensordesc<{dtype}{box}>" for name, box in (("a", a), ("b", b), ("w", w))}
+    options = _options(constants)
+    types = _described(dtype, config, columns) if descriptors else dict.fromkeys(("a", "b", "w"), f"*{dtype}")
     name = (
         f"linear_importance {config.BLOCK_A}x{config.BLOCK_B}x{config.BLOCK_T} stages={config.num_stages} "
         f"group={config.GROUP_A} {widths} {'columns' if columns else 'rows'} "
@@ -151,13 +149,38 @@ def linear_importance(
     )  # fmt: skip
 
 
+def persistent(dtype: str, config: linear.LinearImportanceConfig, columns: bool) -> Variant:
+    """The configuration of the sweep alone, of a width that tiles reach beyond."""
+    constants = dataclasses.asdict(config) | {"COLUMNS": columns, "TAIL": True}
+    constants |= {"STATISTICS_ROWS": linear.STATISTICS_ROWS}
+    options = _options(constants)
+    tile = f"{config.BLOCK_A}x{config.BLOCK_B}x{config.BLOCK_T}"
+    name = f"persistent {tile} stages={config.num_stages} tail {'columns' if columns else 'rows'}"
+    elements = config.BLOCK_A * config.BLOCK_B // (32 * config.num_warps)
+    types, kernel = _described(dtype, config, columns), linear._persistent_linear_importance_kernel
+    return Variant(name, kernel, dtype, types, constants, options, True, (90,), elements, default=False)
+
+
+def _options(constants: dict[str, object]) -> dict[str, int]:
+    """What of a configuration is the compiler's, taken from the kernel's constants, with what is the launch's."""
+    del constants["persistent"]
+    return {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
+
+
+def _described(dtype: str, config: linear.LinearImportanceConfig, columns: bool) -> dict[str, str]:
+    """The types of a, b and w as descriptors."""
+    a, b = ([1, config.BLOCK_T, block] for block in (config.BLOCK_A, config.BLOCK_B))
+    w = [config.BLOCK_B, config.BLOCK_A] if columns else [config.BLOCK_A, config.BLOCK_B]
+    return {name: f"tensordesc<{dtype}{box}>" for name, box in (("a", a), ("b", b), ("w", w))}
+
+
 def grouped_linear_importances(dtype: str) -> Iterator[Variant]:
     """What a launch for the experts of a layer chooses; fp16 is multiplied as bf16 is."""
     for widths in ("whole", "ragged") if dtype != "fp16" else ():
         config = grouped.config_for(*WIDTHS[widths], DTYPES[dtype])
         for columns in (False, True):
             constants = dataclasses.asdict(config) | {"COLUMNS": columns}
-            options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
+            options = _options(constants)
             types = dict.fromkeys(("a_ptr", "b_ptr", "w_ptr"), f"*{dtype}") | {"offsets_ptr": "*i64"}
             name = (
                 f"grouped_linear_importance {config.BLOCK_A}x{config.BLOCK_B}x{config.BLOCK_T} {widths} "
@@ -241,7 +264,11 @@ def worsened() -> Iterator[tuple[tuple[str, ...], Variant]]:
     yield ("a block fits its device", "two blocks fit on an SM"), _with_options(default, num_stages=8)
     yield ("two blocks fit on an SM",), _with_options(default, maxnreg=None)
     for gate, product in zip(("by descriptors", "by pointers", "of ragged widths"), products.values(), strict=True):
-        yield (f"a short epilogue {gate}",), _rewritten(product, "tl.abs(product)", "tl.sqrt_rn(product * product)")
+        longer = _rewritten(product, "+= of_rows_abs", "+= of_rows_abs + tl.sum(tl.sqrt_rn(g * g), 1)")
+        yield (f"a short epilogue {gate}",), longer
+    in_turn = persistent("bf16", linear.PERSISTENT, False)
+    longer = _rewritten(in_turn, "g, w, row", "tl.sqrt_rn(g * g), w, row")
+    yield ("a persistent loop with its epilogue",), longer
 
     by_rows = next(grouped_linear_importances("bf16"))
     yield (

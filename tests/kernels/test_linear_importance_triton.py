@@ -238,6 +238,19 @@ def test_uncounted_elements_make_the_sums_non_finite_and_nothing_else_differs(co
 
 
 @both_sides
+@pytest.mark.parametrize("shape", [(3, 17, 24, 40), (2, 63, 16, 72), (1, 1, 8, 32), (5, 40, 200, 48)])
+def test_programs_that_take_tiles_in_turn_equal_fp64(shape: tuple[int, int, int, int], columns: bool) -> None:
+    """More tiles than programs, and fewer; and the same bits as tile by tile."""
+    x, dy, w = tensors(shape, torch.float16)
+    if not kernel.descriptors_work(x, dy, w):
+        pytest.skip("this Triton or this device has no tensor descriptors: they are NOT tested here")
+    config = replace(SMALL, persistent=True)
+    found = kernel.linear_importance_triton(x, dy, w, columns, config)
+    assert_equals_fp64(found, x, dy, w, columns)
+    assert all(map(torch.equal, found, kernel.linear_importance_triton(x, dy, w, columns, SMALL)))
+
+
+@both_sides
 def test_the_same_bits_every_time(columns: bool) -> None:
     x, dy, w = tensors((3, 17, 20, 40), torch.bfloat16)
     first = kernel.linear_importance_triton(x, dy, w, columns, SMALL)
