@@ -12,19 +12,19 @@ from benchmarks.jobs import plan_table
 from benchmarks.jobs.calibrators import RECOMPUTING
 from benchmarks.jobs.memory import HELD_OUT
 from benchmarks.results import Record
-from gradprune.config import PruneConfig
+from gradprune.config import DEFAULT_METHODS
 
 MOST_ROWS = 6
 PEER = "torch-pruning GroupTaylor"
 # Of the models that are measured, the first of these that has results is shown in README.md.
 MODELS = ("demo, KV heads repeated", "demo")
-_DEFAULT = f"gradprune {PruneConfig().importance_method}"
 # The providers that README.md shows, best settings first, and what they are called there.
 QUALITY = {
     "gradprune search + least squares": "`gradprune search`",
-    f"{_DEFAULT} + least squares T=0": f"`gradprune prune` (`{PruneConfig().importance_method}`, repaired)",
+    f"gradprune {DEFAULT_METHODS[0]} + least squares T=0": f"`gradprune prune` (`{DEFAULT_METHODS[0]}`, repaired)",
+    "gradprune group_fisher + least squares T=0": "`group_fisher`, repaired",
     "gradprune taylor + least squares T=0": "`taylor`, repaired",
-    f"{_DEFAULT} T=0": f"`{PruneConfig().importance_method}`, not repaired",
+    "gradprune group_fisher T=0": "`group_fisher`, not repaired",
     "gradprune magnitude T=0": "`magnitude`, not repaired",
     PEER: "Torch-Pruning `GroupTaylor`, its defaults",
 }

@@ -90,13 +90,13 @@ def test_options_may_be_written_with_either_dash(gradprune, model_folder: Path, 
 
 def test_the_default_output_name_tells_what_it_is(gradprune, model_folder: Path, ids_file: Path) -> None:
     assert gradprune("prune", "--base_model", model_folder, "--dataset", ids_file, *QUICK)[0] == 0
-    assert [path.name for path in Path("results").iterdir()] == ["tiny-group_fisher-0.2"]
+    assert [path.name for path in Path("results").iterdir()] == ["tiny-obs-0.2"]
 
 
 def test_a_run_with_a_target_is_named_by_it(gradprune, model_folder: Path, ids_file: Path) -> None:
     target = ("--target_parameters", "60.5K")
     assert gradprune("prune", "--base_model", model_folder, "--dataset", ids_file, *target, *QUICK)[0] == 0
-    name = "results/tiny-group_fisher-parameters-60.5K"
+    name = "results/tiny-obs-parameters-60.5K"
     assert json.loads(Path(name, "analysis/summary.json").read_text())["parameters"]["after"] <= 60_500
     # As it is written down, the run can be done again.
     assert gradprune("prune", "--config", f"{name}/run.json", "--output_name", "again")[0] == 0

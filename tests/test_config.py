@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from gradprune import PruneConfig
 from gradprune.cli import app
 from gradprune.config import (
-    DEFAULT_METHODS,
     METHODS,
     OPTIONS,
     PARTS,
@@ -153,11 +152,13 @@ def test_a_part_checks_like_the_whole() -> None:
 
 
 def test_the_default_method_is_decided_with_the_kinds_and_recorded() -> None:
-    for config, method in ((PruneConfig(), DEFAULT_METHODS[0]), (PruneConfig(prune_kinds="experts"), "group_fisher")):
+    cases = ((None, "obs"), ("attention,expert_channels", "obs"), ("attention,experts", "group_fisher"))
+    for kinds, method in cases:
+        config = PruneConfig(prune_kinds=kinds)
         assert config.importance_method == config.scoring.importance_method == method
         assert config.to_dict()["importance_method"] == method
         assert f"--importance_method {method}" in command_line(config)
-    assert Scoring().importance_method == DEFAULT_METHODS[0]
+    assert Scoring().importance_method == "obs"
     assert PruneConfig(importance_method="obs", prune_kinds="experts").importance_method == "obs"
 
 

@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from gradprune import ImportanceEngine, PruneConfig
+from gradprune import ImportanceEngine
 from gradprune.calibration.engine import Scores
+from gradprune.config import Method
 from gradprune.models import Block, describe
 from gradprune.models.modes import forward_replaced
 
 # Suffix of the providers that recompute activations even if the job does not make everyone do so.
 RECOMPUTING = " recomputing"
-# Suffix of the providers that collect no more than the default method needs.
+# Suffix of the providers that collect no more than this method needs, which takes the passes that `obs` takes.
 NEEDED = " needed evidence"
+NEEDED_METHOD: Method = "group_fisher"
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,13 @@ def _ours_recomputing(backend: str, model: PreTrainedModel, batches: Sequence[Te
 
 
 def _ours_needed(backend: str, model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -> Outcome:
-    """The default method, which needs no weight's gradient; `prune` takes those of its first batches, to diagnose."""
-    method = PruneConfig().importance_method
+    """No weight's gradient is needed; `prune` takes those of its first batches, to diagnose."""
     with ImportanceEngine(
-        model, method, backend=backend, use_gradient_checkpointing=recompute, weight_gradient_steps=0
+        model, NEEDED_METHOD, backend=backend, use_gradient_checkpointing=recompute, weight_gradient_steps=0
     ) as engine:
         for ids in batches:
             engine.step(ids)
-    return Outcome({method: _column(engine.scores())})
+    return Outcome({NEEDED_METHOD: _column(engine.scores())})
 
 
 def _forward(model: PreTrainedModel, batches: Sequence[Tensor], _recompute: bool) -> Outcome:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from accelerate import init_empty_weights
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -19,6 +20,12 @@ _MODELS = {
 }
 _DEVICES = {"24 GB": 24 * 10**9, "80 GB": 80 * 10**9, "141 GB": 141 * 10**9}
 _CONFIG = PruneConfig(num_samples=128, seq_len=2048, batch_size=1, measure_speed=False, in_place=True)
+# What is left out where it does not fit.
+_LESS: dict[str, dict[str, Any]] = {
+    "": {},
+    ", no repair": {"repair": "none"},
+    ", no repair, group_fisher": {"repair": "none", "importance_method": "group_fisher"},
+}
 
 
 def rows() -> tuple[list[str], list[list[str]]]:
@@ -50,14 +57,14 @@ def _shape(name: str) -> ModelShape:
 
 def _fitting(shape: ModelShape, room: int) -> str:
     """The fastest way to run that fits, and what it holds on the device."""
-    for repair in (_CONFIG.repair, "none"):
+    for less, without in _LESS.items():
         for way, streamed, recomputing in (
             ("whole", False, False),
             ("recomputing", False, True),
             ("streamed", True, True),
         ):
-            config = replace(_CONFIG, repair=repair, use_gradient_checkpointing=recomputing)
+            config = replace(_CONFIG, **without, use_gradient_checkpointing=recomputing)
             found = footprint(shape, config, streamed=streamed, accelerated=True)
             if found.fits(room):
-                return f"{way}{'' if repair != 'none' else ', no repair'}: {in_gib(found.device)}"
+                return f"{way}{less}: {in_gib(found.device)}"
     return "-"

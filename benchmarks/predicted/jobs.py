@@ -15,6 +15,7 @@ from benchmarks.predicted.stages import cut_forward_pass, lost_at, removal_of_al
 from benchmarks.predicted.steps import engine_step, forward_pass, plain_step
 from benchmarks.results import Kind, Record, run_id
 from gradprune import PruneConfig
+from gradprune.config import CURVATURE_SAMPLES
 from gradprune.config.domains import bytes_of
 from gradprune.models import describe
 
@@ -37,22 +38,29 @@ def passes(card: Card, toy: bool) -> Iterator[Record]:
         step = count(batch)
         yield _of_pass(card, job.compared.text, provider, steps * pass_seconds(step, card), step.peak)
     needed, every = (count(job.batch) for count in list(counted.values())[:2])
-    found = list(_stages(card, needed, every, layers))
+    found = list(_stages(card, needed, every, layers, toy))
     yield from found
     total, peak = sum(stage.ms_p50 or 0.0 for stage in found), max(stage.peak_memory or 0 for stage in found)
     yield _of_pass(card, job.load(job.samples).text, whole.OURS, total / 1e3, peak)
     yield _of_pass(card, job.load(job.samples).text, "removal paths of obs", _removals(card, toy), 0)
 
 
-def _stages(card: Card, needed: Counted, every: Counted, layers: int | None) -> Iterator[Record]:
-    """Those of `prune` that a card takes time for, by what a step takes that collects what is needed, or everything."""
+def _stages(card: Card, needed: Counted, every: Counted, layers: int | None, toy: bool) -> Iterator[Record]:
+    """Those of `prune` that a card takes time for, by what a step takes that collects what is needed, or everything.
+
+    Of importance by `obs`, the sums of Gram matrices are not counted.
+    """
     job, config = whole.FULL, PruneConfig()
     load, shape, lost = job.load(job.samples), (job.batch, job.compared.tokens), lost_at(job.size, config.pruning_ratio)
     weights = config.collect_batches
     of_every, of_needed = (pass_seconds(step, card) for step in (every, needed))
-    total = weights * of_every + (job.samples // job.batch - weights) * of_needed
+    stepped = min(job.samples, CURVATURE_SAMPLES if config.curvatures_alone else job.samples)
+    total = weights * of_every + (stepped // job.batch - weights) * of_needed
     yield _of_pass(card, load.text, "stage calibration", total, max(every.peak, needed.peak))
     before = forward_pass(job.size, layers, *shape)
+    if config.importance_method == "obs":
+        of_all = job.samples // job.batch * pass_seconds(before, card) + _removals(card, toy)
+        yield _of_pass(card, load.text, "stage importance", of_all, before.peak)
     yield _of_pass(card, load.text, "stage perplexity_before", pass_seconds(before, card), before.peak)
     # Each layer takes as long as the third: the first reads nothing of a repaired one.
     count = _LAYERS if layers is None else layers

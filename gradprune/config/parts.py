@@ -47,7 +47,7 @@ GradientBackend = Literal["auto", "reference", "cpp", "cuda"]
 TARGETS = ("target_parameters", "target_bytes", "target_speedup")
 METHODS: tuple[Method, ...] = get_args(Method)
 GRADIENT_METHODS = ("taylor", "taylor_2nd", "fisher", "group_fisher", "obs")
-DEFAULT_METHODS: tuple[Method, ...] = ("group_fisher",)
+DEFAULT_METHODS: tuple[Method, ...] = ("obs", "group_fisher")
 """The default method is the first of these that there is for what is pruned."""
 CURVATURE_SAMPLES = 32
 """Samples whose gradients give "obs" the blocks' curvatures, one number each, where nothing else needs gradients: those
@@ -195,7 +195,9 @@ class Calibration(Options):
 class Scoring(Options):
     """Scoring."""
 
-    importance_method: MethodOption | None = option(None, "How groups are scored; auto searches; default group_fisher.")
+    importance_method: MethodOption | None = option(
+        None, "How groups are scored; auto searches; default obs, or group_fisher where whole experts are pruned."
+    )
     gradient_fix: str = option(
         "none",
         f"Rescaling of vanishing gradients: {', '.join(GRADIENT_FIXES)}, a chain such as adaptive+depth:sqrt, "

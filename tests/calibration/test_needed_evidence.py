@@ -129,7 +129,8 @@ def test_the_file_says_what_it_holds(method: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def needed_file(tmp_path: Path) -> str:
-    run(tiny_model(), output_name="a", output_dir=str(tmp_path), collect_batches=1, repair="none")
+    given = {"importance_method": "group_fisher", "output_name": "a", "output_dir": str(tmp_path)}
+    run(tiny_model(), collect_batches=1, repair="none", **given)
     return str(tmp_path / "a" / "analysis" / "evidence.safetensors")
 
 
@@ -137,8 +138,12 @@ def needed_file(tmp_path: Path) -> str:
     ("options", "error", "named"),
     [
         ({"importance_method": "taylor"}, GradPruneError, r"'taylor' was not collected .* or with evidence 'all'"),
-        ({"importance_method": "obs"}, GradPruneError, r"'obs' was not collected .* or with evidence 'all'"),
-        ({"gradient_fix": "adaptive"}, ConfigError, r"gradient_fix: 'adaptive' needs .* all 8 samples.* 4; calibrate"),
+        ({}, GradPruneError, r"'obs' was not collected .* or with evidence 'all'"),
+        (
+            {"gradient_fix": "adaptive", "importance_method": "group_fisher"},
+            ConfigError,
+            r"gradient_fix: 'adaptive' needs .* all 8 samples.* 4; calibrate",
+        ),
     ],
 )
 def test_what_is_not_there_is_refused_with_the_remedy(options, error, named: str, needed_file: str) -> None:
@@ -151,7 +156,7 @@ def test_a_method_that_is_not_there_is_refused_before_anything_is_measured(neede
     with pytest.raises(
         GradPruneError, match=r"'obs'.* name one of those that were, magnitude, wanda, group_fisher, or"
     ):
-        run(tiny_model(), evidence_file=needed_file, importance_method="obs")
+        run(tiny_model(), evidence_file=needed_file)
 
 
 def test_a_prior_that_is_not_there_is_refused_with_the_remedy(tmp_path: Path) -> None:

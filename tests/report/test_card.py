@@ -54,7 +54,7 @@ def test_it_says_what_was_pruned_how_and_what_was_measured(results: Path) -> Non
     assert card.data.base_model is None
     assert re.search(r"^# dense pruned by (1\d\.\d|20\.0)%$", card.text, flags=re.MULTILINE)
     assert "| perplexity | " in card.text
-    assert "`group_fisher`" in card.text
+    assert "`obs`" in card.text
     assert "gradprune prune --base_model dense --num_samples 8" in card.text
     assert "AutoModelForCausalLM.from_pretrained" in card.text
     assert "mlx_lm.generate" in card.text
