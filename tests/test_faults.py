@@ -226,9 +226,10 @@ def test_quiet_and_verbose(work: Path, given_files: list[object]) -> None:
     assert code == 0
     assert "info: Calibration took" in err
     code, err = run(work, "prune", *given_files, "--output_name", "z")
-    assert [line for line in err.splitlines() if line.endswith(" ...")][:4] == [
+    assert [line for line in err.splitlines() if line.endswith(" ...")][:5] == [
         "Loading the model ...",
         "Calibration ...",
+        "Importance ...",
         "Priors ...",
         "Perplexity before ...",
     ]
