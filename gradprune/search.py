@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from gradprune.calibration.evidence import Evidence
-from gradprune.config import GRADIENT_METHODS, Normalize, Scoring
+from gradprune.config import GRADIENT_METHODS, Method, Normalize, Scoring
 from gradprune.data.windows import batches
 from gradprune.errors import SelectionError
 from gradprune.models import PrunableModel, describe
@@ -208,7 +208,7 @@ def _candidates(run: Run, evidence: Evidence) -> Iterator[_Candidate]:
     """Every scoring of the space that selects something new; first the default, then the other fixed settings."""
     config = run.config
     seen: set[bytes] = set()
-    fixed = list(_fixed(config.scoring, evidence))
+    fixed = list(_fixed(config.scoring, evidence, evidence.default_method(config.repair)))
     for number, scoring in enumerate(itertools.chain(fixed, _space(config.scoring, evidence))):
         try:
             choice = choose(run.view, evidence, scoring, config.constraints, config.pruning_ratio)
@@ -221,10 +221,10 @@ def _candidates(run: Run, evidence: Evidence) -> Iterator[_Candidate]:
         yield _Candidate(scoring, choice.masks, fixed=number < len(fixed))
 
 
-def _fixed(scoring: Scoring, evidence: Evidence) -> Iterator[Scoring]:
+def _fixed(scoring: Scoring, evidence: Evidence, default: Method) -> Iterator[Scoring]:
     """Every method without and with plain H-GSP, the default first; no fix but one that batches already had."""
     fix = evidence.fixes(FIXES)[0]
-    methods = sorted(evidence.methods, key=lambda method: method != evidence.default_method)
+    methods = sorted(evidence.methods, key=lambda method: method != default)
     for method, (temperature, tau) in itertools.product(methods, (TEMPERATURES[0], TEMPERATURES[2])):
         if fix == "none" or method in GRADIENT_METHODS:
             yield replace(scoring, importance_method=method, temperature=temperature, tau=tau, gradient_fix=fix)

@@ -50,7 +50,7 @@ def at_target(run: Run, evidence: Evidence) -> Run:
     scoring = config.scoring
     if config.importance_method == "auto":
         # What search compares with, until it has chosen.
-        scoring = replace(scoring, importance_method=evidence.default_method)
+        scoring = replace(scoring, importance_method=evidence.default_method(config.repair))
 
     def chosen(ratio: float) -> Choice:
         return choose(run.view, evidence, scoring, config.constraints, ratio)

@@ -151,10 +151,14 @@ def test_a_part_checks_like_the_whole() -> None:
         Scoring("wanda", "adaptive")
 
 
-def test_the_default_method_is_decided_with_the_kinds_and_recorded() -> None:
-    cases = ((None, "obs"), ("attention,expert_channels", "obs"), ("attention,experts", "group_fisher"))
-    for kinds, method in cases:
-        config = PruneConfig(prune_kinds=kinds)
+def test_the_default_method_is_decided_with_kinds_and_repair_and_recorded() -> None:
+    for options, method in (
+        ({}, "obs"),
+        ({"prune_kinds": "attention,expert_channels"}, "obs"),
+        ({"prune_kinds": "attention,experts"}, "group_fisher"),
+        ({"repair": "none"}, "group_fisher"),
+    ):
+        config = PruneConfig(**options)
         assert config.importance_method == config.scoring.importance_method == method
         assert config.to_dict()["importance_method"] == method
         assert f"--importance_method {method}" in command_line(config)

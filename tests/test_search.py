@@ -11,7 +11,7 @@ import torch
 import gradprune.search as search_module
 from gradprune import PruneConfig
 from gradprune.cli import app
-from gradprune.config import DEFAULT_METHODS, Constraints, Scoring, command_line
+from gradprune.config import Constraints, Scoring, command_line, default_methods
 from gradprune.data.samples import draw_samples
 from gradprune.errors import CalibrationError, ConfigError
 from gradprune.models import describe
@@ -22,6 +22,9 @@ from gradprune.scoring.selection import select
 from gradprune.surgery.masking import masked
 from helpers.pipeline_runs import TOKENS, run
 from helpers.tiny_models import tiny_model
+
+# Of searches without repair, as here.
+DEFAULT = default_methods("none")[0]
 
 
 def found(model=None, **options):
@@ -47,7 +50,7 @@ def test_every_difference_is_measured_sample_by_sample() -> None:
             masks = table.masks(select(table, 0.2, result.before.parameters, Constraints()))
             with masked(view, masks):
                 losses[scoring] = np.array([mean_loss(model, [sample[None]]) for sample in searched])
-    default = losses[Scoring(DEFAULT_METHODS[0])]
+    default = losses[Scoring(DEFAULT)]
     trials = {trial.scoring: trial for trial in result.search.trials if trial.samples == 8}
     compared = [scoring for scoring in losses if scoring in trials]
     assert len(compared) >= 6  # the others select what one before them does
@@ -75,17 +78,17 @@ def test_the_default_stays_unless_another_is_better_beyond_its_error(
         return (losses(candidate, sum(map(len, searched))) for candidate in candidates)
 
     def losses(candidate, count):
-        if candidate.scoring.importance_method == DEFAULT_METHODS[0]:
+        if candidate.scoring.importance_method == DEFAULT:
             return of_samples[:count]
         better = advantage if candidate.scoring.importance_method == "wanda" else -0.2
         return (of_samples - better + spread)[:count]
 
     monkeypatch.setattr(search_module, "_masked_losses", planted)
     result = found(search_samples=16)
-    assert result.search.winner.scoring.importance_method == (method or DEFAULT_METHODS[0])
+    assert result.search.winner.scoring.importance_method == (method or DEFAULT)
     assert result.search.threshold == pytest.approx(math.sqrt(2 * math.log(result.search.candidates)))
     verdict = search_verdict(result.search)
-    assert verdict.startswith(method or f"The default ({DEFAULT_METHODS[0]}")
+    assert verdict.startswith(method or f"The default ({DEFAULT}")
     if noise and advantage > 0.0:
         errors = advantage / (noise * (16 / 15) ** 0.5 / 4)
         assert f"{advantage:.4f} nats a token, {errors:.1f} standard errors over 16 samples" in verdict

@@ -16,7 +16,7 @@ from gradprune.calibration.methods import importance
 from gradprune.calibration.priors import Priors
 from gradprune.calibration.reduction import REDUCTIONS
 from gradprune.calibration.sealed import DamagedFileError, read_sealed, write_sealed
-from gradprune.config import DEFAULT_METHODS, METHODS, Method, Prior, ReductionName
+from gradprune.config import METHODS, Method, Prior, ReductionName, RepairName, default_methods
 from gradprune.errors import CheckpointError, ConfigError, GradPruneError, NonFiniteError, one_line
 from gradprune.models import BlockKey, whole_view
 from gradprune.models.digest import model_digest
@@ -139,10 +139,9 @@ class Evidence:
         needed = {"taylor_2nd": {"taylor", "fisher"}}
         return tuple(method for method in METHODS if needed.get(method, {method}) <= set(self.components))
 
-    @property
-    def default_method(self) -> Method:
+    def default_method(self, repair: RepairName) -> Method:
         """What others are compared with: the first of the default methods that was collected, if any."""
-        return next((method for method in DEFAULT_METHODS if method in self.methods), self.methods[0])
+        return next((method for method in default_methods(repair) if method in self.methods), self.methods[0])
 
     def check_method(self, method: Method) -> None:
         """Refuse a method whose components were not collected.

@@ -30,6 +30,7 @@ from gradprune.config.parts import (
     Scoring,
     Search,
     StreamLayers,
+    default_methods,
 )
 from gradprune.config.prune_config import OLDER_NAMES, OPTIONS, PruneConfig
 
@@ -70,6 +71,7 @@ __all__ = [
     "check_gradient_fix",
     "command_line",
     "count_of",
+    "default_methods",
     "device_map_of",
     "options_of",
 ]

@@ -48,7 +48,8 @@ TARGETS = ("target_parameters", "target_bytes", "target_speedup")
 METHODS: tuple[Method, ...] = get_args(Method)
 GRADIENT_METHODS = ("taylor", "taylor_2nd", "fisher", "group_fisher", "obs")
 DEFAULT_METHODS: tuple[Method, ...] = ("obs", "group_fisher")
-"""The default method is the first of these that there is for what is pruned."""
+"""The default method is the first of these that there is for what is pruned; without repair, which "obs" counts on, the
+second."""
 CURVATURE_SAMPLES = 32
 """Samples whose gradients give "obs" the blocks' curvatures, one number each, where nothing else needs gradients: those
 of SmolLM2-135M's 60 blocks from 32 samples of 128 tokens vary by 10 % around those from 128."""
@@ -58,9 +59,10 @@ _UNIT_INTERVAL = numbers("between 0 and 1 (both excluded)", lambda x: 0.0 < x < 
 _UNIT_OR_ONE = numbers("above 0 and at most 1", lambda x: 0.0 < x <= 1.0)
 
 
-def default_method(kinds: Collection[str] = ()) -> Method:
-    """What scores groups of these kinds where no method is named; "obs" is not defined for whole experts."""
-    return next(method for method in DEFAULT_METHODS if method != "obs" or "experts" not in kinds)
+def default_methods(repair: RepairName, kinds: Collection[str] = ()) -> tuple[Method, ...]:
+    """What scores groups of these kinds where no method is named, best first; there is no "obs" for whole experts."""
+    with_obs = repair != "none" and "experts" not in kinds
+    return tuple(method for method in DEFAULT_METHODS if method != "obs" or with_obs)
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class Scoring(Options):
     """Scoring."""
 
     importance_method: MethodOption | None = option(
-        None, "How groups are scored; auto searches; default obs, or group_fisher where whole experts are pruned."
+        None, "How groups are scored; auto searches; default obs, or group_fisher for whole experts or without repair."
     )
     gradient_fix: str = option(
         "none",
@@ -235,7 +237,7 @@ class Scoring(Options):
         """Where no method is named, it is the default one; afterwards there always is one."""
         super().decide()
         if self.importance_method is None:
-            object.__setattr__(self, "importance_method", default_method())
+            object.__setattr__(self, "importance_method", DEFAULT_METHODS[0])
 
     def check_together(self) -> None:
         """A gradient fix needs a method that uses gradients."""

@@ -15,7 +15,7 @@ from gradprune.config.parts import (
     Repair,
     Scoring,
     Search,
-    default_method,
+    default_methods,
 )
 from gradprune.errors import ConfigError
 
@@ -77,9 +77,9 @@ class PruneConfig(Output, Repair, Constraints, Search, Scoring, Calibration, Dat
         return replace(self, **vars(part))
 
     def decide(self) -> None:
-        """The default method depends on the kinds that are pruned."""
+        """The default method depends on the kinds that are pruned, and on the repair."""
         if self.importance_method is None:
-            object.__setattr__(self, "importance_method", default_method(self.kinds or ()))
+            object.__setattr__(self, "importance_method", default_methods(self.repair, self.kinds or ())[0])
         super().decide()
 
     def check_together(self) -> None:

@@ -138,7 +138,7 @@ def needed_file(tmp_path: Path) -> str:
     ("options", "error", "named"),
     [
         ({"importance_method": "taylor"}, GradPruneError, r"'taylor' was not collected .* or with evidence 'all'"),
-        ({}, GradPruneError, r"'obs' was not collected .* or with evidence 'all'"),
+        ({"importance_method": "obs"}, GradPruneError, r"'obs' was not collected .* or with evidence 'all'"),
         (
             {"gradient_fix": "adaptive", "importance_method": "group_fisher"},
             ConfigError,
