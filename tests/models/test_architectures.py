@@ -133,9 +133,11 @@ def test_weights_that_are_stored_transposed_are_scored_as_they_are_stored(monkey
 
     def seen(x: torch.Tensor, dy: torch.Tensor, w: torch.Tensor, side: str) -> object:
         scored.append(w)
-        return ops.linear_importance(x, dy, w, side)
+        return ops.linear_importance_uncounted(x, dy, w, side)
 
-    monkeypatch.setattr("gradprune.calibration.engine.select_ops", lambda *_: replace(ops, linear_importance=seen))
+    monkeypatch.setattr(
+        "gradprune.calibration.engine.select_ops", lambda *_: replace(ops, linear_importance_uncounted=seen)
+    )
     with ImportanceEngine(model, method="taylor") as engine:
         engine.step(tiny_ids(2))
     stored = {parameter.data_ptr() for parameter in model.parameters()}
