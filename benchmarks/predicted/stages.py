@@ -32,7 +32,7 @@ def uniform_masks(view: PrunableModel, lost: float) -> GroupMasks:
 def lost_at(size: str, ratio: float) -> float:
     """The part of all groups that goes with `ratio` of the model's parameters."""
     view = describe(llama(size))
-    return ratio * view.parameters / sum(block.groups * block.cost for block in view.blocks)
+    return ratio * view.parameters / view.prunable
 
 
 def repair_pass(size: str, layers: int, lost: float, batches: int, held_out: int, shape: tuple[int, int]) -> Counted:

@@ -151,13 +151,18 @@ def _sources(options: Namespace) -> dict[str, tuple[str, str | None, str | None]
     if not (options.toy or (options.quick and stories.is_dir())):
         sources["demo"] = (str(demo_model_path()), None, None)
     if SMOLLM2 in options.models:
-        texts = (options.dataset, options.eval_dataset) if options.dataset else shared_texts("wikitext2_raw")
+        texts = smollm2_texts(options)
         try:
             find_gguf(SMOLLM2)
             sources[SMOLLM2] = (SMOLLM2, *texts)
         except CheckpointError as error:
             say(f"SKIPPED: {SMOLLM2}: {error}")
     return sources
+
+
+def smollm2_texts(options: Namespace) -> tuple[str | None, str | None]:
+    """What --dataset and --eval_dataset name; else two parts of WikiText-2."""
+    return (options.dataset, options.eval_dataset) if options.dataset else shared_texts("wikitext2_raw")
 
 
 def shared_texts(name: str) -> tuple[str, str]:
@@ -171,6 +176,17 @@ def load_subject(base_model: str, dataset: str | None, eval_dataset: str | None,
     model, tokenizer = load_model(base_model, device=device)
     evaluation = load_tokens(eval_dataset, tokenizer, split="evaluation")
     return Subject(Path(base_model).name, model, tokenizer, load_tokens(dataset, tokenizer), evaluation)
+
+
+def chosen_subject(options: Namespace) -> Subject:
+    """What --base_model names, with its texts; else SmolLM2-135M, or the demo model for --toy."""
+    if options.base_model is not None:
+        source = (options.base_model, options.dataset, options.eval_dataset)
+    elif options.toy:
+        source = (str(demo_model_path()), None, None)
+    else:
+        source = (SMOLLM2, *smollm2_texts(options))
+    return load_subject(*source, options.device)
 
 
 @dataclass(frozen=True)
@@ -217,7 +233,7 @@ def _choices(run: Run, options: Namespace) -> Iterator[Choice]:
     run = replace(run, config=replace(run.config, importance_method="auto", search_minutes=60.0))
     evidence, model, constraints = gather_evidence(run), run.view.model, run.config.constraints
     traced = _torch_pruning(model, run.samples.calibration)
-    prunable = sum(block.groups * block.cost for block in run.view.blocks) / run.view.parameters
+    prunable = run.view.prunable / run.view.parameters
     for given in options.ratios:
         ratio = given * prunable if options.prunable else given
         for temperature in options.temperatures:

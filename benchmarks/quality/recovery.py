@@ -21,11 +21,10 @@ from transformers.utils import logging
 
 from benchmarks.options import parse, parser
 from benchmarks.progress import say
-from benchmarks.quality.methods import SMOLLM2, Quality, Subject, load_subject, quality_of, shared_texts
+from benchmarks.quality.methods import SMOLLM2, Quality, Subject, chosen_subject, quality_of
 from benchmarks.results import append, record
 from gradprune.checkpoint.load import load_model
 from gradprune.config import PruneConfig
-from gradprune.demo import demo_model_path
 from gradprune.pipeline import prune
 from gradprune.recovery.options import RecoveryConfig
 from gradprune.recovery.recover import recover
@@ -38,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(_parser(), arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    subject = load_subject(*_source(options), options.device)
+    subject = chosen_subject(options)
     pruned = _pruned(subject, options)
     dense, before = (quality_of(model, subject, options) for model in (subject.model, pruned))
     _append(subject, "dense", dense, dense, {}, options)
@@ -74,15 +73,6 @@ def _parser() -> Any:
     made.add_argument("--tasks", type=Path, default=None, help="folder of .jsonl files with zero-shot questions")
     made.add_argument("--max_questions", type=int, default=None, help="at most this many of each task")
     return made
-
-
-def _source(options: Namespace) -> tuple[str, str | None, str | None]:
-    """The dense model, and the texts to train and to measure on."""
-    if options.base_model is not None:
-        return options.base_model, options.dataset, options.eval_dataset
-    if options.toy:
-        return str(demo_model_path()), None, None
-    return SMOLLM2, *((options.dataset, options.eval_dataset) if options.dataset else shared_texts("wikitext2_raw"))
 
 
 def _pruned(subject: Subject, options: Namespace) -> PreTrainedModel:

@@ -19,11 +19,10 @@ from transformers.utils import logging
 
 from benchmarks.options import listed, parse, parser
 from benchmarks.progress import say
-from benchmarks.quality.methods import SMOLLM2, Subject, load_subject, shared_texts
+from benchmarks.quality.methods import SMOLLM2, Subject, chosen_subject
 from benchmarks.results import append, record
 from gradprune.config import DEFAULT_METHODS, PruneConfig
 from gradprune.data.windows import batches
-from gradprune.demo import demo_model_path
 from gradprune.models import describe
 from gradprune.models.loss import sample_losses
 from gradprune.pipeline import prune
@@ -45,22 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(made, arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    subject = _subject(options)
+    subject = chosen_subject(options)
     for method in options.methods:
         _measure(subject, _config(subject.model, method, options), options)
 
 
-def _subject(options: Namespace) -> Subject:
-    if options.base_model is not None:
-        return load_subject(options.base_model, options.dataset, options.eval_dataset, options.device)
-    if options.toy:
-        return load_subject(str(demo_model_path()), None, None, options.device)
-    return load_subject(SMOLLM2, *shared_texts("wikitext2_raw"), options.device)
-
-
 def _config(model: PreTrainedModel, method: str, options: Namespace) -> PruneConfig:
     view = describe(model)
-    ratio = options.prunable * sum(block.groups * block.cost for block in view.blocks) / view.parameters
+    ratio = options.prunable * view.prunable / view.parameters
     samples = options.num_samples or (4 if options.toy else PruneConfig().num_samples)
     return PruneConfig(
         importance_method=method, pruning_ratio=ratio, num_samples=samples, eval_samples=samples, generations=False,

@@ -16,7 +16,7 @@ from gradprune.config import CURVATURE_SAMPLES, OPTIONS, Method, PruneConfig
 from gradprune.data.windows import batches
 from gradprune.errors import ConfigError
 from gradprune.models.digest import model_digest
-from gradprune.models.experts import ExpertsBlock, WholeExperts
+from gradprune.models.experts import WholeExperts
 from gradprune.progress import progress
 from gradprune.run import Run
 
@@ -146,8 +146,7 @@ def _divided(run: Run, method: Method) -> tuple[Tensor, Tensor]:
         # Only the diagnosis of the layers' gradients needs samples.
         return samples[: config.collect_batches * config.batch_size], samples[:0]
     # An expert's curvature is that of the few tokens which it sees.
-    experts = any(isinstance(block, ExpertsBlock) for block in run.view.blocks)
-    if config.curvatures_alone and not experts:
+    if config.curvatures_alone and not run.view.has_experts:
         return samples[:CURVATURE_SAMPLES], samples[CURVATURE_SAMPLES:]
     return samples, samples[:0]
 

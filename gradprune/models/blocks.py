@@ -338,6 +338,11 @@ class PrunableModel:
             )
         return self
 
+    @property
+    def prunable(self) -> int:
+        """Parameters of all groups."""
+        return sum(block.groups * block.cost for block in self.blocks)
+
     @cached_property
     def parameters(self) -> int:
         """Parameters of the whole model, tied ones counted once."""

@@ -96,7 +96,7 @@ def model_shape(model: PreTrainedModel, itemsize: int | None = None) -> ModelSha
         outputs=tuple((each.output.weight.shape[0], each.output.weight.shape[1]) for each in blocks),
         read_width=max((block.read_width for block in view.blocks), default=0),
         groups=sum(block.groups for block in view.blocks),
-        prunable=sum(block.groups * block.cost for block in view.blocks),
+        prunable=view.prunable,
         experts=any(map(has_experts, layers_of(model))),
         expert=_widest_expert(view.blocks),
         itemsize=itemsize or model.dtype.itemsize,
