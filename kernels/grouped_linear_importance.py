@@ -153,14 +153,8 @@ def grouped_linear_importance_triton(
             b.stride(0),
             w.stride(0),
             w.stride(1),
-            BLOCK_A=config.BLOCK_A,
-            BLOCK_B=config.BLOCK_B,
-            BLOCK_T=config.BLOCK_T,
-            GROUP_A=config.GROUP_A,
             COLUMNS=columns,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            maxnreg=config.maxnreg,
+            **config.launched_with,
         )
     added, squares, largest, smallest, others = statistics.unbind(2)
     of_experts = (added.sum(1), squares.sum(1), largest.amax(1), smallest.amin(1), others.sum(1))

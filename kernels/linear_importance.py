@@ -9,7 +9,8 @@ runs along a tile's rows and stays within a warp:
 In the names below a tile is [A, B] of a's and b's widths.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,6 +53,11 @@ class LinearImportanceConfig:
     num_stages: int = 3
     maxnreg: int | None = None
     persistent: bool = False
+
+    @cached_property
+    def launched_with(self) -> dict[str, int | None]:
+        """What every launch takes by name; `persistent` chooses the kernel instead."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "persistent"}
 
 
 @triton.jit
@@ -489,17 +495,11 @@ def _launch(
         in_turn,
         *strides,
         w.stride(0),
-        BLOCK_A=config.BLOCK_A,
-        BLOCK_B=config.BLOCK_B,
-        BLOCK_T=config.BLOCK_T,
-        GROUP_A=config.GROUP_A,
         STATISTICS_ROWS=STATISTICS_ROWS,
         COLUMNS=columns,
         DESCRIPTORS=descriptors,
         TAIL=bool(height % config.BLOCK_A or width % config.BLOCK_B),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        maxnreg=config.maxnreg,
+        **config.launched_with,
     )
     return sums, statistics
 
@@ -522,16 +522,10 @@ def _launch_persistent(
         sums,
         statistics,
         *sizes,
-        BLOCK_A=config.BLOCK_A,
-        BLOCK_B=config.BLOCK_B,
-        BLOCK_T=config.BLOCK_T,
-        GROUP_A=config.GROUP_A,
         STATISTICS_ROWS=STATISTICS_ROWS,
         COLUMNS=columns,
         TAIL=bool(height % config.BLOCK_A or width % config.BLOCK_B),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        maxnreg=config.maxnreg,
+        **config.launched_with,
     )
 
 
