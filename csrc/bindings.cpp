@@ -16,6 +16,7 @@
 #include <omp.h>
 #endif
 
+#include "cpu/cheapest_removals.h"
 #include "cpu/grad_stats.h"
 #include "cpu/isa.h"
 #include "cpu/linear_importance.h"
@@ -189,6 +190,23 @@ void mask_gradient_binding(const ActivationsArgument& x_argument, const Activati
   mask_gradient(x, dx, samples, tokens, columns, outputs, threads, isa);
 }
 
+void cheapest_removals_binding(const std::tuple<std::uintptr_t, std::ptrdiff_t>& inverse,
+                               const std::tuple<std::uintptr_t, std::ptrdiff_t>& gram, std::ptrdiff_t columns,
+                               std::ptrdiff_t count, const std::array<std::uintptr_t, 2>& addresses,
+                               const std::string& isa_argument) {
+  require(columns >= 0, "columns: must not be negative");
+  require(count >= 0 && count <= columns, "count: must be 0 to columns");
+  const auto matrix = [&](const auto& argument) {
+    return static_cast<const double*>(pointer(std::get<0>(argument), columns, "inverse, gram: null address"));
+  };
+  const RemovalInputs inputs{matrix(inverse), std::get<1>(inverse), matrix(gram), std::get<1>(gram), columns};
+  const Isa isa = parse_isa(isa_argument);
+  auto* taken = static_cast<std::int64_t*>(pointer(addresses[0], count, "outputs: null address"));
+  auto* costs = static_cast<double*>(pointer(addresses[1], count, "outputs: null address"));
+  py::gil_scoped_release release;
+  cheapest_removals(inputs, count, taken, costs, isa);
+}
+
 std::vector<Gradient> parse_gradients(const std::vector<GradientArgument>& arguments) {
   std::vector<Gradient> gradients;
   gradients.reserve(arguments.size());
@@ -298,6 +316,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads"), py::arg("isa") = "auto",
         "Sums over tokens of x dx and of x^2, by sample. x, dx: as linear_importance's x, of one type; sizes: samples, "
         "tokens, columns; outputs: addresses of [samples, columns] each.");
+  m.def("cheapest_removals", &cheapest_removals_binding, py::arg("inverse"), py::arg("gram"), py::arg("columns"),
+        py::arg("count"), py::arg("outputs"), py::arg("isa") = "auto",
+        "Columns that are removed one by one, each time the cheapest. inverse, gram: (address, row stride) of fp64 "
+        "matrices [columns, columns]; outputs: addresses of taken, [count] int64, and costs, [count] fp64.");
   m.def("grad_stats", &grad_stats_binding, py::arg("gradients"), py::arg("out"), py::arg("threads"),
         py::arg("isa") = "auto",
         "Statistics of gradients, (address, elements, type) each, into out: address of [K, 5] fp64, in the order of STATISTICS.");

@@ -78,6 +78,19 @@ def mask_gradient(
     outputs: addresses of [samples, columns] each: the sums over tokens of x dx, and of x^2.
     """
 
+def cheapest_removals(
+    inverse: tuple[int, int],
+    gram: tuple[int, int],
+    columns: int,
+    count: int,
+    outputs: tuple[int, int],
+    isa: str = "auto",
+) -> None:
+    """inverse, gram: (address, row stride) of fp64 matrices [columns, columns].
+
+    outputs: addresses of which columns go, [count] int64, and of what each costs, [count] fp64.
+    """
+
 def grad_stats(gradients: Sequence[tuple[int, int, int]], out: int, threads: int, isa: str = "auto") -> None:
     """gradients: (address, elements, type) each. out: address of [K, 5] fp64."""
 

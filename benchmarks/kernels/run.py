@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from benchmarks.kernels import (
+    cheapest_removals,
     grad_stats,
     grouped_linear_importance,
     linear_importance,
@@ -22,7 +23,10 @@ from benchmarks.progress import Deadline, say
 from benchmarks.results import Record, append, record
 from benchmarks.timing import Provider, Timing, free, measure
 
-_MODULES = (taylor_score, linear_importance, grouped_linear_importance, mask_gradient, grad_stats, scale_gradients)
+_MODULES = (
+    taylor_score, linear_importance, grouped_linear_importance, mask_gradient, cheapest_removals, grad_stats,
+    scale_gradients,
+)  # fmt: skip
 OPS = {module.OP.name: module.OP for module in _MODULES}
 _REPEATS = {"full": 40, "quick": 10, "toy": 3}
 _SECONDS = {"full": 3.0, "quick": 2.0, "toy": 0.2}

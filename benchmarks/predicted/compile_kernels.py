@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gradprune.kernels import cheapest_removals as removals
 from gradprune.kernels import grouped_linear_importance as grouped
 from gradprune.kernels import linear_importance as linear
 from gradprune.kernels import mask_gradient, partial_sums
@@ -73,6 +74,8 @@ def variants() -> Iterator[Variant]:
             yield from recounts(dtype)
             yield mask_gradients(dtype)
     yield partial_sum()
+    for columns in (512, removals.MOST_COLUMNS):
+        yield removal(columns)
 
 
 def taylor_scores(dtype: str) -> Iterator[Variant]:
@@ -220,6 +223,16 @@ def partial_sum() -> Variant:
     """The second stage of every reduction."""
     constants = {"BLOCK": partial_sums._BLOCK, "PARTS": partial_sums._PARTS}
     return Variant("partial_sums", partial_sums._add_kernel, "fp32", {}, constants, {}, True)
+
+
+def removal(columns: int) -> Variant:
+    """Of as many columns as a round of a removal path looks at, and of as many as there may be."""
+    constants = dataclasses.asdict(removals.CheapestRemovalsConfig())
+    options = {"num_warps": constants.pop("num_warps")}
+    types = dict.fromkeys(("inverse_ptr", "gram_ptr", "s_ptr", "d_ptr", "costs_ptr"), "*fp64") | {"taken_ptr": "*i64"}
+    name = f"cheapest_removals {columns}"
+    kernel = removals._cheapest_removals_kernel
+    return Variant(name, kernel, "fp64", types, constants | {"BLOCK": columns}, options, True)
 
 
 def compiled(variant: Variant, capability: int) -> dict[str, object]:

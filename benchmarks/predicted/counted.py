@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.jobs.models import llama_config
-from gradprune.kernels import linear_importance, mask_gradient, partial_sums, taylor_score
+from gradprune.kernels import cheapest_removals, linear_importance, mask_gradient, partial_sums, taylor_score
 from gradprune.ops import dispatch
 
 # Ops that launch nothing: they make a view, or take memory.
@@ -43,7 +43,8 @@ LLAMA_405B = {"hidden_size": 16384, "intermediate_size": 53248, "num_attention_h
 class Launch:
     """One kernel: its name, the bytes of its tensors, and the floating-point operations of its products.
 
-    dtype: of the factors of a product. samples, tokens: of a linear layer's gradients.
+    dtype: of the factors of a product. samples, tokens: of a linear layer's gradients. steps: of a kernel of a single
+    program, each of which waits for the one before.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Launch:
     dtype: torch.dtype | None = None
     samples: int = 0
     tokens: int = 0
+    steps: int = 0
 
 
 @dataclass
@@ -159,6 +161,9 @@ class _Kernel:
         name = f"triton {self._name}"
         if self._name == "recount":  # which reads the statistics alone, where all is well
             return Launch(name, _bytes_of(tensors[2]))
+        if self._name == "cheapest_removals":  # whose rows s and d are read again at every later step
+            steps, columns = tensors[2].shape
+            return Launch(name, tensors[2].element_size() * columns * steps**2, steps=steps)
         moved = sum(map(_bytes_of, tensors))
         if self._name != "linear_importance":
             return Launch(name, moved)
@@ -214,7 +219,7 @@ def counted_gpu() -> Iterator[Counted]:
         return _ScaledDotProductAttention.apply(query, key, value, counted)  # type: ignore[no-any-return, no-untyped-call]
 
     with ExitStack() as stack:
-        for module in (linear_importance, mask_gradient, partial_sums, taylor_score):
+        for module in (cheapest_removals, linear_importance, mask_gradient, partial_sums, taylor_score):
             stack.enter_context(patch.object(module, "device_of", lambda _tensor: nullcontext()))
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 kernel = _Kernel(name.strip("_").removesuffix("_kernel"), getattr(module, name), counted)

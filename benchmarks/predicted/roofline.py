@@ -17,6 +17,8 @@ PRODUCTS, FP32_PRODUCTS, ATTENTION, MEMORY = 0.71, 0.75, 0.45, 0.81
 SHORTEST, ENQUEUED, TRITON_ENQUEUED = 2e-6, 8e-6, 30e-6
 # Seconds that a Cholesky factorisation of a small block takes for each row: they depend on each other.
 FACTORED = 1e-6
+# Seconds that one step of a single program takes at least, and bytes a second that it reads from the card's cache.
+STEP, ONE_PROGRAM = 5e-6, 60e9
 # Bytes a second from files that are mapped into the host's memory, and read already, to the card.
 STREAMED = 12e9
 # The epilogue of `linear_importance`, for each element of a gradient: its instructions after the last product (as
@@ -51,6 +53,8 @@ def launch_seconds(launch: Launch, card: Card) -> float:
     """Seconds of one kernel; products in fp64 are as fast as in fp32."""
     if launch.name == "cholesky":
         return max(FACTORED * (3 * launch.flops) ** (1 / 3), SHORTEST)
+    if launch.steps:
+        return launch.steps * STEP + launch.bytes / ONE_PROGRAM
     if launch.name.startswith("attention"):
         arithmetic = launch.flops / (ATTENTION * card.half)
     elif launch.dtype in (torch.bfloat16, torch.float16):

@@ -18,6 +18,8 @@ from gradprune.calibration import gram, obs
 from gradprune.models import PrunableModel, describe
 from gradprune.models.loss import sample_losses
 from gradprune.models.masks import GroupMasks
+from gradprune.ops import dispatch
+from gradprune.ops.dispatch import ImportanceOps
 from gradprune.surgery import moments
 from gradprune.surgery.cut import cut
 from gradprune.surgery.least_squares import least_squares
@@ -59,15 +61,17 @@ def cut_forward_pass(size: str, layers: int, lost: float, samples: int, tokens: 
 def removal_of_all(outputs: int, groups: int, columns: int) -> Counted:
     """The removal path of a block with such an output projection; every round removes as many groups as it may."""
 
-    def each_round(block: Any, quota: int) -> tuple[Tensor, list[float]]:
+    def each_round(block: Any, quota: int, ops: ImportanceOps) -> tuple[Tensor, list[float]]:
         count = min(quota, len(block))
         block.costs()
-        block.candidates(torch.arange(min(obs._SURPLUS * quota, len(block)))).cheapest(count)
+        matrices = block.matrices_of(torch.arange(min(obs._SURPLUS * quota, len(block))))
+        ops.cheapest_removals(*matrices, block.columns, count)
         return torch.arange(count), [0.0] * count
 
     with counted_gpu() as counted, _told(counted), patch.object(obs, "_round", each_round), counted:
         weight = torch.empty(outputs, groups * columns, dtype=torch.bfloat16, device="meta")
-        obs.removal_path(weight, torch.empty(groups * columns, groups * columns, device="meta"), columns)
+        gram = torch.empty(groups * columns, groups * columns, device="meta")
+        obs.removal_path(weight, gram, columns, ops=dispatch._importance_triton())
     return counted
 
 

@@ -60,6 +60,17 @@ struct MaskStrip {
   double* square;
 };
 
+// One removal of `cheapest_removals`. s, d: [more than done, width], rows of the columns gone before, and behind them the
+// rows of A^-1 and of M of the column that goes, in place of which its own s and d come. inverse, gram: [width], the
+// diagonals, which are changed. width: a multiple of every vector's length.
+struct Removal {
+  double* s;
+  double* d;
+  std::ptrdiff_t done, width, column;
+  double* inverse;
+  double* gram;
+};
+
 // Copies the first `valid` columns at `from`, of a matrix [tokens, ...], into a panel, and zeros after them.
 using PackKernel = void (*)(const void* from, std::ptrdiff_t stride, std::ptrdiff_t tokens, std::ptrdiff_t valid,
                             void* panel);
@@ -67,6 +78,7 @@ using GradientTileKernel = void (*)(const GradientTile& tile);
 using TaylorTileKernel = void (*)(const TaylorTile& tile);
 using GradStatsKernel = void (*)(const void* g, std::ptrdiff_t count, Statistics& into);
 using MaskStripKernel = void (*)(const MaskStrip& strip);
+using RemovalKernel = void (*)(const Removal& removal);
 using ScaleKernel = void (*)(void* g, std::ptrdiff_t count, double scale);
 
 // One entry per value of an enum.
@@ -87,6 +99,7 @@ struct KernelTable {
   PerType<GradStatsKernel> grad_stats;
   PerType<ScaleKernel> scale;
   PerType<MaskStripKernel> mask_strip;
+  RemovalKernel removal;
   PerType<PackKernel> pack_dy, pack_x;
   PerType<GradientTileKernel> gradient_tile;  // by the type it is computed in, Float32 or Float64
   int dy_panel_columns, x_panel_bytes;        // a panel's width: in columns of dY, in bytes of float or double of X

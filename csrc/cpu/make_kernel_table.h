@@ -1,6 +1,7 @@
 // The table of kernels for vectors of BYTES bytes. Included once by each kernels_<isa>.cpp. Internal linkage.
 #pragma once
 
+#include "cpu/cheapest_removals_kernel.h"
 #include "cpu/gradient_kernels.h"
 #include "cpu/gradient_tile_kernel.h"
 #include "cpu/mask_gradient_kernel.h"
@@ -50,6 +51,7 @@ constexpr KernelTable make_kernel_table() {
   add_taylor_tile<BYTES, double, double>(table);
   table.gradient_tile.at(ElementType::Float32) = gradient_tile<float, BYTES>;
   table.gradient_tile.at(ElementType::Float64) = gradient_tile<double, BYTES>;
+  table.removal = removal<BYTES>;
   table.dy_panel_columns = rows_of_panel(BYTES);
   table.x_panel_bytes = kVectorsOfPanel * BYTES;
   return table;

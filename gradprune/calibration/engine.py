@@ -135,9 +135,9 @@ class ImportanceEngine:
         self._depth = _depth_of_all_steps(method, gradient_fix, weight_gradient_steps)
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[assignment, index]
         self._checkpointing = use_gradient_checkpointing
-        ops = select_ops(backend, model.device.type)
-        self.backend = ops.backend
-        self._ledgers = self._reduction.ledgers(self._view, ops, curvature=method == "obs")
+        self._ops = select_ops(backend, model.device.type)
+        self.backend = self._ops.backend
+        self._ledgers = self._reduction.ledgers(self._view, self._ops, curvature=method == "obs")
         accumulators = {entry.block.key: entry for ledger in self._ledgers for entry in ledger.accumulators}
         self._accumulators = {block.key: accumulators[block.key] for block in self._view.blocks}
         self._samples: list[Tensor] = []
@@ -519,7 +519,7 @@ class ImportanceEngine:
             samples = sum(len(ids) for ids in self._samples)
             found = on_host([accumulator.curvatures(samples) for accumulator in self._accumulators.values()])
             curvatures = {key: of_block.tolist() for key, of_block in zip(self._accumulators, found, strict=True)}
-            costs = removal_costs(self._view, [*self._samples, *self._read], curvatures, self.ranks, advance)
+            costs = removal_costs(self._view, [*self._samples, *self._read], curvatures, self._ops, self.ranks, advance)
             self._costs = torch.cat([costs[key] for key in self._accumulators])
         return self._costs
 

@@ -18,7 +18,7 @@ writes before the router's factor. The channels of one that sees no token cost n
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,13 +31,15 @@ from gradprune.models.experts import ExpertsBlock
 from gradprune.models.footprint import OBS_STREAMS
 from gradprune.models.modes import evaluation_mode
 from gradprune.models.streams import Streams, read_bytes, stream_bytes
+from gradprune.ops.dispatch import ImportanceOps, select_ops
+from gradprune.ops.removals import costs_alone, diagonal_blocks
 from gradprune.ranks import ALONE, Ranks
 
 RIDGE = 0.01
 """Added to A's diagonal, relative to its mean: guards against a Gram matrix estimated from few tokens."""
 
 # Groups that a round removes: at most this share of the block's, and so many.
-_SHARE, _MOST = 1 / 16, 256
+_SHARE, _MOST = 1 / 16, 128
 # Minimum relative gap between successive costs, so that sorting recovers the path's order even after fp32 rounding.
 _STEP = 2.0**-20
 # Candidates per round, as a multiple of the groups that it removes.
@@ -67,6 +69,7 @@ def removal_costs(
     view: PrunableModel,
     batches: Sequence[Tensor],
     curvatures: Mapping[BlockKey, Sequence[float]],
+    ops: ImportanceOps | None = None,
     ranks: Ranks = ALONE,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[BlockKey, Tensor]:
@@ -76,6 +79,7 @@ def removal_costs(
         view: the model, which is run once, layer by layer.
         batches: calibration ids, [N, T] int64 each.
         curvatures: g of each output projection of each block.
+        ops: as of `removal_path`.
         ranks: the processes that divide `batches`, which all of them give.
         advance: called after each block.
 
@@ -88,69 +92,69 @@ def removal_costs(
     with evaluation_mode(view.model):
         own = ranks.share(batches)
         streams = Streams(view, own, OBS_STREAMS * stream_bytes(view, own) + read_bytes(view, own))
-        current = streams.first
+        state = _Pass(streams, curvatures, ops, ranks, streams.first)
         for layer in range(len(view.layers)):
-            written: list[dict[torch.nn.Module, Tensor]] = [{} for _ in current]
+            state.written = [{} for _ in state.current]
             with view.resident(layer, layer + 1):
                 for block in view.of_layer(layer):
-                    find = _of_experts if isinstance(block, ExpertsBlock) else _of_linear
-                    costs[block.key], outputs = find(streams, block, current, written, curvatures[block.key], ranks)
+                    of_block = state.of_experts if isinstance(block, ExpertsBlock) else state.of_linear
+                    costs[block.key], outputs = of_block(block)
                     for batch, output in enumerate(outputs):
-                        written[batch][block.module] = output
+                        state.written[batch][block.module] = output
                     advance()
-                current = [streams.layer(layer, k, stream, written[k]) for k, stream in enumerate(current)]
+                state.current = [
+                    streams.layer(layer, k, stream, state.written[k]) for k, stream in enumerate(state.current)
+                ]
     return costs
 
 
-_Written = Sequence[dict[torch.nn.Module, Tensor]]
+@dataclass
+class _Pass:
+    """The dense model's streams, which advance layer by layer.
 
-
-def _of_linear(
-    streams: Streams,
-    block: Block,
-    current: Sequence[Tensor],
-    written: _Written,
-    curvatures: Sequence[float],
-    ranks: Ranks,
-) -> tuple[Tensor, list[Tensor]]:
-    """The importances of a block's groups, and what it writes, per batch.
-
-    current: per batch, the stream before the layer. written: what modules before the block write.
+    current: per batch, [N, T, H], the stream before the layer. written: per batch, what modules of the layer before the
+    block write.
     """
-    assert isinstance(block, LinearBlock)
-    linear = block.output.linear
-    inputs = [streams.output_input(block, k, stream, written[k]) for k, stream in enumerate(current)]
-    name = f"layer {block.layer}'s {block.output.path}"
-    path = _path(inputs, block.output.weight, block.output.columns, curvatures[0], name, ranks)
-    return path.importance(), [streams.keep(linear(x.to(linear.weight.device))) for x in inputs]
 
+    streams: Streams
+    curvatures: Mapping[BlockKey, Sequence[float]]
+    ops: ImportanceOps | None
+    ranks: Ranks
+    current: list[Tensor]
+    written: list[dict[torch.nn.Module, Tensor]] = field(default_factory=list)
 
-def _of_experts(
-    streams: Streams,
-    block: Block,
-    current: Sequence[Tensor],
-    written: _Written,
-    curvatures: Sequence[float],
-    ranks: Ranks,
-) -> tuple[Tensor, list[Tensor]]:
-    """As `_of_linear`, of a layer's experts by channels, one expert after the other."""
-    assert isinstance(block, ExpertsBlock)
-    found = [streams.expert_inputs(block, k, stream, written[k]) for k, stream in enumerate(current)]
-    importances = []
-    for expert, curvature in enumerate(curvatures):
-        weight = block.down.weight(expert)
-        inputs = [x[routed.spans[expert]] for routed, x, _ in found]
-        name = f"layer {block.layer}'s {block.down.name} of expert {expert}"
-        importances.append(_path(inputs, weight, 1, curvature, name, ranks).importance())
-    return torch.cat(importances), [wrote for _, _, wrote in found]
+    def of_linear(self, block: Block) -> tuple[Tensor, list[Tensor]]:
+        """The importances of a block's groups, and what it writes, per batch."""
+        assert isinstance(block, LinearBlock)
+        linear = block.output.linear
+        inputs = [self.streams.output_input(block, k, stream, self.written[k]) for k, stream in enumerate(self.current)]
+        name = f"layer {block.layer}'s {block.output.path}"
+        path = self._path(inputs, block.output.weight, block.output.columns, self.curvatures[block.key][0], name)
+        return path.importance(), [self.streams.keep(linear(x.to(linear.weight.device))) for x in inputs]
 
+    def of_experts(self, block: Block) -> tuple[Tensor, list[Tensor]]:
+        """As `of_linear`, of a layer's experts by channels, one expert after the other."""
+        assert isinstance(block, ExpertsBlock)
+        found = [self.streams.expert_inputs(block, k, stream, self.written[k]) for k, stream in enumerate(self.current)]
+        importances = []
+        for expert, curvature in enumerate(self.curvatures[block.key]):
+            inputs = [x[routed.spans[expert]] for routed, x, _ in found]
+            name = f"layer {block.layer}'s {block.down.name} of expert {expert}"
+            path = self._path(inputs, block.down.weight(expert), 1, curvature, name)
+            importances.append(path.importance())
+        return torch.cat(importances), [wrote for _, _, wrote in found]
 
-def _path(
-    inputs: Sequence[Tensor], weight: Tensor, columns: int, curvature: float, name: str, ranks: Ranks
-) -> RemovalPath:
-    """As `removal_path`, of a weight [O, I] whose inputs of this rank are given per batch, [..., I]."""
-    # Nothing here holds on to the matrices.
-    return removal_path(weight, with_ridge(_mean_gram(inputs, weight, name, ranks)), columns, curvature, overwrite=True)
+    def _path(self, inputs: Sequence[Tensor], weight: Tensor, columns: int, curvature: float, name: str) -> RemovalPath:
+        """As `removal_path`, of a weight [O, I] whose inputs of this rank are given per batch, [..., I]."""
+        # Nothing here holds on to the matrices.
+        return removal_path(
+            weight,
+            with_ridge(_mean_gram(inputs, weight, name, self.ranks)),
+            columns,
+            curvature,
+            ops=self.ops,
+            overwrite=True,
+        )
 
 
 def _mean_gram(inputs: Sequence[Tensor], weight: Tensor, name: str, ranks: Ranks) -> Tensor:
@@ -169,13 +173,19 @@ def _mean_gram(inputs: Sequence[Tensor], weight: Tensor, name: str, ranks: Ranks
 
 
 def removal_path(
-    weight: Tensor, gram: Tensor, columns: int, curvature: float = 1.0, *, overwrite: bool = False
+    weight: Tensor,
+    gram: Tensor,
+    columns: int,
+    curvature: float = 1.0,
+    *,
+    ops: ImportanceOps | None = None,
+    overwrite: bool = False,
 ) -> RemovalPath:
     """Remove the groups of a block one after the other, each time one of the cheapest.
 
     A round looks at the cheapest quarter of the block's groups, by the weights and A^-1 as they are at its start (at
-    most 1024 groups), and removes the cheapest of these one by one, with exact updates among them, until a sixteenth
-    of the groups (at most 256) is gone or none of them is cheaper than the cheapest group outside. W and A^-1 are
+    most 512 groups), and removes the cheapest of these one by one, with exact updates among them, until a sixteenth
+    of the groups (at most 128) is gone or none of them is cheaper than the cheapest group outside. W and A^-1 are
     updated once at its end. So every cost is exact, and only the order is not always the greedy one; of a block of
     fewer than 32 groups it is.
 
@@ -184,6 +194,7 @@ def removal_path(
         gram: [I, I] floating point, positive definite: A, with its ridge, see `with_ridge`.
         columns: of each group; group j has the columns j*columns to (j+1)*columns.
         curvature: g.
+        ops: who removes the cheapest groups of a round; by default the fastest that runs on the device of `gram`.
         overwrite: whether `gram` may be, which saves the memory of a copy.
 
     Computed in fp64 on the device of `gram`; I^2 * (O + I) operations, about 8 I * (2 I + O) bytes. Deterministic; of
@@ -192,6 +203,7 @@ def removal_path(
     Raises:
         ValueError: `gram` is not positive definite.
     """
+    ops = ops or select_ops("auto", gram.device.type)
     inverted = inverse(_factor(gram.double(), overwrite=overwrite))
     # Now there are no other references to it, so that it can go as groups do.
     del gram
@@ -201,7 +213,7 @@ def removal_path(
     order: list[int] = []
     costs: list[float] = []
     while len(block):
-        taken, marginal = _round(block, quota)
+        taken, marginal = _round(block, quota, ops)
         order += block.groups[taken].tolist()
         costs += marginal
         block.remove(taken)
@@ -230,14 +242,18 @@ class _Remaining:
 
     def costs(self) -> Tensor:
         """[k] tr( W_j (A^-1_jj)^-1 W_j^T ), each group alone."""
-        columns = self._weight.T.unflatten(0, (-1, self.columns))
-        return _costs(_diagonal_blocks(self._inverse, self.columns), columns @ columns.mT)
+        if self.columns == 1:
+            squares = self._weight.square().sum(0)[:, None, None]
+        else:
+            columns = self._weight.T.unflatten(0, (-1, self.columns))
+            squares = columns @ columns.mT
+        return costs_alone(diagonal_blocks(self._inverse, self.columns), squares)
 
-    def candidates(self, positions: Tensor) -> "_Candidates":
-        """Groups at `positions`, as a separate problem: exact as long as only these are removed."""
+    def matrices_of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """A^-1 and W^T W of groups at `positions`: a problem of its own, exact as long as only these are removed."""
         at = self._columns_of(positions)
         weight = self._weight[:, at]
-        return _Candidates(self._inverse[at[:, None], at], weight.T @ weight, self.columns)
+        return self._inverse[at[:, None], at], weight.T @ weight
 
     def remove(self, positions: Tensor) -> None:
         """Remove groups and update the remaining weights and A^-1 to compensate."""
@@ -257,77 +273,15 @@ class _Remaining:
         return at.to(self._inverse.device)
 
 
-class _Candidates:
-    """k groups of which some are removed one by one, each time the cheapest.
-
-    With Q the group that goes, A^-1_QQ = L L^T, s = L^-1 A^-1_Q: and M = W^T W, which is all that costs need of W,
-
-        A^-1 <- A^-1 - s^T s,    M <- M - s^T d - d^T s,    d = L^-1 M_Q: - (L^-1 M_QQ L^-T) s / 2.
-
-    Only the diagonal blocks are kept up to date; of the rest, a group's rows are computed when it goes.
-    """
-
-    def __init__(self, inverse: Tensor, gram: Tensor, columns: int) -> None:
-        self._columns = columns
-        self._inverse, self._gram = inverse, gram
-        self._inverse_blocks, self._gram_blocks = (_diagonal_blocks(each, columns) for each in (inverse, gram))
-        self._gone = torch.zeros(len(self._gram_blocks), dtype=torch.bool, device=gram.device)
-
-    def cheapest(self, count: int) -> tuple[Tensor, Tensor]:
-        """Remove `count` groups: [count] int64 which, and [count] what each costs once those before it are gone."""
-        s, d = (self._gram.new_empty(count * self._columns, len(self._gram)) for _ in range(2))
-        taken, costs = [], []
-        for step in range(count):
-            each = _costs(self._inverse_blocks, self._gram_blocks).masked_fill(self._gone, torch.inf)
-            group = each.argmin().view(1)
-            taken.append(group)
-            costs.append(each[group])
-            self._remove(group, s, d, step * self._columns)
-        return torch.cat(taken), torch.cat(costs)
-
-    def _remove(self, group: Tensor, s: Tensor, d: Tensor, done: int) -> None:
-        """Remove a group; s and d have `done` rows of those before it, and get its own."""
-        c = self._columns
-        at = (group * c + torch.arange(c, device=group.device)) if c > 1 else group
-        s_before, d_before = s[:done], d[:done]
-        s_at, d_at = s_before[:, at].T, d_before[:, at].T
-        inverse_rows = self._inverse[at].addmm_(s_at, s_before, alpha=-1.0)
-        gram_rows = self._gram[at].addmm_(s_at, d_before, alpha=-1.0).addmm_(d_at, s_before, alpha=-1.0)
-        factor = torch.linalg.cholesky_ex(self._inverse_blocks[group][0])[0]
-        own, rows = torch.linalg.solve_triangular(factor, torch.stack((inverse_rows, gram_rows)), upper=False)
-        corner = torch.linalg.solve_triangular(factor, rows[:, at].T, upper=False)
-        s[done : done + c] = own
-        d[done : done + c] = rows.addmm_(corner.T, own, alpha=-0.5)
-        own, rows = (each.unflatten(1, (-1, c)).transpose(0, 1) for each in (own, rows))
-        self._inverse_blocks -= own.mT @ own
-        across = own.mT @ rows
-        self._gram_blocks -= across + across.mT
-        self._gone[group] = True
-
-
-def _diagonal_blocks(matrix: Tensor, columns: int) -> Tensor:
-    """[k, c, c], a copy of the blocks of `columns` on the diagonal of a matrix [k * c, k * c]."""
-    blocks: Tensor = matrix.unflatten(1, (-1, columns)).unflatten(0, (-1, columns))
-    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
-
-
-def _costs(inverse: Tensor, gram: Tensor) -> Tensor:
-    """[k] tr( (A^-1_jj)^-1 M_jj ) of the groups' blocks of A^-1 and of M = W^T W, [k, c, c] each."""
-    if gram.shape[1] == 1:
-        products = gram / inverse
-    else:
-        products = torch.cholesky_solve(gram, torch.linalg.cholesky_ex(inverse)[0])
-    return products.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0.0)
-
-
-def _round(block: _Remaining, quota: int) -> tuple[Tensor, list[float]]:
+def _round(block: _Remaining, quota: int, ops: ImportanceOps) -> tuple[Tensor, list[float]]:
     """Positions in `block` of the next groups to go, `quota` at most, and the cost of each after those before it."""
     with one_thread():
         costs = block.costs().cpu()
         ranked = costs.argsort(stable=True)
         looked_at = ranked[: _SURPLUS * quota].sort().values
         outside = float(costs[ranked[len(looked_at)]]) if len(looked_at) < len(block) else float("inf")
-        taken, marginal = block.candidates(looked_at).cheapest(min(quota, len(looked_at)))
+        inverted, gram = block.matrices_of(looked_at)
+        taken, marginal = ops.cheapest_removals(inverted, gram, block.columns, min(quota, len(looked_at)))
     marginal_costs = marginal.tolist()
     # The cheapest group outside goes before those that cost more.
     count = next((n for n, cost in enumerate(marginal_costs) if n and cost > outside), len(marginal_costs))

@@ -4,6 +4,7 @@ from gradprune.ops import linear_importance, taylor_score
 """
 
 from gradprune.ops.dispatch import (
+    cheapest_removals,
     grad_stats,
     grouped_linear_importance,
     linear_importance,
@@ -11,6 +12,7 @@ from gradprune.ops.dispatch import (
     scale_gradients,
     taylor_score,
 )
+from gradprune.ops.removals import Removals
 from gradprune.ops.vectors import GradientStatistics, GroupedVectors, ImportanceVectors, MaskGradient
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "GroupedVectors",
     "ImportanceVectors",
     "MaskGradient",
+    "Removals",
+    "cheapest_removals",
     "grad_stats",
     "grouped_linear_importance",
     "linear_importance",

@@ -14,6 +14,7 @@ from gradprune.ops.extension import (
     finish_scaling,
     require_extension,
 )
+from gradprune.ops.removals import Removals, cheapest_removals_reference, check_removals
 from gradprune.ops.vectors import (
     GradientStatistics,
     GroupedVectors,
@@ -178,6 +179,38 @@ def mask_gradient_cpp(x: Tensor, dx: Tensor, isa: str = "auto") -> MaskGradient:
     sizes = (samples, tokens, width)
     _C.mask_gradient(_activations(x), _activations(dx), sizes, addresses, torch.get_num_threads(), isa)
     return MaskGradient(gradient, square)
+
+
+def cheapest_removals_cpp(inverse: Tensor, gram: Tensor, columns: int, count: int, isa: str = "auto") -> Removals:
+    """The groups that go when the cheapest one is removed `count` times.
+
+    Args:
+        inverse: [k * c, k * c] fp64 CPU tensor, A^-1, positive definite.
+        gram: [k * c, k * c] fp64 CPU tensor, M. A matrix whose rows are not contiguous is copied.
+        columns: c, of each group. Groups of several columns are few and go by matrix products, as the reference.
+        count: 0 to k.
+        isa: as for `taylor_score_cpp`.
+
+    One thread. Deterministic; of equal costs the lower index goes first. The calling thread keeps 16 * count * k bytes
+    for its next call.
+
+    Raises:
+        BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
+        ValueError: the arguments do not fit; names the argument.
+    """
+    groups = check_removals(inverse, gram, columns, count)
+    inverse, gram = check_tensor("inverse", inverse), check_tensor("gram", gram)
+    require_extension(isa)
+    if columns > 1:
+        return cheapest_removals_reference(inverse, gram, columns, count)
+    from gradprune import _C
+
+    inverse, gram = _unit_stride(inverse), _unit_stride(gram)
+    found = Removals(torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.float64))
+    addresses = (found.taken.data_ptr(), found.costs.data_ptr())
+    inputs = ((inverse.data_ptr(), inverse.stride(0)), (gram.data_ptr(), gram.stride(0)))
+    _C.cheapest_removals(*inputs, groups, count, addresses, isa)
+    return found
 
 
 def _outputs(w: Tensor, dtype: torch.dtype, side: Side) -> tuple[ImportanceVectors, list[int]]:

@@ -21,6 +21,7 @@ from gradprune.ops.reference import (
     scale_gradients_reference,
     taylor_score_reference,
 )
+from gradprune.ops.removals import Removals, cheapest_removals_reference
 from gradprune.ops.vectors import GradientStatistics, GroupedVectors, ImportanceVectors, MaskGradient, Side
 
 
@@ -38,6 +39,7 @@ class ImportanceOps:
     linear_importance_uncounted: Callable[[Tensor, Tensor, Tensor, Side], ImportanceVectors]
     grouped_linear_importance: Callable[[Tensor, Tensor, Tensor, Tensor, Side], GroupedVectors]
     mask_gradient: Callable[[Tensor, Tensor], MaskGradient]
+    cheapest_removals: Callable[[Tensor, Tensor, int, int], Removals]
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,27 @@ def mask_gradient(x: Tensor, dx: Tensor, backend: ImportanceBackend = "auto") ->
         ValueError: the shapes differ, or the backend cannot read a tensor.
     """
     return select_ops(backend, x.device.type).mask_gradient(x, dx)
+
+
+def cheapest_removals(
+    inverse: Tensor, gram: Tensor, columns: int, count: int, backend: ImportanceBackend = "auto"
+) -> Removals:
+    """The groups of a weight's columns that go when the one that costs least squares least is removed `count` times.
+
+    Args:
+        inverse: [k * c, k * c] fp64, the inverse of the inputs' Gram matrix, positive definite.
+        gram: [k * c, k * c] fp64, W^T W of the weight.
+        columns: c, of each group; group j has the columns j * c to (j + 1) * c.
+        count: 0 to k.
+        backend: who computes it; "auto" takes the fastest that runs on the matrices' device.
+
+    Of equal costs the lower index goes first.
+
+    Raises:
+        BackendUnavailableError: the backend asked for cannot run here.
+        ValueError: the arguments do not fit; names the argument.
+    """
+    return select_ops(backend, inverse.device.type).cheapest_removals(inverse, gram, columns, count)
 
 
 def grad_stats(grads: Sequence[Tensor], backend: GradientBackend = "auto") -> GradientStatistics[Tensor]:
@@ -222,6 +245,7 @@ def _importance_reference() -> ImportanceOps:
         linear_importance_reference,
         grouped_linear_importance_reference,
         mask_gradient_reference,
+        cheapest_removals_reference,
     )
 
 
@@ -235,6 +259,7 @@ def _importance_cpp() -> ImportanceOps:
         cpp.linear_importance_cpp,
         cpp.grouped_linear_importance_cpp,
         cpp.mask_gradient_cpp,
+        cpp.cheapest_removals_cpp,
     )
 
 
@@ -248,6 +273,7 @@ def _importance_triton() -> ImportanceOps:
         partial(triton.linear_importance_triton, counted=False),
         triton.grouped_linear_importance_triton,
         triton.mask_gradient_triton,
+        triton.cheapest_removals_triton,
     )
 
 

@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from gradprune.kernels import cheapest_removals as removals_kernel
 from gradprune.kernels import grouped_linear_importance as grouped_kernel
 from gradprune.kernels import linear_importance as linear_kernel
 from gradprune.kernels import mask_gradient as mask_kernel
 from gradprune.kernels import taylor_score as taylor_kernel
+from gradprune.ops.removals import Removals, cheapest_removals_reference, check_removals
 from gradprune.ops.vectors import (
     GradientStatistics,
     GroupedVectors,
@@ -138,6 +140,28 @@ def mask_gradient_triton(x: Tensor, dx: Tensor) -> MaskGradient:
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{name}: dtype {tensor.dtype} is not one of float32, bfloat16, float16")
     return MaskGradient(*mask_kernel.mask_gradient_triton(_unit_inner_stride(x), _unit_inner_stride(dx)))
+
+
+def cheapest_removals_triton(inverse: Tensor, gram: Tensor, columns: int, count: int) -> Removals:
+    """The groups that go when the cheapest one is removed `count` times.
+
+    Args:
+        inverse: [k * c, k * c] fp64, A^-1, positive definite; copied where its inner stride is not 1.
+        gram: [k * c, k * c] the same, M.
+        columns: c, of each group. Groups of several columns are few and go by matrix products, as the reference; so do
+            more than 1024 columns.
+        count: 0 to k.
+
+    One launch for all removals. In fixed order: the same bits every time; of equal costs the lower index goes first.
+
+    Raises:
+        ValueError: the arguments do not fit; names the argument.
+    """
+    check_removals(inverse, gram, columns, count)
+    if columns > 1 or len(inverse) > removals_kernel.MOST_COLUMNS:
+        return cheapest_removals_reference(inverse, gram, columns, count)
+    matrices = (_unit_inner_stride(inverse), _unit_inner_stride(gram))
+    return Removals(*removals_kernel.cheapest_removals_triton(*matrices, count))
 
 
 def vectors(rows: tuple[Tensor, Tensor] | None, columns: tuple[Tensor, Tensor] | None) -> ImportanceVectors:

@@ -9,11 +9,13 @@ import pytest
 
 PROGRAM = """
 import torch
-from gradprune.ops import linear_importance, mask_gradient, taylor_score
+from gradprune.ops import cheapest_removals, linear_importance, mask_gradient, taylor_score
 x, dy, w = (torch.randn(shape, device="cuda").bfloat16() for shape in ((2, 70, 130), (2, 70, 150), (150, 130)))
 linear_importance(x, dy, w, backend="triton")
 taylor_score(w, w.clone(), backend="triton")
 mask_gradient(x, x.clone(), backend="triton")
+eye = torch.eye(40, dtype=torch.float64, device="cuda")
+cheapest_removals(eye, eye, 1, 20, "triton")
 torch.cuda.synchronize()
 """
 

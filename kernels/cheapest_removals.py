@@ -1,0 +1,120 @@
+"""`cheapest_removals`: columns that are removed one by one, each time the cheapest, in one launch."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gradprune.kernels.launch import device_of
+
+MOST_COLUMNS = 1024
+"""So many are in one program's registers, a few numbers each."""
+
+
+@dataclass(frozen=True)
+class CheapestRemovalsConfig:
+    """How the rows of the columns that are gone are read: ROWS at a time, whole."""
+
+    ROWS: int = 4
+    num_warps: int = 8
+
+
+@triton.jit
+def _cheapest_removals_kernel(
+    inverse_ptr,
+    gram_ptr,
+    s_ptr,
+    d_ptr,
+    taken_ptr,
+    costs_ptr,
+    columns,
+    count,
+    stride_inverse,
+    stride_gram,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program, fp64. Each column is removed behind those before it, whose rows s and d it reads back.
+
+    inverse_ptr, gram_ptr: [columns, columns], A^-1 and M = W^T W (unit inner stride).
+    s_ptr, d_ptr: [count, columns] scratch, see `gradprune.ops.removals`.
+    taken_ptr, costs_ptr: [count] int64 and fp64.
+    BLOCK: at least `columns`.
+    """
+    at = tl.arange(0, BLOCK)
+    inside = at < columns
+    inverse = tl.load(inverse_ptr + at * (stride_inverse + 1), mask=inside, other=1.0)
+    gram = tl.load(gram_ptr + at * (stride_gram + 1), mask=inside, other=0.0)
+    left = inside
+    for step in range(0, count):
+        costs = tl.where(left, tl.maximum(gram / inverse, 0.0), float("inf"))
+        column = tl.argmin(costs, 0)
+        tl.store(taken_ptr + step, column.to(tl.int64))
+        tl.store(costs_ptr + step, tl.min(costs, 0))
+        own = tl.load(inverse_ptr + column * stride_inverse + at, mask=inside, other=0.0)
+        change = tl.load(gram_ptr + column * stride_gram + at, mask=inside, other=0.0)
+        for first in range(0, step, ROWS):
+            rows = first + tl.arange(0, ROWS)
+            gone = rows < step
+            s_at = tl.load(s_ptr + rows * columns + column, mask=gone, other=0.0)[:, None]
+            d_at = tl.load(d_ptr + rows * columns + column, mask=gone, other=0.0)[:, None]
+            cells = rows[:, None] * columns + at[None, :]
+            both = gone[:, None] & inside[None, :]
+            s = tl.load(s_ptr + cells, mask=both, other=0.0)
+            d = tl.load(d_ptr + cells, mask=both, other=0.0)
+            own -= tl.sum(s_at * s, 0)
+            change -= tl.sum(s_at * d + d_at * s, 0)
+        here = at == column
+        root = tl.sqrt(tl.sum(tl.where(here, own, 0.0), 0))
+        own = own / root
+        change = change / root
+        middle = tl.sum(tl.where(here, change, 0.0), 0) / root
+        change -= 0.5 * middle * own
+        tl.store(s_ptr + step * columns + at, own, mask=inside)
+        tl.store(d_ptr + step * columns + at, change, mask=inside)
+        left = left & (at != column)
+        inverse = tl.where(left, inverse - own * own, 1.0)
+        gram -= 2.0 * own * change
+        # The rows are read by other threads than wrote them.
+        tl.debug_barrier()
+
+
+def cheapest_removals_triton(
+    inverse: Tensor, gram: Tensor, count: int, config: CheapestRemovalsConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """The columns that go when the cheapest one is removed `count` times.
+
+    Args:
+        inverse: [k, k] fp64, unit inner stride, k <= MOST_COLUMNS.
+        gram: [k, k] the same.
+        count: 0 to k.
+        config: how rows are read.
+
+    Returns:
+        Which columns, [count] int64, and what each costs, [count] fp64. In fixed order: the same bits every time.
+    """
+    config = config or CheapestRemovalsConfig()
+    columns = len(inverse)
+    s, d = torch.empty(2, count, columns, dtype=torch.float64, device=inverse.device).unbind()
+    taken = torch.empty(count, dtype=torch.int64, device=inverse.device)
+    costs = torch.empty(count, dtype=torch.float64, device=inverse.device)
+    if count:
+        with device_of(inverse):
+            _cheapest_removals_kernel[(1,)](
+                inverse,
+                gram,
+                s,
+                d,
+                taken,
+                costs,
+                columns,
+                count,
+                inverse.stride(0),
+                gram.stride(0),
+                ROWS=config.ROWS,
+                BLOCK=max(32, triton.next_power_of_2(columns)),
+                num_warps=config.num_warps,
+            )
+    return taken, costs
