@@ -11,7 +11,7 @@ from benchmarks.jobs.calibrators import NEEDED
 from benchmarks.kernels.cases import LLAMA_8B
 from benchmarks.predicted.counted import Counted, llama
 from benchmarks.predicted.roofline import STREAMED, Card, pass_seconds
-from benchmarks.predicted.stages import cut_forward_pass, lost_at, removal_of_all, repair_pass
+from benchmarks.predicted.stages import cut_forward_pass, gram_sum, lost_at, removal_of_all, repair_pass
 from benchmarks.predicted.steps import engine_step, forward_pass, plain_step
 from benchmarks.results import Kind, Record, run_id
 from gradprune import PruneConfig
@@ -46,10 +46,7 @@ def passes(card: Card, toy: bool) -> Iterator[Record]:
 
 
 def _stages(card: Card, needed: Counted, every: Counted, layers: int | None, toy: bool) -> Iterator[Record]:
-    """Those of `prune` that a card takes time for, by what a step takes that collects what is needed, or everything.
-
-    Of importance by `obs`, the sums of Gram matrices are not counted.
-    """
+    """Those of `prune` that a card takes time for, by what a step takes that collects what is needed, or everything."""
     job, config = whole.FULL, PruneConfig()
     load, shape, lost = job.load(job.samples), (job.batch, job.compared.tokens), lost_at(job.size, config.pruning_ratio)
     weights = config.collect_batches
@@ -59,7 +56,8 @@ def _stages(card: Card, needed: Counted, every: Counted, layers: int | None, toy
     yield _of_pass(card, load.text, "stage calibration", total, max(every.peak, needed.peak))
     before = forward_pass(job.size, layers, *shape)
     if config.importance_method == "obs":
-        of_all = job.samples // job.batch * pass_seconds(before, card) + _removals(card, toy)
+        each = pass_seconds(before, card) + _gram_sums(card, shape[0] * shape[1], toy)
+        of_all = job.samples // job.batch * each + _removals(card, toy)
         yield _of_pass(card, load.text, "stage importance", of_all, before.peak)
     yield _of_pass(card, load.text, "stage perplexity_before", pass_seconds(before, card), before.peak)
     # Each layer takes as long as the third: the first reads nothing of a repaired one.
@@ -85,6 +83,15 @@ def _removals(card: Card, toy: bool) -> float:
 
 
 _removal = cache(removal_of_all)
+
+
+def _gram_sums(card: Card, tokens: int, toy: bool) -> float:
+    """Of all blocks' Gram sums over a batch."""
+    widths = (64, 96) if toy else LLAMA_8B["down"]
+    return (2 if toy else _LAYERS) * sum(pass_seconds(_gram_sum(tokens, width), card) for width in widths)
+
+
+_gram_sum = cache(gram_sum)
 
 
 def streamed(card: Card) -> Record:

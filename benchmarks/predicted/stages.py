@@ -75,6 +75,14 @@ def removal_of_all(outputs: int, groups: int, columns: int) -> Counted:
     return counted
 
 
+def gram_sum(tokens: int, width: int) -> Counted:
+    """The sum over so many tokens, of one batch, that a Gram matrix of `obs` takes."""
+    with counted_gpu() as counted, _told(counted), counted:
+        total = torch.empty(width, width, device="meta")
+        gram.add_gram(total, torch.empty(tokens, width, dtype=torch.bfloat16, device="meta"))
+    return counted
+
+
 @contextmanager
 def _told(counted: Counted) -> Iterator[None]:
     """Inside, meta tensors answer what the repair asks, and half precision is multiplied as on a GPU."""
