@@ -50,6 +50,8 @@ def _cheaper(stage: str, config: PruneConfig) -> list[str]:
         advice.append("--importance_method group_fisher (another selection, without Gram matrices)")
     if stage == "repair":
         advice.append("--repair none (higher perplexity)")
+    if stage == "distillation":
+        advice.append("--distill_samples 0 (higher perplexity)")
     if config.stream_layers != "on" and config.reduction == "sample":
         advice.append("--stream_layers on (the same result, one decoder layer in memory at a time)")
     if config.dtype in ("auto", "float32", "float64"):

@@ -43,6 +43,7 @@ from gradprune.scoring.table import GroupTable, empty_table
 from gradprune.search import search
 from gradprune.shots import after_shots
 from gradprune.surgery.cut import check_class, cut, sharing_copy
+from gradprune.surgery.distillation import Distillation, distil_run, taught_samples
 from gradprune.surgery.repair import REPAIRS, BlockRepair
 from gradprune.target import at_target, ratio_of_size
 from gradprune.vanishing.analysis import GradientAnalysis
@@ -179,6 +180,11 @@ def _start(
     groups = empty_table(view)
     for each in configs:
         _check_reachable(view, groups, each)
+    if config.distill_samples and view.residency is not None:
+        raise ConfigError(
+            f"distill_samples: {config.distill_samples}, but layers that are streamed cannot be taught; leave it out, "
+            "or choose stream_layers 'off'"
+        )
     check_serve(view, tokenizer, config.constraints)
     select_ops(config.backend, model.device.type)
     if config.tasks is not None:
@@ -224,12 +230,12 @@ def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResul
     config = run.config
     with run.clock.stage("selection"):
         choice = choose(run.view, scored, config.scoring, config.constraints, config.pruning_ratio)
-    pruned_model, repairs = _repair_and_cut(run, choice.masks)
+    pruned_model, repairs, distillation = _repair_and_cut(run, choice.masks)
     before, after = _measure_pruned(run, pruned_model, dense)
     return PruneResult(
         pruned_model, config, before, after, choice.table, choice.pruned, choice.masks,
         _analysis(evidence, config.gradient_fix), evidence, repairs, found, run.clock.seconds,
-        evaluation_overlap=run.samples.overlap, prompts=run.prompts,
+        evaluation_overlap=run.samples.overlap, prompts=run.prompts, distillation=distillation,
     )  # fmt: skip
 
 
@@ -240,14 +246,22 @@ def _at_target(run: Run, evidence: Evidence) -> Run:
         return at_target(run, evidence)
 
 
-def _repair_and_cut(run: Run, masks: GroupMasks) -> tuple[PreTrainedModel, list[BlockRepair]]:
-    """The cut model, and what the repair did to its blocks."""
+def _repair_and_cut(run: Run, masks: GroupMasks) -> tuple[PreTrainedModel, list[BlockRepair], Distillation | None]:
+    """The cut model, what the repair did to its blocks, and what distillation brought."""
     # Weights that are re-solved and cut no longer share the dense model's memory.
     model = run.view.model if run.config.in_place else sharing_copy(run.view.model)
     with run.clock.stage("repair"):
-        repairs = REPAIRS[run.config.repair](replace(run, view=describe(model, run.config.kinds)), masks)
+        repaired = REPAIRS[run.config.repair](replace(run, view=describe(model, run.config.kinds)), masks)
+        taught = taught_samples(run, repaired)
     with run.clock.stage("surgery"):
-        return cut(model, masks, inplace=True), repairs
+        pruned = cut(model, masks, inplace=True)
+    blocks = repaired.blocks
+    # The streams of samples that teach nothing go.
+    del repaired
+    if taught is None:
+        return pruned, blocks, None
+    with run.clock.stage("distillation"):
+        return pruned, blocks, distil_run(run, pruned, taught)
 
 
 def _measure_dense(run: Run) -> Measured:

@@ -18,6 +18,7 @@ from gradprune.scoring.over_pruning import LayerPruning, pruning_distribution, p
 from gradprune.scoring.table import GroupTable
 from gradprune.scoring.warnings import selection_warnings
 from gradprune.search import SearchResult
+from gradprune.surgery.distillation import Distillation
 from gradprune.surgery.repair import BlockRepair, repair_warning
 from gradprune.vanishing.analysis import GradientAnalysis
 
@@ -46,7 +47,7 @@ class PruneResult:
     table, pruned: every group with its score, and whether it was pruned.
     masks: which groups each block kept. gradients: the layers' gradients before and after scaling.
     evidence: statistics from calibration, to rescore without calibrating again. repairs: the least-squares repair of
-        each block.
+        each block. distillation: what it brought; None where there was none.
     search: the trials, if importance_method was "auto"; `config` then holds the chosen settings.
     seconds: wall time by stage. output: the results folder; None if nothing was written.
     evaluation_overlap: the fraction of the evaluation text that occurs in the calibration text.
@@ -68,6 +69,7 @@ class PruneResult:
     output: Path | None = None
     evaluation_overlap: float = 0.0
     prompts: tuple[str, ...] = ()
+    distillation: Distillation | None = None
 
     @property
     def distribution(self) -> list[LayerPruning]:

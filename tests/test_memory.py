@@ -50,6 +50,7 @@ def test_only_what_is_not_yet_given_is_advised() -> None:
     assert told(MemoryError(), device="cpu", **given).endswith("a machine with more memory")
     assert "--seq_len 512" in told(MemoryError(), seq_len=1024, **given)
     assert "--repair none" in told(MemoryError(), "repair")
+    assert "--distill_samples 0" in told(MemoryError(), "distillation")
     assert "--importance_method group_fisher" in told(MemoryError(), "importance", importance_method="obs")
     assert "--importance_method" not in told(MemoryError(), "importance", importance_method="wanda")
     assert "--stream_layers on" in told(MemoryError(), "repair")

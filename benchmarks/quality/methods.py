@@ -31,7 +31,7 @@ from benchmarks.timing import first_line
 from gradprune.calibration.gather import gather_evidence
 from gradprune.checkpoint.gguf_source import find_gguf
 from gradprune.checkpoint.load import load_model
-from gradprune.config import METHODS, PruneConfig, Scoring
+from gradprune.config import DEFAULT_METHODS, METHODS, PruneConfig, Scoring
 from gradprune.data.samples import draw_samples
 from gradprune.data.sources import load_tokens
 from gradprune.data.windows import batches
@@ -47,6 +47,7 @@ from gradprune.scoring.choose import choose
 from gradprune.search import search
 from gradprune.shots import after_shots
 from gradprune.surgery.cut import cut, sharing_copy
+from gradprune.surgery.distillation import distil_run, taught_samples
 from gradprune.surgery.repair import REPAIRS
 
 TORCH_PRUNING = "torch-pruning GroupTaylor"
@@ -55,6 +56,7 @@ DENSE_METHODS = tuple(method for method in METHODS if method != "reap")
 MODELS = ("stories260k", "stories260k-repeated", "demo", "demo-repeated")
 SMOLLM2 = "smollm2-135m"
 SHARED = ROOT.parent / "shared"
+_DISTILLED = 32  # samples
 
 
 @dataclass(frozen=True)
@@ -191,12 +193,16 @@ def chosen_subject(options: Namespace) -> Subject:
 
 @dataclass(frozen=True)
 class Choice:
-    """A provider's selection, and whether what stays is re-solved by least squares; or a peer's with its own way."""
+    """A provider's selection, and whether what stays is re-solved by least squares, and then distilled.
+
+    peer: instead, of another project, which has its own way.
+    """
 
     provider: str
     ratio: float
     masks: GroupMasks
     repaired: bool = False
+    distilled: bool = False
     peer: PeerChoice | None = None
 
 
@@ -223,9 +229,14 @@ def _pruned_quality(run: Run, choice: Choice, subject: Subject, options: Namespa
         added = sum(len(bias) for bias in choice.peer.biases.values())
         return replace(measured, parameters=model_size(cut(subject.model, choice.masks)).parameters + added)
     model = sharing_copy(subject.model)
-    if choice.repaired:
-        REPAIRS["least_squares"](replace(run, view=describe(model)), choice.masks)
-    return quality_of(cut(model, choice.masks, inplace=True), subject, options)
+    repair = REPAIRS["least_squares" if choice.repaired else "none"]
+    repaired = repair(replace(run, view=describe(model)), choice.masks)
+    model = cut(model, choice.masks, inplace=True)
+    distilling = replace(run, config=replace(run.config, distill_samples=_DISTILLED if choice.distilled else 0))
+    taught = taught_samples(distilling, repaired)
+    if taught is not None:
+        distil_run(run, model, taught)
+    return quality_of(model, subject, options)
 
 
 def _choices(run: Run, options: Namespace) -> Iterator[Choice]:
@@ -243,6 +254,9 @@ def _choices(run: Run, options: Namespace) -> Iterator[Choice]:
                 for repaired in (False, True):
                     name = f"gradprune {method}" + (" + least squares" if repaired else "")
                     yield Choice(f"{name} T={temperature:g}", given, masks, repaired)
+                if method == DEFAULT_METHODS[0]:
+                    name = f"gradprune {method} + distillation T={temperature:g}"
+                    yield Choice(name, given, masks, repaired=True, distilled=True)
         if options.shots > 1:
             config = replace(run.config, importance_method="obs", pruning_ratio=ratio, shots=options.shots)
             scored = after_shots(replace(run, config=config), evidence)

@@ -7,6 +7,8 @@ from gradprune.config.option import Option, Options, options_of
 from gradprune.config.parts import (
     CURVATURE_SAMPLES,
     DEFAULT_METHODS,
+    DISTILL_JUDGED,
+    DISTILL_STEP,
     GRADIENT_METHODS,
     METHODS,
     PARTS,
@@ -37,6 +39,8 @@ from gradprune.config.prune_config import OLDER_NAMES, OPTIONS, PruneConfig
 __all__ = [
     "CURVATURE_SAMPLES",
     "DEFAULT_METHODS",
+    "DISTILL_JUDGED",
+    "DISTILL_STEP",
     "GRADIENT_FIXES",
     "GRADIENT_METHODS",
     "METHODS",

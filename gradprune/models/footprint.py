@@ -10,13 +10,13 @@ from typing import Literal
 
 import torch
 
-from gradprune.config import CURVATURE_SAMPLES, PruneConfig, bytes_of
+from gradprune.config import CURVATURE_SAMPLES, DISTILL_JUDGED, DISTILL_STEP, PruneConfig, bytes_of
 from gradprune.models.loss import CUDA_LOGITS, LOGITS, MIN_TOKENS
 from gradprune.models.sizes import ModelShape
 from gradprune.ranks import PIECE
 
-StageName = Literal["calibration", "importance", "repair", "evaluation", "saving"]
-STAGES: tuple[StageName, ...] = ("calibration", "importance", "repair", "evaluation", "saving")
+StageName = Literal["calibration", "importance", "repair", "distillation", "evaluation", "saving"]
+STAGES: tuple[StageName, ...] = ("calibration", "importance", "repair", "distillation", "evaluation", "saving")
 
 OBS_STREAMS = 4
 """So many residual streams of all samples `obs` keeps at once: as they enter the model, before the layer, and what two
@@ -131,10 +131,13 @@ def footprint(
         "calibration": run.calibration,
         "importance": run.importance,
         "repair": run.repair,
+        "distillation": run.distillation,
         "evaluation": run.evaluation,
         "saving": run.saving,
     }
     left_out = {"repair"} if config.repair == "none" else set()
+    if config.repair == "none" or not config.distill_samples or streamed:
+        left_out.add("distillation")
     return Footprint(tuple(compute[name]() for name in stages if name not in left_out), run.waves if streamed else 1)
 
 
@@ -200,6 +203,17 @@ class _Run:
         solved = 0 if self.streamed or self.config.in_place else self.shape.output_bytes
         own = solved + max(moments, self._forward(self._batch))
         return self._with_streams("repair", own, streams * self._stream(tokens) + self._read(tokens), 1)
+
+    def distillation(self) -> Stage:
+        """The kept weights as they were and as they become, a step's activations, one weight's gradient, the streams of
+        the samples that teach."""
+        layers, tokens = len(self.shape.layer_parameters), DISTILL_STEP * self.config.seq_len
+        weights = int((1.0 - self.config.pruning_ratio) * sum(self.shape.layer_parameters)) * self.shape.itemsize
+        kept = self._stream(tokens) if self.config.use_gradient_checkpointing else self._kept(tokens)
+        gradient = 12 * self._largest_output
+        taught = self._stream((self.config.distill_samples + DISTILL_JUDGED) * self.config.seq_len)
+        own = 2 * weights + 2 * taught + layers * kept + max(self._backward(tokens) + gradient, self._logits(tokens))
+        return self._stage("distillation", own, 0, 1)
 
     def evaluation(self) -> Stage:
         """The forward pass of a batch, before and after; a model that is timed stands beside the pruned one."""

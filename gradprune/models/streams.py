@@ -158,6 +158,14 @@ class Streams:
         with self._answering(dict.fromkeys(self._view.layers, stream), self._view.device):
             return sample_losses(self._view.model, self._batches[batch])
 
+    @torch.no_grad()
+    def last_hidden(self, batch: int, stream: Tensor) -> Tensor:
+        """[N, T, H] the decoder's last hidden states, which the head reads, given the stream after the last layer."""
+        with self._answering(dict.fromkeys(self._view.layers, stream), self._view.device):
+            decoder = self._view.model.get_decoder()
+            found: Tensor = decoder(input_ids=self._batches[batch], use_cache=False).last_hidden_state
+        return found
+
     def _count_returned(self, ids: Tensor) -> dict[type[nn.Module], int]:
         """Number of values that each class of blocks' modules and of layers returns; 0 for a bare tensor."""
         modules = [*(block.module for block in self._view.blocks), *self._view.layers]

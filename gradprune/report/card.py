@@ -132,6 +132,11 @@ def _how(base: _Base, config: PruneConfig, summary: dict[str, Any]) -> str:
     )
     if config.repair != "none":
         text += " The output projections of pruned blocks were re-solved by least squares."
+    taught = summary["distillation"]
+    if taught is not None and taught["factor"]:
+        text += (
+            f" Then all kept weights were distilled from the dense model's predictions for {taught['samples']} samples."
+        )
     return f"{text}\n\n```sh\n{command_line(_shown(base, config))}\n```"
 
 

@@ -29,6 +29,7 @@ from gradprune.version import __version__
 
 def summarize(result: PruneResult) -> dict[str, Any]:
     """The content of `analysis/summary.json`."""
+    taught = result.distillation
     pairs = {
         "parameters": (result.before.parameters, result.after.parameters),
         "perplexity": (result.before.perplexity.value, result.after.perplexity.value),
@@ -59,6 +60,7 @@ def summarize(result: PruneResult) -> dict[str, Any]:
         "warnings": result.warnings,
         "layers": [_layer_summary(result.masks, layer) for layer in range(result.masks.layers)],
         "repair": [asdict(repair) for repair in result.repairs],
+        "distillation": taught and asdict(taught),
     }
 
 

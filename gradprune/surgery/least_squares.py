@@ -17,6 +17,7 @@ reconstruction of a pruned layer's output: He et al. 2017, arXiv:1707.06168.)
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,18 @@ class BlockRepair:
     error: float
 
 
+class Repaired(NamedTuple):
+    """What a repair did.
+
+    blocks: one entry for every block that was solved for.
+    dense: per batch of the calibration and then of the held-out samples (of this rank's), the dense model's residual
+        stream [N, T, H] after its last layer; empty where the repair did not follow it.
+    """
+
+    blocks: list[BlockRepair]
+    dense: list[Tensor]
+
+
 @torch.no_grad()
 def least_squares(
     view: PrunableModel,
@@ -68,7 +81,7 @@ def least_squares(
     tokens_per_channel: float = TOKENS_PER_CHANNEL,
     ranks: Ranks = ALONE,
     advance: Callable[[], None] = lambda: None,
-) -> list[BlockRepair]:
+) -> Repaired:
     """Zero the output columns of pruned groups and re-solve the kept ones, in memory of their own.
 
     Args:
@@ -84,8 +97,8 @@ def least_squares(
         advance: called after each block.
 
     Returns:
-        One entry for every block that was solved for. Where no solution was better on the held-out samples, its kept
-        weights stay as they were, and the two errors are equal.
+        Of a block for which no solution was better on the held-out samples, the kept weights stay as they were, and
+        the two errors are equal.
 
     G and E are accumulated in fp32 (fp64 for fp64 models), those of one block at a time, and solved in fp64; where G
     does not factor, with ten times the ridge. Weights are rounded once, to their own dtype. Experts: see
@@ -103,7 +116,7 @@ def least_squares(
     for layer in range(len(view.layers)):
         with view.resident(layer, layer + 1):
             state.pass_layer(layer, advance)
-    return state.repairs
+    return Repaired(state.repairs, state.dense if blend or not state.differs else [])
 
 
 @dataclass

@@ -10,21 +10,21 @@ from gradprune.config import PruneConfig, RepairName
 from gradprune.models.masks import GroupMasks
 from gradprune.progress import progress
 from gradprune.run import Run
-from gradprune.surgery.least_squares import BlockRepair, least_squares
+from gradprune.surgery.least_squares import BlockRepair, Repaired, least_squares
 
-__all__ = ["REPAIRS", "BlockRepair", "Repair"]
+__all__ = ["REPAIRS", "BlockRepair", "Repair", "Repaired"]
 
 _TOKENS_PER_COLUMN = 2
 
-Repair = Callable[[Run, GroupMasks], list[BlockRepair]]
+Repair = Callable[[Run, GroupMasks], Repaired]
 
 
-def no_repair(_run: Run, _masks: GroupMasks) -> list[BlockRepair]:
+def no_repair(_run: Run, _masks: GroupMasks) -> Repaired:
     """Leave the weights as they are."""
-    return []
+    return Repaired([], [])
 
 
-def solve_least_squares(run: Run, masks: GroupMasks) -> list[BlockRepair]:
+def solve_least_squares(run: Run, masks: GroupMasks) -> Repaired:
     """Re-solve what blocks read and write, see `gradprune.surgery.least_squares`."""
     with progress(run.console, "Repairing", len(run.view.blocks), "blocks") as advance:
         return least_squares(run.view, masks, run.calibration, run.held_out, ranks=run.ranks, advance=advance)

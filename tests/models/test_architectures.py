@@ -202,7 +202,7 @@ def test_what_blocks_are_given_to_write_stays_as_it_is() -> None:
 @pytest.mark.parametrize("architecture", ["gemma2", "granite", "cohere"])
 def test_least_squares_brings_what_a_block_writes_closer(architecture: str) -> None:
     model, samples = tiny(architecture), [tiny_ids(8), tiny_ids(8, seed=2)]
-    repairs = least_squares(describe(model), random_masks_of(model, 0.7), samples, [tiny_ids(4, seed=3)])
+    repairs = least_squares(describe(model), random_masks_of(model, 0.7), samples, [tiny_ids(4, seed=3)]).blocks
     assert repairs
     assert all(repair.error <= repair.error_before for repair in repairs)
     assert any(repair.error < repair.error_before for repair in repairs)

@@ -90,7 +90,7 @@ def assert_solved(
 def test_each_expert_solves_its_least_squares_problem(architecture: str) -> None:
     model, ids = tiny_mixture(architecture), tiny_ids(12, 12)
     dense, view, kept = copy.deepcopy(model), describe(model), channels_drawn()
-    repairs = least_squares(view, masks_of(view, 1, kept), [ids[:5], ids[5:]], [], blend=0.0, ridges=(RIDGE,))
+    repairs = least_squares(view, masks_of(view, 1, kept), [ids[:5], ids[5:]], [], blend=0.0, ridges=(RIDGE,)).blocks
     assert [(repair.kind, repair.layer) for repair in repairs] == [("expert_channels", 1)]
     assert repairs[0].error < 0.9 * repairs[0].error_before
     experts, _, _ = what_experts_do(dense, ids, 1)
@@ -102,7 +102,7 @@ def test_experts_share_in_what_the_stream_lacks(architecture: str) -> None:
     """With a blend, the second layer's experts, which keep all, compensate for what the first layer's do not write."""
     model, ids = tiny_mixture(architecture), tiny_ids(12, 12)
     dense, view = copy.deepcopy(model), describe(model)
-    repairs = least_squares(view, masks_of(view, 0, channels_drawn()), [ids], [], blend=0.5, ridges=(RIDGE,))
+    repairs = least_squares(view, masks_of(view, 0, channels_drawn()), [ids], [], blend=0.5, ridges=(RIDGE,)).blocks
     assert ("expert_channels", 1) in {(repair.kind, repair.layer) for repair in repairs}
     # Up to the second layer's experts the model is as it was when they were solved for.
     as_then = copy.deepcopy(model)
@@ -121,7 +121,7 @@ def test_the_others_make_up_for_experts_that_go(architecture: str) -> None:
     dense, view = copy.deepcopy(model), describe(model, ["experts"])
     kept = torch.arange(EXPERTS) != 1
     masks = masks_of(view, 1, kept)
-    repairs = least_squares(view, masks, [ids[:5], ids[5:]], [], blend=0.0, ridges=(RIDGE,))
+    repairs = least_squares(view, masks, [ids[:5], ids[5:]], [], blend=0.0, ridges=(RIDGE,)).blocks
     assert [(repair.kind, repair.layer) for repair in repairs] == [("experts", 1)]
     _, own, _ = what_experts_do(dense, ids, 1)
     experts, now, _ = what_experts_do(without_experts(dense, masks), ids, 1)

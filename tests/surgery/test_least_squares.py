@@ -91,7 +91,7 @@ def test_removed_channels_that_are_combinations_of_kept_ones_cost_nothing() -> N
 def test_no_block_is_worse_on_the_calibration_data(seed: int, blend: float, device: str) -> None:
     model, ids = tiny_model(seed=seed, channels=12, dtype=torch.float32).to(device), tiny_ids(samples=6, seed=seed)
     view = describe(model)
-    repairs = least_squares(view, random_masks(view, seed), [ids], [], blend=blend)
+    repairs = least_squares(view, random_masks(view, seed), [ids], [], blend=blend).blocks
     assert repairs
     assert all(repair.error <= repair.error_before for repair in repairs)
     assert any(repair.error < 0.99 * repair.error_before for repair in repairs)
@@ -144,7 +144,7 @@ def test_the_ridge_with_the_least_held_out_error_is_found(tokens: int, samples: 
     fit, judge = tiny_ids(samples, tokens), [tiny_ids(24, 12, seed=5)]
 
     def error(ridges) -> tuple[float, float]:
-        repair = least_squares(describe(sharing_copy(model)), masks, [fit], judge, ridges=ridges)[0]
+        repair = least_squares(describe(sharing_copy(model)), masks, [fit], judge, ridges=ridges).blocks[0]
         return repair.error, repair.ridge
 
     assert error(RIDGES) == min(error((ridge,)) for ridge in RIDGES)
@@ -180,7 +180,7 @@ def test_without_a_blend_blocks_that_keep_everything_or_nothing_are_left_alone()
     masks = only(view, 1, "mlp", torch.zeros(10, dtype=torch.bool))
     steps = []
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    assert least_squares(view, masks, [ids], [ids], blend=0.0, advance=lambda: steps.append(1)) == []
+    assert least_squares(view, masks, [ids], [ids], blend=0.0, advance=lambda: steps.append(1)).blocks == []
     assert len(steps) == len(view.blocks)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
     assert changed == {"model.layers.1.mlp.down_proj.weight"}
@@ -239,7 +239,7 @@ def test_blocks_before_the_first_loss_stay_and_those_behind_are_repaired() -> No
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     repairs = least_squares(
         view, only(view, 1, "attention", torch.arange(view.of_kind("attention")[1].groups) > 0), [ids], []
-    )
+    ).blocks
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
     behind = [(1, "self_attn.o"), (1, "mlp.down"), (2, "self_attn.o"), (2, "mlp.down")]
     assert changed == {f"model.layers.{layer}.{name}_proj.weight" for layer, name in behind}

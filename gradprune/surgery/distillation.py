@@ -1,0 +1,257 @@
+"""Distillation: a cut model's weights move towards the dense model's predictions, all blocks at once.
+
+Least squares repairs a block by itself, and cannot know what matters to the model's output. Here every two samples give
+one step down the gradient G of KL(dense || cut), the mean over its tokens, in every prunable weight W [O, I]:
+
+    W <- W - rate * rms(W) * decay * G / sqrt(r c^T / mean(r)),   r_o = mean over i of G_oi^2,  c_i = mean over o,
+
+with `decay` falling from 1 to 0 over the steps. The denominator is Adafactor's estimate of the gradients' size
+(Shazeer and Stern 2018, arXiv:1804.04235), of this one step: nothing is carried from step to step, and a gradient lives
+until its own weight has moved, in the backward pass. So the memory is that of a pass that takes gradients, and not that
+of an optimizer. The dense model's predictions come from the residual streams that the repair has followed anyway.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gradprune.calibration.capture import Observer, capture
+from gradprune.calibration.gram import add_product
+from gradprune.config import DISTILL_JUDGED, DISTILL_STEP
+from gradprune.models import PrunableModel, describe
+from gradprune.models.backward import deterministic_attention, loss_scale, without_autocast
+from gradprune.models.divergence import divergence
+from gradprune.models.modes import evaluation_mode
+from gradprune.models.passes import mean_loss
+from gradprune.models.recomputed import Recomputation, recomputed
+from gradprune.models.streams import Streams
+from gradprune.progress import progress
+from gradprune.run import Run
+from gradprune.surgery.least_squares import Repaired
+
+RATE = 0.001
+"""The first step's change, relative to a weight's size."""
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""How much of all steps' change is made, ascending; held-out samples choose. Few samples say little to a large model,
+and more to a small one than one pass takes from them."""
+
+_JUDGED_TOGETHER = 8
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What it brought.
+
+    samples: that gave the gradients. factor: how much of the change was made; 0 where none of it made the loss less.
+    before, after: the cut model's loss on held-out samples, in nats per token.
+    """
+
+    samples: int
+    factor: float
+    before: float
+    after: float
+
+
+def distil(
+    view: PrunableModel,
+    samples: Tensor,
+    held_out: Tensor,
+    dense: Tensor,
+    *,
+    rate: float = RATE,
+    factors: Sequence[float] = FACTORS,
+    recompute: bool = False,
+    seed: int = 0,
+    advance: Callable[[], None] = lambda: None,
+) -> Distillation:
+    """Train the weights of the blocks of linear layers, in place, in memory of their own; experts stay as they are.
+
+    Args:
+        view: the cut model, whole in memory.
+        samples: [N, T] int64, calibration ids, which give a step for every `DISTILL_STEP`, in this order.
+        held_out: [M, T] int64, others, on which the result is judged; one at least.
+        dense: [N, T, H], the dense model's residual stream after its last layer, for `samples`.
+        rate: see above.
+        factors: see `FACTORS`; 1 among them. From 1 they are followed to where the loss falls.
+        recompute: keep of each layer its input alone, and compute it again in the backward pass.
+        seed: of the rounding to bfloat16, which is up or down with the probability that keeps the mean.
+        advance: called after each step.
+
+    Deterministic.
+    """
+    batches = samples.split(DISTILL_STEP)
+    judged = [batch.to(view.device) for batch in held_out.split(_JUDGED_TOGETHER)]
+    trained = _Trained(view, batches, dense.split(DISTILL_STEP), seed)
+
+    def attempt(factor: float) -> tuple[float, float]:
+        trained.go(factor)
+        return mean_loss(view.model, judged), factor
+
+    with evaluation_mode(view.model):
+        before = mean_loss(view.model, judged)
+        with trained.observed(recompute=recompute):
+            for step in range(len(batches)):
+                trained.step(step, rate * (1.0 - step / len(batches)))
+                advance()
+        trained.arrive()
+        # Written so that a loss that is NaN is not less.
+        best = min((before, 0.0), _least(factors, attempt), key=lambda found: (not found[0] <= before, found[0]))
+        trained.go(best[1])
+    return Distillation(len(samples), best[1], before, best[0])
+
+
+def _least(factors: Sequence[float], attempt: Callable[[float], tuple[float, float]]) -> tuple[float, float]:
+    """The least loss, with its factor, going down from the factor 1."""
+    first = factors.index(1.0)
+    best = attempt(1.0)
+    for direction in (factors[first + 1 :], reversed(factors[:first])):
+        start = best
+        for factor in direction:
+            found = attempt(factor)
+            if not found[0] < best[0]:
+                break
+            best = found
+        if best is not start:
+            break
+    return best
+
+
+class Taught(NamedTuple):
+    """Arguments of `distil`."""
+
+    samples: Tensor
+    held_out: Tensor
+    dense: Tensor
+
+
+def taught_samples(run: Run, repaired: Repaired) -> Taught | None:
+    """What a run's model is to learn from; None where it is not to, or there is no dense model to learn from.
+
+    With several ranks each gets the same samples, and takes the same steps.
+    """
+    count = min(run.config.distill_samples, len(run.samples.calibration)) // DISTILL_STEP * DISTILL_STEP
+    if not count or not repaired.dense or run.view.residency is not None or not run.view.linear_blocks:
+        return None
+    own = len(run.ranks.share(run.calibration))
+    dense = torch.cat(run.ranks.joined(repaired.dense[:own]))[:count]
+    return Taught(run.samples.calibration[:count], run.samples.held_out[:DISTILL_JUDGED], dense.clone())
+
+
+def distil_run(run: Run, model: PreTrainedModel, taught: Taught) -> Distillation:
+    """`distil` a run's cut model, with progress; blocks of kinds that were not to be pruned stay as they are."""
+    kinds = {block.kind.name for block in run.view.blocks}
+    view = describe(model)
+    view = replace(view, blocks=tuple(block for block in view.blocks if block.kind.name in kinds))
+    steps = len(taught.samples) // DISTILL_STEP
+    with progress(run.console, "Distilling", steps, "steps") as advance:
+        return distil(
+            view,
+            *taught,
+            recompute=run.config.use_gradient_checkpointing,
+            seed=run.config.seed,
+            advance=advance,
+        )
+
+
+class _Trained:
+    """A model whose prunable weights have memory of their own, and move in its backward pass."""
+
+    def __init__(self, view: PrunableModel, batches: Sequence[Tensor], dense: Sequence[Tensor], seed: int) -> None:
+        self._view = view
+        self._batches = [batch.to(view.device) for batch in batches]
+        self._streams = Streams(view, batches)
+        self._dense = dense
+        self._rate = 0.0
+        self._entries = [entry for block in view.linear_blocks for entry in block.projections]
+        self._start = [(entry.linear.weight, entry.linear.weight.data) for entry in self._entries]
+        self._end: list[Tensor] = []
+        self._generators = {
+            device: torch.Generator(device).manual_seed(seed) for device in {w.device for w, _ in self._start}
+        }
+        for block in view.linear_blocks:
+            with view.rewriting(block, [f"{entry.path}.weight" for entry in block.projections]):
+                pass
+
+    def arrive(self) -> None:
+        """The weights as they are now are where a factor of 1 leads."""
+        self._end = [parameter.data for parameter, _ in self._start]
+
+    @torch.no_grad()
+    def go(self, factor: float) -> None:
+        """The weights that a factor leads to."""
+        for (parameter, start), end in zip(self._start, self._end, strict=True):
+            if factor in (0.0, 1.0):
+                parameter.data = end if factor else start
+            else:
+                parameter.data = torch.lerp(start, end, factor)
+
+    def observed(self, *, recompute: bool) -> ExitStack:
+        """A context in which a backward pass moves the weights."""
+        observers: dict[nn.Linear, Observer] = {
+            entry.linear: partial(self._move, entry.weight) for entry in self._entries
+        }
+        recomputation = Recomputation()
+        with ExitStack() as stack:
+            stack.enter_context(deterministic_attention())
+            stack.enter_context(capture(self._view.model, observers, recomputation))
+            if recompute:
+                stack.enter_context(recomputed(self._view.layers, recomputation))
+            return stack.pop_all()
+
+    def step(self, batch: int, rate: float) -> None:
+        """One batch forward and backward."""
+        self._rate = rate
+        with torch.enable_grad():
+            # The size of the gradients does not matter, as long as it is within the range of their type.
+            loss = self._divergence(batch) * self._batches[batch].numel() * loss_scale(self._view.model.dtype)
+        with without_autocast(self._view.device):
+            loss.backward()
+
+    def _divergence(self, batch: int) -> Tensor:
+        taught = self._streams.last_hidden(batch, self._dense[batch].to(self._view.device)).flatten(0, 1)
+        decoder = self._view.model.get_decoder()
+        hidden = decoder(input_ids=self._batches[batch], use_cache=False).last_hidden_state
+        return divergence(self._view.model, hidden.flatten(0, 1), taught)
+
+    @torch.no_grad()
+    def _move(self, weight: Tensor, x: Tensor, dy: Tensor, _dx: Tensor) -> None:
+        """An observer of the linear layer of a weight [O, I]."""
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        gradient = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        add_product(gradient, dy.flatten(0, -2), x.flatten(0, -2))
+        descend(weight, gradient, self._rate, self._generators[weight.device])
+
+
+def descend(weight: Tensor, gradient: Tensor, rate: float, generator: torch.Generator) -> None:
+    """A step of a weight down its gradient, in place, as above; rounded once, to bfloat16 up or down at random.
+
+    So small changes add up where each is less than the distance to the next number.
+
+    Args:
+        weight: [O, I] floating point.
+        gradient: [O, I] fp32 or fp64, of any size; overwritten.
+        rate: `rate * decay`.
+        generator: on their device.
+    """
+    square = gradient.square()
+    rows, columns = square.mean(1), square.mean(0)
+    # Where all of a row's or a column's gradients are zero, so is the change.
+    least = torch.finfo(gradient.dtype).tiny
+    size = weight.to(gradient.dtype).square().mean(1).mean().sqrt()
+    gradient.mul_(rows.clamp_min(least).rsqrt()[:, None])
+    of_columns = columns.clamp_min(least).rsqrt().mul_(rate * size * rows.mean().sqrt())
+    if weight.dtype == gradient.dtype:
+        weight.addcmul_(gradient, of_columns[None], value=-1.0)
+        return
+    exact = weight.to(gradient.dtype).addcmul_(gradient, of_columns[None], value=-1.0)
+    if weight.dtype == torch.bfloat16:
+        # bfloat16 is the upper half of fp32; a random lower half carries as often as that one is large.
+        noise = torch.randint(0, 2**16, exact.shape, generator=generator, dtype=torch.int32, device=exact.device)
+        exact = (exact.view(torch.int32) + noise).bitwise_and_(-(2**16)).view(torch.float32)
+    weight.copy_(exact)

@@ -1,0 +1,214 @@
+"""Distillation against its formula by autograd over all logits, and what it may never do."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gradprune.config import DISTILL_STEP
+from gradprune.errors import ConfigError
+from gradprune.models import describe
+from gradprune.models.masks import GroupMasks
+from gradprune.models.passes import mean_loss
+from gradprune.report.folder import summarize
+from gradprune.surgery.cut import cut, sharing_copy
+from gradprune.surgery.distillation import Distillation, descend, distil
+from gradprune.surgery.least_squares import least_squares
+from helpers.mixtures import tiny_mixture
+from helpers.pipeline_runs import run
+from helpers.streaming import both
+from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
+
+# Random tokens teach nothing of others, so that they are judged on some of their own.
+SAMPLES = tiny_ids(samples=8)
+HELD_OUT = SAMPLES[:4]
+
+
+def pruned(model: PreTrainedModel) -> tuple[PreTrainedModel, Tensor]:
+    """The cut model, a third of whose groups are gone but for the first layer's, and the dense model's streams."""
+    view = describe(model)
+    own = sharing_copy(model)
+    kept = {block.key: torch.arange(block.groups) % 3 != 1 for block in view.blocks}
+    masks = GroupMasks({key: mask | (key.layer == 0) for key, mask in kept.items()}, len(view.layers))
+    dense = least_squares(describe(own), masks, [SAMPLES], [HELD_OUT]).dense
+    return cut(own, masks, inplace=True), torch.cat(dense)
+
+
+def divergence(dense: PreTrainedModel, model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Mean over tokens of KL(dense || model), of all logits at once."""
+    with torch.no_grad():
+        expected = F.log_softmax(dense(ids).logits.flatten(0, 1), -1)
+    found = F.log_softmax(model(ids).logits.flatten(0, 1), -1)
+    return F.kl_div(found, expected, reduction="batchmean", log_target=True)
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_a_step_is_the_formula_s_by_autograd(architecture: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = [1.0, 0.5]
+    monkeypatch.setattr("gradprune.surgery.distillation.mean_loss", lambda *_: losses.pop(0))
+    dense = tiny_model(architecture).to(device)
+    model, streams = pruned(dense)
+    twin, rate = copy.deepcopy(model), 0.003
+    ids = SAMPLES[:DISTILL_STEP].to(device)
+    divergence(dense, twin, ids).backward()
+    expected = {}
+    for block in describe(twin).linear_blocks:
+        for entry in block.projections:
+            w, g = (each.detach().cpu().numpy() for each in (entry.linear.weight, entry.linear.weight.grad))
+            r, c = (g**2).mean(1), (g**2).mean(0)
+            size = np.sqrt((w**2).mean())
+            expected[block.key, entry.path] = w - rate * size * g / np.sqrt(np.outer(r, c) / r.mean())
+    found = distil(
+        describe(model),
+        SAMPLES[:DISTILL_STEP],
+        SAMPLES[:DISTILL_STEP],
+        streams[:DISTILL_STEP],
+        rate=rate,
+        factors=(1.0,),
+    )
+    assert found == Distillation(DISTILL_STEP, 1.0, 1.0, 0.5)
+    for block in describe(model).linear_blocks:
+        for entry in block.projections:
+            np.testing.assert_allclose(
+                entry.linear.weight.detach().cpu().numpy(), expected[block.key, entry.path], rtol=1e-6, atol=3e-9
+            )
+    others = {name for name, _ in model.named_parameters() if "proj" not in name}
+    before, after = weights_of(twin), weights_of(model)
+    assert others
+    assert all(torch.equal(before[name], after[name]) for name in others)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_steps_bring_the_predictions_nearer_and_leave_the_dense_model(recompute: bool, device: str) -> None:
+    dense = tiny_model(dtype=torch.float32).to(device)
+    before = weights_of(dense)
+    model, streams = pruned(dense)
+    steps = []
+    found = distil(
+        describe(model),
+        SAMPLES,
+        HELD_OUT,
+        streams[:8],
+        rate=0.003,
+        recompute=recompute,
+        advance=lambda: steps.append(1),
+    )
+    assert found.before == pytest.approx(mean_loss(pruned(dense)[0], [HELD_OUT.to(device)]), rel=1e-6)
+    assert found.after == pytest.approx(mean_loss(model, [HELD_OUT.to(device)]), rel=1e-6)
+    assert len(steps) == len(SAMPLES) // DISTILL_STEP
+    assert divergence(dense, model, SAMPLES.to(device)).item() < 0.98 * divergence(
+        dense, pruned(dense)[0], SAMPLES.to(device)
+    )
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(dense).items())
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_same_bits_twice_and_recomputed() -> None:
+    found = []
+    for recompute in (False, False, True):
+        model, streams = pruned(tiny_model(dtype=torch.float32))
+        distil(describe(model), SAMPLES, HELD_OUT, streams[:8], rate=0.003, recompute=recompute)
+        found.append(weights_of(model))
+    for other in found[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in found[0].items())
+
+
+def test_as_much_of_the_change_is_made_as_is_best_on_held_out_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, losses = {}, []
+    monkeypatch.setattr("gradprune.surgery.distillation.mean_loss", lambda *_: losses.pop(0))
+    for name, found, factor in (
+        ("none", [1.0, 2.0, 3.0, 1.5, 1.6], 0.0),
+        ("not a number", [1.0, *[float("nan")] * 3], 0.0),
+        ("a half", [1.0, 0.9, 0.95, 0.8, 0.85], 0.5),
+        ("all", [1.0, 0.9, 0.95, 0.92], 1.0),
+        ("double", [1.0, 0.9, 0.8, 0.85], 2.0),
+    ):
+        losses[:] = found
+        model, streams = pruned(tiny_model(dtype=torch.float32))
+        before = weights_of(model)["model.layers.1.mlp.up_proj.weight"]
+        result = distil(describe(model), SAMPLES, HELD_OUT, streams[:8], rate=0.01)
+        assert result == Distillation(8, factor, 1.0, min([value for value in found if value == value]))
+        assert not losses
+        changes[name] = weights_of(model)["model.layers.1.mlp.up_proj.weight"] - before
+    assert not changes["none"].any()
+    assert not changes["not a number"].any()
+    for name, factor in (("a half", 0.5), ("double", 2.0)):
+        torch.testing.assert_close(changes[name], factor * changes["all"], rtol=1e-4, atol=1e-7)
+
+
+def test_experts_stay_and_attention_moves() -> None:
+    dense = tiny_mixture("mixtral")
+    model, streams = pruned(dense)
+    before = weights_of(model)
+    distil(describe(model), SAMPLES, HELD_OUT, streams[:8], rate=0.003)
+    moved = {name for name, value in weights_of(model).items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all("self_attn" in name for name in moved)
+
+
+def test_small_changes_of_bfloat16_weights_add_up() -> None:
+    weight = torch.ones(64, 64, dtype=torch.bfloat16)
+    gradient = torch.ones(64, 64)
+    generator = torch.Generator().manual_seed(0)
+    # A hundred steps, each a tenth of the distance to the next number below.
+    for _ in range(100):
+        descend(weight, gradient.clone(), 2.0**-8 / 10, generator)
+    assert weight.float().mean().item() == pytest.approx((1 - 2.0**-8 / 10) ** 100, rel=2e-3)
+    nearest = torch.ones((), dtype=torch.bfloat16)
+    assert nearest - torch.tensor(2.0**-8 / 10).bfloat16() == nearest
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_where_nothing_depends_on_a_weight_it_stays(dtype: torch.dtype) -> None:
+    weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = weight.clone()
+    gradient = torch.zeros(6, 5, dtype=torch.promote_types(dtype, torch.float32))
+    descend(weight, gradient.clone(), 0.1, torch.Generator())
+    assert torch.equal(weight, before)
+    gradient[2, 3] = 1e-9
+    descend(weight, gradient, 0.1, torch.Generator())
+    changed = (weight != before).nonzero().tolist()
+    assert changed == [[2, 3]]
+
+
+def test_a_run_distils_where_it_is_asked_to() -> None:
+    model = tiny_model(dtype=torch.float32)
+    found = run(model, held_out_samples=4, distill_samples=7)
+    taught = summarize(found)["distillation"]
+    assert taught["samples"] == 6
+    assert taught["after"] <= taught["before"]
+    assert "distillation" in found.seconds
+    for options in ({}, {"repair": "none", "distill_samples": 8}):
+        without = run(model, held_out_samples=4, **options)
+        assert without.distillation is None
+        assert summarize(without)["distillation"] is None
+        assert "distillation" not in without.seconds
+
+
+def test_blocks_that_are_not_to_be_pruned_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = [1.0, 0.5, *[0.9] * 4]
+    monkeypatch.setattr("gradprune.surgery.distillation.mean_loss", lambda *_: losses.pop(0))
+    model = tiny_model(dtype=torch.float32)
+    before = weights_of(model)
+    found = run(model, held_out_samples=4, prune_kinds="mlp", distill_samples=8)
+    after = weights_of(found.model)
+    assert found.distillation is not None
+    assert found.distillation.factor == 1.0
+    attention = [name for name in before if "self_attn" in name]
+    assert attention
+    assert all(torch.equal(after[name], before[name]) for name in attention)
+
+
+def test_streamed_layers_are_refused(tmp_path: Path) -> None:
+    _, streamed = both(tiny_model(dtype=torch.float32), tmp_path)
+    with pytest.raises(ConfigError, match="distill_samples: 8, but layers that are streamed cannot be taught"):
+        run(streamed, distill_samples=8)
