@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from gradprune.config import CURVATURE_SAMPLES, DISTILL_JUDGED, DISTILL_STEP, PruneConfig, bytes_of
+from gradprune.config import CURVATURE_SAMPLES, DISTILL_STEP, PruneConfig, bytes_of
 from gradprune.models.loss import CUDA_LOGITS, LOGITS, MIN_TOKENS
 from gradprune.models.sizes import ModelShape
 from gradprune.ranks import PIECE
@@ -211,8 +211,8 @@ class _Run:
         weights = int((1.0 - self.config.pruning_ratio) * sum(self.shape.layer_parameters)) * self.shape.itemsize
         kept = self._stream(tokens) if self.config.use_gradient_checkpointing else self._kept(tokens)
         gradient = 12 * self._largest_output
-        taught = self._stream((self.config.distill_samples + DISTILL_JUDGED) * self.config.seq_len)
-        own = 2 * weights + 2 * taught + layers * kept + max(self._backward(tokens) + gradient, self._logits(tokens))
+        taught = self._stream(self.config.distill_samples * self.config.seq_len)
+        own = 2 * weights + taught + layers * kept + max(self._backward(tokens) + gradient, self._logits(tokens))
         return self._stage("distillation", own, 0, 1)
 
     def evaluation(self) -> Stage:
