@@ -252,12 +252,11 @@ def _repair_and_cut(run: Run, masks: GroupMasks) -> tuple[PreTrainedModel, list[
     model = run.view.model if run.config.in_place else sharing_copy(run.view.model)
     with run.clock.stage("repair"):
         repaired = REPAIRS[run.config.repair](replace(run, view=describe(model, run.config.kinds)), masks)
-        taught = taught_samples(run, repaired)
+        blocks, taught = repaired.blocks, taught_samples(run, repaired)
+        # The streams of samples that teach nothing go.
+        del repaired
     with run.clock.stage("surgery"):
         pruned = cut(model, masks, inplace=True)
-    blocks = repaired.blocks
-    # The streams of samples that teach nothing go.
-    del repaired
     if taught is None:
         return pruned, blocks, None
     with run.clock.stage("distillation"):

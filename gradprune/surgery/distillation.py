@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -34,11 +35,12 @@ from gradprune.models.streams import Streams
 from gradprune.progress import progress
 from gradprune.run import Run
 from gradprune.surgery.least_squares import Repaired
+from gradprune.surgery.moments import least
 
 RATE = 0.001
 """The first step's change, relative to a weight's size."""
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""How much of all steps' change is made, ascending; held-out samples choose. Few samples say little to a large model,
+FACTORS = (4.0, 2.0, 1.0, 0.5, 0.25)
+"""How much of all steps' change is made, descending; held-out samples choose. Few samples say little to a large model,
 and more to a small one than one pass takes from them."""
 
 _JUDGED_TOGETHER = 8
@@ -100,26 +102,11 @@ def distil(
                 trained.step(step, rate * (1.0 - step / len(batches)))
                 advance()
         trained.arrive()
-        # Written so that a loss that is NaN is not less.
-        best = min((before, 0.0), _least(factors, attempt), key=lambda found: (not found[0] <= before, found[0]))
-        trained.go(best[1])
-    return Distillation(len(samples), best[1], before, best[0])
-
-
-def _least(factors: Sequence[float], attempt: Callable[[float], tuple[float, float]]) -> tuple[float, float]:
-    """The least loss, with its factor, going down from the factor 1."""
-    first = factors.index(1.0)
-    best = attempt(1.0)
-    for direction in (factors[first + 1 :], reversed(factors[:first])):
-        start = best
-        for factor in direction:
-            found = attempt(factor)
-            if not found[0] < best[0]:
-                break
-            best = found
-        if best is not start:
-            break
-    return best
+        after, factor = least(factors, factors.index(1.0), attempt, itemgetter(0))
+        if not after < before:
+            after, factor = before, 0.0
+        trained.go(factor)
+    return Distillation(len(samples), factor, before, after)
 
 
 class Taught(NamedTuple):
@@ -138,9 +125,10 @@ def taught_samples(run: Run, repaired: Repaired) -> Taught | None:
     count = min(run.config.distill_samples, len(run.samples.calibration)) // DISTILL_STEP * DISTILL_STEP
     if not count or not repaired.dense or run.view.residency is not None or not run.view.linear_blocks:
         return None
-    own = len(run.ranks.share(run.calibration))
+    # The first batches of all ranks', of which each rank has the first of its own.
+    own = len(run.ranks.share(run.calibration[: -(-count // run.config.batch_size)]))
     dense = torch.cat(run.ranks.joined(repaired.dense[:own]))[:count]
-    return Taught(run.samples.calibration[:count], run.samples.held_out[:DISTILL_JUDGED], dense.clone())
+    return Taught(run.samples.calibration[:count], run.samples.held_out[:DISTILL_JUDGED], dense)
 
 
 def distil_run(run: Run, model: PreTrainedModel, taught: Taught) -> Distillation:

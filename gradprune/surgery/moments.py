@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -153,16 +154,28 @@ def fit(problem: Problem, judge: Problem, ridges: Sequence[float], first: float 
         found = problem.solution(ridge)
         return Fit(found, ridge, before, judge.error(found))
 
-    return _least(ridges, len(ridges) // 2 if first is None else ridges.index(first), attempt)
+    first_tried = len(ridges) // 2 if first is None else ridges.index(first)
+    return least(ridges, first_tried, attempt, lambda found: found.error)
 
 
-def _least(ridges: Sequence[float], first: int, attempt: Callable[[float], Fit]) -> Fit:
-    best = attempt(ridges[first])
-    for direction in (reversed(ridges[:first]), ridges[first + 1 :]):
+_Found = TypeVar("_Found")
+
+
+def least(
+    candidates: Sequence[float], first: int, attempt: Callable[[float], _Found], error: Callable[[_Found], float]
+) -> _Found:
+    """What was found at a minimum of the error, which is followed to where it falls: towards the front, else the back.
+
+    Args:
+        candidates: in order; `first` is the index of the one to begin with.
+        attempt, error: what is found with a candidate, and its error.
+    """
+    best = attempt(candidates[first])
+    for direction in (reversed(candidates[:first]), candidates[first + 1 :]):
         start = best
-        for ridge in direction:
-            found = attempt(ridge)
-            if not found.error < best.error:
+        for candidate in direction:
+            found = attempt(candidate)
+            if not error(found) < error(best):
                 break
             best = found
         if best is not start:
