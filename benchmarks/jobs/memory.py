@@ -48,7 +48,6 @@ STAGES = {
     "calibration": "calibration",
     "importance": "importance",
     "repair": "repair",
-    "distillation": "distillation",
     "perplexity_before": "evaluation",
 }
 
@@ -305,8 +304,6 @@ def _appended(axis: str, case: Case, found: dict[str, Any] | None, options: Name
     # The same run may be a point of several quantities.
     shape = f"{case.text}, growing {axis}" if axis else case.text
     for running, planned in STAGES.items():
-        if planned not in predicted:  # which this way of running has not
-            continue
         peak = None if found is None else found["stages"].get(running)
         seconds = None if found is None else found["seconds"].get(running)
         extra = {"axis": axis, "x": getattr(case, axis) if axis else None, "cpu_seconds": seconds}

@@ -32,9 +32,8 @@ def _inputs(case: Case, number: int, device: str) -> tuple[Tensor, Tensor]:
 
 def _copy(inverse: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
     """Write a copy of each matrix."""
-    to, source = torch.empty_like(inverse), inverse
-    torch.empty_like(gram).copy_(gram)
-    return to.copy_(source), source
+    gram.clone()
+    return inverse.clone(), inverse
 
 
 def _check(found: Removals, inputs: tuple[Any, ...]) -> str | None:

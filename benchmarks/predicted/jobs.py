@@ -77,9 +77,9 @@ def _repair(layers: int, lost: float, shape: tuple[int, int]) -> Counted:
 
 def _removals(card: Card, toy: bool) -> float:
     """Of all blocks' removal paths, which `obs` adds to calibration."""
-    hidden, channels = (64, 96) if toy else (LLAMA_8B["down"][0], LLAMA_8B["down"][1])
+    layers, (hidden, channels) = _blocks(toy)
     of_attention, of_mlp = _removal(hidden, 8, hidden // 8), _removal(hidden, channels, 1)
-    return (2 if toy else _LAYERS) * sum(pass_seconds(each, card) for each in (of_attention, of_mlp))
+    return layers * sum(pass_seconds(each, card) for each in (of_attention, of_mlp))
 
 
 _removal = cache(removal_of_all)
@@ -87,11 +87,16 @@ _removal = cache(removal_of_all)
 
 def _gram_sums(card: Card, tokens: int, toy: bool) -> float:
     """Of all blocks' Gram sums over a batch."""
-    widths = (64, 96) if toy else LLAMA_8B["down"]
-    return (2 if toy else _LAYERS) * sum(pass_seconds(_gram_sum(tokens, width), card) for width in widths)
+    layers, widths = _blocks(toy)
+    return layers * sum(pass_seconds(_gram_sum(tokens, width), card) for width in widths)
 
 
 _gram_sum = cache(gram_sum)
+
+
+def _blocks(toy: bool) -> tuple[int, tuple[int, int]]:
+    """Layers, and the columns of attention's and the MLP's output projection."""
+    return (2, (64, 96)) if toy else (_LAYERS, LLAMA_8B["down"])
 
 
 def streamed(card: Card) -> Record:

@@ -209,7 +209,13 @@ class Choice:
 def _measure_seed(subject: Subject, seed: int, dense: Quality, deadline: Deadline, options: Namespace) -> bool:
     """Every method, temperature and ratio from one calibration; False if time ran out on the way."""
     model = subject.model
-    config = PruneConfig(num_samples=options.num_samples, seq_len=options.seq_len, seed=seed, held_out_samples=32)
+    config = PruneConfig(
+        num_samples=options.num_samples,
+        seq_len=options.seq_len,
+        seed=seed,
+        held_out_samples=32,
+        distill_samples=_DISTILLED,
+    )
     # The search compares on samples of its own.
     drawn = replace(config, importance_method="auto") if options.search else config
     samples = draw_samples(model, None, drawn, subject.calibration, subject.evaluation)
@@ -232,8 +238,7 @@ def _pruned_quality(run: Run, choice: Choice, subject: Subject, options: Namespa
     repair = REPAIRS["least_squares" if choice.repaired else "none"]
     repaired = repair(replace(run, view=describe(model)), choice.masks)
     model = cut(model, choice.masks, inplace=True)
-    distilling = replace(run, config=replace(run.config, distill_samples=_DISTILLED if choice.distilled else 0))
-    taught = taught_samples(distilling, repaired)
+    taught = taught_samples(run, repaired) if choice.distilled else None
     if taught is not None:
         distil_run(run, model, taught)
     return quality_of(model, subject, options)

@@ -1,12 +1,12 @@
 #include "cpu/cheapest_removals.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <vector>
 
 #include "cpu/kernel_table.h"
 #include "cpu/scratch.h"
+#include "cpu/tile_sums.h"
 
 namespace gradprune {
 namespace {
@@ -20,7 +20,7 @@ constexpr std::ptrdiff_t kLanes = 8;
 
 void cheapest_removals(const RemovalInputs& inputs, std::ptrdiff_t count, std::int64_t* taken, double* costs, Isa isa) {
   const RemovalKernel kernel = kernels(isa).removal;
-  const std::ptrdiff_t columns = inputs.columns, width = (columns + kLanes - 1) / kLanes * kLanes;
+  const std::ptrdiff_t columns = inputs.columns, width = divide_up(columns, kLanes) * kLanes;
   // The rows s and d of the columns that are gone, and the diagonals of A^-1 and of M.
   double* s = reinterpret_cast<double*>(scratch<RemovalScratch>((2 * count + 2) * width * sizeof(double)));
   double *d = s + count * width, *inverse = d + count * width, *gram = inverse + width;
