@@ -139,6 +139,10 @@ def _quality(records: Sequence[Record], folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def _calibration_size(records: Sequence[Record], _folder: Path) -> str:
+    return f"### Calibration samples\n\n{tables.CALIBRATION_SIZE}\n\n{tables.calibration_size_table(records)}"
+
+
 def _recovery(records: Sequence[Record], _folder: Path) -> str:
     return f"### Recovery\n\n{tables.RECOVERY}\n\n{tables.recovery_table(records)}"
 
@@ -164,6 +168,7 @@ _SECTIONS: dict[str, Callable[[Sequence[Record], Path], str]] = {
     "kernel": _kernels,
     "job": _jobs,
     "quality": _quality,
+    "calibration_size": _calibration_size,
     "recovery": _recovery,
     "inference": _inference,
     "vanishing": _vanishing,

@@ -12,9 +12,21 @@ from typing import Any, Literal, get_args
 
 from benchmarks.environment import Environment, environment
 
-Kind = Literal["kernel", "job", "quality", "recovery", "inference", "vanishing", "experts", "predicted", "compiled"]
+Kind = Literal[
+    "kernel",
+    "job",
+    "quality",
+    "calibration_size",
+    "recovery",
+    "inference",
+    "vanishing",
+    "experts",
+    "predicted",
+    "compiled",
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ANY_HARDWARE = "any hardware"
+_ANYWHERE = frozenset({"quality", "calibration_size", "recovery", "vanishing", "experts", "compiled"})
 FOLDER = Path(__file__).resolve().parent / "results"
 
 
@@ -69,8 +81,7 @@ class Record:
     @property
     def hardware(self) -> str:
         """The hardware that the result depends on; a perplexity does not depend on any, nor what a compiler makes."""
-        anywhere = self.kind in ("quality", "recovery", "vanishing", "experts", "compiled")
-        return ANY_HARDWARE if anywhere else self.environment.hardware
+        return ANY_HARDWARE if self.kind in _ANYWHERE else self.environment.hardware
 
     @property
     def work(self) -> tuple[str, ...]:

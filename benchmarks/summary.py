@@ -160,6 +160,12 @@ def scalings(records: Sequence[Record]) -> str:
     return tables.table(["`--gradient_fix`", *(f"{name}, T={t:g}" for t, name in columns)], rows)
 
 
+def calibration_size(records: Sequence[Record]) -> str:
+    """Excess log-perplexity by the number of calibration samples."""
+    chosen = [found for found in records if found.kind == "calibration_size"]
+    return f"{tables.CALIBRATION_SIZE}\n\n{tables.calibration_size_table(chosen)}" if chosen else _UNMEASURED
+
+
 def experts(records: Sequence[Record]) -> str:
     """Perplexity of a mixture of experts by repair."""
     chosen = [found for found in records if found.kind == "experts" and found.name == "mixture"]
@@ -263,7 +269,7 @@ _GROWTH = (
 SECTIONS: dict[str, dict[str, Callable[[Sequence[Record]], str]]] = {
     "README.md": {"claim": claim, "quality": quality, "calibration": calibration, "ops": ops},
     "docs/gradient-vanishing.md": {"temperature": temperature, "scalings": scalings},
-    "docs/methods.md": {"experts": experts},
+    "docs/methods.md": {"calibration_size": calibration_size, "experts": experts},
     "docs/serving.md": {"recovery": recovery},
     "docs/large-models.md": {"plan": plan, "streaming": streaming},
 }

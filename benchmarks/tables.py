@@ -364,6 +364,29 @@ def _spread(records: Sequence[Record]) -> str:
     return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
+CALIBRATION_SIZE = (
+    "Excess, ln(perplexity / dense perplexity), by the number of calibration samples of 128 tokens, which both get; "
+    "removed of the prunable parameters (`python -m benchmarks.quality.calibration_size`)."
+)
+
+
+def calibration_size_table(records: Sequence[Record]) -> str:
+    """One row per model, ratio and provider, one column per number of samples; means over seeds."""
+    sizes = sorted({found.extra["num_samples"] for found in records})
+    rows = []
+    for (name, ratio, provider), group in grouped(
+        records, lambda found: (found.name, found.extra["ratio"], found.provider)
+    ).items():
+        by_size = grouped(group, lambda found: found.extra["num_samples"])
+        cells = (f"{fmean(map(_excess, by_size[size])):.3f}" if size in by_size else "-" for size in sizes)
+        rows.append([name, f"{ratio:.0%}", provider, *cells])
+    return table(["model", "removed", "by", *(f"{size} samples" for size in sizes)], rows)
+
+
+def _excess(found: Record) -> float:
+    return math.log(found.extra["perplexity"] / found.extra["perplexity_dense"])
+
+
 EXPERTS = (
     "Held-out perplexity of a small mixture of experts (dense: the first column), pruned and repaired; what is pruned "
     "and how much of the parameters, on how many calibration samples of 128 tokens (`benchmarks/quality/experts.py`)."

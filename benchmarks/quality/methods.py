@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     deadline = Deadline(options.seconds)
-    for subject in _subjects(options):
+    for subject in subjects(options):
         if options.prunable:
             # Ratios of different parameters never share a table.
             subject = replace(subject, name=f"{subject.name}, ratios of its prunable parameters")
@@ -128,7 +128,8 @@ def _with_defaults(options: Namespace) -> Namespace:
     return options
 
 
-def _subjects(options: Namespace) -> Iterator[Subject]:
+def subjects(options: Namespace) -> Iterator[Subject]:
+    """What --base_model names, with its texts; else each of --models that is here."""
     if options.base_model is not None:
         yield load_subject(options.base_model, options.dataset, options.eval_dataset, options.device)
         return
@@ -223,12 +224,13 @@ def _measure_seed(subject: Subject, seed: int, dense: Quality, deadline: Deadlin
     for choice in _choices(run, options):
         if not deadline.allows(0.0):
             return False
-        measured = _pruned_quality(run, choice, subject, options)
+        measured = pruned_quality(run, choice, subject, options)
         _append(subject, choice.provider, choice.ratio, seed, measured, dense, options)
     return True
 
 
-def _pruned_quality(run: Run, choice: Choice, subject: Subject, options: Namespace) -> Quality:
+def pruned_quality(run: Run, choice: Choice, subject: Subject, options: Namespace) -> Quality:
+    """Prune a copy of the subject's model as chosen, repaired on the run's samples, and measure it."""
     if choice.peer is not None:
         with applied(run.view, choice.peer):
             measured = quality_of(subject.model, subject, options)
