@@ -33,11 +33,11 @@ from gradprune.config import (
     options_of,
 )
 from gradprune.config.commands import StagedCommand, takes
+from gradprune.config.recovery_config import RecoveryConfig
 from gradprune.errors import ConfigError, GradPruneError, one_line
 from gradprune.interrupts import Interrupted, interruptible
 from gradprune.progress import Clock, say
 from gradprune.ranks import current, launched, speaks
-from gradprune.recovery.options import RecoveryConfig
 from gradprune.version import __version__
 
 if TYPE_CHECKING:

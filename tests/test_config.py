@@ -23,6 +23,7 @@ from gradprune.config import (
 )
 from gradprune.config.domains import at_least
 from gradprune.config.option import option
+from gradprune.config.recovery_config import RecoveryConfig
 from gradprune.config.table import options_page
 from gradprune.errors import ConfigError
 from gradprune.report.strict_json import json_text
@@ -233,4 +234,4 @@ def test_numbers_survive_the_printed_command(method, temperature: float, tau: fl
 def test_the_page_of_options_is_up_to_date() -> None:
     page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
     assert page == options_page(), "renew it: python -m gradprune.config.table > docs/options.md"
-    assert all(f"| `{name}` |" in page for name in OPTIONS)
+    assert all(f"| `{name}` |" in page for name in [*OPTIONS, *options_of(RecoveryConfig)])

@@ -25,8 +25,8 @@ from benchmarks.quality.methods import SMOLLM2, Quality, Subject, chosen_subject
 from benchmarks.results import append, record
 from gradprune.checkpoint.load import load_model
 from gradprune.config import PruneConfig
+from gradprune.config.recovery_config import RecoveryConfig
 from gradprune.pipeline import prune
-from gradprune.recovery.options import RecoveryConfig
 from gradprune.recovery.recover import recover
 
 _DEFAULT = RecoveryConfig()

@@ -1,7 +1,8 @@
 """Checkpoints: load dense and pruned models, save them whole or not at all. Only safetensors, never a pickle."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
 
 from gradprune.checkpoint.files import check_floating, check_index
@@ -133,9 +135,10 @@ def _load_gguf(file: Path, dtype: str, device: str, argument: str) -> tuple[PreT
         _check_supported(file, config, argument)
         # transformers' annotation of from_pretrained does not know output_loading_info's pair.
         model_class: Any = AutoModelForCausalLM
-        model, found = model_class.from_pretrained(
-            file.parent, **source, dtype=getattr(torch, dtype), output_loading_info=True
-        )
+        with _no_bar_of_the_reader():
+            model, found = model_class.from_pretrained(
+                file.parent, **source, dtype=getattr(torch, dtype), output_loading_info=True
+            )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
         split_as_the_file_says(tokenizer, file)
     except UnsupportedArchitectureError:
@@ -145,6 +148,18 @@ def _load_gguf(file: Path, dtype: str, device: str, argument: str) -> tuple[PreT
     _check_complete(file, found, argument)
     plain: Any = plain_copy(model)
     return plain.to(device).eval(), tokenizer
+
+
+@contextmanager
+def _no_bar_of_the_reader() -> Iterator[None]:
+    """transformers' reader shows a bar of its own, whatever its switch for bars says."""
+    reader: Any = modeling_gguf_pytorch_utils
+    shown = reader.tqdm
+    reader.tqdm = partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = shown
 
 
 def _check_supported(base_model: str | Path, config: PreTrainedConfig, argument: str) -> None:

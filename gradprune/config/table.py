@@ -1,7 +1,8 @@
 """The documentation's page of all options. `python -m gradprune.config.table > docs/options.md` renews it."""
 
-from gradprune.config.option import Option, options_of
+from gradprune.config.option import Option, Options, options_of
 from gradprune.config.parts import PARTS
+from gradprune.config.recovery_config import RecoveryConfig
 
 _HEAD = """# Options
 
@@ -10,17 +11,23 @@ Every option of `gradprune prune`, by the stage that reads it. On the command li
 `PruneConfig(name=value)`. The other commands take some of them; `gradprune COMMAND --help` says which.
 """
 
+_RECOVERY = """# Options of `gradprune recover`
+
+Beside these it takes, of the others, `device`, `dtype`, `trust_remote_code`, `dataset`, `eval_dataset`,
+`eval_samples`, `output_dir`, `output_name` and `overwrite`; `seq_len`, `batch_size` and `seed` are here its own.
+"""
+
 
 def options_page() -> str:
     """The content of `docs/options.md`."""
-    sections = [_HEAD]
-    for part in PARTS:
-        options = list(options_of(part).values())
-        rows = "\n".join(map(_row, options))
-        sections.append(
-            f"## {options[0].stage}\n\n| option | values | default | meaning |\n|---|---|---|---|\n{rows}\n"
-        )
+    sections = [_HEAD, *(_section(part) for part in PARTS), _RECOVERY, _section(RecoveryConfig)]
     return "\n".join(sections)
+
+
+def _section(part: type[Options]) -> str:
+    options = list(options_of(part).values())
+    rows = "\n".join(map(_row, options))
+    return f"## {options[0].stage}\n\n| option | values | default | meaning |\n|---|---|---|---|\n{rows}\n"
 
 
 def _row(option: Option) -> str:

@@ -11,12 +11,12 @@ from gradprune.checkpoint.atomic import atomic_directory
 from gradprune.checkpoint.results import claimed_results
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.config import PruneConfig
+from gradprune.config.recovery_config import RecoveryConfig
 from gradprune.data.samples import calibration_and_evaluation
 from gradprune.evaluation.perplexity import perplexity
 from gradprune.evaluation.size import model_size
 from gradprune.models.sizes import vocabulary_of
 from gradprune.progress import QUIET
-from gradprune.recovery.options import RecoveryConfig
 from gradprune.recovery.recover import recover
 from gradprune.report.card import write_recovered_card
 from gradprune.report.strict_json import write_json

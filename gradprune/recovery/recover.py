@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gradprune.config.recovery_config import RecoveryConfig
 from gradprune.data.windows import batches, check_context
 from gradprune.errors import CalibrationError, NonFiniteError, RecoveryError
 from gradprune.models import describe
@@ -20,7 +21,6 @@ from gradprune.models.passes import mean_loss
 from gradprune.models.sizes import vocabulary_of
 from gradprune.progress import QUIET, progress
 from gradprune.recovery.losses import distillation_loss
-from gradprune.recovery.options import RecoveryConfig
 from gradprune.recovery.state import Progress, Tensors, digest, load_state, save_state
 
 # Windows at the end of the text on which the best weights are chosen, and steps of linear warm-up.

@@ -77,10 +77,13 @@ def llama() -> PreTrainedModel:
     return tiny_model(kv_heads=2, head_dim=8, channels=32, dtype=torch.float32)
 
 
-def test_a_gguf_file_computes_what_its_model_does_and_can_be_saved(tmp_path: Path) -> None:
+def test_a_gguf_file_computes_what_its_model_does_and_can_be_saved(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     model = llama()
     write_gguf(model, tmp_path / "tiny.gguf")
     loaded, tokenizer = load_model(tmp_path / "tiny.gguf")
+    assert "de-quantizing" not in capfd.readouterr().err
     assert (loaded.dtype, loaded.training) == (torch.float32, False)
     assert tokenizer is not None
     torch.testing.assert_close(loaded(tiny_ids()).logits, model(tiny_ids()).logits)

@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gradprune.checkpoint.load import load_pruned
 from gradprune.checkpoint.save import save_checkpoint
+from gradprune.config.recovery_config import RecoveryConfig
 from gradprune.errors import CalibrationError, NonFiniteError, RecoveryError
 from gradprune.models.passes import mean_loss
 from gradprune.recovery import recover as module
 from gradprune.recovery.losses import distillation_loss
-from gradprune.recovery.options import RecoveryConfig
 from gradprune.recovery.recover import recover
 from gradprune.surgery.cut import cut
 from helpers.architectures import random_masks_of, tiny

@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 from gradprune import PruneConfig
 from gradprune.checkpoint.load import load_model
 from gradprune.checkpoint.save import save_checkpoint
+from gradprune.config.recovery_config import RecoveryConfig
 from gradprune.recovery.job import recover_checkpoint
-from gradprune.recovery.options import RecoveryConfig
 from gradprune.report.card import write_card, write_recovered_card
 from helpers.pipeline_runs import TOKENS, run
 from helpers.tiny_models import tiny_model
