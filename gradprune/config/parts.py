@@ -53,7 +53,7 @@ second."""
 CURVATURE_SAMPLES = 32
 """Samples whose gradients give "obs" the blocks' curvatures, one number each, where nothing else needs gradients: those
 of SmolLM2-135M's 60 blocks from 32 samples of 128 tokens vary by 10 % around those from 128."""
-DISTILL_STEP, DISTILL_JUDGED = 2, 16
+DISTILL_STEP, DISTILL_JUDGED = 4, 16
 """Samples of a step of distillation, and held-out samples, at most, on which it is judged."""
 
 _DATASET = path("a .txt, .jsonl or .npy file, or wikitext2, ptb or c4, or several as a.txt:0.7,b.jsonl:0.3")
@@ -324,7 +324,7 @@ class Repair(Options):
     repair: RepairName = option("least_squares", "Re-solve the output projections of pruned blocks.")
     distill_samples: int = option(
         0,
-        "Calibration samples, such as 32, that teach the repaired weights the dense model's predictions, two a step; "
+        "Calibration samples, such as 32, that teach the repaired weights the dense model's predictions, four a step; "
         "not where layers are streamed.",
         at_least(0),
     )

@@ -1,7 +1,7 @@
 """Distillation: a cut model's weights move towards the dense model's predictions, all blocks at once.
 
-Least squares repairs a block by itself, and cannot know what matters to the model's output. Here every two samples give
-one step down the gradient G of KL(dense || cut), the mean over its tokens, in every prunable weight W [O, I]:
+Least squares repairs a block by itself, and cannot know what matters to the model's output. Here every four samples
+give one step down the gradient G of KL(dense || cut), the mean over its tokens, in every prunable weight W [O, I]:
 
     W <- W - rate * rms(W) * decay * G / sqrt(r c^T / mean(r)),   r_o = mean over i of G_oi^2,  c_i = mean over o,
 
@@ -37,7 +37,7 @@ from gradprune.run import Run
 from gradprune.surgery.least_squares import Repaired
 from gradprune.surgery.moments import least
 
-RATE = 0.001
+RATE = 0.002
 """The first step's change, relative to a weight's size."""
 FACTORS = (4.0, 2.0, 1.0, 0.5, 0.25)
 """How much of all steps' change is made, descending; held-out samples choose. Few samples say little to a large model,
@@ -122,7 +122,7 @@ def taught_samples(run: Run, repaired: Repaired) -> Taught | None:
 
     With several ranks each gets the same samples, and takes the same steps.
     """
-    count = min(run.config.distill_samples, len(run.samples.calibration)) // DISTILL_STEP * DISTILL_STEP
+    count = min(run.config.distill_samples, len(run.samples.calibration))
     if not count or not repaired.dense or run.view.residency is not None or not run.view.linear_blocks:
         return None
     # The first batches of all ranks', of which each rank has the first of its own.
@@ -136,7 +136,7 @@ def distil_run(run: Run, model: PreTrainedModel, taught: Taught) -> Distillation
     kinds = {block.kind.name for block in run.view.blocks}
     view = describe(model)
     view = replace(view, blocks=tuple(block for block in view.blocks if block.kind.name in kinds))
-    steps = len(taught.samples) // DISTILL_STEP
+    steps = -(-len(taught.samples) // DISTILL_STEP)
     with progress(run.console, "Distilling", steps, "steps") as advance:
         return distil(
             view,
