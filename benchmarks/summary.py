@@ -115,8 +115,10 @@ def quality(records: Sequence[Record]) -> str:
             cells = [_cell(means.get((provider, ratio)), _lowest(means, ratio)) for ratio in ratios]
             rows.append([name, *cells])
     seeds = len({found.extra["seed"] for found in of_model if found.provider in QUALITY})
-    dense = of_model[0].extra["perplexity_dense"]
-    lead = f"Held-out perplexity, mean over {seeds} seed(s); {of_model[0].name}, dense {dense:.2f}:"
+    dense, samples = of_model[0].extra["perplexity_dense"], of_model[0].extra["num_samples"]
+    lead = (
+        f"Held-out perplexity, mean over {seeds} seed(s) of {samples} samples; {of_model[0].name}, dense {dense:.2f}:"
+    )
     return f"{lead}\n\n{tables.table(['', *(f'{r:.0%} removed' for r in ratios)], rows[:MOST_ROWS])}"
 
 

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--eval_samples", type=int, default=64, help="windows to measure")
     options = parse(made, arguments)
     options.sizes = options.sizes or ((4, 8) if options.toy else (128, 512) if options.quick else (64, 128, 256, 512))
-    # Of the benchmark whose models these are: no zero-shot tasks.
+    # Which `quality_of` would measure, too.
     options.tasks = None
     deadline = Deadline(options.seconds)
     for subject in subjects(options):

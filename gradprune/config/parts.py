@@ -148,7 +148,7 @@ class Data(Options):
         None, "Text: a .txt, .jsonl or .npy file, or wikitext2, ptb, c4; default the embedded text.", _DATASET
     )
     eval_dataset: str | None = option(None, "Held-out text for perplexity; default the end of dataset.", _DATASET)
-    num_samples: int = option(128, "Calibration samples, drawn without replacement.", at_least(1))
+    num_samples: int = option(256, "Calibration samples, drawn without replacement.", at_least(1))
     seq_len: int = option(128, "Tokens per sample.", at_least(2))
     batch_size: int = option(8, "Samples per forward pass.", at_least(1))
     held_out_samples: int = option(32, "Further samples on which repair chooses.", at_least(1))

@@ -1,5 +1,6 @@
 """The report is made of the results alone, the same bytes every time."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -65,12 +66,18 @@ def fixture_records() -> list[Record]:
     records.append(made("job", "score, select, cut", "gradprune all", 12.0, extra={"step": "all"}))
     for seed in (0, 1):
         for provider, value in PERPLEXITIES.items():
-            extra = {"ratio": 0.2, "seed": seed, "perplexity": value + seed, "perplexity_dense": 4.25, "kept": 0.8}
+            extra = {
+                "ratio": 0.2, "seed": seed, "perplexity": value + seed, "perplexity_dense": 4.25, "kept": 0.8,
+                "num_samples": 128,
+            }  # fmt: skip
             answered = {**extra, "accuracies": {"piqa": 0.5, "arc": 0.25 + 0.02 * seed}}
             records += [
                 made("quality", "stories", provider, shape="20%", extra=answered),
                 made("quality", MODELS[0], provider, shape="20%", extra={**extra, "perplexity": 2.0 * value}),
             ]
+    for size, seed, value in ((64, 0, math.e**2), (64, 1, math.e**3), (256, 0, math.e)):
+        extra = {"ratio": 0.5, "seed": seed, "perplexity": value, "perplexity_dense": 1.0, "num_samples": size}
+        records.append(made("calibration_size", "smol", "FLAP", shape=f"50%, {size} samples", extra=extra))
     trained = {"steps": 50, "tokens": 51200, "processor_seconds": 300.0, "eval_windows": 96, "max_questions": None}
     for provider, value, more in (("dense", 4.0, {}), ("pruned", 16.0, {}), ("recovered", 8.0, trained)):
         extra = {"perplexity": value, "perplexity_dense": 4.0, "accuracies": {"piqa": 0.5, "arc": 0.25}, **more}
@@ -183,6 +190,11 @@ def test_the_claim_is_a_ratio_of_one_run(tmp_path: Path) -> None:
 def test_the_methods_page_shows_what_repairing_experts_brings(results: Path, tmp_path: Path) -> None:
     page = (rebuild(results, tmp_path / "report") / "docs" / "methods.md").read_text()
     assert rows(section(page, "experts")) == ["| mixture: experts 30%, 4 samples | 5.000 | 6.000 | 5.250 |"]
+
+
+def test_the_methods_page_shows_the_mean_excess_by_the_number_of_samples(results: Path, tmp_path: Path) -> None:
+    page = (rebuild(results, tmp_path / "report") / "docs" / "methods.md").read_text()
+    assert rows(section(page, "calibration_size")) == ["| smol | 50% | FLAP | 2.500 | 1.000 |"]
 
 
 def test_the_guide_says_where_h_gsp_and_scaling_help(results: Path, tmp_path: Path) -> None:

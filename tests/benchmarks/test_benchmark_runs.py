@@ -21,7 +21,7 @@ from benchmarks.jobs.session import Session, Task, TurnError, Worker
 from benchmarks.kernels import run as kernels
 from benchmarks.kernels import sweep
 from benchmarks.progress import Deadline
-from benchmarks.quality import experts, methods, recovery, stage_times, vanishing
+from benchmarks.quality import calibration_size, experts, methods, recovery, stage_times, vanishing
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.peers.choice import uniform_masks
 from benchmarks.quality.peers.torch_pruning import without_grouped_queries
@@ -262,6 +262,17 @@ def test_quality_of_the_prunable_parameters_with_zero_shot_questions(tmp_path: P
     biases = len(view.blocks) * model.config.hidden_size / view.parameters
     assert [record.extra["kept"] for record in found[1:4]] == pytest.approx([kept] * 3, abs=0.01)
     assert kept < found[4].extra["kept"] <= kept + biases + 0.01
+
+
+def test_quality_by_the_number_of_calibration_samples(tmp_path: Path) -> None:
+    texts = ["--base_model", str(demo_model_path()), "--seq_len", "16", "--ratios", "0.5", "--eval_samples", "2"]
+    calibration_size.main([*TOY, str(tmp_path), *texts])
+    found = read(tmp_path)
+    ours, peer = calibration_size.OURS, calibration_size.PEER
+    assert [(record.extra["num_samples"], record.provider) for record in found] == [
+        (4, ours), (4, peer), (8, ours), (8, peer),
+    ]  # fmt: skip
+    assert all(record.extra["perplexity"] > record.extra["perplexity_dense"] > 1.0 for record in found)
 
 
 def test_stage_times_of_a_real_model_and_their_table(tmp_path: Path) -> None:
