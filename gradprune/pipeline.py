@@ -180,11 +180,6 @@ def _start(
     groups = empty_table(view)
     for each in configs:
         _check_reachable(view, groups, each)
-    if config.distill_samples and view.residency is not None:
-        raise ConfigError(
-            f"distill_samples: {config.distill_samples}, but layers that are streamed cannot be taught; leave it out, "
-            "or choose stream_layers 'off'"
-        )
     check_serve(view, tokenizer, config.constraints)
     select_ops(config.backend, model.device.type)
     if config.tasks is not None:

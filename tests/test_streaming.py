@@ -103,6 +103,22 @@ def test_several_shots_are_streamed_bit_for_bit(architecture: str, tmp_path: Pat
     assert_same_run(whole, streamed, tmp_path, importance_method="obs", shots=3, pruning_ratio=0.3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+def test_distillation_is_streamed_bit_for_bit(
+    architecture: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where half of the change is made, and where all of it is."""
+    whole, streamed = both(tiny_model(architecture, dtype=dtype), tmp_path / "model", stream_memory="1KB")
+    for factor, found in ((0.5, [1.0, 0.9, 0.95, 0.8, 0.85]), (1.0, [1.0, 0.9, 0.95, 0.92])):
+        losses = [*found, *found]
+        monkeypatch.setattr("gradprune.surgery.distillation.mean_loss", lambda *_, losses=losses: losses.pop(0))
+        assert_same_run(whole, streamed, tmp_path / str(factor), importance_method="obs", distill_samples=7)
+        assert not losses
+        summary = json.loads((tmp_path / str(factor) / "streamed/run/analysis/summary.json").read_text())
+        assert summary["distillation"]["factor"] == factor
+
+
 def test_weights_that_transformers_keeps_in_fp32_are_so_when_streamed(tmp_path: Path) -> None:
     """Of a gpt_oss in fp16 these are the norms."""
     saved(tiny_mixture("gpt_oss").float(), tmp_path)

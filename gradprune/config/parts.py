@@ -324,8 +324,7 @@ class Repair(Options):
     repair: RepairName = option("least_squares", "Re-solve the output projections of pruned blocks.")
     distill_samples: int = option(
         0,
-        "Calibration samples, such as 32, that teach the repaired weights the dense model's predictions, four a step; "
-        "not where layers are streamed.",
+        "Calibration samples, such as 32, that teach the repaired weights the dense model's predictions, four a step.",
         at_least(0),
     )
     shots: int = option(1, "Prune in so many steps, each repaired and calibrated again before the next.", at_least(1))

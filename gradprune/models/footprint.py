@@ -39,6 +39,8 @@ FOLDED = 1 << 24
 
 # A block's sums, in fp64: see `gradprune.calibration.accumulator`.
 _SUMS_PER_GROUP, _FP64 = 8, 8
+# Passes over held-out samples that judge distillation: before it, and mostly of three factors.
+_JUDGED = 4
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def footprint(
         "saving": run.saving,
     }
     left_out = {"repair"} if config.repair == "none" else set()
-    if config.repair == "none" or not config.distill_samples or streamed:
+    if config.repair == "none" or not config.distill_samples:
         left_out.add("distillation")
     return Footprint(tuple(compute[name]() for name in stages if name not in left_out), run.waves if streamed else 1)
 
@@ -205,14 +207,19 @@ class _Run:
         return self._with_streams("repair", own, streams * self._stream(tokens) + self._read(tokens), 1)
 
     def distillation(self) -> Stage:
-        """The kept weights as they were and as they become, a step's activations, one weight's gradient, the streams of
-        the samples that teach."""
+        """A step's activations, one weight's gradient, the streams of the samples that teach; the kept weights as they
+        were and as they become, which of a streamed model are on disk."""
         layers, tokens = len(self.shape.layer_parameters), DISTILL_STEP * self.config.seq_len
+        taught = self._stream(self.config.distill_samples * self.config.seq_len)
+        backward = self._backward(tokens) + 12 * self._largest_output
+        if self.streamed:
+            streams = self._in_memory((layers + 1) * self._stream(tokens))
+            own = max(self._kept(tokens) + backward, self._logits(tokens))
+            reads = 2 * -(-self.config.distill_samples // DISTILL_STEP) + _JUDGED
+            return self._stage("distillation", own, streams + taught, reads)
         weights = int((1.0 - self.config.pruning_ratio) * sum(self.shape.layer_parameters)) * self.shape.itemsize
         kept = self._stream(tokens) if self.config.use_gradient_checkpointing else self._kept(tokens)
-        gradient = 12 * self._largest_output
-        taught = self._stream(self.config.distill_samples * self.config.seq_len)
-        own = 2 * weights + taught + layers * kept + max(self._backward(tokens) + gradient, self._logits(tokens))
+        own = 2 * weights + taught + layers * kept + max(backward, self._logits(tokens))
         return self._stage("distillation", own, 0, 1)
 
     def evaluation(self) -> Stage:

@@ -139,9 +139,13 @@ def _streamed_losses(view: PrunableModel, batches: Sequence[Tensor], variants: S
 
 
 def backward_by_layers(
-    view: PrunableModel, batches: Sequence[Tensor], recomputation: Recomputation, passed: Callable[[int], None]
+    view: PrunableModel,
+    batches: Sequence[Tensor],
+    recomputation: Recomputation,
+    passed: Callable[[int], None],
+    losses: Callable[[Streams, int, Tensor], Tensor] = Streams.losses,
 ) -> list[Tensor]:
-    """Backpropagate the sum of each batch's sample losses through a streamed model; each weight is read twice.
+    """Backpropagate the sum of each batch's losses through a streamed model; each weight is read twice.
 
     The gradients are `loss_scale` times as large.
 
@@ -153,28 +157,30 @@ def backward_by_layers(
         batches: [N, T] int64 each, on the model's device.
         recomputation: what a layer that is run again leaves out.
         passed: called with the layer after each batch's backward pass through it, while its weights are in memory.
+        losses: of a batch, by its number, given the stream [N, T, H] after the last layer; differentiable in it. By
+            default each sample's.
 
     Returns:
-        Per batch, [N] each sample's loss.
+        Per batch, its losses.
     """
     streams = Streams(view, batches, (len(view.layers) + 1) * stream_bytes(view, batches))
     before: list[list[Tensor]] = [[stream.detach() for stream in streams.first]]
     with torch.no_grad():
         for layer in range(len(view.layers)):
             before.append([streams.layer(layer, k, stream, {}) for k, stream in enumerate(before[-1])])
-    losses, gradients = [], []
+    found_losses, gradients = [], []
     for k, stream in enumerate(before.pop()):
         top = stream.to(view.device).requires_grad_()
-        losses.append(streams.losses(k, top))
+        found_losses.append(losses(streams, k, top))
         with without_autocast(view.device):
-            found = torch.autograd.grad(backpropagated(losses[-1], view.model.dtype), top)[0]
+            found = torch.autograd.grad(backpropagated(found_losses[-1], view.model.dtype), top)[0]
         gradients.append(streams.keep(found))
     for layer in reversed(range(len(view.layers))):
         with view.resident(layer, layer - 1):
             for k, stream in enumerate(before.pop()):
                 gradients[k] = _backward_of_layer(streams, view, recomputation, layer, k, stream, gradients[k])
                 passed(layer)
-    return [each.detach() for each in losses]
+    return [each.detach() for each in found_losses]
 
 
 def _backward_of_layer(

@@ -11,7 +11,7 @@ where a weight comes from, see `Source`; no weight of the files is ever written 
 
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,6 +99,31 @@ def selected(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     if index.ndim == 1:
         return tensor.index_select(dim, index)
     return torch.stack([own.index_select(dim - 1, kept) for own, kept in zip(tensor, index, strict=True)])
+
+
+@dataclass(frozen=True)
+class Between:
+    """A weight on the line through two others: `factor` times the way from the first to the second.
+
+    dtype: that of the weight in the model.
+    """
+
+    start: Source
+    end: Source
+    factor: float
+    dtype: torch.dtype
+
+    def read(self) -> Tensor:
+        """A new tensor."""
+        return on_the_way(self.start.read().to(self.dtype), self.end.read().to(self.dtype), self.factor)
+
+
+def on_the_way(start: Tensor, end: Tensor, factor: float) -> Tensor:
+    """`factor` times the way from one tensor to the other of its shape and type.
+
+    Where the factor is a power of two, its product is exact, and the result the same bits on any device.
+    """
+    return torch.add(start, end - start, alpha=factor)
 
 
 class Spilled:
@@ -217,6 +242,18 @@ class Residency:
     def replace(self, layer: int, name: str) -> None:
         """The parameter of that name in `layer`, which is in memory, takes the place of the one in the files."""
         self.sources[self._name(layer, name)] = self.spill(self._modules[layer].get_parameter(name))
+
+    def weights(self, names: Sequence[tuple[int, str]]) -> dict[str, Source]:
+        """Where weights, each of a layer and by its name in it, come from now, by their names in the model."""
+        return {full: self.sources[full] for full in (self._name(*each) for each in names)}
+
+    def go_between(self, start: Mapping[str, Source], end: Mapping[str, Source], factor: float) -> None:
+        """From now on weights come from `factor` times the way from one source to the other."""
+        self.release()
+        for name, source in start.items():
+            layer, _, own = name.removeprefix(f"{self._path}.").partition(".")
+            between = Between(source, end[name], factor, self._dtype(int(layer), own))
+            self.sources[name] = {0.0: source, 1.0: end[name]}.get(factor, between)
 
     def cut(self, layer: int, name: str, dim: int, index: Tensor) -> None:
         """From now on only `index` is there of a parameter along `dim`, see `Cut`."""

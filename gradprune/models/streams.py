@@ -158,9 +158,11 @@ class Streams:
         with self._answering(dict.fromkeys(self._view.layers, stream), self._view.device):
             return sample_losses(self._view.model, self._batches[batch])
 
-    @torch.no_grad()
     def last_hidden(self, batch: int, stream: Tensor) -> Tensor:
-        """[N, T, H] the decoder's last hidden states, which the head reads, given the stream after the last layer."""
+        """[N, T, H] the decoder's last hidden states, which the head reads, given the stream after the last layer.
+
+        On the device; differentiable.
+        """
         with self._answering(dict.fromkeys(self._view.layers, stream), self._view.device):
             decoder = self._view.model.get_decoder()
             found: Tensor = decoder(input_ids=self._batches[batch], use_cache=False).last_hidden_state

@@ -8,7 +8,8 @@ give one step down the gradient G of KL(dense || cut), the mean over its tokens,
 with `decay` falling from 1 to 0 over the steps. The denominator is Adafactor's estimate of the gradients' size
 (Shazeer and Stern 2018, arXiv:1804.04235), of this one step: nothing is carried from step to step, and a gradient lives
 until its own weight has moved, in the backward pass. So the memory is that of a pass that takes gradients, and not that
-of an optimizer. The dense model's predictions come from the residual streams that the repair has followed anyway.
+of an optimizer. The dense model's predictions come from the residual streams that the repair has followed anyway. A
+streamed model takes the same steps layer by layer: each reads its weights twice and writes them once.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,11 +27,13 @@ from gradprune.calibration.capture import Observer, capture
 from gradprune.calibration.gram import add_product
 from gradprune.config import DISTILL_JUDGED, DISTILL_STEP
 from gradprune.models import PrunableModel, describe
-from gradprune.models.backward import deterministic_attention, loss_scale, without_autocast
+from gradprune.models.backward import backpropagated, deterministic_attention, without_autocast
+from gradprune.models.blocks import Projection
 from gradprune.models.divergence import divergence
 from gradprune.models.modes import evaluation_mode
-from gradprune.models.passes import mean_loss
+from gradprune.models.passes import backward_by_layers, mean_loss
 from gradprune.models.recomputed import Recomputation, recomputed
+from gradprune.models.residency import Residency, on_the_way
 from gradprune.models.streams import Streams
 from gradprune.progress import progress
 from gradprune.run import Run
@@ -75,7 +78,7 @@ def distil(
     """Train the weights of the blocks of linear layers, in place, in memory of their own; experts stay as they are.
 
     Args:
-        view: the cut model, whole in memory.
+        view: the cut model. Where it is streamed, its moved weights are written to disk, layer by layer.
         samples: [N, T] int64, calibration ids, which give a step for every `DISTILL_STEP`, in this order.
         held_out: [M, T] int64, others, on which the result is judged; one at least.
         dense: [N, T, H], the dense model's residual stream after its last layer, for `samples`.
@@ -92,7 +95,7 @@ def distil(
     trained = _Trained(view, batches, dense.split(DISTILL_STEP), seed)
 
     def attempt(factor: float) -> tuple[float, float]:
-        trained.go(factor)
+        trained.weights.go(factor)
         return mean_loss(view.model, judged), factor
 
     with evaluation_mode(view.model):
@@ -101,11 +104,11 @@ def distil(
             for step in range(len(batches)):
                 trained.step(step, rate * (1.0 - step / len(batches)))
                 advance()
-        trained.arrive()
+        trained.weights.arrive()
         after, factor = least(factors, factors.index(1.0), attempt, itemgetter(0))
         if not after < before:
             after, factor = before, 0.0
-        trained.go(factor)
+        trained.weights.go(factor)
     return Distillation(len(samples), factor, before, after)
 
 
@@ -123,7 +126,7 @@ def taught_samples(run: Run, repaired: Repaired) -> Taught | None:
     With several ranks each gets the same samples, and takes the same steps.
     """
     count = min(run.config.distill_samples, len(run.samples.calibration))
-    if not count or not repaired.dense or run.view.residency is not None or not run.view.linear_blocks:
+    if not count or not repaired.dense or not run.view.linear_blocks:
         return None
     # The first batches of all ranks', of which each rank has the first of its own.
     own = len(run.ranks.share(run.calibration[: -(-count // run.config.batch_size)]))
@@ -148,7 +151,7 @@ def distil_run(run: Run, model: PreTrainedModel, taught: Taught) -> Distillation
 
 
 class _Trained:
-    """A model whose prunable weights have memory of their own, and move in its backward pass."""
+    """A model whose prunable weights move in its backward pass."""
 
     def __init__(self, view: PrunableModel, batches: Sequence[Tensor], dense: Sequence[Tensor], seed: int) -> None:
         self._view = view
@@ -157,11 +160,73 @@ class _Trained:
         self._dense = dense
         self._rate = 0.0
         self._entries = [entry for block in view.linear_blocks for entry in block.projections]
-        self._start = [(entry.linear.weight, entry.linear.weight.data) for entry in self._entries]
-        self._end: list[Tensor] = []
+        self._recomputation = Recomputation()
         self._generators = {
-            device: torch.Generator(device).manual_seed(seed) for device in {w.device for w, _ in self._start}
+            device: torch.Generator(device).manual_seed(seed)
+            for device in {view.device_of(layer) for layer in range(len(view.layers))}
         }
+        self.weights = _InMemory(view) if view.residency is None else _OnDisk(view, view.residency)
+
+    def observed(self, *, recompute: bool) -> ExitStack:
+        """A context in which a backward pass moves the weights."""
+        observers: dict[nn.Linear, Observer] = {entry.linear: partial(self._move, entry) for entry in self._entries}
+        with ExitStack() as stack:
+            stack.enter_context(deterministic_attention())
+            stack.enter_context(capture(self._view.model, observers, self._recomputation))
+            # A streamed model's layers are recomputed anyway.
+            if recompute and self._view.residency is None:
+                stack.enter_context(recomputed(self._view.layers, self._recomputation))
+            return stack.pop_all()
+
+    def step(self, batch: int, rate: float) -> None:
+        """One batch forward and backward."""
+        self._rate = rate
+        with torch.enable_grad():
+            if isinstance(self.weights, _OnDisk):
+                self._run_by_layers(batch, self.weights.write_down)
+            else:
+                self._run_whole(batch)
+
+    def _run_whole(self, batch: int) -> None:
+        ids, model = self._batches[batch], self._view.model
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        loss = backpropagated(self._loss(batch, hidden), model.dtype)
+        with without_autocast(self._view.device):
+            loss.backward()
+
+    def _run_by_layers(self, batch: int, passed: Callable[[int], None]) -> None:
+        def loss(streams: Streams, number: int, stream: Tensor) -> Tensor:
+            return self._loss(batch, streams.last_hidden(number, stream))
+
+        backward_by_layers(self._view, [self._batches[batch]], self._recomputation, passed, loss)
+
+    def _loss(self, batch: int, hidden: Tensor) -> Tensor:
+        """The divergence, given the decoder's last hidden states [N, T, H], summed over tokens.
+
+        The size of the gradients does not matter, as long as it is within the range of their type.
+        """
+        with torch.no_grad():
+            taught = self._streams.last_hidden(batch, self._dense[batch].to(self._view.device))
+        mean = divergence(self._view.model, hidden.flatten(0, 1), taught.flatten(0, 1))
+        return mean * self._batches[batch].numel()
+
+    @torch.no_grad()
+    def _move(self, entry: Projection, x: Tensor, dy: Tensor, _dx: Tensor) -> None:
+        """An observer of a linear layer."""
+        weight = entry.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        gradient = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        add_product(gradient, dy.flatten(0, -2), x.flatten(0, -2))
+        descend(weight, gradient, self._rate, self._generators[weight.device])
+
+
+class _InMemory:
+    """The prunable weights of a model that is whole in memory, which get memory of their own."""
+
+    def __init__(self, view: PrunableModel) -> None:
+        parameters = [entry.linear.weight for block in view.linear_blocks for entry in block.projections]
+        self._start = [(parameter, parameter.data) for parameter in parameters]
+        self._end: list[Tensor] = []
         for block in view.linear_blocks:
             with view.rewriting(block, [f"{entry.path}.weight" for entry in block.projections]):
                 pass
@@ -177,43 +242,33 @@ class _Trained:
             if factor in (0.0, 1.0):
                 parameter.data = end if factor else start
             else:
-                parameter.data = torch.lerp(start, end, factor)
+                parameter.data = on_the_way(start, end, factor)
 
-    def observed(self, *, recompute: bool) -> ExitStack:
-        """A context in which a backward pass moves the weights."""
-        observers: dict[nn.Linear, Observer] = {
-            entry.linear: partial(self._move, entry.weight) for entry in self._entries
-        }
-        recomputation = Recomputation()
-        with ExitStack() as stack:
-            stack.enter_context(deterministic_attention())
-            stack.enter_context(capture(self._view.model, observers, recomputation))
-            if recompute:
-                stack.enter_context(recomputed(self._view.layers, recomputation))
-            return stack.pop_all()
 
-    def step(self, batch: int, rate: float) -> None:
-        """One batch forward and backward."""
-        self._rate = rate
-        with torch.enable_grad():
-            # The size of the gradients does not matter, as long as it is within the range of their type.
-            loss = self._divergence(batch) * self._batches[batch].numel() * loss_scale(self._view.model.dtype)
-        with without_autocast(self._view.device):
-            loss.backward()
+class _OnDisk:
+    """The prunable weights of a streamed model; methods as of `_InMemory`."""
 
-    def _divergence(self, batch: int) -> Tensor:
-        taught = self._streams.last_hidden(batch, self._dense[batch].to(self._view.device)).flatten(0, 1)
-        decoder = self._view.model.get_decoder()
-        hidden = decoder(input_ids=self._batches[batch], use_cache=False).last_hidden_state
-        return divergence(self._view.model, hidden.flatten(0, 1), taught)
+    def __init__(self, view: PrunableModel, residency: Residency) -> None:
+        self._residency = residency
+        self._names = [
+            (block.layer, f"{block.path}.{entry.path}.weight")
+            for block in view.linear_blocks
+            for entry in block.projections
+        ]
+        self._start = residency.weights(self._names)
+        self._end = self._start
 
-    @torch.no_grad()
-    def _move(self, weight: Tensor, x: Tensor, dy: Tensor, _dx: Tensor) -> None:
-        """An observer of the linear layer of a weight [O, I]."""
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        gradient = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-        add_product(gradient, dy.flatten(0, -2), x.flatten(0, -2))
-        descend(weight, gradient, self._rate, self._generators[weight.device])
+    def write_down(self, layer: int) -> None:
+        """The weights of a layer, which is in memory, have moved."""
+        for of_layer, name in self._names:
+            if of_layer == layer:
+                self._residency.replace(layer, name)
+
+    def arrive(self) -> None:
+        self._end = self._residency.weights(self._names)
+
+    def go(self, factor: float) -> None:
+        self._residency.go_between(self._start, self._end, factor)
 
 
 def descend(weight: Tensor, gradient: Tensor, rate: float, generator: torch.Generator) -> None:

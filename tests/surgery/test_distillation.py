@@ -2,7 +2,6 @@
 
 import copy
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gradprune.config import DISTILL_STEP
-from gradprune.errors import ConfigError
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
 from gradprune.models.passes import mean_loss
@@ -22,7 +20,6 @@ from gradprune.surgery.distillation import Distillation, descend, distil
 from gradprune.surgery.least_squares import least_squares
 from helpers.mixtures import tiny_mixture
 from helpers.pipeline_runs import run
-from helpers.streaming import both
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
 # Random tokens teach nothing of others, so that they are judged on some of their own.
@@ -207,9 +204,3 @@ def test_blocks_that_are_not_to_be_pruned_stay_as_they_are(monkeypatch: pytest.M
     attention = [name for name in before if "self_attn" in name]
     assert attention
     assert all(torch.equal(after[name], before[name]) for name in attention)
-
-
-def test_streamed_layers_are_refused(tmp_path: Path) -> None:
-    _, streamed = both(tiny_model(dtype=torch.float32), tmp_path)
-    with pytest.raises(ConfigError, match="distill_samples: 8, but layers that are streamed cannot be taught"):
-        run(streamed, distill_samples=8)
