@@ -18,7 +18,6 @@ from benchmarks.results import append, record
 from gradprune.calibration.gather import gather_evidence
 from gradprune.config import DEFAULT_METHODS, PruneConfig
 from gradprune.data.samples import draw_samples
-from gradprune.data.windows import batches
 from gradprune.models import describe
 from gradprune.run import Run
 from gradprune.scoring.choose import choose
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--eval_samples", type=int, default=64, help="windows to measure")
     options = parse(made, arguments)
     options.sizes = options.sizes or ((4, 8) if options.toy else (128, 512) if options.quick else (64, 128, 256, 512))
-    # Which `quality_of` would measure, too.
+    # No zero-shot tasks, which `quality_of` would measure too.
     options.tasks = None
     deadline = Deadline(options.seconds)
     for subject in subjects(options):
@@ -64,7 +63,7 @@ def _choices(subject: Subject, options: Namespace) -> Iterator[tuple[Run, Choice
                 ratio = given * view.prunable / view.parameters
                 masks = choose(view, evidence, config.scoring, config.constraints, ratio).masks
                 yield run, Choice(OURS, given, masks, repaired=True)
-                found = PEERS[PEER](view, list(batches(run.samples.calibration, 8)), int(ratio * view.parameters))
+                found = PEERS[PEER](view, run.calibration, int(ratio * view.parameters))
                 yield run, Choice(PEER, given, found.masks, peer=found)
 
 

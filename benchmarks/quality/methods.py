@@ -277,7 +277,7 @@ def _choices(run: Run, options: Namespace) -> Iterator[Choice]:
         if traced is not None:
             yield Choice(TORCH_PRUNING, given, uniform_masks(run.view, traced, budget))
         for name in options.peers:
-            found_by_peer = PEERS[name](run.view, list(batches(run.samples.calibration, 8)), budget)
+            found_by_peer = PEERS[name](run.view, run.calibration, budget)
             yield Choice(name, given, found_by_peer.masks, peer=found_by_peer)
 
 

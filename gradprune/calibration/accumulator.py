@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.calibration.capture import Observer
-from gradprune.calibration.gram import add_product
+from gradprune.calibration.gram import accumulation_dtype, add_product
 from gradprune.calibration.methods import Depth
 from gradprune.models import Block, LinearBlock
 from gradprune.models.blocks import InputLinear, OutputLinear
@@ -441,11 +441,6 @@ def norm_of(values: Tensor, into: Tensor) -> None:
     # Each row first, so that no sum is split between threads.
     rows = torch.linalg.vector_norm(values, dim=-1, dtype=accumulation_dtype(values))
     torch.linalg.vector_norm(rows, dtype=torch.float64, out=into)
-
-
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that products of `tensor` are summed in: fp64 for fp64, else fp32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _side(entry: InputLinear | OutputLinear) -> Literal["rows", "columns"]:

@@ -16,6 +16,11 @@ _TILE = 192
 _MIRRORED = 1024
 
 
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that products of `tensor` are summed in: fp64 for fp64, else fp32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def add_gram(gram: Tensor, rows: Tensor) -> None:
     """gram += rows^T rows, on and below the diagonal only; `mirror` fills in the rest.
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gradprune.calibration.cholesky import cholesky, inverse
-from gradprune.calibration.gram import add_gram, mirror, one_thread
+from gradprune.calibration.gram import accumulation_dtype, add_gram, mirror, one_thread
 from gradprune.errors import NonFiniteError
 from gradprune.models import Block, BlockKey, LinearBlock, PrunableModel
 from gradprune.models.experts import ExpertsBlock
@@ -159,8 +159,8 @@ class _Pass:
 
 def _mean_gram(inputs: Sequence[Tensor], weight: Tensor, name: str, ranks: Ranks) -> Tensor:
     """[I, I], the mean over all ranks' tokens of x x^T of inputs x [..., I] of a weight [O, I]; 0 of no token."""
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=dtype, device=weight.device)
+    width = weight.shape[1]
+    gram = torch.zeros(width, width, dtype=accumulation_dtype(weight), device=weight.device)
     for x in inputs:
         add_gram(gram, x.to(gram.device).flatten(0, -2))
     gram = ranks.sum(gram)

@@ -16,7 +16,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    modeling_gguf_pytorch_utils,
 )
 
 from gradprune.checkpoint.files import check_floating, check_index
@@ -153,6 +152,9 @@ def _load_gguf(file: Path, dtype: str, device: str, argument: str) -> tuple[PreT
 @contextmanager
 def _no_bar_of_the_reader() -> Iterator[None]:
     """transformers' reader shows a bar of its own, whatever its switch for bars says."""
+    # Imported here, because nothing else needs it.
+    from transformers import modeling_gguf_pytorch_utils
+
     reader: Any = modeling_gguf_pytorch_utils
     shown = reader.tqdm
     reader.tqdm = partial(shown, disable=True)

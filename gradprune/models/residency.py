@@ -236,8 +236,7 @@ class Residency:
 
     def read(self, name: str) -> Tensor:
         """One weight by its name in the model, on the CPU and in the model's dtype."""
-        layer, _, own = name.removeprefix(f"{self._path}.").partition(".")
-        return self.sources[name].read().to(self._dtype(int(layer), own))
+        return self.sources[name].read().to(self._dtype(name))
 
     def replace(self, layer: int, name: str) -> None:
         """The parameter of that name in `layer`, which is in memory, takes the place of the one in the files."""
@@ -251,9 +250,10 @@ class Residency:
         """From now on weights come from `factor` times the way from one source to the other."""
         self.release()
         for name, source in start.items():
-            layer, _, own = name.removeprefix(f"{self._path}.").partition(".")
-            between = Between(source, end[name], factor, self._dtype(int(layer), own))
-            self.sources[name] = {0.0: source, 1.0: end[name]}.get(factor, between)
+            if factor in (0.0, 1.0):
+                self.sources[name] = end[name] if factor else source
+            else:
+                self.sources[name] = Between(source, end[name], factor, self._dtype(name))
 
     def cut(self, layer: int, name: str, dim: int, index: Tensor) -> None:
         """From now on only `index` is there of a parameter along `dim`, see `Cut`."""
@@ -337,11 +337,13 @@ class Residency:
 
     def _copied(self, layer: int, name: str) -> Tensor:
         """A copy in memory of its own: a mapped file's may lie where matrix products round differently."""
-        return self.sources[self._name(layer, name)].read().to(self.device, self._dtype(layer, name), copy=True)
+        full = self._name(layer, name)
+        return self.sources[full].read().to(self.device, self._dtype(full), copy=True)
 
-    def _dtype(self, layer: int, name: str) -> torch.dtype:
-        """Of a parameter in memory, which its placeholder has, too."""
-        return self._modules[layer].get_parameter(name).dtype
+    def _dtype(self, name: str) -> torch.dtype:
+        """Of a parameter in memory, by its name in the model; its placeholder has it, too."""
+        layer, _, own = name.removeprefix(f"{self._path}.").partition(".")
+        return self._modules[int(layer)].get_parameter(own).dtype
 
     def _set(self, layer: int, name: str, weight: Tensor) -> None:
         module, _, own = name.rpartition(".")

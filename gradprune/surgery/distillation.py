@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gradprune.calibration.capture import Observer, capture
-from gradprune.calibration.gram import add_product
+from gradprune.calibration.gram import accumulation_dtype, add_product
 from gradprune.config import DISTILL_JUDGED, DISTILL_STEP
 from gradprune.models import PrunableModel, describe
 from gradprune.models.backward import backpropagated, deterministic_attention, without_autocast
@@ -214,8 +214,7 @@ class _Trained:
     def _move(self, entry: Projection, x: Tensor, dy: Tensor, _dx: Tensor) -> None:
         """An observer of a linear layer."""
         weight = entry.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        gradient = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        gradient = torch.zeros(weight.shape, dtype=accumulation_dtype(weight), device=weight.device)
         add_product(gradient, dy.flatten(0, -2), x.flatten(0, -2))
         descend(weight, gradient, self._rate, self._generators[weight.device])
 
@@ -285,10 +284,10 @@ def descend(weight: Tensor, gradient: Tensor, rate: float, generator: torch.Gene
     square = gradient.square()
     rows, columns = square.mean(1), square.mean(0)
     # Where all of a row's or a column's gradients are zero, so is the change.
-    least = torch.finfo(gradient.dtype).tiny
+    tiny = torch.finfo(gradient.dtype).tiny
     size = weight.to(gradient.dtype).square().mean(1).mean().sqrt()
-    gradient.mul_(rows.clamp_min(least).rsqrt()[:, None])
-    of_columns = columns.clamp_min(least).rsqrt().mul_(rate * size * rows.mean().sqrt())
+    gradient.mul_(rows.clamp_min(tiny).rsqrt()[:, None])
+    of_columns = columns.clamp_min(tiny).rsqrt().mul_(rate * size * rows.mean().sqrt())
     if weight.dtype == gradient.dtype:
         weight.addcmul_(gradient, of_columns[None], value=-1.0)
         return

@@ -19,6 +19,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from gradprune.calibration.gram import accumulation_dtype
 from gradprune.models.experts import ExpertsBlock, Routed
 from gradprune.models.streams import Streams
 from gradprune.ranks import Ranks
@@ -45,7 +46,7 @@ class ExpertReads:
     def problem(self, expert: int, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """An expert's x [r, C] and t [r, O], on the device of its weight [O, C]; None where t is W x."""
         rows = self.routed.spans[expert]
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(weight)
         factors = self.routed.gates[rows].to(weight.device, dtype)[:, None]
         x = factors * self.inputs[rows].to(weight.device, dtype)
         if self.lacking is None:

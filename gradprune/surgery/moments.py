@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradprune.calibration.cholesky import cholesky, solve
-from gradprune.calibration.gram import add_gram, add_product, mirror
+from gradprune.calibration.gram import accumulation_dtype, add_gram, add_product, mirror
 from gradprune.errors import NonFiniteError
 from gradprune.ranks import Ranks
 
@@ -43,7 +43,7 @@ class Moments:
         Raises:
             NonFiniteError: what is read is NaN or infinite.
         """
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(weight)
         outputs, width = weight.shape
         gram, cross, square = (
             torch.zeros(size, dtype=dtype, device=weight.device) for size in ((width, width), (outputs, width), ())
