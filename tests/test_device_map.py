@@ -59,11 +59,13 @@ def test_between_the_layers_nothing_waits_on_a_device() -> None:
     with second_device():
         view = describe(divided(tiny_model(attn_implementation="eager"), 1))
         streams = Streams(view, [tiny_ids()])
-        stream, written = streams.layer_and_written(2, 0, streams.first[0])
-        waiting = [streams.first[0], stream, *written.values()]
+        (first,) = streams.take_first()
+        stream, written = streams.layer_and_written(2, 0, first)
+        waiting = [first, stream, *written.values()]
         block = view.of_layer(2)[-1]
-        waiting += [streams.output_input(block, 0, stream, {}), streams.block_output(block, 0, stream, {})]
+        waiting += [streams.block_output(block, 0, stream, {})]
         assert view.device_of(2) == SECOND
+        assert streams.output_input(block, 0, stream, {}).device == SECOND
         assert {tensor.device for tensor in waiting} == {FIRST}
 
 

@@ -7,6 +7,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from gradprune.errors import NonFiniteError
+from gradprune.ranks import Ranks
+
 # Below this size of either side, threads split the sums of a product, so rounding depends on the number of threads. On
 # Intel's CPUs MKL does so for more shapes, unless MKL_CBWR is AUTO,STRICT.
 _NARROW = 128
@@ -19,6 +22,43 @@ _MIRRORED = 1024
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype that products of `tensor` are summed in: fp64 for fp64, else fp32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+class GramSum:
+    """The sum over tokens of x x^T, for the inputs x [I] of a weight [O, I], on the weight's device.
+
+    tokens: so many of this rank's have been added.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """Of no token so far."""
+        width = weight.shape[1]
+        self.tokens = 0
+        self._sum = torch.zeros(width, width, dtype=accumulation_dtype(weight), device=weight.device)
+
+    def add(self, x: Tensor) -> Tensor:
+        """Add the tokens of a batch, [..., I]; returns them as [tokens, I] on the device."""
+        rows = x.to(self._sum.device).flatten(0, -2)
+        add_gram(self._sum, rows)
+        self.tokens += len(rows)
+        return rows
+
+    def total(self, ranks: Ranks, stage: str, name: str) -> Tensor:
+        """[I, I] over the tokens of all ranks; the last call. The names of stage and weight are for the error.
+
+        Raises:
+            NonFiniteError: an input is NaN or infinite.
+        """
+        gram = ranks.sum(self._sum)
+        del self._sum
+        require_finite(gram.diagonal(), f"{stage}: the input of {name}")
+        return mirror(gram)
+
+
+def require_finite(sums: Tensor, what: str) -> None:
+    """Raise NonFiniteError, which says what is not finite, if any of `sums` is not."""
+    if not sums.isfinite().all():
+        raise NonFiniteError(f"{what} is not finite; load the model in a wider dtype (bfloat16 or float32)")
 
 
 def add_gram(gram: Tensor, rows: Tensor) -> None:

@@ -17,20 +17,19 @@ A routed expert is such a block of its own: its tokens are those that are sent t
 writes before the router's factor. The channels of one that sees no token cost nothing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gradprune.calibration.cholesky import cholesky, inverse
-from gradprune.calibration.gram import accumulation_dtype, add_gram, mirror, one_thread
-from gradprune.errors import NonFiniteError
-from gradprune.models import Block, BlockKey, LinearBlock, PrunableModel
-from gradprune.models.experts import ExpertsBlock
+from gradprune.calibration.gram import GramSum, one_thread
+from gradprune.models import BlockKey, LinearBlock, PrunableModel
+from gradprune.models.experts import ExpertsBlock, Routed
 from gradprune.models.footprint import OBS_STREAMS
 from gradprune.models.modes import evaluation_mode
-from gradprune.models.streams import Streams, read_bytes, stream_bytes
+from gradprune.models.streams import Streams, drained, read_bytes, stream_bytes
 from gradprune.ops.dispatch import ImportanceOps, select_ops
 from gradprune.ops.removals import costs_alone, diagonal_blocks
 from gradprune.ranks import ALONE, Ranks
@@ -83,7 +82,8 @@ def removal_costs(
         ranks: the processes that divide `batches`, which all of them give.
         advance: called after each block.
 
-    One Gram matrix is in memory at a time, summed in fp32 (fp64 for fp64 models).
+    The Gram matrices of one layer are in memory at a time, and of its experts one, summed in fp32 (fp64 for fp64
+    models).
 
     Raises:
         NonFiniteError: an input of a block is NaN or infinite; names the layer.
@@ -91,85 +91,78 @@ def removal_costs(
     costs = {}
     with evaluation_mode(view.model):
         own = ranks.share(batches)
-        streams = Streams(view, own, OBS_STREAMS * stream_bytes(view, own) + read_bytes(view, own))
-        state = _Pass(streams, curvatures, ops, ranks, streams.first)
+        streams = Streams(view, own, OBS_STREAMS * stream_bytes(view, own) + view.has_experts * read_bytes(view, own))
+        state = _Pass(view, streams, curvatures, ops, ranks, streams.take_first())
         for layer in range(len(view.layers)):
-            state.written = [{} for _ in state.current]
             with view.resident(layer, layer + 1):
-                for block in view.of_layer(layer):
-                    of_block = state.of_experts if isinstance(block, ExpertsBlock) else state.of_linear
-                    costs[block.key], outputs = of_block(block)
-                    for batch, output in enumerate(outputs):
-                        state.written[batch][block.module] = output
+                for key, found in state.pass_layer(layer):
+                    costs[key] = found
                     advance()
-                state.current = [
-                    streams.layer(layer, k, stream, state.written[k]) for k, stream in enumerate(state.current)
-                ]
     return costs
 
 
 @dataclass
 class _Pass:
-    """The dense model's streams, which advance layer by layer.
+    """The dense model's streams, [N, T, H] per batch, which advance layer by layer."""
 
-    current: per batch, [N, T, H], the stream before the layer. written: per batch, what modules of the layer before the
-    block write.
-    """
-
+    view: PrunableModel
     streams: Streams
     curvatures: Mapping[BlockKey, Sequence[float]]
     ops: ImportanceOps | None
     ranks: Ranks
     current: list[Tensor]
-    written: list[dict[torch.nn.Module, Tensor]] = field(default_factory=list)
 
-    def of_linear(self, block: Block) -> tuple[Tensor, list[Tensor]]:
-        """The importances of a block's groups, and what it writes, per batch."""
-        assert isinstance(block, LinearBlock)
-        linear = block.output.linear
-        inputs = [self.streams.output_input(block, k, stream, self.written[k]) for k, stream in enumerate(self.current)]
+    def pass_layer(self, layer: int) -> Iterator[tuple[BlockKey, Tensor]]:
+        """Run a layer, and give the importances of its blocks' groups, in order."""
+        linear: dict[LinearBlock, GramSum] = {}
+        experts: dict[ExpertsBlock, list[tuple[Routed, Tensor]]] = {}
+        for block in self.view.of_layer(layer):
+            if isinstance(block, LinearBlock):
+                linear[block] = GramSum(block.output.weight)
+            elif isinstance(block, ExpertsBlock):
+                experts[block] = []
+        shown = {block: gram.add for block, gram in linear.items()}, {b: seen.append for b, seen in experts.items()}
+        self.current = [
+            self.streams.layer_and_reads(layer, batch, stream, *shown)
+            for batch, stream in enumerate(drained(self.current))
+        ]
+        del shown
+        for block in self.view.of_layer(layer):
+            if isinstance(block, LinearBlock):
+                yield block.key, self._of_linear(block, linear.pop(block))
+            elif isinstance(block, ExpertsBlock):
+                yield block.key, self._of_experts(block, experts.pop(block))
+
+    def _of_linear(self, block: LinearBlock, gram: GramSum) -> Tensor:
+        """The importances of a block's groups."""
         name = f"layer {block.layer}'s {block.output.path}"
-        path = self._path(inputs, block.output.weight, block.output.columns, self.curvatures[block.key][0], name)
-        return path.importance(), [self.streams.keep(linear(x.to(linear.weight.device))) for x in inputs]
+        return self._importance(gram, block.output.weight, block.output.columns, self.curvatures[block.key][0], name)
 
-    def of_experts(self, block: Block) -> tuple[Tensor, list[Tensor]]:
-        """As `of_linear`, of a layer's experts by channels, one expert after the other."""
-        assert isinstance(block, ExpertsBlock)
-        found = [self.streams.expert_inputs(block, k, stream, self.written[k]) for k, stream in enumerate(self.current)]
+    def _of_experts(self, block: ExpertsBlock, seen: Sequence[tuple[Routed, Tensor]]) -> Tensor:
+        """As `_of_linear`, of a layer's experts by channels, one expert after the other."""
         importances = []
         for expert, curvature in enumerate(self.curvatures[block.key]):
-            inputs = [x[routed.spans[expert]] for routed, x, _ in found]
+            weight = block.down.weight(expert)
+            gram = GramSum(weight)
+            for routed, inputs in seen:
+                gram.add(inputs[routed.spans[expert]])
             name = f"layer {block.layer}'s {block.down.name} of expert {expert}"
-            path = self._path(inputs, block.down.weight(expert), 1, curvature, name)
-            importances.append(path.importance())
-        return torch.cat(importances), [wrote for _, _, wrote in found]
+            importances.append(self._importance(gram, weight, 1, curvature, name))
+        return torch.cat(importances)
 
-    def _path(self, inputs: Sequence[Tensor], weight: Tensor, columns: int, curvature: float, name: str) -> RemovalPath:
-        """As `removal_path`, of a weight [O, I] whose inputs of this rank are given per batch, [..., I]."""
+    def _importance(self, gram: GramSum, weight: Tensor, columns: int, curvature: float, name: str) -> Tensor:
+        """Of a weight [O, I], see `removal_path`, whose inputs of this rank are summed."""
+        tokens: int = sum(self.ranks.gather_json(gram.tokens))
         # Nothing here holds on to the matrices.
-        return removal_path(
+        path = removal_path(
             weight,
-            with_ridge(_mean_gram(inputs, weight, name, self.ranks)),
+            with_ridge(gram.total(self.ranks, "obs", name).div_(max(tokens, 1))),
             columns,
             curvature,
             ops=self.ops,
             overwrite=True,
         )
-
-
-def _mean_gram(inputs: Sequence[Tensor], weight: Tensor, name: str, ranks: Ranks) -> Tensor:
-    """[I, I], the mean over all ranks' tokens of x x^T of inputs x [..., I] of a weight [O, I]; 0 of no token."""
-    width = weight.shape[1]
-    gram = torch.zeros(width, width, dtype=accumulation_dtype(weight), device=weight.device)
-    for x in inputs:
-        add_gram(gram, x.to(gram.device).flatten(0, -2))
-    gram = ranks.sum(gram)
-    if not gram.diagonal().isfinite().all():
-        raise NonFiniteError(
-            f"obs: the input of {name} is not finite; load the model in a wider dtype (bfloat16 or float32)"
-        )
-    tokens: int = sum(ranks.gather_json(sum(x.shape[:-1].numel() for x in inputs)))
-    return mirror(gram).div_(max(tokens, 1))
+        return path.importance()
 
 
 def removal_path(

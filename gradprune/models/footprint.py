@@ -18,12 +18,12 @@ from gradprune.ranks import PIECE
 StageName = Literal["calibration", "importance", "repair", "distillation", "evaluation", "saving"]
 STAGES: tuple[StageName, ...] = ("calibration", "importance", "repair", "distillation", "evaluation", "saving")
 
-OBS_STREAMS = 4
-"""So many residual streams of all samples `obs` keeps at once: as they enter the model, before the layer, and what two
-blocks write."""
-REPAIR_STREAMS = 9
-"""So many residual streams of all samples the repair keeps at once: as they enter the model, the repaired model's, the
-dense model's before and after the layer, its lead, what both models' blocks wrote, and what is wanted."""
+OBS_STREAMS = 1
+"""So many residual streams of all samples `obs` keeps at once, and of experts what their output projections read."""
+REPAIR_STREAMS = 4
+"""So many residual streams of all samples the repair keeps at once beside what an output projection reads in its kept
+columns: the repaired model's before the layer, the dense model's after it, what the layer's first block now writes, and
+what its second would have to write."""
 EXPERTS_STREAMS = 2
 """So many more the repair of experts keeps: what they write, and what they lack."""
 
@@ -187,24 +187,28 @@ class _Run:
             return self._stage("importance", own + self._sums, 0, 1)
         tokens = self._share(self.config.num_samples)
         inverses = max((self._inverse(*each) for each in self._outputs), default=0)
-        own = self._sums + max(own, inverses, self._exchanged, self._forward(self._batch))
-        return self._with_streams("importance", own, OBS_STREAMS * self._stream(tokens) + self._read(tokens), 2)
+        # A layer's blocks have different shapes.
+        grams = sum(4 * columns**2 for _, columns in set(self.shape.outputs))
+        own = self._sums + max(own, inverses, self._exchanged, grams + self._forward(self._batch))
+        reads = self._read(tokens) if self.shape.expert is not None else 0
+        return self._with_streams("importance", own, OBS_STREAMS * self._stream(tokens) + reads, 2)
 
     def repair(self) -> Stage:
         """The streams of all samples, one layer's inputs and outputs, and one block's moments."""
         tokens = self._share(self.config.num_samples + self.config.held_out_samples)
         moments = max((self._moments(*each) for each in self.shape.outputs), default=0)
-        streams = REPAIR_STREAMS
+        # A streamed model's have room as if all columns were kept.
+        streams, reads = REPAIR_STREAMS, int((1.0 if self.streamed else self._kept_fraction) * self._read(tokens))
         if self.shape.expert is not None:
             rows, columns = self.shape.expert.output
             # An expert reads and lacks its tokens in fp32, while routing is even.
             solved_on = -(-tokens * self.shape.expert.seen // self.shape.expert.number)
             moments = max(moments, self._moments(rows, columns) + 4 * solved_on * (rows + columns))
-            streams += EXPERTS_STREAMS
+            streams, reads = streams + EXPERTS_STREAMS, self._read(tokens)
         # Re-solved weights have memory of their own.
         solved = 0 if self.streamed or self.config.in_place else self.shape.output_bytes
         own = solved + max(moments, self._forward(self._batch))
-        return self._with_streams("repair", own, streams * self._stream(tokens) + self._read(tokens), 1)
+        return self._with_streams("repair", own, streams * self._stream(tokens) + reads, 1)
 
     def distillation(self) -> Stage:
         """A step's activations, one weight's gradient, the streams of the samples that teach; the kept weights as they
@@ -343,11 +347,11 @@ class _Run:
         return 2 * self._stream(tokens) + (8 + self.shape.itemsize) * chunk * self.shape.vocabulary
 
     def _moments(self, rows: int, columns: int) -> int:
-        """Of one output projection [rows, columns], in fp64 but for sums in fp32: two problems of the columns that are
-        kept; and beside them the sums that the second is made of, or a factor, a Gram matrix in fp32, and solutions."""
+        """Of one output projection [rows, columns], in fp64 but for sums in fp32: the sums of two problems, and what the
+        first is made of; or both problems of the columns that are kept, a factor, and solutions."""
         of_all, of_kept = columns, self._kept_fraction * columns
-        made = 12 * of_all**2 + 16 * of_kept**2 + rows * (20 * of_all + 32 * of_kept)
-        solved = of_kept * (28 * of_kept + 72 * rows)
+        made = of_all * (16 * of_all + 32 * rows)
+        solved = of_kept * (16 * of_kept + 80 * rows)
         return int(max(made, solved))
 
     def _inverse(self, rows: int, columns: int) -> int:

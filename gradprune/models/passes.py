@@ -42,7 +42,7 @@ def losses(
     # Two streams of each sample at a time: before a layer, and after it.
     for wave in waves(view, batches, kept=2):
         streams = Streams(view, wave, 2 * stream_bytes(view, wave))
-        current = streams.first
+        current = streams.take_first()
         with watched():
             for layer in range(len(view.layers)):
                 current = [streams.layer(layer, k, stream, {}) for k, stream in enumerate(current)]
@@ -121,7 +121,7 @@ def variant_losses(view: PrunableModel, batches: Sequence[Tensor], variants: Seq
 
 def _streamed_losses(view: PrunableModel, batches: Sequence[Tensor], variants: Sequence[Variant]) -> list[Tensor]:
     streams = Streams(view, batches, (len(variants) + 2) * stream_bytes(view, batches))
-    common = streams.first
+    common = streams.take_first()
     current: list[list[Tensor]] = [[] for _ in variants]
     for layer in range(len(view.layers)):
         with view.resident(layer, layer + 1):
@@ -164,7 +164,7 @@ def backward_by_layers(
         Per batch, its losses.
     """
     streams = Streams(view, batches, (len(view.layers) + 1) * stream_bytes(view, batches))
-    before: list[list[Tensor]] = [[stream.detach() for stream in streams.first]]
+    before: list[list[Tensor]] = [[stream.detach() for stream in streams.take_first()]]
     with torch.no_grad():
         for layer in range(len(view.layers)):
             before.append([streams.layer(layer, k, stream, {}) for k, stream in enumerate(before[-1])])

@@ -10,20 +10,22 @@ model's budget is kept in mapped files.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gradprune.models import Block, LinearBlock, PrunableModel
-from gradprune.models.experts import ExpertProjection, ExpertsBlock, Routed
+from gradprune.models.experts import ExpertProjection, ExpertsBlock, Product, Routed
 from gradprune.models.loss import sample_losses
 from gradprune.models.modeling_gradprune import text_config
 from gradprune.models.modes import forward_replaced
 from gradprune.ranks import ALONE, Ranks
+
+_Item = TypeVar("_Item")
 
 
 class _StoppedError(Exception):
@@ -43,10 +45,7 @@ def read_bytes(view: PrunableModel, batches: Sequence[Tensor]) -> int:
 
 
 class Streams:
-    """The arguments that a model's layers receive for some batches; the caller keeps the streams.
-
-    first: per batch, [N, T, H], what enters the first layer.
-    """
+    """The arguments that a model's layers receive for some batches; the caller keeps the streams."""
 
     def __init__(self, view: PrunableModel, batches: Sequence[Tensor], kept: int = 0) -> None:
         """Record the arguments that the layers receive for batches of ids, without running them.
@@ -62,9 +61,14 @@ class Streams:
         self._batches = [batch.to(view.device) for batch in batches]
         self._returned = self._count_returned(self._batches[0][:1]) if self._batches else {}
         recorded = [self._record(batch) for batch in self._batches]
-        self.first = [self.keep(stream) for stream, _ in recorded]
+        self._first = [self.keep(stream) for stream, _ in recorded]
         # What transformers passes to each layer beside the stream: masks, positions.
         self._arguments = [arguments for _, arguments in recorded]
+
+    def take_first(self) -> list[Tensor]:
+        """Per batch, [N, T, H], what enters the first layer; once, for nothing here holds on to it."""
+        first, self._first = self._first, []
+        return first
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A tensor of a batch where those of all batches have room."""
@@ -93,8 +97,34 @@ class Streams:
         with _removed([block.module.register_forward_hook(keep) for block in self._view.of_layer(layer)]):
             return self.layer(layer, batch, stream, {}), written
 
+    def layer_and_reads(
+        self,
+        layer: int,
+        batch: int,
+        stream: Tensor,
+        linear: Mapping[LinearBlock, Callable[[Tensor], object]],
+        experts: Mapping[ExpertsBlock, Callable[[tuple[Routed, Tensor]], object]],
+    ) -> Tensor:
+        """The stream after a layer as it is, whose blocks' output projections show what they read.
+
+        Args:
+            layer, batch, stream: as of `layer`.
+            linear: what is called with [N, T, I], on the layer's device.
+            experts: what is called with the tokens that a layer's experts see and [R, C], which are kept.
+        """
+        with ExitStack() as stack:
+            for block, seen in linear.items():
+                hook = partial(_show_first, seen)
+                stack.enter_context(_removed([block.output.linear.register_forward_pre_hook(hook)]))
+            for routed, shown in experts.items():
+                stack.enter_context(routed.run_by(self._showing(routed, shown)))
+            return self.layer(layer, batch, stream, {})
+
     def output_input(self, block: LinearBlock, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
-        """[N, T, I] what a block's output projection reads, when the modules in `written` write what is given."""
+        """[N, T, I] what a block's output projection reads, when the modules in `written` write what is given.
+
+        It is on the layer's device.
+        """
         reached: list[Tensor] = []
 
         def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -105,7 +135,7 @@ class Streams:
             try:
                 self.layer(block.layer, batch, stream, written)
             except _StoppedError:
-                return self.keep(reached[0])
+                return reached[0]
         raise AssertionError(f"layer {block.layer} does not run its {block.output.path}")
 
     def block_output(self, block: Block, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
@@ -128,16 +158,20 @@ class Streams:
         Arguments as of `output_input`.
         """
         seen: list[tuple[Routed, Tensor]] = []
+        with block.run_by(self._showing(block, seen.append)):
+            wrote = self.block_output(block, batch, stream, written)
+        return *seen[0], wrote
+
+    def _showing(self, block: ExpertsBlock, seen: Callable[[tuple[Routed, Tensor]], object]) -> Product:
+        """Compute experts' projections, and show what those to the output read, kept."""
 
         def product(routed: Routed, projection: ExpertProjection, x: Tensor) -> Tensor:
             if projection is block.down:
                 inputs = self.keep(x)
-                seen.append((routed.to(inputs.device), inputs))
+                seen((routed.to(inputs.device), inputs))
             return projection.product(routed, x)
 
-        with block.run_by(product):
-            wrote = self.block_output(block, batch, stream, written)
-        return *seen[0], wrote
+        return product
 
     def mean_loss(self, streams: Sequence[Tensor], first: int, ranks: Ranks = ALONE) -> float:
         """Mean loss of all ranks' samples from batch `first` on, in nats per token, given the last layer's streams."""
@@ -212,6 +246,17 @@ class Streams:
     def _answer(self, module: nn.Module, value: Tensor) -> Any:
         count = self._returned[type(module)]
         return (value, *[None] * (count - 1)) if count else value
+
+
+def drained(items: list[_Item]) -> Iterator[_Item]:
+    """Each in turn, out of the list, so that it is freed with its last use."""
+    items.reverse()
+    while items:
+        yield items.pop()
+
+
+def _show_first(seen: Callable[[Tensor], object], _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    seen(args[0])
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from gradprune.calibration.gram import accumulation_dtype
 from gradprune.models.experts import ExpertsBlock, Routed
 from gradprune.models.streams import Streams
 from gradprune.ranks import Ranks
-from gradprune.surgery.moments import Fit, Moments, fit
+from gradprune.surgery.moments import Fit, Moments, MomentSums, fit
 
 TOKENS_PER_CHANNEL = 0.5
 """Calibration tokens that an expert has to see for each channel that it keeps; with fewer the ridge decides.
@@ -157,7 +157,7 @@ class ExpertsSolver:
         return best, float(judge.square)
 
     def _moments(self, reads: Sequence[ExpertReads], expert: int, weight: Tensor) -> Moments:
-        problems = [of.problem(expert, weight) for of in reads]
-        targets = [t for _, t in problems if t is not None] if self.aimed else None
-        name = f"layer {self.block.layer}'s {self.block.down.name} of expert {expert}"
-        return Moments.measure([x for x, _ in problems], targets, weight, name, self.ranks)
+        sums = MomentSums(weight, aimed=self.aimed)
+        for of in reads:
+            sums.add(*of.problem(expert, weight))
+        return sums.total(self.ranks, f"layer {self.block.layer}'s {self.block.down.name} of expert {expert}")

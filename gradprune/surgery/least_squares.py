@@ -27,11 +27,11 @@ from gradprune.models import Block, LinearBlock, PrunableModel
 from gradprune.models.experts import ExpertsBlock
 from gradprune.models.footprint import EXPERTS_STREAMS, REPAIR_STREAMS
 from gradprune.models.masks import GroupMasks
-from gradprune.models.streams import Streams, read_bytes, stream_bytes
+from gradprune.models.streams import Streams, drained, read_bytes, stream_bytes
 from gradprune.ranks import ALONE, Ranks
 from gradprune.surgery.expert_repair import TOKENS_PER_CHANNEL, ExpertsSolver, expert_reads
 from gradprune.surgery.masking import mask_output, masked_outputs
-from gradprune.surgery.moments import Moments, fit
+from gradprune.surgery.moments import MomentSums, fit
 
 BLEND = 0.5
 """Measured on SmolLM2-135M at 20 and 50 %, with the choices of two methods: 0 was never better on held-out text, and
@@ -111,8 +111,9 @@ def least_squares(
     batches = [*own, *judged]
     kept = REPAIR_STREAMS + (EXPERTS_STREAMS if view.has_experts else 0)
     streams = Streams(view, batches, kept * stream_bytes(view, batches) + read_bytes(view, batches))
-    parts = (slice(len(own)), slice(len(own), None) if held_out else slice(None))
-    state = _Repair(view, masks, streams, parts, blend, ridges, tokens_per_channel, ranks, streams.first, streams.first)
+    first = streams.take_first()
+    judged_from = len(own) if held_out else None
+    state = _Repair(view, masks, streams, judged_from, blend, ridges, tokens_per_channel, ranks, first, first)
     for layer in range(len(view.layers)):
         with view.resident(layer, layer + 1):
             state.pass_layer(layer, advance)
@@ -123,7 +124,8 @@ def least_squares(
 class _Repair:
     """The repaired model's stream and the dense model's, [N, T, H] per batch, which advance layer by layer.
 
-    parts: the batches that problems are solved on, and those that choose the ridge.
+    judged_from: the batches from this one on choose the ridge, those before it problems are solved on; None where all
+        do both.
     differs: whether a block before the current one lost something.
     ridge_of: by kind, the ridge of the latest block: the next one's is mostly near it.
     dense: not followed where the blend does not ask for it, nor before the streams differ.
@@ -132,7 +134,7 @@ class _Repair:
     view: PrunableModel
     masks: GroupMasks
     streams: Streams
-    parts: tuple[slice, slice]
+    judged_from: int | None
     blend: float
     ridges: Sequence[float]
     tokens_per_channel: float
@@ -147,54 +149,78 @@ class _Repair:
         """Repair the blocks of a layer, which is in memory, in order of execution."""
         blocks = self.view.of_layer(layer)
         untouched = not self.differs and all(self.masks[block].all() for block in blocks)
-        dense = None if untouched or not self.blend else _DenseLayer(self.streams, layer, self.dense)
-        # Dense stream minus the repaired one; and per batch, the outputs of the layer's blocks so far.
-        ahead = None
-        if dense is not None:
-            ahead = [self.streams.keep(d - r) for d, r in zip(self.dense, self.repaired, strict=True)]
+        lead = None
+        if self.blend and not untouched:
+            before, self.dense = list(self.dense), []
+            lead = _Lead(self.streams, layer, before, self.repaired)
+        # Per batch, what the layer's blocks so far write.
         written: list[dict[nn.Module, Tensor]] = [{} for _ in self.repaired]
         for block in () if untouched else blocks:
-            writes = self._pass_block(block, written, dense, ahead)
-            for batch, write in enumerate(writes):
-                written[batch][block.module] = write
-                if dense is not None and ahead is not None:
-                    missing = dense.written[batch][block.module] - write
-                    further = ahead[batch] + (block.adds or 0.0) * missing.view_as(ahead[batch])
-                    ahead[batch] = self.streams.keep(further)
+            self._pass_block(block, written, lead)
         self.repaired = [
-            self.streams.layer(layer, batch, stream, written[batch]) for batch, stream in enumerate(self.repaired)
+            self.streams.layer(layer, batch, stream, writes)
+            for batch, (stream, writes) in enumerate(zip(drained(self.repaired), drained(written), strict=True))
         ]
-        self.dense = self.repaired if dense is None else dense.after
+        self.dense = self.repaired if lead is None else lead.after
         for _ in blocks:
             advance()
 
-    def _pass_block(
-        self,
-        block: Block,
-        written: list[dict[nn.Module, Tensor]],
-        dense: "_DenseLayer | None",
-        ahead: list[Tensor] | None,
-    ) -> list[Tensor]:
-        """Repair a block, and run it: what it writes per batch."""
+    def _pass_block(self, block: Block, written: list[dict[nn.Module, Tensor]], lead: "_Lead | None") -> None:
+        """Repair a block, and run it: add what it writes to `written`."""
         kept = self.masks[block]
         self.differs |= not kept.all()
-        if not isinstance(block, LinearBlock):
-            assert isinstance(block, ExpertsBlock)
-            return self._pass_experts(block, written, self._wanted(block, dense, ahead))
-        if not kept.any():
+        wanted = None if lead is None else lead.wanted(block)
+        if isinstance(block, ExpertsBlock):
+            writes = self._pass_experts(block, written, wanted)
+        elif not kept.any():
             self._silence(block, kept)
-            return [stream.new_zeros(()).expand_as(stream) for stream in self.repaired]
-        read = [self.streams.output_input(block, k, stream, written[k]) for k, stream in enumerate(self.repaired)]
-        if self.differs and (dense is not None or not kept.all()):
-            self._solve_output(block, kept, read, self._wanted(block, dense, ahead))
-        return [self.streams.keep(_write(block, x)) for x in read]
+            writes = [stream.new_zeros(()).expand_as(stream) for stream in self.repaired]
+        else:
+            assert isinstance(block, LinearBlock)
+            writes = self._pass_linear(block, written, wanted)
+        for batch, write in enumerate(writes):
+            written[batch][block.module] = write
+            if lead is not None:
+                lead.advance(block, batch, write)
 
-    def _wanted(self, block: Block, dense: "_DenseLayer | None", ahead: list[Tensor] | None) -> list[Tensor] | None:
-        """Per batch, what a block would have to write, see `_wanted`; None where the dense model is not followed."""
-        if dense is None or ahead is None:
-            return None
-        pairs = zip(ahead, dense.written, strict=True)
-        return [self.streams.keep(_wanted(block, lead, each)) for lead, each in pairs]
+    def _pass_linear(
+        self, block: LinearBlock, written: list[dict[nn.Module, Tensor]], wanted: list[Tensor] | None
+    ) -> list[Tensor]:
+        """Solve for the kept columns of a block's output projection, and run it: what it writes per batch."""
+        kept, output = self.masks[block], block.output
+        device, bias = output.linear.weight.device, output.linear.bias
+        columns = output.columns_of(kept.nonzero().flatten()).to(device)
+        solves = self.differs and (wanted is not None or not kept.all())
+        sums = []
+        if solves:
+            problems = 1 if self.judged_from is None else 2
+            sums = [MomentSums(output.weight, aimed=wanted is not None) for _ in range(problems)]
+        read = []
+        for batch, stream in enumerate(self.repaired):
+            x = self.streams.output_input(block, batch, stream, written[batch])
+            if solves:
+                aim = None if wanted is None else wanted[batch].to(device)
+                judges = self.judged_from is not None and batch >= self.judged_from
+                sums[judges].add(x, aim if aim is None or bias is None else aim - bias)
+            read.append(self.streams.keep(x if kept.all() else x[..., columns]))
+        if solves:
+            self._solve(block, columns, sums)
+        weight = output.weight if kept.all() else output.weight[:, columns]
+        return [self.streams.keep(F.linear(x.to(device), weight, bias)) for x in drained(read)]
+
+    def _solve(self, block: LinearBlock, columns: Tensor, sums: Sequence[MomentSums]) -> None:
+        """Solve for `columns`, [K] int64, of an output projection, and zero the others."""
+        weight = block.output.weight
+        name = f"layer {block.layer}'s {block.output.path}"
+        problems = [each.total(self.ranks, name).of_output(weight, columns, self.blend) for each in sums]
+        found = fit(problems[0], problems[-1], self.ridges, self.ridge_of.get(block.kind.name))
+        self.ridge_of[block.kind.name] = found.ridge
+        error = min(found.error, found.error_before)
+        self.repairs.append(BlockRepair(block.kind.name, block.layer, found.ridge, found.error_before, error))
+        with self.view.rewriting(block, [f"{block.output.path}.weight"]):
+            block.mask(self.masks[block])
+            if found.better:
+                block.output.weight[:, columns] = found.weight.to(weight.dtype)
 
     def _pass_experts(
         self, block: ExpertsBlock, written: list[dict[nn.Module, Tensor]], wanted: list[Tensor] | None
@@ -206,37 +232,13 @@ class _Repair:
             aimed = wanted is not None or block.reroutes(kept)
             solver = ExpertsSolver(block, kept, aimed, self.ranks, self.ridges)
             with self.view.rewriting(block, [block.down.name]):
-                found = solver.solve(reads[self.parts[0]], reads[self.parts[1]], self.tokens_per_channel)
+                found = solver.solve(reads[: self.judged_from], reads[self.judged_from :], self.tokens_per_channel)
             if found is not None:
                 self.repairs.append(BlockRepair(block.kind.name, block.layer, *found))
         # First, because whole experts that go are masked in another way than they are silenced.
         writes = masked_outputs(self.streams, block, kept, self.repaired, written)
         self._silence(block, kept)
         return writes
-
-    def _solve_output(
-        self, block: LinearBlock, kept: Tensor, read: Sequence[Tensor], wanted: Sequence[Tensor] | None
-    ) -> None:
-        """Solve for the kept columns of the output projection, and zero the others."""
-        linear = block.output.linear
-        columns = block.output.columns_of(kept.nonzero().flatten()).to(linear.weight.device)
-        name = f"layer {block.layer}'s {block.output.path}"
-        if wanted is not None and linear.bias is not None:
-            wanted = [each - linear.bias.to(each.device) for each in wanted]
-        solved, judge = (
-            Moments.measure(
-                read[part], None if wanted is None else wanted[part], block.output.weight, name, self.ranks
-            ).of_output(block.output.weight, columns, self.blend)
-            for part in self.parts
-        )
-        found = fit(solved, judge, self.ridges, self.ridge_of.get(block.kind.name))
-        self.ridge_of[block.kind.name] = found.ridge
-        error = min(found.error, found.error_before)
-        self.repairs.append(BlockRepair(block.kind.name, block.layer, found.ridge, found.error_before, error))
-        with self.view.rewriting(block, [f"{block.output.path}.weight"]):
-            block.mask(kept)
-            if found.better:
-                block.output.weight[:, columns] = found.weight.to(linear.weight.dtype)
 
     def _silence(self, block: Block, kept: Tensor) -> None:
         """Zero what the pruned groups write, without a repair."""
@@ -245,24 +247,38 @@ class _Repair:
                 mask_output(block, kept)
 
 
-class _DenseLayer:
-    """A layer of the dense model: the stream after it, and what its blocks write, per batch."""
+class _Lead:
+    """How far the dense stream is ahead of the repaired one within a layer, per batch; what blocks write counts.
 
-    def __init__(self, streams: Streams, layer: int, before: Sequence[Tensor]) -> None:
-        passed = [streams.layer_and_written(layer, batch, stream) for batch, stream in enumerate(before)]
-        self.after = [after for after, _ in passed]
-        self.written = [written for _, written in passed]
-
-
-def _wanted(block: Block, ahead: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
-    """[N, T, O] what a block would have to write to bring the stream, which lags by `ahead`, to the dense one.
-
-    Behind a norm no multiple of it is added to the stream: there it is what the dense block writes before the norm.
+    after: per batch, the dense stream after the layer.
     """
-    own = written[block.module]
-    return own if block.adds is None else ahead.view_as(own) / block.adds + own
 
+    def __init__(self, streams: Streams, layer: int, dense: list[Tensor], repaired: Sequence[Tensor]) -> None:
+        """Pass the dense stream through the layer, out of the list."""
+        self._streams = streams
+        # From `wanted` to `advance` of a block, `_ahead` is what that block would have to write.
+        self._ahead: list[Tensor] = []
+        self._written: list[dict[nn.Module, Tensor]] = []
+        self.after: list[Tensor] = []
+        for batch, stream in enumerate(drained(dense)):
+            after, written = streams.layer_and_written(layer, batch, stream)
+            self._ahead.append(streams.keep(stream - repaired[batch]))
+            self._written.append(written)
+            self.after.append(after)
 
-def _write(block: LinearBlock, x: Tensor) -> Tensor:
-    linear = block.output.linear
-    return F.linear(x.to(linear.weight.device), block.output.weight, linear.bias)
+    def wanted(self, block: Block) -> list[Tensor]:
+        """Per batch, [N, T, O] what a block would have to write to bring the stream to the dense one.
+
+        Behind a norm no multiple of it is added to the stream: there it is what the dense block writes before the norm.
+        """
+        own = [written.pop(block.module) for written in self._written]
+        if block.adds is None:
+            return own
+        for batch, write in enumerate(drained(own)):
+            self._ahead[batch] = self._streams.keep(self._ahead[batch].view_as(write) / block.adds + write)
+        return list(self._ahead)
+
+    def advance(self, block: Block, batch: int, write: Tensor) -> None:
+        """Go past a block, which now writes that."""
+        if block.adds is not None:
+            self._ahead[batch] = self._streams.keep(block.adds * (self._ahead[batch].view_as(write) - write))

@@ -9,11 +9,49 @@ import torch
 from torch import Tensor
 
 from gradprune.calibration.cholesky import cholesky, solve
-from gradprune.calibration.gram import accumulation_dtype, add_gram, add_product, mirror
-from gradprune.errors import NonFiniteError
+from gradprune.calibration.gram import GramSum, accumulation_dtype, add_product, require_finite
 from gradprune.ranks import Ranks
 
 _MOST_RIDGE = 1e4
+
+
+class MomentSums:
+    """`Moments` that batches are added to, on the device of what reads, in fp32 (fp64 for fp64 weights)."""
+
+    def __init__(self, weight: Tensor, *, aimed: bool) -> None:
+        """Of no token so far; weight: [O, I], of what reads; aimed: whether anything is wanted."""
+        dtype = accumulation_dtype(weight)
+        self._gram = GramSum(weight)
+        self._cross = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        self._square = torch.zeros((), dtype=dtype, device=weight.device)
+        self._aimed = aimed
+
+    def add(self, x: Tensor, z: Tensor | None) -> None:
+        """Add a batch of what is read, [..., I], and of what is wanted, [..., O]."""
+        rows = self._gram.add(x)
+        if z is not None:
+            z = z.to(rows.device).flatten(0, -2)
+            add_product(self._cross, z, rows)
+            z = z.to(self._cross.dtype)
+            self._square += _dot(z, z)
+
+    def total(self, ranks: Ranks, name: str) -> "Moments":
+        """Over the tokens of all ranks, which divide the batches; the last call.
+
+        Args:
+            ranks: all of which call this.
+            name: of what reads, for the error.
+
+        Raises:
+            NonFiniteError: what is read or wanted is NaN or infinite.
+        """
+        gram = self._gram.total(ranks, "repair", name)
+        cross, square = self._cross, self._square
+        del self._cross, self._square
+        if self._aimed:
+            cross, square = ranks.sum(cross), ranks.sum(square)
+            require_finite(square, f"repair: what {name} should write")
+        return Moments(gram, cross, square)
 
 
 @dataclass(frozen=True)
@@ -27,97 +65,54 @@ class Moments:
     cross: Tensor
     square: Tensor
 
-    @classmethod
-    def measure(
-        cls, read: Sequence[Tensor], wanted: Sequence[Tensor] | None, weight: Tensor, name: str, ranks: Ranks
-    ) -> "Moments":
-        """Over the tokens of all ranks, in fp32 (fp64 for fp64 weights), on the device of `weight`.
-
-        Args:
-            read: per batch, [N, T, I].
-            wanted: per batch, [N, T, O]; None if nothing is.
-            weight: [O, I], of what reads.
-            name: of it, for the error.
-            ranks: the processes that divide the batches.
-
-        Raises:
-            NonFiniteError: what is read is NaN or infinite.
-        """
-        dtype = accumulation_dtype(weight)
-        outputs, width = weight.shape
-        gram, cross, square = (
-            torch.zeros(size, dtype=dtype, device=weight.device) for size in ((width, width), (outputs, width), ())
-        )
-        for batch, x in enumerate(read):
-            rows = x.to(gram.device).flatten(0, -2)
-            add_gram(gram, rows)
-            if wanted is not None:
-                z = wanted[batch].to(gram.device).flatten(0, -2)
-                add_product(cross, z, rows)
-                square += _dot(z.to(dtype), z.to(dtype))
-        gram = ranks.sum(gram)
-        if wanted is not None:
-            cross, square = ranks.sum(cross), ranks.sum(square)
-        if not (gram.diagonal().isfinite().all() and square.isfinite()):
-            raise NonFiniteError(
-                f"repair: the input of {name} is not finite; load the model in a wider dtype (bfloat16 or float32)"
-            )
-        return cls(mirror(gram), cross, square)
-
     def of_output(self, weight: Tensor, columns: Tensor, blend: float) -> "Problem":
         """The problem of the kept columns ([K] int64) of a weight [O, I], for the target W x + blend (z - W x)."""
-        weight, gram, cross = weight.double(), self.gram.double(), self.cross.double()
-        own = weight @ gram
+        weight, cross = weight.double(), self.cross.double()
+        own = weight @ self.gram.double()
         square = (
             (1.0 - blend) ** 2 * _dot(own, weight)
             + 2.0 * blend * (1.0 - blend) * _dot(cross, weight)
             + blend**2 * self.square.double()
         )
         cross = torch.lerp(own[:, columns], cross[:, columns], blend)
-        return Problem(weight[:, columns], gram[columns[:, None], columns], cross, square, self.gram.dtype)
+        return Problem(weight[:, columns], self.gram[columns[:, None], columns], cross, square)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Find W' [O, K] with the least sum over tokens of ||t - W' x||^2, given the sums of its terms in fp64.
+    """Find W' [O, K] with the least sum over tokens of ||t - W' x||^2, given the sums of its terms.
 
-    start: [O, K], the weight W as it is. gram: [K, K], x x^T. cross: [O, K], t x^T. square: [], ||t||^2.
-    measured: the dtype the sums were made in, which is precise enough for the error.
+    start: [O, K] fp64, the weight W as it is. gram: [K, K], x x^T, in the dtype it was summed in, which is precise
+    enough for the error. cross: [O, K] fp64, t x^T. square: [] fp64, ||t||^2.
     """
 
     start: Tensor
     gram: Tensor
     cross: Tensor
     square: Tensor
-    measured: torch.dtype
 
     @cached_property
     def unit(self) -> Tensor:
         """What ridges are relative to."""
-        return self.gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        return self.gram.diagonal().double().mean().clamp_min(torch.finfo(torch.float64).tiny)
 
     @cached_property
     def missing(self) -> Tensor:
         """[O, K], (t - W x) x^T."""
-        return self.cross - self.start @ self.gram
-
-    @cached_property
-    def measured_gram(self) -> Tensor:
-        """The Gram matrix in the dtype in which it was summed."""
-        return self.gram.to(self.measured)
+        return self.cross - self.start @ self.gram.double()
 
     def error(self, weight: Tensor) -> float:
         """sum ||t - weight x||^2 / sum ||t||^2, weight: [O, K] fp64."""
         if self.square <= 0.0:
             return 0.0
-        written = (weight.to(self.measured) @ self.measured_gram).double()
+        written = (weight.to(self.gram.dtype) @ self.gram).double()
         rest = self.square - 2.0 * _dot(weight, self.cross) + _dot(written, weight)
         return float(rest / self.square)
 
     def solution(self, ridge: float) -> Tensor:
         """[O, K] fp64: W + (t x^T - W x x^T) (x x^T + ridge)^-1; with ten times the ridge where it does not factor."""
         while True:
-            shifted = self.gram.clone()
+            shifted = self.gram.to(torch.float64, copy=True)
             shifted.diagonal().add_(ridge * self.unit)
             factor = cholesky(shifted, overwrite=True)
             if factor is not None:

@@ -2,15 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: what its kernels take is NOT predicted here")
 
+from benchmarks.jobs import whole
 from benchmarks.jobs.streamed import LOAD
 from benchmarks.predicted import jobs, run
-from benchmarks.predicted.counted import Counted, Launch
+from benchmarks.predicted.counted import Counted, Launch, llama
 from benchmarks.predicted.roofline import (
     CARDS,
     MEMORY,
@@ -23,12 +26,14 @@ from benchmarks.predicted.roofline import (
     launch_seconds,
     pass_seconds,
 )
-from benchmarks.predicted.stages import removal_of_all, repair_pass
+from benchmarks.predicted.stages import lost_at, removal_of_all, repair_pass
 from benchmarks.predicted.steps import engine_step, plain_step
 from benchmarks.report import report
 from benchmarks.results import latest, read
 from benchmarks.run import LARGE
+from gradprune import PruneConfig
 from gradprune.calibration import obs
+from gradprune.models.streams import Streams
 
 H100 = CARDS[0]
 
@@ -93,20 +98,44 @@ def test_every_prediction_says_that_it_is_one(tmp_path: Path) -> None:
 
 
 def test_what_a_repair_multiplies_is_counted() -> None:
-    """Of a further layer: two passes over it, as it was and as it is repaired, and sums of products of its inputs."""
-    hidden, channels, kv, tokens = 4096, 14336, 1024, 2 * 512
+    """Of a further layer: two passes over it, as it was and as it is repaired, whose output projections have lost
+    their columns, and sums of products of its inputs."""
+    hidden, channels, kv, tokens, lost = 4096, 14336, 1024, 2 * 512, 0.25
     layer = hidden * (2 * hidden + 2 * kv) + 3 * hidden * channels
     counts = []
     for layers in (2, 3):
-        found = repair_pass("8B", layers, 0.25, 1, 1, (1, 512)).launches
+        found = repair_pass("8B", layers, lost, 1, 1, (1, 512)).launches
         counts.append(sum(launch.flops for launch in found if launch.dtype is torch.bfloat16 and "mm" in launch.name))
     grams = sum(0.5625 * width**2 + hidden * width for width in (hidden, channels))
-    assert counts[1] - counts[0] == pytest.approx(2 * tokens * (2 * layer + grams), rel=0.02)
+    both = 2 * layer - lost * hidden * (hidden + channels)
+    assert counts[1] - counts[0] == pytest.approx(2 * tokens * (both + grams), rel=0.02)
 
 
 def test_a_repair_that_solves_more_takes_longer() -> None:
     few, many = (repair_pass("8B", 2, lost, 1, 1, (1, 512)) for lost in (0.75, 0.25))
     assert pass_seconds(few, H100) < pass_seconds(many, H100)
+
+
+def test_the_whole_job_s_repair_has_room_in_40_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the third layer as of any other; not where all that its blocks read is held."""
+    job = whole.FULL
+    weights = sum(parameter.nbytes for parameter in llama(job.size).parameters())
+
+    def held() -> int:
+        lost, shape = lost_at(job.size, PruneConfig().pruning_ratio), (job.batch, job.compared.tokens)
+        batches = (job.samples // job.batch, job.held_out // job.batch)
+        return weights + repair_pass(job.size, 3, lost, *batches, shape).peak
+
+    assert held() < 40 << 30
+    reads: list[Tensor] = []
+    output_input = Streams.output_input
+
+    def holding(*given: Any) -> Tensor:
+        reads.append(output_input(*given))
+        return reads[-1]
+
+    monkeypatch.setattr(Streams, "output_input", holding)
+    assert held() > 40 << 30
 
 
 def test_a_removal_path_s_launches_are_those_of_a_real_one(monkeypatch: pytest.MonkeyPatch) -> None:

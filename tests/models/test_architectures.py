@@ -193,9 +193,10 @@ def test_what_blocks_are_given_to_write_stays_as_it_is() -> None:
     """Falcon's layers add to what the MLP returns in place."""
     streams = Streams(describe(tiny("falcon")), [tiny_ids(2)])
     with torch.no_grad():
-        after, written = streams.layer_and_written(0, 0, streams.first[0])
+        (first,) = streams.take_first()
+        after, written = streams.layer_and_written(0, 0, first)
         before = {module: value.clone() for module, value in written.items()}
-        torch.testing.assert_close(streams.layer(0, 0, streams.first[0], written), after)
+        torch.testing.assert_close(streams.layer(0, 0, first, written), after)
     assert all(torch.equal(written[module], value) for module, value in before.items())
 
 

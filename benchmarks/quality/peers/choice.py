@@ -62,7 +62,7 @@ def in_order(view: PrunableModel, batches: Sequence[Tensor], decide: Decide) -> 
     kept: dict[BlockKey, Tensor] = {}
     with evaluation_mode(view.model):
         streams = Streams(view, batches)
-        current = streams.first
+        current = streams.take_first()
         for layer in range(len(view.layers)):
             written: list[dict[torch.nn.Module, Tensor]] = [{} for _ in current]
             for block in view.of_layer(layer):
