@@ -194,21 +194,20 @@ class _Run:
         return self._with_streams("importance", own, OBS_STREAMS * self._stream(tokens) + reads, 2)
 
     def repair(self) -> Stage:
-        """The streams of all samples, one layer's inputs and outputs, and one block's moments."""
+        """The streams of all samples, what one block that keeps all reads, and its moments."""
         tokens = self._share(self.config.num_samples + self.config.held_out_samples)
         moments = max((self._moments(*each) for each in self.shape.outputs), default=0)
-        # A streamed model's have room as if all columns were kept.
-        streams, reads = REPAIR_STREAMS, int((1.0 if self.streamed else self._kept_fraction) * self._read(tokens))
+        streams = REPAIR_STREAMS
         if self.shape.expert is not None:
             rows, columns = self.shape.expert.output
             # An expert reads and lacks its tokens in fp32, while routing is even.
             solved_on = -(-tokens * self.shape.expert.seen // self.shape.expert.number)
             moments = max(moments, self._moments(rows, columns) + 4 * solved_on * (rows + columns))
-            streams, reads = streams + EXPERTS_STREAMS, self._read(tokens)
+            streams += EXPERTS_STREAMS
         # Re-solved weights have memory of their own.
         solved = 0 if self.streamed or self.config.in_place else self.shape.output_bytes
         own = solved + max(moments, self._forward(self._batch))
-        return self._with_streams("repair", own, streams * self._stream(tokens) + reads, 1)
+        return self._with_streams("repair", own, streams * self._stream(tokens) + self._read(tokens), 1)
 
     def distillation(self) -> Stage:
         """A step's activations, one weight's gradient, the streams of the samples that teach; the kept weights as they
@@ -347,20 +346,11 @@ class _Run:
         return 2 * self._stream(tokens) + (8 + self.shape.itemsize) * chunk * self.shape.vocabulary
 
     def _moments(self, rows: int, columns: int) -> int:
-        """Of one output projection [rows, columns], in fp64 but for sums in fp32: the sums of two problems, and what the
-        first is made of; or both problems of the columns that are kept, a factor, and solutions."""
-        of_all, of_kept = columns, self._kept_fraction * columns
-        made = of_all * (16 * of_all + 32 * rows)
-        solved = of_kept * (16 * of_kept + 80 * rows)
-        return int(max(made, solved))
+        """Of one output projection [rows, columns], all of which stay, in fp64 but for Gram matrices in fp32: two
+        problems, a factor, what is solved for, the best so far, and what is half solved; the sums take less."""
+        return columns * (16 * columns + 48 * rows)
 
     def _inverse(self, rows: int, columns: int) -> int:
         """For `obs`, of one output projection [rows, columns], in fp64: the weights and the inverse of the Gram matrix,
         and either of them a second time, while groups go."""
         return 8 * columns * (columns + rows + max(columns, rows))
-
-    @property
-    def _kept_fraction(self) -> float:
-        """Of the columns of the block that keeps most: unless all keep the same, it is taken to lose half as many."""
-        lost = min(1.0, self.config.pruning_ratio * self.shape.parameters / max(1, self.shape.prunable))
-        return 1.0 - lost if self.config.same_widths else 1.0 - lost / 2

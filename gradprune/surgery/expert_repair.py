@@ -152,8 +152,7 @@ class ExpertsSolver:
             self._moments(of, expert, weight).of_output(weight, columns, float(self.aimed)) for of in (fitted, judging)
         )
         best = fit(solved, judge, self.ridges)
-        if best.better:
-            weight[:, columns] = best.weight.to(weight.dtype)
+        best.write(weight, columns)
         return best, float(judge.square)
 
     def _moments(self, reads: Sequence[ExpertReads], expert: int, weight: Tensor) -> Moments:

@@ -219,8 +219,7 @@ class _Repair:
         self.repairs.append(BlockRepair(block.kind.name, block.layer, found.ridge, found.error_before, error))
         with self.view.rewriting(block, [f"{block.output.path}.weight"]):
             block.mask(self.masks[block])
-            if found.better:
-                block.output.weight[:, columns] = found.weight.to(weight.dtype)
+            found.write(block.output.weight, columns)
 
     def _pass_experts(
         self, block: ExpertsBlock, written: list[dict[nn.Module, Tensor]], wanted: list[Tensor] | None

@@ -74,67 +74,69 @@ class Moments:
             + 2.0 * blend * (1.0 - blend) * _dot(cross, weight)
             + blend**2 * self.square.double()
         )
-        cross = torch.lerp(own[:, columns], cross[:, columns], blend)
-        return Problem(weight[:, columns], self.gram[columns[:, None], columns], cross, square)
+        aimed, start = torch.lerp(own[:, columns], cross[:, columns], blend), weight[:, columns]
+        del weight, cross, own
+        gram = self.gram[columns[:, None], columns]
+        missing = aimed - start @ gram.double()
+        return Problem(gram, missing, square, square - _dot(start, aimed) - _dot(start, missing))
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Find W' [O, K] with the least sum over tokens of ||t - W' x||^2, given the sums of its terms.
+    """Find the change D [O, K] of a weight W with the least sum over tokens of ||t - (W + D) x||^2.
 
-    start: [O, K] fp64, the weight W as it is. gram: [K, K], x x^T, in the dtype it was summed in, which is precise
-    enough for the error. cross: [O, K] fp64, t x^T. square: [] fp64, ||t||^2.
+    gram: [K, K], x x^T, in the dtype it was summed in, which is precise enough for the error. missing: [O, K] fp64,
+    (t - W x) x^T. square: [] fp64, ||t||^2. rest: [] fp64, ||t - W x||^2.
     """
 
-    start: Tensor
     gram: Tensor
-    cross: Tensor
+    missing: Tensor
     square: Tensor
+    rest: Tensor
 
     @cached_property
     def unit(self) -> Tensor:
         """What ridges are relative to."""
         return self.gram.diagonal().double().mean().clamp_min(torch.finfo(torch.float64).tiny)
 
-    @cached_property
-    def missing(self) -> Tensor:
-        """[O, K], (t - W x) x^T."""
-        return self.cross - self.start @ self.gram.double()
+    @property
+    def error_before(self) -> float:
+        """sum ||t - W x||^2 / sum ||t||^2."""
+        return self._relative(self.rest)
 
-    def error(self, weight: Tensor) -> float:
-        """sum ||t - weight x||^2 / sum ||t||^2, weight: [O, K] fp64."""
-        if self.square <= 0.0:
-            return 0.0
-        written = (weight.to(self.gram.dtype) @ self.gram).double()
-        rest = self.square - 2.0 * _dot(weight, self.cross) + _dot(written, weight)
-        return float(rest / self.square)
+    def error(self, change: Tensor) -> float:
+        """sum ||t - (W + D) x||^2 / sum ||t||^2 of D, [O, K] fp64."""
+        written = (change.to(self.gram.dtype) @ self.gram).double()
+        return self._relative(self.rest - 2.0 * _dot(change, self.missing) + _dot(written, change))
 
     def solution(self, ridge: float) -> Tensor:
-        """[O, K] fp64: W + (t x^T - W x x^T) (x x^T + ridge)^-1; with ten times the ridge where it does not factor."""
-        while True:
+        """D = (t x^T - W x x^T) (x x^T + ridge)^-1, [O, K] fp64; with ten times the ridge where it does not factor."""
+        while ridge <= _MOST_RIDGE:
             shifted = self.gram.to(torch.float64, copy=True)
             shifted.diagonal().add_(ridge * self.unit)
             factor = cholesky(shifted, overwrite=True)
             if factor is not None:
-                return self.start + solve(factor, self.missing.T).T
-            if ridge > _MOST_RIDGE:
-                return self.start
+                return solve(factor, self.missing.T).T
             ridge = max(10.0 * ridge, 1e-10)
+        return torch.zeros_like(self.missing)
+
+    def _relative(self, rest: Tensor) -> float:
+        return float(rest / self.square) if self.square > 0.0 else 0.0
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A weight [O, K] fp64, the ridge it was found with, and its error and that of the weight as it was."""
+    """A change of a weight, [O, K] fp64, the ridge that it was found with, and the errors with it and before it."""
 
-    weight: Tensor
+    change: Tensor
     ridge: float
     error_before: float
     error: float
 
-    @property
-    def better(self) -> bool:
-        """Whether it is better than the weight as it was."""
-        return self.error < self.error_before
+    def write(self, weight: Tensor, columns: Tensor) -> None:
+        """Change these columns, [K] int64, of a weight [O, I], where it is better than the weight as it was."""
+        if self.error < self.error_before:
+            weight[:, columns] = (weight[:, columns].double() + self.change).to(weight.dtype)
 
 
 def fit(problem: Problem, judge: Problem, ridges: Sequence[float], first: float | None = None) -> Fit:
@@ -143,7 +145,7 @@ def fit(problem: Problem, judge: Problem, ridges: Sequence[float], first: float 
     The error is taken to have a single minimum: from `first`, or the middle of `ridges`, ascending, it is followed to
     where it falls.
     """
-    before = judge.error(problem.start)
+    before = judge.error_before
 
     def attempt(ridge: float) -> Fit:
         found = problem.solution(ridge)

@@ -171,5 +171,3 @@ def test_options_count() -> None:
     assert batch.device - stage(held(shape, streamed=False), "calibration").device == 2 * 4 * sum(
         shape.layer_parameters
     )
-    uniform = stage(held(shape, replace(CONFIG, uniform=True), streamed=True), "repair")
-    assert uniform.device < stage(held(shape, streamed=True), "repair").device
