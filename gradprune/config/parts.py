@@ -329,6 +329,21 @@ class Repair(Options):
     )
     shots: int = option(1, "Prune in so many steps, each repaired and calibrated again before the next.", at_least(1))
 
+    def check_together(self) -> None:
+        """Without a repair there is no repaired model to go on with."""
+        super().check_together()
+        if self.repair != "none":
+            return
+        if self.distill_samples:
+            raise ConfigError(
+                f"distill_samples: {self.distill_samples} teach a repaired model; leave out --repair none, or give "
+                "distill_samples 0"
+            )
+        if self.shots > 1:
+            raise ConfigError(
+                f"shots: {self.shots} calibrate a repaired model again; leave out --repair none, or give shots 1"
+            )
+
 
 @dataclass(frozen=True)
 class Output(Options):

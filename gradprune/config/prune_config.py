@@ -90,8 +90,11 @@ class PruneConfig(Output, Repair, Constraints, Search, Scoring, Calibration, Dat
                 "importance_method: 'reap' scores whole experts and nothing else; add --prune_kinds experts, or choose "
                 "another method"
             )
-        if self.shots > 1:
-            self._check_shots()
+        if self.shots > 1 and "experts" in (self.kinds or ()):
+            raise ConfigError(
+                f"shots: {self.shots} need a model whose router knows which experts are gone; give shots 1 for whole "
+                "experts"
+            )
         if self.importance_method != "auto":
             return
         for name in _SEARCHED:
@@ -100,17 +103,6 @@ class PruneConfig(Output, Repair, Constraints, Search, Scoring, Calibration, Dat
                 continue
             if getattr(self, name) != OPTIONS[name].default:
                 raise ConfigError(f"{name}: importance_method 'auto' chooses it; leave it out, or name a method")
-
-    def _check_shots(self) -> None:
-        if self.repair == "none":
-            raise ConfigError(
-                f"shots: {self.shots} calibrate a repaired model again; leave out --repair none, or give shots 1"
-            )
-        if "experts" in (self.kinds or ()):
-            raise ConfigError(
-                f"shots: {self.shots} need a model whose router knows which experts are gone; give shots 1 for whole "
-                "experts"
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """The options as a JSON-serialisable mapping, for `run.json`."""

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradprune.config import DISTILL_STEP
+from gradprune.config import DISTILL_STEP, PruneConfig
+from gradprune.errors import ConfigError
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
 from gradprune.models.passes import mean_loss
@@ -185,11 +186,15 @@ def test_a_run_distils_where_it_is_asked_to() -> None:
     assert taught["samples"] == 7
     assert taught["after"] <= taught["before"]
     assert "distillation" in found.seconds
-    for options in ({}, {"repair": "none", "distill_samples": 8}):
-        without = run(model, held_out_samples=4, **options)
-        assert without.distillation is None
-        assert summarize(without)["distillation"] is None
-        assert "distillation" not in without.seconds
+    without = run(model, held_out_samples=4)
+    assert without.distillation is None
+    assert summarize(without)["distillation"] is None
+    assert "distillation" not in without.seconds
+
+
+def test_there_is_nothing_to_distil_without_a_repair() -> None:
+    with pytest.raises(ConfigError, match="distill_samples: 8 teach a repaired model; leave out --repair none"):
+        PruneConfig(repair="none", distill_samples=8)
 
 
 def test_blocks_that_are_not_to_be_pruned_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
