@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gradprune.calibration.cholesky import cholesky, inverse
 from gradprune.calibration.gram import GramSum, one_thread
+from gradprune.calibration.reach import Followed, reaches
 from gradprune.models import BlockKey, LinearBlock, PrunableModel
 from gradprune.models.experts import ExpertsBlock, Routed
 from gradprune.models.footprint import OBS_STREAMS
@@ -41,6 +42,8 @@ RIDGE = 0.01
 _SHARE, _MOST = 1 / 16, 128
 # Minimum relative gap between successive costs, so that sorting recovers the path's order even after fp32 rounding.
 _STEP = 2.0**-20
+# So much of a block is gone where the way that its error takes through the model is looked at.
+_PART = 1 / 5
 # Candidates per round, as a multiple of the groups that it removes.
 _SURPLUS = 4
 
@@ -51,10 +54,18 @@ class RemovalPath:
 
     order: [groups] int64, the first to go first. cost: [groups] fp64 by position in `order`; their sum up to a position
     is the least-squares optimum's increase of the loss when the groups up to there are gone.
+    partly: the weight [O, I], in its dtype, when `gone` groups, a fifth at least, are gone and the others re-solved.
     """
 
     order: Tensor
     cost: Tensor
+    partly: Tensor
+    gone: int
+
+    @property
+    def cost_of_part(self) -> float:
+        """What it costs that `gone` groups are gone."""
+        return float(self.cost[: self.gone].sum())
 
     def importance(self) -> Tensor:
         """[groups] fp64 by group: costs that ascend along the path, so that sorting by them gives its order."""
@@ -88,17 +99,24 @@ def removal_costs(
     Raises:
         NonFiniteError: an input of a block is NaN or infinite; names the layer.
     """
-    costs = {}
     with evaluation_mode(view.model):
         own = ranks.share(batches)
         streams = Streams(view, own, OBS_STREAMS * stream_bytes(view, own) + view.has_experts * read_bytes(view, own))
         state = _Pass(view, streams, curvatures, ops, ranks, streams.take_first())
+        followed = Followed(view, batches, ranks)
+        importances: dict[BlockKey, Tensor] = {}
+        costs: dict[BlockKey, tuple[float, float]] = {}
         for layer in range(len(view.layers)):
             with view.resident(layer, layer + 1):
-                for key, found in state.pass_layer(layer):
-                    costs[key] = found
+                partly = {}
+                for key, paths in state.pass_layer(layer):
+                    importances[key] = torch.cat([path.importance() for path in paths])
+                    costs[key] = sum(path.cost_of_part for path in paths), sum(path.cost.sum().item() for path in paths)
+                    partly[key] = [path.partly for path in paths]
                     advance()
-    return costs
+                followed.pass_layer(layer, partly)
+        reach = reaches(followed.divergences(), costs)
+    return {key: reach[key] * importance for key, importance in importances.items()}
 
 
 @dataclass
@@ -112,8 +130,8 @@ class _Pass:
     ranks: Ranks
     current: list[Tensor]
 
-    def pass_layer(self, layer: int) -> Iterator[tuple[BlockKey, Tensor]]:
-        """Run a layer, and give the importances of its blocks' groups, in order."""
+    def pass_layer(self, layer: int) -> Iterator[tuple[BlockKey, list[RemovalPath]]]:
+        """Run a layer, and give the removal paths of its blocks, in order, one for each output projection."""
         linear: dict[LinearBlock, GramSum] = {}
         experts: dict[ExpertsBlock, list[tuple[Routed, Tensor]]] = {}
         for block in self.view.of_layer(layer):
@@ -129,32 +147,31 @@ class _Pass:
         del shown
         for block in self.view.of_layer(layer):
             if isinstance(block, LinearBlock):
-                yield block.key, self._of_linear(block, linear.pop(block))
+                yield block.key, [self._of_linear(block, linear.pop(block))]
             elif isinstance(block, ExpertsBlock):
                 yield block.key, self._of_experts(block, experts.pop(block))
 
-    def _of_linear(self, block: LinearBlock, gram: GramSum) -> Tensor:
-        """The importances of a block's groups."""
+    def _of_linear(self, block: LinearBlock, gram: GramSum) -> RemovalPath:
         name = f"layer {block.layer}'s {block.output.path}"
-        return self._importance(gram, block.output.weight, block.output.columns, self.curvatures[block.key][0], name)
+        return self._path(gram, block.output.weight, block.output.columns, self.curvatures[block.key][0], name)
 
-    def _of_experts(self, block: ExpertsBlock, seen: Sequence[tuple[Routed, Tensor]]) -> Tensor:
-        """As `_of_linear`, of a layer's experts by channels, one expert after the other."""
-        importances = []
+    def _of_experts(self, block: ExpertsBlock, seen: Sequence[tuple[Routed, Tensor]]) -> list[RemovalPath]:
+        """By channels, of one expert after the other."""
+        paths = []
         for expert, curvature in enumerate(self.curvatures[block.key]):
             weight = block.down.weight(expert)
             gram = GramSum(weight)
             for routed, inputs in seen:
                 gram.add(inputs[routed.spans[expert]])
             name = f"layer {block.layer}'s {block.down.name} of expert {expert}"
-            importances.append(self._importance(gram, weight, 1, curvature, name))
-        return torch.cat(importances)
+            paths.append(self._path(gram, weight, 1, curvature, name))
+        return paths
 
-    def _importance(self, gram: GramSum, weight: Tensor, columns: int, curvature: float, name: str) -> Tensor:
+    def _path(self, gram: GramSum, weight: Tensor, columns: int, curvature: float, name: str) -> RemovalPath:
         """Of a weight [O, I], see `removal_path`, whose inputs of this rank are summed."""
         tokens: int = sum(self.ranks.gather_json(gram.tokens))
         # Nothing here holds on to the matrices.
-        path = removal_path(
+        return removal_path(
             weight,
             with_ridge(gram.total(self.ranks, "obs", name).div_(max(tokens, 1))),
             columns,
@@ -162,7 +179,6 @@ class _Pass:
             ops=self.ops,
             overwrite=True,
         )
-        return path.importance()
 
 
 def removal_path(
@@ -205,12 +221,16 @@ def removal_path(
     quota = min(max(1, int(_SHARE * len(block))), _MOST)
     order: list[int] = []
     costs: list[float] = []
+    partly, gone = weight, 0
     while len(block):
         taken, marginal = _round(block, quota, ops)
         order += block.groups[taken].tolist()
         costs += marginal
         block.remove(taken)
-    return RemovalPath(torch.tensor(order), 0.5 * curvature * torch.tensor(costs, dtype=torch.float64))
+        if not gone and len(order) >= _PART * weight.shape[1] // columns:
+            partly, gone = block.weight_of_all(weight), len(order)
+    cost = 0.5 * curvature * torch.tensor(costs, dtype=torch.float64)
+    return RemovalPath(torch.tensor(order), cost, partly, gone)
 
 
 def with_ridge(gram: Tensor, ridge: float = RIDGE) -> Tensor:
@@ -247,6 +267,12 @@ class _Remaining:
         at = self._columns_of(positions)
         weight = self._weight[:, at]
         return self._inverse[at[:, None], at], weight.T @ weight
+
+    def weight_of_all(self, like: Tensor) -> Tensor:
+        """The weights as they are now, with zeros for the groups that are gone, of the shape and dtype of `like`."""
+        whole = torch.zeros_like(like)
+        whole[:, self._columns_of(self.groups).to(like.device)] = self._weight.to(like)
+        return whole
 
     def remove(self, positions: Tensor) -> None:
         """Remove groups and update the remaining weights and A^-1 to compensate."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from gradprune.errors import UnsupportedArchitectureError
 from gradprune.models.kinds import BlockKey, Kind
 from gradprune.models.modeling_gradprune import adds_residual, norms_of, stored_transposed, weight_of
-from gradprune.models.modes import values_restored
+from gradprune.models.modes import value_replaced, values_restored
 from gradprune.models.residency import Residency, residency_of
 
 
@@ -223,6 +223,10 @@ class Block(ABC):
             yield
 
     @abstractmethod
+    def writing_by(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Inside the context the block, whose weights are in memory, has other output projections: [O, I] each."""
+
+    @abstractmethod
     def cuts(self, groups: Tensor) -> Iterator[Cut]:
         """What remains of the block's parameters and buffers when `groups` ([k] int64, ascending) stay."""
 
@@ -283,6 +287,12 @@ class LinearBlock(Block):
         weight[:, self.output.columns_of((~kept).nonzero().flatten()).to(weight.device)] = 0.0
         if linear.bias is not None and not kept.any():
             linear.bias.zero_()
+
+    def writing_by(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Of the one output projection."""
+        (weight,) = weights
+        stored = weight.T if self.output.transposed else weight
+        return value_replaced(self.output.linear.get_parameter("weight"), stored)
 
     def cuts(self, groups: Tensor) -> Iterator[Cut]:
         """Rows of the input projections and of the riders, columns of the output projection."""

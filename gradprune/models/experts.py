@@ -7,7 +7,7 @@ or an expert goes as a whole, with its row of the router.
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -23,7 +23,7 @@ from gradprune.models.inspection import block_at
 from gradprune.models.kinds import Kind
 from gradprune.models.loss import times
 from gradprune.models.modeling_gradprune import SHARED_WIDTHS, name_in
-from gradprune.models.modes import forward_replaced, values_restored
+from gradprune.models.modes import forward_replaced, value_replaced, values_restored
 from gradprune.models.router import Router, experts_of_token, find_router, named_tensors
 
 NO_EXPERTS = "no experts under a known name"
@@ -208,6 +208,11 @@ class ExpertsBlock(Block):
     def output_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The output projection's weights."""
         yield self.down.name, self.down.parameter
+
+    def writing_by(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Of every expert's output projection."""
+        stacked = torch.stack(list(weights))
+        return value_replaced(self.down.parameter, stacked.mT if self.down.transposed else stacked)
 
     def run_by(self, product: Product) -> AbstractContextManager[None]:
         """Inside the context the experts' module computes as `run` does."""

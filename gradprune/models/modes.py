@@ -48,6 +48,17 @@ def values_restored(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
+def value_replaced(parameter: nn.Parameter, value: Tensor) -> Iterator[None]:
+    """A parameter, which is in memory, is `value`, of the same shape; its own memory is left alone."""
+    before = parameter.data
+    parameter.data = value
+    try:
+        yield
+    finally:
+        parameter.data = before
+
+
+@contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """`module` runs `forward` instead of its own."""
     # An instance attribute hides the class's forward; deleting it brings that back.
