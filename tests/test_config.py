@@ -53,8 +53,8 @@ OTHER = {
 
 # What contradicts others, as it is without them.
 _ALONE = {
-    "device_map": None, "uniform": False, "tensor_parallel": 1, "target_bytes": None, "target_speedup": None, "shots": 1,
-    "distill_samples": 0,
+    "device_map": None, "uniform": False, "tensor_parallel": 1, "target_bytes": None, "target_speedup": None,
+    "shots": 1, "distill_samples": 0,
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """How far a model's predictions are from its teacher's: the Kullback-Leibler divergence, in memory of a few logits."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,28 @@ def divergence(student: PreTrainedModel, hidden: Tensor, taught: Tensor, taught_
         for each in zip(hidden.split(chunk), taught.split(chunk), strict=True)
     ]
     return torch.stack(sums).sum() / len(hidden)
+
+
+@torch.no_grad()
+def divergences(model: PreTrainedModel, hidden: Tensor, changed: Sequence[Tensor]) -> list[float]:
+    """Of each of several hidden states, the mean over tokens of KL(the model's own || changed), in nats per token.
+
+    Args:
+        model: a causal LM.
+        hidden: [K, H], its decoder's last hidden states.
+        changed: [K, H] each.
+    """
+    head, weight = logits_of(model), model.get_output_embeddings().weight
+    chunk = max(MIN_TOKENS, (CUDA_LOGITS if weight.is_cuda else LOGITS) // weight.shape[0])
+    sums = torch.zeros(len(changed), dtype=torch.float64, device=weight.device)
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        log_p = F.log_softmax(_exact(head(hidden[part].to(weight.device))), dim=-1)
+        p = log_p.exp()
+        for number, other in enumerate(changed):
+            log_q = F.log_softmax(_exact(head(other[part].to(weight.device))), dim=-1)
+            sums[number] += torch.linalg.vecdot(p, log_q.neg_().add_(log_p)).sum(dtype=torch.float64)
+    return (sums / len(hidden)).tolist()
 
 
 def _kl_sum(student_head: Head, teacher_head: Head, hidden: Tensor, taught: Tensor) -> Tensor:

@@ -20,6 +20,9 @@ STAGES: tuple[StageName, ...] = ("calibration", "importance", "repair", "distill
 
 OBS_STREAMS = 1
 """So many residual streams of all samples `obs` keeps at once, and of experts what their output projections read."""
+FOLLOWED, FOLLOWED_SHARE = 2, 0.2
+"""Of so many samples at least `obs` follows a stream for each block, and of so many that this takes such a part of a
+forward and a backward pass over all calibration samples."""
 REPAIR_STREAMS = 4
 """So many residual streams of all samples the repair keeps at once beside what an output projection reads in its kept
 columns: the repaired model's before the layer, the dense model's after it, what the layer's first block now writes, and
@@ -41,6 +44,11 @@ FOLDED = 1 << 24
 _SUMS_PER_GROUP, _FP64 = 8, 8
 # Passes over held-out samples that judge distillation: before it, and mostly of three factors.
 _JUDGED = 4
+
+
+def samples_followed(samples: int, blocks: int) -> int:
+    """How many of so many calibration samples `obs` follows: each block's stream passes half of the layers."""
+    return min(samples, max(FOLLOWED, int(FOLLOWED_SHARE * 6 * samples / max(1, blocks))))
 
 
 @dataclass(frozen=True)
@@ -189,9 +197,14 @@ class _Run:
         inverses = max((self._inverse(*each) for each in self._outputs), default=0)
         # A layer's blocks have different shapes.
         grams = sum(4 * columns**2 for _, columns in set(self.shape.outputs))
-        own = self._sums + max(own, inverses, self._exchanged, grams + self._forward(self._batch))
-        reads = self._read(tokens) if self.shape.expert is not None else 0
-        return self._with_streams("importance", own, OBS_STREAMS * self._stream(tokens) + reads, 2)
+        streams = OBS_STREAMS * self._stream(tokens)
+        blocks = len(self.shape.outputs)
+        if self.shape.expert is not None:
+            streams, blocks = streams + self._read(tokens), blocks + len(self.shape.layer_parameters)
+        few = samples_followed(self.config.num_samples, blocks) * self.config.seq_len
+        forward = max(grams + self._forward(self._batch), self._forward(few), self._logits(few))
+        own = self._sums + max(own, inverses, self._exchanged, forward)
+        return self._with_streams("importance", own, streams, 2, (-(-blocks // self.world) + 1) * self._stream(few))
 
     def repair(self) -> Stage:
         """The streams of all samples, what one block that keeps all reads, and its moments."""
@@ -260,11 +273,11 @@ class _Run:
             device += min(_BUFFERS * self._largest_output, _MOST_BUFFERS) if name != "calibration" else 0
         return Stage(name, device, host, moved) if self.accelerated else Stage(name, 0, device + host, moved)
 
-    def _with_streams(self, name: StageName, own: int, streams: int, reads: int) -> Stage:
-        """Of a stage that passes the streams of all samples through the layers, beside what it holds of its own."""
+    def _with_streams(self, name: StageName, own: int, streams: int, reads: int, few: int = 0) -> Stage:
+        """Of a stage that passes the streams of all samples, and of few, through the layers; own: what else it holds."""
         if self.streamed:
-            return self._stage(name, own, self._in_memory(streams), reads)
-        return self._stage(name, own + streams, 0, reads)
+            return self._stage(name, own, self._in_memory(streams) + self._in_memory(few), reads)
+        return self._stage(name, own + streams + few, 0, reads)
 
     @property
     def _second_pass(self) -> bool:

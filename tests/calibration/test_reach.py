@@ -6,9 +6,10 @@ import torch
 from gradprune.calibration.reach import Followed, reaches
 from gradprune.models import BlockKey, describe
 from gradprune.models.experts import ExpertsBlock
+from gradprune.models.footprint import FOLLOWED_SHARE, samples_followed
 from gradprune.ranks import ALONE, Ranks
 from helpers.mixtures import MIXTURES, experts_of, tiny_mixture
-from helpers.oracle import second_order_divergence
+from helpers.oracle import divergence
 from helpers.tiny_models import tiny_ids, tiny_model
 
 A, B, C, D = (BlockKey(layer, "mlp") for layer in range(4))
@@ -40,7 +41,7 @@ def test_experts_change_the_predictions_as_when_they_are_changed(architecture: s
             with block.writing_by(solved[block.key]):
                 changed = block.down.parameter.clone()
             name = next(name for name, own in model.named_parameters() if own is block.down.parameter)
-            expected = second_order_divergence(model, ids, name, changed)
+            expected = divergence(model, ids[: samples_followed(40, len(view.blocks))], name, changed)
             assert found[block.key] == pytest.approx(expected, rel=1e-6)
             assert block.down.parameter is experts_of(model)[block.layer].down_proj
 
@@ -74,6 +75,16 @@ def test_ranks_follow_a_block_each_in_turn_and_find_the_same() -> None:
             # The other rank has found nothing yet.
             assert ranks.rank == 0
     assert by_rank[0] == by_rank[1]
+
+
+@pytest.mark.parametrize(
+    ("samples", "blocks", "followed"), [(256, 60, 5), (128, 64, 2), (1, 60, 1), (8, 4, 2), (64, 1, 64)]
+)
+def test_as_many_samples_are_followed_as_take_a_fifth_of_a_pass(samples: int, blocks: int, followed: int) -> None:
+    """Two at least, and no more than there are."""
+    assert samples_followed(samples, blocks) == followed
+    if 2 < followed < samples:
+        assert followed * blocks / 2 <= FOLLOWED_SHARE * 3 * samples < (followed + 1) * blocks / 2
 
 
 def test_reach_is_relative_to_the_median_of_the_kind() -> None:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from gradprune import PruneConfig
 from gradprune.models import describe
-from gradprune.models.footprint import Footprint, Stage, footprint
+from gradprune.models.footprint import Footprint, Stage, footprint, samples_followed
 from gradprune.models.sizes import ExpertShape, ModelShape, model_shape
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_model
 
@@ -87,21 +87,27 @@ def test_a_whole_model_is_read_once_and_recomputing_holds_less() -> None:
 def test_ranks_share_the_samples_of_obs_and_of_the_repair() -> None:
     shape = shape_of()
     one, two = (held(shape, OBS, streamed=True, world=world) for world in (1, 2))
-    for name in ("importance", "repair"):
-        assert stage(one, name).host == 2 * stage(two, name).host > 0
+    assert stage(one, "repair").host == 2 * stage(two, "repair").host > 0
+    # Both follow the dense model's stream for two samples, beside those of their blocks.
+    followed = 2 * 512 * 512 * 4
+    assert stage(one, "importance").host - followed == 2 * (stage(two, "importance").host - followed) > 0
     assert stage(one, "repair").device == stage(two, "repair").device
-    # The Gram matrix of every rank, whole, takes more here than a block's inverse, or than a layer's own two.
-    gram, inverse = 4 * 1536**2, 8 * 1536 * (2 * 1536 + 512)
-    assert stage(two, "importance").device - stage(one, "importance").device == (2 + 2 * 2) * gram - inverse
+    # The Gram matrix of every rank, whole, takes more here than the predictions for two samples.
+    gram, predictions = 4 * 1536**2, 2 * 512 * (2 * 512 * 4 + 12 * 4096)
+    assert stage(two, "importance").device - stage(one, "importance").device == (2 + 2 * 2) * gram - predictions
 
 
 def test_obs_holds_the_stream_of_all_samples_and_a_matrix_of_the_widest_block() -> None:
     shape, width = shape_of(), 1536
     sums = shape.groups * 64
-    matrices = 8 * width * (2 * width + 512)
     streams = 32 * 512 * 512 * 4
+    # Two samples are followed, for each of 16 blocks and as they are; then their predictions take more than a matrix.
+    assert samples_followed(32, 16) == 2
+    streams += 17 * 2 * 512 * 512 * 4
+    matrices, predictions = 8 * width * (2 * width + 512), 2 * 512 * (2 * 512 * 4 + 12 * 4096)
+    assert predictions > matrices
     whole, streamed = (stage(held(shape, OBS, streamed=way), "importance") for way in (False, True))
-    assert whole.device == shape.bytes + sums + matrices + streams
+    assert whole.device == shape.bytes + sums + predictions + streams
     assert streamed.device == whole.device - shape.bytes - streams + stage(held(shape, streamed=True), "saving").device
     assert streamed.host == streams
     # Beyond the budget they are in files.
@@ -110,7 +116,7 @@ def test_obs_holds_the_stream_of_all_samples_and_a_matrix_of_the_widest_block() 
     assert streamed.moved == 2 * sum(shape.layer_parameters) * 4
     without = stage(held(shape, streamed=True), "importance")
     assert (without.host, without.moved) == (0, streamed.moved // 2)
-    assert without.device == streamed.device - matrices + 16 * 512 * width
+    assert without.device == streamed.device - predictions + 16 * 512 * width
 
 
 @pytest.mark.parametrize(
@@ -149,7 +155,10 @@ def test_experts_count_by_what_one_of_them_reads_and_writes() -> None:
     assert repair[8].host == tokens * (6 * 64 + 1024) * 4
     assert repair[8].device - repair[16].device == tokens * 2 * (64 + 512) * 4 // 16
     obs = stage(held(shape, short, streamed=False), "importance").device
-    assert obs == shape.bytes + shape.groups * 64 + 8 * 512 * (2 * 512 + 64) + 32 * 128 * (64 + 1024) * 4
+    # Beside what experts read, streams for nine samples and four blocks.
+    assert samples_followed(32, 4) == 9
+    streams = 32 * 128 * (64 + 1024) * 4 + 5 * 9 * 128 * 64 * 4
+    assert obs == shape.bytes + shape.groups * 64 + 9 * 128 * (3 * 64 + 3 * 1024) * 4 + streams
 
 
 def test_a_cpu_holds_everything_in_one_memory() -> None:
