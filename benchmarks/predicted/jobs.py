@@ -18,6 +18,7 @@ from gradprune import PruneConfig
 from gradprune.config import CURVATURE_SAMPLES
 from gradprune.config.domains import bytes_of
 from gradprune.models import describe
+from gradprune.models.footprint import samples_followed
 
 OURS = "gradprune triton"
 _LAYERS = 32
@@ -57,7 +58,7 @@ def _stages(card: Card, needed: Counted, every: Counted, layers: int | None, toy
     before = forward_pass(job.size, layers, *shape)
     if config.importance_method == "obs":
         each = pass_seconds(before, card) + _gram_sums(card, shape[0] * shape[1], toy)
-        of_all = job.samples // job.batch * each + _removals(card, toy)
+        of_all = job.samples // job.batch * each + _removals(card, toy) + _followed(card, layers)
         yield _of_pass(card, load.text, "stage importance", of_all, before.peak)
     yield _of_pass(card, load.text, "stage perplexity_before", pass_seconds(before, card), before.peak)
     # Each layer takes as long as the third: the first reads nothing of a repaired one.
@@ -83,6 +84,16 @@ def _removals(card: Card, toy: bool) -> float:
 
 
 _removal = cache(removal_of_all)
+
+
+def _followed(card: Card, layers: int | None) -> float:
+    """Of every block's stream for a few samples through half of the layers, and of its predictions."""
+    job, count = whole.FULL, _LAYERS if layers is None else layers
+    blocks = 2 * count
+    shape = samples_followed(job.samples, blocks), job.compared.tokens
+    one, two = (pass_seconds(forward_pass(job.size, each, *shape), card) for each in (1, 2))
+    layer, head = two - one, 2 * one - two
+    return blocks * (count / 2 * layer + head)
 
 
 def _gram_sums(card: Card, tokens: int, toy: bool) -> float:

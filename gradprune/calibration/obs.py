@@ -13,6 +13,8 @@ two identical channels the first costs nothing and the second its full price. g 
 diagonal mean of sum over tokens dy dy^T, with dy the gradient of the sample's loss to the block's output: one
 number per block.
 
+The costs of all groups of a block are multiplied by its reach, see `gradprune.calibration.reach`.
+
 A routed expert is such a block of its own: its tokens are those that are sent to it, and dy the gradient to what it
 writes before the router's factor. The channels of one that sees no token cost nothing.
 """
@@ -83,7 +85,7 @@ def removal_costs(
     ranks: Ranks = ALONE,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[BlockKey, Tensor]:
-    """[groups] fp64 on the CPU for each block: the importance along its removal path, in the dense model.
+    """[groups] fp64 on the CPU for each block of the dense model: importances along its removal path, times its reach.
 
     Args:
         view: the model, which is run once, layer by layer.

@@ -30,9 +30,9 @@ class Followed:
     """
 
     def __init__(self, view: PrunableModel, batches: Sequence[Tensor], ranks: Ranks) -> None:
-        """Of the first samples of the calibration batches of all ranks, [N, T] int64 each."""
-        samples = torch.cat(list(batches))
-        samples = samples[: samples_followed(len(samples), len(view.blocks))]
+        """Of the first samples of the calibration batches of all ranks, [N, T] int64 each; they are of one length."""
+        samples = torch.cat([batch for batch in batches if batch.shape[1] == batches[0].shape[1]])
+        samples = samples[: samples_followed(sum(map(len, batches)), len(view.blocks))]
         self._view, self._ranks = view, ranks
         own = -(-len(view.blocks) // ranks.world)
         self._streams = Streams(view, [samples], (own + 1) * stream_bytes(view, [samples]))

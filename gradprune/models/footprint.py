@@ -274,7 +274,7 @@ class _Run:
         return Stage(name, device, host, moved) if self.accelerated else Stage(name, 0, device + host, moved)
 
     def _with_streams(self, name: StageName, own: int, streams: int, reads: int, few: int = 0) -> Stage:
-        """Of a stage that passes the streams of all samples, and of few, through the layers; own: what else it holds."""
+        """Of a stage that passes streams of all samples and of few through the layers; own: what else it holds."""
         if self.streamed:
             return self._stage(name, own, self._in_memory(streams) + self._in_memory(few), reads)
         return self._stage(name, own + streams + few, 0, reads)
