@@ -13,7 +13,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from gradprune.models import Block, BlockKey, PrunableModel
+from gradprune.models import BlockKey, PrunableModel
 from gradprune.models.divergence import divergences
 from gradprune.models.footprint import samples_followed
 from gradprune.models.streams import Streams, stream_bytes
@@ -26,7 +26,7 @@ _LEAST = 1e-6
 class Followed:
     """The dense model's stream for a few samples, and one for each block with a part of its groups gone.
 
-    Both advance layer by layer. Every rank has the same samples, and follows every so manieth block.
+    Both advance layer by layer. Every rank has the same samples, and follows its share of the blocks.
     """
 
     def __init__(self, view: PrunableModel, batches: Sequence[Tensor], ranks: Ranks) -> None:
@@ -34,8 +34,8 @@ class Followed:
         samples = torch.cat([batch for batch in batches if batch.shape[1] == batches[0].shape[1]])
         samples = samples[: samples_followed(sum(map(len, batches)), len(view.blocks))]
         self._view, self._ranks = view, ranks
-        own = -(-len(view.blocks) // ranks.world)
-        self._streams = Streams(view, [samples], (own + 1) * stream_bytes(view, [samples]))
+        self._own = ranks.share(view.blocks)
+        self._streams = Streams(view, [samples], (len(self._own) + 1) * stream_bytes(view, [samples]))
         (self._dense,) = self._streams.take_first()
         self._changed: dict[BlockKey, Tensor] = {}
 
@@ -46,21 +46,18 @@ class Followed:
         """
         for key, stream in self._changed.items():
             self._changed[key] = self._passed(layer, stream)
-        for block in self._view.of_layer(layer):
-            if self._follows(block):
+        for block in self._own:
+            if block.layer == layer:
                 with block.writing_by(solved[block.key]):
                     self._changed[block.key] = self._passed(layer, self._dense)
         self._dense = self._passed(layer, self._dense)
 
     def divergences(self) -> dict[BlockKey, float]:
         """Of each block, in nats per token, behind the last layer; the last call."""
-        changed = [self._read(self._changed.pop(block.key)) for block in self._view.blocks if self._follows(block)]
+        changed = [self._read(self._changed.pop(block.key)) for block in self._own]
         found = divergences(self._view.model, self._read(self._dense), changed)
         keys = [block.key for block in self._view.blocks]
         return dict(zip(keys, self._ranks.joined_json(found), strict=True))
-
-    def _follows(self, block: Block) -> bool:
-        return self._view.blocks.index(block) % self._ranks.world == self._ranks.rank
 
     def _passed(self, layer: int, stream: Tensor) -> Tensor:
         return self._streams.layer(layer, 0, stream, {})

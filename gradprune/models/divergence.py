@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from gradprune.models.loss import CUDA_LOGITS, LOGITS, MIN_TOKENS, Head, logits_of, times
+from gradprune.models.loss import Head, logits_of, times, tokens_at_once
 
 
 def divergence(student: PreTrainedModel, hidden: Tensor, taught: Tensor, taught_by: Head | None = None) -> Tensor:
@@ -31,7 +31,7 @@ def divergence(student: PreTrainedModel, hidden: Tensor, taught: Tensor, taught_
     taught_by = taught_by or head
     weight = student.get_output_embeddings().weight
     hidden = hidden.to(weight.device)
-    chunk = max(MIN_TOKENS, (CUDA_LOGITS if hidden.is_cuda else LOGITS) // weight.shape[0])
+    chunk = tokens_at_once(weight.shape[0], cuda=hidden.is_cuda)
     if type(head) is nn.Linear:
         total: Tensor = _LinearHeadKl.apply(hidden, head.weight, head.bias, taught, taught_by, chunk)  # type: ignore[no-untyped-call]
         return total / len(hidden)
@@ -52,7 +52,7 @@ def divergences(model: PreTrainedModel, hidden: Tensor, changed: Sequence[Tensor
         changed: [K, H] each.
     """
     head, weight = logits_of(model), model.get_output_embeddings().weight
-    chunk = max(MIN_TOKENS, (CUDA_LOGITS if weight.is_cuda else LOGITS) // weight.shape[0])
+    chunk = tokens_at_once(weight.shape[0], cuda=weight.is_cuda)
     sums = torch.zeros(len(changed), dtype=torch.float64, device=weight.device)
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from gradprune.config import CURVATURE_SAMPLES, DISTILL_STEP, PruneConfig, bytes_of
-from gradprune.models.loss import CUDA_LOGITS, LOGITS, MIN_TOKENS
+from gradprune.models.loss import tokens_at_once
 from gradprune.models.sizes import ModelShape
 from gradprune.ranks import PIECE
 
@@ -354,8 +354,7 @@ class _Run:
 
     def _logits(self, tokens: int) -> int:
         """A chunk of logits, their probabilities, and the gradients of these in the model's dtype."""
-        most = CUDA_LOGITS if self.accelerated else LOGITS
-        chunk = min(tokens, max(MIN_TOKENS, most // self.shape.vocabulary))
+        chunk = min(tokens, tokens_at_once(self.shape.vocabulary, cuda=self.accelerated))
         return 2 * self._stream(tokens) + (8 + self.shape.itemsize) * chunk * self.shape.vocabulary
 
     def _moments(self, rows: int, columns: int) -> int:

@@ -46,8 +46,7 @@ def sample_losses(model: PreTrainedModel, input_ids: Tensor, chunk: int | None =
     head = logits_of(model)
     weight = model.get_output_embeddings().weight
     hidden, targets = (x.to(weight.device) for x in (hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()))
-    vocabulary = weight.shape[0]
-    chunk = chunk or max(MIN_TOKENS, (CUDA_LOGITS if hidden.is_cuda else LOGITS) // vocabulary)
+    chunk = chunk or tokens_at_once(weight.shape[0], cuda=hidden.is_cuda)
     frozen = type(head) is nn.Linear and not any(weight.requires_grad for weight in head.parameters())
     if hidden.requires_grad and frozen:
         nll: Tensor = _FrozenHeadNll.apply(hidden, targets, head, chunk)  # type: ignore[no-untyped-call]
@@ -61,6 +60,11 @@ def sample_losses(model: PreTrainedModel, input_ids: Tensor, chunk: int | None =
         )
     samples, tokens = input_ids.shape
     return nll.view(samples, tokens - 1).mean(1)
+
+
+def tokens_at_once(vocabulary: int, *, cuda: bool) -> int:
+    """Tokens of a chunk that a head runs on, see above."""
+    return max(MIN_TOKENS, (CUDA_LOGITS if cuda else LOGITS) // vocabulary)
 
 
 def logits_of(model: PreTrainedModel) -> Head:

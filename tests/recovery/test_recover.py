@@ -54,8 +54,8 @@ def test_the_distillation_loss_and_its_gradient(architecture: str, monkeypatch: 
     exact = (expected.exp() * (expected - found)).sum(-1).mean()
     gradients = torch.autograd.grad(exact, list(student.parameters()))
     for chunk in (256, 5):
-        monkeypatch.setattr("gradprune.models.divergence.MIN_TOKENS", chunk)
-        monkeypatch.setattr("gradprune.models.divergence.LOGITS", 1)
+        monkeypatch.setattr("gradprune.models.loss.MIN_TOKENS", chunk)
+        monkeypatch.setattr("gradprune.models.loss.LOGITS", 1)
         loss = distillation_loss(student, dense, ids)
         torch.testing.assert_close(loss, exact, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(torch.autograd.grad(loss, list(student.parameters())), gradients)
