@@ -29,6 +29,7 @@ from gradprune.calibration.cholesky import cholesky, inverse
 from gradprune.calibration.gram import GramSum, one_thread
 from gradprune.calibration.reach import Followed, reaches
 from gradprune.models import BlockKey, LinearBlock, PrunableModel
+from gradprune.models.blocks import columns_of
 from gradprune.models.experts import ExpertsBlock, Routed
 from gradprune.models.footprint import OBS_STREAMS
 from gradprune.models.modes import evaluation_mode
@@ -267,8 +268,8 @@ class _Remaining:
     def matrices_of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """A^-1 and W^T W of groups at `positions`: a problem of its own, exact as long as only these are removed."""
         at = self._columns_of(positions)
-        weight = self._weight[:, at]
-        return self._inverse[at[:, None], at], weight.T @ weight
+        weight = columns_of(self._weight, at)
+        return columns_of(self._inverse.index_select(0, at), at), weight.T @ weight
 
     def weight_of_all(self, like: Tensor) -> Tensor:
         """The weights as they are now, with zeros for the groups that are gone, of the shape and dtype of `like`."""
@@ -281,12 +282,13 @@ class _Remaining:
         stay = torch.ones(len(self), dtype=torch.bool)
         stay[positions] = False
         out, rest = self._columns_of(positions), self._columns_of(stay.nonzero().flatten())
-        factor = _factor(self._inverse[out[:, None], out])
+        rows = self._inverse.index_select(0, out)
+        factor = _factor(columns_of(rows, out))
         with one_thread():
-            across = torch.linalg.solve_triangular(factor, self._inverse[out[:, None], rest], upper=False)
-            gone = torch.linalg.solve_triangular(factor, self._weight[:, out].T, upper=False)
-        self._weight = self._weight[:, rest].addmm_(gone.T, across, alpha=-1.0)
-        self._inverse = self._inverse[rest[:, None], rest].addmm_(across.T, across, alpha=-1.0)
+            across = torch.linalg.solve_triangular(factor, columns_of(rows, rest), upper=False)
+            gone = torch.linalg.solve_triangular(factor, columns_of(self._weight, out).T, upper=False)
+        self._weight = columns_of(self._weight, rest).addmm_(gone.T, across, alpha=-1.0)
+        self._inverse = columns_of(self._inverse.index_select(0, rest), rest).addmm_(across.T, across, alpha=-1.0)
         self.groups = self.groups[stay]
 
     def _columns_of(self, positions: Tensor) -> Tensor:

@@ -129,6 +129,11 @@ class Cut:
     index: Tensor
 
 
+def columns_of(tensor: Tensor, columns: Tensor) -> Tensor:
+    """A copy of these columns ([K] int64) of [..., I], in [..., K]; on a CPU in a third of the time that indexing takes."""
+    return tensor.gather(-1, columns.expand(*tensor.shape[:-1], -1))
+
+
 def writing(block: nn.Module, output: nn.Module) -> nn.Module:
     """`Block.module` of a block, whose output projection is given.
 
