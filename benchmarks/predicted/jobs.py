@@ -87,13 +87,13 @@ _removal = cache(removal_of_all)
 
 
 def _followed(card: Card, layers: int | None) -> float:
-    """Of every block's stream for a few samples through half of the layers, and of its predictions."""
+    """Of every block's stream for a few samples through half of the layers, and of half of its predictions."""
     job, count = whole.FULL, _LAYERS if layers is None else layers
     blocks = 2 * count
     shape = samples_followed(job.samples, blocks), job.compared.tokens
     one, two = (pass_seconds(forward_pass(job.size, each, *shape), card) for each in (1, 2))
     layer, head = two - one, 2 * one - two
-    return blocks * (count / 2 * layer + head)
+    return blocks * (count * layer + head) / 2
 
 
 def _gram_sums(card: Card, tokens: int, toy: bool) -> float:

@@ -107,8 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     deadline = Deadline(options.seconds)
     for subject in subjects(options):
         if options.prunable:
-            # Ratios of different parameters never share a table.
-            subject = replace(subject, name=f"{subject.name}, ratios of its prunable parameters")
+            # Ratios of different parameters never share a table, nor different numbers of samples.
+            about = f"ratios of its prunable parameters, {options.num_samples} samples"
+            subject = replace(subject, name=f"{subject.name}, {about}")
         dense = quality_of(subject.model, subject, options)
         say(f"quality of {subject.name}: dense perplexity {dense.perplexity:.2f}")
         _append(subject, "dense", 0.0, 0, dense, dense, options)

@@ -20,7 +20,7 @@ STAGES: tuple[StageName, ...] = ("calibration", "importance", "repair", "distill
 
 OBS_STREAMS = 1
 """So many residual streams of all samples `obs` keeps at once, and of experts what their output projections read."""
-FOLLOWED, FOLLOWED_SHARE = 2, 0.2
+FOLLOWED, FOLLOWED_SHARE = 2, 1 / 6
 """Of so many samples at least `obs` follows a stream for each block, and of so many that this takes such a part of a
 forward and a backward pass over all calibration samples."""
 REPAIR_STREAMS = 4
