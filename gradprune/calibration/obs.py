@@ -288,7 +288,9 @@ class _Remaining:
             across = torch.linalg.solve_triangular(factor, columns_of(rows, rest), upper=False)
             gone = torch.linalg.solve_triangular(factor, columns_of(self._weight, out).T, upper=False)
         self._weight = columns_of(self._weight, rest).addmm_(gone.T, across, alpha=-1.0)
-        self._inverse = columns_of(self._inverse.index_select(0, rest), rest).addmm_(across.T, across, alpha=-1.0)
+        # One after the other, so that the matrix is there twice at most.
+        self._inverse = columns_of(self._inverse, rest)
+        self._inverse = self._inverse.index_select(0, rest).addmm_(across.T, across, alpha=-1.0)
         self.groups = self.groups[stay]
 
     def _columns_of(self, positions: Tensor) -> Tensor:

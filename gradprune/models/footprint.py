@@ -30,6 +30,8 @@ what its second would have to write."""
 EXPERTS_STREAMS = 2
 """So many more the repair of experts keeps: what they write, and what they lack."""
 
+_EVERY_SHOT: tuple[StageName, ...] = ("calibration", "importance", "repair")
+
 # On a CPU half-precision products are compiled for each shape that occurs, about 1 MiB for each of a model's dozen.
 _COMPILED = 12 << 20
 
@@ -172,7 +174,7 @@ class _Run:
     def calibration(self) -> Stage:
         """Forward and backward of one batch; where the model is streamed, of a wave layer by layer."""
         layers, tokens = len(self.shape.layer_parameters), self._batch
-        sums = self._sums * (1 + (self.world > 1) * self.world)
+        sums = self._sums * (1 + (self.world > 1) * self.world) + self._solved_before
         kept, backward = self._kept(tokens), self._backward(tokens)
         if self.config.reduction == "batch":
             # Every weight's gradient, summed and of the current batch.
@@ -192,7 +194,7 @@ class _Run:
         """Weights in fp64; with `obs`, the streams of all samples too, and one block's Gram matrix and its inverse."""
         own = 16 * min(FOLDED, self._largest_output)
         if not self._second_pass:
-            return self._stage("importance", own + self._sums, 0, 1)
+            return self._stage("importance", own + self._sums + self._solved_before, 0, 1)
         tokens = self._share(self.config.num_samples)
         inverses = max((self._inverse(*each) for each in self._outputs), default=0)
         # A layer's blocks have different shapes.
@@ -203,7 +205,7 @@ class _Run:
             streams, blocks = streams + self._read(tokens), blocks + len(self.shape.layer_parameters)
         few = samples_followed(self.config.num_samples, blocks) * self.config.seq_len
         forward = max(grams + self._forward(self._batch), self._forward(few), self._logits(few))
-        own = self._sums + max(own, inverses, self._exchanged, forward)
+        own = self._sums + self._solved_before + max(own, inverses, self._exchanged, forward)
         return self._with_streams("importance", own, streams, 2, (-(-blocks // self.world) + 1) * self._stream(few))
 
     def repair(self) -> Stage:
@@ -218,7 +220,7 @@ class _Run:
             moments = max(moments, self._moments(rows, columns) + 4 * solved_on * (rows + columns))
             streams += EXPERTS_STREAMS
         # Re-solved weights have memory of their own.
-        solved = 0 if self.streamed or self.config.in_place else self.shape.output_bytes
+        solved = 0 if self.config.in_place else self._solved
         own = solved + max(moments, self._forward(self._batch))
         return self._with_streams("repair", own, streams * self._stream(tokens) + self._read(tokens), 1)
 
@@ -263,7 +265,8 @@ class _Run:
             # Experts' weights are there twice while they are put together.
             held = 1 + self.accelerated + self.shape.experts
             weights = self.shape.bytes - layers + held * self.shape.layer_bytes
-            moved = reads * layers
+            shots = self.config.shots if name in _EVERY_SHOT else 1
+            moved = shots * reads * layers
         else:
             # Loading reads them.
             weights, moved = self.shape.bytes, self.shape.bytes if name == "calibration" else 0
@@ -278,6 +281,16 @@ class _Run:
         if self.streamed:
             return self._stage(name, own, self._in_memory(streams) + self._in_memory(few), reads)
         return self._stage(name, own + streams + few, 0, reads)
+
+    @property
+    def _solved(self) -> int:
+        """Weights that a repair re-solves, for which it takes memory of their own; a streamed model's are on disk."""
+        return 0 if self.streamed else self.shape.output_bytes
+
+    @property
+    def _solved_before(self) -> int:
+        """Of the shot before, whose model is calibrated again beside the dense one."""
+        return self._solved if self.config.shots > 1 else 0
 
     @property
     def _second_pass(self) -> bool:

@@ -119,6 +119,18 @@ def test_obs_holds_the_stream_of_all_samples_and_a_matrix_of_the_widest_block() 
     assert without.device == streamed.device - predictions + 16 * 512 * width
 
 
+def test_a_later_shot_calibrates_a_repaired_copy() -> None:
+    """A streamed model's is on disk, and read as often again."""
+    shape, shots = shape_of(), (OBS, replace(OBS, shots=2))
+    once, again = (held(shape, config, streamed=False) for config in shots)
+    for name in ("calibration", "importance"):
+        assert stage(again, name).device == stage(once, name).device + shape.output_bytes
+    once, again = (held(shape, config, streamed=True) for config in shots)
+    assert again.device == once.device
+    of_shots = sum(stage(once, name).moved for name in ("calibration", "importance", "repair"))
+    assert again.moved == once.moved + of_shots > once.moved
+
+
 @pytest.mark.parametrize(
     ("options", "passes"),
     [
