@@ -293,7 +293,7 @@ def recover(
 @takes(
     *("base_model", "pruning_ratio", "dtype", "trust_remote_code", "stream_memory"),
     *("num_samples", "seq_len", "batch_size", "held_out_samples", "eval_samples"),
-    *("importance_method", "uniform", "repair", "distill_samples", "measure_speed"),
+    *("importance_method", "uniform", "repair", "distill_samples", "shots", "measure_speed"),
     from_file=True,
 )
 def plan(

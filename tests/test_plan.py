@@ -49,6 +49,9 @@ def test_a_configuration_is_enough(configuration: Path, tmp_path: Path) -> None:
     more = {run["name"]: [stage["name"] for stage in run["footprint"]["stages"]] for run in distilled}
     assert more["whole"] == ["calibration", "importance", "repair", "distillation", "evaluation", "saving"]
     assert more["streamed"] == more["whole"]
+    shots = json.loads(command(tmp_path, "plan", *given, "--shots", 2, "--json")[1])["runs"]
+    for once, twice in zip(found["runs"], shots, strict=True):
+        assert (twice["footprint"]["moved"] > once["footprint"]["moved"]) == once["name"].startswith("streamed")
     for line in ("streamed: fits, ", "whole: does not fit", "stream_layers auto: on"):
         assert line in command(tmp_path, "plan", *given)[1]
 
