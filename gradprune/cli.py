@@ -306,6 +306,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what memory a run would take, and what fits."""
+    from gradprune.checkpoint.gguf_source import find_gguf
     from gradprune.checkpoint.load import load_shape
     from gradprune.demo import demo_model_path
     from gradprune.plan import planned, room_on
@@ -315,7 +316,7 @@ def plan(
     room = room_on(device)
     path = config.base_model or str(demo_model_path(PROGRESS))
     shape = load_shape(path, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-    found = planned(shape, config, room, ranks)
+    found = planned(shape, config, room, ranks, streamable=find_gguf(path) is None)
     if as_json:
         _print_json(found.to_dict())
         return

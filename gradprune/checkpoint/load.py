@@ -128,10 +128,9 @@ def load_pruned(directory: str | Path, *, dtype: str = "auto", device: str = "cp
 
 def _load_gguf(file: Path, dtype: str, device: str, argument: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The dequantised model of a GGUF file and its tokenizer."""
+    _gguf_config(file, argument)
     source = {"gguf_file": file.name, "local_files_only": True}
     try:
-        config = AutoConfig.from_pretrained(file.parent, **source)
-        _check_supported(file, config, argument)
         # transformers' annotation of from_pretrained does not know output_loading_info's pair.
         model_class: Any = AutoModelForCausalLM
         with _no_bar_of_the_reader():
@@ -140,13 +139,26 @@ def _load_gguf(file: Path, dtype: str, device: str, argument: str) -> tuple[PreT
             )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
         split_as_the_file_says(tokenizer, file)
-    except UnsupportedArchitectureError:
-        raise
-    except Exception as error:  # its readers raise almost anything for a damaged file
-        raise CheckpointError(f"{argument}: '{file}' cannot be read as a GGUF model: {one_line(error)}") from error
+    except Exception as error:
+        raise _no_gguf(file, error, argument) from error
     _check_complete(file, found, argument)
     plain: Any = plain_copy(model)
     return plain.to(device).eval(), tokenizer
+
+
+def _gguf_config(file: Path, argument: str) -> PreTrainedConfig:
+    """The configuration of a GGUF file's model, which can be pruned."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    except Exception as error:
+        raise _no_gguf(file, error, argument) from error
+    _check_supported(file, config, argument)
+    return config
+
+
+def _no_gguf(file: Path, error: Exception, argument: str) -> CheckpointError:
+    """For what transformers' readers raise for a damaged file, which is almost anything."""
+    return CheckpointError(f"{argument}: '{file}' cannot be read as a GGUF model: {one_line(error)}")
 
 
 @contextmanager
@@ -314,7 +326,8 @@ def load_shape(
     """The sizes of a checkpoint's model, from its configuration alone.
 
     Args:
-        base_model: a folder with config.json, or an id on the Hugging Face hub.
+        base_model: a folder with config.json, an id on the Hugging Face hub, or a GGUF file, see
+            `gguf_source.find_gguf`.
         dtype: of the weights; "auto" is what the configuration says, or float32.
         trust_remote_code: run code that the checkpoint brings.
         argument: the option that `base_model` came from, for messages.
@@ -323,10 +336,15 @@ def load_shape(
         CheckpointError: the configuration is missing or damaged.
         UnsupportedArchitectureError: it is none that can be pruned.
     """
-    _check_folder(base_model, argument)
-    source = {"trust_remote_code": trust_remote_code, "local_files_only": _only_cached(base_model)}
-    config = _load_config(base_model, source, argument)
-    _check_supported(base_model, config, argument)
+    file = find_gguf(base_model)
+    source = {"trust_remote_code": trust_remote_code}
+    if file is not None:
+        config = _gguf_config(file, argument)
+    else:
+        _check_folder(base_model, argument)
+        source["local_files_only"] = _only_cached(base_model)
+        config = _load_config(base_model, source, argument)
+        _check_supported(base_model, config, argument)
     make = _maker(config, source)
     try:
         return model_shape(empty_model(config, make, resolved_dtype(config, dtype, {})))

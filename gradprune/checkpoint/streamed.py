@@ -51,6 +51,8 @@ def empty_model(config: PreTrainedConfig, make: Callable[..., Any], dtype: torch
     """The model that `make` makes of its configuration and `dtype`, on the meta device but for its buffers."""
     with init_empty_weights():
         model: PreTrainedModel = make(config, dtype=dtype)
+    # Each parameter went to the meta device by itself.
+    model.tie_weights()
     model.eval().requires_grad_(requires_grad=False)
     return model
 

@@ -26,6 +26,8 @@ def fitting_lines(plan: Plan) -> Iterator[str]:
     """What fits, and what to change where something does not."""
     for run in plan.runs:
         yield f"{run.name}: {_verdict(plan, run)}"
+    if not plan.streamable:
+        return
     gib = -(-plan.one_wave // 2**30)
     yield f"stream_layers auto: {'on' if plan.streams else 'off'}; all samples in one wave: --stream_memory {gib}GiB"
 
