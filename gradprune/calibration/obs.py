@@ -29,7 +29,7 @@ from gradprune.calibration.cholesky import cholesky, inverse
 from gradprune.calibration.gram import GramSum, one_thread
 from gradprune.calibration.reach import Followed, reaches
 from gradprune.models import BlockKey, LinearBlock, PrunableModel
-from gradprune.models.blocks import columns_of
+from gradprune.models.blocks import take_columns
 from gradprune.models.experts import ExpertsBlock, Routed
 from gradprune.models.footprint import OBS_STREAMS
 from gradprune.models.modes import evaluation_mode
@@ -268,8 +268,8 @@ class _Remaining:
     def matrices_of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """A^-1 and W^T W of groups at `positions`: a problem of its own, exact as long as only these are removed."""
         at = self._columns_of(positions)
-        weight = columns_of(self._weight, at)
-        return columns_of(self._inverse.index_select(0, at), at), weight.T @ weight
+        weight = take_columns(self._weight, at)
+        return take_columns(self._inverse.index_select(0, at), at), weight.T @ weight
 
     def weight_of_all(self, like: Tensor) -> Tensor:
         """The weights as they are now, with zeros for the groups that are gone, of the shape and dtype of `like`."""
@@ -283,13 +283,13 @@ class _Remaining:
         stay[positions] = False
         out, rest = self._columns_of(positions), self._columns_of(stay.nonzero().flatten())
         rows = self._inverse.index_select(0, out)
-        factor = _factor(columns_of(rows, out))
+        factor = _factor(take_columns(rows, out))
         with one_thread():
-            across = torch.linalg.solve_triangular(factor, columns_of(rows, rest), upper=False)
-            gone = torch.linalg.solve_triangular(factor, columns_of(self._weight, out).T, upper=False)
-        self._weight = columns_of(self._weight, rest).addmm_(gone.T, across, alpha=-1.0)
+            across = torch.linalg.solve_triangular(factor, take_columns(rows, rest), upper=False)
+            gone = torch.linalg.solve_triangular(factor, take_columns(self._weight, out).T, upper=False)
+        self._weight = take_columns(self._weight, rest).addmm_(gone.T, across, alpha=-1.0)
         # One after the other, so that the matrix is there twice at most.
-        self._inverse = columns_of(self._inverse, rest)
+        self._inverse = take_columns(self._inverse, rest)
         self._inverse = self._inverse.index_select(0, rest).addmm_(across.T, across, alpha=-1.0)
         self.groups = self.groups[stay]
 

@@ -128,6 +128,7 @@ def load_pruned(directory: str | Path, *, dtype: str = "auto", device: str = "cp
 
 def _load_gguf(file: Path, dtype: str, device: str, argument: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The dequantised model of a GGUF file and its tokenizer."""
+    # Raises before any weight is read.
     _gguf_config(file, argument)
     source = {"gguf_file": file.name, "local_files_only": True}
     try:

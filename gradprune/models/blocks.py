@@ -129,7 +129,7 @@ class Cut:
     index: Tensor
 
 
-def columns_of(tensor: Tensor, columns: Tensor) -> Tensor:
+def take_columns(tensor: Tensor, columns: Tensor) -> Tensor:
     """A copy of these columns ([K] int64) of [..., I], in [..., K]; on a CPU in a third of the time of indexing."""
     return tensor.gather(-1, columns.expand(*tensor.shape[:-1], -1))
 

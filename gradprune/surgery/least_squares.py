@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradprune.models import Block, LinearBlock, PrunableModel
-from gradprune.models.blocks import columns_of
+from gradprune.models.blocks import take_columns
 from gradprune.models.experts import ExpertsBlock
 from gradprune.models.footprint import EXPERTS_STREAMS, REPAIR_STREAMS
 from gradprune.models.masks import GroupMasks
@@ -203,7 +203,7 @@ class _Repair:
                 aim = None if wanted is None else wanted[batch].to(device)
                 judges = self.judged_from is not None and batch >= self.judged_from
                 sums[judges].add(x, aim if aim is None or bias is None else aim - bias)
-            read.append(self.streams.keep(x if kept.all() else columns_of(x, columns)))
+            read.append(self.streams.keep(x if kept.all() else take_columns(x, columns)))
         if solves:
             self._solve(block, columns, sums)
         weight = output.weight if kept.all() else output.weight[:, columns]
