@@ -255,7 +255,7 @@ def test_quality_of_the_prunable_parameters_with_zero_shot_questions(tmp_path: P
     view = describe(model)
     kept = 1.0 - 0.5 * sum(block.groups * block.cost for block in view.blocks) / view.parameters
     for record in found:
-        assert record.name.endswith("ratios of its prunable parameters")
+        assert record.name.endswith("ratios of its prunable parameters, 4 samples")
         assert set(record.extra["accuracies"]) == {"toy"}
         assert record.extra["accuracies"]["toy"] in (0.0, 1.0)
     # FLAP's biases come on top.
