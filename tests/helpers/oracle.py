@@ -95,7 +95,8 @@ def _removal_costs(model, ids: Tensor, groups, weights, inputs) -> tuple[Tensor,
     while len(gone) < len(groups):
         totals = {group: optimum([*gone, group]) for group in range(len(groups)) if group not in gone}
         cheapest = min(totals, key=totals.__getitem__)
-        last = max(last, float(totals[cheapest] - (optimum(gone) if gone else 0.0)))
+        # Equal costs are 2^-20 apart, so that sorting keeps their order.
+        last = max(last * (1.0 + 2.0**-20), float(totals[cheapest] - (optimum(gone) if gone else 0.0)))
         costs[cheapest] = last
         gone.append(cheapest)
     part = gone[: -(-len(groups) // 5)]
