@@ -56,7 +56,6 @@ DENSE_METHODS = tuple(method for method in METHODS if method != "reap")
 MODELS = ("stories260k", "stories260k-repeated", "demo", "demo-repeated")
 SMOLLM2 = "smollm2-135m"
 SHARED = ROOT.parent / "shared"
-_DISTILLED = 32  # samples
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,6 @@ def _measure_seed(subject: Subject, seed: int, dense: Quality, deadline: Deadlin
         seq_len=options.seq_len,
         seed=seed,
         held_out_samples=32,
-        distill_samples=_DISTILLED,
     )
     # The search compares on samples of its own.
     drawn = replace(config, importance_method="auto") if options.search else config

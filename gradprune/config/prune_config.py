@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 from gradprune.config.option import Option, Options, options_of
 from gradprune.config.parts import (
+    DISTILL_PARAMETERS,
+    DISTILL_TOKENS,
     Calibration,
     Constraints,
     Data,
@@ -67,6 +69,14 @@ class PruneConfig(Output, Repair, Constraints, Search, Scoring, Calibration, Dat
         taylor_prior = self.prior == "taylor" and self.temperature > 0.0
         more = self.evidence == "all" or taylor_prior or self.gradient_fix != "none"
         return self.importance_method == "obs" and not more
+
+    def samples_distilled(self, parameters: int) -> int:
+        """Calibration samples that distil a model of so many parameters."""
+        if self.distill_samples is not None:
+            return self.distill_samples
+        if self.repair == "none" or parameters > DISTILL_PARAMETERS:
+            return 0
+        return min(self.num_samples, max(1, DISTILL_TOKENS // self.seq_len))
 
     def part(self, group: type[_Part]) -> _Part:
         """The options of one group."""

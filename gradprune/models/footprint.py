@@ -148,7 +148,7 @@ def footprint(
         "saving": run.saving,
     }
     left_out = {"repair", "distillation"} if config.repair == "none" else set()
-    if not config.distill_samples:
+    if not config.samples_distilled(shape.parameters):
         left_out.add("distillation")
     return Footprint(tuple(compute[name]() for name in stages if name not in left_out), run.waves if streamed else 1)
 
@@ -228,12 +228,13 @@ class _Run:
         """A step's activations, one weight's gradient, the streams of the samples that teach; the kept weights as they
         were and as they become, which of a streamed model are on disk."""
         layers, tokens = len(self.shape.layer_parameters), DISTILL_STEP * self.config.seq_len
-        taught = self._stream(self.config.distill_samples * self.config.seq_len)
+        samples = self.config.samples_distilled(self.shape.parameters)
+        taught = self._stream(samples * self.config.seq_len)
         backward = self._backward(tokens) + 12 * self._largest_output
         if self.streamed:
             streams = self._in_memory((layers + 1) * self._stream(tokens))
             own = max(self._kept(tokens) + backward, self._logits(tokens))
-            reads = 2 * -(-self.config.distill_samples // DISTILL_STEP) + _JUDGED
+            reads = 2 * -(-samples // DISTILL_STEP) + _JUDGED
             return self._stage("distillation", own, streams + taught, reads)
         weights = int((1.0 - self.config.pruning_ratio) * sum(self.shape.layer_parameters)) * self.shape.itemsize
         kept = self._stream(tokens) if self.config.use_gradient_checkpointing else self._kept(tokens)

@@ -125,7 +125,7 @@ def taught_samples(run: Run, repaired: Repaired) -> Taught | None:
 
     With several ranks each gets the same samples, and takes the same steps.
     """
-    count = min(run.config.distill_samples, len(run.samples.calibration))
+    count = min(run.config.samples_distilled(run.view.parameters), len(run.samples.calibration))
     if not count or not repaired.dense or not run.view.linear_blocks:
         return None
     # The first batches of all ranks', of which each rank has the first of its own.

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,14 +180,36 @@ def test_where_nothing_depends_on_a_weight_it_stays(dtype: torch.dtype) -> None:
     assert changed == [[2, 3]]
 
 
-def test_a_run_distils_where_it_is_asked_to() -> None:
+@pytest.mark.parametrize(
+    ("options", "parameters", "samples"),
+    [
+        ({}, 135_000_000, 128),
+        ({"seq_len": 2048}, 135_000_000, 8),
+        ({"seq_len": 32_768, "num_samples": 2}, 135_000_000, 1),
+        ({"num_samples": 5}, 2_000_000_000, 5),
+        ({}, 2_000_000_001, 0),
+        ({"repair": "none"}, 135_000_000, 0),
+        ({"distill_samples": 0}, 135_000_000, 0),
+        ({"distill_samples": 32}, 8_000_000_000, 32),
+    ],
+)
+def test_by_default_so_many_tokens_distil_a_model_that_is_not_too_large(
+    options: dict[str, Any], parameters: int, samples: int
+) -> None:
+    assert PruneConfig(**options).samples_distilled(parameters) == samples
+
+
+def test_a_run_distils_unless_it_is_asked_not_to() -> None:
     model = tiny_model(dtype=torch.float32)
     found = run(model, held_out_samples=4, distill_samples=7)
     taught = summarize(found)["distillation"]
     assert taught["samples"] == 7
     assert taught["after"] <= taught["before"]
     assert "distillation" in found.seconds
-    without = run(model, held_out_samples=4)
+    by_default = run(model, held_out_samples=4).distillation
+    assert by_default is not None
+    assert by_default.samples == found.config.num_samples
+    without = run(model, held_out_samples=4, distill_samples=0)
     assert without.distillation is None
     assert summarize(without)["distillation"] is None
     assert "distillation" not in without.seconds
