@@ -78,6 +78,7 @@ def assert_same_result(place: Path, one: str, several: str, model: str = "model"
         (2, "model", "group_fisher", {"num_samples": 22}),  # batches of 4, 4, 4, 4, 4 and 2 samples
         (3, "model", "taylor_2nd", {"num_samples": 14, "temperature": 1, "collect_batches": 3}),
         (3, "model", "obs", {"num_samples": 8}),  # the last rank has no batch
+        (2, "model", "obs", {"num_samples": 4, "held_out_samples": 4}),  # nor any to judge on
         (2, "model", "obs", {"num_samples": 12, "shots": 2}),
         (2, "experts", "obs", {"num_samples": 10, "pruning_ratio": 0.3}),
         # The second rank's share is one sample of three tokens.
@@ -106,6 +107,8 @@ def test_experts_are_repaired_from_the_tokens_of_all_ranks(place: Path) -> None:
     """Whole and streamed; of the last batch's two samples one rank has none."""
     tiny_mixture().float().save_pretrained(place / "mixture")
     changed = {"base_model": "mixture", "num_samples": 10, "held_out_samples": 8, "pruning_ratio": 0.3}
+    # Whose steps make much of the last bits.
+    changed["distill_samples"] = 0
     code, said = run(place, "prune", *options("mixture-one", **changed))
     assert code == 0, said
 

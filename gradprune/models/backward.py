@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gradprune.models.precision import products, set_products
+
 _FLOAT16_SCALE = 2.0**12
 
 
@@ -44,8 +46,9 @@ def deterministic_attention() -> Iterator[None]:
 
     On GPUs it does so only where deterministic algorithms are asked for, which for a whole model would refuse products
     too. So they are asked for while a fused attention's gradient is computed, and nowhere else; and cuDNN's attention,
-    which has no such algorithm, is not chosen. The context has to be open in the forward and in the backward pass; on
-    exit the settings are as they were, whatever happened.
+    which has no such algorithm, is not chosen. Its products are exact in the backward pass, as they are in the forward
+    pass inside `rounded_products`. The context has to be open in both; on exit the settings are as they were, whatever
+    happened.
     """
     attention, settings = ALL_ATTENTION_FUNCTIONS["sdpa"], _settings()
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
@@ -90,19 +93,22 @@ def _fused_attentions(output: Tensor) -> Iterator[torch.autograd.graph.Node]:
         yield node
 
 
-_DETERMINISTIC = (True, False, False)
+# Whether algorithms are to be deterministic, whether others only warn, whether new memory is filled; products.
+_Settings = tuple[bool, bool, bool, str | None]
+_DETERMINISTIC: _Settings = (True, False, False, "highest")
 
 
-def _settings() -> tuple[bool, bool, bool]:
-    """Whether algorithms are to be deterministic, whether others only warn, and whether new memory is filled."""
+def _settings() -> _Settings:
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        products(),
     )
 
 
-def _set(settings: tuple[bool, bool, bool]) -> None:
-    enabled, warn_only, fill = settings
+def _set(settings: _Settings) -> None:
+    enabled, warn_only, fill, precision = settings
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+    set_products(precision)

@@ -32,6 +32,7 @@ from gradprune.models.blocks import Projection
 from gradprune.models.divergence import divergence
 from gradprune.models.modes import evaluation_mode
 from gradprune.models.passes import backward_by_layers, mean_loss
+from gradprune.models.precision import rounded_products
 from gradprune.models.recomputed import Recomputation, recomputed
 from gradprune.models.residency import Residency, on_the_way
 from gradprune.models.streams import Streams
@@ -126,7 +127,7 @@ def taught_samples(run: Run, repaired: Repaired) -> Taught | None:
     With several ranks each gets the same samples, and takes the same steps.
     """
     count = min(run.config.samples_distilled(run.view.parameters), len(run.samples.calibration))
-    if not count or not repaired.dense or not run.view.linear_blocks:
+    if not count or not run.view.linear_blocks:
         return None
     # The first batches of all ranks', of which each rank has the first of its own.
     own = len(run.ranks.share(run.calibration[: -(-count // run.config.batch_size)]))
@@ -135,12 +136,15 @@ def taught_samples(run: Run, repaired: Repaired) -> Taught | None:
 
 
 def distil_run(run: Run, model: PreTrainedModel, taught: Taught) -> Distillation:
-    """`distil` a run's cut model, with progress; blocks of kinds that were not to be pruned stay as they are."""
+    """`distil` a run's cut model, with progress; blocks of kinds that were not to be pruned stay as they are.
+
+    Products of fp32 factors are rounded where that is faster: other samples change a gradient far more.
+    """
     kinds = {block.kind.name for block in run.view.blocks}
     view = describe(model)
     view = replace(view, blocks=tuple(block for block in view.blocks if block.kind.name in kinds))
     steps = -(-len(taught.samples) // DISTILL_STEP)
-    with progress(run.console, "Distilling", steps, "steps") as advance:
+    with progress(run.console, "Distilling", steps, "steps") as advance, rounded_products():
         return distil(
             view,
             *taught,
@@ -161,10 +165,9 @@ class _Trained:
         self._rate = 0.0
         self._entries = [entry for block in view.linear_blocks for entry in block.projections]
         self._recomputation = Recomputation()
-        self._generators = {
-            device: torch.Generator(device).manual_seed(seed)
-            for device in {view.device_of(layer) for layer in range(len(view.layers))}
-        }
+        at_random = any(entry.weight.dtype == torch.bfloat16 for entry in self._entries)
+        devices = {view.device_of(layer) for layer in range(len(view.layers))} if at_random else set()
+        self._generators = {device: torch.Generator(device).manual_seed(seed) for device in devices}
         self.weights = _InMemory(view) if view.residency is None else _OnDisk(view, view.residency)
 
     def observed(self, *, recompute: bool) -> ExitStack:
@@ -216,7 +219,7 @@ class _Trained:
         weight = entry.weight
         gradient = torch.zeros(weight.shape, dtype=accumulation_dtype(weight), device=weight.device)
         add_product(gradient, dy.flatten(0, -2), x.flatten(0, -2))
-        descend(weight, gradient, self._rate, self._generators[weight.device])
+        descend(weight, gradient, self._rate, self._generators.get(weight.device))
 
 
 class _InMemory:
@@ -270,7 +273,7 @@ class _OnDisk:
         self._residency.go_between(self._start, self._end, factor)
 
 
-def descend(weight: Tensor, gradient: Tensor, rate: float, generator: torch.Generator) -> None:
+def descend(weight: Tensor, gradient: Tensor, rate: float, generator: torch.Generator | None) -> None:
     """A step of a weight down its gradient, in place, as above; rounded once, to bfloat16 up or down at random.
 
     So small changes add up where each is less than the distance to the next number.
@@ -279,7 +282,7 @@ def descend(weight: Tensor, gradient: Tensor, rate: float, generator: torch.Gene
         weight: [O, I] floating point.
         gradient: [O, I] fp32 or fp64, of any size; overwritten.
         rate: `rate * decay`.
-        generator: on their device.
+        generator: on their device; for bfloat16.
     """
     square = gradient.square()
     rows, columns = square.mean(1), square.mean(0)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from gradprune.config import PruneConfig, RepairName
 from gradprune.models.masks import GroupMasks
+from gradprune.models.precision import rounded_products
 from gradprune.progress import progress
 from gradprune.run import Run
 from gradprune.surgery.least_squares import BlockRepair, Repaired, least_squares
@@ -25,8 +26,12 @@ def no_repair(_run: Run, _masks: GroupMasks) -> Repaired:
 
 
 def solve_least_squares(run: Run, masks: GroupMasks) -> Repaired:
-    """Re-solve what blocks read and write, see `gradprune.surgery.least_squares`."""
-    with progress(run.console, "Repairing", len(run.view.blocks), "blocks") as advance:
+    """Re-solve what blocks read and write, see `gradprune.surgery.least_squares`.
+
+    Products of fp32 factors are rounded where that is faster: on SmolLM2-135M, 20 and 50 % of whose prunable parameters
+    go, excess log-perplexity changes by less than 0.0002.
+    """
+    with progress(run.console, "Repairing", len(run.view.blocks), "blocks") as advance, rounded_products():
         return least_squares(run.view, masks, run.calibration, run.held_out, ranks=run.ranks, advance=advance)
 
 

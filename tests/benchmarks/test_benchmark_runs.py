@@ -139,6 +139,7 @@ def test_the_whole_job_has_every_stage_and_those_beside_it(tmp_path: Path) -> No
         "selection",
         "repair",
         "surgery",
+        "distillation",
         "perplexity_after",
     ]
     assert [*found] == [*beside, *(f"stage {stage}" for stage in stages), whole.OURS]
