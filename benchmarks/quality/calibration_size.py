@@ -63,7 +63,7 @@ def _choices(subject: Subject, options: Namespace) -> Iterator[tuple[Run, Choice
             for given in options.ratios:
                 ratio = given * view.prunable / view.parameters
                 masks = choose(view, evidence, config.scoring, config.constraints, ratio).masks
-                yield run, Choice(OURS, given, masks, repaired=True)
+                yield run, Choice(OURS, given, masks, repaired=True, distilled=True)
                 found = PEERS[PEER](view, run.calibration, int(ratio * view.parameters))
                 yield run, Choice(PEER, given, found.masks, peer=found)
 
