@@ -16,7 +16,7 @@ from gradprune.checkpoint.save import MLX_TYPES
 from gradprune.config import OPTIONS, PruneConfig, command_line
 from gradprune.hub import hub_fault
 from gradprune.models.modeling_gradprune import head_class, per_layer_overrides
-from gradprune.report.rows import layer_header, layer_rows, summary_rows
+from gradprune.report.rows import layer_header, layer_rows, repair_text, summary_rows
 from gradprune.version import __version__
 
 # Speed differs from run to run, and a checkpoint has the same bytes every time.
@@ -130,14 +130,7 @@ def _how(base: _Base, config: PruneConfig, summary: dict[str, Any]) -> str:
         f"MLP channels with the least `{config.importance_method}` importance over the whole model, measured on "
         f"{calibration['num_samples']} samples of {calibration['seq_len']} tokens."
     )
-    if config.repair != "none":
-        text += " The output projections of pruned blocks were re-solved by least squares."
-    taught = summary["distillation"]
-    if taught is not None and taught["factor"]:
-        text += (
-            f" Then all kept weights were distilled from the dense model's predictions for {taught['samples']} samples."
-        )
-    return f"{text}\n\n```sh\n{command_line(_shown(base, config))}\n```"
+    return f"{text}{repair_text(summary)}\n\n```sh\n{command_line(_shown(base, config))}\n```"
 
 
 def _shown(base: _Base, config: PruneConfig) -> PruneConfig:

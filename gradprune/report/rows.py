@@ -74,3 +74,16 @@ def layer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
             cells += [f"{kept} of {groups}", f"{kept / groups:.0%}" if groups else "-"]
         rows.append(tuple(cells))
     return rows
+
+
+def repair_text(summary: dict[str, Any]) -> str:
+    """What became of the weights that stay: sentences, each after a space."""
+    text, taught = "", summary["distillation"]
+    if summary["repair"]:
+        text = " The output projections of pruned blocks were re-solved by least squares."
+    if taught is not None and taught["factor"]:
+        text += (
+            f" All kept weights were distilled from the dense model's predictions for {taught['samples']} samples: "
+            f"the loss on held-out samples went from {taught['before']:.3f} to {taught['after']:.3f} nats per token."
+        )
+    return text

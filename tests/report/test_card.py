@@ -58,6 +58,12 @@ def test_it_says_what_was_pruned_how_and_what_was_measured(results: Path) -> Non
     assert "gradprune prune --base_model dense --num_samples 8" in card.text
     assert "AutoModelForCausalLM.from_pretrained" in card.text
     assert "mlx_lm.generate" in card.text
+    summary = json.loads((results / "uneven" / "analysis" / "summary.json").read_text())
+    taught = summary["distillation"]
+    told = f"from {taught['before']:.3f} to {taught['after']:.3f} nats per token"
+    for text in (card.text, (results / "uneven" / "report.html").read_text()):
+        assert "re-solved by least squares" in text
+        assert ("predictions for 8 samples" in text) == (told in text) == (taught["factor"] > 0.0)
 
 
 def test_it_holds_no_path_of_this_machine_and_no_time(results: Path) -> None:
