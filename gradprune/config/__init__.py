@@ -8,7 +8,6 @@ from gradprune.config.parts import (
     CURVATURE_SAMPLES,
     DEFAULT_METHODS,
     DISTILL_JUDGED,
-    DISTILL_STEP,
     GRADIENT_METHODS,
     METHODS,
     PARTS,
@@ -33,6 +32,7 @@ from gradprune.config.parts import (
     Search,
     StreamLayers,
     default_methods,
+    distill_step,
 )
 from gradprune.config.prune_config import OLDER_NAMES, OPTIONS, PruneConfig
 
@@ -40,7 +40,6 @@ __all__ = [
     "CURVATURE_SAMPLES",
     "DEFAULT_METHODS",
     "DISTILL_JUDGED",
-    "DISTILL_STEP",
     "GRADIENT_FIXES",
     "GRADIENT_METHODS",
     "METHODS",
@@ -77,5 +76,6 @@ __all__ = [
     "count_of",
     "default_methods",
     "device_map_of",
+    "distill_step",
     "options_of",
 ]

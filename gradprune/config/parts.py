@@ -53,8 +53,8 @@ second."""
 CURVATURE_SAMPLES = 32
 """Samples whose gradients give "obs" the blocks' curvatures, one number each, where nothing else needs gradients: those
 of SmolLM2-135M's 60 blocks from 32 samples of 128 tokens vary by 10 % around those from 128."""
-DISTILL_STEP, DISTILL_JUDGED = 4, 16
-"""Samples of a step of distillation, and held-out samples, at most, on which it is judged."""
+DISTILL_JUDGED = 16
+"""Held-out samples, at most, on which distillation is judged."""
 DISTILL_TOKENS, DISTILL_PARAMETERS = 16_384, 2_000_000_000
 """By default so many calibration tokens distil models of at most so many parameters. Larger ones were not measured;
 they would keep all their weights twice, and each step reads a streamed model's weights twice."""
@@ -62,6 +62,11 @@ they would keep all their weights twice, and each step reads a streamed model's 
 _DATASET = path("a .txt, .jsonl or .npy file, or wikitext2, ptb or c4, or several as a.txt:0.7,b.jsonl:0.3")
 _UNIT_INTERVAL = numbers("between 0 and 1 (both excluded)", lambda x: 0.0 < x < 1.0)
 _UNIT_OR_ONE = numbers("above 0 and at most 1", lambda x: 0.0 < x <= 1.0)
+
+
+def distill_step(seq_len: int) -> int:
+    """Samples of a step of distillation: four, or as many as have 512 tokens together, at least one."""
+    return max(1, min(4, 512 // seq_len))
 
 
 def default_methods(repair: RepairName, kinds: Collection[str] = ()) -> tuple[Method, ...]:
@@ -327,8 +332,8 @@ class Repair(Options):
     repair: RepairName = option("least_squares", "Re-solve the output projections of pruned blocks.")
     distill_samples: int | None = option(
         None,
-        "Calibration samples that teach the repaired weights the dense model's predictions, four a step; default "
-        f"{DISTILL_TOKENS:,} tokens, or none for models of more than {DISTILL_PARAMETERS // 10**9} billion parameters.",
+        "Calibration samples that teach the repaired weights the dense model's predictions, four or 512 tokens a step; "
+        f"default {DISTILL_TOKENS:,} tokens, or none for over {DISTILL_PARAMETERS // 10**9} billion parameters.",
         at_least(0),
     )
     shots: int = option(1, "Prune in so many steps, each repaired and calibrated again before the next.", at_least(1))

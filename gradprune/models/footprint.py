@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from gradprune.config import CURVATURE_SAMPLES, DISTILL_STEP, PruneConfig, bytes_of
+from gradprune.config import CURVATURE_SAMPLES, PruneConfig, bytes_of, distill_step
 from gradprune.models.loss import tokens_at_once
 from gradprune.models.sizes import ModelShape
 from gradprune.ranks import PIECE
@@ -227,14 +227,15 @@ class _Run:
     def distillation(self) -> Stage:
         """A step's activations, one weight's gradient, the streams of the samples that teach; the kept weights as they
         were and as they become, which of a streamed model are on disk."""
-        layers, tokens = len(self.shape.layer_parameters), DISTILL_STEP * self.config.seq_len
+        layers, step = len(self.shape.layer_parameters), distill_step(self.config.seq_len)
+        tokens = step * self.config.seq_len
         samples = self.config.samples_distilled(self.shape.parameters)
         taught = self._stream(samples * self.config.seq_len)
         backward = self._backward(tokens) + 12 * self._largest_output
         if self.streamed:
             streams = self._in_memory((layers + 1) * self._stream(tokens))
             own = max(self._kept(tokens) + backward, self._logits(tokens))
-            reads = 2 * -(-samples // DISTILL_STEP) + _JUDGED
+            reads = 2 * -(-samples // step) + _JUDGED
             return self._stage("distillation", own, streams + taught, reads)
         weights = int((1.0 - self.config.pruning_ratio) * sum(self.shape.layer_parameters)) * self.shape.itemsize
         kept = self._stream(tokens) if self.config.use_gradient_checkpointing else self._kept(tokens)

@@ -4,9 +4,8 @@ CPUs with AMX multiply bfloat16 several times as fast as fp32, and GPUs TF32; su
 such units nothing is rounded, and other types are never touched.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,7 +18,7 @@ def rounded_products() -> Iterator[None]:
     PyTorch's fused attention on a CPU multiplies small tiles, and becomes several times as slow by rounding them.
     """
     attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _exact(attention)
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _products("highest")(attention)
     try:
         with _products("medium"):
             yield
@@ -49,11 +48,3 @@ def _products(precision: str) -> Iterator[None]:
         yield
     finally:
         set_products(before)
-
-
-def _exact(attention: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with _products("highest"):
-            return attention(*args, **kwargs)
-
-    return forward

@@ -1,7 +1,8 @@
 """Distillation: a cut model's weights move towards the dense model's predictions, all blocks at once.
 
-Least squares repairs a block by itself, and cannot know what matters to the model's output. Here every four samples
-give one step down the gradient G of KL(dense || cut), the mean over its tokens, in every prunable weight W [O, I]:
+Least squares repairs a block by itself, and cannot know what matters to the model's output. Here every four samples,
+fewer where they are long, give one step down the gradient G of KL(dense || cut), the mean over its tokens, in every
+prunable weight W [O, I]:
 
     W <- W - rate * rms(W) * decay * G / sqrt(r c^T / mean(r)),   r_o = mean over i of G_oi^2,  c_i = mean over o,
 
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel
 
 from gradprune.calibration.capture import Observer, capture
 from gradprune.calibration.gram import accumulation_dtype, add_product
-from gradprune.config import DISTILL_JUDGED, DISTILL_STEP
+from gradprune.config import DISTILL_JUDGED, distill_step
 from gradprune.models import PrunableModel, describe
 from gradprune.models.backward import backpropagated, deterministic_attention, without_autocast
 from gradprune.models.blocks import Projection
@@ -80,7 +81,7 @@ def distil(
 
     Args:
         view: the cut model. Where it is streamed, its moved weights are written to disk, layer by layer.
-        samples: [N, T] int64, calibration ids, which give a step for every `DISTILL_STEP`, in this order.
+        samples: [N, T] int64, calibration ids, which give a step for every `distill_step(T)`, in this order.
         held_out: [M, T] int64, others, on which the result is judged; one at least.
         dense: [N, T, H], the dense model's residual stream after its last layer, for `samples`.
         rate: see above.
@@ -91,9 +92,10 @@ def distil(
 
     Deterministic.
     """
-    batches = samples.split(DISTILL_STEP)
+    together = distill_step(samples.shape[1])
+    batches = samples.split(together)
     judged = [batch.to(view.device) for batch in held_out.split(_JUDGED_TOGETHER)]
-    trained = _Trained(view, batches, dense.split(DISTILL_STEP), seed)
+    trained = _Trained(view, batches, dense.split(together), seed)
 
     def attempt(factor: float) -> tuple[float, float]:
         trained.weights.go(factor)
@@ -143,7 +145,7 @@ def distil_run(run: Run, model: PreTrainedModel, taught: Taught) -> Distillation
     kinds = {block.kind.name for block in run.view.blocks}
     view = describe(model)
     view = replace(view, blocks=tuple(block for block in view.blocks if block.kind.name in kinds))
-    steps = -(-len(taught.samples) // DISTILL_STEP)
+    steps = -(-len(taught.samples) // distill_step(run.config.seq_len))
     with progress(run.console, "Distilling", steps, "steps") as advance, rounded_products():
         return distil(
             view,

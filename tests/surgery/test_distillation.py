@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradprune.config import DISTILL_STEP, PruneConfig
+from gradprune.config import PruneConfig, distill_step
 from gradprune.errors import ConfigError
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
@@ -27,6 +27,7 @@ from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 # Random tokens teach nothing of others, so that they are judged on some of their own.
 SAMPLES = tiny_ids(samples=8)
 HELD_OUT = SAMPLES[:4]
+STEP = distill_step(SAMPLES.shape[1])
 
 
 def pruned(model: PreTrainedModel) -> tuple[PreTrainedModel, Tensor]:
@@ -58,7 +59,7 @@ def test_a_step_is_the_formula_s_by_autograd(architecture: str, device: str, mon
     dense = tiny_model(architecture).to(device)
     model, streams = pruned(dense)
     twin, rate = copy.deepcopy(model), 0.003
-    ids = SAMPLES[:DISTILL_STEP].to(device)
+    ids = SAMPLES[:STEP].to(device)
     divergence(dense, twin, ids).backward()
     expected = {}
     for block in describe(twin).linear_blocks:
@@ -69,13 +70,13 @@ def test_a_step_is_the_formula_s_by_autograd(architecture: str, device: str, mon
             expected[block.key, entry.path] = w - rate * size * g / np.sqrt(np.outer(r, c) / r.mean())
     found = distil(
         describe(model),
-        SAMPLES[:DISTILL_STEP],
-        SAMPLES[:DISTILL_STEP],
-        streams[:DISTILL_STEP],
+        SAMPLES[:STEP],
+        SAMPLES[:STEP],
+        streams[:STEP],
         rate=rate,
         factors=(1.0,),
     )
-    assert found == Distillation(DISTILL_STEP, 1.0, 1.0, 0.5)
+    assert found == Distillation(STEP, 1.0, 1.0, 0.5)
     for block in describe(model).linear_blocks:
         for entry in block.projections:
             np.testing.assert_allclose(
@@ -104,7 +105,7 @@ def test_steps_bring_the_predictions_nearer_and_leave_the_dense_model(recompute:
     )
     assert found.before == pytest.approx(mean_loss(pruned(dense)[0], [HELD_OUT.to(device)]), rel=1e-6)
     assert found.after == pytest.approx(mean_loss(model, [HELD_OUT.to(device)]), rel=1e-6)
-    assert len(steps) == math.ceil(len(SAMPLES) / DISTILL_STEP)
+    assert len(steps) == math.ceil(len(SAMPLES) / STEP)
     assert divergence(dense, model, SAMPLES.to(device)).item() < 0.98 * divergence(
         dense, pruned(dense)[0], SAMPLES.to(device)
     )
@@ -197,6 +198,11 @@ def test_by_default_so_many_tokens_distil_a_model_that_is_not_too_large(
     options: dict[str, Any], parameters: int, samples: int
 ) -> None:
     assert PruneConfig(**options).samples_distilled(parameters) == samples
+
+
+@pytest.mark.parametrize(("seq_len", "samples"), [(8, 4), (128, 4), (129, 3), (512, 1), (2048, 1)])
+def test_a_step_is_of_four_samples_or_512_tokens(seq_len: int, samples: int) -> None:
+    assert distill_step(seq_len) == samples
 
 
 def test_a_run_distils_unless_it_is_asked_not_to() -> None:
