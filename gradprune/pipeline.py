@@ -195,11 +195,8 @@ def _start(
 
 def _check_reachable(view: PrunableModel, groups: GroupTable, config: PruneConfig) -> None:
     """Raise if the constraints keep a model from its ratio or size; a speed has to be measured."""
+    config.check_speed(streamed=view.residency is not None)
     if config.target_speedup is not None:
-        if view.residency is not None:
-            raise ConfigError(
-                "target_speedup: the speed of a streamed model is that of its disk; choose another target"
-            )
         return
     ratio = ratio_of_size(view, config)
     try:

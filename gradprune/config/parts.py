@@ -125,16 +125,20 @@ class Model(Options):
         """The option that says what is to come out instead of a ratio; None where none does."""
         return next((name for name in TARGETS if getattr(self, name) is not None), None)
 
+    def check_speed(self, *, streamed: bool) -> None:
+        """Raise ConfigError where a speed is the target, which a streamed model does not have."""
+        if streamed and self.target_speedup is not None:
+            raise ConfigError(
+                "target_speedup: the speed of a streamed model is that of its disk; choose another target"
+            )
+
     def check_together(self) -> None:
         """An expert goes as a whole, or its channels do; the layers' places are said once."""
         super().check_together()
         targets = [name for name in TARGETS if getattr(self, name) is not None]
         if len(targets) > 1:
             raise ConfigError(f"{targets[1]}: {targets[0]} is given too; a run has one target")
-        if self.target_speedup is not None and self.stream_layers == "on":
-            raise ConfigError(
-                "target_speedup: the speed of a streamed model is that of its disk; choose another target"
-            )
+        self.check_speed(streamed=self.stream_layers == "on")
         if {"experts", "expert_channels"} <= set(self.kinds or ()):
             raise ConfigError(
                 f"prune_kinds: '{self.prune_kinds}' names whole experts and their channels; prune one, and then the "
