@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -247,7 +248,7 @@ def pruned_quality(run: Run, choice: Choice, subject: Subject, options: Namespac
 
 def _choices(run: Run, options: Namespace) -> Iterator[Choice]:
     """Ratio by ratio, so that each is complete before the next."""
-    run = replace(run, config=replace(run.config, importance_method="auto", search_minutes=60.0))
+    run = replace(run, config=replace(run.config, search_minutes=60.0, **_evidence(options)))
     evidence, model, constraints = gather_evidence(run), run.view.model, run.config.constraints
     traced = _torch_pruning(model, run.samples.calibration)
     prunable = run.view.prunable / run.view.parameters
@@ -278,6 +279,13 @@ def _choices(run: Run, options: Namespace) -> Iterator[Choice]:
         for name in options.peers:
             found_by_peer = PEERS[name](run.view, run.calibration, budget)
             yield Choice(name, given, found_by_peer.masks, peer=found_by_peer)
+
+
+def _evidence(options: Namespace) -> dict[str, Any]:
+    """Options of what calibration collects: for one method alone, what it needs."""
+    if options.search or options.shots > 1 or len(options.methods) > 1:
+        return {"importance_method": "auto"}
+    return {"importance_method": options.methods[0], "temperature": max(options.temperatures)}
 
 
 def _torch_pruning(model: PreTrainedModel, windows: Tensor) -> dict[BlockKey, Tensor] | None:
