@@ -147,7 +147,7 @@ def footprint(
         "evaluation": run.evaluation,
         "saving": run.saving,
     }
-    left_out = {"repair", "distillation"} if config.repair == "none" else set()
+    left_out = {"repair"} if config.repair == "none" else set()
     if not config.samples_distilled(shape.parameters):
         left_out.add("distillation")
     return Footprint(tuple(compute[name]() for name in stages if name not in left_out), run.waves if streamed else 1)
