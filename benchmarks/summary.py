@@ -18,12 +18,13 @@ MOST_ROWS = 6
 PEER = "torch-pruning GroupTaylor"
 # Of the models that are measured, the first of these that has results is shown in README.md.
 MODELS = ("demo, KV heads repeated", "demo")
+_DEFAULT = DEFAULT_METHODS[0]
 # The providers that README.md shows, best settings first, and what they are called there.
 QUALITY = {
     "gradprune search + least squares": "`gradprune search`",
-    f"gradprune {DEFAULT_METHODS[0]} + least squares T=0": f"`gradprune prune` (`{DEFAULT_METHODS[0]}`, repaired)",
+    f"gradprune {_DEFAULT} + distillation T=0": f"`gradprune prune` (`{_DEFAULT}`, repaired, distilled)",
+    f"gradprune {_DEFAULT} + least squares T=0": f"`{_DEFAULT}`, repaired",
     "gradprune group_fisher + least squares T=0": "`group_fisher`, repaired",
-    "gradprune taylor + least squares T=0": "`taylor`, repaired",
     "gradprune group_fisher T=0": "`group_fisher`, not repaired",
     "gradprune magnitude T=0": "`magnitude`, not repaired",
     PEER: "Torch-Pruning `GroupTaylor`, its defaults",

@@ -30,7 +30,7 @@ from gradprune.errors import CheckpointError
 from gradprune.evaluation.perplexity import perplexity
 
 # Part of the cache folder's name: increment it whenever the recipe or the text changes.
-RECIPE = 2
+RECIPE = 3
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 # The 256 bytes and the two special tokens.
 VOCABULARY = 258

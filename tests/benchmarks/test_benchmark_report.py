@@ -31,6 +31,7 @@ PERPLEXITIES = {
     "gradprune taylor + least squares T=1": 5.004,
     "gradprune fisher + least squares T=0": 6.0,
     "gradprune fisher + least squares T=1": 5.5,
+    "gradprune group_fisher + least squares T=0": 5.0,
     "gradprune magnitude T=0": 8.0,
     "gradprune magnitude + least squares T=0": 6.0,
     "gradprune magnitude + least squares T=1": 6.5,
@@ -173,7 +174,7 @@ def test_readme_shows_short_tables_of_what_anyone_can_rebuild(results: Path, tmp
     assert "| naive | 1.50 | 4.50 | 177.5% |" in calibration
     assert "| torch-pruning GroupTaylor | out of memory | - | - |" in calibration
     quality = section(readme, "quality")
-    assert "| `taylor`, repaired | **10.00** |" in quality
+    assert "| `group_fisher`, repaired | **10.00** |" in quality
     assert "| Torch-Pruning `GroupTaylor`, its defaults | 18.00 |" in quality
     for table in (section(readme, "ops"), calibration, quality):
         assert 0 < len(rows(table)) <= MOST_ROWS
