@@ -39,10 +39,16 @@ def test_epsilon_beyond_the_ratio_is_said() -> None:
     assert removed > 0.3, "this case drops no layer, and shows nothing"
 
 
-def test_a_ratio_that_prunes_nothing_is_said() -> None:
-    result = run(tiny_model(), pruning_ratio=1e-9)
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_ratio_that_prunes_nothing_says_what_would_prune_something(uniform: bool) -> None:
+    model = tiny_model()
+    result = run(model, pruning_ratio=1e-9, uniform=uniform)
     assert not result.pruned.any()
-    assert any(warning.startswith("Nothing was pruned") for warning in result.warnings)
+    # A channel; with the same widths everywhere, one of each layer.
+    least = int(result.table.cost.min()) * (len(model.model.layers) if uniform else 1)
+    (said,) = [warning for warning in result.warnings if warning.startswith("Nothing was pruned")]
+    assert said.endswith(f"the least that can go at once is {least:,}.")
+    assert run(model, pruning_ratio=(least + 1) / result.before.parameters, uniform=uniform).pruned.any()
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1e308, "tau": 0.0}, {"attention_factor": 5e-324}])

@@ -95,6 +95,14 @@ def check_reachable(
     select(table, ratio, parameters, replace(constraints, epsilon=0.0))
 
 
+def least_cost(table: GroupTable, constraints: Constraints) -> int:
+    """The fewest parameters that can go: of a group, or of those that go together."""
+    chunks = _chunks(table, _with_experts(table, constraints))
+    # Chunks of a chain go in order.
+    _, first = np.unique(chunks.chain, return_index=True)
+    return int(_sum_by_chunk(table.cost, chunks)[first].min())
+
+
 def _with_experts(table: GroupTable, constraints: Constraints) -> Constraints:
     """The constraints as they hold for the model: experts keep the same number and width in all layers.
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprune.config import PruneConfig
+from gradprune.scoring.selection import least_cost
 from gradprune.scoring.table import GroupTable
 
 # Of the ratio asked for, more than this fraction beyond it is said.
@@ -32,7 +33,7 @@ def selection_warnings(
     if not pruned.any():
         yield (
             f"Nothing was pruned: pruning_ratio {config.pruning_ratio:g} is {config.pruning_ratio * parameters:,.1f} "
-            f"parameters, and the smallest group that may go holds {int(table.cost.min()):,}."
+            f"parameters, and the least that can go at once is {least_cost(table, config.constraints):,}."
         )
     zeros = int((table.score == 0.0).sum())
     if zeros > int(pruned.sum()) and zeros > int((table.importance == 0.0).sum()):
