@@ -99,7 +99,7 @@ def size_plot(points: Mapping[str, Sequence[tuple[float, float]]], names: Mappin
     if points:
         dense = next(iter(points.values()))[0][1]
         axis.axhline(dense, color=_FLOOR, linewidth=0.8, zorder=0, label=f"dense, {dense:.2f}")
-        axis.legend(fontsize=8)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     axis.set(xlabel="parameters kept, %")
     _size_axes(axis)
     _finish(figure, [axis], "held-out perplexity", path)
