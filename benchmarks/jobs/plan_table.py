@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradprune import PruneConfig
 from gradprune.models.footprint import footprint
-from gradprune.models.sizes import ModelShape, in_gib, model_shape
+from gradprune.models.sizes import ModelShape, model_shape, with_unit
 
 # By name: hidden size, MLP width, layers, query heads, vocabulary. All have eight KV heads.
 _MODELS = {
@@ -36,7 +36,8 @@ def rows() -> tuple[list[str], list[list[str]]]:
         shape = _shape(name)
         streamed = footprint(shape, _CONFIG, streamed=True, accelerated=True)
         cells = [_fitting(shape, room) for room in _DEVICES.values()]
-        made.append([name, in_gib(shape.bytes), *cells, in_gib(streamed.host), f"{streamed.moved / 2**40:.1f} TiB"])
+        moved = f"{streamed.moved / 2**40:.1f} TiB"
+        made.append([name, with_unit(shape.bytes), *cells, with_unit(streamed.host), moved])
     return header, made
 
 
@@ -66,5 +67,5 @@ def _fitting(shape: ModelShape, room: int) -> str:
             config = replace(_CONFIG, **without, use_gradient_checkpointing=recomputing)
             found = footprint(shape, config, streamed=streamed, accelerated=True)
             if found.fits(room):
-                return f"{way}{less}: {in_gib(found.device)}"
+                return f"{way}{less}: {with_unit(found.device)}"
     return "-"

@@ -29,7 +29,7 @@ from gradprune.models import accepted_kinds
 from gradprune.models.footprint import Job
 from gradprune.models.modeling_gradprune import auto_class, head_class, per_layer_overrides
 from gradprune.models.placement import check_placement
-from gradprune.models.sizes import ModelShape, free_memory, in_gib, model_shape
+from gradprune.models.sizes import ModelShape, free_memory, model_shape, with_unit
 
 logger = logging.getLogger(__name__)
 
@@ -379,7 +379,7 @@ def _fits(shape: ModelShape, job: Job, device: torch.device) -> bool:
     logger.warning(
         "with the whole model, %s would hold %s, and %s are free on %s: decoder layers are streamed "
         "(stream_layers auto), which holds %s",
-        *(whole.largest.name, in_gib(whole.peak), in_gib(free), device, in_gib(streamed.peak)),
+        *(whole.largest.name, with_unit(whole.peak), with_unit(free), device, with_unit(streamed.peak)),
     )
     return False
 

@@ -115,9 +115,9 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def in_gib(size: int) -> str:
-    """As "14.9 GiB"."""
-    return f"{size / 2**30:,.1f} GiB"
+def with_unit(size: int) -> str:
+    """Bytes, as "14.9 GiB" or "3.2 MiB"."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"
 
 
 def _widest_expert(blocks: Sequence[Block]) -> ExpertShape | None:

@@ -4,21 +4,22 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from gradprune.models.sizes import in_gib
+from gradprune.models.sizes import with_unit
 from gradprune.plan import Plan, PlannedRun
 
 
 def plan_table(plan: Plan) -> Table:
     """Peak memory and bytes read, by way to run and stage; of one rank."""
-    what = f"{plan.shape.parameters:,} parameters, {in_gib(plan.shape.bytes)}"
-    room = f"{in_gib(plan.room.bytes)} {'on' if plan.room.accelerated else 'free on'} {plan.room.name}"
+    what = f"{plan.shape.parameters:,} parameters, {with_unit(plan.shape.bytes)}"
+    room = f"{with_unit(plan.room.bytes)} {'on' if plan.room.accelerated else 'free on'} {plan.room.name}"
     table = Table(title=f"{what}; {room}", title_justify="left")
     for column in ("run", "stage", "device", "host", "read"):
         table.add_column(column, justify="left" if column in ("run", "stage") else "right")
     for run in plan.runs:
         for number, stage in enumerate(run.footprint.stages):
-            device = in_gib(stage.device) if plan.room.accelerated else "-"
-            table.add_row(run.name if not number else "", stage.name, device, in_gib(stage.host), in_gib(stage.moved))
+            device = with_unit(stage.device) if plan.room.accelerated else "-"
+            moved = with_unit(stage.moved) if stage.moved else "-"
+            table.add_row(run.name if not number else "", stage.name, device, with_unit(stage.host), moved)
     return table
 
 
@@ -34,11 +35,11 @@ def fitting_lines(plan: Plan) -> Iterator[str]:
 
 def _verdict(plan: Plan, run: PlannedRun) -> str:
     largest = run.footprint.largest
-    peak = f"{in_gib(run.footprint.peak)} ({largest.name})"
+    peak = f"{with_unit(run.footprint.peak)} ({largest.name})"
     waves = f", {run.footprint.waves} waves" if run.streamed else ""
     if run.fits:
         return f"fits, {peak}; --batch_size up to {run.largest_batch}{waves}"
     if run.largest_batch:
         return f"does not fit, {peak}; --batch_size {run.largest_batch} does"
-    least = in_gib(plan.shape.layer_bytes)
+    least = with_unit(plan.shape.layer_bytes)
     return f"does not fit at any batch size, {peak}" + (f"; one layer takes {least}" if run.streamed else "")
