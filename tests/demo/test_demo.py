@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import gradprune.data.embedded as embedded_module
 import gradprune.demo.model as model_module
+from gradprune import PruneConfig, prune
+from gradprune.checkpoint.load import load_model
 from gradprune.data.embedded import Document, EmbeddedText, embedded_text, split_documents
 from gradprune.demo import DemoTraining, byte_tokenizer, demo_model_path, unigram_perplexity
 from gradprune.demo.training import Muon, orthogonal, train_model, warmup_cosine
@@ -367,3 +369,16 @@ def test_the_demo_model_has_learned() -> None:
     with torch.inference_mode():
         measured = math.exp(model(input_ids=windows, labels=windows).loss.item())
     assert measured < unigram_perplexity(tokens, tokens) / 2
+
+
+@pytest.mark.timeout(1200)
+def test_methods_differ_on_the_demo_model() -> None:
+    model, tokenizer = load_model(demo_model_path(quiet=True))[:2]
+    options = {"num_samples": 32, "eval_samples": 32, "measure_speed": False, "generations": False}
+
+    def ratio(**others: str) -> float:
+        result = prune(model, tokenizer, PruneConfig(**options, **others))
+        return result.after.perplexity.value / result.before.perplexity.value
+
+    assert 1.005 < ratio() < 1.1
+    assert ratio(importance_method="magnitude", repair="none") > 2.0
