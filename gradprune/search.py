@@ -3,7 +3,8 @@
 One calibration pass yields the evidence for every method, so a candidate costs no more than masking groups and a
 few forward passes. Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): all candidates on few samples,
 the best quarter on four times as many, and the last ones on all of them, repaired as they will be if repair is asked
-for. The fixed settings, every method without and with plain H-GSP, always reach the last round.
+for. The fixed settings, every method without and with plain H-GSP, always reach the last round. What is best without
+repair need not be so with it: where one is asked for, only repaired candidates can take the default's place.
 
 The least of many measured losses is partly luck. So each candidate is compared with the default setting sample by
 sample, and the default stays unless a candidate's mean difference is below zero by more than `threshold` of its
@@ -71,12 +72,14 @@ class SearchResult:
     trials: the last round by loss, then the earlier rounds, latest first, each by loss.
     candidates: how many different selections were tried. cut_short: time ran out before the last round was over.
     default: the setting that all are compared with, as it did in the deciding round.
+    decides: whether the deciding round is one that can: others than the default are repaired, if a repair is asked for.
     """
 
     trials: list[Trial]
     candidates: int
     cut_short: bool
     default: Trial
+    decides: bool
 
     @property
     def threshold(self) -> float:
@@ -94,8 +97,8 @@ class SearchResult:
         return next((trial for trial in self._deciding if trial != self.default), None)
 
     def surely_better(self, trial: Trial) -> bool:
-        """Whether it is better than the default by more than `threshold` standard errors."""
-        return trial.difference < -self.threshold * trial.error
+        """Whether it is better than the default by more than `threshold` standard errors, in a round that decides."""
+        return self.decides and trial.difference < -self.threshold * trial.error
 
     @property
     def _deciding(self) -> list[Trial]:
@@ -122,8 +125,8 @@ def search(run: Run, evidence: Evidence) -> SearchResult:
     Raises:
         SelectionError: `epsilon` would leave no layer under any scoring.
 
-    Deterministic, unless `search_minutes` cuts it short: then the latest complete round decides. The first round is
-    always completed.
+    Deterministic, unless `search_minutes` cuts it short: then the latest complete round decides, or those that were
+    repaired until then. The first round is always completed.
     """
     pool = list(_candidates(run, evidence))
     if not pool:
@@ -155,16 +158,19 @@ class _Tournament:
             parts = list(batches(searched[:size], self._run.config.batch_size))
             losses = partial(_masked_losses, self._run.view, parts)
             trials = self._round(alive, losses, repaired=False, may_end=bool(rounds))
-            if trials is None:
-                return _result(rounds, self._pool, cut_short=True)
+            if len(trials) < len(alive):
+                return _result(rounds, self._pool, cut_short=True, decides=not repaired)
             rounds.append(_ranked(trials))
             alive = _survivors(alive, rounds[-1])
         if not repaired:
-            return _result(rounds, self._pool, cut_short=False)
+            return _result(rounds, self._pool, cut_short=False, decides=True)
+        # The default, and then the best first: time may run out.
+        rank = {trial.scoring: number for number, trial in enumerate(rounds[-1])}
+        alive = [alive[0], *sorted(alive[1:], key=lambda candidate: rank[candidate.scoring])]
         last = self._round(alive, partial(_repaired_losses, self._run, parts), repaired=True, may_end=True)
-        if last is not None:
+        if last:
             rounds.append(_ranked(last))
-        return _result(rounds, self._pool, cut_short=last is None)
+        return _result(rounds, self._pool, cut_short=len(last) < len(alive), decides=len(last) > 1)
 
     def _round(
         self,
@@ -173,8 +179,11 @@ class _Tournament:
         *,
         repaired: bool,
         may_end: bool,
-    ) -> list[Trial] | None:
-        """One round, given what yields candidates' losses [samples]; divided over the ranks. None if time ran out."""
+    ) -> list[Trial]:
+        """One round, given what yields candidates' losses [samples]; divided over the ranks.
+
+        Fewer than the candidates, the first of them, if it may end where time runs out.
+        """
         ranks = self._run.ranks
         own: list[Tensor] = []
         own_candidates = ranks.share(alive)
@@ -184,14 +193,15 @@ class _Tournament:
                 break
             own.append(next(own_losses))
             self._advance()
-        if not all(ranks.gather_json(len(own) == len(own_candidates))):
-            return None
-        for _ in alive[len(own) :]:
+        # The first that a rank has not come to ends what all have.
+        next_ones = [rank + ranks.world * count for rank, count in enumerate(ranks.gather_json(len(own)))]
+        played = alive[: min(next_ones)]
+        for _ in played[len(own) :]:
             self._advance()
-        found = ranks.joined(own)
+        found = ranks.joined(own[: len(ranks.share(played))])
         return [
             _compared(candidate, each, found[0], repaired=repaired)
-            for candidate, each in zip(alive, found, strict=True)
+            for candidate, each in zip(played, found, strict=True)
         ]
 
 
@@ -293,7 +303,7 @@ def _ranked(trials: list[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda trial: math.inf if math.isnan(trial.loss) else trial.loss)
 
 
-def _result(rounds: list[list[Trial]], pool: list[_Candidate], *, cut_short: bool) -> SearchResult:
+def _result(rounds: list[list[Trial]], pool: list[_Candidate], *, cut_short: bool, decides: bool) -> SearchResult:
     seen: set[Scoring] = set()
     trials = []
     for trial in itertools.chain.from_iterable(reversed(rounds)):
@@ -301,4 +311,4 @@ def _result(rounds: list[list[Trial]], pool: list[_Candidate], *, cut_short: boo
             seen.add(trial.scoring)
             trials.append(trial)
     default = next(trial for trial in rounds[-1] if trial.scoring == pool[0].scoring)
-    return SearchResult(trials, len(pool), cut_short, default)
+    return SearchResult(trials, len(pool), cut_short, default, decides)

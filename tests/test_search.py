@@ -151,6 +151,34 @@ def test_time_that_runs_out_leaves_the_first_round() -> None:
     assert result.search.candidates == len(result.search.trials)
 
 
+@pytest.mark.parametrize(
+    ("in_time", "method", "told"),
+    [(0, None, "time ran out"), (1, None, "time ran out"), (2, None, "no other setting is better"), (3, "wanda", "")],
+)
+def test_where_time_runs_out_only_repaired_ones_take_the_default_s_place(
+    in_time: int, method: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted losses: without repair magnitude is best and wanda second, with it wanda is; so many are repaired."""
+    default = default_methods("least_squares")[0]
+    planted = {Scoring("magnitude"): (0.0, 3.0), Scoring("wanda"): (1.0, 1.0), Scoring(default): (2.0, 2.0)}
+    late = False
+
+    def losses(candidates, repaired):
+        nonlocal late
+        for number, candidate in enumerate(candidates, start=1):
+            late = late or in_time == number * repaired
+            yield torch.full((16,), planted.get(candidate.scoring, (4.0, 4.0))[repaired], dtype=torch.float64)
+
+    monkeypatch.setattr(search_module, "_round_sizes", lambda samples: [samples])
+    monkeypatch.setattr(search_module, "_masked_losses", lambda _view, _parts, those: losses(those, False))
+    monkeypatch.setattr(search_module, "_repaired_losses", lambda _run, _parts, those: losses(those, True))
+    monkeypatch.setattr(search_module.time, "monotonic", lambda: 1e9 * late)
+    result = found(repair="least_squares", search_samples=16).search
+    assert result.cut_short
+    assert result.winner.scoring == Scoring(method or default)
+    assert told in search_verdict(result)
+
+
 def test_results_and_command_line(tmp_path: Path) -> None:
     result = found(output_dir=str(tmp_path), output_name="s")
     assert (tmp_path / "s" / "analysis" / "search.json").is_file()

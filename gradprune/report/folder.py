@@ -126,6 +126,7 @@ def search_to_dict(result: SearchResult, config: PruneConfig) -> dict[str, Any]:
     return {
         "candidates": result.candidates,
         "cut_short": result.cut_short,
+        "decides": result.decides,
         "verdict": search_verdict(result),
         "standard_errors_needed": result.threshold,
         "command": command_line(again(config)),

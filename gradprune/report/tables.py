@@ -93,6 +93,8 @@ def search_verdict(result: SearchResult) -> str:
             f"{describe_scoring(winner.scoring)} is better than the default ({default}) by {-winner.difference:.4f} "
             f"nats a token, {_errors(winner)} ({needed})."
         )
+    if result.cut_short and not result.decides:
+        return f"The default ({default}) stays: time ran out before another was repaired; give more --search_minutes."
     best = result.best_other
     if best is None or best.difference >= 0.0:
         return f"The default ({default}) stays: no other setting is better."
