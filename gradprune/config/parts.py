@@ -272,7 +272,7 @@ class Search(Options):
     )
     search_minutes: float = option(
         30.0,
-        "Time limit when importance_method is auto; then the best so far wins.",
+        "Time limit of its trials when importance_method is auto; the best that was repaired by then wins.",
         numbers("above 0", lambda x: x > 0.0),
     )
 
