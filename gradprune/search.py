@@ -89,19 +89,19 @@ class SearchResult:
     @property
     def winner(self) -> Trial:
         """The candidate with the least loss of those that are surely better than the default; else the default."""
-        return next((trial for trial in self._deciding if self.surely_better(trial)), self.default)
+        return next((trial for trial in self.deciding if self.surely_better(trial)), self.default)
 
     @property
     def best_other(self) -> Trial | None:
         """The candidate other than the default with the least loss in the deciding round, if there is any."""
-        return next((trial for trial in self._deciding if trial != self.default), None)
+        return next((trial for trial in self.deciding if trial != self.default), None)
 
     def surely_better(self, trial: Trial) -> bool:
         """Whether it is better than the default by more than `threshold` standard errors, in a round that decides."""
         return self.decides and trial.difference < -self.threshold * trial.error
 
     @property
-    def _deciding(self) -> list[Trial]:
+    def deciding(self) -> list[Trial]:
         """The trials of the last round that was over, by loss."""
         last = (self.default.samples, self.default.repaired)
         return [trial for trial in self.trials if (trial.samples, trial.repaired) == last]

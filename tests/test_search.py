@@ -153,7 +153,12 @@ def test_time_that_runs_out_leaves_the_first_round() -> None:
 
 @pytest.mark.parametrize(
     ("in_time", "method", "told"),
-    [(0, None, "time ran out"), (1, None, "time ran out"), (2, None, "no other setting is better"), (3, "wanda", "")],
+    [
+        (0, None, "no other was repaired"),
+        (1, None, "no other was repaired"),
+        (2, None, "no other setting is better"),
+        (3, "wanda", ""),
+    ],
 )
 def test_where_time_runs_out_only_repaired_ones_take_the_default_s_place(
     in_time: int, method: str | None, told: str, monkeypatch: pytest.MonkeyPatch
@@ -177,6 +182,8 @@ def test_where_time_runs_out_only_repaired_ones_take_the_default_s_place(
     assert result.cut_short
     assert result.winner.scoring == Scoring(method or default)
     assert told in search_verdict(result)
+    assert "Time ran out" in search_verdict(result)
+    assert all(trial.repaired == (in_time > 0) for trial in result.deciding)
 
 
 def test_results_and_command_line(tmp_path: Path) -> None:

@@ -185,9 +185,8 @@ def _gradient_section(gradients: dict[str, Any], plots: Sequence[Path]) -> str:
 
 
 def _search_section(search: SearchResult) -> str:
-    """The last round's trials as a chart and a table."""
-    last = [trial for trial in search.trials if trial.repaired == search.winner.repaired]
-    last = [trial for trial in last if trial.samples == search.winner.samples][:25]
+    """The deciding round's trials as a chart and a table."""
+    last = search.deciding[:25]
     names = [describe_scoring(trial.scoring) for trial in last]
     figure = Figure(figsize=(8.0, 0.8 + 0.25 * len(last)), layout="constrained")
     axes = figure.add_subplot()
@@ -202,7 +201,7 @@ def _search_section(search: SearchResult) -> str:
         for rank, (name, trial) in enumerate(zip(names, last, strict=True), 1)
     ]
     lead = (
-        f"<p>{escape(search_verdict(search))}</p><p>{search.candidates} different selections; the last round, "
+        f"<p>{escape(search_verdict(search))}</p><p>{search.candidates} different selections; the deciding round, "
         f"{search.winner.samples} held-out samples:</p>"
     )
     header = ("rank", "setting", "held-out loss", "minus default's", "standard error")

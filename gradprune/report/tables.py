@@ -73,11 +73,11 @@ def comparison_table(diagnoses: dict[int, Diagnosis]) -> Table:
 
 
 def search_table(result: SearchResult, rows: int = 15) -> Table:
-    """The best trials for the terminal; "(fixed)" marks fixed settings: each method with and without plain H-GSP."""
+    """The deciding round for the terminal; "(fixed)" marks fixed settings: each method with and without plain H-GSP."""
     table = Table(title=f"Search: best of {result.candidates} selections", title_justify="left")
     for column in ("rank", "held-out loss", "- default", "std. error", "samples", "setting"):
         table.add_column(column, justify="left" if column == "setting" else "right")
-    for rank, trial in enumerate(result.trials[:rows], start=1):
+    for rank, trial in enumerate(result.deciding[:rows], start=1):
         mark = " (fixed)" if trial.fixed else ""
         figures = (f"{trial.loss:.4f}", f"{trial.difference:+.4f}", f"{trial.error:.4f}", str(trial.samples))
         table.add_row(str(rank), *figures, describe_scoring(trial.scoring) + mark)
@@ -85,7 +85,12 @@ def search_table(result: SearchResult, rows: int = 15) -> Table:
 
 
 def search_verdict(result: SearchResult) -> str:
-    """Why the setting was chosen, and how sure that is, in a sentence."""
+    """Why the setting was chosen, and how sure that is, in a sentence or two."""
+    late = " Time ran out before the last round was over: give more --search_minutes." if result.cut_short else ""
+    return _reason(result) + late
+
+
+def _reason(result: SearchResult) -> str:
     default, winner = describe_scoring(result.default.scoring), result.winner
     needed = f"{result.threshold:.1f} are needed for the best of {result.candidates}"
     if winner != result.default:
@@ -94,7 +99,7 @@ def search_verdict(result: SearchResult) -> str:
             f"nats a token, {_errors(winner)} ({needed})."
         )
     if result.cut_short and not result.decides:
-        return f"The default ({default}) stays: time ran out before another was repaired; give more --search_minutes."
+        return f"The default ({default}) stays: no other was repaired."
     best = result.best_other
     if best is None or best.difference >= 0.0:
         return f"The default ({default}) stays: no other setting is better."
