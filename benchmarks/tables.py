@@ -264,18 +264,17 @@ def timing_table(records: Sequence[Record]) -> str:
 def quality_table(records: Sequence[Record]) -> str:
     """One model: one row per provider, one column per ratio; the mean over seeds (lowest to highest).
 
-    Where zero-shot questions were asked, a second column per ratio has the mean accuracy over tasks, in percent.
+    A second column per ratio at which zero-shot questions were asked has the mean accuracy over tasks, in percent.
     """
-    asked = any(found.extra.get("accuracies") for found in records)
-    ratios = sorted({found.extra["ratio"] for found in records if found.provider != "dense"})
+    pruned = [found for found in records if found.provider != "dense"]
+    ratios = sorted({found.extra["ratio"] for found in pruned})
+    asked = sorted({found.extra["ratio"] for found in pruned if found.extra.get("accuracies")})
     rows = []
-    for provider, group in grouped(records, lambda found: found.provider).items():
-        if provider != "dense":
-            cells = [[f for f in group if f.extra["ratio"] == ratio] for ratio in ratios]
-            accuracies = map(_accuracy, cells) if asked else ()
-            rows.append([provider, *map(_spread, cells), *accuracies])
+    for provider, group in grouped(pruned, lambda found: found.provider).items():
+        cells = {ratio: [f for f in group if f.extra["ratio"] == ratio] for ratio in ratios}
+        rows.append([provider, *map(_spread, cells.values()), *(_accuracy(cells[ratio]) for ratio in asked)])
     header = ["provider", *(f"{ratio:.0%} removed" for ratio in ratios)]
-    return table([*header, *(f"zero-shot, {ratio:.0%}" for ratio in ratios if asked)], rows)
+    return table([*header, *(f"zero-shot, {ratio:.0%}" for ratio in asked)], rows)
 
 
 def dense_accuracy(records: Sequence[Record]) -> str:
