@@ -102,7 +102,7 @@ class SearchResult:
 
     @property
     def deciding(self) -> list[Trial]:
-        """The trials of the last round that was over, by loss."""
+        """The trials of the deciding round, which is the last that `default` took part in, by loss."""
         last = (self.default.samples, self.default.repaired)
         return [trial for trial in self.trials if (trial.samples, trial.repaired) == last]
 
@@ -165,8 +165,8 @@ class _Tournament:
         if not repaired:
             return _result(rounds, self._pool, cut_short=False, decides=True)
         # The default, and then the best first: time may run out.
-        rank = {trial.scoring: number for number, trial in enumerate(rounds[-1])}
-        alive = [alive[0], *sorted(alive[1:], key=lambda candidate: rank[candidate.scoring])]
+        place = {trial.scoring: number for number, trial in enumerate(rounds[-1])}
+        alive = [alive[0], *sorted(alive[1:], key=lambda candidate: place[candidate.scoring])]
         last = self._round(alive, partial(_repaired_losses, self._run, parts), repaired=True, may_end=True)
         if last:
             rounds.append(_ranked(last))

@@ -99,7 +99,7 @@ def triton_on_cpu() -> Iterator[None]:
 
 
 def host_ratio(evidence: str, turns: int, recompute: bool = True) -> float:
-    """Median of the ratios of the engine's to the plain pass' time."""
+    """Median of the ratios of the engine's to the plain pass' time, the driver's share included."""
     model, ids = _model(), torch.zeros(2, 8, dtype=torch.int64)
     method, steps = EVIDENCE[evidence]
 
@@ -114,14 +114,10 @@ def host_ratio(evidence: str, turns: int, recompute: bool = True) -> float:
     try:
         with triton_on_cpu():
             launched = _launches(engine) / _launches(plain)
-            ratios = []
-            for _ in range(turns):
-                ours, theirs = _seconds(engine), _seconds(plain)
-                driver = DRIVER * theirs
-                ratios.append((ours + driver * launched) / (theirs + driver))
+            ratio = statistics.median(_seconds(engine) / _seconds(plain) for _ in range(turns))
     finally:
         torch.set_num_threads(threads)
-    return statistics.median(ratios)
+    return (ratio + DRIVER * launched) / (1.0 + DRIVER)
 
 
 def _model() -> PreTrainedModel:
@@ -165,7 +161,7 @@ def _seconds(entered: Callable[[], AbstractContextManager[Callable[[], None]]]) 
 
 
 def _launches(entered: Callable[[], AbstractContextManager[Callable[[], None]]]) -> int:
-    """Of a step."""
+    """How many a step makes, after one to warm up."""
     with entered() as step:
         step()
         before = _Compiled.launches

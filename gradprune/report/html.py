@@ -186,19 +186,19 @@ def _gradient_section(gradients: dict[str, Any], plots: Sequence[Path]) -> str:
 
 def _search_section(search: SearchResult) -> str:
     """The deciding round's trials as a chart and a table."""
-    last = search.deciding[:25]
-    names = [describe_scoring(trial.scoring) for trial in last]
-    figure = Figure(figsize=(8.0, 0.8 + 0.25 * len(last)), layout="constrained")
+    trials = search.deciding[:25]
+    names = [describe_scoring(trial.scoring) for trial in trials]
+    figure = Figure(figsize=(8.0, 0.8 + 0.25 * len(trials)), layout="constrained")
     axes = figure.add_subplot()
-    colors = [COLORS[0] if trial.fixed else COLORS[1] for trial in last]
-    axes.scatter([trial.loss for trial in last], range(len(last)), c=colors)
-    axes.set_yticks(range(len(last)), names, fontsize=8)
+    colors = [COLORS[0] if trial.fixed else COLORS[1] for trial in trials]
+    axes.scatter([trial.loss for trial in trials], range(len(trials)), c=colors)
+    axes.set_yticks(range(len(trials)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="held-out loss, nats per token (blue: fixed settings)")
     axes.grid(axis="x", alpha=0.4)
     rows = [
         (str(rank), name, f"{trial.loss:.4f}", f"{trial.difference:+.4f}", f"{trial.error:.4f}")
-        for rank, (name, trial) in enumerate(zip(names, last, strict=True), 1)
+        for rank, (name, trial) in enumerate(zip(names, trials, strict=True), 1)
     ]
     lead = (
         f"<p>{escape(search_verdict(search))}</p><p>{search.candidates} different selections; the deciding round, "
