@@ -45,8 +45,9 @@ RIDGE = 0.01
 _SHARE, _MOST = 1 / 16, 128
 # Minimum relative gap between successive costs, so that sorting recovers the path's order even after fp32 rounding.
 _STEP = 2.0**-20
-# So much of a block is gone where the way that its error takes through the model is looked at.
-_PART = 1 / 5
+# So much of a block is gone where the way that its error takes through the model is looked at. A fifth was worse on
+# SmolLM2-135M at 20 and 50 %, and on stories260k at 30 and 50 %; so were both, for early and for late groups.
+_PART = 1 / 2
 # Candidates per round, as a multiple of the groups that it removes.
 _SURPLUS = 4
 
@@ -57,7 +58,8 @@ class RemovalPath:
 
     order: [groups] int64, the first to go first. cost: [groups] fp64 by position in `order`; their sum up to a position
     is the least-squares optimum's increase of the loss when the groups up to there are gone.
-    partly: the weight [O, I], in its dtype, when `gone` groups, a fifth at least, are gone and the others re-solved.
+    partly: the weight [O, I], in its dtype, without the first `gone` groups and with the others re-solved; half of all
+        are gone, rounded down, or as many more as a round took.
     """
 
     order: Tensor
@@ -224,13 +226,14 @@ def removal_path(
     quota = min(max(1, int(_SHARE * len(block))), _MOST)
     order: list[int] = []
     costs: list[float] = []
+    part = int(_PART * len(block))
     partly, gone = weight, 0
     while len(block):
         taken, marginal = _round(block, quota, ops)
         order += block.groups[taken].tolist()
         costs += marginal
         block.remove(taken)
-        if not gone and len(order) >= _PART * weight.shape[1] // columns:
+        if not gone and len(order) >= part:
             partly, gone = block.weight_of_all(weight), len(order)
     cost = 0.5 * curvature * torch.tensor(costs, dtype=torch.float64)
     return RemovalPath(torch.tensor(order), cost, partly, gone)

@@ -71,7 +71,7 @@ def _importance(group, weights, gradients, inputs, method, reduction) -> Tensor:
 def _removal_costs(model, ids: Tensor, groups, weights, inputs) -> tuple[Tensor, float]:
     """Remove the group whose least-squares optimum is cheapest, again and again; what each adds, made to ascend.
 
-    And how much a fifth of them changes the predictions, in proportion to what it costs.
+    And how much half of them changes the predictions, in proportion to what it costs.
     """
     output = groups[0][-1][0]
     w, x = weights[output], inputs[output]
@@ -99,7 +99,7 @@ def _removal_costs(model, ids: Tensor, groups, weights, inputs) -> tuple[Tensor,
         last = max(last * (1.0 + 2.0**-20), float(totals[cheapest] - (optimum(gone) if gone else 0.0)))
         costs[cheapest] = last
         gone.append(cheapest)
-    part = gone[: -(-len(groups) // 5)]
+    part = gone[: max(1, len(groups) // 2)]
     rest = [column for group in range(len(groups)) if group not in part for column in groups[group][-1][2]]
     solved = torch.zeros_like(w)
     solved[:, rest] = torch.linalg.solve(gram[rest][:, rest], gram[rest] @ w.T).T
