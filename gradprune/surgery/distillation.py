@@ -17,8 +17,8 @@ the distance: hence sqrt(D). With 1 / sqrt(I), what a weight writes changes by a
 arXiv:2203.03466). So one rate serves models of 260 thousand and of 135 million parameters, a tenth of which or half was
 pruned.
 
-The dense model's predictions come from the residual streams that the repair has followed anyway. A
-streamed model takes the same steps layer by layer: each reads its weights twice and writes them once.
+The dense model's predictions come from the residual streams that the repair has followed anyway. A streamed model takes
+the same steps layer by layer: each reads its weights twice and writes them once.
 """
 
 import math
