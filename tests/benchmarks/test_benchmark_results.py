@@ -83,9 +83,10 @@ def test_the_latest_run_of_each_piece_of_work() -> None:
     assert latest([new, *old]) == [new, old[2]]
 
 
-def test_perplexities_of_several_runs_make_one_table() -> None:
+@pytest.mark.parametrize("kind", ["quality", "calibration_size"])
+def test_perplexities_of_several_runs_make_one_table(kind: str) -> None:
     def quality(provider: str, seed: int, run: str) -> Record:
-        return made("quality", "demo", provider, shape="20%", run=run, extra={"seed": seed, "perplexity": 7.0})
+        return made(kind, "demo", provider, shape="20%", run=run, extra={"seed": seed, "perplexity": 7.0})
 
     first = [quality("taylor", 0, "first"), quality("taylor", 1, "first"), quality("fisher", 0, "first")]
     again = quality("taylor", 0, "second")
