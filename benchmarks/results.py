@@ -157,18 +157,15 @@ def read(path: Path) -> list[Record]:
     return [found for file in files for found in _read_file(file)]
 
 
-_PERPLEXITIES = ("quality", "calibration_size")
-
-
 def latest(records: Iterable[Record]) -> list[Record]:
     """The records of each case's last run, in order.
 
-    Times are comparable only within a run. Perplexities do not depend on the run, and a table of them may be measured
-    in several: there the last run counts per provider and seed.
+    Times are comparable only within a run. What depends on no hardware does not depend on the run, and a table of it
+    may be measured in several: there the last run counts per provider and seed.
     """
     by_work: dict[tuple[str, ...], list[Record]] = {}
     for found in records:
-        by_work.setdefault(found.key if found.kind in _PERPLEXITIES else found.work, []).append(found)
+        by_work.setdefault(found.key if found.kind in _ANYWHERE else found.work, []).append(found)
     # A run's id begins with its start time.
     last = {key: max(found.run for found in group) for key, group in by_work.items()}
     return [found for key, group in by_work.items() for found in group if found.run == last[key]]

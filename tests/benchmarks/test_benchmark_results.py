@@ -85,11 +85,11 @@ def test_the_latest_run_of_each_piece_of_work() -> None:
 
 @pytest.mark.parametrize("kind", ["quality", "calibration_size"])
 def test_perplexities_of_several_runs_make_one_table(kind: str) -> None:
-    def quality(provider: str, seed: int, run: str) -> Record:
+    def measured(provider: str, seed: int, run: str) -> Record:
         return made(kind, "demo", provider, shape="20%", run=run, extra={"seed": seed, "perplexity": 7.0})
 
-    first = [quality("taylor", 0, "first"), quality("taylor", 1, "first"), quality("fisher", 0, "first")]
-    again = quality("taylor", 0, "second")
+    first = [measured("taylor", 0, "first"), measured("taylor", 1, "first"), measured("fisher", 0, "first")]
+    again = measured("taylor", 0, "second")
     assert latest([*first, again]) == [again, *first[1:]]
     elsewhere = replace(again, run="third", environment=replace(MACHINE, hardware="another CPU"))
     assert latest([*first, again, elsewhere]) == [elsewhere, *first[1:]]
