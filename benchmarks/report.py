@@ -143,6 +143,10 @@ def _calibration_size(records: Sequence[Record], _folder: Path) -> str:
     return f"### Calibration samples\n\n{tables.CALIBRATION_SIZE}\n\n{tables.calibration_size_table(records)}"
 
 
+def _distilled_text(records: Sequence[Record], _folder: Path) -> str:
+    return f"### The text's share in distillation\n\n{tables.DISTILLED_TEXT}\n\n{tables.distilled_text_table(records)}"
+
+
 def _recovery(records: Sequence[Record], _folder: Path) -> str:
     return f"### Recovery\n\n{tables.RECOVERY}\n\n{tables.recovery_table(records)}"
 
@@ -169,6 +173,7 @@ _SECTIONS: dict[str, Callable[[Sequence[Record], Path], str]] = {
     "job": _jobs,
     "quality": _quality,
     "calibration_size": _calibration_size,
+    "distilled_text": _distilled_text,
     "recovery": _recovery,
     "inference": _inference,
     "vanishing": _vanishing,

@@ -17,6 +17,7 @@ Kind = Literal[
     "job",
     "quality",
     "calibration_size",
+    "distilled_text",
     "recovery",
     "inference",
     "vanishing",
@@ -26,7 +27,7 @@ Kind = Literal[
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ANY_HARDWARE = "any hardware"
-_ANYWHERE = frozenset({"quality", "calibration_size", "recovery", "vanishing", "experts", "compiled"})
+_ANYWHERE = frozenset({"quality", "calibration_size", "distilled_text", "recovery", "vanishing", "experts", "compiled"})
 FOLDER = Path(__file__).resolve().parent / "results"
 
 

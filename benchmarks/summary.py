@@ -175,6 +175,12 @@ def experts(records: Sequence[Record]) -> str:
     return tables.experts_table(chosen) if chosen else _UNMEASURED
 
 
+def distilled_text(records: Sequence[Record]) -> str:
+    """What the text's share in distillation brings and costs."""
+    chosen = [found for found in records if found.kind == "distilled_text"]
+    return f"{tables.DISTILLED_TEXT}\n\n{tables.distilled_text_table(chosen)}" if chosen else _UNMEASURED
+
+
 def recovery(records: Sequence[Record]) -> str:
     """What recovery brings back of each model, and what it took."""
     groups = tables.grouped([found for found in records if found.kind == "recovery"], lambda found: found.work)
@@ -272,7 +278,7 @@ _GROWTH = (
 SECTIONS: dict[str, dict[str, Callable[[Sequence[Record]], str]]] = {
     "README.md": {"claim": claim, "quality": quality, "calibration": calibration, "ops": ops},
     "docs/gradient-vanishing.md": {"temperature": temperature, "scalings": scalings},
-    "docs/methods.md": {"calibration_size": calibration_size, "experts": experts},
+    "docs/methods.md": {"distilled_text": distilled_text, "calibration_size": calibration_size, "experts": experts},
     "docs/serving.md": {"recovery": recovery},
     "docs/large-models.md": {"plan": plan, "streaming": streaming},
 }

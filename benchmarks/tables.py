@@ -350,9 +350,9 @@ def _number(value: float | None, style: str, unit: float = 1.0) -> str:
     return "-" if value is None else format(value / unit, style)
 
 
-def _accuracy(records: Sequence[Record]) -> str:
+def _accuracy(records: Sequence[Record], of: str = "accuracies") -> str:
     """Mean over tasks and seeds."""
-    values = [fmean(accuracies.values()) for found in records if (accuracies := found.extra.get("accuracies"))]
+    values = [fmean(accuracies.values()) for found in records if (accuracies := found.extra.get(of))]
     return f"{100 * fmean(values):.1f}" if values else "-"
 
 
@@ -382,8 +382,27 @@ def calibration_size_table(records: Sequence[Record]) -> str:
     return table(["model", "removed", "by", *(f"{size} samples" for size in sizes)], rows)
 
 
-def _excess(found: Record) -> float:
-    return math.log(found.extra["perplexity"] / found.extra["perplexity_dense"])
+def _excess(found: Record, text: str = "") -> float:
+    return math.log(found.extra[f"{text}perplexity"] / found.extra[f"{text}perplexity_dense"])
+
+
+DISTILLED_TEXT = (
+    "Excess, ln(perplexity / dense perplexity), and mean accuracy on zero-shot tasks, by the text's share in what "
+    "distillation teaches, on text of the calibration's kind and on other text; removed of the prunable parameters "
+    "(`python -m benchmarks.quality.distilled_text`)."
+)
+
+
+def distilled_text_table(records: Sequence[Record]) -> str:
+    """One row per model, ratio and share; means over seeds."""
+    rows = []
+    for (name, ratio, share), group in grouped(
+        records, lambda found: (found.name, found.extra["ratio"], found.extra["share"])
+    ).items():
+        same, other = (fmean(_excess(found, text) for found in group) for text in ("", "other_"))
+        accuracies = f"{_accuracy(group)} ({_accuracy(group, 'accuracies_dense')})"
+        rows.append([name, f"{ratio:.0%}", f"{share:.0%}", f"{same:.3f}", f"{other:.3f}", accuracies])
+    return table(["model", "removed", "the text's share", "excess", "on other text", "zero-shot (dense)"], rows)
 
 
 EXPERTS = (

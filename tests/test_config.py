@@ -47,14 +47,14 @@ OTHER = {
     "resume": True, "serve": "hf", "tensor_parallel": 2, "prompts": "prompts.txt", "generations": False,
     "device_map": "auto", "stream_layers": "off", "stream_memory": "2GiB", "target_parameters": "1.5B",
     "target_bytes": "3GiB", "target_speedup": 1.5,
-    "shots": 2, "distill_samples": 4,
+    "shots": 2, "distill_samples": 4, "distill_text": 0.5,
 }  # fmt: skip
 
 
 # What contradicts others, as it is without them.
 _ALONE = {
     "device_map": None, "uniform": False, "tensor_parallel": 1, "target_bytes": None, "target_speedup": None,
-    "shots": 1, "distill_samples": 0,
+    "shots": 1, "distill_samples": 0, "distill_text": 0.1,
 }  # fmt: skip
 
 

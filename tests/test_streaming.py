@@ -110,7 +110,7 @@ def test_distillation_is_streamed_bit_for_bit(
 ) -> None:
     """Where half of the change is made, and where all of it is."""
     whole, streamed = both(tiny_model(architecture, dtype=dtype), tmp_path / "model", stream_memory="1KB")
-    for factor, found in ((0.5, [1.0, 0.9, 0.95, 0.8, 0.85]), (1.0, [1.0, 0.9, 0.95, 0.92])):
+    for factor, found in ((0.5, [1.0, 0.9, 0.8, 0.85]), (1.0, [1.0, 0.9, 0.95])):
         losses = [*found, *found]
         monkeypatch.setattr("gradprune.surgery.distillation.mean_loss", lambda *_, losses=losses: losses.pop(0))
         assert_same_run(whole, streamed, tmp_path / str(factor), importance_method="obs", distill_samples=7)

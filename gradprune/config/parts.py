@@ -58,6 +58,8 @@ DISTILL_JUDGED = 16
 DISTILL_TOKENS, DISTILL_PARAMETERS = 16_384, 2_000_000_000
 """By default so many calibration tokens distil models of at most so many parameters. Larger ones were not measured;
 they would keep all their weights twice, and each step reads a streamed model's weights twice."""
+DISTILL_TEXT = 0.1
+"""See docs/methods.md for what other shares bring on text of the calibration's kind, and cost on other text."""
 
 _DATASET = path("a .txt, .jsonl or .npy file, or wikitext2, ptb or c4, or several as a.txt:0.7,b.jsonl:0.3")
 _UNIT_INTERVAL = numbers("between 0 and 1 (both excluded)", lambda x: 0.0 < x < 1.0)
@@ -340,11 +342,21 @@ class Repair(Options):
         f"default {DISTILL_TOKENS:,} tokens, or none for over {DISTILL_PARAMETERS // 10**9} billion parameters.",
         at_least(0),
     )
+    distill_text: float = option(
+        DISTILL_TEXT,
+        "Share of the samples' own next tokens in what they teach, beside the dense model's predictions; 0 is none.",
+        numbers("between 0 and 1", lambda x: 0.0 <= x <= 1.0),
+    )
     shots: int = option(1, "Prune in so many steps, each repaired and calibrated again before the next.", at_least(1))
 
     def check_together(self) -> None:
-        """Without a repair there is no repaired model to go on with."""
+        """Without a repair there is no repaired model to go on with, and without samples nothing is taught."""
         super().check_together()
+        if self.distill_text != DISTILL_TEXT and (self.repair == "none" or self.distill_samples == 0):
+            raise ConfigError(
+                f"distill_text: {self.distill_text:g} is a share of what samples teach a repaired model; leave out "
+                f"{'--repair none' if self.repair == 'none' else '--distill_samples 0'}, or distill_text"
+            )
         if self.repair != "none":
             return
         if self.distill_samples:

@@ -1,4 +1,4 @@
-"""How far a model's predictions are from its teacher's: the Kullback-Leibler divergence, in memory of a few logits."""
+"""How far a model's predictions are from its teacher's, and from the text: in memory of a few logits."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,19 +27,23 @@ def divergence(student: PreTrainedModel, hidden: Tensor, taught: Tensor, taught_
     Returns:
         A scalar in nats per token, fp32 (fp64 for fp64 models); differentiable in `hidden` and the student's head.
     """
-    head = logits_of(student)
-    taught_by = taught_by or head
-    weight = student.get_output_embeddings().weight
-    hidden = hidden.to(weight.device)
-    chunk = tokens_at_once(weight.shape[0], cuda=hidden.is_cuda)
-    if type(head) is nn.Linear:
-        total: Tensor = _LinearHeadKl.apply(hidden, head.weight, head.bias, taught, taught_by, chunk)  # type: ignore[no-untyped-call]
-        return total / len(hidden)
-    sums = [
-        checkpoint(_kl_sum, head, taught_by, *each, use_reentrant=False, preserve_rng_state=False)
-        for each in zip(hidden.split(chunk), taught.split(chunk), strict=True)
-    ]
-    return torch.stack(sums).sum() / len(hidden)
+    return _means(student, hidden, taught, taught_by or logits_of(student), None, 0.0)[0]
+
+
+def divergence_with_text(
+    student: PreTrainedModel, hidden: Tensor, taught: Tensor, text: Tensor, share: float
+) -> tuple[Tensor, Tensor]:
+    """(1 - share) KL(teacher || student) + share NLL of the text, Hinton et al.'s weighted average; and the KL alone.
+
+    Args:
+        student, hidden, taught: as of `divergence`; the teacher has the student's head.
+        text: [K] int64, the token that follows each.
+        share: of the text, from 0 to 1.
+
+    Returns:
+        Two scalars as of `divergence`, means over tokens; the second is not differentiable.
+    """
+    return _means(student, hidden, taught, logits_of(student), text, share)
 
 
 @torch.no_grad()
@@ -64,52 +68,94 @@ def divergences(model: PreTrainedModel, hidden: Tensor, changed: Sequence[Tensor
     return (sums / len(hidden)).tolist()
 
 
-def _kl_sum(student_head: Head, teacher_head: Head, hidden: Tensor, taught: Tensor) -> Tensor:
-    """Sum over tokens of KL(teacher || student), given hidden states [K, H] of both."""
+def _means(
+    student: PreTrainedModel, hidden: Tensor, taught: Tensor, taught_by: Head, text: Tensor | None, share: float
+) -> tuple[Tensor, Tensor]:
+    """See `divergence_with_text`; without `text`, both are the divergence."""
+    head = logits_of(student)
+    weight = student.get_output_embeddings().weight
+    hidden, text = hidden.to(weight.device), None if text is None else text.to(weight.device)
+    chunk = tokens_at_once(weight.shape[0], cuda=hidden.is_cuda)
+    if type(head) is nn.Linear:
+        mixed, apart = _LinearHeadSums.apply(hidden, head.weight, head.bias, taught, taught_by, text, share, chunk)  # type: ignore[no-untyped-call]
+    else:
+        texts = [None] * len(hidden.split(chunk)) if text is None else text.split(chunk)
+        sums = [
+            checkpoint(_sums, head, taught_by, *each, share, use_reentrant=False, preserve_rng_state=False)
+            for each in zip(hidden.split(chunk), taught.split(chunk), texts, strict=True)
+        ]
+        mixed, apart = (torch.stack(each).sum() for each in zip(*sums, strict=True))
+    return mixed / len(hidden), apart / len(hidden)
+
+
+def _sums(
+    student_head: Head, teacher_head: Head, hidden: Tensor, taught: Tensor, text: Tensor | None, share: float
+) -> tuple[Tensor, Tensor]:
+    """As `_means`, the sums over tokens, given hidden states [K, H] of both."""
     with torch.no_grad():
         expected = F.log_softmax(_exact(teacher_head(taught)), dim=-1)
     found = F.log_softmax(_exact(student_head(hidden)), dim=-1)
-    return F.kl_div(found, expected, reduction="sum", log_target=True)
+    apart = F.kl_div(found, expected, reduction="sum", log_target=True)
+    if text is None:
+        return apart, apart.detach()
+    return torch.lerp(apart, F.nll_loss(found, text, reduction="sum"), share), apart.detach()
 
 
-class _LinearHeadKl(torch.autograd.Function):
-    """`_kl_sum` of a student whose head is logits = W h + b, with its gradients computed in the forward pass.
+class _LinearHeadSums(torch.autograd.Function):
+    """`_sums` of a student whose head is logits = W h + b, with its gradients computed in the forward pass.
 
-    With p the teacher's probabilities and q the student's, d KL / d logits = q - p. So
-    d KL / d h = (q - p) W, and summed over tokens d KL / d W = (q - p)^T h and d KL / d b = q - p.
+    With p the teacher's probabilities, q the student's, and s the share of the text, whose token is y,
+    d / d logits = q - (1 - s) p - s 1_y. So d / d h = (d / d logits) W, and summed over tokens
+    d / d W = (d / d logits)^T h and d / d b = d / d logits.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, taught: Tensor, teacher_head: Head, chunk: int
-    ) -> Tensor:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        taught: Tensor,
+        teacher_head: Head,
+        text: Tensor | None,
+        share: float,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
         d_hidden, d_weight, d_bias = (
             torch.zeros_like(x) if needed and x is not None else None
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
-        total = torch.zeros((), dtype=_exact(hidden[:0]).dtype, device=hidden.device)
+        apart = torch.zeros((), dtype=_exact(hidden[:0]).dtype, device=hidden.device)
+        of_text = torch.zeros_like(apart)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             log_p = F.log_softmax(_exact(teacher_head(taught[part])), dim=-1)
             log_q = F.log_softmax(_exact(F.linear(hidden[part], weight, bias)), dim=-1)
             p = log_p.exp()
-            total += torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
+            apart += torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
+            next_ones = None if text is None else text[part, None]
+            if next_ones is not None:
+                of_text -= log_q.gather(1, next_ones).sum()
             # In place, because these are the largest tensors.
-            d_logits = log_q.exp_().sub_(p).to(hidden.dtype)
+            exact = log_q.exp_().sub_(p, alpha=1.0 - share)
+            if next_ones is not None:
+                exact.scatter_(1, next_ones, exact.gather(1, next_ones) - share)
+            d_logits = exact.to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[part] = times(d_logits, weight)
             if d_weight is not None:
                 torch.addmm(d_weight, d_logits.T, hidden[part], out=d_weight)
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
-            del log_p, log_q, p, d_logits
+            del log_p, log_q, p, exact, d_logits
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        return total
+        ctx.mark_non_differentiable(apart)
+        return torch.lerp(apart, of_text, share), apart
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, _of_apart: Tensor) -> tuple[Tensor | None, ...]:
         found = (None if each is None else (each * upstream).to(each.dtype) for each in ctx.saved_tensors)
-        return (*found, None, None, None)
+        return (*found, None, None, None, None, None)
 
 
 def _exact(logits: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ FOLDED = 1 << 24
 
 # A block's sums, in fp64: see `gradprune.calibration.accumulator`.
 _SUMS_PER_GROUP, _FP64 = 8, 8
-# Passes over held-out samples that judge distillation: before it, and mostly of three factors.
-_JUDGED = 4
+# Passes over held-out samples that judge distillation: before it, and mostly of two factors.
+_JUDGED = 3
 
 
 def samples_followed(samples: int, blocks: int) -> int:

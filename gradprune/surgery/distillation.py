@@ -1,13 +1,16 @@
 """Distillation: a cut model's weights move towards the dense model's predictions, all blocks at once.
 
 Least squares repairs a block by itself, and cannot know what matters to the model's output. Here every four samples,
-fewer where they are long, give one step down the gradient G of KL(dense || cut), the mean over its tokens, in every
-prunable weight W [O, I]:
+fewer where they are long, give one step down the gradient G of
+
+    (1 - text) KL(dense || cut) + text NLL(samples),
+
+a mean over tokens, in every prunable weight W [O, I]:
 
     W <- W - rate * decay * sqrt(D / I) * rms(W) * G / sqrt(r c^T / mean(r)),
     r_o = mean over i of G_oi^2,  c_i = mean over o of G_oi^2,
 
-with D the divergence itself, before the step, and `decay` falling from 1 to 0 over the steps. The last denominator is
+with D = KL(dense || cut) before the step, and `decay` falling from 1 to 0 over the steps. The last denominator is
 Adafactor's estimate of the gradients' size (Shazeer and Stern 2018, arXiv:1804.04235), of this one step: nothing is
 carried from step to step, and a gradient lives until its own weight has moved, in the backward pass. So the memory is
 that of a pass that takes gradients, and not that of an optimizer.
@@ -35,11 +38,11 @@ from transformers import PreTrainedModel
 
 from gradprune.calibration.capture import Observer, capture
 from gradprune.calibration.gram import accumulation_dtype, add_product
-from gradprune.config import DISTILL_JUDGED, distill_step
+from gradprune.config import DISTILL_JUDGED, DISTILL_TEXT, distill_step
 from gradprune.models import PrunableModel, describe
 from gradprune.models.backward import backpropagated, deterministic_attention, without_autocast
 from gradprune.models.blocks import Projection
-from gradprune.models.divergence import divergence
+from gradprune.models.divergence import divergence_with_text
 from gradprune.models.modes import evaluation_mode
 from gradprune.models.passes import backward_by_layers, mean_loss
 from gradprune.models.precision import rounded_products
@@ -53,9 +56,9 @@ from gradprune.surgery.moments import least
 
 RATE = 0.1
 """The first step's change, relative to a weight's size, where it has one input and the divergence is 1 nat a token."""
-FACTORS = (4.0, 2.0, 1.0, 0.5, 0.25)
-"""How much of all steps' change is made, descending; held-out samples choose. Few samples say little to a large model,
-and more to a small one than one pass takes from them."""
+FACTORS = (1.0, 0.5, 0.25)
+"""How much of all steps' change is made, descending; held-out samples choose. Not more of it than was learned: what
+samples of one kind of text like even more leads away from other text."""
 
 _JUDGED_TOGETHER = 8
 
@@ -64,11 +67,12 @@ _JUDGED_TOGETHER = 8
 class Distillation:
     """What it brought.
 
-    samples: that gave the gradients. factor: how much of the change was made; 0 where none of it made the loss less.
-    before, after: the cut model's loss on held-out samples, in nats per token.
+    samples: that gave the gradients. text: the share of their own tokens. factor: how much of the change was made; 0
+    where none of it made the loss less. before, after: the cut model's loss on held-out samples, in nats per token.
     """
 
     samples: int
+    text: float
     factor: float
     before: float
     after: float
@@ -80,6 +84,7 @@ def distil(
     held_out: Tensor,
     dense: Tensor,
     *,
+    text: float = DISTILL_TEXT,
     rate: float = RATE,
     factors: Sequence[float] = FACTORS,
     recompute: bool = False,
@@ -93,8 +98,8 @@ def distil(
         samples: [N, T] int64, calibration ids, which give a step for every `distill_step(T)`, in this order.
         held_out: [M, T] int64, others, on which the result is judged; one at least.
         dense: [N, T, H], the dense model's residual stream after its last layer, for `samples`.
-        rate: see above.
-        factors: see `FACTORS`; 1 among them. From 1 they are followed to where the loss falls.
+        text, rate: see above.
+        factors: see `FACTORS`; from the first they are followed to where the loss falls.
         recompute: keep of each layer its input alone, and compute it again in the backward pass.
         seed: of the rounding to bfloat16, which is up or down with the probability that keeps the mean.
         advance: called after each step.
@@ -104,7 +109,7 @@ def distil(
     together = distill_step(samples.shape[1])
     batches = samples.split(together)
     judged = [batch.to(view.device) for batch in held_out.split(_JUDGED_TOGETHER)]
-    trained = _Trained(view, batches, dense.split(together), seed)
+    trained = _Trained(view, batches, dense.split(together), text, seed)
 
     def attempt(factor: float) -> tuple[float, float]:
         trained.weights.go(factor)
@@ -117,11 +122,11 @@ def distil(
                 trained.step(step, rate * (1.0 - step / len(batches)))
                 advance()
         trained.weights.arrive()
-        after, factor = least(factors, factors.index(1.0), attempt, itemgetter(0))
+        after, factor = least(factors, 0, attempt, itemgetter(0))
         if not after < before:
             after, factor = before, 0.0
         trained.weights.go(factor)
-    return Distillation(len(samples), factor, before, after)
+    return Distillation(len(samples), text, factor, before, after)
 
 
 class Taught(NamedTuple):
@@ -159,6 +164,7 @@ def distil_run(run: Run, model: PreTrainedModel, taught: Taught) -> Distillation
         return distil(
             view,
             *taught,
+            text=run.config.distill_text,
             recompute=run.config.use_gradient_checkpointing,
             seed=run.config.seed,
             advance=advance,
@@ -168,11 +174,14 @@ def distil_run(run: Run, model: PreTrainedModel, taught: Taught) -> Distillation
 class _Trained:
     """A model whose prunable weights move in its backward pass."""
 
-    def __init__(self, view: PrunableModel, batches: Sequence[Tensor], dense: Sequence[Tensor], seed: int) -> None:
+    def __init__(
+        self, view: PrunableModel, batches: Sequence[Tensor], dense: Sequence[Tensor], text: float, seed: int
+    ) -> None:
         self._view = view
         self._batches = [batch.to(view.device) for batch in batches]
         self._streams = Streams(view, batches)
         self._dense = dense
+        self._text = text
         self._rate = self._divergence = 0.0
         self._entries = [entry for block in view.linear_blocks for entry in block.projections]
         self._recomputation = Recomputation()
@@ -215,15 +224,18 @@ class _Trained:
         backward_by_layers(self._view, [self._batches[batch]], self._recomputation, passed, loss)
 
     def _loss(self, batch: int, hidden: Tensor) -> Tensor:
-        """The divergence, given the decoder's last hidden states [N, T, H], summed over tokens; the mean scales a step.
+        """What a step descends, given the decoder's last hidden states [N, T, H], summed over tokens.
 
-        The size of the gradients does not matter, as long as it is within the range of their type.
+        The size of the gradients does not matter, as long as it is within the range of their type. No token follows a
+        sample's last one, which is left out.
         """
         with torch.no_grad():
             taught = self._streams.last_hidden(batch, self._dense[batch].to(self._view.device))
-        mean = divergence(self._view.model, hidden.flatten(0, 1), taught.flatten(0, 1))
-        self._divergence = max(mean.item(), 0.0)
-        return mean * self._batches[batch].numel()
+        found, expected = (each[:, :-1].flatten(0, 1) for each in (hidden, taught))
+        text = self._batches[batch][:, 1:].flatten()
+        mean, apart = divergence_with_text(self._view.model, found, expected, text, self._text)
+        self._divergence = max(apart.item(), 0.0)
+        return mean * len(text)
 
     @torch.no_grad()
     def _move(self, entry: Projection, x: Tensor, dy: Tensor, _dx: Tensor) -> None:

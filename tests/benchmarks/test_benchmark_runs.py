@@ -21,7 +21,7 @@ from benchmarks.jobs.session import Session, Task, TurnError, Worker
 from benchmarks.kernels import run as kernels
 from benchmarks.kernels import sweep
 from benchmarks.progress import Deadline
-from benchmarks.quality import calibration_size, experts, methods, recovery, stage_times, vanishing
+from benchmarks.quality import calibration_size, distilled_text, experts, methods, recovery, stage_times, vanishing
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.peers.choice import uniform_masks
 from benchmarks.quality.peers.torch_pruning import without_grouped_queries
@@ -274,6 +274,17 @@ def test_quality_by_the_number_of_calibration_samples(tmp_path: Path) -> None:
         (4, ours), (4, peer), (8, ours), (8, peer),
     ]  # fmt: skip
     assert all(record.extra["perplexity"] > record.extra["perplexity_dense"] > 1.0 for record in found)
+
+
+def test_quality_by_the_text_s_share_in_distillation(tmp_path: Path) -> None:
+    distilled_text.main([*TOY, str(tmp_path), "--seq_len", "16", "--ratios", "0.5", "--eval_samples", "2"])
+    found = read(tmp_path)
+    assert [record.extra["share"] for record in found] == [0.0, 0.1]
+    for record in found:
+        for text in ("", "other_"):
+            assert record.extra[f"{text}perplexity"] > record.extra[f"{text}perplexity_dense"] > 1.0
+    assert found[0].extra["perplexity"] != found[1].extra["perplexity"]
+    assert "| model | removed | the text's share | excess | on other text | zero-shot (dense) |" in report(found, tmp_path)
 
 
 def test_stage_times_of_a_real_model_and_their_table(tmp_path: Path) -> None:

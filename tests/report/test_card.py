@@ -64,10 +64,11 @@ def test_it_says_what_was_pruned_how_and_what_was_measured(results: Path) -> Non
     assert "AutoModelForCausalLM.from_pretrained" in card.text
     assert "mlx_lm.generate" in card.text
     taught = summary["distillation"]
+    samples = "predictions for 8 samples, and by 10% from their own tokens"
     told = f"from {taught['before']:.3f} to {taught['after']:.3f} nats per token"
     for text in (card.text, (results / "uneven" / "report.html").read_text()):
         assert "re-solved by least squares" in text
-        assert ("predictions for 8 samples" in text) == (told in text) == (taught["factor"] > 0.0)
+        assert (samples in text) == (told in text) == (taught["factor"] > 0.0)
 
 
 def test_it_holds_no_path_of_this_machine_and_no_time(results: Path) -> None:

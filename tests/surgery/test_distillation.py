@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradprune.config import PruneConfig, distill_step
+from gradprune.config import DISTILL_TEXT, PruneConfig, distill_step
 from gradprune.errors import ConfigError
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
@@ -48,20 +48,32 @@ def divergence(dense: PreTrainedModel, model: PreTrainedModel, ids: Tensor) -> T
     return F.kl_div(found, expected, reduction="batchmean", log_target=True)
 
 
+def descended(dense: PreTrainedModel, model: PreTrainedModel, ids: Tensor, text: float) -> tuple[Tensor, Tensor]:
+    """What a step descends, of all logits at once: each token but a sample's last; and the divergence alone."""
+    with torch.no_grad():
+        expected = F.log_softmax(dense(ids).logits[:, :-1].flatten(0, 1), -1)
+    found = F.log_softmax(model(ids).logits[:, :-1].flatten(0, 1), -1)
+    apart = F.kl_div(found, expected, reduction="batchmean", log_target=True)
+    return (1.0 - text) * apart + text * F.nll_loss(found, ids[:, 1:].flatten()), apart.detach()
+
+
 def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("text", [0.0, 0.3])
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
-def test_a_step_is_the_formula_s_by_autograd(architecture: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_the_formula_s_by_autograd(
+    architecture: str, text: float, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     losses = [1.0, 0.5]
     monkeypatch.setattr("gradprune.surgery.distillation.mean_loss", lambda *_: losses.pop(0))
     dense = tiny_model(architecture).to(device)
     model, streams = pruned(dense)
     twin, rate = copy.deepcopy(model), 0.02
     ids = SAMPLES[:STEP].to(device)
-    apart = divergence(dense, twin, ids)
-    apart.backward()
+    loss, apart = descended(dense, twin, ids, text)
+    loss.backward()
     expected = {}
     for block in describe(twin).linear_blocks:
         for entry in block.projections:
@@ -74,10 +86,11 @@ def test_a_step_is_the_formula_s_by_autograd(architecture: str, device: str, mon
         SAMPLES[:STEP],
         SAMPLES[:STEP],
         streams[:STEP],
+        text=text,
         rate=rate,
         factors=(1.0,),
     )
-    assert found == Distillation(STEP, 1.0, 1.0, 0.5)
+    assert found == Distillation(STEP, text, 1.0, 1.0, 0.5)
     for block in describe(model).linear_blocks:
         for entry in block.projections:
             np.testing.assert_allclose(
@@ -100,6 +113,7 @@ def test_steps_bring_the_predictions_nearer_and_leave_the_dense_model(recompute:
         SAMPLES,
         HELD_OUT,
         streams[:8],
+        text=0.0,
         rate=0.02,
         recompute=recompute,
         advance=lambda: steps.append(1),
@@ -128,22 +142,22 @@ def test_as_much_of_the_change_is_made_as_is_best_on_held_out_samples(monkeypatc
     changes, losses = {}, []
     monkeypatch.setattr("gradprune.surgery.distillation.mean_loss", lambda *_: losses.pop(0))
     for name, found, factor in (
-        ("none", [1.0, 2.0, 3.0, 1.5, 1.6], 0.0),
-        ("not a number", [1.0, *[float("nan")] * 3], 0.0),
-        ("a half", [1.0, 0.9, 0.95, 0.8, 0.85], 0.5),
-        ("all", [1.0, 0.9, 0.95, 0.92], 1.0),
-        ("double", [1.0, 0.9, 0.8, 0.85], 2.0),
+        ("none", [1.0, 2.0, 1.5, 1.6], 0.0),
+        ("not a number", [1.0, *[float("nan")] * 2], 0.0),
+        ("a quarter", [1.0, 0.9, 0.8, 0.7], 0.25),
+        ("a half", [1.0, 0.9, 0.8, 0.85], 0.5),
+        ("all", [1.0, 0.9, 0.95], 1.0),
     ):
         losses[:] = found
         model, streams = pruned(tiny_model(dtype=torch.float32))
         before = weights_of(model)["model.layers.1.mlp.up_proj.weight"]
         result = distil(describe(model), SAMPLES, HELD_OUT, streams[:8], rate=0.05)
-        assert result == Distillation(8, factor, 1.0, min([value for value in found if value == value]))
+        assert result == Distillation(8, DISTILL_TEXT, factor, 1.0, min([value for value in found if value == value]))
         assert not losses
         changes[name] = weights_of(model)["model.layers.1.mlp.up_proj.weight"] - before
     assert not changes["none"].any()
     assert not changes["not a number"].any()
-    for name, factor in (("a half", 0.5), ("double", 2.0)):
+    for name, factor in (("a half", 0.5), ("a quarter", 0.25)):
         torch.testing.assert_close(changes[name], factor * changes["all"], rtol=1e-4, atol=1e-7)
 
 
@@ -227,6 +241,9 @@ def test_a_run_distils_unless_it_is_asked_not_to() -> None:
 def test_there_is_nothing_to_distil_without_a_repair() -> None:
     with pytest.raises(ConfigError, match="distill_samples: 8 teach a repaired model; leave out --repair none"):
         PruneConfig(repair="none", distill_samples=8)
+    for options, left_out in (({"repair": "none"}, "--repair none"), ({"distill_samples": 0}, "--distill_samples 0")):
+        with pytest.raises(ConfigError, match=f"distill_text: 0.5 is a share of .* leave out {left_out}"):
+            PruneConfig(distill_text=0.5, **options)
 
 
 def test_blocks_that_are_not_to_be_pruned_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
