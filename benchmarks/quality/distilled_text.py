@@ -1,9 +1,9 @@
 """What the text's share in distillation brings on text of the calibration's kind, and what it costs on other text.
 
     python -m benchmarks.quality.distilled_text [--shares 0,0.05,0.1,0.2] [--tasks FOLDER --max_questions N]
-    python -m benchmarks.quality.distilled_text --base_model MODEL --dataset TEXT --eval_dataset TEXT --other_dataset TEXT
 
-By default SmolLM2-135M, calibrated on WikiText-2; the other text is of stories. Ratios are of the prunable parameters.
+By default SmolLM2-135M, calibrated on WikiText-2; the other text is of stories. Instead of them: --base_model, --dataset,
+--eval_dataset and --other_dataset. Ratios are of the prunable parameters.
 Not part of `make bench`, because SmolLM2-135M takes half an hour; --quick measures one ratio and two shares.
 """
 
@@ -101,9 +101,7 @@ def _distilled(subject: Subject, options: Namespace) -> Iterator[tuple[float, fl
             yield given, share, distilled
 
 
-def _append(
-    subject: Subject, ratio: float, share: float, found: Measured, dense: Measured, options: Namespace
-) -> None:
+def _append(subject: Subject, ratio: float, share: float, found: Measured, dense: Measured, options: Namespace) -> None:
     extra = {
         "ratio": ratio,
         "share": share,

@@ -84,7 +84,7 @@ def repair_text(summary: dict[str, Any]) -> str:
     if taught is not None and taught["factor"]:
         own = f", and by {taught['text']:.0%} from their own tokens" if taught["text"] else ""
         text += (
-            f" All kept weights were distilled from the dense model's predictions for {taught['samples']} samples"
-            f"{own}: the loss on held-out samples went from {taught['before']:.3f} to {taught['after']:.3f} nats per token."
+            f" All kept weights were distilled from the dense model's predictions for {taught['samples']} samples{own}:"
+            f" the loss on held-out samples went from {taught['before']:.3f} to {taught['after']:.3f} nats per token."
         )
     return text

@@ -284,7 +284,9 @@ def test_quality_by_the_text_s_share_in_distillation(tmp_path: Path) -> None:
         for text in ("", "other_"):
             assert record.extra[f"{text}perplexity"] > record.extra[f"{text}perplexity_dense"] > 1.0
     assert found[0].extra["perplexity"] != found[1].extra["perplexity"]
-    assert "| model | removed | the text's share | excess | on other text | zero-shot (dense) |" in report(found, tmp_path)
+    assert "| model | removed | the text's share | excess | on other text | zero-shot (dense) |" in report(
+        found, tmp_path
+    )
 
 
 def test_stage_times_of_a_real_model_and_their_table(tmp_path: Path) -> None:
