@@ -2,9 +2,9 @@
 
     python -m benchmarks.quality.distilled_text [--shares 0,0.05,0.1,0.2] [--tasks FOLDER --max_questions N]
 
-By default SmolLM2-135M, calibrated on WikiText-2; the other text is of stories. Instead of them: --base_model, --dataset,
---eval_dataset and --other_dataset. Ratios are of the prunable parameters.
-Not part of `make bench`, because SmolLM2-135M takes half an hour; --quick measures one ratio and two shares.
+By default SmolLM2-135M, calibrated on WikiText-2; the other text is of stories. --base_model, --dataset, --eval_dataset
+and --other_dataset name others. Ratios are of the prunable parameters. Not part of `make bench`, because SmolLM2-135M
+takes half an hour; --quick measures one ratio and two shares.
 """
 
 from argparse import Namespace
