@@ -17,7 +17,15 @@ from transformers import PreTrainedModel
 
 from benchmarks.options import listed, parse, parser
 from benchmarks.progress import say
-from benchmarks.quality.methods import SMOLLM2, Quality, Subject, chosen_subject, quality_of, shared_texts
+from benchmarks.quality.methods import (
+    SMOLLM2,
+    Quality,
+    Subject,
+    chosen_subject,
+    quality_of,
+    shared_texts,
+    without_tasks,
+)
 from benchmarks.results import append, record
 from gradprune.calibration.gather import gather_evidence
 from gradprune.config import DISTILL_TEXT, PruneConfig
@@ -45,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     other = replace(subject, evaluation=load_tokens(options.other_dataset, subject.tokenizer, split="evaluation"))
 
     def measured(model: PreTrainedModel) -> Measured:
-        without_tasks = Namespace(**{**vars(options), "tasks": None})
-        return Measured(quality_of(model, subject, options), quality_of(model, other, without_tasks).perplexity)
+        return Measured(
+            quality_of(model, subject, options), quality_of(model, other, without_tasks(options)).perplexity
+        )
 
     dense = measured(subject.model)
     say(f"text in distillation, {subject.name}: dense perplexity {dense.same.perplexity:.2f}, other {dense.other:.2f}")

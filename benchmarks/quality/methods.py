@@ -88,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     made.add_argument("--methods", type=listed(str), default=DENSE_METHODS, help="importance methods to measure")
     made.add_argument("--peers", type=listed(str), default=tuple(PEERS), help="peers to measure")
+    made.add_argument("--providers", type=listed(str), default=None, help="of all these alone, as tables name them")
     made.add_argument("--dataset")
     made.add_argument("--eval_dataset")
     made.add_argument("--ratios", type=listed(float), default=None)
@@ -110,9 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # Ratios of different parameters never share a table, nor different numbers of samples.
             about = f"ratios of its prunable parameters, {options.num_samples} samples"
             subject = replace(subject, name=f"{subject.name}, {about}")
-        dense = quality_of(subject.model, subject, options)
+        asked = _is_asked("dense", options)
+        dense = quality_of(subject.model, subject, options if asked else without_tasks(options))
         say(f"quality of {subject.name}: dense perplexity {dense.perplexity:.2f}")
-        _append(subject, "dense", 0.0, 0, dense, dense, options)
+        if asked:
+            _append(subject, "dense", 0.0, 0, dense, dense, options)
         for seed in options.seeds:
             if not _measure_seed(subject, seed, dense, deadline, options):
                 say("    the time for this run is used up")
@@ -222,11 +225,17 @@ def _measure_seed(subject: Subject, seed: int, dense: Quality, deadline: Deadlin
     samples = draw_samples(model, None, drawn, subject.calibration, subject.evaluation)
     run = Run(describe(model), config, samples)
     for choice in _choices(run, options):
+        if not _is_asked(choice.provider, options):
+            continue
         if not deadline.allows(0.0):
             return False
         measured = pruned_quality(run, choice, subject, options)
         _append(subject, choice.provider, choice.ratio, seed, measured, dense, options)
     return True
+
+
+def _is_asked(provider: str, options: Namespace) -> bool:
+    return options.providers is None or provider in options.providers
 
 
 def pruned_quality(run: Run, choice: Choice, subject: Subject, options: Namespace) -> Quality:
@@ -307,6 +316,11 @@ def quality_of(model: PreTrainedModel, subject: Subject, options: Namespace) -> 
     files = [] if options.tasks is None else sorted(str(path) for path in options.tasks.glob("*.jsonl"))
     answered = evaluate_tasks(model, subject.tokenizer, files, max_questions=options.max_questions) if files else ()
     return Quality(value, {found.task: found.accuracy for found in answered}, model_size(model).parameters)
+
+
+def without_tasks(options: Namespace) -> Namespace:
+    """The options of `quality_of` that ask no zero-shot question."""
+    return Namespace(**{**vars(options), "tasks": None})
 
 
 def _append(

@@ -238,6 +238,10 @@ def test_quality(tmp_path: Path) -> None:
     assert len(providers) in (31 + len(PEERS), 32 + len(PEERS))
     assert set(PEERS) <= set(providers)
     assert all(record.extra["perplexity"] > 1.0 and record.extra["kept"] >= 0.8 for record in found)
+    again = ["--providers", "gradprune obs + distillation T=0", "--methods", "obs", "--base_model", str(folder)]
+    methods.main([*TOY, str(tmp_path / "again"), *texts, *sizes, *again])
+    (alone,) = read(tmp_path / "again")
+    assert alone.extra == next(record.extra for record in found if record.provider == alone.provider)
 
 
 def test_quality_of_the_prunable_parameters_with_zero_shot_questions(tmp_path: Path) -> None:
