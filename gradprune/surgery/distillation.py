@@ -57,8 +57,8 @@ from gradprune.surgery.moments import least
 RATE = 0.1
 """The first step's change, relative to a weight's size, where it has one input and the divergence is 1 nat a token."""
 FACTORS = (1.0, 0.5, 0.25)
-"""How much of all steps' change is made, descending; held-out samples choose. More than all of it may suit them, which are
-of the same kind of text, but leads away from other text."""
+"""How much of all steps' change is made, descending; held-out samples choose. These may like more than all of it, but
+they are of one kind of text: it would lead away from other text."""
 
 _JUDGED_TOGETHER = 8
 
