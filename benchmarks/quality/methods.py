@@ -259,7 +259,7 @@ def _choices(run: Run, options: Namespace) -> Iterator[Choice]:
     """Ratio by ratio, so that each is complete before the next."""
     run = replace(run, config=replace(run.config, search_minutes=60.0, **_evidence(options)))
     evidence, model, constraints = gather_evidence(run), run.view.model, run.config.constraints
-    traced = _torch_pruning(model, run.samples.calibration)
+    traced = _torch_pruning(model, run.samples.calibration) if _is_asked(TORCH_PRUNING, options) else None
     prunable = run.view.prunable / run.view.parameters
     for given in options.ratios:
         ratio = given * prunable if options.prunable else given
@@ -285,7 +285,7 @@ def _choices(run: Run, options: Namespace) -> Iterator[Choice]:
         budget = int(ratio * run.view.parameters)
         if traced is not None:
             yield Choice(TORCH_PRUNING, given, uniform_masks(run.view, traced, budget))
-        for name in options.peers:
+        for name in (peer for peer in options.peers if _is_asked(peer, options)):
             found_by_peer = PEERS[name](run.view, run.calibration, budget)
             yield Choice(name, given, found_by_peer.masks, peer=found_by_peer)
 
