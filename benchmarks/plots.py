@@ -53,7 +53,8 @@ def kernel_plot(records: Sequence[Record], path: Path) -> None:
 def quality_plot(records: Sequence[Record], path: Path) -> None:
     """Mean perplexity against parameters kept: one line per provider, one panel without H-GSP and one with it.
 
-    Each method has its own colour, solid with repair and dotted without; peers are black, each with its own dashes.
+    Each method has its own colour, solid with repair and dotted without, with diamonds where it is distilled too; peers
+    are black, each with its own dashes.
 
     Args:
         records: of one model.
@@ -72,7 +73,7 @@ def quality_plot(records: Sequence[Record], path: Path) -> None:
         axis.set(title=title, xlabel="parameters kept")
         _size_axes(axis)
     lines = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=6)
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=6, handlelength=5)
     _finish(figure, axes, "perplexity", path)
 
 
@@ -139,7 +140,8 @@ def _quality_panel(axis: Axes, records: Sequence[Record], colors: Mapping[str, s
         points = [(1.0, dense[0]), *points] if dense else points
         x, y = zip(*points, strict=True)
         ours, repaired = provider.startswith("gradprune"), " + " in provider
-        style = ("o-" if repaired else "o:") if ours else ""
+        marker = "D" if "distillation" in provider else "o"
+        style = (f"{marker}-" if repaired else f"{marker}:") if ours else ""
         color = colors[_method(provider)] if ours else "black"
         label = provider.removeprefix("gradprune ").split(" T=")[0]
         (line,) = axis.plot(x, y, style, color=color, label=label, markersize=3)
