@@ -141,7 +141,7 @@ def _quality_panel(axis: Axes, records: Sequence[Record], colors: Mapping[str, s
         x, y = zip(*points, strict=True)
         ours, repaired = provider.startswith("gradprune"), " + " in provider
         marker = "D" if "distillation" in provider else "o"
-        style = (f"{marker}-" if repaired else f"{marker}:") if ours else ""
+        style = marker + ("-" if repaired else ":") if ours else ""
         color = colors[_method(provider)] if ours else "black"
         label = provider.removeprefix("gradprune ").split(" T=")[0]
         (line,) = axis.plot(x, y, style, color=color, label=label, markersize=3)

@@ -12,7 +12,15 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.options import listed, parse, parser
 from benchmarks.progress import Deadline, say
-from benchmarks.quality.methods import SMOLLM2, Choice, Subject, pruned_quality, quality_of, subjects
+from benchmarks.quality.methods import (
+    SMOLLM2,
+    Choice,
+    Subject,
+    pruned_quality,
+    quality_of,
+    subjects,
+    without_tasks,
+)
 from benchmarks.quality.peers import PEERS
 from benchmarks.results import append, record
 from gradprune.calibration.gather import gather_evidence
@@ -38,10 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--seeds", type=listed(int), default=(0,))
     made.add_argument("--seq_len", type=int, default=128)
     made.add_argument("--eval_samples", type=int, default=64, help="windows to measure")
-    options = parse(made, arguments)
+    options = without_tasks(parse(made, arguments))
     options.sizes = options.sizes or ((4, 8) if options.toy else (128, 512) if options.quick else (64, 128, 256, 512))
-    # No zero-shot tasks, which `quality_of` would measure too.
-    options.tasks = None
     deadline = Deadline(options.seconds)
     for subject in subjects(options):
         dense = quality_of(subject.model, subject, options).perplexity
