@@ -387,22 +387,36 @@ def _excess(found: Record, text: str = "") -> float:
 
 
 DISTILLED_TEXT = (
-    "Excess, ln(perplexity / dense perplexity), and mean accuracy on zero-shot tasks, by the text's share in what "
-    "distillation teaches, on text of the calibration's kind and on other text; removed of the prunable parameters "
-    "(`python -m benchmarks.quality.distilled_text`)."
+    "Excess, ln(perplexity / dense perplexity), and mean accuracy on zero-shot tasks, by the share of the samples that "
+    "the model wrote itself, and by the text's share in what distillation teaches, on text of the calibration's kind "
+    "and on other text; removed of the prunable parameters (`python -m benchmarks.quality.distilled_text`)."
 )
 
 
 def distilled_text_table(records: Sequence[Record]) -> str:
-    """One row per model, ratio and share; means over seeds."""
+    """One row per model, ratio, shares and number of questions; means over seeds."""
     rows = []
-    for (name, ratio, share), group in grouped(
-        records, lambda found: (found.name, found.extra["ratio"], found.extra["share"])
+    for (name, ratio, own, share, questions), group in grouped(
+        sorted(records, key=lambda found: (found.name, found.extra["ratio"], found.extra.get("own_text", 0.0))),
+        lambda found: (
+            found.name,
+            found.extra["ratio"],
+            found.extra.get("own_text", 0.0),
+            found.extra["share"],
+            found.extra["max_questions"],
+        ),
     ).items():
         same, other = (fmean(_excess(found, text) for found in group) for text in ("", "other_"))
         accuracies = f"{_accuracy(group)} ({_accuracy(group, 'accuracies_dense')})"
-        rows.append([name, f"{ratio:.0%}", f"{share:.0%}", f"{same:.3f}", f"{other:.3f}", accuracies])
-    return table(["model", "removed", "the text's share", "excess", "on other text", "zero-shot (dense)"], rows)
+        shares, excesses = (f"{own:.0%}", f"{share:.0%}"), (f"{same:.3f}", f"{other:.3f}")
+        rows.append([name, f"{ratio:.0%}", *shares, *excesses, accuracies, str(questions or "all")])
+    return table(
+        [
+            *("model", "removed", "own text", "the text's share", "excess", "on other text", "zero-shot (dense)"),
+            "questions a task",
+        ],
+        rows,
+    )
 
 
 EXPERTS = (

@@ -185,7 +185,8 @@ def _start(
     if config.tasks is not None:
         check_tasks(config.tasks.split(","), tokenizer)
     prompts = read_prompts(config.prompts) if config.prompts is not None else None
-    samples = draw_samples(model, tokenizer, config, calibration, evaluation)
+    with clock.stage("own_text") if config.own_text else nullcontext():
+        samples = draw_samples(model, tokenizer, config, calibration, evaluation, console=clock.console, ranks=ranks)
     if tokenizer is None or not config.generations:
         prompts = []
     elif prompts is None:

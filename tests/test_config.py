@@ -47,7 +47,7 @@ OTHER = {
     "resume": True, "serve": "hf", "tensor_parallel": 2, "prompts": "prompts.txt", "generations": False,
     "device_map": "auto", "stream_layers": "off", "stream_memory": "2GiB", "target_parameters": "1.5B",
     "target_bytes": "3GiB", "target_speedup": 1.5,
-    "shots": 2, "distill_samples": 4, "distill_text": 0.5,
+    "shots": 2, "distill_samples": 4, "distill_text": 0.5, "own_text": 0.25,
 }  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 """What the text's share in distillation brings on text of the calibration's kind, and what it costs on other text.
 
     python -m benchmarks.quality.distilled_text [--shares 0,0.05,0.1,0.2] [--tasks FOLDER --max_questions N]
+    python -m benchmarks.quality.distilled_text --own_text 0.5 --shares 0.1 [--tasks FOLDER --max_questions N]
 
-By default SmolLM2-135M, calibrated on WikiText-2; the other text is of stories. --base_model, --dataset, --eval_dataset
-and --other_dataset name others. Ratios are of the prunable parameters. Not part of `make bench`, because SmolLM2-135M
-takes half an hour; --quick measures one ratio and two shares.
+The second is of samples half of which the model writes itself. By default SmolLM2-135M, calibrated on WikiText-2; the
+other text is of stories. --base_model, --dataset, --eval_dataset and --other_dataset name others. Ratios are of the
+prunable parameters. Not part of `make bench`, because SmolLM2-135M takes half an hour; --quick measures one ratio and
+two shares.
 """
 
 from argparse import Namespace
@@ -70,6 +72,7 @@ def _parser() -> Any:
     made.add_argument("--eval_dataset")
     made.add_argument("--other_dataset", help="default stories beside the repository")
     made.add_argument("--shares", type=listed(float), default=None, help="of the text in what distillation teaches")
+    made.add_argument("--own_text", type=float, default=0.0, help="of the samples, the share the model writes itself")
     made.add_argument("--ratios", type=listed(float), default=None)
     made.add_argument("--num_samples", type=int, default=None)
     made.add_argument("--seed", type=int, default=0)
@@ -93,7 +96,9 @@ def _with_defaults(options: Namespace) -> Namespace:
 def _distilled(subject: Subject, options: Namespace) -> Iterator[tuple[float, float, PreTrainedModel]]:
     """A ratio, a share and the model pruned by the defaults and distilled so; one calibration and a repair a ratio."""
     view = describe(subject.model)
-    config = PruneConfig(num_samples=options.num_samples, seq_len=options.seq_len, seed=options.seed)
+    config = PruneConfig(
+        num_samples=options.num_samples, seq_len=options.seq_len, seed=options.seed, own_text=options.own_text
+    )
     run = Run(view, config, draw_samples(subject.model, None, config, subject.calibration, subject.evaluation))
     evidence = gather_evidence(run)
     for given in options.ratios:
@@ -114,6 +119,7 @@ def _append(subject: Subject, ratio: float, share: float, found: Measured, dense
     extra = {
         "ratio": ratio,
         "share": share,
+        "own_text": options.own_text,
         "seed": options.seed,
         "perplexity": found.same.perplexity,
         "perplexity_dense": dense.same.perplexity,
@@ -126,7 +132,7 @@ def _append(subject: Subject, ratio: float, share: float, found: Measured, dense
         "eval_windows": options.eval_samples,
         "max_questions": options.max_questions,
     }
-    shape = f"{ratio:.0%}, {share:.0%} of the text"
+    shape = f"{ratio:.0%}, {share:.0%} of the text, {options.own_text:.0%} own text"
     append(
         record("distilled_text", subject.name, "gradprune prune", shape, "fp32", options.device, extra=extra),
         options.output,

@@ -64,6 +64,7 @@ class Evidence:
     applied: how gradients were scaled before they were added; None if they were not; then any fix can still be applied.
     reduction, num_samples, seq_len: what the pass was run with.
     seed, dataset: how its samples were drawn, and from what; None if the caller passed the samples in.
+    own_text: the share of them that the model wrote itself.
     priors: by kind of prior, those that were measured.
     model: `model_digest` of the model; empty until the evidence is bound to one.
     """
@@ -80,6 +81,7 @@ class Evidence:
     diagnosed_samples: int
     seed: int | None = None
     dataset: str | None = None
+    own_text: float = 0.0
     priors: dict[str, Priors] = field(default_factory=dict)
     model: str = ""
 

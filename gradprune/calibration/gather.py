@@ -122,6 +122,7 @@ def _evidence(run: Run, engine: ImportanceEngine) -> Evidence:
         found,
         seed=config.seed,
         dataset=config.dataset,
+        own_text=config.own_text,
         model=model_digest(run.view.model),
     )
     gates = engine.gate_gradients()

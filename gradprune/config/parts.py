@@ -162,6 +162,12 @@ class Data(Options):
         None, "Text: a .txt, .jsonl or .npy file, or wikitext2, ptb, c4; default the embedded text.", _DATASET
     )
     eval_dataset: str | None = option(None, "Held-out text for perplexity; default the end of dataset.", _DATASET)
+    own_text: float = option(
+        0.0,
+        "Share of the calibration and held-out samples that the model writes itself, for what it has learned and "
+        "dataset lacks; 1 needs no text.",
+        numbers("between 0 and 1", lambda x: 0.0 <= x <= 1.0),
+    )
     num_samples: int = option(256, "Calibration samples, drawn without replacement.", at_least(1))
     seq_len: int = option(128, "Tokens per sample.", at_least(2))
     batch_size: int = option(8, "Samples per forward pass.", at_least(1))

@@ -2,14 +2,18 @@
 
 from dataclasses import dataclass
 
+from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradprune.config import PruneConfig
+from gradprune.data.own_text import own_samples
 from gradprune.data.sources import load_tokens
-from gradprune.data.windows import overlap_of, sample_windows, split_held_out
+from gradprune.data.windows import overlap_of, sample_windows, split_held_out, spread
 from gradprune.errors import CalibrationError
 from gradprune.models.sizes import vocabulary_of
+from gradprune.progress import QUIET, progress
+from gradprune.ranks import ALONE, Ranks
 
 # A standard error needs two.
 _FEWEST_SEARCHED = 2
@@ -21,7 +25,8 @@ class Samples:
 
     calibration: [num_samples, seq_len]. held_out: [at most held_out_samples, seq_len], for the repair to choose its
         settings on. searched: [at most search_samples, seq_len], for the search to compare candidates on. Both are
-        empty where that is not done.
+        empty where that is not done. Of the first two, a share of `own_text` is what the model writes itself, evenly
+        spread.
     evaluation: [tokens], for perplexity.
     overlap: the fraction of the evaluation tokens that occur in the calibration text; 0 if they are held out.
     """
@@ -39,11 +44,17 @@ def draw_samples(
     config: PruneConfig,
     calibration: Tensor | None = None,
     evaluation: Tensor | None = None,
+    *,
+    console: Console = QUIET,
+    ranks: Ranks = ALONE,
 ) -> Samples:
     """Draw the samples of a run from the given tokens or, where None, from the datasets of `config`.
 
+    console: where progress is shown while the model writes. ranks: the processes that divide that.
+
     Raises:
-        CalibrationError: text is missing or too short, or has ids that the model does not know.
+        CalibrationError: text is missing or too short, or has ids that the model does not know; or the model cannot
+            write.
     """
     for name, given in (("calibration", calibration), ("evaluation", evaluation)):
         if given is not None:
@@ -51,20 +62,40 @@ def draw_samples(
     calibration, evaluation = calibration_and_evaluation(
         tokenizer, config, calibration, evaluation, vocabulary_of(model)
     )
+    held_out = config.held_out_samples if config.repair != "none" else 0
+    own = [round(config.own_text * count) for count in (config.num_samples, held_out)]
+    sizes = _sizes_of_text(len(calibration) // config.seq_len, config, config.num_samples - own[0], held_out - own[1])
+    windows = calibration.new_empty(0, config.seq_len)
+    if sum(sizes):
+        windows = sample_windows(calibration, num_samples=sum(sizes), seq_len=config.seq_len, seed=config.seed)
+    calibrated, chosen_on, compared_on = windows.split(sizes)
+    if sum(own):
+        with progress(console, "Writing", sum(own), "samples") as advance:
+            written = own_samples(
+                model,
+                sum(own),
+                config.seq_len,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                ranks=ranks,
+                advance=advance,
+            )
+        calibrated, chosen_on = map(spread, (calibrated, chosen_on), written.split(own))
+    return Samples(calibrated, chosen_on, compared_on, evaluation, overlap_of(evaluation, calibration))
+
+
+def _sizes_of_text(available: int, config: PruneConfig, calibrated: int, held_out: int) -> list[int]:
+    """Windows of the text, of which so many are available: to calibrate on, to hold out, and to search on."""
     # Held-out samples come from the windows that calibration leaves over.
-    spare = max(0, len(calibration) // config.seq_len - config.num_samples)
+    spare = max(0, available - calibrated)
     searches = config.importance_method == "auto"
     if searches and spare < _FEWEST_SEARCHED:
         raise CalibrationError(
             f"num_samples: {config.num_samples} samples leave no text to search on; give more text, or fewer samples"
         )
     # Of too little text, the search gets two thirds.
-    held_out = min(config.held_out_samples, spare // 3 if searches else spare) if config.repair != "none" else 0
-    searched = min(config.search_samples, spare - held_out) if searches else 0
-    sizes = [config.num_samples, held_out, searched]
-    windows = sample_windows(calibration, num_samples=sum(sizes), seq_len=config.seq_len, seed=config.seed)
-    calibrated, chosen_on, compared_on = windows.split(sizes)
-    return Samples(calibrated, chosen_on, compared_on, evaluation, overlap_of(evaluation, calibration))
+    held_out = min(held_out, spare // 3 if searches else spare)
+    return [calibrated, held_out, min(config.search_samples, spare - held_out) if searches else 0]
 
 
 def _check_ids(argument: str, tokens: Tensor, vocab_size: int) -> None:

@@ -71,6 +71,12 @@ def sample_windows(tokens: Tensor, *, num_samples: int, seq_len: int, seed: int)
     return windows[torch.randperm(available, generator=generator)[:num_samples]]
 
 
+def spread(first: Tensor, second: Tensor) -> Tensor:
+    """[A + B, T] of [A, T] and [B, T]: both in their order, and evenly spread among each other."""
+    places = [(torch.arange(len(each), dtype=torch.float64) + 0.5) / max(1, len(each)) for each in (first, second)]
+    return torch.cat([first, second])[torch.cat(places).argsort(stable=True)]
+
+
 def overlap_of(evaluation: Tensor, calibration: Tensor, *, length: int = 64, pieces: int = 16) -> float:
     """Estimate the fraction of `evaluation` that occurs in `calibration`, from pieces spread evenly over `evaluation`.
 

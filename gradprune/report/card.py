@@ -16,7 +16,7 @@ from gradprune.checkpoint.save import MLX_TYPES
 from gradprune.config import OPTIONS, PruneConfig, command_line
 from gradprune.hub import hub_fault
 from gradprune.models.modeling_gradprune import head_class, per_layer_overrides
-from gradprune.report.rows import layer_header, layer_rows, repair_text, summary_rows
+from gradprune.report.rows import layer_header, layer_rows, repair_text, samples_text, summary_rows
 from gradprune.version import __version__
 
 # Speed differs from run to run, and a checkpoint has the same bytes every time.
@@ -124,11 +124,10 @@ def _license(head: dict[str, Any]) -> dict[str, Any]:
 
 def _how(base: _Base, config: PruneConfig, summary: dict[str, Any]) -> str:
     before, after = summary["parameters"]["before"], summary["parameters"]["after"]
-    calibration = summary["calibration"]
     text = (
         f"{base.name} with {after:,} of its {before:,} parameters: gradprune {__version__} removed the KV groups and "
         f"MLP channels with the least `{config.importance_method}` importance over the whole model, measured on "
-        f"{calibration['num_samples']} samples of {calibration['seq_len']} tokens."
+        f"{samples_text(summary)}."
     )
     return f"{text}{repair_text(summary)}\n\n```sh\n{command_line(_shown(base, config))}\n```"
 

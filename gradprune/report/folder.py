@@ -55,7 +55,8 @@ def summarize(result: PruneResult) -> dict[str, Any]:
         "evaluation_tokens": result.before.perplexity.tokens,
         "evaluation_held_out": result.held_out,
         "calibration": {
-            name: getattr(result.evidence, name) for name in ("num_samples", "seq_len", "reduction", "seed", "dataset")
+            name: getattr(result.evidence, name)
+            for name in ("num_samples", "seq_len", "reduction", "seed", "dataset", "own_text")
         },
         "warnings": result.warnings,
         "layers": [_layer_summary(result.masks, layer) for layer in range(result.masks.layers)],

@@ -12,7 +12,15 @@ from matplotlib.ticker import EngFormatter
 
 from gradprune.config import PruneConfig, again, command_line
 from gradprune.report.charts import COLORS, kept_chart, svg
-from gradprune.report.rows import curve_header, curve_rows, layer_header, layer_rows, repair_text, summary_rows
+from gradprune.report.rows import (
+    curve_header,
+    curve_rows,
+    layer_header,
+    layer_rows,
+    repair_text,
+    samples_text,
+    summary_rows,
+)
 from gradprune.report.tables import describe_scoring, search_verdict
 from gradprune.search import SearchResult
 
@@ -105,8 +113,8 @@ def write_report(
         style=_STYLE,
         title=escape(f"gradprune: {Path(config['base_model'] or 'the model').name} pruned by {ratio:.1%}"),
         lead=escape(
-            f"{config['importance_method']} importance over {summary['calibration']['num_samples']} samples of "
-            f"{summary['calibration']['seq_len']} tokens; perplexity on {summary['evaluation_tokens']:,} "
+            f"{config['importance_method']} importance over {samples_text(summary)}; "
+            f"perplexity on {summary['evaluation_tokens']:,} "
             f"{'held-out ' if summary['evaluation_held_out'] else ''}tokens.{repair_text(summary)}"
         ),
         measured=_html_table(("", "dense", "pruned", "pruned / dense"), summary_rows(summary)),

@@ -76,6 +76,13 @@ def layer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+def samples_text(summary: dict[str, Any]) -> str:
+    """What was calibrated on, without a full stop."""
+    calibration = summary["calibration"]
+    own = f", {calibration['own_text']:.0%} of them written by the model itself" if calibration["own_text"] else ""
+    return f"{calibration['num_samples']} samples of {calibration['seq_len']} tokens{own}"
+
+
 def repair_text(summary: dict[str, Any]) -> str:
     """What became of the weights that stay: sentences, each after a space."""
     text, taught = "", summary["distillation"]

@@ -288,9 +288,13 @@ def test_quality_by_the_text_s_share_in_distillation(tmp_path: Path) -> None:
         for text in ("", "other_"):
             assert record.extra[f"{text}perplexity"] > record.extra[f"{text}perplexity_dense"] > 1.0
     assert found[0].extra["perplexity"] != found[1].extra["perplexity"]
-    assert "| model | removed | the text's share | excess | on other text | zero-shot (dense) |" in report(
-        found, tmp_path
-    )
+    distilled_text.main([*TOY, str(tmp_path), "--seq_len", "16", "--ratios", "0.5", "--own_text", "0.5"])
+    more = read(tmp_path)
+    assert more[-1].extra["own_text"] == 0.5
+    assert more[-1].extra["perplexity"] != found[-1].extra["perplexity"]
+    shown = report(more, tmp_path)
+    assert "| model | removed | own text | the text's share | excess | on other text | zero-shot (dense) |" in shown
+    assert shown.count("| 50% | 50% | 10% |") == 1
 
 
 def test_stage_times_of_a_real_model_and_their_table(tmp_path: Path) -> None:

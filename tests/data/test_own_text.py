@@ -1,0 +1,160 @@
+"""Samples that the model writes: their distribution, that they are the same every time, and where they go in a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gradprune import PruneConfig
+from gradprune.data.own_text import own_samples
+from gradprune.data.samples import Samples, draw_samples
+from gradprune.data.windows import spread
+from gradprune.errors import CalibrationError
+from gradprune.ranks import Ranks, in_order
+from helpers.pipeline_runs import TOKENS, run
+from helpers.streaming import both
+from helpers.tiny_models import tiny_model
+
+BOS = 1
+
+
+def written(model: PreTrainedModel, count: int = 6, seq_len: int = 9, **options: int) -> Tensor:
+    return own_samples(model, count, seq_len, **{"batch_size": 4, "seed": 0, **options})
+
+
+def test_samples_are_drawn_from_the_models_own_distribution() -> None:
+    """The second and the third token of many samples, against the model's probabilities of them in fp64."""
+    model = tiny_model(vocab=5, layers=1)
+    count = 4000
+    found = written(model, count, 3, batch_size=1000)
+    assert (found[:, 0] == BOS).all()
+    with torch.no_grad():
+        second = F.softmax(model(torch.tensor([[BOS]])).logits[0, -1], -1)
+        pairs = torch.tensor([[BOS, token] for token in range(5)])
+        third = second[:, None] * F.softmax(model(pairs).logits[:, -1], -1)
+    counted = torch.bincount(found[:, 1] * 5 + found[:, 2], minlength=25).view(5, 5)
+    # The token that ends a text is drawn too, and text goes on after it.
+    assert counted[2].sum() > 0
+    error = ((third * (1 - third)) / count).sqrt()
+    assert ((counted / count - third).abs() < 4.5 * error).all()
+
+
+def test_the_same_seed_writes_the_same_and_batches_differ() -> None:
+    model = tiny_model()
+    state = torch.get_rng_state()
+    first = written(model, 8)
+    assert first.shape == (8, 9)
+    assert first.dtype == torch.int64
+    assert torch.equal(first, written(model, 8))
+    assert not torch.equal(first, written(model, 8, seed=1))
+    assert not torch.equal(first[:4], first[4:])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class _OneOfTwo(Ranks):
+    """A rank that hears nothing of the other."""
+
+    world = 2
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def joined(self, own: Sequence[Tensor]) -> list[Tensor]:
+        return list(own)
+
+
+def test_ranks_divide_the_batches() -> None:
+    model = tiny_model()
+    shares = [own_samples(model, 10, 9, batch_size=4, seed=0, ranks=_OneOfTwo(rank)).split(4) for rank in (0, 1)]
+    assert [len(share) for share in shares] == [2, 1]
+    assert torch.equal(torch.cat(in_order(shares)), written(model, 10))
+
+
+def test_what_a_checkpoint_recommends_for_chats_is_left_aside() -> None:
+    model = tiny_model()
+    plain = written(model)
+    model.generation_config.update(temperature=0.01, top_k=1, top_p=0.1, repetition_penalty=9.0, min_length=5)
+    recommended = model.generation_config
+    assert torch.equal(written(model), plain)
+    assert model.generation_config is recommended
+    assert not model.training
+
+
+def test_a_model_without_a_beginning_begins_behind_an_ending_or_not_at_all() -> None:
+    model = tiny_model()
+    model.config.bos_token_id, model.config.eos_token_id = None, [2, 3]
+    assert (written(model)[:, 0] == 2).all()
+    model.config.eos_token_id = None
+    with pytest.raises(CalibrationError, match=r"own_text: .* neither a bos_token_id nor an eos_token_id"):
+        written(model)
+
+
+def test_a_streamed_model_writes_nothing(tmp_path: Path) -> None:
+    _, streamed = both(tiny_model(), tmp_path)
+    with pytest.raises(CalibrationError, match=r"own_text: a streamed model .*stream_layers off"):
+        written(streamed)
+
+
+def drawn(**options: object) -> Samples:
+    config = PruneConfig(seq_len=8, batch_size=4, **options)
+    return draw_samples(tiny_model(), None, config, TOKENS[:1500], TOKENS[1500:])
+
+
+def begins_as_written(samples: Tensor) -> list[bool]:
+    """Which samples begin with the beginning-of-text token, which the text here does not have."""
+    assert not (TOKENS == BOS).any()
+    return (samples[:, 0] == BOS).tolist()
+
+
+def test_its_share_is_spread_evenly_over_calibration_and_held_out_samples() -> None:
+    given, some = drawn(num_samples=16, held_out_samples=8), drawn(own_text=0.25, num_samples=16, held_out_samples=8)
+    assert not any(begins_as_written(given.calibration))
+    for samples in (some.calibration, some.held_out):
+        assert begins_as_written(samples) == [False, False, True, False] * (len(samples) // 4)
+    # The text's windows are the same ones, in their order.
+    assert torch.equal(some.calibration[[0, 1, 3]], given.calibration[:3])
+    assert torch.equal(some.evaluation, given.evaluation)
+
+
+def test_a_search_compares_on_the_text_alone() -> None:
+    found = drawn(own_text=0.5, num_samples=16, importance_method="auto", search_samples=8)
+    assert sum(begins_as_written(found.calibration)) == 8
+    assert len(found.searched) == 8
+    assert not any(begins_as_written(found.searched))
+
+
+def test_with_a_share_of_one_no_text_is_read() -> None:
+    found = draw_samples(
+        tiny_model(), None, PruneConfig(own_text=1.0, num_samples=4, held_out_samples=3, seq_len=8),
+        TOKENS[:0], TOKENS[1500:],
+    )  # fmt: skip
+    assert all(begins_as_written(found.calibration))
+    assert (len(found.calibration), len(found.held_out)) == (4, 3)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (3, 0), (0, 2), (1, 1), (6, 2), (2, 6)])
+def test_spread_keeps_both_in_order(first: int, second: int) -> None:
+    found = spread(torch.arange(first)[:, None], 10 + torch.arange(second)[:, None]).flatten().tolist()
+    assert [value for value in found if value < 10] == list(range(first))
+    assert [value for value in found if value >= 10] == [10 + value for value in range(second)]
+    if (first, second) == (6, 2):
+        assert found == [0, 1, 10, 2, 3, 4, 11, 5]
+
+
+def test_a_run_says_that_it_wrote(tmp_path: Path) -> None:
+    options = {"own_text": 0.5, "output_dir": str(tmp_path), "repair": "least_squares"}
+    for name in ("one", "two"):
+        result = run(tiny_model(channels=24, dtype=torch.float32), output_name=name, **options)
+    assert result.evidence.own_text == 0.5
+    assert "own_text" in result.seconds
+    assert ", 50% of them written by the model itself" in (tmp_path / "one/report.html").read_text(encoding="utf-8")
+    assert ", 50% of them written by the model itself" in (tmp_path / "one/model/README.md").read_text(encoding="utf-8")
+    for file in ("model/model.safetensors", "analysis/evidence.safetensors", "analysis/groups.csv"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    other = run(tiny_model(channels=24, dtype=torch.float32), repair="least_squares")
+    assert (result.table.importance != other.table.importance).any()
+    assert "own_text" not in other.seconds
