@@ -7,6 +7,7 @@ token on (for quantization and pruning: Williams et al. 2024, arXiv:2410.17170; 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -52,7 +53,9 @@ def own_samples(
     sizes = torch.zeros(count).split(batch_size)
     own = []
     for number, size in ranks.share(list(enumerate(map(len, sizes)))):
-        own.append(_written(model, torch.full((size, 1), first), seq_len, seed + number))
+        # Not seed + number: other seeds would write most of the same batches.
+        of_batch = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+        own.append(_written(model, torch.full((size, 1), first), seq_len, of_batch))
         advance(size)
     return torch.cat(ranks.joined(own))
 

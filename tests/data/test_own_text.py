@@ -50,8 +50,8 @@ def test_the_same_seed_writes_the_same_and_batches_differ() -> None:
     assert first.shape == (8, 9)
     assert first.dtype == torch.int64
     assert torch.equal(first, written(model, 8))
-    assert not torch.equal(first, written(model, 8, seed=1))
-    assert not torch.equal(first[:4], first[4:])
+    # No batch is written twice, for another seed neither.
+    assert len(torch.cat([first, written(model, 8, seed=1)]).unique(dim=0)) == 16
     assert torch.equal(state, torch.get_rng_state())
 
 
