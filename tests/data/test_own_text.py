@@ -15,9 +15,10 @@ from gradprune.data.samples import Samples, draw_samples
 from gradprune.data.windows import spread
 from gradprune.errors import CalibrationError
 from gradprune.ranks import Ranks, in_order
+from helpers.mixtures import tiny_mixture
 from helpers.pipeline_runs import TOKENS, run
 from helpers.streaming import both
-from helpers.tiny_models import tiny_model
+from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_model
 
 BOS = 1
 
@@ -91,6 +92,22 @@ def test_a_model_without_a_beginning_begins_behind_an_ending_or_not_at_all() -> 
     model.config.eos_token_id = None
     with pytest.raises(CalibrationError, match=r"own_text: .* neither a bos_token_id nor an eos_token_id"):
         written(model)
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURE_NAMES, "mixture", "pruned"])
+def test_every_model_writes_what_it_predicts(architecture: str) -> None:
+    """Of 200 samples' next tokens, as many are the likeliest ones as the model's probabilities of these say."""
+    if architecture == "mixture":
+        model: PreTrainedModel = tiny_mixture().float()
+    elif architecture == "pruned":
+        model = run(tiny_model(channels=24, dtype=torch.float32)).model
+    else:
+        model = tiny_model(architecture, dtype=torch.float32)
+    found = written(model, 200, 9, batch_size=100)
+    with torch.no_grad():
+        likeliest, tokens = F.softmax(model(found[:, :-1]).logits.double(), -1).max(-1)
+    hits = (tokens == found[:, 1:]).double() - likeliest
+    assert hits.mean().abs() < 4.5 * (likeliest * (1 - likeliest)).sum().sqrt() / hits.numel()
 
 
 def test_a_streamed_model_writes_nothing(tmp_path: Path) -> None:
