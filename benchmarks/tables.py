@@ -395,17 +395,14 @@ DISTILLED_TEXT = (
 
 def distilled_text_table(records: Sequence[Record]) -> str:
     """One row per model, ratio, shares and number of questions; means over seeds."""
+
+    def row_of(found: Record) -> tuple[str, float, float, float, int | None]:
+        extra = found.extra
+        return found.name, extra["ratio"], extra.get("own_text", 0.0), extra["share"], extra["max_questions"]
+
     rows = []
-    for (name, ratio, own, share, questions), group in grouped(
-        sorted(records, key=lambda found: (found.name, found.extra["ratio"], found.extra.get("own_text", 0.0))),
-        lambda found: (
-            found.name,
-            found.extra["ratio"],
-            found.extra.get("own_text", 0.0),
-            found.extra["share"],
-            found.extra["max_questions"],
-        ),
-    ).items():
+    in_order = sorted(records, key=lambda found: row_of(found)[:3])
+    for (name, ratio, own, share, questions), group in grouped(in_order, row_of).items():
         same, other = (fmean(_excess(found, text) for found in group) for text in ("", "other_"))
         accuracies = f"{_accuracy(group)} ({_accuracy(group, 'accuracies_dense')})"
         shares, excesses = (f"{own:.0%}", f"{share:.0%}"), (f"{same:.3f}", f"{other:.3f}")

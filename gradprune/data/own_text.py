@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from gradprune.data.windows import batches
 from gradprune.errors import CalibrationError
 from gradprune.models.modeling_gradprune import text_config
 from gradprune.models.modes import evaluation_mode
@@ -33,7 +34,7 @@ def own_samples(
 
     Args:
         model: a causal LM, whole in memory.
-        count, seq_len: number of samples, and tokens of each, its beginning-of-text token included.
+        count, seq_len: number of samples, at least 1, and tokens of each, its beginning-of-text token included.
         batch_size: samples that are written at once.
         seed: of the drawn tokens; each batch has its own, so that ranks can divide them.
         ranks: the processes that divide the batches.
@@ -49,14 +50,14 @@ def own_samples(
             "own_text: a streamed model would be read once for every token; load it whole (stream_layers off), or "
             "write the text by an inference engine and give it as dataset"
         )
-    first = _first_token(model)
-    sizes = torch.zeros(count).split(batch_size)
+    begun = torch.full((count, 1), _first_token(model))
     own = []
-    for number, size in ranks.share(list(enumerate(map(len, sizes)))):
+    for number, batch in ranks.share(list(enumerate(batches(begun, batch_size)))):
         # Not seed + number: other seeds would write most of the same batches.
         of_batch = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
-        own.append(_written(model, torch.full((size, 1), first), seq_len, of_batch))
-        advance(size)
+        own.append(_written(model, batch, seq_len, of_batch))
+        advance(len(batch))
+    advance(count - sum(map(len, own)))
     return torch.cat(ranks.joined(own))
 
 
@@ -77,7 +78,7 @@ def _written(model: PreTrainedModel, begun: Tensor, length: int, seed: int) -> T
     """[N, length] on the CPU, of the ids [N, 1] that begin."""
     begun = begun.to(model.device)
     devices = [begun.device] if begun.is_cuda else []
-    with evaluation_mode(model), _as_trained(model), torch.inference_mode(), torch.random.fork_rng(devices):
+    with evaluation_mode(model), _as_trained(model), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         found: Tensor = model.generate(  # type: ignore[operator]
             begun, attention_mask=torch.ones_like(begun), max_new_tokens=length - 1, do_sample=True, top_k=0,

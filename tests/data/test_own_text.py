@@ -27,11 +27,12 @@ def written(model: PreTrainedModel, count: int = 6, seq_len: int = 9, **options:
     return own_samples(model, count, seq_len, **{"batch_size": 4, "seed": 0, **options})
 
 
-def test_samples_are_drawn_from_the_models_own_distribution() -> None:
+def test_samples_are_drawn_from_the_models_own_distribution(device: str) -> None:
     """The second and the third token of many samples, against the model's probabilities of them in fp64."""
     model = tiny_model(vocab=5, layers=1)
     count = 4000
-    found = written(model, count, 3, batch_size=1000)
+    found = written(model.to(device), count, 3, batch_size=1000)
+    model.cpu()
     assert (found[:, 0] == BOS).all()
     with torch.no_grad():
         second = F.softmax(model(torch.tensor([[BOS]])).logits[0, -1], -1)
@@ -44,8 +45,8 @@ def test_samples_are_drawn_from_the_models_own_distribution() -> None:
     assert ((counted / count - third).abs() < 4.5 * error).all()
 
 
-def test_the_same_seed_writes_the_same_and_batches_differ() -> None:
-    model = tiny_model()
+def test_the_same_seed_writes_the_same_and_batches_differ(device: str) -> None:
+    model = tiny_model().to(device)
     state = torch.get_rng_state()
     first = written(model, 8)
     assert first.shape == (8, 9)
