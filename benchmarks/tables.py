@@ -404,9 +404,11 @@ def distilled_text_table(records: Sequence[Record]) -> str:
     in_order = sorted(records, key=lambda found: row_of(found)[:3])
     for (name, ratio, own, share, questions), group in grouped(in_order, row_of).items():
         same, other = (fmean(_excess(found, text) for found in group) for text in ("", "other_"))
-        accuracies = f"{_accuracy(group)} ({_accuracy(group, 'accuracies_dense')})"
+        zero_shot = ["-", "-"]
+        if group[0].extra["accuracies"]:
+            zero_shot = [f"{_accuracy(group)} ({_accuracy(group, 'accuracies_dense')})", str(questions or "all")]
         shares, excesses = (f"{own:.0%}", f"{share:.0%}"), (f"{same:.3f}", f"{other:.3f}")
-        rows.append([name, f"{ratio:.0%}", *shares, *excesses, accuracies, str(questions or "all")])
+        rows.append([name, f"{ratio:.0%}", *shares, *excesses, *zero_shot])
     return table(
         [
             *("model", "removed", "own text", "the text's share", "excess", "on other text", "zero-shot (dense)"),
