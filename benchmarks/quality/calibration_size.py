@@ -12,15 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.options import listed, parse, parser
 from benchmarks.progress import Deadline, say
-from benchmarks.quality.methods import (
-    SMOLLM2,
-    Choice,
-    Subject,
-    pruned_quality,
-    quality_of,
-    subjects,
-    without_tasks,
-)
+from benchmarks.quality.methods import SMOLLM2, Choice, Subject, pruned_quality, quality_of, subjects, without_tasks
 from benchmarks.quality.peers import PEERS
 from benchmarks.results import append, record
 from gradprune.calibration.gather import gather_evidence

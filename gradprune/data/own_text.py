@@ -52,11 +52,12 @@ def own_samples(
         )
     begun = torch.full((count, 1), _first_token(model))
     own = []
-    for number, batch in ranks.share(list(enumerate(batches(begun, batch_size)))):
-        # Not seed + number: other seeds would write most of the same batches.
-        of_batch = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
-        own.append(_written(model, batch, seq_len, of_batch))
-        advance(len(batch))
+    with evaluation_mode(model), _as_trained(model):
+        for number, batch in ranks.share(list(enumerate(batches(begun, batch_size)))):
+            # Not seed + number: other seeds would write most of the same batches.
+            of_batch = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+            own.append(_written(model, batch, seq_len, of_batch))
+            advance(len(batch))
     advance(count - sum(map(len, own)))
     return torch.cat(ranks.joined(own))
 
@@ -78,7 +79,7 @@ def _written(model: PreTrainedModel, begun: Tensor, length: int, seed: int) -> T
     """[N, length] on the CPU, of the ids [N, 1] that begin."""
     begun = begun.to(model.device)
     devices = [begun.device] if begun.is_cuda else []
-    with evaluation_mode(model), _as_trained(model), torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         found: Tensor = model.generate(  # type: ignore[operator]
             begun, attention_mask=torch.ones_like(begun), max_new_tokens=length - 1, do_sample=True, top_k=0,
