@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Build, test and measure. Returns 1 if something failed, else 0."""
     made = parser(__doc__)
     made.add_argument("--large", action="store_true", help="measure the jobs of the 70B model, and nothing else")
+    made.set_defaults(device="cuda")
     options = parse(made, arguments)
     deadline = Deadline(SECONDS if options.seconds is None else options.seconds)
     # Programs that tests start elsewhere find the package by it where it could not be installed.

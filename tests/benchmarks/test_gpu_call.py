@@ -54,6 +54,14 @@ def test_it_builds_tests_and_measures_within_nine_minutes(monkeypatch: pytest.Mo
     assert float(measuring[-1]) == pytest.approx(seconds, abs=1.0)
 
 
+def test_unless_told_otherwise_it_measures_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, takes=1.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu.main([]) == 0
+    command, _ = machine.started[-1]
+    assert command[command.index("--device") + 1] == "cuda"
+
+
 def test_time_that_is_not_used_goes_to_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, takes=20.0)
     assert gpu.main(["--device", "cpu", "--quick"]) == 0
