@@ -35,14 +35,22 @@ _SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 class Routed:
     """Which tokens go to which experts: a row for each token and expert of its own, expert by expert.
 
-    tokens: [R] int64, the number of the row's token; of an expert they ascend.
+    places: [R] int64, each row's place in [S, K], flat: token by token, the K experts that each is sent to. Of an
+        expert they ascend.
+    chosen: K.
     gates: [R], what the expert's output is multiplied by.
     counts: by expert, its number of rows.
     """
 
-    tokens: Tensor
+    places: Tensor
+    chosen: int
     gates: Tensor
     counts: tuple[int, ...]
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """[R] int64, the number of each row's token."""
+        return self.places // self.chosen
 
     @cached_property
     def spans(self) -> tuple[slice, ...]:
@@ -52,7 +60,7 @@ class Routed:
 
     def to(self, device: torch.device) -> "Routed":
         """The same on a device."""
-        return replace(self, tokens=self.tokens.to(device), gates=self.gates.to(device))
+        return replace(self, places=self.places.to(device), gates=self.gates.to(device))
 
     def by_expert(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The experts that see tokens, each with its part of `rows` [R, ...]."""
@@ -229,10 +237,11 @@ class ExpertsBlock(Block):
         """
         module: Any = self.module
         routed = _routed(chosen, routing, self.experts)
-        rows = product(routed, self.gate_up, hidden[routed.tokens])
+        of_tokens: Tensor = _RowsOfTokens.apply(hidden, routed)  # type: ignore[no-untyped-call]
+        rows = product(routed, self.gate_up, of_tokens)
         z = module._apply_gate(rows) if self.parts == 2 else module.act_fn(rows)
         y = product(routed, self.down, z) * routed.gates[:, None]
-        return torch.zeros_like(hidden).index_add(0, routed.tokens, y.to(hidden.dtype))
+        return _sums_by_token(y.to(hidden.dtype), routed, len(hidden))
 
 
 @dataclass(frozen=True)
@@ -433,12 +442,34 @@ def has_experts(layer: nn.Module) -> bool:
     return _experts_in(layer) is not None
 
 
+class _RowsOfTokens(torch.autograd.Function):
+    """[R, H], each row's token of [S, H].
+
+    The gradients of a token's rows are added in fixed order; those of a tensor that is indexed are not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, routed: Routed) -> Tensor:
+        ctx.routed, ctx.tokens = routed, len(hidden)
+        return hidden.index_select(0, routed.tokens)
+
+    @staticmethod
+    def backward(ctx: Any, rows: Tensor) -> tuple[Tensor, None]:
+        return _sums_by_token(rows, ctx.routed, ctx.tokens), None
+
+
+def _sums_by_token(rows: Tensor, routed: Routed, tokens: int) -> Tensor:
+    """[S, H], the sum of each token's rows of [R, H], in the order of its experts; differentiable."""
+    placed = rows.new_zeros(tokens * routed.chosen, rows.shape[1]).index_copy(0, routed.places, rows)
+    return placed.view(tokens, routed.chosen, -1).sum(1)
+
+
 def _routed(chosen: Tensor, routing: Tensor, experts: int) -> Routed:
     """chosen: [S, K] int64, numbers of experts, of which those from `experts` on are none; routing: [S, K]."""
     flat = chosen.flatten()
     counts = torch.bincount(flat, minlength=experts)[:experts].tolist()
     rows = flat.argsort(stable=True)[: sum(counts)]
-    return Routed(rows // chosen.shape[1], routing.flatten()[rows], tuple(counts))
+    return Routed(rows, chosen.shape[1], routing.flatten()[rows], tuple(counts))
 
 
 def _experts_in(layer: nn.Module) -> tuple[str, nn.Module, Any] | None:

@@ -90,6 +90,19 @@ def test_any_number_of_experts_a_token(top_k: int) -> None:
     assert_importances_equal(scored(model, ids), channel_importances(model, ids))
 
 
+def test_many_experts_a_token_give_the_same_bits_every_time(device: str) -> None:
+    """Terms of a token are added in the order of its experts; 480 tokens are enough for several threads to meet."""
+    model, ids = tiny_mixture(top_k=EXPERTS, hidden_size=128).float().to(device), tiny_ids(8, 60)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = [scored(model, ids, 8)["taylor"] for _ in range(3)]
+    finally:
+        torch.set_num_threads(threads)
+    for again in runs[1:]:
+        assert all(map(torch.equal, runs[0], again))
+
+
 def test_experts_that_see_all_tokens_one_token_or_none() -> None:
     model, ids = tiny_mixture(), tiny_ids(2, 5)
     # Of the second sample's tokens, one goes to expert 1; expert 3 sees none.
