@@ -328,12 +328,16 @@ class Residency:
         with torch.inference_mode(False), torch.no_grad():
             if self.device.type != "cuda":
                 return {name: self._copied(layer, name) for name in names}
-            stream = torch.cuda.Stream(self.device)
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self._copying):
                 pinned = {name: self.read(self._name(layer, name)).pin_memory() for name in names}
                 weights = {name: weight.to(self.device, non_blocking=True) for name, weight in pinned.items()}
-            stream.synchronize()
+            self._copying.synchronize()
             return weights
+
+    @cached_property
+    def _copying(self) -> torch.cuda.Stream:
+        """The stream that layers come by: one, because PyTorch keeps freed memory for the stream it was taken on."""
+        return torch.cuda.Stream(self.device)
 
     def _copied(self, layer: int, name: str) -> Tensor:
         """A copy in memory of its own: a mapped file's may lie where matrix products round differently."""
