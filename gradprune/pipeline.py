@@ -181,7 +181,7 @@ def _start(
     for each in configs:
         _check_reachable(view, groups, each)
     check_serve(view, tokenizer, config.constraints)
-    select_ops(config.backend, model.device.type)
+    select_ops(config.backend, model.device.type, model.dtype)
     if config.tasks is not None:
         check_tasks(config.tasks.split(","), tokenizer)
     prompts = read_prompts(config.prompts) if config.prompts is not None else None

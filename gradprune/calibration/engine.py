@@ -135,7 +135,7 @@ class ImportanceEngine:
         self._depth = _depth_of_all_steps(method, gradient_fix, weight_gradient_steps)
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[assignment, index]
         self._checkpointing = use_gradient_checkpointing
-        self._ops = select_ops(backend, model.device.type)
+        self._ops = select_ops(backend, model.device.type, model.dtype)
         self.backend = self._ops.backend
         self._ledgers = self._reduction.ledgers(self._view, self._ops, curvature=method == "obs")
         accumulators = {entry.block.key: entry for ledger in self._ledgers for entry in ledger.accumulators}

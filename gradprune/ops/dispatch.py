@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from gradprune.config import GradientBackend, ImportanceBackend
+from gradprune.errors import BackendUnavailableError
 from gradprune.ops.backends import choose_backend, cpp_fault, cuda_fault, reference_fault, triton_fault
 from gradprune.ops.reference import (
     grad_stats_reference,
@@ -177,13 +179,22 @@ def scale_gradients(grads: Sequence[Tensor], scales: Sequence[float], backend: G
 
 
 @cache
-def select_ops(backend: ImportanceBackend, device: str) -> ImportanceOps:
+def select_ops(backend: ImportanceBackend, device: str, dtype: torch.dtype | None = None) -> ImportanceOps:
     """The importance ops of `backend` for tensors on a `device` of type "cpu", "cuda", ...
+
+    dtype: of the weights that all of them are for. There are no Triton kernels for fp64.
 
     Raises:
         BackendUnavailableError: the backend asked for cannot run here; with the reason.
     """
-    return _IMPORTANCE.select(backend, device)
+    chosen = _IMPORTANCE.select(backend, device)
+    if dtype != torch.float64 or chosen.backend != "triton":
+        return chosen
+    if backend == "auto":
+        return _IMPORTANCE.select("reference", device)
+    raise BackendUnavailableError(
+        f"backend: '{backend}' has no kernels for a float64 model; choose reference, or load the model in float32"
+    )
 
 
 @cache
