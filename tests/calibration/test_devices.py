@@ -10,9 +10,9 @@ from helpers.engine_runs import run_engine
 from helpers.oracle import oracle_scores
 from helpers.tiny_models import tiny_ids, tiny_model
 
-# Of the oracle in fp64: an inverse lets the costs of removal be less exact.
+# Of the oracle in fp64: squares of sums whose terms nearly cancel, and what an inverse gives, are less exact.
 TOLERANCE: dict[Method, float] = {
-    "taylor_2nd": 1e-5, "fisher": 1e-5, "group_fisher": 1e-5, "wanda": 1e-5, "magnitude": 1e-5, "obs": 1e-3
+    "taylor_2nd": 1e-5, "fisher": 1e-5, "group_fisher": 3e-5, "wanda": 1e-5, "magnitude": 1e-5, "obs": 1e-3
 }  # fmt: skip
 second_gpu = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs here")
 

@@ -1,6 +1,7 @@
 """`grouped_linear_importance` on ragged tokens: each backend against sums over fp64 gradients, row by row."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from gradprune.ops.cpp import grouped_linear_importance_cpp, linear_importance_cpp
 from gradprune.ops.dispatch import grouped_linear_importance, linear_importance
-from gradprune.ops.vectors import GroupedVectors, Side
+from gradprune.ops.vectors import GradientStatistics, GroupedVectors, Side
 from helpers.devices import require_backend
 
 BACKENDS = ["reference", "cpp", "triton"]
@@ -40,6 +41,7 @@ def gradients(x: Tensor, dy: Tensor, offsets: Tensor, experts: int) -> Tensor:
 
 def assert_equals_fp64(found: GroupedVectors, x: Tensor, dy: Tensor, w: Tensor, offsets: Tensor) -> None:
     """A gradient of r rows is off by r + 1 roundings of the sum of magnitudes; sums by their number more."""
+    found = replace(found, statistics=GradientStatistics.unpack(found.statistics.pack().cpu()))
     g = gradients(x, dy, offsets, len(w))
     most = int(offsets.diff().max()) if len(offsets) > 1 else 0
     noise = gradients(x.abs(), dy.abs(), offsets, len(w)) * (most + 1) * UNIT
@@ -51,7 +53,7 @@ def assert_equals_fp64(found: GroupedVectors, x: Tensor, dy: Tensor, w: Tensor, 
             exact = terms[0].abs() ** power
             error = (terms[0].abs() + terms[1]) ** power - exact
             bound = (error + (g.shape[1] * max(g.shape[2:]) + 5) * UNIT * (exact + error)).sum(summed)
-            assert ((found.sums(side)[:, k].double() - exact.sum(summed)).abs() <= bound).all()
+            assert ((found.sums(side)[:, k].cpu().double() - exact.sum(summed)).abs() <= bound).all()
     statistics = found.statistics
     every = (noise + g.numel() * UNIT * g.abs()).sum((1, 2, 3))
     assert ((statistics.sum_abs.double() - g.abs().sum((1, 2, 3))).abs() <= every).all()
