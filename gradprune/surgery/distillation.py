@@ -24,6 +24,7 @@ The dense model's predictions come from the residual streams that the repair has
 the same steps layer by layer: each reads its weights twice and writes them once.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -53,6 +54,8 @@ from gradprune.progress import progress
 from gradprune.run import Run
 from gradprune.surgery.least_squares import Repaired
 from gradprune.surgery.moments import least
+
+logger = logging.getLogger(__name__)
 
 RATE = 0.1
 """The first step's change, relative to a weight's size, where it has one input and the divergence is 1 nat a token."""
@@ -138,12 +141,18 @@ class Taught(NamedTuple):
 
 
 def taught_samples(run: Run, repaired: Repaired) -> Taught | None:
-    """What a run's model is to learn from; None where it is not to, or there is no dense model to learn from.
+    """What a run's model is to learn from; None where it is not to, or where it lacks what it needs.
 
     With several ranks each gets the same samples, and takes the same steps.
     """
     count = min(run.config.samples_distilled(run.view.parameters), len(run.samples.calibration))
     if not count or not run.view.linear_blocks:
+        return None
+    if not len(run.samples.held_out):
+        logger.warning(
+            "the text leaves no held-out samples to judge distillation on, so there is none; give more text, or fewer "
+            "--num_samples"
+        )
         return None
     # The first batches of all ranks', of which each rank has the first of its own.
     own = len(run.ranks.share(run.calibration[: -(-count // run.config.batch_size)]))
@@ -224,10 +233,10 @@ class _Trained:
         backward_by_layers(self._view, [self._batches[batch]], self._recomputation, passed, loss)
 
     def _loss(self, batch: int, hidden: Tensor) -> Tensor:
-        """What a step descends, given the decoder's last hidden states [N, T, H], summed over tokens.
+        """What a step descends, given the decoder's last hidden states [N, T, H], a mean over tokens.
 
-        The size of the gradients does not matter, as long as it is within the range of their type. No token follows a
-        sample's last one, which is left out.
+        Of its gradients the size does not matter, as long as it is within the range of their type: in float16 a sum
+        over tokens is not. No token follows a sample's last one, which is left out.
         """
         with torch.no_grad():
             taught = self._streams.last_hidden(batch, self._dense[batch].to(self._view.device))
@@ -235,7 +244,7 @@ class _Trained:
         text = self._batches[batch][:, 1:].flatten()
         mean, apart = divergence_with_text(self._view.model, found, expected, text, self._text)
         self._divergence = max(apart.item(), 0.0)
-        return mean * len(text)
+        return mean
 
     @torch.no_grad()
     def _move(self, entry: Projection, x: Tensor, dy: Tensor, _dx: Tensor) -> None:

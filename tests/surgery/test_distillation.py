@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gradprune import prune
 from gradprune.config import DISTILL_TEXT, PruneConfig, distill_step
 from gradprune.errors import ConfigError
 from gradprune.models import describe
@@ -30,13 +31,16 @@ HELD_OUT = SAMPLES[:4]
 STEP = distill_step(SAMPLES.shape[1])
 
 
-def pruned(model: PreTrainedModel) -> tuple[PreTrainedModel, Tensor]:
-    """The cut model, a third of whose groups are gone but for the first layer's, and the dense model's streams."""
+def pruned(model: PreTrainedModel, samples: Tensor = SAMPLES) -> tuple[PreTrainedModel, Tensor]:
+    """The cut model, a third of whose groups are gone but for the first layer's, and the dense model's streams.
+
+    Of the samples, and then of the held-out ones.
+    """
     view = describe(model)
     own = sharing_copy(model)
     kept = {block.key: torch.arange(block.groups) % 3 != 1 for block in view.blocks}
     masks = GroupMasks({key: mask | (key.layer == 0) for key, mask in kept.items()}, len(view.layers))
-    dense = least_squares(describe(own), masks, [SAMPLES], [HELD_OUT]).dense
+    dense = least_squares(describe(own), masks, [samples], [samples[:4]]).dense
     return cut(own, masks, inplace=True), torch.cat(dense)
 
 
@@ -258,3 +262,27 @@ def test_blocks_that_are_not_to_be_pruned_stay_as_they_are(monkeypatch: pytest.M
     attention = [name for name in before if "self_attn" in name]
     assert attention
     assert all(torch.equal(after[name], before[name]) for name in attention)
+
+
+def test_without_held_out_samples_nothing_is_distilled_and_that_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(dtype=torch.float32)
+    # All of the text's windows are calibration samples.
+    config = PruneConfig(num_samples=8, seq_len=16, pruning_ratio=0.2)
+    tokens = tiny_ids(samples=1, tokens=8 * 16).flatten()
+    found = prune(model, None, config, calibration=tokens, evaluation=tokens)
+    assert found.distillation is None
+    assert "the text leaves no held-out samples to judge distillation on" in caplog.text
+
+
+def test_gradients_of_float16_models_stay_within_its_range(device: str) -> None:
+    """A model that is far from its teacher, at as many tokens as a step takes."""
+    dense = tiny_model(layers=2, dtype=torch.float16).to(device)
+    with torch.no_grad():
+        dense.lm_head.weight *= 40.0
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randint(61, (8, 60), generator=generator)
+    model, streams = pruned(dense, samples)
+    # Random tokens teach nothing of others.
+    found = distil(describe(model), samples, samples, streams[:8], text=0.5)
+    assert found.factor > 0.0
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
