@@ -1,5 +1,6 @@
 """Zero-shot accuracy on multiple-choice questions, from JSONL files or from named lm-eval tasks."""
 
+import inspect
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gradprune.data.tokenize import begins_with_bos
 from gradprune.errors import EvaluationError
 from gradprune.models.loss import logits_of, token_nll
+from gradprune.models.modeling_gradprune import text_config
 from gradprune.models.modes import evaluation_mode
 from gradprune.progress import QUIET, progress
 
@@ -156,16 +158,20 @@ def answer_questions(
     """Ask a model questions; arguments as for `evaluate_tasks`.
 
     A context and its continuation are tokenised together, as lm-eval does, so a token may span the boundary. All
-    continuations of one context share a single pass over it: each attends only to the context and to itself.
+    continuations of one context share a single pass over it, where the model lets each attend only to the context and
+    to itself.
     """
     rows = [row for index, question in enumerate(questions) for row in _rows(tokenizer, index, question, model.config)]
+    shared = _follows_masks(model, max((row.length for row in rows), default=0))
+    if not shared:
+        rows = [alone for row in rows for alone in row.apart()]
     rows.sort(key=lambda row: (-row.length, row.question))  # longest first: if memory is short, it fails at once
     likelihoods: list[dict[int, float]] = [{} for _ in questions]
     shown = progress(console, f"Asking {name}", len(rows), "contexts")
     with torch.inference_mode(), evaluation_mode(model), shown as advance:
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            for row, sums in zip(batch, _log_likelihoods(model, batch), strict=True):
+            for row, sums in zip(batch, _log_likelihoods(model, batch, shared), strict=True):
                 likelihoods[row.question] |= dict(zip(row.answers, sums, strict=True))
             advance(len(batch))
     right, right_per_byte = [], []
@@ -194,6 +200,26 @@ class _Row:
     @property
     def length(self) -> int:
         return len(self.context) + sum(len(ids) for ids in self.continuations)
+
+    def apart(self) -> "Iterator[_Row]":
+        """A row for each continuation."""
+        for answer, continuation in zip(self.answers, self.continuations, strict=True):
+            yield _Row(self.question, [answer], self.context, [continuation])
+
+
+def _follows_masks(model: PreTrainedModel, length: int) -> bool:
+    """Whether each of so many tokens of a row attends to what a mask lets it, at the position that it is given.
+
+    It does not where layers carry a state from token to token, where distances are counted in the row, and where a mask
+    would take the place of the model's own, of a window shorter than the row.
+    """
+    config: Any = text_config(model.config)
+    kinds = set(getattr(config, "layer_types", None) or ("full_attention", "sliding_attention"))
+    windows = (getattr(config, name, None) for name in ("sliding_window", "window_size"))
+    windowed = "sliding_attention" in kinds and any(window is not None and length > window for window in windows)
+    placed = "position_ids" in inspect.signature(model.get_decoder().forward).parameters
+    attends = kinds <= {"full_attention", "sliding_attention"} and not model._is_stateful
+    return attends and placed and not windowed and not getattr(config, "alibi", False)
 
 
 def _rows(tokenizer: PreTrainedTokenizerBase, index: int, question: Question, config: Any) -> Iterator[_Row]:
@@ -226,23 +252,23 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _log_likelihoods(model: PreTrainedModel, rows: Sequence[_Row]) -> list[list[float]]:
-    """Log-likelihood of each row's continuations, in nats."""
+def _log_likelihoods(model: PreTrainedModel, rows: Sequence[_Row], shared: bool) -> list[list[float]]:
+    """Log-likelihood of each row's continuations, in nats; shared: they are several, which must not see each other."""
     longest = max(row.length for row in rows)
     packed = [_pack(row, longest) for row in rows]
-    device = model.device
+    device, arguments = model.device, {}
     ids = torch.stack([each.ids for each in packed]).to(device)
-    positions = torch.stack([each.positions for each in packed]).to(device)
-    seen = torch.stack([each.seen for each in packed])[:, None].to(device)
-    # An additive mask: every attention implementation except FlashAttention accepts one.
-    mask = torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, torch.finfo(model.dtype).min)
-    hidden = model.get_decoder()(
-        input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
-    ).last_hidden_state
+    if shared:
+        arguments["position_ids"] = torch.stack([each.positions for each in packed]).to(device)
+        seen = torch.stack([each.seen for each in packed])[:, None].to(device)
+        # An additive mask: every attention implementation except FlashAttention accepts one.
+        mask = torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, torch.finfo(model.dtype).min)
+        arguments["attention_mask"] = mask
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False, **arguments).last_hidden_state
     predictors = torch.cat([hidden[b, each.predictors] for b, each in enumerate(packed)])
     targets = torch.cat([ids[b, each.targets] for b, each in enumerate(packed)])
-    nll = -token_nll(logits_of(model), predictors, targets).double().cpu()
-    sums = [part.sum().item() for part in nll.split([len(c) for row in rows for c in row.continuations])]
+    log_likelihood = -token_nll(logits_of(model), predictors, targets).double().cpu()
+    sums = [part.sum().item() for part in log_likelihood.split([len(c) for row in rows for c in row.continuations])]
     iterator = iter(sums)
     return [[next(iterator) for _ in row.continuations] for row in rows]
 

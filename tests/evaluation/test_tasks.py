@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from gradprune.checkpoint.load import load_model
 from gradprune.demo import byte_tokenizer
 from gradprune.errors import EvaluationError
 from gradprune.evaluation.tasks import Question, answer_questions, evaluate_tasks, read_questions
+from gradprune.models.shrink import with_random_weights
 from gradprune.surgery.cut import cut
 from helpers.cut_models import random_masks
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_model
@@ -64,6 +66,37 @@ def test_likelihoods_do_not_depend_on_what_shares_the_pass(monkeypatch: pytest.M
     from gradprune.evaluation import tasks
 
     model, tokenizer, seen = tiny_model(vocab=258), byte_tokenizer(), []
+    monkeypatch.setattr(tasks, "_largest", lambda values: seen.append(values) or 0)
+    answer_questions(model, tokenizer, QUESTIONS, name="q", batch_size=4)
+    for question, values in zip(QUESTIONS, seen[::2], strict=True):
+        pairs = zip(question.contexts, question.continuations, strict=True)
+        exact = [log_likelihood(model, tokenizer, context, continuation) for context, continuation in pairs]
+        assert values == pytest.approx(exact, rel=1e-9)
+
+
+_SMALL = {"vocab_size": 258, "hidden_size": 16}
+_DEEP = {**_SMALL, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
+# Tokens of these models do not see what a mask says, and nothing else.
+FOLLOW_NO_MASK = [
+    transformers.MistralConfig(**_DEEP, sliding_window=4),
+    transformers.Gemma2Config(**_DEEP, sliding_window=4, head_dim=4),
+    transformers.Lfm2Config(**_DEEP, layer_types=["conv", "full_attention"]),
+    transformers.BloomConfig(**_SMALL, n_layer=2, n_head=4),
+    transformers.GPTNeoConfig(
+        **_SMALL, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=4
+    ),
+]
+
+
+@pytest.mark.parametrize("config", FOLLOW_NO_MASK, ids=lambda config: config.model_type)
+def test_where_no_mask_is_followed_each_continuation_has_a_pass_of_its_own(
+    config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradprune.evaluation import tasks
+
+    torch.manual_seed(0)
+    model = with_random_weights(transformers.AutoModelForCausalLM.from_config(config)).double().eval()
+    tokenizer, seen = byte_tokenizer(), []
     monkeypatch.setattr(tasks, "_largest", lambda values: seen.append(values) or 0)
     answer_questions(model, tokenizer, QUESTIONS, name="q", batch_size=4)
     for question, values in zip(QUESTIONS, seen[::2], strict=True):
