@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from gradprune.data.windows import batches, check_context
 from gradprune.errors import CalibrationError, NonFiniteError, RecoveryError
 from gradprune.models import describe
 from gradprune.models.loss import sample_losses
+from gradprune.models.modes import evaluation_mode
 from gradprune.models.passes import mean_loss
 from gradprune.models.sizes import vocabulary_of
 from gradprune.progress import QUIET, progress
@@ -74,15 +76,16 @@ def recover(
     train, chosen_on = _split(model, tokens, config)
     dtype = model.dtype
     run = digest(asdict(config), model, teacher if config.loss == "kd" else None, tokens)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with _seeded(config.seed, model.device):
         merge = _prepare(model, config)
     try:
-        trainer = _Trainer(model, loss_of, train, chosen_on, config, run, state, console)
-        found = trainer.train()
+        with nullcontext() if teacher is None else evaluation_mode(teacher):
+            trainer = _Trainer(model, loss_of, train, chosen_on, config, run, state, console)
+            found = trainer.train()
     finally:
         merge()
-    _cast(model, dtype)
+        _cast(model, dtype)
+        model.eval()
     if state is not None:
         _remove(state)
     return Recovery(model, found.step, found.best_step, found.history)
@@ -100,7 +103,7 @@ def _loss(
             f"teacher: its vocabulary has {vocabulary_of(teacher)} tokens, the model's {vocabulary_of(model)}; "
             "name the model that was pruned"
         )
-    dense = teacher.eval()
+    dense = teacher
     return lambda ids: distillation_loss(model, dense, ids)
 
 
@@ -120,6 +123,9 @@ def _split(model: PreTrainedModel, tokens: Tensor, config: RecoveryConfig) -> tu
 
 def _prepare(model: PreTrainedModel, config: RecoveryConfig) -> Callable[[], None]:
     """Make the parameters that are trained trainable, and no others; returns what merges them into the model."""
+    for parameter in model.parameters():
+        # A pruned model shares memory with the dense one, which is to stay as it is.
+        parameter.data = parameter.detach().clone()
     if config.method == "full":
         # Updates are often smaller than the resolution of 16-bit weights.
         _cast(model, torch.promote_types(model.dtype, torch.float32))
@@ -144,6 +150,14 @@ def _prepare(model: PreTrainedModel, config: RecoveryConfig) -> Callable[[], Non
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
     model.to(dtype)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, PyTorch draws from `seed` on; outside, the caller's random numbers are as they would have been."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 class _Trainer:
@@ -177,7 +191,7 @@ class _Trainer:
     def train(self) -> Progress:
         """Train to the end; the model then has the best weights."""
         now = self.progress
-        interval = max(1, now.total // self.config.checks)
+        interval = -(-now.total // self.config.checks)
         shown = progress(self.console, "Recovering", now.total, "steps")
         with shown as advance:
             advance(now.step)
@@ -194,7 +208,9 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.peak_rate * _schedule(step, self.progress.total)
         self.model.train()
-        loss = self.loss_of(self._batch(step))
+        # Of dropout: a step that is resumed draws what it would have drawn.
+        with _seeded(self.config.seed + step, self.model.device):
+            loss = self.loss_of(self._batch(step))
         if not torch.isfinite(loss):
             raise NonFiniteError(f"loss of step {step} is {loss.item()}; choose a smaller learning_rate")
         loss.backward()

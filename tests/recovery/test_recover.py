@@ -178,3 +178,48 @@ def test_what_cannot_be_trained_is_told(tmp_path: Path, monkeypatch: pytest.Monk
         pruned.lm_head.weight[0] = torch.nan
     with pytest.raises(NonFiniteError, match="step 0"):
         recover(pruned, None, TEXT, RecoveryConfig(method="full", loss="lm", **QUICK))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_teacher_s_weights_and_mode_stay_though_the_student_shares_its_memory(method: str) -> None:
+    dense, pruned = dense_and_pruned(dtype=torch.float32)
+    dense.train()
+    before = weights(dense)
+    recover(pruned, dense, TEXT, RecoveryConfig(**QUICK, method=method))
+    assert_equal_weights(weights(dense), before)
+    assert dense.training
+
+
+def test_dropout_draws_the_same_in_each_run_and_leaves_the_caller_s_random_numbers() -> None:
+    found, drawn = [], []
+    for seed in (1, 2):
+        pruned = tiny("gpt2").float()
+        for module_ in pruned.modules():
+            if isinstance(module_, torch.nn.Dropout):
+                module_.p = 0.3
+        torch.manual_seed(seed)
+        recover(pruned, None, TEXT, RecoveryConfig(**QUICK, loss="lm"))
+        drawn.append(torch.rand(1))
+        found.append(weights(pruned))
+    assert_equal_weights(*found)
+    torch.manual_seed(2)
+    assert torch.equal(drawn[1], torch.rand(1))
+
+
+def test_what_ends_early_leaves_a_model_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, pruned = dense_and_pruned(dtype=torch.bfloat16)
+    monkeypatch.setattr(module, "sample_losses", lambda model, ids: torch.full((len(ids),), float("nan")))
+    with pytest.raises(NonFiniteError):
+        recover(pruned, None, TEXT, RecoveryConfig(**QUICK, loss="lm"))
+    assert {parameter.dtype for parameter in pruned.parameters()} == {torch.bfloat16}
+    assert not pruned.training
+
+
+@pytest.mark.parametrize(("steps", "checks"), [(7, 4), (11, 6), (12, 4), (3, 5)])
+def test_held_out_loss_is_measured_no_more_often_than_asked(steps: int, checks: int) -> None:
+    _, pruned = dense_and_pruned(dtype=torch.float32)
+    found = recover(pruned, None, TEXT, RecoveryConfig(**{**QUICK, "steps": steps, "checks": checks}, loss="lm"))
+    measured = [step for step, _ in found.history]
+    assert measured[0] == 0
+    assert measured[-1] == steps
+    assert len(measured) - 1 <= checks
