@@ -48,19 +48,40 @@ def deterministic_attention() -> Iterator[None]:
     too. So they are asked for while a fused attention's gradient is computed, and nowhere else; and cuDNN's attention,
     which has no such algorithm, is not chosen. Its products are exact in the backward pass, as they are in the forward
     pass inside `rounded_products`. The context has to be open in both; on exit the settings are as they were, whatever
-    happened.
+    happened. Several may be open, and close in any order.
     """
-    attention, settings = ALL_ATTENTION_FUNCTIONS["sdpa"], _settings()
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _in_fixed_order(attention)
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    settings = _settings()
+    _FIXED_ORDER.open()
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        _FIXED_ORDER.close()
         # A backward pass that raised inside an attention did not come to its end.
         _set(settings)
+
+
+class _FixedOrder:
+    """What is in the place of PyTorch's fused attention for as long as a context is open."""
+
+    def __init__(self) -> None:
+        self._contexts = 0
+
+    def open(self) -> None:
+        if not self._contexts:
+            self._attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            self._cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = _in_fixed_order(self._attention)
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        self._contexts += 1
+
+    def close(self) -> None:
+        self._contexts -= 1
+        if not self._contexts:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = self._attention
+            torch.backends.cuda.enable_cudnn_sdp(self._cudnn)
+
+
+_FIXED_ORDER = _FixedOrder()
 
 
 def _in_fixed_order(attention: Callable[..., Any]) -> Callable[..., Any]:

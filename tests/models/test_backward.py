@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gradprune.calibration.engine import ImportanceEngine
 from gradprune.models.backward import deterministic_attention, without_autocast
@@ -90,3 +91,16 @@ def test_the_backward_pass_is_not_autocast() -> None:
     assert seen == [False]
     with torch.autocast("cpu", torch.bfloat16), without_autocast(torch.device("cpu")):
         assert not torch.is_autocast_enabled("cpu")
+
+
+def test_engines_may_close_in_any_order(seen: list[bool]) -> None:
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    first, second = (ImportanceEngine(tiny_model(layers=1), backend="reference") for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.step(tiny_ids())
+    second.__exit__(None, None, None)
+    assert seen == [True, True]
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
+    assert torch.backends.cuda.cudnn_sdp_enabled()
