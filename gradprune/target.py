@@ -64,15 +64,28 @@ def at_target(run: Run, evidence: Evidence) -> Run:
 
 
 def _of_size(chosen: Callable[[float], Choice], fraction: float, parameters: int) -> float:
-    """The ratio with which at least that fraction is gone: a selection stays below its ratio by up to one group."""
-    ratio, step = fraction, 0.0
-    while True:
+    """The smallest ratio with which at least that fraction is gone, to half a group.
+
+    A selection stays below its ratio by up to what goes together: a group, or as many as keep widths equal.
+    """
+
+    def short_at(ratio: float) -> float:
         choice = chosen(ratio)
-        short = fraction - int(choice.table.cost[choice.pruned].sum()) / parameters
-        if short <= 0.0:
-            return ratio
+        return fraction - int(choice.table.cost[choice.pruned].sum()) / parameters
+
+    ratio, step = fraction, 0.0
+    below = ratio
+    while (short := short_at(ratio)) > 0.0:
         step = max(2.0 * step, short)
-        ratio = fraction + step
+        below, ratio = ratio, fraction + step
+    half_a_group = int(chosen(ratio).table.cost.min()) / parameters / 2.0
+    while ratio - below > half_a_group:
+        middle = (below + ratio) / 2.0
+        if short_at(middle) > 0.0:
+            below = middle
+        else:
+            ratio = middle
+    return ratio
 
 
 def _of_speed(run: Run, chosen: Callable[[float], Choice], speedup: float) -> float:

@@ -67,6 +67,19 @@ def test_widths_of_whole_multiples_go_beyond_the_target_rather_than_fall_short()
     assert model_size(pruned(model, target_parameters=str(wanted), round_to=16).model).parameters <= wanted
 
 
+def test_no_more_goes_than_the_target_takes_where_many_groups_go_together() -> None:
+    """Equal widths: a channel of every layer at once, or a KV head of every layer."""
+    model = tiny_model(channels=40, layers=4, dtype=torch.float32)
+    wanted = int(0.8 * model_size(model).parameters)
+    result = pruned(model, target_parameters=str(wanted), uniform=True)
+    left = model_size(result.model).parameters
+    assert left <= wanted
+    # With a ratio that is a little smaller, it would not be met.
+    least = min(block.cost for block in describe(model).blocks) / model_size(model).parameters
+    smaller = pruned(model, pruning_ratio=result.config.pruning_ratio - least, uniform=True)
+    assert model_size(smaller.model).parameters > wanted
+
+
 def test_the_search_looks_at_the_target() -> None:
     model = tiny_model(dtype=torch.float32)
     wanted = int(0.8 * model_size(model).parameters)
