@@ -58,8 +58,8 @@ class RemovalPath:
 
     order: [groups] int64, the first to go first. cost: [groups] fp64 by position in `order`; their sum up to a position
     is the least-squares optimum's increase of the loss when the groups up to there are gone.
-    partly: the weight [O, I], in its dtype, without the first `gone` groups and with the others re-solved; half of all
-        are gone, rounded down, or as many more as a round took.
+    partly: the weight [O, I], in its dtype, without the first `gone` groups and with the others re-solved; half of
+        those that write anything are gone, rounded down, or as many more as a round took.
     """
 
     order: Tensor
@@ -226,7 +226,9 @@ def removal_path(
     quota = min(max(1, int(_SHARE * len(block))), _MOST)
     order: list[int] = []
     costs: list[float] = []
-    part = int(_PART * len(block))
+    # What writes nothing, because an earlier shot took it, goes first and tells nothing.
+    silent = int((weight == 0.0).all(0).unflatten(0, (-1, columns)).all(1).sum())
+    part = silent + int(_PART * (len(block) - silent))
     partly, gone = weight, 0
     while len(block):
         taken, marginal = _round(block, quota, ops)

@@ -153,3 +153,16 @@ def test_a_ridge_makes_any_gram_matrix_positive_definite() -> None:
     torch.testing.assert_close(shifted - gram, RIDGE * gram.diagonal().mean() * torch.eye(8, dtype=torch.float64))
     assert torch.equal(with_ridge(torch.zeros(4, 4)), torch.eye(4, dtype=torch.float64))
     assert removal_path(torch.ones(2, 4), with_ridge(torch.zeros(4, 4)), 2).cost.tolist() == [2.0, 2.0]
+
+
+def test_what_writes_nothing_is_no_part_of_the_half_that_tells_the_reach() -> None:
+    """As after an earlier shot: a third of the groups is gone already, and of the others half goes."""
+    weight, _, gram = block(12, 2)
+    weight[:, :8] = 0.0
+    path = removal_path(weight, gram, 2)
+    assert sorted(path.order[:4].tolist()) == [0, 1, 2, 3]
+    assert path.gone == 8
+    assert (path.cost[:4] == 0.0).all()
+    assert (path.cost[4:8] > 0.0).all()
+    silent = (path.partly == 0.0).all(0).unflatten(0, (12, 2)).all(1)
+    assert sorted(silent.nonzero().flatten().tolist()) == sorted(path.order[:8].tolist())
