@@ -481,6 +481,7 @@ def _measure_perplexity(
         seq_len=config.seq_len,
         batch_size=config.batch_size,
         max_windows=config.eval_samples,
+        argument="dataset",
         console=PROGRESS,
         ranks=current(),
     )

@@ -107,9 +107,14 @@ def prune_ratios(
         ratios: ascending, each once.
 
     Raises:
-        GradPruneError: as `prune`, and before anything is calibrated where one of the ratios cannot be reached.
+        GradPruneError: as `prune`, and before anything is calibrated where one of the ratios cannot be reached, or a
+            target is set, too.
     """
     config = _of_rank(config, ranks)
+    if config.target is not None:
+        raise ConfigError(
+            f"{config.target}: {getattr(config, config.target)} takes the place of ratios; leave out one or the other"
+        )
     configs = [replace(config, pruning_ratio=ratio, in_place=False) for ratio in ratios]
     clock = Clock(console)
     with claimed_results(config, ratios) as output, memory_advice(clock, config), evaluation_mode(model):

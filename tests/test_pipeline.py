@@ -15,8 +15,9 @@ from gradprune.errors import (
     UnsupportedArchitectureError,
 )
 from gradprune.models import describe
+from gradprune.pipeline import prune_ratios
 from gradprune.scoring.table import empty_table
-from helpers.pipeline_runs import run
+from helpers.pipeline_runs import TOKENS, run
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
 
@@ -142,6 +143,8 @@ def test_uniform_gives_a_plain_checkpoint(tmp_path: Path) -> None:
         ({"pruning_ratio": 0.5, "freeze_first_n_layers": 3}, SelectionError, "cannot be reached"),
         ({"seq_len": 65}, CalibrationError, "seq_len: 65 is longer than the model's context of 64"),
         ({"num_samples": 1000}, CalibrationError, "num_samples: 1000 samples of 16 tokens need 16,000"),
+        ({"num_samples": 2, "seq_len": 60, "evaluation": TOKENS[:59]}, CalibrationError, "evaluation: 59 held-out"),
+        ({"calibration": TOKENS.bool()}, CalibrationError, "calibration: has shape .* int64 is needed"),
     ],
 )
 def test_what_cannot_be_done_is_told_before_anything_runs(options, error, message, tmp_path: Path) -> None:
@@ -195,6 +198,54 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tiny_model(), output_dir=str(tmp_path), output_name="x")
     assert not list(tmp_path.iterdir())
+
+
+def test_priors_of_another_number_of_samples_are_measured_again(tmp_path: Path) -> None:
+    model, options = tiny_model(), {"temperature": 1.0, "prior": "removal"}
+    run(model, **options, prior_samples=2, output_dir=str(tmp_path), output_name="few")
+    file = str(tmp_path / "few" / "analysis" / "evidence.safetensors")
+    few, many = (run(model, **options, prior_samples=count, evidence_file=file).table for count in (2, 8))
+    fresh = run(model, **options, prior_samples=8).table
+    assert (many.prior == fresh.prior).all()
+    assert (few.prior != many.prior).any()
+
+
+def test_a_calibration_that_took_other_gradients_is_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"num_samples": 40, "output_dir": str(tmp_path), "output_name": "x", "checkpoint_every": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr("gradprune.calibration.gather._evidence", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_model(), **options, temperature=1.0, prior="taylor")
+    with pytest.raises(CheckpointError, match=r"another number of samples with gradients \(40, now 32\)"):
+        run(tiny_model(), **options, resume=True)
+
+
+def test_a_calibration_that_was_over_resumes_without_a_word_of_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"output_dir": str(tmp_path), "output_name": "x", "checkpoint_every": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr("gradprune.calibration.gather._evidence", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_model(), **options)
+    run(tiny_model(), **options, resume=True)
+    assert "calibration goes on after 8 of 8 samples" in caplog.text
+    assert "ranks" not in caplog.text
+
+
+def test_ids_of_any_integer_type_are_taken() -> None:
+    plain = run(tiny_model())
+    for dtype in (torch.int32, torch.uint8):
+        again = run(tiny_model(), calibration=TOKENS[:1500].to(dtype), evaluation=TOKENS[1500:].to(dtype))
+        assert (again.pruned == plain.pruned).all()
+        assert again.after.perplexity == plain.after.perplexity
+
+
+def test_several_ratios_and_a_target_are_refused_together() -> None:
+    with pytest.raises(ConfigError, match="target_parameters: 9K takes the place of ratios"):
+        prune_ratios(tiny_model(), None, PruneConfig(target_parameters="9K"), [0.1, 0.2])
 
 
 def test_a_model_without_tokenizer_needs_tokens() -> None:

@@ -229,6 +229,7 @@ def _priors_to_json(priors: Priors) -> dict[str, Any]:
     return {
         "block": [[*key, value] for key, value in priors.block.items()],
         "layer": [[layer, value] for layer, value in priors.layer.items()],
+        "samples": priors.samples,
     }
 
 
@@ -241,6 +242,7 @@ def _from_json(record: dict[str, Any], components: dict[str, Tensor]) -> Evidenc
         name: Priors(
             block={BlockKey(layer, kind): value for layer, kind, value in found["block"]},
             layer=dict(found["layer"]),
+            samples=found.get("samples"),
         )
         for name, found in record.pop("priors").items()
     }

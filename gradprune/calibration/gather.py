@@ -13,6 +13,7 @@ from gradprune.calibration.evidence import Evidence
 from gradprune.calibration.priors import Priors, removal_priors, removal_steps, similarity_priors, taylor_priors
 from gradprune.calibration.resume import Resumable
 from gradprune.config import CURVATURE_SAMPLES, OPTIONS, Method, PruneConfig
+from gradprune.data.own_text import written_samples
 from gradprune.data.windows import batches
 from gradprune.errors import ConfigError
 from gradprune.models.digest import model_digest
@@ -39,7 +40,7 @@ def gather_evidence(run: Run) -> Evidence:
             evidence = _evidence(run, engine)
     with run.clock.stage("priors"):
         needed = config.temperature > 0.0 or config.importance_method == "auto"
-        if needed and config.prior not in evidence.priors:
+        if needed and not _has_priors(evidence, config):
             if config.prior == "taylor":
                 raise ConfigError(
                     "prior: 'taylor' is not in evidence_file, whose calibration took no gradients of all samples; "
@@ -47,6 +48,12 @@ def gather_evidence(run: Run) -> Evidence:
                 )
             evidence = evidence.with_priors(config.prior, _priors(run))
     return evidence
+
+
+def _has_priors(evidence: Evidence, config: PruneConfig) -> bool:
+    """Whether the priors that the options ask for are there, measured on as many samples as they ask for."""
+    found = evidence.priors.get(config.prior)
+    return found is not None and found.samples in (None, min(config.prior_samples, config.num_samples))
 
 
 def calibrate(
@@ -72,7 +79,7 @@ def calibrate(
     done, ranks = start, engine.ranks
     parts = list(batches(windows[start:], batch_size))
     own = ranks.share(parts)
-    if len(parts) < ranks.world and ranks.leads:
+    if parts and len(parts) < ranks.world and ranks.leads:
         logger.warning(
             "%d of %d ranks have no samples to calibrate on: %d batches; a smaller --batch_size makes more",
             ranks.world - len(parts), ranks.world, len(parts),
@@ -122,7 +129,7 @@ def _evidence(run: Run, engine: ImportanceEngine) -> Evidence:
         found,
         seed=config.seed,
         dataset=config.dataset,
-        own_text=config.own_text,
+        own_text=written_samples(config.own_text, config.num_samples) / config.num_samples,
         model=model_digest(run.view.model),
     )
     gates = engine.gate_gradients()

@@ -26,10 +26,12 @@ class Priors:
 
     block: for every existing block.
     layer: by layer, for every layer with a block.
+    samples: how many they were measured on; None for those of all calibration samples' gradients.
     """
 
     block: dict[BlockKey, float]
     layer: dict[int, float]
+    samples: int | None = None
 
 
 def removal_priors(
@@ -64,6 +66,7 @@ def removal_priors(
     return Priors(
         block={of: change for of, change in changes.items() if isinstance(of, BlockKey)},
         layer={of: change for of, change in changes.items() if isinstance(of, int)},
+        samples=sum(map(len, batches)),
     )
 
 
@@ -87,6 +90,7 @@ def similarity_priors(view: PrunableModel, batches: list[Tensor], advance: Calla
     return Priors(
         block={block.key: probe.distance(block.key) for block in view.blocks},
         layer={block.layer: probe.distance(block.layer) for block in view.blocks},
+        samples=sum(map(len, batches)),
     )
 
 

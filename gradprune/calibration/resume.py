@@ -58,7 +58,7 @@ class Resumable:
         self._every = run.config.checkpoint_every
         self._saved = 0
         self._path = calibration_file(run.config)
-        self._belongs = _belongs(run, engine) if self._every is not None or run.config.resume else {}
+        self._belongs = _belongs(run, engine, samples) if self._every is not None or run.config.resume else {}
 
     def restore(self, *, resume: bool) -> int:
         """Restore the state of an interrupted run; returns the number of samples it had processed.
@@ -112,10 +112,11 @@ class Resumable:
         self._saved = done
 
 
-def _belongs(run: Run, engine: ImportanceEngine) -> dict[str, Any]:
+def _belongs(run: Run, engine: ImportanceEngine, samples: Tensor) -> dict[str, Any]:
     """Everything that must match for a resumed run to give the same bytes."""
     return {
         **{name: getattr(run.config, name) for name in _OPTIONS},
+        "number of samples with gradients": len(samples),
         "backend": engine.backend,
         "evidence": engine.collects,
         "device": run.view.model.device.type,

@@ -2,19 +2,21 @@
 
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradprune.config import PruneConfig
-from gradprune.data.own_text import own_samples
+from gradprune.data.own_text import own_samples, written_samples
 from gradprune.data.sources import load_tokens
-from gradprune.data.windows import overlap_of, sample_windows, split_held_out, spread
+from gradprune.data.windows import check_evaluation, overlap_of, sample_windows, split_held_out, spread
 from gradprune.errors import CalibrationError
 from gradprune.models.sizes import vocabulary_of
 from gradprune.progress import QUIET, progress
 from gradprune.ranks import ALONE, Ranks
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 # A standard error needs two.
 _FEWEST_SEARCHED = 2
 
@@ -56,14 +58,17 @@ def draw_samples(
         CalibrationError: text is missing or too short, or has ids that the model does not know; or the model cannot
             write.
     """
-    for name, given in (("calibration", calibration), ("evaluation", evaluation)):
-        if given is not None:
-            _check_ids(name, given, vocabulary_of(model))
+    evaluated = "eval_dataset" if evaluation is None else "evaluation"
+    calibration, evaluation = (
+        given if given is None else _checked(name, given, vocabulary_of(model))
+        for name, given in (("calibration", calibration), ("evaluation", evaluation))
+    )
     calibration, evaluation = calibration_and_evaluation(
         tokenizer, config, calibration, evaluation, vocabulary_of(model)
     )
+    check_evaluation(evaluation, config.seq_len, evaluated)
     held_out = config.held_out_samples if config.repair != "none" else 0
-    own = [round(config.own_text * count) for count in (config.num_samples, held_out)]
+    own = [written_samples(config.own_text, count) for count in (config.num_samples, held_out)]
     sizes = _sizes_of_text(len(calibration) // config.seq_len, config, config.num_samples - own[0], held_out - own[1])
     windows = calibration.new_empty(0, config.seq_len)
     if sum(sizes):
@@ -98,9 +103,9 @@ def _sizes_of_text(available: int, config: PruneConfig, calibrated: int, held_ou
     return [calibrated, held_out, min(config.search_samples, spare - held_out) if searches else 0]
 
 
-def _check_ids(argument: str, tokens: Tensor, vocab_size: int) -> None:
-    """Raise unless `tokens` is one stream of ids within the model's vocabulary."""
-    if tokens.ndim != 1 or tokens.is_floating_point():
+def _checked(argument: str, tokens: Tensor, vocab_size: int) -> Tensor:
+    """`tokens` as int64; raises unless they are one stream of ids within the model's vocabulary."""
+    if tokens.ndim != 1 or tokens.dtype not in _INTEGERS:
         raise CalibrationError(
             f"{argument}: has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; [tokens] int64 is needed"
         )
@@ -109,6 +114,7 @@ def _check_ids(argument: str, tokens: Tensor, vocab_size: int) -> None:
             f"{argument}: has ids from {int(tokens.min())} to {int(tokens.max())}; those of the model go from 0 to "
             f"{vocab_size - 1}"
         )
+    return tokens.long()
 
 
 def calibration_and_evaluation(

@@ -38,6 +38,19 @@ def split_held_out(tokens: Tensor, seq_len: int, fraction: float = HELD_OUT) -> 
     return tokens[:-held_out], tokens[-held_out:]
 
 
+def check_evaluation(tokens: Tensor, seq_len: int, argument: str) -> None:
+    """Raise unless evaluation text, [tokens], has a window of `seq_len`; the argument's name is for the error.
+
+    Raises:
+        CalibrationError: it is too short.
+    """
+    if len(tokens) < seq_len:
+        raise CalibrationError(
+            f"{argument}: {len(tokens)} held-out tokens are less than one window of {seq_len}; give more text, or a "
+            "smaller seq_len"
+        )
+
+
 def sample_windows(tokens: Tensor, *, num_samples: int, seq_len: int, seed: int) -> Tensor:
     """Draw windows of consecutive tokens, without replacement and without overlap.
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradprune.data.windows import batches
+from gradprune.data.windows import batches, check_evaluation
 from gradprune.errors import CalibrationError, NonFiniteError
 from gradprune.models.modes import evaluation_mode
 from gradprune.models.passes import losses
@@ -38,6 +38,7 @@ def perplexity(
     seq_len: int,
     batch_size: int,
     max_windows: int | None = None,
+    argument: str = "eval_dataset",
     console: Console | None = None,
     ranks: Ranks = ALONE,
 ) -> Perplexity:
@@ -51,6 +52,7 @@ def perplexity(
         seq_len: tokens per window, of which all but the first are predicted.
         batch_size: windows per forward pass; affects only memory and speed.
         max_windows: measure at most this many whole windows, spread evenly over the text; None measures all of it.
+        argument: what `tokens` is called in errors.
         console: where progress is shown.
         ranks: the processes that divide the windows; the result is the same to the bit.
 
@@ -58,7 +60,7 @@ def perplexity(
         CalibrationError: the text is shorter than one window, `seq_len` is below 2, or `max_windows` is below 1.
         NonFiniteError: a window's loss is NaN or infinite.
     """
-    numbers, parts = _windows(tokens, seq_len, batch_size, max_windows)
+    numbers, parts = _windows(tokens, seq_len, batch_size, max_windows, argument)
     numbered = iter(numbers)
     own = ranks.share([(part, list(itertools.islice(numbered, len(part)))) for part in parts])
     nll: list[Tensor] = []
@@ -72,14 +74,15 @@ def perplexity(
     return Perplexity(_exp(mean), mean, predicted, len(numbers))
 
 
-def _windows(tokens: Tensor, seq_len: int, batch_size: int, max_windows: int | None) -> tuple[list[int], list[Tensor]]:
+def _windows(
+    tokens: Tensor, seq_len: int, batch_size: int, max_windows: int | None, argument: str
+) -> tuple[list[int], list[Tensor]]:
     """Indices of the windows to measure, and the windows in batches; the shorter last window, if any, comes last."""
     for name, value, least in (("seq_len", seq_len, 2), ("max_windows", max_windows, 1)):
         if value is not None and value < least:
             raise CalibrationError(f"{name}: {value} is not at least {least}")
+    check_evaluation(tokens, seq_len, argument)
     count = len(tokens) // seq_len
-    if count == 0:
-        raise CalibrationError(f"eval_dataset: {len(tokens)} held-out tokens are less than one window of {seq_len}")
     whole = tokens[: count * seq_len].reshape(count, seq_len)
     rest = tokens[count * seq_len :]
     # A single remaining token predicts nothing.

@@ -173,6 +173,8 @@ def test_a_run_says_that_it_wrote(tmp_path: Path) -> None:
     assert ", 50% of them written by the model itself" in (tmp_path / "one/model/README.md").read_text(encoding="utf-8")
     for file in ("model/model.safetensors", "analysis/evidence.safetensors", "analysis/groups.csv"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    # The share that was written: of 8 samples, not 2.4.
+    assert run(tiny_model(channels=24, dtype=torch.float32), own_text=0.3).evidence.own_text == 0.25
     other = run(tiny_model(channels=24, dtype=torch.float32), repair="least_squares")
     assert (result.table.importance != other.table.importance).any()
     assert "own_text" not in other.seconds
