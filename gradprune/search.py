@@ -30,12 +30,13 @@ from gradprune.errors import SelectionError
 from gradprune.models import PrunableModel, describe
 from gradprune.models.masks import GroupMasks
 from gradprune.models.passes import Variant, losses_of, variant_losses
-from gradprune.progress import progress
+from gradprune.progress import QUIET, progress
+from gradprune.ranks import ALONE
 from gradprune.run import Run
 from gradprune.scoring.choose import choose
 from gradprune.surgery.cut import sharing_copy
-from gradprune.surgery.least_squares import least_squares
 from gradprune.surgery.masking import masked_layer, masks_by_block
+from gradprune.surgery.repair import REPAIRS
 
 # The search space; a candidate takes one value of each.
 TEMPERATURES: tuple[tuple[float, float | None], ...] = ((0.0, None), (0.5, 0.0), (1.0, 0.0), (1.0, math.inf))
@@ -292,9 +293,11 @@ def _masked_losses(
 
 
 def _repaired_losses(run: Run, searched: Sequence[Tensor], candidates: Sequence[_Candidate]) -> Iterator[Tensor]:
+    repair = REPAIRS[run.config.repair]
     for candidate in candidates:
         model = sharing_copy(run.view.model)
-        least_squares(describe(model, run.config.kinds), candidate.masks, run.calibration, run.held_out)
+        # Ranks divide the candidates, and not a candidate's repair.
+        repair(replace(run, view=describe(model, run.config.kinds), ranks=ALONE, console=QUIET), candidate.masks)
         yield losses_of(model, searched)
 
 

@@ -20,6 +20,7 @@ from gradprune.report.tables import describe_scoring, search_verdict
 from gradprune.scoring.scoring import score_groups
 from gradprune.scoring.selection import select
 from gradprune.surgery.masking import masked
+from gradprune.surgery.repair import REPAIRS
 from helpers.pipeline_runs import TOKENS, run
 from helpers.tiny_models import tiny_model
 
@@ -103,13 +104,13 @@ def test_search_and_repair_choose_on_samples_of_their_own(monkeypatch: pytest.Mo
     windows = {tuple(window.tolist()) for part in parts for window in part}
     assert len(windows) == 24
     seen = []
-    repair = search_module.least_squares
+    repair = REPAIRS["least_squares"]
 
-    def least_squares(view, masks, calibration, held_out, **options):
-        seen.append([torch.cat(calibration), torch.cat(held_out)])
-        return repair(view, masks, calibration, held_out, **options)
+    def watched(run, masks):
+        seen.append([torch.cat(run.calibration), torch.cat(run.held_out)])
+        return repair(run, masks)
 
-    monkeypatch.setattr(search_module, "least_squares", least_squares)
+    monkeypatch.setitem(REPAIRS, "least_squares", watched)
     found(model, repair="least_squares", held_out_samples=6, search_samples=10)
     assert seen
     assert all(torch.equal(one, samples.calibration) and torch.equal(other, samples.held_out) for one, other in seen)
