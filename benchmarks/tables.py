@@ -388,31 +388,39 @@ def _excess(found: Record, text: str = "") -> float:
 
 DISTILLED_TEXT = (
     "Excess, ln(perplexity / dense perplexity), and mean accuracy on zero-shot tasks, by the share of the samples that "
-    "the model wrote itself, and by the text's share in what distillation teaches, on text of the calibration's kind "
-    "and on other text; removed of the prunable parameters (`python -m benchmarks.quality.distilled_text`)."
+    "the model wrote itself, and by the text's share in what distillation teaches, and of peers, on text of the "
+    "calibration's kind and on other text; removed of the prunable parameters "
+    "(`python -m benchmarks.quality.distilled_text`)."
 )
 
 
 def distilled_text_table(records: Sequence[Record]) -> str:
-    """One row per model, ratio, shares and number of questions; means over seeds."""
+    """One row per model, ratio, provider, shares and number of questions; means over seeds."""
 
-    def row_of(found: Record) -> tuple[str, float, float, float, int | None]:
+    def row_of(found: Record) -> tuple[str, float, str, float | None, float | None, int | None]:
         extra = found.extra
-        return found.name, extra["ratio"], extra.get("own_text", 0.0), extra["share"], extra["max_questions"]
+        # Records from before there was own text do not name its share.
+        own = extra.get("own_text", 0.0) if "share" in extra else None
+        return found.name, extra["ratio"], found.provider, own, extra.get("share"), extra["max_questions"]
+
+    def place_of(found: Record) -> tuple[str, float, bool, float]:
+        """Peers last."""
+        name, ratio, _, own, _, _ = row_of(found)
+        return name, ratio, own is None, own or 0.0
 
     rows = []
-    in_order = sorted(records, key=lambda found: row_of(found)[:3])
-    for (name, ratio, own, share, questions), group in grouped(in_order, row_of).items():
+    in_order = sorted(records, key=place_of)
+    for (name, ratio, provider, own, share, questions), group in grouped(in_order, row_of).items():
         same, other = (fmean(_excess(found, text) for found in group) for text in ("", "other_"))
         zero_shot = ["-", "-"]
         if group[0].extra["accuracies"]:
             zero_shot = [f"{_accuracy(group)} ({_accuracy(group, 'accuracies_dense')})", str(questions or "all")]
-        shares, excesses = (f"{own:.0%}", f"{share:.0%}"), (f"{same:.3f}", f"{other:.3f}")
-        rows.append([name, f"{ratio:.0%}", *shares, *excesses, *zero_shot])
+        shares = ("-" if value is None else f"{value:.0%}" for value in (own, share))
+        rows.append([name, f"{ratio:.0%}", provider, *shares, f"{same:.3f}", f"{other:.3f}", *zero_shot])
     return table(
         [
-            *("model", "removed", "own text", "the text's share", "excess", "on other text", "zero-shot (dense)"),
-            "questions a task",
+            *("model", "removed", "by", "own text", "the text's share", "excess", "on other text"),
+            *("zero-shot (dense)", "questions a task"),
         ],
         rows,
     )

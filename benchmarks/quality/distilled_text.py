@@ -2,11 +2,12 @@
 
     python -m benchmarks.quality.distilled_text [--shares 0,0.05,0.1,0.2] [--tasks FOLDER --max_questions N]
     python -m benchmarks.quality.distilled_text --own_text 0.5 --shares 0.1 [--tasks FOLDER --max_questions N]
+    python -m benchmarks.quality.distilled_text --peers FLAP,Wanda-sp
 
-The second is of samples half of which the model writes itself. By default SmolLM2-135M, calibrated on WikiText-2; the
-other text is of stories. --base_model, --dataset, --eval_dataset and --other_dataset name others. Ratios are of the
-prunable parameters. Not part of `make bench`, because SmolLM2-135M takes half an hour; --quick measures one ratio and
-two shares.
+The second is of samples half of which the model writes itself, the third of peers instead. By default SmolLM2-135M,
+calibrated on WikiText-2; the other text is of stories. --base_model, --dataset, --eval_dataset and --other_dataset name
+others. Ratios are of the prunable parameters. Not part of `make bench`, because SmolLM2-135M takes half an hour;
+--quick measures one ratio and two shares.
 """
 
 from argparse import Namespace
@@ -28,6 +29,8 @@ from benchmarks.quality.methods import (
     shared_texts,
     without_tasks,
 )
+from benchmarks.quality.peers import PEERS
+from benchmarks.quality.peers.choice import PeerChoice, applied
 from benchmarks.results import append, record
 from gradprune.calibration.gather import gather_evidence
 from gradprune.config import DISTILL_TEXT, PruneConfig
@@ -61,8 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     dense = measured(subject.model)
     say(f"text in distillation, {subject.name}: dense perplexity {dense.same.perplexity:.2f}, other {dense.other:.2f}")
+    if options.peers:
+        for name, ratio, choice in _chosen_by_peers(subject, options):
+            with applied(describe(subject.model), choice):
+                _append(subject, name, ratio, {}, measured(subject.model), dense, options)
+        return
     for ratio, share, model in _distilled(subject, options):
-        _append(subject, ratio, share, measured(model), dense, options)
+        shares = {"share": share, "own_text": options.own_text}
+        _append(subject, "gradprune prune", ratio, shares, measured(model), dense, options)
 
 
 def _parser() -> Any:
@@ -73,6 +82,7 @@ def _parser() -> Any:
     made.add_argument("--other_dataset", help="default stories beside the repository")
     made.add_argument("--shares", type=listed(float), default=None, help="of the text in what distillation teaches")
     made.add_argument("--own_text", type=float, default=0.0, help="of the samples, the share the model writes itself")
+    made.add_argument("--peers", type=listed(str), default=(), help=f"measure these instead: {', '.join(PEERS)}")
     made.add_argument("--ratios", type=listed(float), default=None)
     made.add_argument("--num_samples", type=int, default=None)
     made.add_argument("--seed", type=int, default=0)
@@ -93,13 +103,26 @@ def _with_defaults(options: Namespace) -> Namespace:
     return options
 
 
-def _distilled(subject: Subject, options: Namespace) -> Iterator[tuple[float, float, PreTrainedModel]]:
-    """A ratio, a share and the model pruned by the defaults and distilled so; one calibration and a repair a ratio."""
-    view = describe(subject.model)
+def _run(subject: Subject, options: Namespace) -> Run:
     config = PruneConfig(
         num_samples=options.num_samples, seq_len=options.seq_len, seed=options.seed, own_text=options.own_text
     )
-    run = Run(view, config, draw_samples(subject.model, None, config, subject.calibration, subject.evaluation))
+    samples = draw_samples(subject.model, None, config, subject.calibration, subject.evaluation)
+    return Run(describe(subject.model), config, samples)
+
+
+def _chosen_by_peers(subject: Subject, options: Namespace) -> Iterator[tuple[str, float, PeerChoice]]:
+    """A peer, a ratio and what it chooses, on the samples that this project gets."""
+    run = _run(subject, options)
+    for name in options.peers:
+        for ratio in options.ratios:
+            yield name, ratio, PEERS[name](run.view, run.calibration, int(ratio * run.view.prunable))
+
+
+def _distilled(subject: Subject, options: Namespace) -> Iterator[tuple[float, float, PreTrainedModel]]:
+    """A ratio, a share and the model pruned by the defaults and distilled so; one calibration and a repair a ratio."""
+    run = _run(subject, options)
+    view, config = run.view, run.config
     evidence = gather_evidence(run)
     for given in options.ratios:
         ratio = given * view.prunable / view.parameters
@@ -115,11 +138,19 @@ def _distilled(subject: Subject, options: Namespace) -> Iterator[tuple[float, fl
             yield given, share, distilled
 
 
-def _append(subject: Subject, ratio: float, share: float, found: Measured, dense: Measured, options: Namespace) -> None:
+def _append(
+    subject: Subject,
+    provider: str,
+    ratio: float,
+    shares: dict[str, float],
+    found: Measured,
+    dense: Measured,
+    options: Namespace,
+) -> None:
+    """shares: of the text in distillation, and of samples that the model wrote; none of a peer's."""
     extra = {
         "ratio": ratio,
-        "share": share,
-        "own_text": options.own_text,
+        **shares,
         "seed": options.seed,
         "perplexity": found.same.perplexity,
         "perplexity_dense": dense.same.perplexity,
@@ -132,12 +163,9 @@ def _append(subject: Subject, ratio: float, share: float, found: Measured, dense
         "eval_windows": options.eval_samples,
         "max_questions": options.max_questions,
     }
-    shape = f"{ratio:.0%}, {share:.0%} of the text, {options.own_text:.0%} own text"
-    append(
-        record("distilled_text", subject.name, "gradprune prune", shape, "fp32", options.device, extra=extra),
-        options.output,
-    )
-    say(f"    {shape:24s} perplexity {found.same.perplexity:8.2f}, other {found.other:8.2f}")
+    shape = ", ".join([f"{ratio:.0%}", *(f"{value:.0%} {name}" for name, value in shares.items())])
+    append(record("distilled_text", subject.name, provider, shape, "fp32", options.device, extra=extra), options.output)
+    say(f"    {provider:16s} {shape:28s} perplexity {found.same.perplexity:8.2f}, other {found.other:8.2f}")
 
 
 if __name__ == "__main__":

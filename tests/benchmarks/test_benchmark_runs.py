@@ -292,9 +292,15 @@ def test_quality_by_the_text_s_share_in_distillation(tmp_path: Path) -> None:
     more = read(tmp_path)
     assert more[-1].extra["own_text"] == 0.5
     assert more[-1].extra["perplexity"] != found[-1].extra["perplexity"]
+    distilled_text.main([*TOY, str(tmp_path), "--seq_len", "16", "--ratios", "0.5", "--peers", "FLAP"])
+    more = read(tmp_path)
+    assert (more[-1].provider, "share" in more[-1].extra) == ("FLAP", False)
     shown = report(more, tmp_path)
-    assert "| model | removed | own text | the text's share | excess | on other text | zero-shot (dense) |" in shown
-    assert shown.count("| 50% | 50% | 10% |") == 1
+    assert (
+        "| model | removed | by | own text | the text's share | excess | on other text | zero-shot (dense) |" in shown
+    )
+    assert shown.count("| 50% | gradprune prune | 50% | 10% |") == 1
+    assert shown.count("| 50% | FLAP | - | - |") == 1
 
 
 def test_stage_times_of_a_real_model_and_their_table(tmp_path: Path) -> None:
