@@ -38,7 +38,9 @@ def _cheaper(stage: str, config: PruneConfig) -> list[str]:
     """Options that need less memory than those of `config`, in the order of what they cost."""
     advice = []
     if config.batch_size > 1 and stage != "speed":
-        cost = "the same result" if config.reduction == "sample" else "another result"
+        # Each batch of own text has a seed of its own, so other batches are other text.
+        same = config.reduction == "sample" and not config.own_text
+        cost = "the same result" if same else "another result"
         advice.append(f"--batch_size {max(1, config.batch_size // 4)} ({cost})")
     if stage == "calibration" and not config.use_gradient_checkpointing:
         advice.append("--use_gradient_checkpointing (a third more time)")
@@ -52,7 +54,7 @@ def _cheaper(stage: str, config: PruneConfig) -> list[str]:
         advice.append("--repair none (higher perplexity)")
     if stage == "distillation":
         advice.append("--distill_samples 0 (higher perplexity)")
-    if config.stream_layers != "on" and config.reduction == "sample":
+    if config.stream_layers != "on" and config.reduction == "sample" and not config.own_text:
         advice.append("--stream_layers on (the same result, one decoder layer in memory at a time)")
     if config.dtype in ("auto", "float32", "float64"):
         advice.append("--dtype bfloat16 (coarser weights)")

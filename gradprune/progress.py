@@ -42,8 +42,7 @@ def say(console: Console, line: str) -> None:
 
 @contextmanager
 def progress(console: Console, description: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
-    """Show progress while the body runs; yields `advance(steps=1, total=None)`, where
-    `total` corrects the total. If the body raises, the bar is removed.
+    """Show progress while the body runs; yields `advance(steps=1)`. If the body raises, the bar is removed.
 
     Args:
         console: where progress is shown.
@@ -68,8 +67,8 @@ def progress(console: Console, description: str, total: int, unit: str) -> Itera
     with bar:
         task = bar.add_task(description, total=total, unit=unit)
 
-        def advance(steps: int = 1, total: int | None = None) -> None:
-            bar.update(task, advance=steps, total=total)
+        def advance(steps: int = 1) -> None:
+            bar.update(task, advance=steps)
 
         try:
             yield advance
@@ -90,9 +89,8 @@ class _Lines:
         self._done = 0
         self._start = self._said = time.monotonic()
 
-    def advance(self, steps: int = 1, total: int | None = None) -> None:
+    def advance(self, steps: int = 1) -> None:
         self._done += steps
-        self._total = self._total if total is None else total
         now = time.monotonic()
         if now - self._said >= _INTERVAL:
             self._said = now

@@ -6,11 +6,16 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from gradprune import ImportanceEngine
+from gradprune.checkpoint.load import load_model
 from gradprune.cli import main
 from gradprune.demo import demo_model_path
+from gradprune.models.residency import residency_of
 from helpers.launched import run_ranks
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "large-models.md"
@@ -69,7 +74,16 @@ def test_every_command_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert (workplace / "results" / name / "model" / "model.safetensors").is_file()
 
 
-def test_the_program_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_program_streams_and_scores_as_the_whole_model(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     (program,) = blocks("python")
-    exec(compile(program, PAGE.name, "exec"), {})
+    names: dict[str, Any] = {}
+    exec(compile(program, PAGE.name, "exec"), names)
+    assert residency_of(names["engine"].model) is not None
+    whole, _ = load_model("results/demo/model")
+    with ImportanceEngine(whole, names["engine"].method, use_gradient_checkpointing=True) as engine:
+        engine.steps(names["batches"])
+    found, expected = names["engine"].scores(), engine.scores()
+    for kind in ("attention", "mlp"):
+        for one, other in zip(getattr(found, kind), getattr(expected, kind), strict=True):
+            assert torch.equal(one, other)

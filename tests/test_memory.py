@@ -57,6 +57,15 @@ def test_only_what_is_not_yet_given_is_advised() -> None:
     assert "--stream_layers on" not in told(MemoryError(), reduction="batch")
 
 
+def test_a_smaller_batch_gives_the_same_result_unless_batches_make_it() -> None:
+    assert "--batch_size 2 (the same result)" in told(MemoryError())
+    assert "--batch_size 2 (another result)" in told(MemoryError(), reduction="batch")
+    # The model writes other text in other batches, and cannot write while it is streamed.
+    own_text = told(MemoryError(), own_text=0.5)
+    assert "--batch_size 2 (another result)" in own_text
+    assert "--stream_layers" not in own_text
+
+
 def test_another_error_stays_as_it_is() -> None:
     with pytest.raises(RuntimeError, match="shapes"), memory_advice(Clock(), PruneConfig()):
         raise RuntimeError("shapes do not match")

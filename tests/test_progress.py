@@ -34,11 +34,11 @@ def test_without_a_terminal_there_is_a_line_every_half_minute(now: list[float]) 
     ]
 
 
-def test_a_corrected_total_and_long_times_are_shown(now: list[float]) -> None:
+def test_more_than_an_hour_is_shown_in_hours(now: list[float]) -> None:
     console = Console(file=io.StringIO())
-    with progress(console, "Searching", 1, "trials") as advance:
+    with progress(console, "Searching", 101, "trials") as advance:
         now[0] = 100.0
-        advance(total=101)
+        advance()
     assert written(console) == "Searching: 1 of 101 trials, 0.01 trials/s, 2:46:40 left\n"
 
 

@@ -27,6 +27,7 @@ from gradprune.config import (
     METHODS,
     ImportanceBackend,
     Method,
+    PruneConfig,
     ReductionName,
     StreamLayers,
     check_gradient_fix,
@@ -34,6 +35,7 @@ from gradprune.config import (
 from gradprune.errors import ConfigError, GradPruneError
 from gradprune.models import BlockKey, describe
 from gradprune.models.backward import backpropagated, deterministic_attention, loss_scale, without_autocast
+from gradprune.models.footprint import Job
 from gradprune.models.loss import sample_losses
 from gradprune.models.modes import evaluation_mode
 from gradprune.models.passes import backward_by_layers, waves
@@ -166,17 +168,26 @@ class ImportanceEngine:
     ) -> "ImportanceEngine":
         """An engine of a checkpoint that need not fit in memory; `model` is its model.
 
-        With a streamed model give `steps` many batches at once, as `waves` divides them.
+        Layers are recomputed in the backward pass, streamed or not. If the model is streamed, give `steps` many
+        batches at once, as `waves` divides them.
 
         Args:
-            checkpoint, device, dtype, stream_layers, stream_memory: as in `gradprune.checkpoint.load.load_model`.
+            checkpoint, device, dtype, stream_memory: as in `gradprune.checkpoint.load.load_model`.
+            stream_layers: as there; "auto" streams where calibration by `method`, on as many samples as `prune` takes
+                by default, would not fit.
             method, backend, gradient_fix: as above.
 
         Raises:
             GradPruneError: as `load_model` and `ImportanceEngine`.
         """
+        config = PruneConfig(importance_method=method, use_gradient_checkpointing=True, stream_memory=stream_memory)
         model, _ = load_model(
-            checkpoint, dtype=dtype, device=device, stream_layers=stream_layers, stream_memory=stream_memory
+            checkpoint,
+            dtype=dtype,
+            device=device,
+            stream_layers=stream_layers,
+            stream_memory=stream_memory,
+            job=Job(config, ("calibration", "importance")),
         )
         return cls(model, method, backend=backend, use_gradient_checkpointing=True, gradient_fix=gradient_fix)
 
@@ -475,10 +486,6 @@ class ImportanceEngine:
         Over the steps that took every weight's gradient.
         """
         return self._committed().gradients(slice(self._diagnosed_steps))
-
-    def gradients_of_step(self, step: int) -> list[LayerGradients]:
-        """As `gradients`, of one step's samples (its batch) alone; steps are counted from 0."""
-        return self._committed().gradients(slice(step, step + 1))
 
     def gate_gradients(self) -> dict[BlockKey, float]:
         """Gradient of the mean loss to a gate (of value 1) on each block's output; empty unless all steps took it."""

@@ -7,8 +7,12 @@ import torch
 
 from gradprune.calibration.engine import ImportanceEngine
 from gradprune.calibration.priors import removal_priors, similarity_priors
+from gradprune.checkpoint.load import load_shape
+from gradprune.config import PruneConfig
 from gradprune.errors import ConfigError, NonFiniteError
 from gradprune.models import describe
+from gradprune.models.footprint import STAGES, Job
+from gradprune.models.residency import residency_of
 from helpers.streaming import both, saved
 from helpers.tiny_models import ARCHITECTURE_NAMES, METHODS, tiny_ids, tiny_model
 
@@ -52,6 +56,26 @@ def test_stream_memory_divides_the_samples(tmp_path) -> None:
     for memory, sizes in (("1B", [1, 1, 1]), ("111KB", [2, 1]), ("1MiB", [3])):
         engine = ImportanceEngine.from_checkpoint(tmp_path, stream_layers="on", stream_memory=memory)
         assert [len(wave) for wave in engine.waves(batches)] == sizes
+
+
+def test_auto_streams_where_calibration_alone_would_not_fit(tmp_path, monkeypatch) -> None:
+    saved(tiny_model(dtype=torch.float32), tmp_path)
+    shape, cpu = load_shape(tmp_path), torch.device("cpu")
+
+    def needed(method: str, *stages: str) -> int:
+        config = PruneConfig(importance_method=method, use_gradient_checkpointing=True)
+        return Job(config, stages or STAGES).footprint(shape, streamed=False, device=cpu).peak
+
+    def streams(method: str, free: int) -> bool:
+        monkeypatch.setattr("gradprune.checkpoint.load.free_memory", lambda _device: free)
+        engine = ImportanceEngine.from_checkpoint(tmp_path, method, stream_layers="auto")
+        return residency_of(engine.model) is not None
+
+    for method in ("group_fisher", "obs"):
+        enough = needed(method, "calibration", "importance")
+        assert enough < needed(method)
+        assert not streams(method, enough)
+        assert streams(method, enough - 1)
 
 
 @pytest.mark.parametrize("method", METHODS)
