@@ -3,6 +3,7 @@
 README.md shows only what anyone can measure again: random models, the demo model, and models made from it.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean
@@ -46,7 +47,7 @@ def claim(records: Sequence[Record]) -> str:
     return (
         f"{what}, and scores them {peer.ms_p50 / ours.ms_p50:.1f} times as fast as Torch-Pruning's "
         f"`GroupTaylorImportance` in {ours.peak_memory / peer.peak_memory:.0%} of its memory** "
-        f"(on top of the weights; {ours.shape}, {ours.dtype}, on {ours.hardware})."
+        f"(peak memory beyond the weights; {_in_words(ours.shape)}, {ours.dtype}, on {ours.hardware})."
     )
 
 
@@ -70,13 +71,13 @@ def ops(records: Sequence[Record]) -> str:
             [
                 f"`{name}`, {ours.extra.get('label', '')} {ours.shape}",
                 f"{ours.tflops:.2f} TFLOP/s" if ours.tflops is not None else f"{ours.gb_per_s:.1f} GB/s",
-                "-" if ours.percent_of_floor is None else f"{ours.percent_of_floor:.0f} %",
+                "-" if ours.percent_of_floor is None else f"{ours.percent_of_floor:.0f}",
                 *(tables.ratio(_time(case, peer), ours.ms_p50) for peer in ("eager", "torch.compile", "foreach")),
             ]
         )
     if not rows:
         return _UNMEASURED
-    header = [f"op ({dtype})", "rate", "of floor", "x eager", "x torch.compile", "x foreach"]
+    header = [f"op ({dtype})", "rate", "% of floor (copy or `torch.mm`)", "x eager", "x torch.compile", "x foreach"]
     return f"Ops, by the fastest backend, {_machine(shown)}\n\n{tables.table(header, rows[:MOST_ROWS])}"
 
 
@@ -97,9 +98,8 @@ def calibration(records: Sequence[Record]) -> str:
         ]
         for found in shown[:MOST_ROWS]
     ]
-    header = [
-        f"{ours.shape}, {ours.dtype}", "time, x ours", "peak memory, x ours", "beyond activations, of the weights"
-    ]  # fmt: skip
+    job_in_words = f"{_in_words(ours.shape)}, {ours.dtype}"
+    header = [job_in_words, "time, x ours", "peak memory, x ours", tables.BEYOND_ACTIVATIONS]
     return f"Calibration and importance of a random model, {_machine(job)}\n\n{tables.table(header, rows)}"
 
 
@@ -116,9 +116,10 @@ def quality(records: Sequence[Record]) -> str:
             cells = [_cell(means.get((provider, ratio)), _lowest(means, ratio)) for ratio in ratios]
             rows.append([name, *cells])
     seeds = len({found.extra["seed"] for found in of_model if found.provider in QUALITY})
+    of_seeds = f"mean over {seeds} seeds" if seeds > 1 else "one seed"
     dense, samples = of_model[0].extra["perplexity_dense"], of_model[0].extra["num_samples"]
     lead = (
-        f"Held-out perplexity, mean over {seeds} seed(s) of {samples} samples; {of_model[0].name}, dense {dense:.2f}:"
+        f"Held-out perplexity, {of_seeds}, {samples} calibration samples; {of_model[0].name}, dense {dense:.2f}:"
     )
     return f"{lead}\n\n{tables.table(['', *(f'{r:.0%} removed' for r in ratios)], rows[:MOST_ROWS])}"
 
@@ -229,8 +230,8 @@ def mean_sizes(records: Sequence[Record]) -> dict[str, list[tuple[float, float]]
 def plan(_records: Sequence[Record]) -> str:
     """What of large models fits GPUs; computed, not measured."""
     lead = (
-        "For 128 samples of 2048 tokens, one at a time, by the plan: the fastest way that fits, and its peak on the "
-        "device; in the last columns what a streamed run holds in the host's memory and reads."
+        "By the plan, for 128 samples of 2048 tokens at batch size 1: the fastest way that fits each device, and its peak "
+        "there; in the last columns, the host memory that a streamed run takes and how much it reads."
     )
     return f"{lead}\n\n{tables.table(*plan_table.rows())}"
 
@@ -251,8 +252,9 @@ def _overhead(records: Sequence[Record]) -> str:
         return ""
     least, most = (pick(found.extra["ratio"] for found in records) for pick in (min, max))
     return (
-        f"Calibrating {records[0].shape.split(',')[0]}, which fits, streamed takes {least:.2f} to {most:.2f} times the "
-        "processor time of the whole model with `--use_gradient_checkpointing` (`python -m benchmarks.jobs.overhead`)."
+        f"Calibrating {records[0].shape.split(',')[0]}, which fits in memory, takes {least:.2f} to {most:.2f} times as "
+        "much processor time streamed as whole with `--use_gradient_checkpointing` (`python -m "
+        "benchmarks.jobs.overhead`)."
     )
 
 
@@ -283,6 +285,11 @@ SECTIONS: dict[str, dict[str, Callable[[Sequence[Record]], str]]] = {
     "docs/large-models.md": {"plan": plan, "streaming": streaming},
 }
 """By file of the repository, its generated sections."""
+
+
+def _in_words(shape: str) -> str:
+    """A record's shape, with the size of a calibration such as "4x128 tokens by 2" in words."""
+    return re.sub(r"(\d+)x(\d+) tokens by (\d+)", r"\1 samples of \2 tokens, batch size \3", shape)
 
 
 def _calibration_job(records: Sequence[Record]) -> list[Record]:

@@ -12,6 +12,8 @@ from benchmarks.results import Record
 
 Key = TypeVar("Key")
 
+BEYOND_ACTIVATIONS = "memory beyond activations, % of weights"
+
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table: the first column is aligned left, the others right."""
@@ -64,11 +66,11 @@ def calibration_table(records: Sequence[Record]) -> str:
                 ]
             )
     header = ["job", "provider", "p20 ms", "p50 ms", "p80 ms", "x plain", "peak MiB", "x plain's peak"]
-    return table([*header, "beyond activations, of the weights", "peak MiB in the timed turns"], rows)
+    return table([*header, BEYOND_ACTIVATIONS, "peak MiB in the timed turns"], rows)
 
 
 def above_activations(found: Record, group: Sequence[Record]) -> str:
-    """Peak memory beyond that of the same run's forward pass, relative to the weights' size; "none" if not beyond."""
+    """Peak memory beyond that of the same run's forward pass, in % of the weights' size; "none" if not beyond."""
     forward = next((one for one in group if one.provider == "forward"), None)
     if forward is None or forward.peak_memory is None or found.peak_memory is None:
         return "-"
