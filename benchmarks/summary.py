@@ -230,8 +230,8 @@ def mean_sizes(records: Sequence[Record]) -> dict[str, list[tuple[float, float]]
 def plan(_records: Sequence[Record]) -> str:
     """What of large models fits GPUs; computed, not measured."""
     lead = (
-        "By the plan, for 128 samples of 2048 tokens at batch size 1: the fastest way that fits each device, and its peak "
-        "there; in the last columns, the host memory that a streamed run takes and how much it reads."
+        "By the plan, for 128 samples of 2048 tokens at batch size 1: the fastest way that fits each device, and its "
+        "peak there; in the last columns, the host memory that a streamed run takes and how much it reads."
     )
     return f"{lead}\n\n{tables.table(*plan_table.rows())}"
 

@@ -1,4 +1,4 @@
-"""`cheapest_removals`: columns that are removed one by one, each time the cheapest, in one launch."""
+"""`cheapest_removals`: remove columns one by one, the cheapest first, in one launch."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from gradprune.kernels.launch import device_of
 
 MOST_COLUMNS = 1024
-"""So many are in one program's registers, a few numbers each."""
+"""The most columns that one program takes: it keeps a few numbers of each in registers."""
 
 
 @dataclass(frozen=True)
 class CheapestRemovalsConfig:
-    """How the rows of the columns that are gone are read: ROWS at a time, whole."""
+    """How the rows of removed columns are read: whole, ROWS at a time."""
 
     ROWS: int = 4
     num_warps: int = 8
@@ -36,7 +36,7 @@ def _cheapest_removals_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program, fp64. Each column is removed behind those before it, whose rows s and d it reads back.
+    """One program, fp64. To remove a column, it reads back the rows s and d of those removed before.
 
     inverse_ptr, gram_ptr: [columns, columns], A^-1 and M = W^T W (unit inner stride).
     s_ptr, d_ptr: [count, columns] scratch, see `gradprune.ops.removals`.

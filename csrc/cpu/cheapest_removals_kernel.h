@@ -9,7 +9,8 @@
 namespace gradprune {
 namespace {
 
-// ROWS of the columns gone before, from `first` on: takes from the row of A^-1, and of M, what their removal changed.
+// Subtracts from the rows of A^-1 (own) and of M (change) what removing earlier columns changed: ROWS of these, from
+// `first` on.
 template <int N, int ROWS>
 GRADPRUNE_INLINE void subtract_rows(const Removal& removal, std::ptrdiff_t first, double* own, double* change) {
   using V = Vector<double, N>;

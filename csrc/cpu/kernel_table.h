@@ -60,9 +60,9 @@ struct MaskStrip {
   double* square;
 };
 
-// One removal of `cheapest_removals`. s, d: [more than done, width], rows of the columns gone before, and behind them the
-// rows of A^-1 and of M of the column that goes, in place of which its own s and d come. inverse, gram: [width], the
-// diagonals, which are changed. width: a multiple of every vector's length.
+// One removal of `cheapest_removals`. s, d: [more than done, width]; the first `done` rows belong to the columns removed
+// before. Row `done` holds the row of A^-1 (of M) of the column to remove, and is overwritten by its s (its d).
+// inverse, gram: [width], the diagonals, updated in place. width: a multiple of every vector's length.
 struct Removal {
   double* s;
   double* d;

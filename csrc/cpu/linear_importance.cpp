@@ -35,11 +35,11 @@ std::unique_ptr<T[], Free> aligned_array(std::ptrdiff_t count) {
 template <class T>
 class Panels {
  public:
-  // With room for samples of up to `most` tokens.
+  // Holds one sample of at most `most` tokens.
   Panels(std::ptrdiff_t width, std::ptrdiff_t most, std::ptrdiff_t panel_width)
       : width_(width), panel_width_(panel_width), data_(aligned_array<T>(padded(width) * most)) {}
 
-  // The next sample has so many tokens.
+  // Starts a sample of `tokens` tokens.
   void begin(std::ptrdiff_t tokens) { tokens_ = tokens; }
 
   std::ptrdiff_t panels() const { return divide_up(width_, panel_width_); }

@@ -15,7 +15,7 @@ from gradprune.ranks import Ranks
 _NARROW = 128
 # Narrower matrices are computed in one product: skipping the upper triangle saves too little.
 _TILE = 192
-# So many rows are mirrored at once, so that no second matrix is needed.
+# Rows that are mirrored at a time, so that no second matrix is needed.
 _MIRRORED = 1024
 
 
@@ -27,7 +27,7 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 class GramSum:
     """The sum over tokens of x x^T, for the inputs x [I] of a weight [O, I], on the weight's device.
 
-    tokens: so many of this rank's have been added.
+    tokens: how many of this rank's tokens have been added.
     """
 
     def __init__(self, weight: Tensor) -> None:

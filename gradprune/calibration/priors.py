@@ -1,9 +1,10 @@
-"""H-GSP, hierarchical global structural pruning: modulate group scores by how much a block or layer matters.
+"""Priors: how much the model needs each block and each layer, which H-GSP (`gradprune.scoring.hgsp`) scores with.
 
-score(group) = importance / cost * M with M = B^T and B = ln(1 + max(prior, 0)); T is the temperature; importance / cost
-may have been normalised before. The prior is the layer's where the layer's importance is below tau (layer-dominant),
-else the block's (block-dominant).
-At T = 0 M is 1 and no prior is computed.
+- `removal`: how much the loss rises when its output is zeroed;
+- `similarity`: how much it turns the residual stream, 1 - cosine;
+- `taylor`: the first-order estimate of the change in loss, from calibration's gradients.
+
+Removal and similarity are measured on a few calibration samples.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,1 +1,1 @@
-"""Loading and saving, whole or not at all. Only safetensors, never a pickle."""
+"""Checkpoints: loaded from safetensors or GGUF files, written as safetensors, whole or not at all."""

@@ -1,4 +1,4 @@
-"""Checkpoints: load dense and pruned models, save them whole or not at all. Only safetensors, never a pickle."""
+"""Load dense and pruned models, from safetensors or a GGUF file; nothing is unpickled."""
 
 import logging
 from collections.abc import Callable, Iterator

@@ -1,6 +1,7 @@
-"""Every option, grouped by the stage that reads it. A new option is one line here, and nothing anywhere else.
+"""Every option, grouped by the stage that reads it.
 
-The first line of a group's docstring is its title in `gradprune prune --help` and in `docs/options.md`.
+The command line, its help and the validation follow from the fields here; `python -m gradprune.config.table >
+docs/options.md` renews the documentation. The first line of a group's docstring is its title in both.
 """
 
 import math
@@ -56,8 +57,8 @@ of SmolLM2-135M's 60 blocks from 32 samples of 128 tokens vary by 10 % around th
 DISTILL_JUDGED = 16
 """Held-out samples, at most, on which distillation is judged."""
 DISTILL_TOKENS, DISTILL_PARAMETERS = 16_384, 2_000_000_000
-"""By default so many calibration tokens distil models of at most so many parameters. Larger ones were not measured;
-they would keep all their weights twice, and each step reads a streamed model's weights twice."""
+"""By default so many calibration tokens distil models of at most so many parameters. Larger ones have not been
+measured; distilling them would hold the weights that stay twice or, streamed, read all weights twice a step."""
 DISTILL_TEXT = 0.1
 """See docs/methods.md for what other shares bring on text of the calibration's kind, and cost on other text."""
 
@@ -86,14 +87,14 @@ class Model(Options):
     )
     pruning_ratio: float = option(0.2, "Fraction of all the model's parameters to remove.", _UNIT_INTERVAL)
     target_parameters: str | None = option(
-        None, "Instead of a ratio: at most so many parameters are left, such as 350M.", count()
+        None, "Target instead of a ratio: keep at most this many parameters, e.g. 350M.", count()
     )
     target_bytes: str | None = option(
-        None, "Instead of a ratio: the weights that are left take at most so much, such as 6GiB.", memory_size()
+        None, "Target instead of a ratio: keep at most this many bytes of weights, e.g. 6GiB.", memory_size()
     )
     target_speedup: float | None = option(
         None,
-        "Instead of a ratio: forward passes are so many times as fast, measured on this device.",
+        "Target instead of a ratio: forward passes at least this many times as fast, measured on this device.",
         finite("above 1", lambda x: x > 1.0),
     )
     prune_kinds: str | None = option(
@@ -164,14 +165,16 @@ class Data(Options):
     eval_dataset: str | None = option(None, "Held-out text for perplexity; default the end of dataset.", _DATASET)
     own_text: float = option(
         0.0,
-        "Share of the calibration and held-out samples that the model writes itself, for what it has learned and "
-        "dataset lacks; 1 needs no text.",
+        "Share of the calibration and held-out samples that the model writes itself, to preserve what dataset does not "
+        "cover; 1 calibrates on such samples alone.",
         numbers("between 0 and 1", lambda x: 0.0 <= x <= 1.0),
     )
     num_samples: int = option(256, "Calibration samples, drawn without replacement.", at_least(1))
     seq_len: int = option(128, "Tokens per sample.", at_least(2))
     batch_size: int = option(8, "Samples per forward pass.", at_least(1))
-    held_out_samples: int = option(32, "Further samples on which repair chooses.", at_least(1))
+    held_out_samples: int = option(
+        32, "Held-out samples on which repair and distillation choose their settings.", at_least(1)
+    )
     eval_samples: int | None = option(None, "Windows for perplexity, at most; default all.", at_least(1))
     tasks: str | None = option(
         None,
@@ -195,7 +198,9 @@ class Calibration(Options):
     reduction: ReductionName = option(
         "sample", "Exact per-sample gradients, or the cheaper gradient of each batch's mean."
     )
-    backend: ImportanceBackend = option("auto", "Who computes importance; auto takes the fastest available.")
+    backend: ImportanceBackend = option(
+        "auto", "Implementation that computes importances; auto takes the fastest available."
+    )
     use_gradient_checkpointing: bool = option(False, "Recompute activations: less memory, more time.")
     prior_samples: int = option(16, "Calibration samples on which the priors are measured.", at_least(1))
     evidence: EvidenceName = option(
@@ -203,8 +208,8 @@ class Calibration(Options):
     )
     collect_batches: int = option(
         2,
-        f"First batches that are diagnosed and plotted, of {CURVATURE_SAMPLES} samples at most with obs; with evidence "
-        "all, all are.",
+        "Number of batches, from the first, whose gradients are diagnosed and plotted; with obs at most the first "
+        f"{CURVATURE_SAMPLES} samples, with evidence all every batch.",
         at_least(1),
     )
     evidence_file: str | None = option(
@@ -229,7 +234,7 @@ class Scoring(Options):
         FIX_OR_CHAIN,
     )
     normalize_scores: Normalize = option("none", "Make the scores of different layers comparable.")
-    normalize_per: NormalizePer = option("layer", "Within what scores are normalized and clipped.")
+    normalize_per: NormalizePer = option("layer", "Unit within which scores are normalized and clipped.")
     clip_percentile: float = option(
         100.0,
         "Percentile at which scores are clipped first; 100 is off.",
@@ -246,7 +251,7 @@ class Scoring(Options):
         "H-GSP gate on a layer's importance; default its 25th percentile.",
         numbers("between 0 and inf (both included)", lambda x: x >= 0.0),
     )
-    prior: Prior = option("removal", "Measure of a block's worth that H-GSP uses.")
+    prior: Prior = option("removal", "How H-GSP measures the importance of a block.")
 
     @property
     def method(self) -> Method:
@@ -276,11 +281,11 @@ class Search(Options):
     """Search."""
 
     search_samples: int = option(
-        64, "Samples on which settings are compared, apart from all that are calibrated or repaired on.", at_least(2)
+        64, "Samples on which search compares settings; none of them is used for calibration or repair.", at_least(2)
     )
     search_minutes: float = option(
         30.0,
-        "Time limit of its trials when importance_method is auto; the best that was repaired by then wins.",
+        "Time limit of the search (importance_method auto), in minutes; it then decides by what it has measured.",
         numbers("above 0", lambda x: x > 0.0),
     )
 
@@ -289,21 +294,21 @@ class Search(Options):
 class Constraints(Options):
     """Constraints."""
 
-    freeze_first_n_layers: int = option(0, "First decoder layers that stay whole.", at_least(0))
-    freeze_last_n_layers: int = option(0, "Last decoder layers that stay whole.", at_least(0))
+    freeze_first_n_layers: int = option(0, "Number of first decoder layers to leave unpruned.", at_least(0))
+    freeze_last_n_layers: int = option(0, "Number of last decoder layers to leave unpruned.", at_least(0))
     max_layer_ratio: float = option(1.0, "Largest fraction of a layer's prunable parameters to remove.", _UNIT_OR_ONE)
     round_to: int = option(1, "MLP widths are a multiple of this.", at_least(1))
     uniform: bool = option(False, "Same widths in all layers: a plain checkpoint.")
     epsilon: float = option(
         0.0,
-        "Drop layers that keep a smaller fraction.",
+        "Drop layers that would keep less than this fraction.",
         numbers("between 0 and 1", lambda x: 0.0 <= x <= 1.0),
     )
     serve: Serve | None = option(
         None,
-        "Prune to what this loads, and write its file: hf, vllm, gguf (llama.cpp), or uniform, which anything loads.",
+        "What must load the result: hf, vllm, gguf (llama.cpp; also writes model.gguf), or uniform, for any tool.",
     )
-    tensor_parallel: int = option(1, "Devices that vLLM is to split the result over.", at_least(1))
+    tensor_parallel: int = option(1, "Number of devices over which vLLM will split the result.", at_least(1))
 
     @property
     def same_widths(self) -> bool:
@@ -344,16 +349,17 @@ class Repair(Options):
     repair: RepairName = option("least_squares", "Re-solve the output projections of pruned blocks.")
     distill_samples: int | None = option(
         None,
-        "Calibration samples that teach the repaired weights the dense model's predictions, four or 512 tokens a step; "
-        f"default {DISTILL_TOKENS:,} tokens, or none for over {DISTILL_PARAMETERS // 10**9} billion parameters.",
+        "Calibration samples to distil the repaired weights on, towards the dense model's predictions; 4 samples a "
+        f"step, fewer if they exceed 512 tokens. Default {DISTILL_TOKENS:,} tokens; none above "
+        f"{DISTILL_PARAMETERS // 10**9} billion parameters.",
         at_least(0),
     )
     distill_text: float = option(
         DISTILL_TEXT,
-        "Share of the samples' own next tokens in what they teach, beside the dense model's predictions; 0 is none.",
+        "Weight of the next-token loss in distillation; the rest goes to matching the dense model's predictions.",
         numbers("between 0 and 1", lambda x: 0.0 <= x <= 1.0),
     )
-    shots: int = option(1, "Prune in so many steps, each repaired and calibrated again before the next.", at_least(1))
+    shots: int = option(1, "Prune in this many steps, repairing and calibrating again after each.", at_least(1))
 
     def check_together(self) -> None:
         """Without a repair there is no repaired model to go on with, and without samples nothing is taught."""

@@ -17,9 +17,13 @@ class RecoveryConfig(Options):
     method: Method = option("full", "Train all weights, or low-rank updates, merged at the end, in less memory.")
     loss: Loss = option("kd", "Match the teacher's predictions (kd), or predict the text (lm).")
     minutes: float = option(
-        10.0, "Plan as many steps as fit, by the speed of the first.", numbers("above 0", lambda x: x > 0.0)
+        10.0,
+        "Minutes to train for; the number of steps is planned from a timed forward and backward pass.",
+        numbers("above 0", lambda x: x > 0.0),
     )
-    steps: int | None = option(None, "Optimizer steps, instead of minutes: repeatable anywhere.", at_least(1))
+    steps: int | None = option(
+        None, "Optimizer steps, instead of minutes; reproducible on the same machine.", at_least(1)
+    )
     learning_rate: float | None = option(
         None, "Peak learning rate; default 2e-3 for lora, 5e-4 for full.", finite("above 0", lambda x: x > 0.0)
     )

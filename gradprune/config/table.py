@@ -8,13 +8,14 @@ _HEAD = """# Options
 
 Every option of `gradprune prune`, by the stage that reads it. On the command line it is `--name value`, or `--name` and
 `--no_name` where the values are True and False; `_` may be written as `-`. In a program it is
-`PruneConfig(name=value)`. The other commands take some of them; `gradprune COMMAND --help` says which.
+`PruneConfig(name=value)`. A default of `-` means unset. The other commands take some of these options;
+`gradprune COMMAND --help` says which.
 """
 
 _RECOVERY = """# Options of `gradprune recover`
 
-Beside these it takes, of the others, `device`, `dtype`, `trust_remote_code`, `dataset`, `eval_dataset`,
-`eval_samples`, `output_dir`, `output_name` and `overwrite`; `seq_len`, `batch_size` and `seed` are here its own.
+Besides those below it takes, from `gradprune prune`: `device`, `dtype`, `trust_remote_code`, `dataset`, `eval_dataset`,
+`eval_samples`, `output_dir`, `output_name` and `overwrite`.
 """
 
 
@@ -31,7 +32,7 @@ def _section(part: type[Options]) -> str:
 
 
 def _row(option: Option) -> str:
-    default = "none" if option.default is None else f"`{option.default}`"
+    default = "-" if option.default is None else f"`{option.default}`"
     meaning = option.help
     if option.library_only:
         meaning += " Only in a program."

@@ -1,4 +1,4 @@
-"""Find the decoder layers of any causal LM, whether or not `architecture.py` describes it."""
+"""Find the decoder layers of any model, whether or not gradprune can prune it."""
 
 from collections.abc import Iterator
 

@@ -19,37 +19,37 @@ StageName = Literal["calibration", "importance", "repair", "distillation", "eval
 STAGES: tuple[StageName, ...] = ("calibration", "importance", "repair", "distillation", "evaluation", "saving")
 
 OBS_STREAMS = 1
-"""So many residual streams of all samples `obs` keeps at once, and of experts what their output projections read."""
+"""Residual streams of all samples that `obs` keeps at once; with experts, also what their output projections read."""
 FOLLOWED, FOLLOWED_SHARE = 2, 1 / 6
-"""Of so many samples at least `obs` follows a stream for each block, and of so many that this takes such a part of a
-forward and a backward pass over all calibration samples."""
+"""`obs` follows one residual stream a block, of at least FOLLOWED samples, and of as many as take FOLLOWED_SHARE of a
+forward and backward pass over all calibration samples."""
 REPAIR_STREAMS = 4
-"""So many residual streams of all samples the repair keeps at once beside what an output projection reads in its kept
-columns: the repaired model's before the layer, the dense model's after it, what the layer's first block now writes, and
-what its second would have to write."""
+"""Residual streams of all samples that the repair keeps at once, on top of what one output projection reads in its kept
+columns: the repaired model's stream before the layer, the dense model's after it, what the layer's first block now
+writes, and what its second would have to write."""
 EXPERTS_STREAMS = 2
-"""So many more the repair of experts keeps: what they write, and what they lack."""
+"""Further streams that the repair of experts keeps: what they write, and what they lack."""
 
 _EVERY_SHOT: tuple[StageName, ...] = ("calibration", "importance", "repair")
 
 # On a CPU half-precision products are compiled for each shape that occurs, about 1 MiB for each of a model's dozen.
 _COMPILED = 12 << 20
 
-# What a CPU's libraries keep of their buffers after large products: bytes an element of the largest output projection,
-# and at most.
+# Buffers that a CPU's libraries keep after large products: bytes per element of the largest output projection, and the
+# most in all.
 _BUFFERS, _MOST_BUFFERS = 6, 32 << 20
 
 FOLDED = 1 << 24
-"""So many weights at a time are summed by group, in fp64: 16 bytes each, with their absolute values."""
+"""Weights that are summed by group at a time, in fp64: 16 bytes each, with their absolute values."""
 
 # A block's sums, in fp64: see `gradprune.calibration.accumulator`.
 _SUMS_PER_GROUP, _FP64 = 8, 8
-# Passes over held-out samples that judge distillation: before it, and mostly of two factors.
+# Passes over held-out samples that judge distillation: one before it, and usually one for each of two factors.
 _JUDGED = 3
 
 
 def samples_followed(samples: int, blocks: int) -> int:
-    """How many of so many calibration samples `obs` follows: each block's stream passes half of the layers."""
+    """How many of the calibration samples `obs` follows; a block's stream passes half of the layers on average."""
     return min(samples, max(FOLLOWED, int(FOLLOWED_SHARE * 6 * samples / max(1, blocks))))
 
 
