@@ -118,9 +118,7 @@ def quality(records: Sequence[Record]) -> str:
     seeds = len({found.extra["seed"] for found in of_model if found.provider in QUALITY})
     of_seeds = f"mean over {seeds} seeds" if seeds > 1 else "one seed"
     dense, samples = of_model[0].extra["perplexity_dense"], of_model[0].extra["num_samples"]
-    lead = (
-        f"Held-out perplexity, {of_seeds}, {samples} calibration samples; {of_model[0].name}, dense {dense:.2f}:"
-    )
+    lead = f"Held-out perplexity, {of_seeds}, {samples} calibration samples; {of_model[0].name}, dense {dense:.2f}:"
     return f"{lead}\n\n{tables.table(['', *(f'{r:.0%} removed' for r in ratios)], rows[:MOST_ROWS])}"
 
 

@@ -13,7 +13,7 @@ BENCHMARKS = (r"\((\.\./)?benchmarks/README\.md", "(benchmarks.md")
 README = [BENCHMARKS, (r"\(docs/", "("), (r"\(benchmarks/", "("), (r"\(CONTRIBUTING", "(contributing")]
 PAGES = {
     "index.md": ("README.md", README),
-    "benchmarks.md": ("benchmarks/README.md", [(r"\[([^\]]*)\]\((results|introduction\.md)\)", r"`\1`")]),
+    "benchmarks.md": ("benchmarks/README.md", [(r"\[([^\]]*)\]\((results|introduction\.md)\)", r"`\1`"), (r"\(\.\./docs/", "(")]),
     "contributing.md": ("CONTRIBUTING.md", [BENCHMARKS]),
 }
 ORDER = [

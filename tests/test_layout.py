@@ -1,4 +1,4 @@
-"""The data's way is one way: a room imports only from rooms before it, in the order that CONTRIBUTING draws."""
+"""Imports go one way: a part of the package imports only from the parts before it in `ORDER`."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ import gradprune
 
 PACKAGE = Path(gradprune.__file__).parent
 
-# From what everything uses up to the command. Rooms are the folders and files right under `gradprune/`.
+# From what everything uses up to the command. Parts are the folders and files right under `gradprune/`.
 ORDER = (
     "version",
     "errors",
@@ -46,7 +46,7 @@ LEAVES = ("_C", "kernels")
 
 
 def imports_of(file: Path) -> set[str]:
-    """The rooms that a file imports from, wherever in the file."""
+    """The parts that a file imports from, wherever in the file."""
     names = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gradprune":
@@ -56,18 +56,18 @@ def imports_of(file: Path) -> set[str]:
     return {name.split(".")[1] for name in names}
 
 
-def room_of(file: Path) -> str:
+def part_of(file: Path) -> str:
     return file.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def test_every_room_imports_from_rooms_before_it() -> None:
-    files = [file for file in PACKAGE.rglob("*.py") if room_of(file) not in ("__init__", *LEAVES)]
-    assert {room_of(file) for file in files} == set(ORDER)
+def test_every_part_imports_from_parts_before_it() -> None:
+    files = [file for file in PACKAGE.rglob("*.py") if part_of(file) not in ("__init__", *LEAVES)]
+    assert {part_of(file) for file in files} == set(ORDER)
     against = [
-        f"{file.relative_to(PACKAGE)} imports {room}"
+        f"{file.relative_to(PACKAGE)} imports {part}"
         for file in files
-        for room in imports_of(file) - set(LEAVES)
-        if room != room_of(file) and ORDER.index(room) > ORDER.index(room_of(file))
+        for part in imports_of(file) - set(LEAVES)
+        if part != part_of(file) and ORDER.index(part) > ORDER.index(part_of(file))
     ]
     assert not against
 

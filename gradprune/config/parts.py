@@ -359,7 +359,7 @@ class Repair(Options):
         "Weight of the next-token loss in distillation; the rest goes to matching the dense model's predictions.",
         numbers("between 0 and 1", lambda x: 0.0 <= x <= 1.0),
     )
-    shots: int = option(1, "Prune in this many steps, repairing and calibrating again after each.", at_least(1))
+    shots: int = option(1, "Prune in this many steps, with repair and another calibration between them.", at_least(1))
 
     def check_together(self) -> None:
         """Without a repair there is no repaired model to go on with, and without samples nothing is taught."""
