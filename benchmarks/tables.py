@@ -366,8 +366,8 @@ def _spread(records: Sequence[Record]) -> str:
 
 
 CALIBRATION_SIZE = (
-    "Excess, ln(perplexity / dense perplexity), by the number of calibration samples of 128 tokens, which both get; "
-    "removed of the prunable parameters (`python -m benchmarks.quality.calibration_size`)."
+    "Excess, ln(perplexity / dense perplexity), by the number of calibration samples of 128 tokens, the same for both; "
+    "removed: in % of the prunable parameters (`python -m benchmarks.quality.calibration_size`)."
 )
 
 
@@ -389,9 +389,9 @@ def _excess(found: Record, text: str = "") -> float:
 
 
 DISTILLED_TEXT = (
-    "Excess, ln(perplexity / dense perplexity), and mean accuracy on zero-shot tasks, by the share of the samples that "
-    "the model wrote itself, and by the text's share in what distillation teaches, and of peers, on text of the "
-    "calibration's kind and on other text; removed of the prunable parameters "
+    "Excess, ln(perplexity / dense perplexity), on text like the calibration text and on other text, and mean "
+    "zero-shot accuracy, by the share of samples that the model wrote itself (own text) and by the weight of the "
+    "next-token loss in distillation (the text's share), and of peers; removed: in % of the prunable parameters "
     "(`python -m benchmarks.quality.distilled_text`)."
 )
 

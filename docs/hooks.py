@@ -10,10 +10,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # By the page in the site: the file, and where its links lead, in the order in which they are replaced.
 BENCHMARKS = (r"\((\.\./)?benchmarks/README\.md", "(benchmarks.md")
+GUIDES = (r"\(\.\./docs/", "(")
+RECORDS = (r"\[([^\]]*)\]\((results|introduction\.md)\)", r"`\1`")
 README = [BENCHMARKS, (r"\(docs/", "("), (r"\(benchmarks/", "("), (r"\(CONTRIBUTING", "(contributing")]
 PAGES = {
     "index.md": ("README.md", README),
-    "benchmarks.md": ("benchmarks/README.md", [(r"\[([^\]]*)\]\((results|introduction\.md)\)", r"`\1`"), (r"\(\.\./docs/", "(")]),
+    "benchmarks.md": ("benchmarks/README.md", [RECORDS, GUIDES]),
     "contributing.md": ("CONTRIBUTING.md", [BENCHMARKS]),
 }
 ORDER = [

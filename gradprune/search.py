@@ -2,9 +2,10 @@
 
 One calibration pass yields the evidence for every method, so a candidate costs no more than masking groups and a
 few forward passes. Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): all candidates on few samples,
-the best quarter on four times as many, and the last ones on all of them; if repair is asked for, these are re-solved by
-least squares, but not distilled. The fixed settings, every method without and with plain H-GSP, always reach the last round. What is best without
-repair need not be so with it: where one is asked for, only repaired candidates can take the default's place.
+the best quarter on four times as many, and the finalists on all of them. If repair is asked for, the finalists are
+re-solved by least squares, but not distilled. The fixed settings, every method without and with plain H-GSP, always
+reach the last round. What is best without repair need not be so with it: if repair is asked for, only re-solved
+candidates can take the default's place.
 
 The least of many measured losses is partly luck. So each candidate is compared with the default setting sample by
 sample, and the default stays unless a candidate's mean difference is below zero by more than `threshold` of its

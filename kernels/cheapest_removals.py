@@ -1,4 +1,4 @@
-"""`cheapest_removals`: remove columns one by one, the cheapest first, in one launch."""
+"""`cheapest_removals`: remove columns one by one, each time the cheapest, in one launch."""
 
 from dataclasses import dataclass
 

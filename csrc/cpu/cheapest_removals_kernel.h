@@ -9,8 +9,7 @@
 namespace gradprune {
 namespace {
 
-// Subtracts from the rows of A^-1 (own) and of M (change) what removing earlier columns changed: ROWS of these, from
-// `first` on.
+// Brings a row of A^-1 (own) and of M (change) up to date: subtracts what ROWS earlier removals, from `first` on, changed.
 template <int N, int ROWS>
 GRADPRUNE_INLINE void subtract_rows(const Removal& removal, std::ptrdiff_t first, double* own, double* change) {
   using V = Vector<double, N>;

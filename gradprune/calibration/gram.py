@@ -15,7 +15,7 @@ from gradprune.ranks import Ranks
 _NARROW = 128
 # Narrower matrices are computed in one product: skipping the upper triangle saves too little.
 _TILE = 192
-# Rows that are mirrored at a time, so that no second matrix is needed.
+# How many rows are mirrored at a time, so that no second matrix is needed.
 _MIRRORED = 1024
 
 

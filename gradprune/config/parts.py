@@ -57,8 +57,8 @@ of SmolLM2-135M's 60 blocks from 32 samples of 128 tokens vary by 10 % around th
 DISTILL_JUDGED = 16
 """Held-out samples, at most, on which distillation is judged."""
 DISTILL_TOKENS, DISTILL_PARAMETERS = 16_384, 2_000_000_000
-"""By default so many calibration tokens distil models of at most so many parameters. Larger ones have not been
-measured; distilling them would hold the weights that stay twice or, streamed, read all weights twice a step."""
+"""By default models of at most DISTILL_PARAMETERS are distilled, on DISTILL_TOKENS calibration tokens. Larger ones have
+not been measured; distilling them would hold the weights that stay twice or, streamed, read all twice a step."""
 DISTILL_TEXT = 0.1
 """See docs/methods.md for what other shares bring on text of the calibration's kind, and cost on other text."""
 
@@ -294,8 +294,8 @@ class Search(Options):
 class Constraints(Options):
     """Constraints."""
 
-    freeze_first_n_layers: int = option(0, "Number of first decoder layers to leave unpruned.", at_least(0))
-    freeze_last_n_layers: int = option(0, "Number of last decoder layers to leave unpruned.", at_least(0))
+    freeze_first_n_layers: int = option(0, "Number of leading decoder layers to leave unpruned.", at_least(0))
+    freeze_last_n_layers: int = option(0, "Number of trailing decoder layers to leave unpruned.", at_least(0))
     max_layer_ratio: float = option(1.0, "Largest fraction of a layer's prunable parameters to remove.", _UNIT_OR_ONE)
     round_to: int = option(1, "MLP widths are a multiple of this.", at_least(1))
     uniform: bool = option(False, "Same widths in all layers: a plain checkpoint.")

@@ -21,8 +21,8 @@ STAGES: tuple[StageName, ...] = ("calibration", "importance", "repair", "distill
 OBS_STREAMS = 1
 """Residual streams of all samples that `obs` keeps at once; with experts, also what their output projections read."""
 FOLLOWED, FOLLOWED_SHARE = 2, 1 / 6
-"""`obs` follows one residual stream a block, of at least FOLLOWED samples, and of as many as take FOLLOWED_SHARE of a
-forward and backward pass over all calibration samples."""
+"""`obs` follows one residual stream a block: of as many samples as take FOLLOWED_SHARE of a forward and backward pass
+over all calibration samples, and of at least FOLLOWED."""
 REPAIR_STREAMS = 4
 """Residual streams of all samples that the repair keeps at once, on top of what one output projection reads in its kept
 columns: the repaired model's stream before the layer, the dense model's after it, what the layer's first block now
@@ -40,7 +40,7 @@ _COMPILED = 12 << 20
 _BUFFERS, _MOST_BUFFERS = 6, 32 << 20
 
 FOLDED = 1 << 24
-"""Weights that are summed by group at a time, in fp64: 16 bytes each, with their absolute values."""
+"""How many weights are summed by group at a time, in fp64: 16 bytes each, with their absolute values."""
 
 # A block's sums, in fp64: see `gradprune.calibration.accumulator`.
 _SUMS_PER_GROUP, _FP64 = 8, 8
