@@ -9,7 +9,8 @@
 namespace gradprune {
 namespace {
 
-// Brings a row of A^-1 (own) and of M (change) up to date: subtracts what ROWS earlier removals, from `first` on, changed.
+// Brings a row of A^-1 (own) and of M (change) up to date: subtracts what ROWS earlier removals, from `first` on,
+// changed.
 template <int N, int ROWS>
 GRADPRUNE_INLINE void subtract_rows(const Removal& removal, std::ptrdiff_t first, double* own, double* change) {
   using V = Vector<double, N>;

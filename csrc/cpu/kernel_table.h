@@ -60,7 +60,7 @@ struct MaskStrip {
   double* square;
 };
 
-// One removal of `cheapest_removals`. s, d: [more than done, width]; the first `done` rows belong to the columns removed
+// One removal of `cheapest_removals`. s, d: [more than done, width]; the first `done` rows are those of columns removed
 // before. Row `done` holds the row of A^-1 (of M) of the column to remove, and is overwritten by its s (its d).
 // inverse, gram: [width], the diagonals, updated in place. width: a multiple of every vector's length.
 struct Removal {

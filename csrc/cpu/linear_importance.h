@@ -34,8 +34,8 @@ struct GroupedShape {
 // linear_importance of each expert's W on the expert's own tokens. x: [tokens of all experts, columns], dy: [the same,
 // rows]; their sample strides are not used. w: the first expert's; the next starts w_expert_stride further, and so on.
 // offsets: [experts * samples + 1]; the tokens of sample n that expert e sees start at offsets[e * samples + n] and end
-// before the next offset. outputs: expert after expert, row [experts, kScores, rows], column [experts, kScores, columns], statistics
-// [experts, kStatistics]; row[s] and column[s] point at the first expert's score s.
+// before the next offset. outputs: expert after expert, row [experts, kScores, rows], column [experts, kScores, columns],
+// statistics [experts, kStatistics]; row[s] and column[s] point at the first expert's score s.
 void grouped_linear_importance(const Activations& x, const Activations& dy, const Matrix& w,
                                std::ptrdiff_t w_expert_stride, const std::int64_t* offsets, const GroupedShape& shape,
                                const TaylorOutputs& outputs, int threads, Isa isa);
