@@ -85,8 +85,8 @@ void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-void* pointer(std::uintptr_t address, std::ptrdiff_t count, const char* message) {
-  require(address != 0 || count == 0, message);
+void* pointer(const char* argument, std::uintptr_t address, std::ptrdiff_t count) {
+  if (address == 0 && count != 0) throw std::invalid_argument(std::string(argument) + ": null address");
   return reinterpret_cast<void*>(address);
 }
 
@@ -99,12 +99,12 @@ using GradientArgument = std::tuple<std::uintptr_t, std::ptrdiff_t, int>;  // ad
 
 Matrix parse_matrix(const char* name, const MatrixArgument& argument, std::ptrdiff_t elements) {
   const auto [address, stride, code] = argument;
-  return {pointer(address, elements, "w, g: null address"), stride, parse_type(name, code)};
+  return {pointer(name, address, elements), stride, parse_type(name, code)};
 }
 
 Activations parse_activations(const char* name, const ActivationsArgument& argument, std::ptrdiff_t elements) {
   const auto [address, sample_stride, token_stride, code] = argument;
-  return {pointer(address, elements, "x, dy, dx: null address"), sample_stride, token_stride, parse_type(name, code)};
+  return {pointer(name, address, elements), sample_stride, token_stride, parse_type(name, code)};
 }
 
 TaylorOutputs parse_outputs(const OutputAddresses& addresses, const std::string& side, std::ptrdiff_t rows,
@@ -112,11 +112,10 @@ TaylorOutputs parse_outputs(const OutputAddresses& addresses, const std::string&
   TaylorOutputs outputs{};
   outputs.side = parse_side(side);
   for (int s = 0; s < kScores; ++s) {
-    if (has_rows(outputs.side)) outputs.row[s] = pointer(addresses[s], rows, "outputs: null address");
-    if (has_columns(outputs.side))
-      outputs.column[s] = pointer(addresses[kScores + s], columns, "outputs: null address");
+    if (has_rows(outputs.side)) outputs.row[s] = pointer("outputs", addresses[s], rows);
+    if (has_columns(outputs.side)) outputs.column[s] = pointer("outputs", addresses[kScores + s], columns);
   }
-  outputs.statistics = pointer(addresses[2 * kScores], kStatistics, "outputs: null address");
+  outputs.statistics = pointer("outputs", addresses[2 * kScores], kStatistics);
   return outputs;
 }
 
@@ -184,8 +183,8 @@ void mask_gradient_binding(const ActivationsArgument& x_argument, const Activati
   const Activations dx = parse_activations("dx", dx_argument, samples * tokens * columns);
   require(x.type == dx.type, "x, dx: must be of one type");
   const Isa isa = parse_isa(isa_argument);
-  const MaskOutputs outputs{pointer(addresses[0], samples * columns, "outputs: null address"),
-                            pointer(addresses[1], samples * columns, "outputs: null address")};
+  const MaskOutputs outputs{pointer("outputs", addresses[0], samples * columns),
+                            pointer("outputs", addresses[1], samples * columns)};
   py::gil_scoped_release release;
   mask_gradient(x, dx, samples, tokens, columns, outputs, threads, isa);
 }
@@ -196,13 +195,14 @@ void cheapest_removals_binding(const std::tuple<std::uintptr_t, std::ptrdiff_t>&
                                const std::string& isa_argument) {
   require(columns >= 0, "columns: must not be negative");
   require(count >= 0 && count <= columns, "count: must be 0 to columns");
-  const auto matrix = [&](const auto& argument) {
-    return static_cast<const double*>(pointer(std::get<0>(argument), columns, "inverse, gram: null address"));
+  const auto matrix = [&](const char* name, const auto& argument) {
+    return static_cast<const double*>(pointer(name, std::get<0>(argument), columns));
   };
-  const RemovalInputs inputs{matrix(inverse), std::get<1>(inverse), matrix(gram), std::get<1>(gram), columns};
+  const RemovalInputs inputs{matrix("inverse", inverse), std::get<1>(inverse), matrix("gram", gram), std::get<1>(gram),
+                             columns};
   const Isa isa = parse_isa(isa_argument);
-  auto* taken = static_cast<std::int64_t*>(pointer(addresses[0], count, "outputs: null address"));
-  auto* costs = static_cast<double*>(pointer(addresses[1], count, "outputs: null address"));
+  auto* taken = static_cast<std::int64_t*>(pointer("outputs", addresses[0], count));
+  auto* costs = static_cast<double*>(pointer("outputs", addresses[1], count));
   py::gil_scoped_release release;
   cheapest_removals(inputs, count, taken, costs, isa);
 }
@@ -212,7 +212,7 @@ std::vector<Gradient> parse_gradients(const std::vector<GradientArgument>& argum
   gradients.reserve(arguments.size());
   for (const auto& [address, count, code] : arguments) {
     require(count >= 0, "gradients: the number of elements must not be negative");
-    gradients.push_back({pointer(address, count, "gradients: null address"), count, parse_type("gradients", code)});
+    gradients.push_back({pointer("gradients", address, count), count, parse_type("gradients", code)});
   }
   return gradients;
 }
@@ -222,8 +222,7 @@ void grad_stats_binding(const std::vector<GradientArgument>& arguments, std::uin
   require(threads >= 1, "threads: must be at least 1");
   const std::vector<Gradient> gradients = parse_gradients(arguments);
   const Isa isa = parse_isa(isa_argument);
-  auto* statistics = static_cast<Statistics*>(
-      pointer(out, static_cast<std::ptrdiff_t>(gradients.size()), "out: null address"));
+  auto* statistics = static_cast<Statistics*>(pointer("out", out, static_cast<std::ptrdiff_t>(gradients.size())));
   py::gil_scoped_release release;
   grad_stats(gradients, statistics, threads, isa);
 }
@@ -244,23 +243,23 @@ using ChunksArgument = std::tuple<std::uintptr_t, std::int64_t>;  // address, ro
 ChunkTable parse_chunks(const ChunksArgument& argument) {
   const auto [address, count] = argument;
   require(count >= 0 && count <= std::numeric_limits<std::int32_t>::max(), "chunks: must be 0 to 2^31 - 1");
-  return {static_cast<const Chunk*>(pointer(address, count, "chunks: null address")), count};
+  return {static_cast<const Chunk*>(pointer("chunks", address, count)), count};
 }
 
 void grad_stats_cuda_binding(const ChunksArgument& chunks, std::uintptr_t first_chunks, std::int64_t gradients,
                              std::uintptr_t of_chunks, std::uintptr_t out, std::uintptr_t stream) {
   require(gradients >= 0 && gradients <= std::numeric_limits<std::int32_t>::max(), "gradients: must be 0 to 2^31 - 1");
   const ChunkTable table = parse_chunks(chunks);
-  const auto* first = static_cast<const std::int64_t*>(pointer(first_chunks, gradients, "first_chunks: null address"));
-  auto* scratch = static_cast<Statistics*>(pointer(of_chunks, table.count, "of_chunks: null address"));
-  auto* statistics = static_cast<Statistics*>(pointer(out, gradients, "out: null address"));
+  const auto* first = static_cast<const std::int64_t*>(pointer("first_chunks", first_chunks, gradients));
+  auto* scratch = static_cast<Statistics*>(pointer("of_chunks", of_chunks, table.count));
+  auto* statistics = static_cast<Statistics*>(pointer("out", out, gradients));
   py::gil_scoped_release release;
   grad_stats_cuda(table, first, gradients, scratch, statistics, reinterpret_cast<Stream>(stream));
 }
 
 void scale_gradients_cuda_binding(const ChunksArgument& chunks, std::uintptr_t scales, std::uintptr_t stream) {
   const ChunkTable table = parse_chunks(chunks);
-  const auto* factors = static_cast<const double*>(pointer(scales, table.count, "scales: null address"));
+  const auto* factors = static_cast<const double*>(pointer("scales", scales, table.count));
   py::gil_scoped_release release;
   scale_gradients_cuda(table, factors, reinterpret_cast<Stream>(stream));
 }

@@ -188,6 +188,17 @@ def test_writes_all_of_its_outputs_and_nothing_else(shape: tuple[int, int], dtyp
     outputs.assert_written(taylor_score_cpp(w, g, isa=isa))
 
 
+@pytest.mark.parametrize("missing", ["w", "g"])
+def test_a_null_address_is_refused_by_its_own_name(missing: str):
+    from gradprune import _C
+
+    w, g = random_tensor((2, 3), torch.float32, 12), random_tensor((2, 3), torch.float32, 13)
+    outputs = GuardedOutputs(2, 3, torch.float32)
+    arguments = [(0 if name == missing else t.data_ptr(), 3, dtype_code(t.dtype)) for name, t in (("w", w), ("g", g))]
+    with pytest.raises(ValueError, match=f"^{missing}: null address$"):
+        _C.taylor_score(*arguments, 2, 3, "both", outputs.addresses, threads=1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("side", ["rows", "columns"])
 def test_one_side_has_the_same_bits_as_both(side: Side, dtype: torch.dtype, isa: str):
