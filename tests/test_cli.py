@@ -384,6 +384,18 @@ def test_export_writes_one_file(gradprune, model_folder: Path) -> None:
     assert (code, "'onnx'" in err) == (2, True)
 
 
+def test_export_keeps_the_files_of_the_model_that_it_reads(gradprune, model_folder: Path) -> None:
+    weights = model_folder / "model.safetensors"
+    before = weights.read_bytes()
+    code, _, err = gradprune("export", "--model", model_folder, "--output", weights, "--overwrite")
+    # Before the model is loaded.
+    assert (code, err) == (
+        2,
+        f"error: output: '{weights}' exists, is no GGUF file, and is never overwritten; choose another name\n",
+    )
+    assert weights.read_bytes() == before
+
+
 def test_eval_calls_its_model_by_the_name_it_has_there(gradprune) -> None:
     code, _, err = gradprune("eval", "--model", "")
     assert code == 2

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gradprune.checkpoint.atomic_file import atomic_file
 from gradprune.errors import one_line
 from gradprune.models.digest import tensors_digest
 
@@ -31,24 +31,16 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str,
         OSError: it cannot be written; an existing file is unchanged.
     """
     text = json.dumps(record, sort_keys=True)
-    new = path.with_name(f".{path.name}.new")
     try:
-        with new.open("wb") as file:
-            mode = os.fstat(file.fileno()).st_mode & 0o777  # the umask's permissions; safetensors sets its own
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            new,
-            # A single entry, because safetensors does not fix the order of several.
-            {"gradprune": json.dumps({"digest": _digest(tensors, text), "record": text})},
-        )
-        new.chmod(mode)
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
-        new.replace(path)
+        with atomic_file(path, f".{path.name}.new") as new:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()},
+                new,
+                # A single entry, because safetensors does not fix the order of several.
+                {"gradprune": json.dumps({"digest": _digest(tensors, text), "record": text})},
+            )
     except SafetensorError as error:
         raise OSError(0, one_line(error), str(path)) from error
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def read_sealed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,7 +1,8 @@
 """GGUF files, which llama.cpp and programs built on it load. The `gguf` library writes them."""
 
+import errno
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gradprune.errors import ExportError
+from gradprune.checkpoint.atomic_file import atomic_file
+from gradprune.errors import ExportError, one_line
 from gradprune.export.gguf_model import GGUFModel, GGUFTensor, check_config, lay_out
 from gradprune.export.gguf_tokenizer import add_tokenizer
 
@@ -24,6 +26,8 @@ Outtype = Literal["f32", "f16", "bf16", "q8_0"]
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 # Values per block of a q8_0 row.
 _BLOCK = 32
+# What every GGUF file begins with.
+_MAGIC = b"GGUF"
 
 
 @torch.no_grad()
@@ -47,17 +51,18 @@ def export_gguf(
         outtype: type of the matrices; vectors are always f32. With q8_0, MLPs are widened to whole blocks of 32
             channels by zeros, which changes nothing they compute; a matrix whose rows are still not whole blocks is
             stored as f16.
-        overwrite: replace an existing file.
+        overwrite: replace an existing GGUF file.
 
     Raises:
-        ExportError: `output` exists; the gguf library is not installed; llama.cpp cannot represent the model or its
-            tokenizer; a weight is beyond f16's range.
+        ExportError: `output` exists or cannot be written, see `check_output`; the gguf library is not installed;
+            llama.cpp cannot represent the model or its tokenizer; a weight is beyond f16's range.
     """
+    check_output(output, overwrite=overwrite, model=model.name_or_path)
     if outtype not in get_args(Outtype):
         raise ExportError(f"outtype: '{outtype}' is unknown; choose one of {', '.join(get_args(Outtype))}")
     gguf, tokenizer = _library(), _needed(tokenizer)
     laid_out = lay_out(model, width_multiple=_BLOCK if outtype == "q8_0" else 1)
-    with _atomic_file(Path(output), overwrite=overwrite) as path:
+    with _written(output) as path:
         writer = gguf.GGUFWriter(path, laid_out.architecture)
         writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[outtype]])
         if outtype == "q8_0":
@@ -65,6 +70,43 @@ def export_gguf(
         laid_out.add_keys(writer)
         add_tokenizer(writer, tokenizer, model.config)
         _write(writer, laid_out, outtype)
+
+
+def check_output(output: str | Path, *, overwrite: bool, model: str | None) -> None:
+    """Refuse an output that may not be replaced, or that no file can be.
+
+    Args:
+        output, overwrite: as for `export_gguf`.
+        model: path of the model that is read, if it has one; a GGUF file is not written over itself.
+
+    Raises:
+        ExportError: with the reason.
+    """
+    path = Path(output)
+    with _told(output):
+        if not str(output):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        try:
+            path.lstat()
+        except FileNotFoundError:
+            return
+        if path.is_dir():
+            raise ExportError(f"output: '{path}' is a folder; name a file")
+        if not _is_gguf(path):
+            raise ExportError(
+                f"output: '{path}' exists, is no GGUF file, and is never overwritten; choose another name"
+            )
+        if model and Path(model).is_file() and path.samefile(model):
+            raise ExportError(f"output: '{path}' is the model that is read; choose another name")
+    if not overwrite:
+        raise ExportError(f"output: '{path}' exists; choose another name or overwrite it (--overwrite)")
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
 
 
 def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, alike: bool) -> None:
@@ -99,22 +141,25 @@ def _library() -> Any:
 
 
 @contextmanager
-def _atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yield a hidden file beside `path` that takes its name when the body ends; deleted if the body fails."""
-    if path.is_dir():
-        raise ExportError(f"output: '{path}' is a folder; name a file")
-    if path.exists() and not overwrite:
-        raise ExportError(f"output: '{path}' exists; choose another name or overwrite it (--overwrite)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+def _written(output: str | Path) -> Iterator[Path]:
+    """Yield a hidden file that takes the name `output` when the body ends; deleted if the body fails."""
+    path = Path(output)
+    with _told(output):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Short, so that every name that the file system allows is possible.
+        with atomic_file(path, f".gguf.{secrets.token_hex(8)}") as partial:
+            yield partial
+
+
+@contextmanager
+def _told(output: str | Path) -> Iterator[None]:
+    """Turn OS errors into one line that names the option."""
     try:
-        yield partial
-        partial.chmod(0o644)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise ExportError(
+            f"output: '{output}' cannot be written: {error.strerror or one_line(error)}; choose another"
+        ) from error
 
 
 def _write(writer: "GGUFWriter", laid_out: GGUFModel, outtype: str) -> None:

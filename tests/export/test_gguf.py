@@ -1,5 +1,6 @@
 """What exported files state, and what is refused."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from gradprune.checkpoint.gguf_splitters import SPLITTERS, split_as_the_file_says
 from gradprune.demo import byte_tokenizer
 from gradprune.errors import ExportError
-from gradprune.export.gguf import export_gguf
+from gradprune.export.gguf import check_output, export_gguf
 from gradprune.surgery.cut import cut
 from helpers.cut_models import full_masks, random_masks
 from helpers.llama_cpp import ascii_tokenizer
@@ -116,14 +117,73 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_an_existing_file_is_kept_unless_asked(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    path.write_text("precious")
-    with pytest.raises(ExportError, match=r"output: .* exists"):
+    path.write_text("GGUF, precious")
+    with pytest.raises(ExportError, match=r"output: .* exists; choose another name or overwrite it"):
         export_gguf(tiny_model(), TOKENIZER, path)
-    assert path.read_text() == "precious"
+    assert path.read_text() == "GGUF, precious"
     export_gguf(tiny_model(), TOKENIZER, path, overwrite=True)
-    assert path.read_bytes().startswith(b"GGUF")
+    gguf.GGUFReader(path)
     with pytest.raises(ExportError, match="is a folder"):
         export_gguf(tiny_model(), TOKENIZER, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGU", b"precious"])
+def test_a_file_that_is_no_gguf_file_is_never_replaced(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ExportError, match=r"^output: '.*' exists, is no GGUF file, and is never overwritten"):
+        export_gguf(tiny_model(), TOKENIZER, path, overwrite=True)
+    assert path.read_bytes() == content
+
+
+def test_the_file_that_a_model_is_read_from_is_not_replaced(tmp_path: Path) -> None:
+    path, link = tmp_path / "m.gguf", tmp_path / "link.gguf"
+    export_gguf(tiny_model(), TOKENIZER, path)
+    link.symlink_to(path)
+    before = path.read_bytes()
+    for output in (path, link):
+        with pytest.raises(ExportError, match=r"^output: '.*' is the model that is read; choose another name"):
+            check_output(output, overwrite=True, model=str(path))
+    model = tiny_model()
+    model.name_or_path = str(path)
+    with pytest.raises(ExportError, match="is the model that is read"):
+        export_gguf(model, TOKENIZER, link, overwrite=True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("", "No such file or directory"),
+        ("text/m.gguf", "Not a directory"),
+        ("text/folder/m.gguf", "Not a directory"),
+        ("/proc/m.gguf", "No such file or directory"),
+        (256 * "m", "File name too long"),
+    ],
+)
+def test_what_cannot_be_written_is_said_by_its_own_name(
+    output: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_text("")
+    with pytest.raises(ExportError) as error:
+        export_gguf(tiny_model(), TOKENIZER, output)
+    assert str(error.value) == f"output: '{output}' cannot be written: {reason}; choose another"
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_the_longest_name_that_the_file_system_allows_is_written(tmp_path: Path) -> None:
+    exported(tiny_model(), tmp_path / (250 * "m" + ".gguf"))
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+def test_the_file_s_permissions_follow_the_umask(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        export_gguf(tiny_model(), TOKENIZER, tmp_path / "m.gguf")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "m.gguf").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 @pytest.mark.parametrize(
