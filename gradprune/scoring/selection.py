@@ -92,6 +92,8 @@ def check_reachable(
     constraints: Constraints,
 ) -> None:
     """Raise what `select` would for this ratio whatever the scores are, before any is known."""
+    _with_experts(table, constraints)
+    # Which layers fall below it, only the scores tell.
     select(table, ratio, parameters, replace(constraints, epsilon=0.0))
 
 
@@ -117,6 +119,12 @@ def _with_experts(table: GroupTable, constraints: Constraints) -> Constraints:
         raise ConfigError(
             f"epsilon: {constraints.epsilon:g} would drop layers, and those of a mixture of experts stay; leave it out"
         )
+    for name in ("freeze_first_n_layers", "freeze_last_n_layers"):
+        if count := getattr(constraints, name):
+            raise ConfigError(
+                f"{name}: {count} would keep layers whole, and all layers of a mixture of experts keep the same "
+                "widths; leave it out"
+            )
     return replace(constraints, uniform=True)
 
 

@@ -18,7 +18,7 @@ from gradprune.export.gguf_model import check_config
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
 from gradprune.models.tested import TESTED
-from gradprune.scoring.selection import select
+from gradprune.scoring.selection import check_reachable, select
 from gradprune.scoring.table import empty_table
 from gradprune.surgery.cut import cut
 from helpers.commands import QUICK
@@ -232,12 +232,19 @@ def test_the_lowest_channels_of_every_expert_go() -> None:
         ({"importance_method": "obs", "prune_kinds": "experts"}, "importance_method: 'obs'"),
         ({"reduction": "batch"}, "reduction: 'batch'"),
         ({"epsilon": 0.5}, "epsilon: 0.5"),
-        ({"freeze_first_n_layers": 1}, "freeze_first_n_layers"),
+        ({"freeze_first_n_layers": 1}, "^freeze_first_n_layers: 1 would"),
+        ({"freeze_last_n_layers": 2}, "^freeze_last_n_layers: 2 would"),
     ],
 )
 def test_what_there_is_not_for_experts_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(tiny_mixture(), **options)
+
+
+@pytest.mark.parametrize("option", [{"epsilon": 0.1}, {"freeze_first_n_layers": 1}, {"freeze_last_n_layers": 1}])
+def test_constraints_that_there_are_not_for_experts_are_refused_before_anything_is_scored(option) -> None:
+    with pytest.raises(ConfigError, match=f"^{next(iter(option))}: .* mixture of experts .*; leave it out"):
+        check_reachable(empty_table(describe(tiny_mixture())), 0.1, 12_000, Constraints(**option))
 
 
 def test_no_gguf_file_is_written_and_that_is_known_at_the_start() -> None:
