@@ -535,7 +535,7 @@ def _prune(config: PruneConfig) -> "PruneResult":
         say(OUT, f"Chosen: {command_line(again(result.config))}")
     OUT.print(layer_table(summary))
     for warning in result.warnings:
-        say(PROGRESS if OUT.quiet else OUT, f"Warning: {warning}")
+        _warn(f"Warning: {warning}")
     OUT.print(summary_table(summary))
     say(OUT, f"Model:  {result.output}/model\nReport: {result.output}/report.html")
     return result
@@ -552,9 +552,17 @@ def _prune_ratios(config: PruneConfig, ratios: list[float]) -> None:
     OUT.print(curve_table([summarize(result) for result in results]))
     for result in results:
         for warning in result.warnings:
-            say(OUT, f"Warning, at {result.config.pruning_ratio:g}: {warning}")
+            _warn(f"Warning, at {result.config.pruning_ratio:g}: {warning}")
     folder = Path(config.output_dir, str(config.output_name))
     say(OUT, f"Models: {folder}/*/model\nReport: {folder}/report.html")
+
+
+def _warn(line: str) -> None:
+    """Show a warning beside the results or, where --quiet holds these back, on standard error."""
+    if not OUT.quiet:
+        say(OUT, line)
+    elif current().leads:
+        say(Console(stderr=True), line)
 
 
 def _load(

@@ -88,6 +88,19 @@ def test_options_may_be_written_with_either_dash(gradprune, model_folder: Path, 
     assert json.loads(Path("results/x/run.json").read_text())["config"]["pruning_ratio"] == 0.3
 
 
+@pytest.mark.parametrize("ratios", ["0.2", "0.1,0.2"])
+def test_quiet_keeps_warnings_and_nothing_else(gradprune, model_folder: Path, ids_file: Path, ratios: str) -> None:
+    text = ["--dataset", ids_file, "--eval_dataset", ids_file]
+    arguments = ["prune", "--base_model", model_folder, *text, "--pruning_ratio", ratios, *QUICK]
+    code, out, err = gradprune("--quiet", *arguments, "--output_name", "x")
+    assert (code, out) == (0, "")
+    assert err.count("evaluation text occurs") == len(ratios.split(","))
+    assert all(line.startswith("Warning") for line in err.splitlines())
+    code, out, err = gradprune(*arguments, "--output_name", "y")
+    assert "evaluation text occurs" in out
+    assert "evaluation text occurs" not in err
+
+
 def test_the_default_output_name_tells_what_it_is(gradprune, model_folder: Path, ids_file: Path) -> None:
     assert gradprune("prune", "--base_model", model_folder, "--dataset", ids_file, *QUICK)[0] == 0
     assert [path.name for path in Path("results").iterdir()] == ["tiny-obs-0.2"]
