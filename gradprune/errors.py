@@ -53,6 +53,11 @@ class OutOfMemoryError(GradPruneError):
     """Memory ran out; the message says what was running and which options need less."""
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: "1 sample", "1,024 samples"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def one_line(error: BaseException) -> str:
     """The start of another library's error message, on one line and without a full stop."""
     words = " ".join(str(error).split())

@@ -11,7 +11,7 @@ import torch
 import gradprune.search as search_module
 from gradprune import PruneConfig
 from gradprune.cli import app
-from gradprune.config import Constraints, Scoring, command_line, default_methods
+from gradprune.config import Constraints, Scoring, command_line, default_methods, options_of
 from gradprune.data.samples import draw_samples
 from gradprune.errors import CalibrationError, ConfigError
 from gradprune.models import describe
@@ -210,6 +210,19 @@ def test_a_scoring_is_told_in_words() -> None:
     scoring = Scoring("fisher", "adaptive", temperature=1.0, tau=None)
     assert describe_scoring(scoring) == "fisher, T=1 tau=25th percentile, adaptive"
     assert PruneConfig().with_part(scoring).scoring == scoring
+    other = Scoring("fisher", temperature=1.0, tau=0.0, prior="similarity", clip_percentile=99.0, normalize_per="block")
+    assert describe_scoring(other) == "fisher, T=1 tau=0 prior=similarity, clipped at 99 % per block"
+
+
+def test_scorings_that_differ_in_any_option_are_told_apart() -> None:
+    options = {"importance_method": "fisher", "temperature": 1.0, "normalize_scores": "log"}
+    others = {
+        "importance_method": "taylor", "temperature": 2.0, "normalize_scores": "sqrt", "gradient_fix": "adaptive",
+        "normalize_per": "block", "clip_percentile": 95.0, "attention_factor": 2.0, "tau": 0.5, "prior": "taylor",
+    }  # fmt: skip
+    assert others.keys() == options_of(Scoring).keys()
+    told = [describe_scoring(Scoring(**{**options, name: value})) for name, value in others.items()]
+    assert len({describe_scoring(Scoring(**options)), *told}) == 1 + len(others)
 
 
 @pytest.mark.parametrize("option", [{"temperature": 1.0}, {"gradient_fix": "adaptive"}, {"attention_factor": 2.0}])

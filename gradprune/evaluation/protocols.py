@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gradprune.data.sources import load_tokens
 from gradprune.data.tokenize import begins_with_bos
 from gradprune.data.windows import check_context
-from gradprune.errors import ConfigError
+from gradprune.errors import CalibrationError, ConfigError
 from gradprune.evaluation.perplexity import Perplexity, perplexity
 from gradprune.models.sizes import vocabulary_of
 from gradprune.progress import QUIET
@@ -50,7 +50,13 @@ def protocol_perplexity(
     if protocol not in _WINDOW:
         raise ConfigError(f"protocol: '{protocol}' is unknown; choose one of {', '.join(get_args(Protocol))}")
     window = _WINDOW[protocol]
-    check_context(model.config, window)
+    try:
+        check_context(model.config, window)
+    except CalibrationError as error:
+        raise CalibrationError(
+            f"protocol: '{protocol}' does not fit: {str(error).partition(': ')[2]}; choose one of shorter windows, or "
+            "none"
+        ) from error
     tokens = load_tokens(dataset or "wikitext2", tokenizer, split="evaluation", vocab_size=vocabulary_of(model))
     if tokenizer is not None and begins_with_bos(tokenizer):
         tokens = torch.cat([torch.tensor([tokenizer.bos_token_id]), tokens])

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradprune.data.tokenize import begins_with_bos
-from gradprune.errors import EvaluationError
+from gradprune.errors import EvaluationError, counted
 from gradprune.models.loss import logits_of, token_nll
 from gradprune.models.modeling_gradprune import text_config
 from gradprune.models.modes import evaluation_mode
@@ -23,7 +23,7 @@ from gradprune.progress import QUIET, progress
 
 @dataclass(frozen=True)
 class TaskAccuracy:
-    """Zero-shot accuracy on one task, with standard errors over its questions.
+    """Zero-shot accuracy on one task, with standard errors over its questions; None where there is one question.
 
     accuracy: the fraction of questions whose right answer has the largest log-likelihood.
     per_byte: the same with each log-likelihood divided by the continuation's length in bytes, so that long answers are
@@ -34,16 +34,16 @@ class TaskAccuracy:
     task: str
     questions: int
     accuracy: float
-    accuracy_stderr: float
+    accuracy_stderr: float | None
     per_byte: float | None = None
     per_byte_stderr: float | None = None
 
     def text(self) -> str:
         """The accuracies on one line, in percent."""
-        text = f"accuracy {_percent(self.accuracy, self.accuracy_stderr)}"
-        if self.per_byte is not None and self.per_byte_stderr is not None:
-            text += f", per byte {_percent(self.per_byte, self.per_byte_stderr)}"
-        return f"{text} ({self.questions:,} questions)"
+        text = f"accuracy {percent(self.accuracy, self.accuracy_stderr)}"
+        if self.per_byte is not None:
+            text += f", per byte {percent(self.per_byte, self.per_byte_stderr)}"
+        return f"{text} ({counted(self.questions, 'question')})"
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,10 @@ def evaluate_tasks(
 
 def check_tasks(tasks: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> "dict[str, list[Question]]":
     """The questions of the JSONL tasks; raises the errors of `evaluate_tasks` before any question is asked."""
+    if not all(task.strip() for task in tasks):
+        raise EvaluationError(
+            f"tasks: '{','.join(tasks)}' has an empty name in it; give names or .jsonl files, one comma between two"
+        )
     if tokenizer is None:
         raise EvaluationError("tasks: the model has no tokenizer to read questions with")
     files = {task: read_questions(task) for task in tasks if task.endswith(".jsonl")}
@@ -308,8 +312,9 @@ def _pack(row: _Row, length: int) -> _Packed:
     return _Packed(ids, positions, seen, torch.tensor(predictors), torch.tensor(targets))
 
 
-def _percent(rate: float, stderr: float) -> str:
-    return f"{100 * rate:.1f} ± {100 * stderr:.1f} %"
+def percent(rate: float, stderr: float | None) -> str:
+    """An accuracy for people, with its standard error where it has one."""
+    return f"{100 * rate:.1f} %" if stderr is None else f"{100 * rate:.1f} ± {100 * stderr:.1f} %"
 
 
 def _largest(values: list[float]) -> int:
@@ -317,10 +322,10 @@ def _largest(values: list[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
 
 
-def _rate(right: list[bool]) -> tuple[float, float]:
-    """The mean, and its standard error sqrt(p (1 - p) / (n - 1))."""
+def _rate(right: list[bool]) -> tuple[float, float | None]:
+    """The mean, and its standard error sqrt(p (1 - p) / (n - 1)); one question has none."""
     p, n = sum(right) / len(right), len(right)
-    return p, math.sqrt(p * (1.0 - p) / (n - 1)) if n > 1 else math.nan
+    return p, math.sqrt(p * (1.0 - p) / (n - 1)) if n > 1 else None
 
 
 def _spread(questions: Sequence[Question], count: int) -> list[Question]:
@@ -377,7 +382,12 @@ def _from_lm_eval(name: str, found: dict[str, Any]) -> TaskAccuracy:
         name,
         sum(counts[member]["effective"] for member in members),
         figures["acc,none"],
-        float(figures["acc_stderr,none"]),
+        _stderr(figures.get("acc_stderr,none")),
         figures.get("acc_norm,none"),
-        figures.get("acc_norm_stderr,none"),
+        _stderr(figures.get("acc_norm_stderr,none")),
     )
+
+
+def _stderr(found: Any) -> float | None:
+    """A standard error as lm-eval gives it: "N/A" where there is one question."""
+    return float(found) if isinstance(found, (int, float)) and math.isfinite(found) else None

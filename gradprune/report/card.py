@@ -16,7 +16,7 @@ from gradprune.checkpoint.save import MLX_TYPES
 from gradprune.config import OPTIONS, PruneConfig, command_line
 from gradprune.hub import hub_fault
 from gradprune.models.modeling_gradprune import head_class, per_layer_overrides
-from gradprune.report.rows import layer_header, layer_rows, repair_text, samples_text, summary_rows
+from gradprune.report.rows import layer_header, layer_rows, repair_text, samples_text, scored_kinds, summary_rows
 from gradprune.version import __version__
 
 # Speed differs from run to run, and a checkpoint has the same bytes every time.
@@ -125,11 +125,17 @@ def _license(head: dict[str, Any]) -> dict[str, Any]:
 def _how(base: _Base, config: PruneConfig, summary: dict[str, Any]) -> str:
     before, after = summary["parameters"]["before"], summary["parameters"]["after"]
     text = (
-        f"{base.name} with {after:,} of its {before:,} parameters: gradprune {__version__} removed the KV groups and "
-        f"MLP channels with the least `{config.importance_method}` importance over the whole model, measured on "
+        f"{base.name} with {after:,} of its {before:,} parameters: gradprune {__version__} removed the "
+        f"{_kinds(summary)} with the least `{config.importance_method}` importance over the whole model, measured on "
         f"{samples_text(summary)}."
     )
     return f"{text}{repair_text(summary)}\n\n```sh\n{command_line(_shown(base, config))}\n```"
+
+
+def _kinds(summary: dict[str, Any]) -> str:
+    """What was pruned: "KV groups, MLP channels and experts"."""
+    *others, last = (kind.groups for kind in scored_kinds(summary["layers"]))
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _shown(base: _Base, config: PruneConfig) -> PruneConfig:
@@ -161,7 +167,7 @@ def _loading(model: PreTrainedConfig) -> str:
         return f"A plain `{model.model_type}` checkpoint: whatever loads the dense model loads it.\n\n{_python(model)}"
     without = [index for index, own in layers.items() if "attention" in own.get("skip", ())]
     vllm = (
-        f"- vLLM does not load it: layers {', '.join(map(str, without))} have no attention block."
+        f"- vLLM does not load it: {_layers(without)} no attention block."
         if without
         else f"- vLLM, by its Transformers backend: `vllm serve {PLACE} --trust-remote-code`"
     )
@@ -174,6 +180,11 @@ def _loading(model: PreTrainedConfig) -> str:
         *([mlx] if model.model_type in MLX_TYPES else []),
     ]
     return "\n".join(lines)
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    """The subject of a sentence, with "has" or "have"."""
+    return f"layer {numbers[0]} has" if len(numbers) == 1 else f"layers {', '.join(map(str, numbers))} have"
 
 
 def _task(model: PreTrainedConfig) -> str:

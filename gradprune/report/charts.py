@@ -7,7 +7,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gradprune.models import shown_kinds
+from gradprune.report.rows import scored_kinds
 
 # From the Okabe-Ito palette, which is safe for colour-blind readers.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
@@ -20,7 +20,7 @@ def kept_chart(layers: list[dict[str, Any]]) -> str:
     """
     figure = Figure(figsize=(min(max(6.0, 0.35 * len(layers)), 16.0), 3.2), layout="constrained")
     axes = figure.add_subplot()
-    kinds = shown_kinds(layers[0])
+    kinds = scored_kinds(layers)
     width = 0.8 / len(kinds)
     for number, (kind, color) in enumerate(zip(kinds, COLORS[: len(kinds)], strict=True)):
         blocks = [layer[kind.name] for layer in layers]

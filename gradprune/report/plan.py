@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from gradprune.errors import counted
 from gradprune.models.sizes import with_unit
 from gradprune.plan import Plan, PlannedRun
 
@@ -36,7 +37,7 @@ def fitting_lines(plan: Plan) -> Iterator[str]:
 def _verdict(plan: Plan, run: PlannedRun) -> str:
     largest = run.footprint.largest
     peak = f"{with_unit(run.footprint.peak)} ({largest.name})"
-    waves = f", {run.footprint.waves} waves" if run.streamed else ""
+    waves = f", {counted(run.footprint.waves, 'wave')}" if run.streamed else ""
     if run.fits:
         return f"fits, {peak}; --batch_size up to {run.largest_batch}{waves}"
     if run.largest_batch:

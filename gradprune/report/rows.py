@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gradprune.models import shown_kinds
+from gradprune.errors import counted
+from gradprune.evaluation.tasks import percent
+from gradprune.models import KINDS, Kind
 
 
 def curve_header(summaries: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -56,20 +58,25 @@ def _curve_cells(summary: dict[str, Any], key: str) -> Iterator[str]:
 
 
 def _percent(measured: dict[str, Any], key: str) -> str:
-    return f"{100 * measured[key]:.1f} ± {100 * measured[f'{key}_stderr']:.1f} %"
+    return percent(measured[key], measured[f"{key}_stderr"])
+
+
+def scored_kinds(layers: Sequence[dict[str, Any]]) -> tuple[Kind, ...]:
+    """The kinds of block of which some layer has groups that were scored; layers: as in `summary.json`."""
+    return tuple(kind for kind in KINDS if any(layer.get(kind.name, {}).get(kind.unit) for layer in layers))
 
 
 def layer_header(summary: dict[str, Any]) -> tuple[str, ...]:
     """The columns of `layer_rows`."""
-    return ("layer", *(cell for kind in shown_kinds(summary["layers"][0]) for cell in (kind.groups, "kept")))
+    return ("layer", *(cell for kind in scored_kinds(summary["layers"]) for cell in (kind.groups, "kept")))
 
 
 def layer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     """(layer, then per kind of block the number and fraction of groups kept) as text, one row per layer."""
-    rows = []
+    rows, kinds = [], scored_kinds(summary["layers"])
     for layer in summary["layers"]:
         cells = [str(layer["layer"])]
-        for kind in shown_kinds(layer):
+        for kind in kinds:
             kept, groups = layer[kind.name]["kept"], layer[kind.name][kind.unit]
             cells += [f"{kept} of {groups}", f"{kept / groups:.0%}" if groups else "-"]
         rows.append(tuple(cells))
@@ -80,7 +87,7 @@ def samples_text(summary: dict[str, Any]) -> str:
     """What was calibrated on, without a full stop."""
     calibration = summary["calibration"]
     own = f", {calibration['own_text']:.0%} of them written by the model itself" if calibration["own_text"] else ""
-    return f"{calibration['num_samples']} samples of {calibration['seq_len']} tokens{own}"
+    return f"{counted(calibration['num_samples'], 'sample')} of {calibration['seq_len']} tokens{own}"
 
 
 def repair_text(summary: dict[str, Any]) -> str:
@@ -89,9 +96,10 @@ def repair_text(summary: dict[str, Any]) -> str:
     if summary["repair"]:
         text = " The output projections of pruned blocks were re-solved by least squares."
     if taught is not None and taught["factor"]:
+        samples = counted(taught["samples"], "sample")
         own = f", and by {taught['text']:.0%} from their own tokens" if taught["text"] else ""
         text += (
-            f" All kept weights were distilled from the dense model's predictions for {taught['samples']} samples{own}:"
+            f" All kept weights were distilled from the dense model's predictions for {samples}{own}:"
             f" the loss on held-out samples went from {taught['before']:.3f} to {taught['after']:.3f} nats per token."
         )
     return text

@@ -117,15 +117,20 @@ def _errors(trial: Trial) -> str:
 
 
 def describe_scoring(scoring: Scoring) -> str:
-    """A short description: the method, and what differs from the default scoring."""
+    """A short description: the method, and every option that has another effect than the default."""
     parts: list[str] = [scoring.method]
     if scoring.temperature > 0.0:
         tau = "25th percentile" if scoring.tau is None else f"{scoring.tau:g}"
-        parts.append(f"T={scoring.temperature:g} tau={tau}")
+        prior = "" if scoring.prior == Scoring.prior else f" prior={scoring.prior}"
+        parts.append(f"T={scoring.temperature:g} tau={tau}{prior}")
     if scoring.gradient_fix != "none":
         parts.append(scoring.gradient_fix)
-    if scoring.normalize_scores != "none":
-        parts.append(scoring.normalize_scores)
+    compared: list[str] = [scoring.normalize_scores] if scoring.normalize_scores != "none" else []
+    if scoring.clip_percentile != 100.0:
+        compared.append(f"clipped at {scoring.clip_percentile:g} %")
+    if compared and scoring.normalize_per != "layer":
+        compared[-1] += f" per {scoring.normalize_per}"
+    parts += compared
     if scoring.attention_factor != 1.0:
         parts.append(f"attention x{scoring.attention_factor:g}")
     return ", ".join(parts)

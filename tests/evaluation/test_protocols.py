@@ -45,5 +45,6 @@ def test_unknown_protocols_and_short_contexts_are_told() -> None:
     model = tiny_model(vocab=258)
     with pytest.raises(ConfigError, match=r"'wikitext2-512'.*wikitext2-128, wikitext2-2048"):
         protocol_perplexity(model, byte_tokenizer(), "wikitext2-512")
-    with pytest.raises(CalibrationError, match="2048 is longer than the model's context of 64"):
+    too_long = r"^protocol: 'wikitext2-2048' does not fit: 2048 is longer than the model's context of 64"
+    with pytest.raises(CalibrationError, match=too_long):
         protocol_perplexity(model, byte_tokenizer(), "wikitext2-2048")

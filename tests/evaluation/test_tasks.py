@@ -2,6 +2,7 @@ import json
 import math
 import sys
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import transformers
 from gradprune.checkpoint.load import load_model
 from gradprune.demo import byte_tokenizer
 from gradprune.errors import EvaluationError
-from gradprune.evaluation.tasks import Question, answer_questions, evaluate_tasks, read_questions
+from gradprune.evaluation.tasks import Question, TaskAccuracy, answer_questions, evaluate_tasks, read_questions
 from gradprune.models.shrink import with_random_weights
+from gradprune.report.rows import summary_rows
 from gradprune.surgery.cut import cut
 from helpers.cut_models import random_masks
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_model
@@ -123,6 +125,22 @@ def test_standard_errors_and_equal_continuations() -> None:
     found = answer_questions(model, tokenizer, mixed, name="q")
     assert found.accuracy == 0.5
     assert found.accuracy_stderr == pytest.approx(math.sqrt(0.25 / 1))
+    assert found.text() == "accuracy 50.0 ± 50.0 %, per byte 50.0 ± 50.0 % (2 questions)"
+
+
+def test_one_question_has_no_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = answer_questions(tiny_model(vocab=258), byte_tokenizer(), QUESTIONS[1:2], name="q")
+    assert (found.accuracy_stderr, found.per_byte_stderr) == (None, None)
+    right = f"{100 * found.accuracy:.1f} %"
+    assert found.text() == f"accuracy {right}, per byte {100 * (found.per_byte or 0.0):.1f} % (1 question)"
+    task = {"task": "q", "before": asdict(found), "after": asdict(found)}
+    empty = {"before": None, "after": None}
+    unmeasured = dict.fromkeys(("parameters", "perplexity", "bytes_on_disk", "tokens_per_second"), empty)
+    assert summary_rows({**unmeasured, "tasks": [task]})[0] == ("q accuracy", right, right, "+0.0 points")
+    figures = {"acc,none": 1.0, "acc_stderr,none": "N/A", "acc_norm,none": 0.0, "acc_norm_stderr,none": "N/A"}
+    stand_in_for_lm_eval(monkeypatch, {"results": {"piqa": figures}, "n-samples": {"piqa": {"effective": 1}}})
+    (asked,) = evaluate_tasks(tiny_model(vocab=258), byte_tokenizer(), ["piqa"], max_questions=1)
+    assert asked == TaskAccuracy("piqa", 1, 1.0, None, 0.0, None)
 
 
 def write(path: Path, *records: object) -> str:
@@ -174,6 +192,9 @@ def test_missing_and_empty_files_and_tokenizers_are_told(tmp_path: Path) -> None
     with pytest.raises(EvaluationError, match="no tokenizer"):
         evaluate_tasks(tiny_model(), None, ["x.jsonl"])
     path = write(tmp_path / "q.jsonl", {"context": "One", "choices": ["two", "three"], "answer": 0})
+    for tasks in (["", ""], [path, " "]):
+        with pytest.raises(EvaluationError, match=r"^tasks: '.*' has an empty name in it"):
+            evaluate_tasks(tiny_model(), byte_tokenizer(), tasks)
     with pytest.raises(EvaluationError, match="max_questions: 0"):
         evaluate_tasks(tiny_model(), byte_tokenizer(), [path], max_questions=0)
 

@@ -277,6 +277,8 @@ def test_a_whole_run_keeps_as_many_experts_everywhere(method: str, tmp_path: Pat
     again = run(model, pruning_ratio=0.2, importance_method=method, prune_kinds=kinds,
                 evidence_file=str(tmp_path / "x" / "analysis" / "evidence.safetensors"))  # fmt: skip
     assert again.evidence.methods == result.evidence.methods
+    card = (tmp_path / "x" / "model" / "README.md").read_text()
+    assert f"removed the {'experts' if method == 'reap' else 'KV groups and experts'} with the least" in card
     with pytest.raises(ConfigError, match=f"prune_kinds: evidence_file .* scored {kinds.replace(',', ', ')};"):
         run(model, evidence_file=str(tmp_path / "x" / "analysis" / "evidence.safetensors"))
 

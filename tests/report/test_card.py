@@ -13,6 +13,8 @@ from gradprune.checkpoint.save import save_checkpoint
 from gradprune.config.recovery_config import RecoveryConfig
 from gradprune.recovery.job import recover_checkpoint
 from gradprune.report.card import write_card, write_recovered_card
+from gradprune.surgery.cut import cut
+from helpers.cut_models import full_masks
 from helpers.pipeline_runs import TOKENS, run
 from helpers.tiny_models import tiny_model
 
@@ -88,7 +90,35 @@ def test_vllm_is_not_promised_without_attention(results: Path) -> None:
     assert "vllm serve" in card_of(results).text
     text = card_of(results, "without").text
     assert "vllm serve" not in text
-    assert "have no attention block" in text
+    assert "does not load it: layer 2 has no attention block." in text
+
+
+def test_several_layers_without_attention_are_all_named(results: Path, tmp_path: Path) -> None:
+    model = tiny_model()
+    masks = full_masks(model)
+    for layer in (0, 2):
+        masks.attention[layer][:] = False
+    summary = json.loads((results / "uneven" / "analysis" / "summary.json").read_text())
+    write_card(tmp_path, cut(model, masks).config, PruneConfig(), summary)
+    assert "does not load it: layers 0, 2 have no attention block." in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "shown", "hidden"), [("attention", "KV groups", "MLP channels"), ("mlp", "MLP channels", "KV groups")]
+)
+def test_only_the_kinds_that_were_pruned_are_told(kind: str, shown: str, hidden: str, results: Path) -> None:
+    run(tiny_model(), pruning_ratio=0.05, prune_kinds=kind, output_dir=str(results), output_name=kind)
+    card = card_of(results, kind).text
+    assert f"removed the {shown} with the least" in card
+    assert f"| layer | {shown} | kept |" in card
+    assert hidden not in card
+    report = (results / kind / "report.html").read_text()
+    assert f"<th>{shown}</th>" in report
+    assert f"<th>{hidden}</th>" not in report
+    # The file has both, whatever was scored.
+    layers = json.loads((results / kind / "analysis" / "summary.json").read_text())["layers"]
+    assert layers[0].keys() == {"layer", "attention", "mlp"}
+    assert "removed the KV groups and MLP channels with the least" in card_of(results).text
 
 
 @pytest.mark.parametrize("head", ["---\n: [\n---\n", "---\n- a\n---\n", "no head", "---\nlicense: 3\n---\n"])
