@@ -23,6 +23,8 @@ class Ledger:
     accumulators: the blocks'.
     """
 
+    # Steps change the sums outside inference mode, in which tensors that were made inside cannot be changed.
+    @torch.inference_mode(False)
     def __init__(self, accumulators: Sequence[BlockAccumulator], device: torch.device) -> None:
         """Start at zero; the accumulators get their parts of this ledger."""
         self.accumulators = accumulators

@@ -105,6 +105,22 @@ def test_a_step_takes_gradients_whatever_mode_it_is_called_in(mode) -> None:
     assert all(map(torch.equal, engine.scores().mlp, expected.scores().mlp))
 
 
+@pytest.mark.parametrize("reduction", ["sample", "batch"])
+@pytest.mark.parametrize("method", ["taylor_2nd", "obs", "wanda"])
+def test_an_engine_may_be_made_in_inference_mode(method, reduction) -> None:
+    model, ids = tiny_model(), tiny_ids(samples=2, tokens=8)
+    with ImportanceEngine(model, method, reduction) as expected:
+        expected.step(ids)
+    with torch.inference_mode():
+        inside = ImportanceEngine(model, method, reduction)
+        restored = ImportanceEngine(model, method, reduction)
+        restored.restore(expected.state(), [ids])
+    with inside:
+        inside.step(ids)
+    for engine in (inside, restored):
+        assert all(map(torch.equal, engine.scores().mlp, expected.scores().mlp))
+
+
 def test_a_model_that_predicts_no_token_is_refused() -> None:
     config = LlamaConfig(
         hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32, pad_token_id=0
