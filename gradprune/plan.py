@@ -105,6 +105,8 @@ def room_on(device: str) -> Room:
 def planned(shape: ModelShape, config: PruneConfig, room: Room, ranks: int, *, streamable: bool = True) -> Plan:
     """Every way to run: whole, whole with recomputed activations, streamed; the first and the last in ranks, too.
 
+    With `reduction` "batch", which keeps a gradient of every weight, a run is neither streamed nor divided.
+
     Args:
         shape: of the model.
         config: the options of the run; whether layers are streamed or recomputed, and the batch size of
@@ -120,7 +122,12 @@ def planned(shape: ModelShape, config: PruneConfig, room: Room, ranks: int, *, s
         (f"whole, {ranks} ranks", False, False, ranks),
         (f"streamed, {ranks} ranks", True, True, ranks),
     ]
-    runs = tuple(_planned(shape, config, room, *way) for way in ways if streamable or not way[1])
+    batch = config.reduction == "batch"
+    runs = tuple(
+        _planned(shape, config, room, name, streamed, recomputed, of)
+        for name, streamed, recomputed, of in ways
+        if (streamable or not streamed) and not (batch and (streamed or of > 1))
+    )
     tokens = config.num_samples * config.seq_len
     one_wave = tokens * shape.hidden * shape.itemsize * (len(shape.layer_parameters) + 1)
     return Plan(shape, room, runs, one_wave)

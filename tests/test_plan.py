@@ -57,6 +57,39 @@ def test_a_configuration_is_enough(configuration: Path, tmp_path: Path) -> None:
         assert line in command(tmp_path, "plan", *given)[1]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--reduction", "batch"),
+        ("--evidence", "all"),
+        ("--gradient_fix", "adaptive"),
+        ("--prior", "taylor", "--temperature", 1),
+        ("--prune_kinds", "experts"),
+    ],
+    ids=lambda options: options[0],
+)
+def test_what_calibration_collects_counts(configuration: Path, tmp_path: Path, options) -> None:
+    given = ("plan", "--base_model", configuration, "--device", "80GB", "--num_samples", 4096, "--json")
+    runs, others = (
+        {run["name"]: run for run in json.loads(command(tmp_path, *given, *more)[1])["runs"]} for more in ((), options)
+    )
+    name = "whole" if "--reduction" in options else "streamed"
+    assert runs[name]["footprint"]["stages"][0] != others[name]["footprint"]["stages"][0]
+
+
+def test_a_gradient_of_every_weight_is_neither_streamed_nor_divided(configuration: Path, tmp_path: Path) -> None:
+    given = ("--base_model", configuration, "--device", "80GB", "--reduction", "batch", "--json")
+    found = json.loads(command(tmp_path, "plan", *given)[1])
+    assert [run["name"] for run in found["runs"]] == ["whole", "whole, recomputing"]
+    assert found["stream_layers"] == "off"
+
+
+def test_an_option_that_the_plan_does_not_read_is_refused(configuration: Path, tmp_path: Path) -> None:
+    code, said = command(tmp_path, "plan", "--base_model", configuration, "--uniform")
+    assert code == 2
+    assert "--uniform" in said
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_embeddings_count_once(tmp_path: Path, tied: bool) -> None:
     LlamaConfig(**LLAMA_3_8B, tie_word_embeddings=tied).save_pretrained(tmp_path)
