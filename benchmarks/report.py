@@ -131,7 +131,7 @@ def _jobs(records: Sequence[Record], folder: Path) -> str:
 def _quality(records: Sequence[Record], folder: Path) -> str:
     parts = ["### Quality", "Held-out perplexity: mean over seeds (lowest to highest). T is the H-GSP temperature."]
     measured = [found for found in records if "perplexity" in found.extra]
-    for name, of_model in tables.grouped(measured, lambda found: found.name).items():
+    for name, of_model in tables.by_model(measured).items():
         dense = of_model[0].extra["perplexity_dense"]
         image = _plot(plots.quality_plot, of_model, folder, f"quality-{name}")
         title = f"#### {name}, dense {dense:.2f}{tables.dense_accuracy(of_model)}"

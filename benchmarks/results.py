@@ -91,9 +91,9 @@ class Record:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """`work`, the provider and, if the result is random, the seed."""
-        seed = [f"seed {self.extra['seed']}"] if "seed" in self.extra else []
-        return (*self.work, self.provider, *seed)
+        """`work`, the provider and, if the result is random, the seed and the number of samples."""
+        drawn = [f"{name} {self.extra[name]}" for name in ("seed", "num_samples") if name in self.extra]
+        return (*self.work, self.provider, *drawn)
 
     def to_json(self) -> str:
         """One line of JSON, with the environment's fields on the same level as the record's own."""
@@ -162,7 +162,7 @@ def latest(records: Iterable[Record]) -> list[Record]:
     """The records of each case's last run, in order.
 
     Times are comparable only within a run. What depends on no hardware does not depend on the run, and a table of it
-    may be measured in several: there the last run counts per provider and seed.
+    may be measured in several: there the last run counts per provider, seed and number of samples.
     """
     by_work: dict[tuple[str, ...], list[Record]] = {}
     for found in records:

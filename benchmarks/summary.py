@@ -15,7 +15,7 @@ from benchmarks.jobs.memory import HELD_OUT
 from benchmarks.results import Record
 from gradprune.config import DEFAULT_METHODS
 
-MOST_ROWS = 6
+MOST_ROWS = 7
 PEER = "torch-pruning GroupTaylor"
 # Of the models that are measured, the first of these that has results is shown in README.md.
 MODELS = ("demo, KV heads repeated", "demo")
@@ -123,11 +123,11 @@ def quality(records: Sequence[Record]) -> str:
 
 
 def temperature(records: Sequence[Record]) -> str:
-    """Per method, in how many cases (model and ratio) H-GSP at T=1 gave a lower perplexity than none, with repair."""
+    """Per method, in how many cases (model, ratio, samples) H-GSP at T=1 gave a lower perplexity, with repair."""
     repaired = [f for f in records if f.kind == "quality" and " + least squares T=" in f.provider]
     counts: dict[str, Counter[str]] = {}
     for (method, *_), group in tables.grouped(
-        repaired, lambda found: (found.provider.split()[1], found.name, found.extra["ratio"])
+        repaired, lambda found: (found.provider.split()[1], found.name, found.extra["ratio"], tables.samples_of(found))
     ).items():
         values = {t: [f.extra["perplexity"] for f in group if f.provider.endswith(t)] for t in ("T=0", "T=1")}
         if all(values.values()):
@@ -201,10 +201,12 @@ def recovery(records: Sequence[Record]) -> str:
 
 def of_shown_model(records: Sequence[Record]) -> list[Record]:
     """The perplexities of the model that README.md shows."""
-    by_model = tables.grouped(
-        [found for found in records if found.kind == "quality" and "perplexity" in found.extra], lambda f: f.name
-    )
-    return next((by_model[name] for name in MODELS if name in by_model), [])
+    measured = [found for found in records if found.kind == "quality" and "perplexity" in found.extra]
+    by_model = tables.grouped(measured, lambda found: found.name)
+    of_model = next((by_model[name] for name in MODELS if name in by_model), [])
+    by_samples = tables.grouped(of_model, tables.samples_of).values()
+    # Different numbers of samples are not compared; the last one that was measured is shown.
+    return max(by_samples, key=lambda group: max(found.run for found in group), default=[])
 
 
 def mean_perplexities(records: Sequence[Record]) -> dict[tuple[str, float], float]:

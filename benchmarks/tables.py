@@ -1,7 +1,7 @@
 """Results as Markdown tables; every number comes from a record."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import TypeVar
@@ -27,6 +27,24 @@ def grouped(records: Iterable[Record], key: Callable[[Record], Key]) -> dict[Key
     for found in records:
         groups[key(found)].append(found)
     return dict(groups)
+
+
+def samples_of(found: Record) -> int:
+    """The calibration samples that a quality was measured with."""
+    samples: int = found.extra["num_samples"]
+    return samples
+
+
+def by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Qualities by the model's name, which says the number of samples where a model was measured with several.
+
+    Different numbers of samples never share a table.
+    """
+    groups = grouped(records, lambda found: (found.name, samples_of(found)))
+    several = Counter(name for name, _ in groups)
+    return {
+        f"{name}, {samples} samples" if several[name] > 1 else name: group for (name, samples), group in groups.items()
+    }
 
 
 def kernel_table(records: Sequence[Record]) -> str:

@@ -127,7 +127,7 @@ def _with_defaults(options: Namespace) -> Namespace:
     options.ratios = options.ratios or ([0.2] if short else [0.1, 0.2, 0.3, 0.5])
     options.seeds = options.seeds or ([0] if short else [0, 1, 2])
     options.temperatures = options.temperatures or ([0.0] if short else [0.0, 1.0])
-    options.num_samples = options.num_samples or (4 if options.toy else 128)
+    options.num_samples = options.num_samples or (4 if options.toy else PruneConfig().num_samples)
     options.eval_samples = 2 if options.toy else (options.eval_samples or None)
     return options
 

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.jobs.growth import exponent
 from benchmarks.report import PICTURE, main, replace_sections
 from benchmarks.results import Record, append
-from benchmarks.summary import MODELS, MOST_ROWS, SECTIONS
+from benchmarks.summary import MODELS, MOST_ROWS, QUALITY, SECTIONS
 from helpers.benchmark_records import made
 
 
@@ -178,6 +178,36 @@ def test_readme_shows_short_tables_of_what_anyone_can_rebuild(results: Path, tmp
     assert "| Torch-Pruning `GroupTaylor`, its defaults | 18.00 |" in quality
     for table in (section(readme, "ops"), calibration, quality):
         assert 0 < len(rows(table)) <= MOST_ROWS
+
+
+def test_all_providers_of_the_readme_fit_its_table(tmp_path: Path) -> None:
+    extra = {"ratio": 0.2, "seed": 0, "perplexity": 5.0, "perplexity_dense": 4.0, "kept": 0.8, "num_samples": 256}
+    for provider in QUALITY:
+        append(made("quality", MODELS[0], provider, shape="20%", extra=extra), tmp_path / "results")
+    readme = (rebuild(tmp_path / "results", tmp_path / "report") / "README.md").read_text()
+    assert len(rows(section(readme, "quality"))) == len(QUALITY)
+
+
+def test_different_numbers_of_samples_share_no_table(results: Path, tmp_path: Path) -> None:
+    # Of some providers only, in a later run.
+    for provider in ("gradprune taylor T=0", "torch-pruning GroupTaylor"):
+        extra = {"ratio": 0.2, "seed": 0, "perplexity": 3.0, "perplexity_dense": 4.25, "kept": 0.8, "num_samples": 256}
+        for name in ("stories", MODELS[0]):
+            append(made("quality", name, provider, shape="20%", extra=extra, run="second"), results)
+    folder = rebuild(results, tmp_path / "report")
+    report = (folder / "benchmarks/README.md").read_text()
+    earlier, later = (
+        report.split(f"#### stories, {samples} samples, dense")[1].split("####")[0] for samples in (128, 256)
+    )
+    assert "| gradprune taylor T=0 | 7.50 (7.00 to 8.00) |" in earlier
+    assert "| gradprune magnitude T=0 |" in earlier
+    assert rows(later) == [
+        "| gradprune taylor T=0 | 3.00 (3.00 to 3.00) |",
+        "| torch-pruning GroupTaylor | 3.00 (3.00 to 3.00) |",
+    ]
+    quality = section((folder / "README.md").read_text(), "quality")
+    assert "of 256 samples" in quality
+    assert rows(quality) == ["| Torch-Pruning `GroupTaylor`, its defaults | **3.00** |"]
 
 
 def test_the_claim_is_a_ratio_of_one_run(tmp_path: Path) -> None:
