@@ -18,6 +18,9 @@ model's ratio); the MLP's `intermediate_size`, or what the architecture calls it
 
 import copy
 import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -205,7 +208,8 @@ class PerLayerWidths:
         text = text_config(dense)
         overrides = per_layer_overrides(config)
         check_overrides(overrides)
-        super().__init__(dense)
+        with _zero_widths():
+            super().__init__(dense)
         layers = decoder_layers(self, config)
         for index, own in overrides.items():
             layers[index] = build_layer(layers[index], text, own, index)
@@ -390,6 +394,15 @@ def decoder_layers(model: Any, config: PreTrainedConfig) -> nn.ModuleList:
     return next(entry for entry in lists if len(entry) == text.num_hidden_layers)
 
 
+@contextmanager
+def _zero_widths() -> Iterator[None]:
+    """Blocks that are gone are made with width 0 before they are dropped, without PyTorch's warning of that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors is a no-op")
+        yield
+
+
+@_zero_widths()
 def build_layer(stock: Any, dense: PreTrainedConfig, overrides: dict[str, Any], index: int) -> Any:
     """A new decoder layer of `stock`'s class at its own widths.
 

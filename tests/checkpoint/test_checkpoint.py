@@ -110,6 +110,17 @@ def test_dropped_blocks_leave_no_global_width_that_the_stock_model_would_fit(tmp
         assert_same(load_pruned(tmp_path / str(number)), masked(model, masks))
 
 
+@pytest.mark.filterwarnings("error")
+def test_blocks_that_are_gone_are_made_without_a_warning(tmp_path: Path) -> None:
+    model = tiny_model()
+    masks = full_masks(model)
+    for kind in ("attention", "mlp"):
+        getattr(masks, kind)[1][:] = False
+    save_checkpoint(cut(model, masks), None, tmp_path / "x")
+    for stream_layers in ("off", "on"):
+        load_model(tmp_path / "x", stream_layers=stream_layers)
+
+
 def by_remote_code(folder: Path, monkeypatch: pytest.MonkeyPatch, modules: Path):
     """The model as the code beside its weights makes it."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
