@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from gradprune.checkpoint.results import claimed_results
+from gradprune.checkpoint.results import claimed_results, model_name
 from gradprune.config import (
     OLDER_NAMES,
     OPTIONS,
@@ -279,7 +281,7 @@ def recover(
 
     config = RecoveryConfig(**{name: options.pop(name) for name in options_of(RecoveryConfig)})
     if options["output_name"] is None:
-        options["output_name"] = f"{Path(model).absolute().parent.name}-recovered"
+        options["output_name"] = f"{model_name(model)}-recovered"
     places = PruneConfig(**options, base_model=model, seq_len=config.seq_len)
     with claimed_results(places):
         loaded, tokenizer = _load(places, "model", streams=False)
@@ -392,7 +394,8 @@ def main() -> NoReturn:
         _fail(f"{error.filename or 'standard output'}: {error.strerror or one_line(error)}")
     except Interrupted as interrupt:
         if speaks():
-            say(Console(stderr=True), f"stopped by {interrupt.name}; unfinished results have been removed")
+            what = f"stopped by {interrupt.name}; unfinished results have been removed"
+            say(Console(stderr=True), f"{what}{interrupt.advice}")
         sys.exit(interrupt.exit_code)
 
 
@@ -446,7 +449,7 @@ def _named(config: PruneConfig, name: str) -> PruneConfig:
         return replace(config, output_name=None)
     if config.output_name is not None:
         return config
-    model = "demo" if config.base_model is None else Path(config.base_model).absolute().name
+    model = "demo" if config.base_model is None else model_name(config.base_model)
     return replace(config, output_name=f"{model}-{name}")
 
 
@@ -515,12 +518,27 @@ def _diagnoses(config: PruneConfig, lengths: list[int]) -> "dict[int, Diagnosis]
     return diagnoses
 
 
+@contextmanager
+def _resumable(config: PruneConfig) -> Iterator[None]:
+    """Where a signal ends the body after its calibration was written down, its message says how to go on."""
+    try:
+        yield
+    except Interrupted as interrupt:
+        if config.checkpoint_every is not None:
+            from gradprune.calibration.resume import calibration_file
+
+            path = calibration_file(config)
+            if path is not None and path.is_file():
+                interrupt.advice = "; with --resume the same command goes on from its calibration"
+        raise
+
+
 def _prune(config: PruneConfig) -> "PruneResult":
     from gradprune.pipeline import prune
     from gradprune.report.folder import summarize
     from gradprune.report.tables import diagnosis_table, layer_table, search_table, search_verdict, summary_table
 
-    with claimed_results(config):
+    with _resumable(config), claimed_results(config):
         model, tokenizer = _load(config)
         result = prune(model, tokenizer, config, console=PROGRESS, ranks=current())
     summary, gradients = summarize(result), result.gradients
@@ -547,7 +565,7 @@ def _prune_ratios(config: PruneConfig, ratios: list[float]) -> None:
     from gradprune.report.folder import summarize
     from gradprune.report.tables import curve_table
 
-    with claimed_results(config, ratios):
+    with _resumable(config), claimed_results(config, ratios):
         model, tokenizer = _load(config)
         results = prune_ratios(model, tokenizer, config, ratios, console=PROGRESS, ranks=current())
     OUT.print(curve_table([summarize(result) for result in results]))

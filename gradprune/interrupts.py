@@ -17,6 +17,8 @@ class Interrupted(BaseException):
         super().__init__(number)
         self.name = signal.Signals(number).name
         self.exit_code = 128 + number
+        # What can be done next, to follow the message.
+        self.advice = ""
 
 
 @contextmanager

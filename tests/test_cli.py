@@ -106,6 +106,17 @@ def test_the_default_output_name_tells_what_it_is(gradprune, model_folder: Path,
     assert [path.name for path in Path("results").iterdir()] == ["tiny-obs-0.2"]
 
 
+def test_a_model_in_a_results_folder_has_the_name_of_the_results(gradprune, model_folder: Path, ids_file: Path) -> None:
+    options = ["--dataset", ids_file, "--pruning_ratio", "0.1", *QUICK]
+    assert gradprune("prune", "--base_model", model_folder, "--output_name", "once", *options)[0] == 0
+    code, _, err = gradprune("prune", "--base_model", "results/once/model", *options)
+    assert code == 0, err
+    (folder,) = Path("results").glob("once-*")
+    assert folder.name == "once-obs-0.1"
+    assert (folder / "model" / "README.md").read_text().split("---\n")[2].startswith("\n# once pruned by ")
+    assert "<title>gradprune: once pruned by " in (folder / "report.html").read_text()
+
+
 def test_a_run_with_a_target_is_named_by_it(gradprune, model_folder: Path, ids_file: Path) -> None:
     target = ("--target_parameters", "60.5K")
     assert gradprune("prune", "--base_model", model_folder, "--dataset", ids_file, *target, *QUICK)[0] == 0

@@ -107,9 +107,33 @@ def test_after_a_kill_the_next_run_cleans_up_and_says_so(work: Path, given_files
     assert left[1].startswith(".x.partial-")
     code, err = run(work, *arguments)
     assert code == 0, err
-    assert "was killed; its unfinished files have been removed (1 folders)" in err
+    assert "was killed; its unfinished files have been removed (1 folder)" in err
     assert names(work / "results") == ["x"]
     assert_whole(work / "results" / "x")
+
+
+def test_a_run_that_is_killed_before_it_writes_leaves_nothing_to_remove(work: Path, given_files: list[object]) -> None:
+    arguments = ("prune", *given_files, "--output_name", "x")
+    assert run(work, *arguments, prepare=at_stage("calibration", signalled(signal.SIGKILL)))[0] == -9
+    code, err = run(work, *arguments)
+    assert code == 0, err
+    assert "of 'results/x' was killed; it left nothing to remove" in err
+
+
+def test_a_signal_after_a_calibration_was_written_down_says_how_to_go_on(work: Path, given_files: list[object]) -> None:
+    for every, stage in (
+        ((), "repair"),
+        (("--checkpoint_every", "4"), "loading the model"),
+        (("--checkpoint_every", "4"), "repair"),
+    ):
+        arguments = ("prune", *given_files, "--output_name", "x", *every)
+        code, err = run(work, *arguments, prepare=at_stage(stage, signalled(signal.SIGTERM)))
+        assert code == 143, err
+        advised = err.splitlines()[-1].endswith("; with --resume the same command goes on from its calibration")
+        assert advised == (bool(every) and stage == "repair")
+    code, err = run(work, *arguments, "--resume")
+    assert code == 0, err
+    assert "calibration goes on after 8 of 8 samples" in err
 
 
 def test_a_signal_that_is_ignored_stays_ignored(work: Path, given_files: list[object]) -> None:

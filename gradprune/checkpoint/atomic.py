@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from gradprune.checkpoint.lock import FileLock, LockHeldError
 from gradprune.checkpoint.rename import exchange, rename_to_free
-from gradprune.errors import CheckpointError
+from gradprune.errors import CheckpointError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -321,9 +321,8 @@ def _say_taken_over(claim: Claim, lock: FileLock) -> None:
     left = claim.take_over()
     if lock.abandoned is not None or left:
         who = "a run" if lock.abandoned is None else f"a run ({lock.abandoned})"
-        logger.warning(
-            "%s of '%s' was killed; its unfinished files have been removed (%d folders)", who, claim.directory, left
-        )
+        removed = f"its unfinished files have been removed ({counted(left, 'folder')})" if left else "it left nothing to remove"
+        logger.warning("%s of '%s' was killed; %s", who, claim.directory, removed)
 
 
 def _follow_umask(folder: Path) -> None:

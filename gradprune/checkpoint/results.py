@@ -45,6 +45,12 @@ def claimed_results(config: PruneConfig, ratios: Sequence[float] = ()) -> Iterat
         yield output
 
 
+def model_name(checkpoint: str | Path) -> str:
+    """What people call a checkpoint: its folder's name, or that of the results folder whose `model` it is."""
+    path = Path(checkpoint).absolute()
+    return path.parent.name if path.name == "model" and path.is_dir() and path.parent.name else path.name
+
+
 def ratio_names(ratios: Sequence[float]) -> list[str]:
     """The names of the ratios' folders.
 

@@ -12,6 +12,7 @@ from transformers.utils.hub import cached_file
 from gradprune.checkpoint.card_head import CARD, TAG, card_head
 from gradprune.checkpoint.gguf_source import find_gguf
 from gradprune.checkpoint.push import PLACE
+from gradprune.checkpoint.results import model_name
 from gradprune.checkpoint.save import MLX_TYPES
 from gradprune.config import OPTIONS, PruneConfig, command_line
 from gradprune.hub import hub_fault
@@ -104,7 +105,7 @@ def _base(base_model: str | None, model: PreTrainedConfig) -> _Base:
         head = card_head(folder)
         # A model that is pruned once more is still derived from the same one.
         hub_id = head.get("base_model") if TAG in head.get("tags", ()) else None
-        return _Base(folder.absolute().name, hub_id if isinstance(hub_id, str) else None, _license(head))
+        return _Base(model_name(folder), hub_id if isinstance(hub_id, str) else None, _license(head))
     if find_gguf(base_model) is not None:
         return _Base(folder.stem, None, {})
     card = cached_file(
@@ -147,7 +148,7 @@ def _shown(base: _Base, config: PruneConfig) -> PruneConfig:
         if (value := getattr(config, name)) is not None:
             shown[name] = ",".join(Path(part).name for part in value.split(","))
     if config.base_model is not None:
-        shown["base_model"] = base.hub_id or Path(config.base_model).name
+        shown["base_model"] = base.hub_id or model_name(config.base_model)
     return replace(config, **shown)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from gradprune.checkpoint.results import model_name
 from gradprune.config import PruneConfig, again, command_line
 from gradprune.report.charts import COLORS, kept_chart, svg
 from gradprune.report.rows import (
@@ -111,7 +112,7 @@ def write_report(
     options = [(name, "default" if value is None else str(value)) for name, value in config.items()]
     page = _PAGE.substitute(
         style=_STYLE,
-        title=escape(f"gradprune: {Path(config['base_model'] or 'the model').name} pruned by {ratio:.1%}"),
+        title=escape(f"gradprune: {model_name(config['base_model'] or 'the model')} pruned by {ratio:.1%}"),
         lead=escape(
             f"{config['importance_method']} importance over {samples_text(summary)}; "
             f"perplexity on {summary['evaluation_tokens']:,} "
