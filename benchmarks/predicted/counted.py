@@ -228,7 +228,7 @@ def counted_gpu() -> Iterator[Counted]:
             "gradprune.kernels.linear_importance.descriptors_work": _descriptors_work,
             "gradprune.kernels.linear_importance._describe": lambda a, b, w, _columns, _config: (a, b, w),
             "gradprune.kernels.linear_importance.fastest": lambda configs, *_: configs[0],
-            "gradprune.calibration.engine.select_ops": lambda _backend, _device: triton,
+            "gradprune.calibration.engine.select_ops": lambda _backend, _device, _dtype: triton,
             "gradprune.calibration.engine.without_autocast": lambda _device: nullcontext(),
             "gradprune.calibration.engine.check_placement": lambda _model: None,
             # Which is only to tell a CPU from a GPU.
