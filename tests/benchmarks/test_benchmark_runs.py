@@ -29,6 +29,7 @@ from benchmarks.report import report
 from benchmarks.results import read
 from gradprune.checkpoint.gguf_source import PACKAGES
 from gradprune.checkpoint.load import load_model
+from gradprune.config import PruneConfig
 from gradprune.demo import demo_model_path
 from gradprune.models import describe
 from helpers.tiny_models import tiny_ids, tiny_model
@@ -242,6 +243,13 @@ def test_quality(tmp_path: Path) -> None:
     methods.main([*TOY, str(tmp_path / "again"), *texts, *sizes, *again])
     (alone,) = read(tmp_path / "again")
     assert alone.extra == next(record.extra for record in found if record.provider == alone.provider)
+
+
+def test_quality_is_measured_on_as_many_samples_as_prune_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(methods, "subjects", lambda options: measured.append(options.num_samples) or [])
+    methods.main([])
+    assert measured == [PruneConfig().num_samples]
 
 
 def test_quality_of_the_prunable_parameters_with_zero_shot_questions(tmp_path: Path) -> None:
