@@ -321,7 +321,9 @@ def _say_taken_over(claim: Claim, lock: FileLock) -> None:
     left = claim.take_over()
     if lock.abandoned is not None or left:
         who = "a run" if lock.abandoned is None else f"a run ({lock.abandoned})"
-        removed = f"its unfinished files have been removed ({counted(left, 'folder')})" if left else "it left nothing to remove"
+        removed = "it left nothing to remove"
+        if left:
+            removed = f"its unfinished files have been removed ({counted(left, 'folder')})"
         logger.warning("%s of '%s' was killed; %s", who, claim.directory, removed)
 
 
