@@ -212,10 +212,10 @@ class _Row:
 
 
 def _follows_masks(model: PreTrainedModel, length: int) -> bool:
-    """Whether each of so many tokens of a row attends to what a mask lets it, at the position that it is given.
+    """Whether a mask and positions decide what each token of a row of that length sees.
 
-    It does not where layers carry a state from token to token, where distances are counted in the row, and where a mask
-    would take the place of the model's own, of a window shorter than the row.
+    They do not where layers carry a state from token to token, or where the model measures distances in the row itself.
+    And a mask replaces the model's own, so a window must not be shorter than the row.
     """
     config: Any = text_config(model.config)
     kinds = set(getattr(config, "layer_types", None) or ("full_attention", "sliding_attention"))
