@@ -226,16 +226,15 @@ def removal_path(
     quota = min(max(1, int(_SHARE * len(block))), _MOST)
     order: list[int] = []
     costs: list[float] = []
-    # What writes nothing, because an earlier shot took it, goes first and tells nothing.
-    silent = int((weight == 0.0).all(0).unflatten(0, (-1, columns)).all(1).sum())
-    part = silent + int(_PART * (len(block) - silent))
-    partly, gone = weight, 0
+    groups, partly, gone = len(block), weight, 0
     while len(block):
         taken, marginal = _round(block, quota, ops)
         order += block.groups[taken].tolist()
         costs += marginal
         block.remove(taken)
-        if not gone and len(order) >= part:
+        # What writes nothing, because an earlier shot took it, goes first and tells nothing.
+        silent = costs.count(0.0)
+        if not gone and len(order) - silent >= int(_PART * (groups - silent)):
             partly, gone = block.weight_of_all(weight), len(order)
     cost = 0.5 * curvature * torch.tensor(costs, dtype=torch.float64)
     return RemovalPath(torch.tensor(order), cost, partly, gone)

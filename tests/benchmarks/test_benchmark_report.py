@@ -206,7 +206,7 @@ def test_different_numbers_of_samples_share_no_table(results: Path, tmp_path: Pa
         "| torch-pruning GroupTaylor | 3.00 (3.00 to 3.00) |",
     ]
     quality = section((folder / "README.md").read_text(), "quality")
-    assert "of 256 samples" in quality
+    assert "256 calibration samples" in quality
     assert rows(quality) == ["| Torch-Pruning `GroupTaylor`, its defaults | **3.00** |"]
 
 
