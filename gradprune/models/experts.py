@@ -58,6 +58,13 @@ class Routed:
         ends = itertools.accumulate(self.counts, initial=0)
         return tuple(slice(start, end) for start, end in itertools.pairwise(ends))
 
+    @cached_property
+    def row_at(self) -> Tensor:
+        """[R] int64, the row of each place, where every place has one."""
+        return torch.empty_like(self.places).index_copy_(
+            0, self.places, torch.arange(len(self.places), device=self.places.device)
+        )
+
     def to(self, device: torch.device) -> "Routed":
         """The same on a device."""
         return replace(self, places=self.places.to(device), gates=self.gates.to(device))
@@ -460,7 +467,10 @@ class _RowsOfTokens(torch.autograd.Function):
 
 def _sums_by_token(rows: Tensor, routed: Routed, tokens: int) -> Tensor:
     """[S, H], the sum of each token's rows of [R, H], in the order of its experts; differentiable."""
-    placed = rows.new_zeros(tokens * routed.chosen, rows.shape[1]).index_copy(0, routed.places, rows)
+    if len(rows) == tokens * routed.chosen:
+        placed = rows.index_select(0, routed.row_at)
+    else:
+        placed = rows.new_zeros(tokens * routed.chosen, rows.shape[1]).index_copy(0, routed.places, rows)
     return placed.view(tokens, routed.chosen, -1).sum(1)
 
 
