@@ -12,13 +12,13 @@ from torch import Tensor
 from gradprune.kernels.launch import ceil_div, device_of
 from gradprune.kernels.linear_importance import (
     LinearImportanceConfig,
-    _add_statistics,
-    _product_by_pointers,
-    _store_statistics,
-    _tile_of_program,
-    _weight_tile,
+    add_statistics,
     configs_for,
+    product_by_pointers,
     samples_in_turn,
+    store_statistics,
+    tile_of_program,
+    weight_tile,
 )
 
 
@@ -53,7 +53,7 @@ def _grouped_linear_importance_kernel(
     sums_ptr: [E, parts, columns of tiles, 2, A] fp32; the sums over the tile's columns of |w g| and w^2 g^2.
     statistics_ptr: [E, parts, tiles, 5] fp32: of finite elements sum|g|, sum g^2, max|g|, min|g|; number of others.
     """
-    tile_a, tile_b = _tile_of_program(A, B, BLOCK_A, BLOCK_B, GROUP_A)
+    tile_a, tile_b = tile_of_program(A, B, BLOCK_A, BLOCK_B, GROUP_A)
     row = tile_a * BLOCK_A
     column = tile_b * BLOCK_B
     part = tl.program_id(1)
@@ -72,15 +72,15 @@ def _grouped_linear_importance_kernel(
     for n in range(first, tl.minimum(first + samples_per_program, N)):
         begin = tl.load(offsets_ptr + expert * N + n)
         tokens = (tl.load(offsets_ptr + expert * N + n + 1) - begin).to(tl.int32)
-        g = _product_by_pointers(
+        g = product_by_pointers(
             a_ptr + begin * stride_at, b_ptr + begin * stride_bt, rows, columns, A, B, tokens, stride_at, stride_bt,
             BLOCK_A, BLOCK_B, BLOCK_T,
         )  # fmt: skip
-        sum_abs, sum_square, max_abs, min_abs, others = _add_statistics(
+        sum_abs, sum_square, max_abs, min_abs, others = add_statistics(
             g, inside, sum_abs, sum_square, max_abs, min_abs, others
         )
         w = w_ptr + expert * stride_we
-        product = _weight_tile(w, row, column, A, B, stride_w, BLOCK_A, BLOCK_B, COLUMNS, False) * g
+        product = weight_tile(w, row, column, A, B, stride_w, BLOCK_A, BLOCK_B, COLUMNS, False) * g
         row_abs += tl.sum(tl.abs(product), 1)
         row_square += tl.sum(product * product, 1)
 
@@ -89,7 +89,7 @@ def _grouped_linear_importance_kernel(
     tl.store(sums, row_abs, mask=rows < A)
     tl.store(sums + A, row_square, mask=rows < A)
     statistics = statistics_ptr + (of_expert * tl.num_programs(0) + tile_a * tl.cdiv(B, BLOCK_B) + tile_b) * 5
-    _store_statistics(statistics, sum_abs, sum_square, max_abs, min_abs, others)
+    store_statistics(statistics, sum_abs, sum_square, max_abs, min_abs, others)
 
 
 # Compiled for sm_80 and sm_90 none spills a register, as `linear_importance`'s own for fp32 would: rows have more sums.

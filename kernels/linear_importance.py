@@ -61,7 +61,7 @@ class LinearImportanceConfig:
 
 
 @triton.jit
-def _tile_of_program(A, B, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, GROUP_A: tl.constexpr):
+def tile_of_program(A, B, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, GROUP_A: tl.constexpr):
     """This program's row and column of tiles."""
     return _tile_at(tl.program_id(0), A, B, BLOCK_A, BLOCK_B, GROUP_A)
 
@@ -91,7 +91,7 @@ def _product_by_descriptors(
 
 
 @triton.jit
-def _product_by_pointers(
+def product_by_pointers(
     a_ptr,
     b_ptr,
     rows,
@@ -121,7 +121,7 @@ def _product_by_pointers(
 
 
 @triton.jit
-def _weight_tile(
+def weight_tile(
     w, row, column, A, B, stride_w, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, COLUMNS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +172,7 @@ def _linear_importance_kernel(
     statistics_ptr: [parts, tiles, BLOCK_A / STATISTICS_ROWS, 5] fp32: sum|g|, sum g^2, max|g|, min|g|, 0.
     COLUMNS: w is W^T, which is not stored. TAIL: some tiles reach beyond A or B.
     """
-    tile_a, tile_b = _tile_of_program(A, B, BLOCK_A, BLOCK_B, GROUP_A)
+    tile_a, tile_b = tile_of_program(A, B, BLOCK_A, BLOCK_B, GROUP_A)
     row = tile_a * BLOCK_A
     column = tile_b * BLOCK_B
     part = tl.program_id(1)
@@ -191,7 +191,7 @@ def _linear_importance_kernel(
             g = _product_by_descriptors(a, b, n, row, column, T, BLOCK_A, BLOCK_B, BLOCK_T)
         else:
             sample = tl.cast(n, tl.int64)
-            g = _product_by_pointers(
+            g = product_by_pointers(
                 a + sample * stride_an, b + sample * stride_bn, rows, columns, A, B, T, stride_at, stride_bt,
                 BLOCK_A, BLOCK_B, BLOCK_T,
             )  # fmt: skip
@@ -225,7 +225,7 @@ def _scores(
         inside = (row + tl.arange(0, BLOCK_A) < A)[:, None] & (column + tl.arange(0, BLOCK_B) < B)[None, :]
         magnitude = tl.where(inside, magnitude, float("inf"))
     min_abs = tl.min(tl.min(magnitude, 1).reshape(GROUPS, ROWS), 1)
-    product = _weight_tile(w, row, column, A, B, stride_w, BLOCK_A, BLOCK_B, COLUMNS, DESCRIPTORS) * g
+    product = weight_tile(w, row, column, A, B, stride_w, BLOCK_A, BLOCK_B, COLUMNS, DESCRIPTORS) * g
     return tl.sum(tl.abs(product), 1), tl.sum(product * product, 1), sum_abs, sum_square, max_abs, min_abs
 
 
@@ -335,7 +335,7 @@ def _recount_kernel(
 
 
 @triton.jit
-def _add_statistics(g, inside, sum_abs, sum_square, max_abs, min_abs, others):
+def add_statistics(g, inside, sum_abs, sum_square, max_abs, min_abs, others):
     """Statistics of a tile by row, [TILE_A] each, with those of one sample's gradient g [TILE_A, TILE_B]."""
     magnitude = tl.abs(g)
     finite = (magnitude < float("inf")) & inside  # false for NaN too
@@ -349,7 +349,7 @@ def _add_statistics(g, inside, sum_abs, sum_square, max_abs, min_abs, others):
 
 
 @triton.jit
-def _store_statistics(statistics, sum_abs, sum_square, max_abs, min_abs, others):
+def store_statistics(statistics, sum_abs, sum_square, max_abs, min_abs, others):
     """Write the statistics of a tile, given by row."""
     tl.store(statistics, tl.sum(sum_abs, 0))
     tl.store(statistics + 1, tl.sum(sum_square, 0))
@@ -376,11 +376,11 @@ def _recount_tile(
     first = part * samples_per_program
     for n in range(first, tl.minimum(first + samples_per_program, N)):
         sample = tl.cast(n, tl.int64)
-        g = _product_by_pointers(
+        g = product_by_pointers(
             a_ptr + sample * stride_an, b_ptr + sample * stride_bn, rows, columns, A, B, T, stride_at, stride_bt,
             TILE_A, TILE_B, BLOCK_T,
         )  # fmt: skip
-        sum_abs, sum_square, max_abs, min_abs, others = _add_statistics(
+        sum_abs, sum_square, max_abs, min_abs, others = add_statistics(
             g, inside, sum_abs, sum_square, max_abs, min_abs, others
         )
     for entry in range(1, per_tile):
@@ -388,7 +388,7 @@ def _recount_tile(
         tl.store(statistics + entry * 5 + 1, 0.0)
         tl.store(statistics + entry * 5 + 2, 0.0)
         tl.store(statistics + entry * 5 + 3, float("inf"))
-    _store_statistics(statistics, sum_abs, sum_square, max_abs, min_abs, others)
+    store_statistics(statistics, sum_abs, sum_square, max_abs, min_abs, others)
 
 
 # Compiled for sm_80 and sm_90 none of these spills a register; none has been timed on a GPU.
