@@ -134,14 +134,17 @@ def _quality_panel(axis: Axes, records: Sequence[Record], colors: Mapping[str, s
         if found.provider != "dense":
             values[found.provider][found.extra["ratio"]].append((found.extra["kept"], found.extra["perplexity"]))
     dense = [found.extra["perplexity"] for found in records if found.provider == "dense"]
+    ratios = {ratio for by_ratio in values.values() for ratio in by_ratio}
     dashes = cycle(_PEER_DASHES)
     for provider, by_ratio in sorted(values.items()):
         points = [tuple(map(fmean, zip(*pairs, strict=True))) for _, pairs in sorted(by_ratio.items())]
-        points = [(1.0, dense[0]), *points] if dense else points
+        # A line from the dense model to the only one of several ratios would hide what lies between.
+        alone = len(by_ratio) == 1 < len(ratios)
+        points = [(1.0, dense[0]), *points] if dense and not alone else points
         x, y = zip(*points, strict=True)
         ours, repaired = provider.startswith("gradprune"), " + " in provider
         marker = "D" if "distillation" in provider else "o"
-        style = marker + ("-" if repaired else ":") if ours else ""
+        style = marker + ("-" if repaired else ":") if ours else "x" * alone
         color = colors[_method(provider)] if ours else "black"
         label = provider.removeprefix("gradprune ").split(" T=")[0]
         (line,) = axis.plot(x, y, style, color=color, label=label, markersize=3)
