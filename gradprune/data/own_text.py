@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from gradprune.data.windows import batches
 from gradprune.errors import CalibrationError
 from gradprune.models.modeling_gradprune import text_config
-from gradprune.models.modes import evaluation_mode
+from gradprune.models.modes import evaluation_mode, seeded
 from gradprune.models.residency import residency_of
 from gradprune.ranks import ALONE, Ranks
 
@@ -83,9 +83,7 @@ def _first_token(model: PreTrainedModel) -> int:
 def _written(model: PreTrainedModel, begun: Tensor, length: int, seed: int) -> Tensor:
     """[N, length] on the CPU, of the ids [N, 1] that begin."""
     begun = begun.to(model.device)
-    devices = [begun.device] if begun.is_cuda else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+    with seeded(seed, begun.device):
         found: Tensor = model.generate(  # type: ignore[operator]
             begun, attention_mask=torch.ones_like(begun), max_new_tokens=length - 1, do_sample=True, top_k=0,
             eos_token_id=None, pad_token_id=0,

@@ -1,4 +1,4 @@
-"""Context managers that change a model's state and restore it on exit, after an exception too."""
+"""Context managers that change a model's or PyTorch's state and restore it on exit, after an exception too."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -56,6 +56,14 @@ def value_replaced(parameter: nn.Parameter, value: Tensor) -> Iterator[None]:
         yield
     finally:
         parameter.data = before
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, PyTorch draws from `seed` on; outside, the caller's random numbers are as they would have been."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from gradprune.data.windows import batches, check_context
 from gradprune.errors import CalibrationError, NonFiniteError, RecoveryError
 from gradprune.models import describe
 from gradprune.models.loss import sample_losses
-from gradprune.models.modes import evaluation_mode
+from gradprune.models.modes import evaluation_mode, seeded
 from gradprune.models.passes import mean_loss
 from gradprune.models.sizes import vocabulary_of
 from gradprune.progress import QUIET, progress
@@ -76,7 +77,7 @@ def recover(
     train, chosen_on = _split(model, tokens, config)
     dtype = model.dtype
     run = digest(asdict(config), model, teacher if config.loss == "kd" else None, tokens)
-    with _seeded(config.seed, model.device):
+    with seeded(config.seed, model.device):
         merge = _prepare(model, config)
     try:
         with nullcontext() if teacher is None else evaluation_mode(teacher):
@@ -103,8 +104,7 @@ def _loss(
             f"teacher: its vocabulary has {vocabulary_of(teacher)} tokens, the model's {vocabulary_of(model)}; "
             "name the model that was pruned"
         )
-    dense = teacher
-    return lambda ids: distillation_loss(model, dense, ids)
+    return partial(distillation_loss, model, teacher)
 
 
 def _split(model: PreTrainedModel, tokens: Tensor, config: RecoveryConfig) -> tuple[Tensor, Tensor]:
@@ -150,14 +150,6 @@ def _prepare(model: PreTrainedModel, config: RecoveryConfig) -> Callable[[], Non
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
     model.to(dtype)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, PyTorch draws from `seed` on; outside, the caller's random numbers are as they would have been."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 class _Trainer:
@@ -209,7 +201,7 @@ class _Trainer:
             group["lr"] = self.config.peak_rate * _schedule(step, self.progress.total)
         self.model.train()
         # Of dropout: a step that is resumed draws what it would have drawn.
-        with _seeded(self.config.seed + step, self.model.device):
+        with seeded(self.config.seed + step, self.model.device):
             loss = self.loss_of(self._batch(step))
         if not torch.isfinite(loss):
             raise NonFiniteError(f"loss of step {step} is {loss.item()}; choose a smaller learning_rate")

@@ -64,16 +64,18 @@ def test_accuracies_are_those_of_separate_passes(architecture: str) -> None:
             assert found.per_byte == expected(model, tokenizer, QUESTIONS, per_byte=True)
 
 
-def test_likelihoods_do_not_depend_on_what_shares_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradprune.evaluation import tasks
-
-    model, tokenizer, seen = tiny_model(vocab=258), byte_tokenizer(), []
-    monkeypatch.setattr(tasks, "_largest", lambda values: seen.append(values) or 0)
+def assert_likelihoods_are_those_of_separate_passes(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, seen = byte_tokenizer(), []
+    monkeypatch.setattr("gradprune.evaluation.tasks._largest", lambda values: seen.append(values) or 0)
     answer_questions(model, tokenizer, QUESTIONS, name="q", batch_size=4)
     for question, values in zip(QUESTIONS, seen[::2], strict=True):
         pairs = zip(question.contexts, question.continuations, strict=True)
         exact = [log_likelihood(model, tokenizer, context, continuation) for context, continuation in pairs]
         assert values == pytest.approx(exact, rel=1e-9)
+
+
+def test_likelihoods_do_not_depend_on_what_shares_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_likelihoods_are_those_of_separate_passes(tiny_model(vocab=258), monkeypatch)
 
 
 _SMALL = {"vocab_size": 258, "hidden_size": 16}
@@ -94,17 +96,9 @@ FOLLOW_NO_MASK = [
 def test_where_no_mask_is_followed_each_continuation_has_a_pass_of_its_own(
     config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gradprune.evaluation import tasks
-
     torch.manual_seed(0)
     model = with_random_weights(transformers.AutoModelForCausalLM.from_config(config)).double().eval()
-    tokenizer, seen = byte_tokenizer(), []
-    monkeypatch.setattr(tasks, "_largest", lambda values: seen.append(values) or 0)
-    answer_questions(model, tokenizer, QUESTIONS, name="q", batch_size=4)
-    for question, values in zip(QUESTIONS, seen[::2], strict=True):
-        pairs = zip(question.contexts, question.continuations, strict=True)
-        exact = [log_likelihood(model, tokenizer, context, continuation) for context, continuation in pairs]
-        assert values == pytest.approx(exact, rel=1e-9)
+    assert_likelihoods_are_those_of_separate_passes(model, monkeypatch)
 
 
 def test_a_context_longer_than_the_model_s_loses_its_beginning() -> None:
