@@ -210,14 +210,21 @@ def test_priors_of_another_number_of_samples_are_measured_again(tmp_path: Path) 
     assert (few.prior != many.prior).any()
 
 
+def interrupted_after_its_calibration(monkeypatch: pytest.MonkeyPatch, **options) -> None:
+    def interrupt(*_args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gradprune.calibration.gather._evidence", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_model(), **options)
+
+
 def test_a_calibration_that_took_other_gradients_is_not_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"num_samples": 40, "output_dir": str(tmp_path), "output_name": "x", "checkpoint_every": 4}
-    with monkeypatch.context() as patch:
-        patch.setattr("gradprune.calibration.gather._evidence", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(tiny_model(), **options, temperature=1.0, prior="taylor")
+    interrupted_after_its_calibration(monkeypatch, **options, temperature=1.0, prior="taylor")
     with pytest.raises(CheckpointError, match=r"another number of samples with gradients \(40, now 32\)"):
         run(tiny_model(), **options, resume=True)
 
@@ -226,10 +233,7 @@ def test_a_calibration_that_was_over_resumes_without_a_word_of_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = {"output_dir": str(tmp_path), "output_name": "x", "checkpoint_every": 4}
-    with monkeypatch.context() as patch:
-        patch.setattr("gradprune.calibration.gather._evidence", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(tiny_model(), **options)
+    interrupted_after_its_calibration(monkeypatch, **options)
     run(tiny_model(), **options, resume=True)
     assert "calibration goes on after 8 of 8 samples" in caplog.text
     assert "ranks" not in caplog.text
