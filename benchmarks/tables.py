@@ -384,7 +384,7 @@ def _spread(records: Sequence[Record]) -> str:
 
 
 CALIBRATION_SIZE = (
-    "Excess, ln(perplexity / dense perplexity), by the number of calibration samples of 128 tokens, the same for both; "
+    "Excess, ln(perplexity / dense perplexity), by the number of calibration samples of 128 tokens, the same for all; "
     "removed: in % of the prunable parameters (`python -m benchmarks.quality.calibration_size`)."
 )
 
@@ -447,8 +447,8 @@ def distilled_text_table(records: Sequence[Record]) -> str:
 
 
 EXPERTS = (
-    "Held-out perplexity of a small mixture of experts (dense: the first column), pruned and repaired; what is pruned "
-    "and how much of the parameters, on how many calibration samples of 128 tokens (`benchmarks/quality/experts.py`)."
+    "Held-out perplexity of a small mixture of experts, dense and pruned, by its repair; what is pruned and how much "
+    "of the parameters, on how many calibration samples of 128 tokens (`benchmarks/quality/experts.py`)."
 )
 
 
