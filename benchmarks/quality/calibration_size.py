@@ -12,8 +12,17 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.options import listed, parse, parser
 from benchmarks.progress import Deadline, say
-from benchmarks.quality.methods import SMOLLM2, Choice, Subject, pruned_quality, quality_of, subjects, without_tasks
-from benchmarks.quality.peers import PEERS
+from benchmarks.quality.methods import (
+    SMOLLM2,
+    Choice,
+    Subject,
+    peer_choice,
+    pruned_quality,
+    quality_of,
+    subjects,
+    without_tasks,
+)
+from benchmarks.quality.pruned import Pruned
 from benchmarks.results import append, record
 from gradprune.calibration.gather import gather_evidence
 from gradprune.config import PruneConfig
@@ -61,13 +70,12 @@ def _choices(subject: Subject, options: Namespace) -> Iterator[tuple[Run, Choice
             for given in options.ratios:
                 ratio = given * view.prunable / view.parameters
                 masks = choose(view, evidence, config.scoring, config.constraints, ratio).masks
-                yield run, Choice(OURS, given, masks, repaired=True, distilled=True)
-                found = PEERS[PEER](view, run.calibration, int(ratio * view.parameters))
-                yield run, Choice(PEER, given, found.masks, peer=found)
+                yield run, Choice(OURS, given, Pruned(run, masks).distilled)
+                yield run, peer_choice(PEER, run, given, int(ratio * view.parameters))
 
 
 def _append(subject: Subject, run: Run, choice: Choice, dense: float, options: Namespace) -> None:
-    measured = pruned_quality(run, choice, subject, options).perplexity
+    measured = pruned_quality(choice, subject, options).perplexity
     size, seed = run.config.num_samples, run.config.seed
     extra = {
         "ratio": choice.ratio,

@@ -31,6 +31,7 @@ from benchmarks.quality.methods import (
 )
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.peers.choice import PeerChoice, applied
+from benchmarks.quality.pruned import repaired_copy
 from benchmarks.results import append, record
 from gradprune.calibration.gather import gather_evidence
 from gradprune.config import DISTILL_TEXT, PruneConfig
@@ -39,9 +40,8 @@ from gradprune.data.sources import load_tokens
 from gradprune.models import describe
 from gradprune.run import Run
 from gradprune.scoring.choose import choose
-from gradprune.surgery.cut import cut, sharing_copy
+from gradprune.surgery.cut import sharing_copy
 from gradprune.surgery.distillation import distil_run, taught_samples
-from gradprune.surgery.repair import REPAIRS
 
 
 class Measured(NamedTuple):
@@ -127,9 +127,7 @@ def _distilled(subject: Subject, options: Namespace) -> Iterator[tuple[float, fl
     for given in options.ratios:
         ratio = given * view.prunable / view.parameters
         masks = choose(view, evidence, config.scoring, config.constraints, ratio).masks
-        model = sharing_copy(subject.model)
-        repaired = REPAIRS[config.repair](replace(run, view=describe(model)), masks)
-        model = cut(model, masks, inplace=True)
+        model, repaired = repaired_copy(run, masks)
         taught = taught_samples(run, repaired)
         assert taught is not None
         for share in options.shares:

@@ -10,8 +10,8 @@ may. The whole table with --search takes hours; --quick measures one ratio, seed
 samples.
 """
 
-from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -27,8 +27,10 @@ from benchmarks.progress import Deadline, say
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.peers.choice import PeerChoice, applied, uniform_masks
 from benchmarks.quality.peers.torch_pruning import torch_pruning_scores, without_grouped_queries
+from benchmarks.quality.pruned import Pruned
 from benchmarks.results import append, record
 from benchmarks.timing import first_line
+from gradprune.calibration.evidence import Evidence
 from gradprune.calibration.gather import gather_evidence
 from gradprune.checkpoint.gguf_source import find_gguf
 from gradprune.checkpoint.load import load_model
@@ -42,14 +44,10 @@ from gradprune.evaluation.perplexity import perplexity
 from gradprune.evaluation.size import model_size
 from gradprune.evaluation.tasks import evaluate_tasks
 from gradprune.models import BlockKey, describe
-from gradprune.models.masks import GroupMasks
 from gradprune.run import Run
 from gradprune.scoring.choose import choose
 from gradprune.search import search
 from gradprune.shots import after_shots
-from gradprune.surgery.cut import cut, sharing_copy
-from gradprune.surgery.distillation import distil_run, taught_samples
-from gradprune.surgery.repair import REPAIRS
 
 TORCH_PRUNING = "torch-pruning GroupTaylor"
 # The models here have no experts, which are all that REAP scores.
@@ -81,6 +79,27 @@ class Quality:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure model by model, seed by seed."""
+    options = _with_defaults(parse(_parser(), arguments))
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    deadline = Deadline(options.seconds)
+    for subject in subjects(options):
+        if options.prunable:
+            # Ratios of different parameters never share a table, nor different numbers of samples.
+            about = f"ratios of its prunable parameters, {options.num_samples} samples"
+            subject = replace(subject, name=f"{subject.name}, {about}")
+        asked = _is_asked("dense", options)
+        dense = quality_of(subject.model, subject, options if asked else without_tasks(options))
+        say(f"quality of {subject.name}: dense perplexity {dense.perplexity:.2f}")
+        if asked:
+            _append(subject, "dense", 0.0, 0, dense, dense, options)
+        for seed in options.seeds:
+            if not _measure_seed(subject, seed, dense, deadline, options):
+                say("    the time for this run is used up")
+                return
+
+
+def _parser() -> ArgumentParser:
     made = parser(__doc__)
     made.add_argument("--base_model")
     made.add_argument(
@@ -102,24 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--eval_samples", type=int, default=64, help="windows to measure; 0 measures the whole text")
     made.add_argument("--tasks", type=Path, default=None, help="folder of .jsonl files with zero-shot questions")
     made.add_argument("--max_questions", type=int, default=None, help="at most this many of each task")
-    options = _with_defaults(parse(made, arguments))
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    deadline = Deadline(options.seconds)
-    for subject in subjects(options):
-        if options.prunable:
-            # Ratios of different parameters never share a table, nor different numbers of samples.
-            about = f"ratios of its prunable parameters, {options.num_samples} samples"
-            subject = replace(subject, name=f"{subject.name}, {about}")
-        asked = _is_asked("dense", options)
-        dense = quality_of(subject.model, subject, options if asked else without_tasks(options))
-        say(f"quality of {subject.name}: dense perplexity {dense.perplexity:.2f}")
-        if asked:
-            _append(subject, "dense", 0.0, 0, dense, dense, options)
-        for seed in options.seeds:
-            if not _measure_seed(subject, seed, dense, deadline, options):
-                say("    the time for this run is used up")
-                return
+    return made
 
 
 def _with_defaults(options: Namespace) -> Namespace:
@@ -198,16 +200,14 @@ def chosen_subject(options: Namespace) -> Subject:
 
 @dataclass(frozen=True)
 class Choice:
-    """A provider's selection, and whether what stays is re-solved by least squares, and then distilled.
+    """A provider's selection: the pruned model, made when it is asked for.
 
-    peer: instead, of another project, which has its own way.
+    peer: of another project, which compensates in its own way; the model is then cut without that.
     """
 
     provider: str
     ratio: float
-    masks: GroupMasks
-    repaired: bool = False
-    distilled: bool = False
+    model: Callable[[], PreTrainedModel]
     peer: PeerChoice | None = None
 
 
@@ -229,7 +229,7 @@ def _measure_seed(subject: Subject, seed: int, dense: Quality, deadline: Deadlin
             continue
         if not deadline.allows(0.0):
             return False
-        measured = pruned_quality(run, choice, subject, options)
+        measured = pruned_quality(choice, subject, options)
         _append(subject, choice.provider, choice.ratio, seed, measured, dense, options)
     return True
 
@@ -238,56 +238,68 @@ def _is_asked(provider: str, options: Namespace) -> bool:
     return options.providers is None or provider in options.providers
 
 
-def pruned_quality(run: Run, choice: Choice, subject: Subject, options: Namespace) -> Quality:
-    """Prune a copy of the subject's model as chosen, repaired on the run's samples, and measure it."""
-    if choice.peer is not None:
-        with applied(run.view, choice.peer):
-            measured = quality_of(subject.model, subject, options)
-        added = sum(len(bias) for bias in choice.peer.biases.values())
-        return replace(measured, parameters=model_size(cut(subject.model, choice.masks)).parameters + added)
-    model = sharing_copy(subject.model)
-    repair = REPAIRS["least_squares" if choice.repaired else "none"]
-    repaired = repair(replace(run, view=describe(model)), choice.masks)
-    model = cut(model, choice.masks, inplace=True)
-    taught = taught_samples(run, repaired) if choice.distilled else None
-    if taught is not None:
-        distil_run(run, model, taught)
-    return quality_of(model, subject, options)
+def pruned_quality(choice: Choice, subject: Subject, options: Namespace) -> Quality:
+    """Measure the subject's model pruned as chosen."""
+    if choice.peer is None:
+        return quality_of(choice.model(), subject, options)
+    with applied(describe(subject.model), choice.peer):
+        measured = quality_of(subject.model, subject, options)
+    added = sum(len(bias) for bias in choice.peer.biases.values())
+    return replace(measured, parameters=model_size(choice.model()).parameters + added)
 
 
 def _choices(run: Run, options: Namespace) -> Iterator[Choice]:
     """Ratio by ratio, so that each is complete before the next."""
     run = replace(run, config=replace(run.config, search_minutes=60.0, **_evidence(options)))
-    evidence, model, constraints = gather_evidence(run), run.view.model, run.config.constraints
+    evidence, model = gather_evidence(run), run.view.model
     traced = _torch_pruning(model, run.samples.calibration) if _is_asked(TORCH_PRUNING, options) else None
     prunable = run.view.prunable / run.view.parameters
     for given in options.ratios:
         ratio = given * prunable if options.prunable else given
-        for temperature in options.temperatures:
-            for method in options.methods:
-                scoring = Scoring(importance_method=method, temperature=temperature, tau=0.0)
-                masks = choose(run.view, evidence, scoring, constraints, ratio).masks
-                for repaired in (False, True):
-                    name = f"gradprune {method}" + (" + least squares" if repaired else "")
-                    yield Choice(f"{name} T={temperature:g}", given, masks, repaired)
-                if method == DEFAULT_METHODS[0]:
-                    name = f"gradprune {method} + distillation T={temperature:g}"
-                    yield Choice(name, given, masks, repaired=True, distilled=True)
-        if options.shots > 1:
-            config = replace(run.config, importance_method="obs", pruning_ratio=ratio, shots=options.shots)
-            scored = after_shots(replace(run, config=config), evidence)
-            masks = choose(run.view, scored, config.scoring, constraints, ratio).masks
-            yield Choice(f"gradprune obs, {options.shots} shots + least squares", given, masks, repaired=True)
-        if options.search:
-            found = search(replace(run, config=replace(run.config, pruning_ratio=ratio)), evidence)
-            masks = choose(run.view, evidence, found.winner.scoring, constraints, ratio).masks
-            yield Choice("gradprune search + least squares", given, masks, repaired=True)
+        at_ratio = replace(run, config=replace(run.config, pruning_ratio=ratio))
+        yield from _by_method(at_ratio, evidence, given, options)
+        yield from _by_shots_and_search(at_ratio, evidence, given, options)
         budget = int(ratio * run.view.parameters)
         if traced is not None:
-            yield Choice(TORCH_PRUNING, given, uniform_masks(run.view, traced, budget))
+            masks = uniform_masks(run.view, traced, budget)
+            yield Choice(TORCH_PRUNING, given, Pruned(run, masks).as_cut)
         for name in (peer for peer in options.peers if _is_asked(peer, options)):
-            found_by_peer = PEERS[name](run.view, run.calibration, budget)
-            yield Choice(name, given, found_by_peer.masks, peer=found_by_peer)
+            yield peer_choice(name, run, given, budget)
+
+
+def _by_method(run: Run, evidence: Evidence, given: float, options: Namespace) -> Iterator[Choice]:
+    """By temperature and method, as the model is cut and repaired; by the default method distilled, too."""
+    for temperature in options.temperatures:
+        for method in options.methods:
+            scoring = Scoring(importance_method=method, temperature=temperature, tau=0.0)
+            pruned, name = _pruned(run, evidence, scoring), f"gradprune {method}"
+            yield Choice(f"{name} T={temperature:g}", given, pruned.as_cut)
+            yield Choice(f"{name} + least squares T={temperature:g}", given, pruned.repaired)
+            if method == DEFAULT_METHODS[0]:
+                yield Choice(f"{name} + distillation T={temperature:g}", given, pruned.distilled)
+
+
+def _by_shots_and_search(run: Run, evidence: Evidence, given: float, options: Namespace) -> Iterator[Choice]:
+    """What takes minutes to choose, and so is chosen only where it is measured."""
+    name = f"gradprune obs in {options.shots} shots + least squares"
+    if options.shots > 1 and _is_asked(name, options):
+        config = replace(run.config, importance_method="obs", shots=options.shots)
+        scored = after_shots(replace(run, config=config), evidence)
+        yield Choice(name, given, _pruned(run, scored, config.scoring).repaired)
+    name = "gradprune search + least squares"
+    if options.search and _is_asked(name, options):
+        yield Choice(name, given, _pruned(run, evidence, search(run, evidence).winner.scoring).repaired)
+
+
+def _pruned(run: Run, evidence: Evidence, scoring: Scoring) -> Pruned:
+    masks = choose(run.view, evidence, scoring, run.config.constraints, run.config.pruning_ratio).masks
+    return Pruned(run, masks)
+
+
+def peer_choice(name: str, run: Run, given: float, budget: int) -> Choice:
+    """What one of `PEERS` chooses on the run's samples, within `budget` parameters; given: the ratio as recorded."""
+    found = PEERS[name](run.view, run.calibration, budget)
+    return Choice(name, given, Pruned(run, found.masks).as_cut, found)
 
 
 def _evidence(options: Namespace) -> dict[str, Any]:

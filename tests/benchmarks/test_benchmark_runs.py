@@ -32,6 +32,9 @@ from gradprune.checkpoint.load import load_model
 from gradprune.config import PruneConfig
 from gradprune.demo import demo_model_path
 from gradprune.models import describe
+from gradprune.models.masks import GroupMasks
+from gradprune.run import Run
+from gradprune.surgery.repair import REPAIRS, Repaired, solve_least_squares
 from helpers.tiny_models import tiny_ids, tiny_model
 
 TOY = ("--toy", "--output")
@@ -245,6 +248,26 @@ def test_quality(tmp_path: Path) -> None:
     assert alone.extra == next(record.extra for record in found if record.provider == alone.provider)
 
 
+def test_a_model_that_is_measured_repaired_and_distilled_is_repaired_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repairs = []
+
+    def counted(run: Run, masks: GroupMasks) -> Repaired:
+        repairs.append(masks)
+        return solve_least_squares(run, masks)
+
+    monkeypatch.setitem(REPAIRS, "least_squares", counted)
+    texts = ["--base_model", str(demo_model_path()), "--seq_len", "16"]
+    methods.main([*TOY, str(tmp_path), *texts, "--methods", "obs", "--peers", "FLAP"])
+    repaired, distilled = read(tmp_path)[2:4]
+    assert (repaired.provider, distilled.provider) == (
+        "gradprune obs + least squares T=0", "gradprune obs + distillation T=0"
+    )  # fmt: skip
+    assert repaired.extra["perplexity"] != distilled.extra["perplexity"]
+    assert len(repairs) == 1
+
+
 def test_quality_is_measured_on_as_many_samples_as_prune_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
     monkeypatch.setattr(methods, "subjects", lambda options: measured.append(options.num_samples) or [])
@@ -262,8 +285,10 @@ def test_quality_of_the_prunable_parameters_with_zero_shot_questions(tmp_path: P
     found = read(tmp_path / "results")
     assert [record.provider for record in found] == [
         "dense", "gradprune magnitude T=0", "gradprune magnitude + least squares T=0",
-        "gradprune obs, 2 shots + least squares", "FLAP",
+        "gradprune obs in 2 shots + least squares", "FLAP",
     ]  # fmt: skip
+    methods.main([*TOY, str(tmp_path / "again"), *texts, *chosen, "--providers", ",".join(r.provider for r in found)])
+    assert [record.extra for record in read(tmp_path / "again")] == [record.extra for record in found]
     model, _ = load_model(demo_model_path())
     view = describe(model)
     kept = 1.0 - 0.5 * sum(block.groups * block.cost for block in view.blocks) / view.parameters
