@@ -11,6 +11,7 @@ PACKAGE = Path(gradprune.__file__).parent
 ORDER = (
     "version",
     "errors",
+    "accumulation",
     "hub",
     "interrupts",
     "progress",

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gradprune.accumulation import accumulation_dtype
 from gradprune.calibration.capture import Observer
-from gradprune.calibration.gram import accumulation_dtype, add_product
+from gradprune.calibration.gram import add_product
 from gradprune.calibration.methods import Depth
 from gradprune.models import Block, LinearBlock
 from gradprune.models.blocks import InputLinear, OutputLinear

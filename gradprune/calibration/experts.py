@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradprune.accumulation import accumulation_dtype
 from gradprune.calibration.accumulator import BlockAccumulator, absolute_sums, norm_of
 from gradprune.calibration.capture import observed_linear, observed_product
-from gradprune.calibration.gram import accumulation_dtype
 from gradprune.calibration.methods import Depth
 from gradprune.config import Method, ReductionName
 from gradprune.errors import ConfigError

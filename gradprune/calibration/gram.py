@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from gradprune.accumulation import accumulation_dtype
 from gradprune.errors import NonFiniteError
 from gradprune.ranks import Ranks
 
@@ -17,11 +18,6 @@ _NARROW = 128
 _TILE = 192
 # How many rows are mirrored at a time, so that no second matrix is needed.
 _MIRRORED = 1024
-
-
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that products of `tensor` are summed in: fp64 for fp64, else fp32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 class GramSum:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from gradprune.accumulation import accumulation_dtype
 from gradprune.models.loss import Head, logits_of, times, tokens_at_once
 
 
@@ -125,7 +126,7 @@ class _LinearHeadSums(torch.autograd.Function):
             torch.zeros_like(x) if needed and x is not None else None
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
-        apart = torch.zeros((), dtype=_exact(hidden[:0]).dtype, device=hidden.device)
+        apart = torch.zeros((), dtype=accumulation_dtype(hidden), device=hidden.device)
         of_text = torch.zeros_like(apart)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
@@ -159,4 +160,4 @@ class _LinearHeadSums(torch.autograd.Function):
 
 
 def _exact(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return logits.to(accumulation_dtype(logits))

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from gradprune.accumulation import accumulation_dtype
 from gradprune.models.modeling_gradprune import text_config
 from gradprune.models.modes import forward_replaced
 
@@ -91,7 +92,7 @@ def logits_of(model: PreTrainedModel) -> Head:
 def token_nll(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     """[K] negative log-likelihood of targets [K] given hidden states [K, H]."""
     logits = head(hidden)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits.to(accumulation_dtype(logits))
     return F.cross_entropy(logits, targets.to(logits.device), reduction="none")
 
 
@@ -116,7 +117,7 @@ class _FrozenHeadNll(torch.autograd.Function):
         nll = []
         for h, t, into in zip(hidden.split(chunk), targets[:, None].split(chunk), gradient.split(chunk), strict=True):
             logits = head(h)
-            exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            exact = accumulation_dtype(logits)
             log_p = F.log_softmax(logits, dim=1, dtype=exact)
             nll.append(-log_p.gather(1, t))
             # Over the largest tensors, without another one between.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradprune.accumulation import accumulation_dtype
 from gradprune.ops.extension import (
     check_grads,
     check_scaling,
@@ -49,7 +50,7 @@ def taylor_score_cpp(w: Tensor, g: Tensor, side: Side = "both", isa: str = "auto
         raise ValueError(f"w: has shape {tuple(w.shape)}; a matrix [O, I] is needed")
     if g.shape != w.shape:
         raise ValueError(f"g: has shape {tuple(g.shape)}; w has {tuple(w.shape)}, and both must be the same")
-    dtype = torch.float64 if w.dtype == g.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(w, g)
     if (w.dtype == torch.float64) != (g.dtype == torch.float64):
         w, g = w.to(torch.float32), g.to(torch.float32)
     w, g = _unit_stride(w), _unit_stride(g)
@@ -87,7 +88,7 @@ def linear_importance_cpp(
     require_extension(isa)
     from gradprune import _C
 
-    dtype = torch.float64 if x.dtype == dy.dtype == w.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(x, dy, w)
     if dtype == torch.float32:
         x, dy, w = (t.to(dtype) if t.dtype == torch.float64 else t for t in (x, dy, w))
     x, dy, w = _unit_stride(x), _unit_stride(dy), _unit_stride(w)
@@ -126,7 +127,7 @@ def grouped_linear_importance_cpp(
     require_extension(isa)
     from gradprune import _C
 
-    dtype = torch.float64 if x.dtype == dy.dtype == w.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(x, dy, w)
     if dtype == torch.float32:
         x, dy, w = (t.to(dtype) if t.dtype == torch.float64 else t for t in (x, dy, w))
     x, dy, w = _unit_stride(x), _unit_stride(dy), _unit_stride(w)
@@ -173,7 +174,7 @@ def mask_gradient_cpp(x: Tensor, dx: Tensor, isa: str = "auto") -> MaskGradient:
     from gradprune import _C
 
     samples, tokens, width = x.shape
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(x)
     gradient, square = x.new_empty((2, samples, width), dtype=dtype).unbind()
     addresses = (gradient.data_ptr(), square.data_ptr())
     sizes = (samples, tokens, width)

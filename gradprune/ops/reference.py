@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gradprune.accumulation import accumulation_dtype
 from gradprune.ops.vectors import (
     GradientStatistics,
     GroupedVectors,
@@ -34,7 +35,7 @@ def taylor_score_reference(w: Tensor, g: Tensor, side: Side = "both") -> Importa
     Accumulates in fp32, in fp64 where both are fp64. Deterministic.
     """
     rows, columns = sides(side)
-    dtype = torch.float64 if w.dtype == g.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(w, g)
     w, g = w.to(dtype), g.to(dtype)
     product = w * g
     absolute, square = product.abs(), product * product
@@ -56,7 +57,7 @@ def linear_importance_reference(x: Tensor, dy: Tensor, w: Tensor, side: Side = "
 
     The gradient is formed in fp32 (fp64 where all are fp64), one sample at a time. Deterministic.
     """
-    dtype = torch.float64 if x.dtype == dy.dtype == w.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(x, dy, w)
     w = w.to(dtype)
     return sum_vectors([taylor_score_reference(w, dy[n].to(dtype).T @ x[n].to(dtype), side) for n in range(x.shape[0])])
 
@@ -104,7 +105,7 @@ def mask_gradient_reference(x: Tensor, dx: Tensor) -> MaskGradient:
     The mask's squared gradient as a group's importance is Liu et al. 2021 (arXiv:2108.00708); the input's second moment
     is Wanda's, Sun et al. 2023 (arXiv:2306.11695). Accumulates in fp32, in fp64 where both are fp64. Deterministic.
     """
-    dtype = torch.float64 if x.dtype == dx.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(x, dx)
     x, dx = x.to(dtype), dx.to(dtype)
     return MaskGradient((x * dx).sum(1), x.square().sum(1))
 
@@ -126,7 +127,7 @@ def sum_vectors(scores: Sequence[ImportanceVectors]) -> ImportanceVectors:
 
 def gradient_statistics(g: Tensor) -> GradientStatistics[Tensor]:
     """Statistics of a gradient of any shape. fp32, fp64 where g is fp64. Deterministic."""
-    g = g.to(torch.float64 if g.dtype == torch.float64 else torch.float32).reshape(-1)
+    g = g.to(accumulation_dtype(g)).reshape(-1)
     finite = g.isfinite()
     absolute = torch.where(finite, g.abs(), 0.0)
     largest = absolute.max() if g.numel() else g.new_zeros(())

@@ -37,8 +37,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gradprune.accumulation import accumulation_dtype
 from gradprune.calibration.capture import Observer, capture
-from gradprune.calibration.gram import accumulation_dtype, add_product
+from gradprune.calibration.gram import add_product
 from gradprune.config import DISTILL_JUDGED, DISTILL_TEXT, distill_step
 from gradprune.models import PrunableModel, describe
 from gradprune.models.backward import backpropagated, deterministic_attention, without_autocast

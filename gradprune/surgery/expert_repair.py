@@ -19,7 +19,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from gradprune.calibration.gram import accumulation_dtype
+from gradprune.accumulation import accumulation_dtype
 from gradprune.models.experts import ExpertsBlock, Routed
 from gradprune.models.streams import Streams
 from gradprune.ranks import Ranks
@@ -59,7 +59,7 @@ class ExpertReads:
     def _squares(self) -> Tensor:
         """[S], the sum of squared factors of each token's experts; 1 where there are none."""
         assert self.lacking is not None
-        gates = self.routed.gates.to(torch.promote_types(self.lacking.dtype, torch.float32)).square()
+        gates = self.routed.gates.to(accumulation_dtype(self.lacking)).square()
         squares = gates.new_zeros(len(self.lacking))
         # Expert by expert, each of which sees a token once: added at once the order would be left to a GPU.
         for rows in self.routed.spans:

@@ -8,8 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from gradprune.accumulation import accumulation_dtype
 from gradprune.calibration.cholesky import cholesky, solve
-from gradprune.calibration.gram import GramSum, accumulation_dtype, add_product, require_finite
+from gradprune.calibration.gram import GramSum, add_product, require_finite
 from gradprune.ranks import Ranks
 
 _MOST_RIDGE = 1e4
