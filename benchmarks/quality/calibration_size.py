@@ -14,7 +14,7 @@ from benchmarks.options import listed, parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.quality.methods import (
     SMOLLM2,
-    Choice,
+    ProviderChoice,
     Subject,
     peer_choice,
     pruned_quality,
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _append(subject, run, choice, dense, options)
 
 
-def _choices(subject: Subject, options: Namespace) -> Iterator[tuple[Run, Choice]]:
+def _choices(subject: Subject, options: Namespace) -> Iterator[tuple[Run, ProviderChoice]]:
     view = describe(subject.model)
     for seed in options.seeds:
         for size in options.sizes:
@@ -70,11 +70,11 @@ def _choices(subject: Subject, options: Namespace) -> Iterator[tuple[Run, Choice
             for given in options.ratios:
                 ratio = given * view.prunable / view.parameters
                 masks = choose(view, evidence, config.scoring, config.constraints, ratio).masks
-                yield run, Choice(OURS, given, Pruned(run, masks).distilled)
+                yield run, ProviderChoice(OURS, given, Pruned(run, masks).distilled)
                 yield run, peer_choice(PEER, run, given, int(ratio * view.parameters))
 
 
-def _append(subject: Subject, run: Run, choice: Choice, dense: float, options: Namespace) -> None:
+def _append(subject: Subject, run: Run, choice: ProviderChoice, dense: float, options: Namespace) -> None:
     measured = pruned_quality(choice, subject, options).perplexity
     size, seed = run.config.num_samples, run.config.seed
     extra = {

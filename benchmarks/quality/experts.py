@@ -37,7 +37,7 @@ from gradprune.surgery.least_squares import BLEND, least_squares
 
 
 @dataclass(frozen=True)
-class Repair:
+class RepairSetting:
     """A way to repair: as `least_squares` takes them. solves: whether anything is re-solved."""
 
     blend: float = BLEND
@@ -46,12 +46,12 @@ class Repair:
 
 
 REPAIRS = {
-    "no repair": Repair(solves=False),
-    "attention alone": Repair(tokens_per_channel=math.inf),
-    "experts too": Repair(),
-    "blend 0": Repair(blend=0.0),
-    "any number of tokens": Repair(tokens_per_channel=0.0),
-    "2 tokens a channel": Repair(tokens_per_channel=2.0),
+    "no repair": RepairSetting(solves=False),
+    "attention alone": RepairSetting(tokens_per_channel=math.inf),
+    "experts too": RepairSetting(),
+    "blend 0": RepairSetting(blend=0.0),
+    "any number of tokens": RepairSetting(tokens_per_channel=0.0),
+    "2 tokens a channel": RepairSetting(tokens_per_channel=2.0),
 }
 # What is pruned, and how much of the parameters.
 CASES = (("attention,expert_channels", 0.3), ("expert_channels", 0.35), ("experts", 0.3))

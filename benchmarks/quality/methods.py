@@ -199,7 +199,7 @@ def chosen_subject(options: Namespace) -> Subject:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ProviderChoice:
     """A provider's selection: the pruned model, made when it is asked for.
 
     peer: of another project, which compensates in its own way; the model is then cut without that.
@@ -238,7 +238,7 @@ def _is_asked(provider: str, options: Namespace) -> bool:
     return options.providers is None or provider in options.providers
 
 
-def pruned_quality(choice: Choice, subject: Subject, options: Namespace) -> Quality:
+def pruned_quality(choice: ProviderChoice, subject: Subject, options: Namespace) -> Quality:
     """Measure the subject's model pruned as chosen."""
     if choice.peer is None:
         return quality_of(choice.model(), subject, options)
@@ -248,7 +248,7 @@ def pruned_quality(choice: Choice, subject: Subject, options: Namespace) -> Qual
     return replace(measured, parameters=model_size(choice.model()).parameters + added)
 
 
-def _choices(run: Run, options: Namespace) -> Iterator[Choice]:
+def _choices(run: Run, options: Namespace) -> Iterator[ProviderChoice]:
     """Ratio by ratio, so that each is complete before the next."""
     run = replace(run, config=replace(run.config, search_minutes=60.0, **_evidence(options)))
     evidence, model = gather_evidence(run), run.view.model
@@ -262,33 +262,33 @@ def _choices(run: Run, options: Namespace) -> Iterator[Choice]:
         budget = int(ratio * run.view.parameters)
         if traced is not None:
             masks = uniform_masks(run.view, traced, budget)
-            yield Choice(TORCH_PRUNING, given, Pruned(run, masks).as_cut)
+            yield ProviderChoice(TORCH_PRUNING, given, Pruned(run, masks).as_cut)
         for name in (peer for peer in options.peers if _is_asked(peer, options)):
             yield peer_choice(name, run, given, budget)
 
 
-def _by_method(run: Run, evidence: Evidence, given: float, options: Namespace) -> Iterator[Choice]:
+def _by_method(run: Run, evidence: Evidence, given: float, options: Namespace) -> Iterator[ProviderChoice]:
     """By temperature and method, as the model is cut and repaired; by the default method distilled, too."""
     for temperature in options.temperatures:
         for method in options.methods:
             scoring = Scoring(importance_method=method, temperature=temperature, tau=0.0)
             pruned, name = _pruned(run, evidence, scoring), f"gradprune {method}"
-            yield Choice(f"{name} T={temperature:g}", given, pruned.as_cut)
-            yield Choice(f"{name} + least squares T={temperature:g}", given, pruned.repaired)
+            yield ProviderChoice(f"{name} T={temperature:g}", given, pruned.as_cut)
+            yield ProviderChoice(f"{name} + least squares T={temperature:g}", given, pruned.repaired)
             if method == DEFAULT_METHODS[0]:
-                yield Choice(f"{name} + distillation T={temperature:g}", given, pruned.distilled)
+                yield ProviderChoice(f"{name} + distillation T={temperature:g}", given, pruned.distilled)
 
 
-def _by_shots_and_search(run: Run, evidence: Evidence, given: float, options: Namespace) -> Iterator[Choice]:
+def _by_shots_and_search(run: Run, evidence: Evidence, given: float, options: Namespace) -> Iterator[ProviderChoice]:
     """What takes minutes to choose, and so is chosen only where it is measured."""
     name = f"gradprune obs in {options.shots} shots + least squares"
     if options.shots > 1 and _is_asked(name, options):
         config = replace(run.config, importance_method="obs", shots=options.shots)
         scored = after_shots(replace(run, config=config), evidence)
-        yield Choice(name, given, _pruned(run, scored, config.scoring).repaired)
+        yield ProviderChoice(name, given, _pruned(run, scored, config.scoring).repaired)
     name = "gradprune search + least squares"
     if options.search and _is_asked(name, options):
-        yield Choice(name, given, _pruned(run, evidence, search(run, evidence).winner.scoring).repaired)
+        yield ProviderChoice(name, given, _pruned(run, evidence, search(run, evidence).winner.scoring).repaired)
 
 
 def _pruned(run: Run, evidence: Evidence, scoring: Scoring) -> Pruned:
@@ -296,10 +296,10 @@ def _pruned(run: Run, evidence: Evidence, scoring: Scoring) -> Pruned:
     return Pruned(run, masks)
 
 
-def peer_choice(name: str, run: Run, given: float, budget: int) -> Choice:
+def peer_choice(name: str, run: Run, given: float, budget: int) -> ProviderChoice:
     """What one of `PEERS` chooses on the run's samples, within `budget` parameters; given: the ratio as recorded."""
     found = PEERS[name](run.view, run.calibration, budget)
-    return Choice(name, given, Pruned(run, found.masks).as_cut, found)
+    return ProviderChoice(name, given, Pruned(run, found.masks).as_cut, found)
 
 
 def _evidence(options: Namespace) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Literal
 from gradprune.config.domains import at_least, finite, numbers
 from gradprune.config.option import Options, option
 
-Method = Literal["lora", "full"]
+RecoveryMethod = Literal["lora", "full"]
 Loss = Literal["kd", "lm"]
 
 
@@ -14,7 +14,9 @@ Loss = Literal["kd", "lm"]
 class RecoveryConfig(Options):
     """Recovery."""
 
-    method: Method = option("full", "Train all weights, or low-rank updates, merged at the end, in less memory.")
+    method: RecoveryMethod = option(
+        "full", "Train all weights, or low-rank updates, merged at the end, in less memory."
+    )
     loss: Loss = option("kd", "Match the teacher's predictions (kd), or predict the text (lm).")
     minutes: float = option(
         10.0,

@@ -76,7 +76,7 @@ class Routed:
                 yield expert, part
 
 
-Product = Callable[["Routed", "ExpertProjection", Tensor], Tensor]
+ExpertProduct = Callable[["Routed", "ExpertProjection", Tensor], Tensor]
 """Computes a projection of all experts: [R, O] of its inputs, x: [R, I]."""
 
 
@@ -229,11 +229,11 @@ class ExpertsBlock(Block):
         stacked = torch.stack(list(weights))
         return value_replaced(self.down.parameter, stacked.mT if self.down.transposed else stacked)
 
-    def run_by(self, product: Product) -> AbstractContextManager[None]:
+    def run_by(self, product: ExpertProduct) -> AbstractContextManager[None]:
         """Inside the context the experts' module computes as `run` does."""
         return forward_replaced(self.module, partial(self.run, product))
 
-    def run(self, product: Product, hidden: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
+    def run(self, product: ExpertProduct, hidden: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
         """What the experts' module computes: [S, H], differentiable.
 
         Args:

@@ -78,7 +78,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Selected:
     """A weight of which only some is left along a dimension: of all its entries alike, or of each its own.
 
     index: [k] int64, or [E, k] where each entry of the first dimension keeps its own.
@@ -94,7 +94,7 @@ class Cut:
 
 
 def selected(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
-    """A new tensor with what is kept of `tensor`; arguments as of `Cut`."""
+    """A new tensor with what is kept of `tensor`; arguments as of `Selected`."""
     index = index.to(tensor.device)
     if index.ndim == 1:
         return tensor.index_select(dim, index)
@@ -256,9 +256,9 @@ class Residency:
                 self.sources[name] = Between(source, end[name], factor, self._dtype(name))
 
     def cut(self, layer: int, name: str, dim: int, index: Tensor) -> None:
-        """From now on only `index` is there of a parameter along `dim`, see `Cut`."""
+        """From now on only `index` is there of a parameter along `dim`, see `Selected`."""
         full = self._name(layer, name)
-        self.sources[full] = Cut(self.sources[full], dim, index)
+        self.sources[full] = Selected(self.sources[full], dim, index)
 
     def spill(self, tensor: Tensor) -> Spilled:
         """Write a tensor into a scratch file, which goes away with what is returned."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprune.models import Block, LinearBlock, PrunableModel
-from gradprune.models.experts import ExpertProjection, ExpertsBlock, Product, Routed
+from gradprune.models.experts import ExpertProduct, ExpertProjection, ExpertsBlock, Routed
 from gradprune.models.loss import sample_losses
 from gradprune.models.modeling_gradprune import text_config
 from gradprune.models.modes import forward_replaced
@@ -162,7 +162,7 @@ class Streams:
             wrote = self.block_output(block, batch, stream, written)
         return *seen[0], wrote
 
-    def _showing(self, block: ExpertsBlock, seen: Callable[[tuple[Routed, Tensor]], object]) -> Product:
+    def _showing(self, block: ExpertsBlock, seen: Callable[[tuple[Routed, Tensor]], object]) -> ExpertProduct:
         """Compute experts' projections, and show what those to the output read, kept."""
 
         def product(routed: Routed, projection: ExpertProjection, x: Tensor) -> Tensor:

@@ -23,17 +23,17 @@ from gradprune.config import Normalize, Scoring
 from gradprune.models import KINDS
 from gradprune.scoring.table import GroupTable
 
-Scores = NDArray[np.float64]
+Values = NDArray[np.float64]
 
 
-def normalized_scores(table: GroupTable, scoring: Scoring) -> Scores:
+def normalized_scores(table: GroupTable, scoring: Scoring) -> Values:
     """[len(table)] fp64: importance per parameter, clipped and normalised; never negative.
 
     Args:
         table: with importances.
         scoring: how; KV groups are multiplied by its `attention_factor` at the end.
     """
-    scores: Scores = table.importance / table.cost
+    scores: Values = table.importance / table.cost
     unit = table.layer if scoring.normalize_per == "layer" else table.layer * len(KINDS) + table.kind
     for value in np.unique(unit):
         rows = unit == value
@@ -46,23 +46,23 @@ def normalized_scores(table: GroupTable, scoring: Scoring) -> Scores:
     return scores
 
 
-def _clipped(x: Scores, percentile: float) -> Scores:
+def _clipped(x: Values, percentile: float) -> Values:
     if percentile == 100.0:
         return x
     lowest, highest = np.percentile(x, (100.0 - percentile, percentile))
     return x.clip(lowest, highest)
 
 
-def _relative(x: Scores) -> Scores:
+def _relative(x: Values) -> Values:
     mean = x.mean()
     return x / mean if mean > 0.0 else x
 
 
-def _spread(x: Scores, centre: np.float64, width: np.float64) -> Scores:
+def _spread(x: Values, centre: np.float64, width: np.float64) -> Values:
     return (x - centre) / width if width > 0.0 else np.zeros_like(x)
 
 
-_METHODS: dict[Normalize, Callable[[Scores], Scores]] = {
+_METHODS: dict[Normalize, Callable[[Values], Values]] = {
     "none": lambda x: x,
     "log": lambda x: np.log1p(_relative(x)),
     "sqrt": lambda x: np.sqrt(_relative(x)),

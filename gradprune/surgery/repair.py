@@ -13,11 +13,11 @@ from gradprune.progress import progress
 from gradprune.run import Run
 from gradprune.surgery.least_squares import BlockRepair, Repaired, least_squares
 
-__all__ = ["REPAIRS", "BlockRepair", "Repair", "Repaired"]
+__all__ = ["REPAIRS", "BlockRepair", "RepairFunction", "Repaired"]
 
 _TOKENS_PER_COLUMN = 2
 
-Repair = Callable[[Run, GroupMasks], Repaired]
+RepairFunction = Callable[[Run, GroupMasks], Repaired]
 
 
 def no_repair(_run: Run, _masks: GroupMasks) -> Repaired:
@@ -52,4 +52,4 @@ def repair_warning(columns: int, config: PruneConfig) -> str | None:
     )
 
 
-REPAIRS: dict[RepairName, Repair] = {"none": no_repair, "least_squares": solve_least_squares}
+REPAIRS: dict[RepairName, RepairFunction] = {"none": no_repair, "least_squares": solve_least_squares}
