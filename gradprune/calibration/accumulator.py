@@ -186,7 +186,7 @@ class BlockAccumulator(ABC):
         self._shape = hidden.shape[:-1]
 
     def component(self, name: str, count: int) -> Tensor:
-        """[groups] fp64, one of `gradprune.calibration.methods.GRADIENT_COMPONENTS`, of `count` gradients."""
+        """[groups] fp64, a component that steps collect, see `gradprune.calibration.methods`, of `count` gradients."""
         if name == "magnitude":
             return self._folded_weights(None)
         if name == "wanda":

@@ -57,8 +57,8 @@ class Evidence:
     """What a calibration pass found.
 
     blocks: the number of groups of each block, in the data's order; layers: number of decoder layers.
-    components: by name, of `gradprune.calibration.methods.COMPONENTS` those that were collected: [groups of all
-        blocks] fp64, block after block.
+    components: by name, see `gradprune.calibration.methods`, those that were collected: [groups of all blocks] fp64,
+        block after block.
     gradients: the layers' statistics over the first `diagnosed_samples` samples; steps: those of the first batches,
         one by one.
     applied: how gradients were scaled before they were added; None if they were not; then any fix can still be applied.

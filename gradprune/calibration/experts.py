@@ -227,7 +227,7 @@ class WholeExpertsAccumulator(ExpertsAccumulator):
             yield
 
     def component(self, name: str, count: int) -> Tensor:
-        """[experts] fp64, one of `gradprune.calibration.methods.COMPONENTS`, of `count` gradients."""
+        """[experts] fp64, as for other blocks, and `reap`."""
         if name == "reap":
             return self.sums.by_name["reap"] / self.sums.by_name["routed"].clamp_min(1.0)
         return super().component(name, count)

@@ -20,6 +20,7 @@ class Depth(IntEnum):
     WEIGHTS = 3
 
 
+# "obs" is none of these: it takes another forward pass, layer by layer, and is collected only on request.
 _COLLECTED: dict[Depth, tuple[str, ...]] = {
     Depth.NOTHING: ("magnitude",),
     # "reap" of whole experts only.
@@ -33,11 +34,6 @@ _COLLECTED: dict[Depth, tuple[str, ...]] = {
 def components_at(depth: Depth) -> tuple[str, ...]:
     """The components that steps of this depth collect."""
     return tuple(name for level in reversed(Depth) if level <= depth for name in _COLLECTED[level])
-
-
-GRADIENT_COMPONENTS = components_at(Depth.WEIGHTS)
-# "obs" needs another forward pass, layer by layer, and is collected only on request.
-COMPONENTS = (*GRADIENT_COMPONENTS, "obs")
 
 
 def needed_depth(method: Method) -> Depth:
@@ -57,7 +53,7 @@ def importance(method: Method, component: Callable[[str], Any], scale: Any) -> A
 
     Args:
         method: the method.
-        component: gives one of `COMPONENTS`, of the gradients as they are: an array or tensor over groups.
+        component: gives a component by name, of the gradients as they are: an array or tensor over groups.
         scale: a number, or one per group: first-order terms are multiplied by it, second-order terms by its square.
     """
     if method == "taylor":

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from gradprune import ImportanceEngine
 from gradprune.calibration.evidence import Evidence
-from gradprune.calibration.methods import COMPONENTS
+from gradprune.calibration.methods import Depth, components_at
 from gradprune.config import Scoring
 from gradprune.errors import CheckpointError, ConfigError, NonFiniteError
 from gradprune.models import describe
@@ -57,7 +57,7 @@ def test_scores_of_one_method_serve_every_other(tmp_path: Path) -> None:
 def test_the_file_holds_one_vector_per_component(tmp_path: Path) -> None:
     result = run(tiny_model(), output_name="a", output_dir=str(tmp_path), evidence="all")
     found = load_file(tmp_path / "a" / "analysis" / "evidence.safetensors")
-    assert set(found) == set(COMPONENTS) - {"reap"}
+    assert set(found) == {*components_at(Depth.WEIGHTS), "obs"} - {"reap"}
     assert all(vector.shape == (len(result.table),) and vector.dtype == np.float64 for vector in found.values())
 
 
