@@ -31,6 +31,14 @@ HELD_OUT = SAMPLES[:4]
 STEP = distill_step(SAMPLES.shape[1])
 
 
+@pytest.fixture
+def held_out_losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What is measured on held-out samples, one after the other: before distillation, and with more and more of it."""
+    losses = [1.0, 0.5]
+    monkeypatch.setattr("gradprune.surgery.distillation.mean_loss", lambda *_: losses.pop(0))
+    return losses
+
+
 def pruned(model: PreTrainedModel, samples: Tensor = SAMPLES) -> tuple[PreTrainedModel, Tensor]:
     """The cut model, a third of whose groups are gone but for the first layer's, and the dense model's streams.
 
@@ -68,10 +76,8 @@ def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
 @pytest.mark.parametrize("text", [0.0, 0.3])
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
 def test_a_step_is_the_formula_s_by_autograd(
-    architecture: str, text: float, device: str, monkeypatch: pytest.MonkeyPatch
+    architecture: str, text: float, device: str, held_out_losses: list[float]
 ) -> None:
-    losses = [1.0, 0.5]
-    monkeypatch.setattr("gradprune.surgery.distillation.mean_loss", lambda *_: losses.pop(0))
     dense = tiny_model(architecture).to(device)
     model, streams = pruned(dense)
     twin, rate = copy.deepcopy(model), 0.02
@@ -142,9 +148,8 @@ def test_the_same_bits_twice_and_recomputed() -> None:
         assert all(torch.equal(value, other[name]) for name, value in found[0].items())
 
 
-def test_as_much_of_the_change_is_made_as_is_best_on_held_out_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    changes, losses = {}, []
-    monkeypatch.setattr("gradprune.surgery.distillation.mean_loss", lambda *_: losses.pop(0))
+def test_as_much_of_the_change_is_made_as_is_best_on_held_out_samples(held_out_losses: list[float]) -> None:
+    changes = {}
     for name, found, factor in (
         ("none", [1.0, 2.0, 1.5, 1.6], 0.0),
         ("not a number", [1.0, *[float("nan")] * 2], 0.0),
@@ -152,12 +157,12 @@ def test_as_much_of_the_change_is_made_as_is_best_on_held_out_samples(monkeypatc
         ("a half", [1.0, 0.9, 0.8, 0.85], 0.5),
         ("all", [1.0, 0.9, 0.95], 1.0),
     ):
-        losses[:] = found
+        held_out_losses[:] = found
         model, streams = pruned(tiny_model(dtype=torch.float32))
         before = weights_of(model)["model.layers.1.mlp.up_proj.weight"]
         result = distil(describe(model), SAMPLES, HELD_OUT, streams[:8], rate=0.05)
         assert result == Distillation(8, DISTILL_TEXT, factor, 1.0, min([value for value in found if value == value]))
-        assert not losses
+        assert not held_out_losses
         changes[name] = weights_of(model)["model.layers.1.mlp.up_proj.weight"] - before
     assert not changes["none"].any()
     assert not changes["not a number"].any()
@@ -165,9 +170,7 @@ def test_as_much_of_the_change_is_made_as_is_best_on_held_out_samples(monkeypatc
         torch.testing.assert_close(changes[name], factor * changes["all"], rtol=1e-4, atol=1e-7)
 
 
-def test_experts_stay_and_attention_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = [1.0, 0.5]
-    monkeypatch.setattr("gradprune.surgery.distillation.mean_loss", lambda *_: losses.pop(0))
+def test_experts_stay_and_attention_moves(held_out_losses: list[float]) -> None:
     dense = tiny_mixture("mixtral")
     model, streams = pruned(dense)
     before = weights_of(model)
@@ -250,9 +253,8 @@ def test_there_is_nothing_to_distil_without_a_repair() -> None:
             PruneConfig(distill_text=0.5, **options)
 
 
-def test_blocks_that_are_not_to_be_pruned_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = [1.0, 0.5, *[0.9] * 4]
-    monkeypatch.setattr("gradprune.surgery.distillation.mean_loss", lambda *_: losses.pop(0))
+def test_blocks_that_are_not_to_be_pruned_stay_as_they_are(held_out_losses: list[float]) -> None:
+    held_out_losses += [0.9] * 4
     model = tiny_model(dtype=torch.float32)
     before = weights_of(model)
     found = run(model, held_out_samples=4, prune_kinds="mlp", distill_samples=8)
