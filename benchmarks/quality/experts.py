@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -28,6 +27,7 @@ from gradprune.demo.model import byte_tokenizer
 from gradprune.demo.training import DemoTraining, fit
 from gradprune.evaluation.perplexity import perplexity
 from gradprune.models import describe
+from gradprune.models.modes import seeded
 from gradprune.progress import QUIET
 from gradprune.run import Run
 from gradprune.scoring.choose import choose
@@ -107,8 +107,7 @@ def mixture(recipe: DemoTraining, vocab_size: int, eos_token_id: int) -> PreTrai
     )
     # Loops over experts: grouped matrix products take some widths only.
     config._experts_implementation = "eager"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+    with seeded(recipe.seed):
         return Qwen3MoeForCausalLM(config)
 
 

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from gradprune.calibration.gram import one_thread
 from gradprune.errors import CalibrationError, NonFiniteError
 from gradprune.models.loss import sample_losses
+from gradprune.models.modes import seeded
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,7 @@ def random_model(recipe: DemoTraining, vocab_size: int, eos_token_id: int) -> Ll
         bos_token_id=None,
         eos_token_id=eos_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+    with seeded(recipe.seed):
         return LlamaForCausalLM(config)
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+_CPU = torch.device("cpu")
+
 
 @contextmanager
 def evaluation_mode(*models: PreTrainedModel) -> Iterator[None]:
@@ -59,10 +61,15 @@ def value_replaced(parameter: nn.Parameter, value: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, PyTorch draws from `seed` on; outside, the caller's random numbers are as they would have been."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+def seeded(seed: int, device: torch.device = _CPU) -> Iterator[None]:
+    """Inside, PyTorch draws from `seed` on, on the CPU and where `device` is a GPU on all GPUs.
+
+    Outside, the caller's random numbers are as they would have been.
+    """
+    gpus = range(torch.cuda.device_count()) if device.type == "cuda" else ()
+    with torch.random.fork_rng(gpus):
+        # `torch.manual_seed` seeds GPUs, too, whose states are not restored where the work is the CPU's.
+        (torch.manual_seed if gpus else torch.default_generator.manual_seed)(seed)
         yield
 
 

@@ -18,6 +18,7 @@ from gradprune.models.modeling_gradprune import (
     stock_class,
     text_config,
 )
+from gradprune.models.modes import seeded
 
 _MOST_PARAMETERS = 2_000_000
 _HEADS, _HEAD_DIM = 6, 4
@@ -81,8 +82,7 @@ def tiny_model(config: PreTrainedConfig, model_class: type | None) -> PreTrained
     parameters = sum(parameter.numel() for parameter in (model if whole else model.get_decoder()).parameters())
     if parameters > _MOST_PARAMETERS:
         raise ValueError(f"its configuration cannot be made small: {parameters:,} parameters are left")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         if whole:
             model = stock._from_config(small, dtype=torch.float32)
         else:
