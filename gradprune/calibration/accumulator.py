@@ -18,6 +18,7 @@ from gradprune.calibration.methods import Depth
 from gradprune.models import Block, LinearBlock
 from gradprune.models.blocks import InputLinear, OutputLinear
 from gradprune.models.footprint import FOLDED
+from gradprune.models.modes import hooks_removed
 from gradprune.ops.dispatch import ImportanceOps
 from gradprune.ops.vectors import GradientStatistics, ImportanceVectors
 
@@ -263,11 +264,8 @@ class LinearAccumulator(BlockAccumulator):
             handles.append(self.block.output.linear.register_forward_pre_hook(self._observe_input))
         elif self.block.parent is not None:
             handles.append(self.block.parent.register_forward_pre_hook(self._enter, with_kwargs=True))
-        try:
+        with hooks_removed(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _observe_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of the output projection, for passes without gradients: the second moment of its input."""

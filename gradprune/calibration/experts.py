@@ -27,6 +27,7 @@ from gradprune.config import Method, ReductionName
 from gradprune.errors import ConfigError
 from gradprune.models import PrunableModel
 from gradprune.models.experts import ExpertProjection, ExpertsBlock, Routed, WholeExperts
+from gradprune.models.modes import hooks_removed
 from gradprune.ops.vectors import GradientStatistics
 
 _SIDES: tuple[Literal["rows"], Literal["columns"]] = ("rows", "columns")
@@ -103,11 +104,8 @@ class ExpertsAccumulator(BlockAccumulator):
     def attached(self, depth: Depth) -> Iterator[None]:
         """The experts compute expert by expert, and are observed."""
         handle = self.block.parent.register_forward_pre_hook(self._enter, with_kwargs=True)
-        try:
-            with self.block.run_by(partial(self._product, depth)):
-                yield
-        finally:
-            handle.remove()
+        with hooks_removed([handle]), self.block.run_by(partial(self._product, depth)):
+            yield
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._enter(_module, args, kwargs)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from gradprune.calibration.accumulator import StepRecord
 from gradprune.errors import NonFiniteError
 from gradprune.models import BlockKey, PrunableModel
+from gradprune.models.modes import hooks_removed
 
 
 def raise_non_finite_loss(view: PrunableModel, batches: list[Tensor], losses: Tensor, first: int) -> None:
@@ -78,10 +79,6 @@ def _first_non_finite_layer(view: PrunableModel, sample: Tensor) -> int | None:
         finite[layer] = bool(hidden.isfinite().all())
 
     handles = [layer.register_forward_hook(partial(check, index)) for index, layer in enumerate(view.layers)]
-    try:
-        with torch.no_grad():
-            view.model(input_ids=sample, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks_removed(handles), torch.no_grad():
+        view.model(input_ids=sample, use_cache=False)
     return next((layer for layer in sorted(finite) if not finite[layer]), None)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradprune.models import Block, BlockKey, PrunableModel
+from gradprune.models.modes import hooks_removed
 from gradprune.models.passes import Variant, losses, mean_loss, variant_losses
 from gradprune.ranks import ALONE, Ranks
 
@@ -119,12 +120,8 @@ def _silenced(modules: list[nn.Module]) -> Iterator[None]:
     def zero(_module: nn.Module, _args: Any, output: Any) -> Any:
         return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 
-    handles = [module.register_forward_hook(zero) for module in modules]
-    try:
+    with hooks_removed([module.register_forward_hook(zero) for module in modules]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _ResidualProbe:
@@ -148,11 +145,8 @@ class _ResidualProbe:
             handles.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
             handles.append(layer.register_forward_hook(self._after_layer(index)))
         handles += [block.writer.register_forward_hook(self._after_block(block)) for block in self._view.blocks]
-        try:
+        with hooks_removed(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._input = args[0] if args else kwargs["hidden_states"]

@@ -1,11 +1,12 @@
 """Context managers that change a model's or PyTorch's state and restore it on exit, after an exception too."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 _CPU = torch.device("cpu")
@@ -71,6 +72,16 @@ def seeded(seed: int, device: torch.device = _CPU) -> Iterator[None]:
         # `torch.manual_seed` seeds GPUs, too, whose states are not restored where the work is the CPU's.
         (torch.manual_seed if gpus else torch.default_generator.manual_seed)(seed)
         yield
+
+
+@contextmanager
+def hooks_removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """On exit, the hooks of these handles, which are there already, are gone."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

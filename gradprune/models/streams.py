@@ -22,7 +22,7 @@ from gradprune.models import Block, LinearBlock, PrunableModel
 from gradprune.models.experts import ExpertProduct, ExpertProjection, ExpertsBlock, Routed
 from gradprune.models.loss import sample_losses
 from gradprune.models.modeling_gradprune import text_config
-from gradprune.models.modes import forward_replaced
+from gradprune.models.modes import forward_replaced, hooks_removed
 from gradprune.ranks import ALONE, Ranks
 
 _Item = TypeVar("_Item")
@@ -94,7 +94,7 @@ class Streams:
         def keep(module: nn.Module, _args: Any, output: Any) -> None:
             written[module] = self.keep((output[0] if isinstance(output, tuple) else output).clone())
 
-        with _removed([block.module.register_forward_hook(keep) for block in self._view.of_layer(layer)]):
+        with hooks_removed([block.module.register_forward_hook(keep) for block in self._view.of_layer(layer)]):
             return self.layer(layer, batch, stream, {}), written
 
     def layer_and_reads(
@@ -115,7 +115,7 @@ class Streams:
         with ExitStack() as stack:
             for block, seen in linear.items():
                 hook = partial(_show_first, seen)
-                stack.enter_context(_removed([block.output.linear.register_forward_pre_hook(hook)]))
+                stack.enter_context(hooks_removed([block.output.linear.register_forward_pre_hook(hook)]))
             for routed, shown in experts.items():
                 stack.enter_context(routed.run_by(self._showing(routed, shown)))
             return self.layer(layer, batch, stream, {})
@@ -131,7 +131,7 @@ class Streams:
             reached.append(args[0])
             raise _StoppedError
 
-        with _removed([block.output.linear.register_forward_pre_hook(stop)]):
+        with hooks_removed([block.output.linear.register_forward_pre_hook(stop)]):
             try:
                 self.layer(block.layer, batch, stream, written)
             except _StoppedError:
@@ -146,7 +146,7 @@ class Streams:
             reached.append(output[0] if isinstance(output, tuple) else output)
             raise _StoppedError
 
-        with _removed([block.module.register_forward_hook(stop)]), suppress(_StoppedError):
+        with hooks_removed([block.module.register_forward_hook(stop)]), suppress(_StoppedError):
             self.layer(block.layer, batch, stream, written)
         return self.keep(reached[0])
 
@@ -213,7 +213,7 @@ class Streams:
             if wanted <= counts.keys():
                 raise _StoppedError
 
-        with _removed([module.register_forward_hook(count) for module in modules]), suppress(_StoppedError):
+        with hooks_removed([module.register_forward_hook(count) for module in modules]), suppress(_StoppedError):
             self._view.model.get_decoder()(input_ids=ids, use_cache=False)
         return counts
 
@@ -257,13 +257,3 @@ def drained(items: list[_Item]) -> Iterator[_Item]:
 
 def _show_first(seen: Callable[[Tensor], object], _module: nn.Module, args: tuple[Tensor, ...]) -> None:
     seen(args[0])
-
-
-@contextmanager
-def _removed(handles: Sequence[Any]) -> Iterator[None]:
-    """Remove hooks at the end, whatever happens."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
