@@ -8,6 +8,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from gradprune.checkpoint.save import save_checkpoint
 from gradprune.models.shrink import with_random_weights
 
 EXPERTS, CHANNELS, HIDDEN = 4, 24, 16
@@ -112,6 +113,22 @@ def without_channels(model, masks):
                 output = layer.self_attn.o_proj.weight
                 output[:, gone.repeat_interleave(output.shape[1] // len(gone))] = 0.0
     return model
+
+
+def assert_cut_as(expected, model, pruned, ids, folder, tolerance):
+    """The pruned model computes and writes what `expected` does; so does its plain checkpoint, which is returned."""
+    generation = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        logits, tokens = expected(ids).logits, expected.generate(ids, **generation)
+        assert not torch.allclose(model(ids).logits, logits)
+        save_checkpoint(pruned, None, folder)
+        assert not list(folder.glob("*.py"))
+        stock = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
+        assert type(stock) is type(model)
+        for found in (pruned, stock):
+            torch.testing.assert_close(found(ids).logits, logits, **tolerance)
+            assert torch.equal(found.generate(ids, **generation), tokens)
+    return stock
 
 
 def channel_importances(model, ids) -> dict[str, list[torch.Tensor]]:

@@ -5,22 +5,19 @@ from contextlib import contextmanager
 
 import torch
 
+from gradprune.models.modes import hooks_removed
+
 
 @contextmanager
 def routed(model, chosen):
     """Inside the context tokens go to the experts that `chosen` names: [tokens of a batch, K] int64."""
 
     def reroute(_module, args, output):
-        logits, weights, _ = output
         length = args[0].reshape(-1, args[0].shape[-1]).shape[0]
-        return logits, weights, chosen[:length]
+        return output[0], output[1], chosen[:length]
 
-    handles = [layer.mlp.gate.register_forward_hook(reroute) for layer in model.model.layers]
-    try:
+    with hooks_removed([router_of(layer).register_forward_hook(reroute) for layer in model.model.layers]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def router_of(layer):

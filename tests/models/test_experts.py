@@ -27,6 +27,7 @@ from helpers.mixtures import (
     CHANNELS,
     EXPERTS,
     MIXTURES,
+    assert_cut_as,
     channel_importances,
     down_columns,
     experts_of,
@@ -145,19 +146,7 @@ def test_statistics_of_gradients_are_those_of_all_experts() -> None:
 def test_cutting_equals_masking_and_gives_a_plain_checkpoint(architecture: str, tmp_path: Path) -> None:
     model, ids = tiny_mixture(architecture), tiny_ids(2)
     masks = equal_masks(model, 2)
-    generation = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    masked = without_channels(model, masks)
-    with torch.no_grad():
-        expected, tokens = masked(ids).logits, masked.generate(ids, **generation)
-        assert not torch.allclose(model(ids).logits, expected)
-        pruned = cut(model, masks)
-        save_checkpoint(pruned, None, tmp_path / "x")
-        assert not list((tmp_path / "x").glob("*.py"))
-        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "x", experts_implementation="eager").eval()
-        assert type(stock) is type(model)
-        for found in (pruned, stock):
-            torch.testing.assert_close(found(ids).logits, expected, **TOLERANCE)
-            assert torch.equal(found.generate(ids, **generation), tokens)
+    stock = assert_cut_as(without_channels(model, masks), model, cut(model, masks), ids, tmp_path / "x", TOLERANCE)
     assert {module.down_proj.numel() for module in experts_of(stock)} == {
         EXPERTS * 2 * model.config.hidden_size,
     }
