@@ -10,28 +10,29 @@ others. Ratios are of the prunable parameters. Not part of `make bench`, because
 --quick measures one ratio and two shares.
 """
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
 from benchmarks.options import listed, parse, parser
 from benchmarks.progress import say
-from benchmarks.quality.methods import (
+from benchmarks.quality.peers import PEERS
+from benchmarks.quality.peers.choice import PeerChoice, applied
+from benchmarks.quality.pruned import repaired_copy
+from benchmarks.quality.subjects import (
     SMOLLM2,
     Quality,
     Subject,
+    add_model_options,
+    add_task_options,
     chosen_subject,
     quality_of,
     shared_texts,
     without_tasks,
 )
-from benchmarks.quality.peers import PEERS
-from benchmarks.quality.peers.choice import PeerChoice, applied
-from benchmarks.quality.pruned import repaired_copy
 from benchmarks.results import append, record
 from gradprune.calibration.gather import gather_evidence
 from gradprune.config import DISTILL_TEXT, PruneConfig
@@ -74,11 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _append(subject, "gradprune prune", ratio, shares, measured(model), dense, options)
 
 
-def _parser() -> Any:
+def _parser() -> ArgumentParser:
     made = parser(__doc__)
-    made.add_argument("--base_model", help=f"default {SMOLLM2}")
-    made.add_argument("--dataset")
-    made.add_argument("--eval_dataset")
+    add_model_options(made, f"default {SMOLLM2}")
     made.add_argument("--other_dataset", help="default stories beside the repository")
     made.add_argument("--shares", type=listed(float), default=None, help="of the text in what distillation teaches")
     made.add_argument("--own_text", type=float, default=0.0, help="of the samples, the share the model writes itself")
@@ -88,8 +87,7 @@ def _parser() -> Any:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--seq_len", type=int, default=128)
     made.add_argument("--eval_samples", type=int, default=64, help="windows to measure of each text")
-    made.add_argument("--tasks", type=Path, default=None, help="folder of .jsonl files with zero-shot questions")
-    made.add_argument("--max_questions", type=int, default=None, help="at most this many of each task")
+    add_task_options(made)
     return made
 
 

@@ -13,36 +13,38 @@ samples.
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from benchmarks.environment import ROOT
 from benchmarks.options import listed, parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.peers.choice import PeerChoice, applied, uniform_masks
-from benchmarks.quality.peers.torch_pruning import torch_pruning_scores, without_grouped_queries
+from benchmarks.quality.peers.torch_pruning import torch_pruning_scores
 from benchmarks.quality.pruned import Pruned
+from benchmarks.quality.subjects import (
+    MODELS,
+    SMOLLM2,
+    Quality,
+    Subject,
+    add_model_options,
+    add_task_options,
+    quality_of,
+    subjects,
+    without_tasks,
+)
 from benchmarks.results import append, record
 from benchmarks.timing import first_line
 from gradprune.calibration.evidence import Evidence
 from gradprune.calibration.gather import gather_evidence
-from gradprune.checkpoint.gguf_source import find_gguf
-from gradprune.checkpoint.load import load_model
 from gradprune.config import DEFAULT_METHODS, METHODS, PruneConfig, Scoring
 from gradprune.data.samples import draw_samples
-from gradprune.data.sources import load_tokens
 from gradprune.data.windows import batches
-from gradprune.demo import demo_model_path
-from gradprune.errors import CheckpointError
-from gradprune.evaluation.perplexity import perplexity
 from gradprune.evaluation.size import model_size
-from gradprune.evaluation.tasks import evaluate_tasks
 from gradprune.models import BlockKey, describe
 from gradprune.run import Run
 from gradprune.scoring.choose import choose
@@ -52,29 +54,6 @@ from gradprune.shots import after_shots
 TORCH_PRUNING = "torch-pruning GroupTaylor"
 # The models here have no experts, which are all that REAP scores.
 DENSE_METHODS = tuple(method for method in METHODS if method != "reap")
-MODELS = ("stories260k", "stories260k-repeated", "demo", "demo-repeated")
-SMOLLM2 = "smollm2-135m"
-SHARED = ROOT.parent / "shared"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A loaded model with its texts, [tokens] int64 each."""
-
-    name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    calibration: Tensor
-    evaluation: Tensor
-
-
-@dataclass(frozen=True)
-class Quality:
-    """What is measured of a model: accuracies in [0, 1] by task, and parameters."""
-
-    perplexity: float
-    accuracies: dict[str, float]
-    parameters: int
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,15 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> ArgumentParser:
     made = parser(__doc__)
-    made.add_argument("--base_model")
+    add_model_options(made)
     made.add_argument(
         "--models", type=listed(str), default=MODELS, help=f"without --base_model: {', '.join((*MODELS, SMOLLM2))}"
     )
     made.add_argument("--methods", type=listed(str), default=DENSE_METHODS, help="importance methods to measure")
     made.add_argument("--peers", type=listed(str), default=tuple(PEERS), help="peers to measure")
     made.add_argument("--providers", type=listed(str), default=None, help="of all these alone, as tables name them")
-    made.add_argument("--dataset")
-    made.add_argument("--eval_dataset")
     made.add_argument("--ratios", type=listed(float), default=None)
     made.add_argument("--prunable", action="store_true", help="ratios are of the prunable parameters, not of all")
     made.add_argument("--seeds", type=listed(int), default=None)
@@ -119,8 +96,7 @@ def _parser() -> ArgumentParser:
     made.add_argument("--shots", type=int, default=1, help="above 1: obs in so many shots, too")
     made.add_argument("--search", action="store_true", help="search too, which takes minutes a ratio and seed")
     made.add_argument("--eval_samples", type=int, default=64, help="windows to measure; 0 measures the whole text")
-    made.add_argument("--tasks", type=Path, default=None, help="folder of .jsonl files with zero-shot questions")
-    made.add_argument("--max_questions", type=int, default=None, help="at most this many of each task")
+    add_task_options(made)
     return made
 
 
@@ -132,70 +108,6 @@ def _with_defaults(options: Namespace) -> Namespace:
     options.num_samples = options.num_samples or (4 if options.toy else PruneConfig().num_samples)
     options.eval_samples = 2 if options.toy else (options.eval_samples or None)
     return options
-
-
-def subjects(options: Namespace) -> Iterator[Subject]:
-    """What --base_model names, with its texts; else each of --models that is here."""
-    if options.base_model is not None:
-        yield load_subject(options.base_model, options.dataset, options.eval_dataset, options.device)
-        return
-    for name, source in _sources(options).items():
-        chosen = {name, f"{name}-repeated"} & set(options.models)
-        if not chosen:
-            continue
-        subject = replace(load_subject(*source, options.device), name=name)
-        if name in chosen:
-            yield subject
-        if f"{name}-repeated" in chosen:
-            repeated = without_grouped_queries(subject.model).to(options.device)
-            yield replace(subject, name=f"{name}, KV heads repeated", model=repeated)
-
-
-def _sources(options: Namespace) -> dict[str, tuple[str, str | None, str | None]]:
-    """By model, where it is and its two texts; those that are not there are left out."""
-    sources: dict[str, tuple[str, str | None, str | None]] = {}
-    stories = SHARED / "models" / "stories260k"
-    if stories.is_dir():
-        sources["stories260k"] = (str(stories), *shared_texts("stories"))
-    if not (options.toy or (options.quick and stories.is_dir())):
-        sources["demo"] = (str(demo_model_path()), None, None)
-    if SMOLLM2 in options.models:
-        texts = smollm2_texts(options)
-        try:
-            find_gguf(SMOLLM2)
-            sources[SMOLLM2] = (SMOLLM2, *texts)
-        except CheckpointError as error:
-            say(f"SKIPPED: {SMOLLM2}: {error}")
-    return sources
-
-
-def smollm2_texts(options: Namespace) -> tuple[str | None, str | None]:
-    """What --dataset and --eval_dataset name; else two parts of WikiText-2."""
-    return (options.dataset, options.eval_dataset) if options.dataset else shared_texts("wikitext2_raw")
-
-
-def shared_texts(name: str) -> tuple[str, str]:
-    """Calibration and evaluation text of that name, beside the repository."""
-    calibration, evaluation = (str(SHARED / "text" / f"{name}_{part}.txt") for part in ("calibration", "eval"))
-    return calibration, evaluation
-
-
-def load_subject(base_model: str, dataset: str | None, eval_dataset: str | None, device: str) -> Subject:
-    """Load a model with its texts; those that are None are the embedded ones."""
-    model, tokenizer = load_model(base_model, device=device)
-    evaluation = load_tokens(eval_dataset, tokenizer, split="evaluation")
-    return Subject(Path(base_model).name, model, tokenizer, load_tokens(dataset, tokenizer), evaluation)
-
-
-def chosen_subject(options: Namespace) -> Subject:
-    """What --base_model names, with its texts; else SmolLM2-135M, or the demo model for --toy."""
-    if options.base_model is not None:
-        source = (options.base_model, options.dataset, options.eval_dataset)
-    elif options.toy:
-        source = (str(demo_model_path()), None, None)
-    else:
-        source = (SMOLLM2, *smollm2_texts(options))
-    return load_subject(*source, options.device)
 
 
 @dataclass(frozen=True)
@@ -318,21 +230,6 @@ def _torch_pruning(model: PreTrainedModel, windows: Tensor) -> dict[BlockKey, Te
     except ImportError as error:
         say(f"    {TORCH_PRUNING} takes no part: {first_line(error)}")
         return None
-
-
-def quality_of(model: PreTrainedModel, subject: Subject, options: Namespace) -> Quality:
-    """Measure a model on the subject's text, and on the tasks of the options where they name a folder."""
-    value = perplexity(
-        model, subject.evaluation, seq_len=options.seq_len, batch_size=8, max_windows=options.eval_samples
-    ).value
-    files = [] if options.tasks is None else sorted(str(path) for path in options.tasks.glob("*.jsonl"))
-    answered = evaluate_tasks(model, subject.tokenizer, files, max_questions=options.max_questions) if files else ()
-    return Quality(value, {found.task: found.accuracy for found in answered}, model_size(model).parameters)
-
-
-def without_tasks(options: Namespace) -> Namespace:
-    """The options of `quality_of` that ask no zero-shot question."""
-    return Namespace(**{**vars(options), "tasks": None})
 
 
 def _append(

@@ -9,10 +9,9 @@ an earlier run's model instead of pruning. --steps repeats a record's training a
 """
 
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -21,7 +20,15 @@ from transformers.utils import logging
 
 from benchmarks.options import parse, parser
 from benchmarks.progress import say
-from benchmarks.quality.methods import SMOLLM2, Quality, Subject, chosen_subject, quality_of
+from benchmarks.quality.subjects import (
+    SMOLLM2,
+    Quality,
+    Subject,
+    add_model_options,
+    add_task_options,
+    chosen_subject,
+    quality_of,
+)
 from benchmarks.results import append, record
 from gradprune.checkpoint.load import load_model
 from gradprune.config import PruneConfig
@@ -57,12 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _append(subject, "recovered", quality_of(pruned, subject, options), dense, trained, options)
 
 
-def _parser() -> Any:
+def _parser() -> ArgumentParser:
     made = parser(__doc__)
-    made.add_argument("--base_model", help=f"default {SMOLLM2}")
+    add_model_options(made, f"default {SMOLLM2}")
     made.add_argument("--pruned", help="checkpoint that was pruned from it, instead of pruning it")
-    made.add_argument("--dataset")
-    made.add_argument("--eval_dataset")
     made.add_argument("--ratio", type=float, default=0.3, help="fraction of all parameters to remove")
     made.add_argument("--method", choices=["lora", "full"], default=_DEFAULT.method)
     made.add_argument("--loss", choices=["kd", "lm"], default=_DEFAULT.loss)
@@ -70,8 +75,7 @@ def _parser() -> Any:
     made.add_argument("--steps", type=int, default=None, help="of training, instead of minutes")
     made.add_argument("--seq_len", type=int, default=128, help="tokens per window of perplexity")
     made.add_argument("--eval_samples", type=int, default=None, help="windows to measure; default the whole text")
-    made.add_argument("--tasks", type=Path, default=None, help="folder of .jsonl files with zero-shot questions")
-    made.add_argument("--max_questions", type=int, default=None, help="at most this many of each task")
+    add_task_options(made)
     return made
 
 

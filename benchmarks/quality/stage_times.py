@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from benchmarks.options import listed, parse, parser
 from benchmarks.progress import say
-from benchmarks.quality.methods import SMOLLM2, Subject, chosen_subject
+from benchmarks.quality.subjects import SMOLLM2, Subject, add_model_options, chosen_subject
 from benchmarks.results import append, record
 from gradprune.config import DEFAULT_METHODS, PruneConfig
 from gradprune.data.windows import batches
@@ -33,9 +33,7 @@ NAME = "stages of"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prune by each method, and record the stages' ratios."""
     made = parser(__doc__)
-    made.add_argument("--base_model", help=f"default {SMOLLM2}")
-    made.add_argument("--dataset")
-    made.add_argument("--eval_dataset")
+    add_model_options(made, f"default {SMOLLM2}")
     made.add_argument(
         "--methods", type=listed(str), default=(DEFAULT_METHODS[0],), help="importance methods to measure"
     )
