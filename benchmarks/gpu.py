@@ -13,13 +13,12 @@ import importlib.util
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
+from benchmarks.environment import ROOT
 from benchmarks.options import parse, parser
 from benchmarks.processes import run_within
 from benchmarks.progress import Deadline, say
 
-_ROOT = Path(__file__).resolve().parents[1]
 # Seconds: of the whole call, and the most that the build and the tests may take of them; the benchmarks get the rest.
 SECONDS, BUILD, TESTS = 530.0, 150.0, 170.0
 # Kept back for the end of the last benchmark.
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(made, arguments)
     deadline = Deadline(SECONDS if options.seconds is None else options.seconds)
     # Programs that tests start elsewhere find the package by it where it could not be installed.
-    environment = {"PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     right = [_built(min(BUILD, deadline.left), environment)]
     if not options.large:
         right.append(_tested(min(TESTS, deadline.left), options, environment))
@@ -56,12 +55,12 @@ def _built(seconds: float, environment: dict[str, str]) -> bool:
     absent = missing(_BUILD_NEEDS)
     if absent:
         say(f"LEFT OUT: the C++ and CUDA ops, for they cannot be built without {', '.join(absent)}")
-        link = _ROOT / "gradprune" / "kernels"
+        link = ROOT / "gradprune" / "kernels"
         if missing(["gradprune.kernels"]) and not link.is_symlink():
-            link.symlink_to(_ROOT / "kernels")
+            link.symlink_to(ROOT / "kernels")
         return True
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
-    return _succeeded("the build", [*command, "--editable", str(_ROOT)], seconds, environment)
+    return _succeeded("the build", [*command, "--editable", str(ROOT)], seconds, environment)
 
 
 def _tested(seconds: float, options: Namespace, environment: dict[str, str]) -> bool:

@@ -1,9 +1,10 @@
-"""Programs that a benchmark starts, each within its time."""
+"""Programs that a benchmark starts, each within its time, and the memory of processes."""
 
 import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 
 def run_within(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> int | None:
@@ -24,3 +25,12 @@ def run_within(command: Sequence[str], seconds: float, environment: Mapping[str,
             # The whole process group, so that the program's workers end too.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def memory_of(field: str, process: int | str = "self") -> int | None:
+    """Bytes, by a field of Linux's /proc/PID/status; None where the process is over, or there is no such field."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)

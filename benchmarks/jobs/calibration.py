@@ -138,6 +138,11 @@ def backends(device: str) -> tuple[str, ...]:
     )
 
 
+def fastest_backend(device: str) -> str:
+    """Of these, the one that a run there should take."""
+    return next(backend for backend in ("triton", "cpp", "reference") if backend in backends(device))
+
+
 @contextmanager
 def _sessions(job: Job, everyone: Sequence[Calibrator], device: str) -> Iterator[dict[str, Session | Worker]]:
     """Sessions by name: each in its own process on the CPU; on a GPU all in this process, sharing one model."""

@@ -31,6 +31,7 @@ from transformers.utils import logging
 from benchmarks.jobs.growth import exponent
 from benchmarks.jobs.stages import stages_watched
 from benchmarks.options import listed, parse, parser
+from benchmarks.processes import memory_of
 from benchmarks.progress import Deadline, say
 from benchmarks.results import Record, append, record
 from gradprune import PruneConfig, prune
@@ -294,8 +295,9 @@ def _peaks() -> Iterator[dict[str, Any]]:
 
 def _resident() -> int:
     """Bytes of this process that are no file's."""
-    with Path("/proc/self/status").open(encoding="ascii") as status:
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+    held = memory_of("RssAnon")
+    assert held is not None, "only Linux says how much memory is no file's"
+    return held
 
 
 def _appended(axis: str, case: Case, found: dict[str, Any] | None, options: Namespace) -> Iterator[Record]:

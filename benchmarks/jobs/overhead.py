@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from benchmarks.jobs.models import Load, build
+from benchmarks.jobs.models import Load, build, samples
 from benchmarks.options import parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
@@ -60,9 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _ratios(whole: PreTrainedModel, streamed: PreTrainedModel, method: Method, load: Load, turns: int) -> list[float]:
     """The streamed calibration's processor time relative to the whole model's, turn by turn."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(whole.config.vocab_size, (load.samples, load.tokens), generator=generator)
-    batches = list(ids.split(load.batch))
+    batches = samples(whole, load)
     for model in (whole, streamed):
         _seconds(model, method, batches[:1])
     # The second of two neighbours may find a busier machine: each is the first one in half of the turns.

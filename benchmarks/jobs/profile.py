@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch.profiler import ProfilerActivity, profile
 from transformers.utils import logging
 
-from benchmarks.jobs.calibration import backends
+from benchmarks.jobs.calibration import fastest_backend
 from benchmarks.jobs.calibrators import NEEDED, Calibrator, calibrators
 from benchmarks.jobs.models import Load, build
 from benchmarks.jobs.session import Session
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     deadline = Deadline(options.seconds)
     job = TOY if options.toy else QUICK if options.quick else FULL
     model = build(job.size, options.device, job.dtype, job.layers)
-    ours, *_ = [backend for backend in ("triton", "cpp", "reference") if backend in backends(options.device)]
+    ours = fastest_backend(options.device)
     for one in calibrators((ours,)):
         if one.name in (f"gradprune {ours}", f"gradprune {ours}{NEEDED}"):
             _profile(job, one, Session(one, model, recompute=True), options)

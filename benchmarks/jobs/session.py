@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.jobs.calibrators import Calibrator, Outcome, calibrators
 from benchmarks.jobs.models import Load, build, samples
+from benchmarks.processes import memory_of
 from benchmarks.timing import first_line, free, out_of_memory
 
 # Seconds that a worker may take to start, and for a turn.
@@ -214,11 +215,11 @@ def _warm_libraries(calibrator: Calibrator) -> str | None:
 
 
 def _resident_bytes() -> int:
-    return _status("VmRSS") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return memory_of("VmRSS") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _peak_resident_bytes() -> int:
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return memory_of("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _reset_peak() -> None:
@@ -234,11 +235,3 @@ def _map_tensors() -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
-
-
-def _status(field: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)

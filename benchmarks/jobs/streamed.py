@@ -31,6 +31,7 @@ from transformers import LlamaConfig
 
 from benchmarks.jobs.models import llama_config
 from benchmarks.options import parse, parser
+from benchmarks.processes import memory_of
 from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
 from benchmarks.timing import Timing
@@ -207,7 +208,7 @@ def measured(command: list[str], most: float = math.inf) -> dict[str, Any]:
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stderr=errors)
         while process.poll() is None:
-            peak = max(peak, _resident(process.pid))
+            peak = max(peak, memory_of("RssAnon", process.pid) or 0)
             if peak > most:
                 process.kill()
             time.sleep(0.1)
@@ -215,15 +216,6 @@ def measured(command: list[str], most: float = math.inf) -> dict[str, Any]:
         errors.seek(0)
         said = errors.read().decode(errors="replace").strip().splitlines() or [""]
     return {"seconds": seconds, "exit_code": process.returncode, "peak_bytes": peak, "last_words": said[-1][:200]}
-
-
-def _resident(process: int) -> int:
-    """RssAnon of a process in bytes; 0 when it is over."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
 
 
 def _append(options: Namespace, layers: int, timing: Timing, provider: str = OURS, **extra: object) -> None:

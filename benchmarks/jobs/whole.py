@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
-from benchmarks.jobs.calibration import backends
+from benchmarks.jobs.calibration import fastest_backend
 from benchmarks.jobs.calibrators import NEEDED, calibrators
 from benchmarks.jobs.models import Load, build
 from benchmarks.jobs.session import Session, TurnError
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _compare(job: Job, model: LlamaForCausalLM, options: Namespace) -> float:
     """Everyone calibrates; returns our seconds per sample, 0 where that is not known."""
-    ours, *_ = [backend for backend in ("triton", "cpp", "reference") if backend in backends(options.device)]
+    ours = fastest_backend(options.device)
     everyone = {one.name: one for one in calibrators((ours,))}
     a_sample = 0.0
     for name in (f"gradprune {ours}{NEEDED}", f"gradprune {ours}", "plain", "naive"):

@@ -117,7 +117,7 @@ def test_the_kernels_are_found_where_nothing_was_installed(tmp_path: Path, monke
     for folder in ("gradprune", "kernels"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "__init__.py").write_text("")
-    monkeypatch.setattr(gpu, "_ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
     Machine(monkeypatch, takes=1.0, absent=("pybind11", "gradprune.kernels"))
     monkeypatch.setattr(gpu, "run_within", lambda *_: 0)
     assert gpu.main(["--device", "cpu"]) == 0
