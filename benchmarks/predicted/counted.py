@@ -27,8 +27,10 @@ from gradprune.ops import dispatch
 _FREE = (
     "empty", "empty_like", "new_empty", "empty_strided", "detach", "view", "alias", "expand", "slice", "select",
     "split", "split_with_sizes", "unbind", "transpose", "permute", "t", "unsqueeze", "squeeze", "as_strided", "reshape",
-    "unflatten", "_unsafe_view", "promote_types",
+    "unflatten", "_unsafe_view", "promote_types", "diagonal",
 )  # fmt: skip
+# Ops that read of their first tensor only what they return.
+_TAKING = ("index_select", "gather", "index", "embedding")
 # Floating-point operations; PyTorch has no formula for a product that is added in place, nor for a triangular solve.
 _FORMULAS = {
     **flop_registry,
@@ -88,11 +90,13 @@ class Counted(TorchDispatchMode):
             if tensor.untyped_storage()._cdata not in there:
                 self._hold(tensor)
         name = func.name().removeprefix("aten::")
-        if name.split(".")[0] not in _FREE:
+        kind = name.split(".")[0]
+        if kind not in _FREE:
             formula = _FORMULAS.get(func._overloadpacket)
             flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
             dtype = used[0].dtype if used else None
-            self.launches.append(Launch(name, sum(map(_bytes_of, (*used, *made))), flops, dtype))
+            read = [*made, *used[1:]] if kind in _TAKING else used
+            self.launches.append(Launch(name, sum(map(_bytes_of, (*read, *made))), flops, dtype))
         return out
 
     def forget(self) -> None:
