@@ -68,18 +68,21 @@ class Moments:
 
     def of_output(self, weight: Tensor, columns: Tensor, blend: float) -> "Problem":
         """The problem of the kept columns ([K] int64) of a weight [O, I], for the target W x + blend (z - W x)."""
-        weight, cross = weight.double(), self.cross.double()
-        own = weight @ self.gram.double()
+        lost = _others(columns, weight.shape[1])
+        start, cut = weight[:, columns].double(), weight[:, lost].double()
+        gram, cross = self.gram[columns[:, None], columns], self.cross.double()
+        # W G of the kept columns, by what the kept and the lost ones read.
+        of_kept, of_lost = start @ gram.double(), cut @ self.gram[lost[:, None], columns].double()
+        own = _dot(of_kept, start) + 2.0 * _dot(of_lost, start)
+        own += _dot(cut @ self.gram[lost[:, None], lost].double(), cut)
         square = (
-            (1.0 - blend) ** 2 * _dot(own, weight)
-            + 2.0 * blend * (1.0 - blend) * _dot(cross, weight)
+            (1.0 - blend) ** 2 * own
+            + 2.0 * blend * (1.0 - blend) * _dot(cross, weight.double())
             + blend**2 * self.square.double()
         )
-        aimed, start = torch.lerp(own[:, columns], cross[:, columns], blend), weight[:, columns]
-        del weight, cross, own
-        gram = self.gram[columns[:, None], columns]
-        missing = aimed - start @ gram.double()
-        return Problem(gram, missing, square, square - _dot(start, aimed) - _dot(start, missing))
+        missing = torch.lerp(of_lost, cross[:, columns] - of_kept, blend)
+        rest = square - _dot(start, of_kept) - 2.0 * _dot(start, missing)
+        return Problem(gram, missing, square, rest)
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,12 @@ def least(
         if best is not start:
             break
     return best
+
+
+def _others(columns: Tensor, width: int) -> Tensor:
+    """[width - K], ascending, all columns but these [K]; without waiting for a device."""
+    kept = torch.zeros(width, dtype=torch.uint8, device=columns.device).index_fill_(0, columns, 1)
+    return kept.argsort(stable=True)[: width - len(columns)]
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
