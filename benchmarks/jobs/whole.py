@@ -4,8 +4,9 @@
 
 First everyone calibrates on a few samples, once, after a batch to warm up: this project with what the default method
 needs and with all evidence, the plain pass, and the naive way. Then the model is pruned in place, with repair and both
-perplexities, on as many samples as there is time for. Everyone recomputes activations. Peak memory is on top of the
-loaded weights.
+perplexities, on as many samples as there is time for. One that is too large to be distilled by default is distilled all
+the same, as a smaller one would be, but what that takes is no part of the sum. Everyone recomputes activations. Peak
+memory is on top of the loaded weights.
 """
 
 from argparse import Namespace
@@ -30,7 +31,7 @@ from benchmarks.timing import Timing, first_line, free, out_of_memory
 from gradprune import PruneConfig, prune
 from gradprune.evaluation.size import model_size
 
-NAME, OURS = "whole", "gradprune by default"
+NAME, OURS, DISTILLED = "whole", "gradprune by default", "distillation on request"
 # A whole job, and the calibration that is its largest part, in seconds per sample: at most so many times as long.
 _OF_CALIBRATION = 3.0
 
@@ -50,11 +51,16 @@ class Job:
         """What it is pruned with."""
         return Load(samples, self.compared.tokens, self.batch)
 
+    def distilled(self, samples: int) -> int:
+        """Of them, those that a small model is distilled on by default."""
+        return PruneConfig(num_samples=samples, seq_len=self.compared.tokens).samples_distilled(parameters=0)
+
     def config(self, samples: int) -> PruneConfig:
-        """The options: as by default, but for what saves memory."""
+        """The options: as by default, but for what saves memory, and for distillation."""
         return PruneConfig(
             num_samples=samples, seq_len=self.compared.tokens, batch_size=self.batch, held_out_samples=self.held_out,
             eval_samples=self.batch, use_gradient_checkpointing=True, in_place=True, measure_speed=False,
+            distill_samples=self.distilled(samples),
         )  # fmt: skip
 
 
@@ -121,10 +127,14 @@ def _prune(job: Job, model: LlamaForCausalLM, samples: int, options: Namespace) 
         fault = f"out of memory: {first_line(error)}" if out_of_memory(error) else first_line(error)
         _append(job, load, OURS, Timing.failed(fault), None, options)
         raise
-    for stage, seconds in result.seconds.items():
-        _append(job, load, f"stage {stage}", Timing.of([seconds]), peaks.get(stage), options)
-    total, peak = sum(result.seconds.values()), max(peaks.values(), default=None)
-    _append(job, load, OURS, Timing.of([total]), peak, options)
+    seconds = dict(result.seconds)
+    on_request = PruneConfig().samples_distilled(result.before.parameters) == 0
+    distillation = seconds.pop("distillation") if on_request else None
+    for stage, taken in seconds.items():
+        _append(job, load, f"stage {stage}", Timing.of([taken]), peaks.get(stage), options)
+    if distillation is not None:
+        _append(job, load, DISTILLED, Timing.of([distillation]), peaks.pop("distillation", None), options)
+    _append(job, load, OURS, Timing.of([sum(seconds.values())]), max(peaks.values(), default=None), options)
 
 
 def _tokens(vocabulary: int, count: int) -> Tensor:

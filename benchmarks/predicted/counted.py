@@ -234,6 +234,7 @@ def counted_gpu() -> Iterator[Counted]:
             "gradprune.kernels.linear_importance.fastest": lambda configs, *_: configs[0],
             "gradprune.calibration.engine.select_ops": lambda _backend, _device, _dtype: triton,
             "gradprune.calibration.engine.without_autocast": lambda _device: nullcontext(),
+            "gradprune.surgery.distillation.without_autocast": lambda _device: nullcontext(),
             "gradprune.calibration.engine.check_placement": lambda _model: None,
             # Which is only to tell a CPU from a GPU.
             "gradprune.models.loss.LOGITS": 2**27,

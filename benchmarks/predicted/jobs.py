@@ -11,11 +11,18 @@ from benchmarks.jobs.calibrators import NEEDED
 from benchmarks.kernels.cases import LLAMA_8B
 from benchmarks.predicted.counted import Counted, llama
 from benchmarks.predicted.roofline import STREAMED, Card, pass_seconds
-from benchmarks.predicted.stages import cut_forward_pass, gram_sum, lost_at, removal_of_all, repair_pass
+from benchmarks.predicted.stages import (
+    cut_forward_pass,
+    distillation_pass,
+    gram_sum,
+    lost_at,
+    removal_of_all,
+    repair_pass,
+)
 from benchmarks.predicted.steps import engine_step, forward_pass, plain_step
 from benchmarks.results import Kind, Record, run_id
 from gradprune import PruneConfig
-from gradprune.config import CURVATURE_SAMPLES
+from gradprune.config import CURVATURE_SAMPLES, DISTILL_JUDGED
 from gradprune.config.domains import bytes_of
 from gradprune.models import describe
 from gradprune.models.footprint import samples_followed
@@ -44,6 +51,7 @@ def passes(card: Card, toy: bool) -> Iterator[Record]:
     total, peak = sum(stage.ms_p50 or 0.0 for stage in found), max(stage.peak_memory or 0 for stage in found)
     yield _of_pass(card, job.load(job.samples).text, whole.OURS, total / 1e3, peak)
     yield _of_pass(card, job.load(job.samples).text, "removal paths of obs", _removals(card, toy), 0)
+    yield _distillation(card, layers)
 
 
 def _stages(card: Card, needed: Counted, every: Counted, layers: int | None, toy: bool) -> Iterator[Record]:
@@ -61,13 +69,28 @@ def _stages(card: Card, needed: Counted, every: Counted, layers: int | None, toy
         of_all = job.samples // job.batch * each + _removals(card, toy) + _followed(card, layers)
         yield _of_pass(card, load.text, "stage importance", of_all, before.peak)
     yield _of_pass(card, load.text, "stage perplexity_before", pass_seconds(before, card), before.peak)
-    # Each layer takes as long as the third: the first reads nothing of a repaired one.
-    count = _LAYERS if layers is None else layers
+    # The first layer reads nothing of a repaired one.
     two, three = (_repair(each, lost, shape) for each in (2, 3))
-    of_two, of_three = (pass_seconds(each, card) for each in (two, three))
-    yield _of_pass(card, load.text, "stage repair", of_two + (count - 2) * (of_three - of_two), three.peak)
+    of_all = _of_layers(2, *(pass_seconds(each, card) for each in (two, three)), layers)
+    yield _of_pass(card, load.text, "stage repair", of_all, three.peak)
     after = cut_forward_pass(job.size, layers, lost, *shape)
     yield _of_pass(card, load.text, "stage perplexity_after", pass_seconds(after, card), after.peak)
+
+
+def _distillation(card: Card, layers: int | None) -> Record:
+    """Which takes place on request only in so large a model, on as many tokens as by default in a smaller one."""
+    job, lost = whole.FULL, lost_at(whole.FULL.size, PruneConfig().pruning_ratio)
+    shape = job.distilled(job.samples), DISTILL_JUDGED, job.compared.tokens
+    counted = [distillation_pass(job.size, each, lost, *shape) for each in (1, 2)]
+    seconds = _of_layers(1, *(pass_seconds(each, card) for each in counted), layers)
+    peak = _of_layers(1, *(float(each.peak) for each in counted), layers)
+    return _of_pass(card, job.load(job.samples).text, whole.DISTILLED, seconds, int(peak))
+
+
+def _of_layers(fewer: int, of_fewer: float, of_one_more: float, layers: int | None) -> float:
+    """What all layers take, each of which takes as much as the one that was added to a model of `fewer` layers."""
+    count = _LAYERS if layers is None else layers
+    return of_fewer + (count - fewer) * (of_one_more - of_fewer)
 
 
 @cache

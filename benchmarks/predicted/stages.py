@@ -1,17 +1,18 @@
-"""The stages of `prune` behind calibration, counted: repair, the pass over the cut model, removal paths of `obs`.
+"""The stages of `prune` behind calibration, counted: removal paths of `obs`, repair, distillation, the last perplexity.
 
-The repair runs as it is, on meta tensors. Where it asks for a number that decides how it goes on, it is told that all
-is finite, positive definite, and no better with another ridge, so that three are tried. Of a removal path, which
-depends on numbers throughout, each round is taken to remove as many groups as it may.
+Repair and distillation run as they are, on meta tensors. Where they ask for a number that decides how they go on, they
+are told that all is finite, positive definite, and no better with another ridge, so that three are tried. Of a removal
+path, which depends on numbers throughout, each round is taken to remove as many groups as it may.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks.predicted.counted import Counted, Launch, counted_gpu, llama
 from gradprune.calibration import gram, obs
@@ -20,8 +21,9 @@ from gradprune.models.loss import sample_losses
 from gradprune.models.masks import GroupMasks
 from gradprune.ops import dispatch
 from gradprune.ops.dispatch import ImportanceOps
-from gradprune.surgery import moments
+from gradprune.surgery import distillation, moments
 from gradprune.surgery.cut import cut
+from gradprune.surgery.distillation import distil
 from gradprune.surgery.least_squares import least_squares
 
 
@@ -55,6 +57,25 @@ def cut_forward_pass(size: str, layers: int, lost: float, samples: int, tokens: 
         model = cut(model, uniform_masks(describe(model), lost), inplace=True)
         with counted, torch.no_grad():
             sample_losses(model, torch.zeros(samples, tokens, dtype=torch.int64, device="meta"))
+    return counted
+
+
+def distillation_pass(size: str, layers: int, lost: float, samples: int, held_out: int, tokens: int) -> Counted:
+    """`distil` of a model whose blocks have lost that part of their groups, activations recomputed."""
+
+    def mean_loss(model: PreTrainedModel, batches: Sequence[Tensor]) -> float:
+        with torch.no_grad():
+            for batch in batches:
+                sample_losses(model, batch)
+        return 0.5
+
+    with counted_gpu() as counted, _told(counted), patch.object(distillation, "mean_loss", mean_loss):
+        model = llama(size, layers)
+        view = describe(cut(model, uniform_masks(describe(model), lost), inplace=True))
+        ids = torch.zeros(samples + held_out, tokens, dtype=torch.int64, device="meta")
+        dense = torch.empty(samples, tokens, model.config.hidden_size, dtype=torch.bfloat16, device="meta")
+        with counted:
+            distil(view, ids[:samples], ids[samples:], dense, recompute=True)
     return counted
 
 
@@ -99,11 +120,12 @@ def _told(counted: Counted) -> Iterator[None]:
         return made, False
 
     with ExitStack() as stack:
-        for module in (gram, moments):
+        for module in (gram, moments, distillation):
             stack.enter_context(patch.object(module, "add_product", product))
-        for name, answer in {"__bool__": True, "__float__": 0.5, "__le__": False}.items():
+        for name, answer in {"__bool__": True, "__float__": 0.5, "item": 0.5, "__le__": False}.items():
             stack.enter_context(patch.object(Tensor, name, _answering(getattr(Tensor, name), answer)))
         stack.enter_context(patch("torch.linalg.cholesky_ex", factor))
+        stack.enter_context(patch("torch.Generator", lambda _device: Mock(manual_seed=lambda _seed: None)))
         yield
 
 

@@ -153,6 +153,16 @@ def test_the_whole_job_has_every_stage_and_those_beside_it(tmp_path: Path) -> No
     assert "stage repair" in tables.whole_table([*found.values()])
 
 
+def test_distillation_on_request_is_no_part_of_the_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradprune.config.prune_config.DISTILL_PARAMETERS", 0)
+    whole.main([*TOY, str(tmp_path)])
+    found = {record.provider: record for record in read(tmp_path)}
+    assert "stage distillation" not in found
+    assert found[whole.DISTILLED].ms_p50 > 0.0
+    total = sum(record.ms_p50 for provider, record in found.items() if provider.startswith("stage "))
+    assert found[whole.OURS].ms_p50 == pytest.approx(total)
+
+
 @pytest.mark.parametrize(("seconds", "samples"), [(500.0, 128), (250.0, 64), (150.0, 32), (100.0, 16), (90.0, 0)])
 def test_it_prunes_with_as_many_samples_as_there_is_time_for(seconds: float, samples: int) -> None:
     assert whole._affordable(whole.FULL, 1.0, Deadline(seconds)) == samples

@@ -26,7 +26,7 @@ from benchmarks.predicted.roofline import (
     launch_seconds,
     pass_seconds,
 )
-from benchmarks.predicted.stages import lost_at, removal_of_all, repair_pass
+from benchmarks.predicted.stages import distillation_pass, lost_at, removal_of_all, repair_pass
 from benchmarks.predicted.steps import engine_step, plain_step
 from benchmarks.report import report
 from benchmarks.results import latest, read
@@ -109,6 +109,19 @@ def test_what_a_repair_multiplies_is_counted() -> None:
     grams = sum(0.5625 * width**2 + hidden * width for width in (hidden, channels))
     both = 2 * layer - lost * hidden * (hidden + channels)
     assert counts[1] - counts[0] == pytest.approx(2 * tokens * (both + grams), rel=0.02)
+
+
+def test_what_distillation_multiplies_is_counted() -> None:
+    """Of a further layer: each step forward, recomputed (but for the first without the last product), and both
+    gradients; and three passes over held-out samples, with none, all and half of the change."""
+    hidden, channels, kv, tokens, steps, held_out = 4096, 14336, 1024, 512, 3, 2
+    weights = hidden * (2 * hidden + 2 * kv) + 3 * hidden * channels
+    counts = []
+    for layers in (1, 2):
+        found = distillation_pass("8B", layers, 0.0, steps, held_out, tokens).launches
+        counts.append(sum(launch.flops for launch in found if "mm" in launch.name))
+    of_steps = 4 * steps * weights - (steps - 1) * hidden * channels
+    assert counts[1] - counts[0] == pytest.approx(2 * tokens * (of_steps + 3 * held_out * weights), rel=1e-3)
 
 
 def test_a_repair_that_solves_more_takes_longer() -> None:
