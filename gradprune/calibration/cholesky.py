@@ -1,13 +1,14 @@
 """Cholesky factors and inverses of large matrices, to the same bits whatever the number of threads.
 
-LAPACK's own factorisation splits the work among threads, so its rounding depends on their number. Here it factors only
-small blocks; everything else is matrix products and triangular solves, whose results are each one sum in a fixed order.
+LAPACK's factorisation and BLAS' triangular solve split the work among threads, so their rounding depends on the number
+of these. Here they get small blocks alone, on one thread; everything else is matrix products, whose results are each
+one sum in a fixed order.
 """
 
 import torch
 from torch import Tensor
 
-from gradprune.calibration.gram import add_gram, mirror, same_rounding
+from gradprune.calibration.gram import add_product, mirror, one_thread, same_rounding, tiles
 
 # LAPACK factors matrices up to this size on one thread.
 _BLOCK = 128
@@ -30,21 +31,44 @@ def cholesky(matrix: Tensor, *, overwrite: bool = False) -> Tensor | None:
             return None
         factor[start:end, start:end] = corner
         below = factor[end:, start:end]
-        below.copy_(torch.linalg.solve_triangular(corner, below.T, upper=False).T)
+        with one_thread():
+            below.copy_(torch.linalg.solve_triangular(corner, below.T, upper=False).T)
     return factor.tril_()
 
 
 def inverse(factor: Tensor) -> Tensor:
-    """[n, n] (L L^T)^-1 of a factor L, whose place it takes; one more matrix is in memory meanwhile."""
-    # Columns lie together, so that they are solved for in place.
-    half = torch.eye(len(factor), dtype=factor.dtype, device=factor.device).T
-    torch.linalg.solve_triangular(factor, half, upper=False, out=half)
-    add_gram(factor.zero_(), half)
+    """[n, n] (L L^T)^-1 of a factor L, whose place it takes; one more matrix is in memory meanwhile, and a quarter.
+
+    L^-1 is lower triangular too: what is zero in it takes no part.
+    """
+    half = torch.zeros_like(factor)
+    for start, end in tiles(len(factor)):
+        ones = torch.eye(len(factor) - start, end - start, dtype=factor.dtype, device=factor.device)
+        half[start:, start:end] = _substituted(factor[start:, start:], ones, upper=False)
+    factor.zero_()
+    for start, end in tiles(len(factor)):
+        add_product(factor[start:end, :end], half[start:, start:end], half[start:, :end])
     return mirror(factor)
 
 
 def solve(factor: Tensor, right: Tensor) -> Tensor:
     """[n, m] (L L^T)^-1 right of a factor L and right [n, m]."""
-    half = torch.linalg.solve_triangular(factor, right, upper=False)
-    solution: Tensor = torch.linalg.solve_triangular(factor.T, half, upper=True)
-    return solution
+    half = _substituted(factor, right.clone(memory_format=torch.contiguous_format), upper=False)
+    return _substituted(factor.T, half, upper=True)
+
+
+def _substituted(factor: Tensor, right: Tensor, *, upper: bool) -> Tensor:
+    """[n, m] factor^-1 right of a triangular factor [n, n]; on a CPU it takes the place of `right`."""
+    if not factor.is_cpu:
+        solved: Tensor = torch.linalg.solve_triangular(factor, right, upper=upper)
+        return solved
+    starts = range(0, len(factor), _BLOCK)
+    for start in reversed(starts) if upper else starts:
+        end = min(start + _BLOCK, len(factor))
+        known = slice(end, None) if upper else slice(0, start)
+        rows = right[start:end]
+        with same_rounding(rows):
+            rows.addmm_(factor[start:end, known], right[known], alpha=-1.0)
+        with one_thread():
+            rows.copy_(torch.linalg.solve_triangular(factor[start:end, start:end], rows, upper=upper))
+    return right

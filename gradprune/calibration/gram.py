@@ -64,11 +64,14 @@ def add_gram(gram: Tensor, rows: Tensor) -> None:
         gram: [I, I], fp32 or fp64.
         rows: [tokens, I] floating point.
     """
-    width = len(gram)
-    tiles = max(1, min(8, width // _TILE))
-    edges = [tile * width // tiles for tile in range(tiles + 1)]
-    for start, end in itertools.pairwise(edges):
+    for start, end in tiles(len(gram)):
         add_product(gram[start:end, :end], rows[:, start:end], rows[:, :end])
+
+
+def tiles(width: int) -> Iterator[tuple[int, int]]:
+    """Where the parts begin and end by which a triangle of such a width is computed without the other."""
+    count = max(1, min(8, width // _TILE))
+    return itertools.pairwise(tile * width // count for tile in range(count + 1))
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from gradprune.calibration.cholesky import cholesky, inverse
-from gradprune.calibration.gram import GramSum, one_thread
+from gradprune.calibration.gram import GramSum, one_thread, same_rounding
 from gradprune.calibration.reach import Followed, reaches
 from gradprune.models import BlockKey, LinearBlock, PrunableModel
 from gradprune.models.blocks import take_columns
@@ -50,6 +50,8 @@ _STEP = 2.0**-20
 _PART = 1 / 2
 # Columns that are gone are dropped once what is left is at most this share.
 _FULL = 7 / 8
+# Then groups are as many as a multiple of this: products of odd widths are split among threads in other places.
+_EVEN = 16
 # Candidates per round, as a multiple of the groups that it removes.
 _SURPLUS = 4
 
@@ -299,8 +301,9 @@ class _Remaining:
         with one_thread():
             across = torch.linalg.solve_triangular(factor, rows, upper=False)
             gone = torch.linalg.solve_triangular(factor, self._transposed.index_select(0, out), upper=False)
-        self._transposed.addmm_(across.T, gone, alpha=-1.0)
-        self._inverse.addmm_(across.T, across, alpha=-1.0)
+        for matrix, right in ((self._transposed, gone), (self._inverse, across)):
+            with same_rounding(matrix):
+                matrix.addmm_(across.T, right, alpha=-1.0)
         stay = torch.ones(len(self), dtype=torch.bool)
         stay[positions] = False
         self.groups, self._at = self.groups[stay], self._at[stay]
@@ -308,8 +311,10 @@ class _Remaining:
             self._drop_gone()
 
     def _drop_gone(self) -> None:
-        """Copy what is left, without the columns that are gone."""
-        at = self._columns_of(self._at)
+        """Copy what is left, without the columns that are gone; some of them fill up its width."""
+        gone = torch.ones(len(self._inverse) // self.columns, dtype=torch.bool)
+        gone[self._at] = False
+        at = self._columns_of(torch.cat((self._at, gone.nonzero().flatten()[: -len(self) % _EVEN])))
         self._transposed = self._transposed.index_select(0, at)
         # One after the other, so that the matrix is there twice at most.
         self._inverse = take_columns(self._inverse, at)

@@ -42,11 +42,12 @@ def test_what_is_not_positive_definite_has_no_factor(size: int) -> None:
     assert cholesky(matrix) is None
 
 
-def test_the_same_bits_at_any_number_of_threads() -> None:
-    matrix, found = positive(400), []
+@pytest.mark.parametrize("size", [100, 130, 172, 300, 400])
+def test_the_same_bits_at_any_number_of_threads(size: int) -> None:
+    matrix, found = positive(size), []
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 4):
+        for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
             factor = cholesky(matrix)
             gram = torch.zeros(40, 40, dtype=torch.float64)
