@@ -45,7 +45,9 @@ def _calibrated_again(run: Run, masks: GroupMasks) -> Evidence:
     REPAIRS[run.config.repair](replace(run, view=view), masks)
     # The state of an unfinished calibration is that of the dense model's.
     config = replace(run.config, evidence_file=None, output_name=None, checkpoint_every=None, resume=False)
-    return gather_evidence(replace(run, view=view.with_groups(), config=config, clock=Clock()))
+    of_copy = replace(run, view=view.with_groups(), config=config, clock=Clock())
+    # The copy is gone when the shot ends: no evidence of it is ever read from a file.
+    return gather_evidence(of_copy, bound=False)
 
 
 def _without(evidence: Evidence, masks: GroupMasks) -> Evidence:

@@ -59,6 +59,15 @@ def test_scores_are_those_of_the_repaired_model(method: str) -> None:
     assert changed
 
 
+def test_only_the_dense_model_s_weights_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its evidence can be written; that of a shot's copy goes with it."""
+    hashed = []
+    monkeypatch.setattr("gradprune.calibration.gather.model_digest", lambda model: hashed.append(model) or "digest")
+    model = tiny_model(dtype=torch.float32)
+    assert run(model, shots=3).evidence.model == "digest"
+    assert hashed == [model]
+
+
 @pytest.mark.parametrize("method", ["obs", "group_fisher", "taylor", "magnitude"])
 def test_each_shot_removes_more(method: str) -> None:
     model = tiny_model(dtype=torch.float32)

@@ -24,8 +24,11 @@ from gradprune.run import Run
 logger = logging.getLogger(__name__)
 
 
-def gather_evidence(run: Run) -> Evidence:
-    """Calibrate, or read what an earlier run found; including the priors that the options need."""
+def gather_evidence(run: Run, *, bound: bool = True) -> Evidence:
+    """Calibrate, or read what an earlier run found; including the priors that the options need.
+
+    bound: to the model, by a digest of all its weights, without which no file of the evidence can be read.
+    """
     config = run.config
     if config.evidence_file is not None:
         evidence = Evidence.load(config.evidence_file, run.view.model)
@@ -37,7 +40,7 @@ def gather_evidence(run: Run) -> Evidence:
         with run.clock.stage("calibration"):
             engine = _calibrated(run)
         with run.clock.stage("importance"):
-            evidence = _evidence(run, engine)
+            evidence = _evidence(run, engine, bound=bound)
     with run.clock.stage("priors"):
         needed = config.temperature > 0.0 or config.importance_method == "auto"
         if needed and not _has_priors(evidence, config):
@@ -120,7 +123,7 @@ def _calibrated(run: Run) -> ImportanceEngine:
     return engine
 
 
-def _evidence(run: Run, engine: ImportanceEngine) -> Evidence:
+def _evidence(run: Run, engine: ImportanceEngine, *, bound: bool) -> Evidence:
     """What the engine's sums say and, of "obs", one more pass over the samples, see `gradprune.calibration.obs`."""
     config = run.config
     with _progress_of_obs(run, engine) as advance:
@@ -130,7 +133,7 @@ def _evidence(run: Run, engine: ImportanceEngine) -> Evidence:
         seed=config.seed,
         dataset=config.dataset,
         own_text=written_samples(config.own_text, config.num_samples) / config.num_samples,
-        model=model_digest(run.view.model),
+        model=model_digest(run.view.model) if bound else "",
     )
     gates = engine.gate_gradients()
     return evidence.with_priors("taylor", taylor_priors(gates)) if gates else evidence
