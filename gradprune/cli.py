@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from gradprune.evaluation.perplexity import Perplexity
+    from gradprune.evaluation.tasks import TaskAccuracy
     from gradprune.models.footprint import StageName
     from gradprune.result import PruneResult
     from gradprune.vanishing.diagnosis import Diagnosis
@@ -202,34 +203,14 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a checkpoint's perplexity and zero-shot accuracy."""
-    from gradprune.evaluation.size import model_size
-    from gradprune.evaluation.tasks import check_tasks, evaluate_tasks
-
     # Here the option has another name, by which an error is to call it.
     config = PruneConfig(
         **options, base_model=replace(OPTIONS["base_model"], name="model").accepted(model), **_UNCHANGED
     )
-    loaded, tokenizer = _load(config, "model", stages=("evaluation",))
-    tasks = config.tasks.split(",") if config.tasks else []
-    if tasks:
-        check_tasks(tasks, tokenizer)
-    measured = _measure_perplexity(loaded, tokenizer, config, protocol)
-    accuracies = (
-        evaluate_tasks(
-            loaded,
-            tokenizer,
-            tasks,
-            batch_size=config.batch_size,
-            max_questions=config.task_questions,
-            console=PROGRESS,
-        )
-        if tasks
-        else ()
-    )
-    parameters = model_size(loaded).parameters
+    measured, accuracies, parameters = _evaluated(config, protocol)
     if as_json:
         found = {"perplexity": measured.value, "tokens": measured.tokens, "parameters": parameters}
-        _print_json({**found, "tasks": [asdict(each) for each in accuracies]} if tasks else found)
+        _print_json({**found, "tasks": [asdict(each) for each in accuracies]} if accuracies else found)
         return
     OUT.print(f"perplexity {measured.value:.4f} on {measured.tokens:,} tokens; {parameters:,} parameters")
     for each in accuracies:
@@ -456,6 +437,22 @@ def _named(config: PruneConfig, name: str) -> PruneConfig:
 def _in_place(options: dict[str, Any]) -> PruneConfig:
     """The options of a command that prunes: nobody needs the dense model any more, unless it is timed."""
     return PruneConfig(**options, in_place=not options["measure_speed"])
+
+
+def _evaluated(config: PruneConfig, protocol: str | None) -> "tuple[Perplexity, tuple[TaskAccuracy, ...], int]":
+    """A checkpoint's perplexity, its accuracy on the tasks that are asked for, and its number of parameters."""
+    from gradprune.evaluation.size import model_size
+    from gradprune.evaluation.tasks import ask_tasks, read_tasks
+
+    model, tokenizer = _load(config, "model", stages=("evaluation",))
+    tasks = read_tasks(config.tasks.split(","), tokenizer) if config.tasks else None
+    measured = _measure_perplexity(model, tokenizer, config, protocol)
+    accuracies: tuple[TaskAccuracy, ...] = ()
+    if tasks is not None:
+        accuracies = ask_tasks(
+            model, tasks, batch_size=config.batch_size, max_questions=config.task_questions, console=PROGRESS
+        )
+    return measured, accuracies, model_size(model).parameters
 
 
 def _measure_perplexity(

@@ -23,7 +23,7 @@ from gradprune.evaluation.generations import continuations, drawn_prompts, read_
 from gradprune.evaluation.perplexity import Perplexity, perplexity
 from gradprune.evaluation.size import model_size
 from gradprune.evaluation.speed import throughput
-from gradprune.evaluation.tasks import TaskAccuracy, check_tasks, evaluate_tasks
+from gradprune.evaluation.tasks import TaskAccuracy, ask_tasks, read_tasks
 from gradprune.export.serve import check_serve
 from gradprune.memory import memory_advice
 from gradprune.models import PrunableModel, describe
@@ -187,8 +187,7 @@ def _start(
         _check_reachable(view, groups, each)
     check_serve(view, tokenizer, config.constraints)
     select_ops(config.backend, model.device.type, model.dtype)
-    if config.tasks is not None:
-        check_tasks(config.tasks.split(","), tokenizer)
+    tasks = read_tasks(config.tasks.split(","), tokenizer) if config.tasks is not None else None
     prompts = read_prompts(config.prompts) if config.prompts is not None else None
     with clock.stage("own_text") if config.own_text else nullcontext():
         samples = draw_samples(model, tokenizer, config, calibration, evaluation, console=clock.console, ranks=ranks)
@@ -196,7 +195,7 @@ def _start(
         prompts = []
     elif prompts is None:
         prompts = drawn_prompts(tokenizer, samples.evaluation)
-    return Run(view, config, samples, tokenizer, tuple(prompts), clock, clock.console, ranks)
+    return Run(view, config, samples, tokenizer, tasks, tuple(prompts), clock, clock.console, ranks)
 
 
 def _check_reachable(view: PrunableModel, groups: GroupTable, config: PruneConfig) -> None:
@@ -304,13 +303,12 @@ def _perplexity(run: Run, model: PreTrainedModel) -> Perplexity:
 def _tasks(run: Run, model: PreTrainedModel, stage: str) -> tuple[TaskAccuracy, ...]:
     """The zero-shot accuracies that are asked for, timed as `stage`."""
     config = run.config
-    if config.tasks is None:
+    if run.tasks is None:
         return ()
     with run.clock.stage(stage):
-        return evaluate_tasks(
+        return ask_tasks(
             model,
-            run.tokenizer,
-            config.tasks.split(","),
+            run.tasks,
             batch_size=config.batch_size,
             max_questions=config.task_questions,
             console=run.console,

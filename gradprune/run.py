@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from gradprune.config import PruneConfig
 from gradprune.data.samples import Samples
 from gradprune.data.windows import batches
+from gradprune.evaluation.tasks import Tasks
 from gradprune.models import PrunableModel
 from gradprune.progress import QUIET, Clock
 from gradprune.ranks import ALONE, Ranks
@@ -20,14 +21,15 @@ class Run:
     """A model with the options and the samples of one run.
 
     view: the model with its prunable blocks. tokenizer: the model's, for evaluation on tasks.
-    prompts: what both models are to continue. clock: times the stages. console: where progress is shown.
-    ranks: the processes that share the work.
+    tasks: what both models are asked, if anything. prompts: what both are to continue. clock: times the stages.
+    console: where progress is shown. ranks: the processes that share the work.
     """
 
     view: PrunableModel
     config: PruneConfig
     samples: Samples
     tokenizer: PreTrainedTokenizerBase | None = None
+    tasks: Tasks | None = None
     prompts: tuple[str, ...] = ()
     clock: Clock = field(default_factory=Clock)
     console: Console = QUIET

@@ -17,6 +17,8 @@ from gradprune.checkpoint.save import save_checkpoint
 from gradprune.cli import main
 from gradprune.config import PARTS, options_of
 from gradprune.demo.model import byte_tokenizer
+from gradprune.evaluation import tasks
+from gradprune.evaluation.tasks import read_questions
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
 from gradprune.surgery.cut import cut
@@ -346,6 +348,17 @@ def test_tasks_are_measured_dense_and_pruned(gradprune, model_folder: Path, ids_
         assert json.loads(out)["tasks"] == [task[side]]
     code, out, _ = gradprune("eval", "--model", model_folder, *asked, "--seq_len", "16")
     assert "quiz: accuracy " in out
+
+
+@pytest.mark.parametrize("command", [("prune", *QUICK, "--base_model"), ("eval", "--seq_len", "16", "--model")])
+def test_files_of_questions_are_read_once(
+    command, gradprune, model_folder: Path, ids_file: Path, questions_file, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(tasks, "read_questions", lambda path: read.append(path) or read_questions(path))
+    code, _, err = gradprune(*command, model_folder, "--dataset", ids_file, "--tasks", questions_file)
+    assert code == 0, err
+    assert read == [str(questions_file)]
 
 
 def test_tasks_that_cannot_be_asked_are_told_before_calibration(gradprune, model_folder: Path) -> None:

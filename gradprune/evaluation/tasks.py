@@ -3,8 +3,9 @@
 import inspect
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,22 +81,31 @@ def evaluate_tasks(
     Raises:
         EvaluationError: no tokenizer; a file is missing or malformed; lm-eval is not installed or does not know a name.
     """
-    files = check_tasks(tasks, tokenizer)
-    assert tokenizer is not None
-    if max_questions is not None and max_questions < 1:
-        raise EvaluationError(f"max_questions: {max_questions} is not at least 1")
-    named = [task for task in tasks if task not in files]
-    measured = _by_lm_eval(model, tokenizer, named, batch_size, max_questions) if named else {}
-    for task, questions in files.items():
-        asked = questions if max_questions is None else _spread(questions, max_questions)
-        measured[task] = answer_questions(
-            model, tokenizer, asked, name=Path(task).stem, batch_size=batch_size, console=console
-        )
-    return tuple(measured[task] for task in tasks)
+    read = read_tasks(tasks, tokenizer)
+    return ask_tasks(model, read, batch_size=batch_size, max_questions=max_questions, console=console)
 
 
-def check_tasks(tasks: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> "dict[str, list[Question]]":
-    """The questions of the JSONL tasks; raises the errors of `evaluate_tasks` before any question is asked."""
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that can be asked, of any number of models that share a tokenizer.
+
+    names: as they were given. files: the questions of those that are JSONL files. lm_eval: what runs the others by
+    their names, from lm-eval; None where there are none.
+    """
+
+    names: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerBase
+    files: Mapping[str, Sequence[Question]]
+    lm_eval: Callable[..., dict[str, Any]] | None = None
+
+    @property
+    def named(self) -> list[str]:
+        """Those that are lm-eval's."""
+        return [name for name in self.names if name not in self.files]
+
+
+def read_tasks(tasks: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> Tasks:
+    """Everything about the tasks that can fail before a question is asked; arguments and errors as `evaluate_tasks`."""
     if not all(task.strip() for task in tasks):
         raise EvaluationError(
             f"tasks: '{','.join(tasks)}' has an empty name in it; give names or .jsonl files, one comma between two"
@@ -103,9 +113,28 @@ def check_tasks(tasks: Sequence[str], tokenizer: PreTrainedTokenizerBase | None)
     if tokenizer is None:
         raise EvaluationError("tasks: the model has no tokenizer to read questions with")
     files = {task: read_questions(task) for task in tasks if task.endswith(".jsonl")}
-    if named := [task for task in tasks if task not in files]:
-        _lm_eval(named)
-    return files
+    read = Tasks(tuple(tasks), tokenizer, files)
+    return replace(read, lm_eval=_lm_eval(read.named)) if read.named else read
+
+
+def ask_tasks(
+    model: PreTrainedModel,
+    tasks: Tasks,
+    *,
+    batch_size: int = 8,
+    max_questions: int | None = None,
+    console: Console = QUIET,
+) -> tuple[TaskAccuracy, ...]:
+    """`evaluate_tasks` on tasks that have been read."""
+    if max_questions is not None and max_questions < 1:
+        raise EvaluationError(f"max_questions: {max_questions} is not at least 1")
+    measured = _by_lm_eval(model, tasks, batch_size, max_questions)
+    for task, questions in tasks.files.items():
+        asked = questions if max_questions is None else _spread(questions, max_questions)
+        measured[task] = answer_questions(
+            model, tasks.tokenizer, asked, name=Path(task).stem, batch_size=batch_size, console=console
+        )
+    return tuple(measured[task] for task in tasks.names)
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -335,28 +364,25 @@ def _spread(questions: Sequence[Question], count: int) -> list[Question]:
 
 
 def _by_lm_eval(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    names: Sequence[str],
-    batch_size: int,
-    max_questions: int | None,
+    model: PreTrainedModel, tasks: Tasks, batch_size: int, max_questions: int | None
 ) -> dict[str, TaskAccuracy]:
-    """Run the tasks with lm-eval, which fetches their questions from the hub."""
-    simple_evaluate, manager = _lm_eval(names)
+    """Run those of the tasks that are lm-eval's, which fetches their questions from the hub."""
+    if tasks.lm_eval is None:
+        return {}
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    wrapped = HFLM(pretrained=model, tokenizer=tasks.tokenizer, batch_size=batch_size)
     try:
-        found = simple_evaluate(model=wrapped, tasks=list(names), limit=max_questions, task_manager=manager)
+        found = tasks.lm_eval(model=wrapped, tasks=tasks.named, limit=max_questions)
     # Fetching a task's data can raise the exceptions of any of lm-eval's dependencies.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EvaluationError(f"tasks: lm-eval cannot ask {', '.join(names)}: {reason}") from error
-    return {name: _from_lm_eval(name, found) for name in names}
+        raise EvaluationError(f"tasks: lm-eval cannot ask {', '.join(tasks.named)}: {reason}") from error
+    return {name: _from_lm_eval(name, found) for name in tasks.named}
 
 
-def _lm_eval(names: Sequence[str]) -> tuple[Any, Any]:
-    """lm-eval's `simple_evaluate` and its `TaskManager`; raises if lm-eval is missing or does not know a name."""
+def _lm_eval(names: Sequence[str]) -> Callable[..., dict[str, Any]]:
+    """lm-eval's `simple_evaluate` with its `TaskManager`; raises if lm-eval is missing or does not know a name."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -368,7 +394,7 @@ def _lm_eval(names: Sequence[str]) -> tuple[Any, Any]:
     manager = TaskManager()
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise EvaluationError(f"tasks: lm-eval knows no {', '.join(unknown)}; `lm_eval ls tasks` lists what it knows")
-    return simple_evaluate, manager
+    return partial(simple_evaluate, task_manager=manager)
 
 
 def _from_lm_eval(name: str, found: dict[str, Any]) -> TaskAccuracy:
