@@ -4,9 +4,9 @@ Groups are sorted by score, ascending and stable (ties by layer, kind, index), a
 stays within the budget; one that no longer fits is skipped and smaller ones are still tried.
 
 Under `round_to`, `uniform` and `serve`, groups are pruned in chunks: the lowest-scored channels of a block that bring
-its width down to the next multiple, or the groups of the same rank in every layer. A chunk's score is the mean of its
-groups' scores. The experts of a layer count as layers of their own. The chunks of one block (under `uniform`: of one
-kind) form a chain and are taken in order.
+its width down to the next multiple, or the groups of the same rank in every layer that has them. A chunk's score is
+the mean of its groups' scores. The experts of a layer count as layers of their own. The chunks of one block (under
+`uniform`: of one kind) form a chain and are taken in order.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprune.config import Constraints
-from gradprune.errors import ConfigError, SelectionError
+from gradprune.errors import ConfigError, SelectionError, counted
 from gradprune.models import KINDS
 from gradprune.scoring.table import GroupTable
 
@@ -188,14 +188,18 @@ def _chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
 
 
 def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
-    """Chunks of the same ranks in every layer (and expert); at least one group of each kind stays in each layer."""
+    """Chunks of the same ranks in every layer (and expert) that has groups of a kind, of which at least one stays."""
     of_group = np.full(len(table), -1, np.int64)
     chain: list[int] = []
     # Of channels of experts: the ranks at which chunks end, and the first chunk.
     led = np.empty(0, np.int64), 0
     for number_of_kind, kind in enumerate(KINDS):
+        if layers := table.removed.get(kind.name):
+            raise ConfigError(
+                f"uniform: an earlier pruning removed the {kind.name} block of {counted(layers, 'layer')} of this "
+                "model, so widths differ already; prune the dense model, or leave uniform out"
+            )
         blocks = [rows for key, rows in table.blocks() if key.kind == kind.name]
-        of_kind = len(blocks)
         blocks = [part for rows in blocks for part in _parts(rows, table.sets.get(kind.name, 1))]
         widths = sorted({rows.stop - rows.start for rows in blocks})
         if not blocks:
@@ -203,8 +207,8 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
         if kind.name in table.follows:
             _follow(table, of_group, blocks, led[0] * table.follows[kind.name], led[1])
             continue
-        # In a mixture of experts some layers have experts and others an MLP.
-        if len(widths) != 1 or (of_kind != table.layers and not _has_experts(table)):
+        # Layers that never had the kind, such as convolutions beside attention, change nothing.
+        if len(widths) != 1:
             raise ConfigError(f"uniform: the layers of this model already differ in their {kind.name} widths: {widths}")
         width = widths[0]
         step = math.lcm(_step(kind.name, constraints), 1 if width % kind.multiple else kind.multiple)

@@ -1,6 +1,7 @@
 """`GroupTable`: every prunable group of a model as columns, in the order (layer, kind, index)."""
 
 import csv
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ class GroupTable:
     sets: by kind, into how many parts a block's groups divide that must keep equally many, see `Block.sets`; kinds
         that have one part are left out.
     follows: by kind, how many of its groups go with one of each expert's channels; kinds that go alone are left out.
+    removed: by kind, the number of layers whose block an earlier pruning removed; kinds without any are left out.
     """
 
     layer: NDArray[np.int64]
@@ -42,6 +44,7 @@ class GroupTable:
     plain_widths: Mapping[str, frozenset[int]] = field(default_factory=dict)
     sets: Mapping[str, int] = field(default_factory=dict)
     follows: Mapping[str, int] = field(default_factory=dict)
+    removed: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of groups."""
@@ -93,4 +96,5 @@ def empty_table(view: PrunableModel) -> GroupTable:
         plain_widths=plain_widths(view),
         sets={block.kind.name: block.sets for block in view.blocks if block.sets > 1},
         follows={block.kind.name: block.follows for block in view.linear_blocks if block.follows},
+        removed=Counter(key.kind for key in view.dropped),
     )

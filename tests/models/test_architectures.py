@@ -15,6 +15,7 @@ from gradprune.errors import SelectionError
 from gradprune.models import describe
 from gradprune.models.loss import sample_losses
 from gradprune.models.modeling_gradprune import head_class
+from gradprune.models.shrink import with_random_weights
 from gradprune.models.streams import Streams
 from gradprune.models.tested import TESTED
 from gradprune.models.widths import plain_widths
@@ -244,3 +245,25 @@ def test_uniform_leaves_alone_what_an_architecture_does_not_prune() -> None:
     result = run(tiny("olmo2"), uniform=True, pruning_ratio=0.1)
     assert type(result.model).__name__ == "Olmo2ForCausalLM"
     assert len({block.groups for block in describe(result.model).blocks}) == 1
+
+
+def test_uniform_counts_only_layers_that_have_a_block(tmp_path: Path) -> None:
+    """Convolutions take the place of attention in some layers of LFM2."""
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 8, "num_key_value_heads": 4}
+    kinds = ["conv", "full_attention", "conv", "full_attention"]
+    config = transformers.Lfm2Config(
+        **sizes, vocab_size=61, num_hidden_layers=4, layer_types=kinds, block_auto_adjust_ff_dim=False
+    )
+    model = with_random_weights(transformers.Lfm2ForCausalLM(config).eval())
+    result = run(
+        model, uniform=True, pruning_ratio=0.3, attention_factor=0.1, output_dir=str(tmp_path), output_name="x"
+    )
+    assert {block.kind.name for block in describe(model).blocks} == {"attention", "mlp"}
+    for kind in ("attention", "mlp"):
+        widths = [int(result.masks[block].sum()) for block in describe(model).blocks if block.kind.name == kind]
+        assert len(set(widths)) == 1, kind
+        assert 0 < widths[0] < {"attention": 4, "mlp": 24}[kind]
+    plain, ids = transformers.Lfm2ForCausalLM.from_pretrained(tmp_path / "x" / "model").eval(), tiny_ids(2)
+    assert not list((tmp_path / "x" / "model").glob("*.py"))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, result.model(ids).logits)

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from gradprune.config import Constraints, PruneConfig
 from gradprune.errors import ConfigError, SelectionError
 from gradprune.models import describe
-from gradprune.models.kinds import KIND_NAMES
+from gradprune.models.kinds import KIND_NAMES, BlockKey
 from gradprune.scoring.selection import select
 from gradprune.scoring.table import GroupTable, empty_table
+from gradprune.surgery.cut import cut
+from helpers.cut_models import random_masks
 from helpers.tables import ATTENTION_COST, MLP_COST, make_table
 from helpers.tiny_models import tiny_model
 
@@ -149,18 +151,38 @@ def test_epsilon_drops_thin_layers_whole() -> None:
     np.testing.assert_array_equal(kept[table.layer != 1], dropped[table.layer != 1])
 
 
+def without(table: GroupTable, rows: np.ndarray) -> GroupTable:
+    """The table without these rows."""
+    columns = {name: values[~rows] for name, values in vars(table).items() if isinstance(values, np.ndarray)}
+    return replace(table, **columns)
+
+
 def test_uniform_needs_layers_of_one_width() -> None:
     table = make_table()
-    uneven = dataclasses.replace(
-        table,
-        **{
-            f.name: getattr(table, f.name)[1:]
-            for f in dataclasses.fields(table)
-            if f.name not in ("layers", "plain_widths", "sets", "follows")
-        },
-    )
+    uneven = without(table, np.arange(len(table)) == 0)
     with pytest.raises(ConfigError, match=r"uniform: .* attention widths: \[2, 3\]"):
         select(uneven, 0.2, int(table.cost.sum()), Constraints(uniform=True))
+
+
+def test_uniform_passes_over_layers_that_never_had_a_block() -> None:
+    table = make_table(heads=4, channels=24)
+    hybrid = without(table, (table.kind == 0) & (table.layer % 2 == 0))
+    pruned = select(hybrid, 0.4, int(hybrid.cost.sum()), Constraints(uniform=True))
+    none, some, nothing, same = widths(hybrid, pruned, "attention")
+    assert none == nothing == 0
+    assert some == same > 0
+    assert len(set(widths(hybrid, pruned, "mlp"))) == 1
+
+
+def test_uniform_says_what_an_earlier_pruning_removed() -> None:
+    model = tiny_model(layers=3)
+    masks = random_masks(model, 2.0)
+    masks[BlockKey(1, "attention")][:] = False
+    table = empty_table(describe(cut(model, masks)))
+    message = "uniform: an earlier pruning removed the attention block of 1 layer of this model"
+    with pytest.raises(ConfigError, match=message):
+        select(table, 0.2, int(table.cost.sum()), Constraints(uniform=True))
+    assert select(table, 0.2, int(table.cost.sum()), Constraints()).any()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3"])
