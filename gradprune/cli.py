@@ -232,12 +232,12 @@ def export(
 ) -> None:
     """Write a checkpoint as a file that other programs load."""
     from gradprune.errors import ExportError
-    from gradprune.export.gguf import check_output, export_gguf
+    from gradprune.export.gguf import check_export, export_gguf
 
     if format != "gguf":
         raise ExportError(f"format: '{format}' is unknown; it can be gguf")
     config = PruneConfig(**options, base_model=replace(OPTIONS["base_model"], name="model").accepted(model))
-    check_output(output, overwrite=config.overwrite, model=config.base_model)
+    check_export(output, outtype, overwrite=config.overwrite, model=config.base_model)
     loaded, tokenizer = _load(config, "model", streams=False)
     export_gguf(loaded, tokenizer, output, outtype=outtype, overwrite=config.overwrite)
     OUT.print(f"{output}: {Path(output).stat().st_size:,} bytes", soft_wrap=True)

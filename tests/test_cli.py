@@ -421,6 +421,20 @@ def test_export_writes_one_file(gradprune, model_folder: Path) -> None:
     assert (code, "'onnx'" in err) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--output", "/proc/x.gguf"), "output: '/proc/x.gguf' cannot be written: No such file or directory"),
+        (("--outtype", "q2_k"), "outtype: 'q2_k' is unknown"),
+    ],
+)
+def test_what_export_cannot_write_is_told_before_the_model_is_loaded(gradprune, given, message: str) -> None:
+    code, out, err = gradprune("export", "--model", "nowhere", *given)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {message}")
+    assert not list(Path().iterdir())
+
+
 def test_export_keeps_the_files_of_the_model_that_it_reads(gradprune, model_folder: Path) -> None:
     weights = model_folder / "model.safetensors"
     before = weights.read_bytes()

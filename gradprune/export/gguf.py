@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -54,12 +55,10 @@ def export_gguf(
         overwrite: replace an existing GGUF file.
 
     Raises:
-        ExportError: `output` exists or cannot be written, see `check_output`; the gguf library is not installed;
-            llama.cpp cannot represent the model or its tokenizer; a weight is beyond f16's range.
+        ExportError: as `check_export`; llama.cpp cannot represent the model or its tokenizer; a weight is beyond f16's
+            range.
     """
-    check_output(output, overwrite=overwrite, model=model.name_or_path)
-    if outtype not in get_args(Outtype):
-        raise ExportError(f"outtype: '{outtype}' is unknown; choose one of {', '.join(get_args(Outtype))}")
+    check_export(output, outtype, overwrite=overwrite, model=model.name_or_path)
     gguf, tokenizer = _library(), _needed(tokenizer)
     laid_out = lay_out(model, width_multiple=_BLOCK if outtype == "q8_0" else 1)
     with _written(output) as path:
@@ -72,15 +71,16 @@ def export_gguf(
         _write(writer, laid_out, outtype)
 
 
-def check_output(output: str | Path, *, overwrite: bool, model: str | None) -> None:
-    """Refuse an output that may not be replaced, or that no file can be.
+def check_export(output: str | Path, outtype: str, *, overwrite: bool, model: str | None) -> None:
+    """Refuse what no file can come of, before the model is loaded.
 
     Args:
-        output, overwrite: as for `export_gguf`.
+        output, outtype, overwrite: as for `export_gguf`.
         model: path of the model that is read, if it has one; a GGUF file is not written over itself.
 
     Raises:
-        ExportError: with the reason.
+        ExportError: `output` may not be replaced or cannot be written; `outtype` is unknown; the gguf library is not
+            installed.
     """
     path = Path(output)
     with _told(output):
@@ -89,15 +89,26 @@ def check_output(output: str | Path, *, overwrite: bool, model: str | None) -> N
         try:
             path.lstat()
         except FileNotFoundError:
-            return
-        if path.is_dir():
-            raise ExportError(f"output: '{path}' is a folder; name a file")
-        if not _is_gguf(path):
-            raise ExportError(
-                f"output: '{path}' exists, is no GGUF file, and is never overwritten; choose another name"
-            )
-        if model and Path(model).is_file() and path.samefile(model):
-            raise ExportError(f"output: '{path}' is the model that is read; choose another name")
+            pass
+        else:
+            _check_replaced(path, overwrite, model)
+        # Where folders are missing, the one that the first of them is made in.
+        folder = next(above for above in path.absolute().parents if os.path.lexists(above))
+        with TemporaryFile(dir=folder):
+            pass
+    if outtype not in get_args(Outtype):
+        raise ExportError(f"outtype: '{outtype}' is unknown; choose one of {', '.join(get_args(Outtype))}")
+    _library()
+
+
+def _check_replaced(path: Path, overwrite: bool, model: str | None) -> None:
+    """Refuse to replace what is at `path`, unless it is a GGUF file other than the model and may be overwritten."""
+    if path.is_dir():
+        raise ExportError(f"output: '{path}' is a folder; name a file")
+    if not _is_gguf(path):
+        raise ExportError(f"output: '{path}' exists, is no GGUF file, and is never overwritten; choose another name")
+    if model and Path(model).is_file() and path.samefile(model):
+        raise ExportError(f"output: '{path}' is the model that is read; choose another name")
     if not overwrite:
         raise ExportError(f"output: '{path}' exists; choose another name or overwrite it (--overwrite)")
 

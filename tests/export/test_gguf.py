@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from gradprune.checkpoint.gguf_splitters import SPLITTERS, split_as_the_file_says
 from gradprune.demo import byte_tokenizer
 from gradprune.errors import ExportError
-from gradprune.export.gguf import check_output, export_gguf
+from gradprune.export.gguf import check_export, export_gguf
 from gradprune.surgery.cut import cut
 from helpers.cut_models import full_masks, random_masks
 from helpers.llama_cpp import ascii_tokenizer
@@ -143,7 +143,7 @@ def test_the_file_that_a_model_is_read_from_is_not_replaced(tmp_path: Path) -> N
     before = path.read_bytes()
     for output in (path, link):
         with pytest.raises(ExportError, match=r"^output: '.*' is the model that is read; choose another name"):
-            check_output(output, overwrite=True, model=str(path))
+            check_export(output, "f16", overwrite=True, model=str(path))
     model = tiny_model()
     model.name_or_path = str(path)
     with pytest.raises(ExportError, match="is the model that is read"):
@@ -167,9 +167,15 @@ def test_what_cannot_be_written_is_said_by_its_own_name(
     monkeypatch.chdir(tmp_path)
     Path("text").write_text("")
     with pytest.raises(ExportError) as error:
-        export_gguf(tiny_model(), TOKENIZER, output)
+        check_export(output, "f16", overwrite=False, model=None)
     assert str(error.value) == f"output: '{output}' cannot be written: {reason}; choose another"
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_file_in_folders_that_are_still_to_be_made_can_be_written(tmp_path: Path) -> None:
+    check_export(tmp_path / "a" / "b" / "m.gguf", "f16", overwrite=False, model=None)
+    assert not list(tmp_path.iterdir())
+    exported(tiny_model(), tmp_path / "a" / "b" / "m.gguf")
 
 
 def test_the_longest_name_that_the_file_system_allows_is_written(tmp_path: Path) -> None:
