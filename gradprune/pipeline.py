@@ -189,7 +189,7 @@ def _start(
     select_ops(config.backend, model.device.type, model.dtype)
     tasks = read_tasks(config.tasks.split(","), tokenizer) if config.tasks is not None else None
     prompts = read_prompts(config.prompts) if config.prompts is not None else None
-    with clock.stage("own_text") if config.own_text else nullcontext():
+    with clock.stage("own_text") if sum(config.samples_written) else nullcontext():
         samples = draw_samples(model, tokenizer, config, calibration, evaluation, console=clock.console, ranks=ranks)
     if tokenizer is None or not config.generations:
         prompts = []

@@ -13,7 +13,6 @@ from gradprune.calibration.evidence import Evidence
 from gradprune.calibration.priors import Priors, removal_priors, removal_steps, similarity_priors, taylor_priors
 from gradprune.calibration.resume import Resumable
 from gradprune.config import CURVATURE_SAMPLES, OPTIONS, Method, PruneConfig
-from gradprune.data.own_text import written_samples
 from gradprune.data.windows import batches
 from gradprune.errors import ConfigError
 from gradprune.models.digest import model_digest
@@ -42,8 +41,7 @@ def gather_evidence(run: Run, *, bound: bool = True) -> Evidence:
         with run.clock.stage("importance"):
             evidence = _evidence(run, engine, bound=bound)
     with run.clock.stage("priors"):
-        needed = config.temperature > 0.0 or config.importance_method == "auto"
-        if needed and not _has_priors(evidence, config):
+        if config.uses_priors and not _has_priors(evidence, config):
             if config.prior == "taylor":
                 raise ConfigError(
                     "prior: 'taylor' is not in evidence_file, whose calibration took no gradients of all samples; "
@@ -132,7 +130,7 @@ def _evidence(run: Run, engine: ImportanceEngine, *, bound: bool) -> Evidence:
         found,
         seed=config.seed,
         dataset=config.dataset,
-        own_text=written_samples(config.own_text, config.num_samples) / config.num_samples,
+        own_text=config.samples_written[0] / config.num_samples,
         model=model_digest(run.view.model) if bound else "",
     )
     gates = engine.gate_gradients()

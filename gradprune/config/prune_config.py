@@ -70,6 +70,24 @@ class PruneConfig(Output, Repair, Constraints, Search, Scoring, Calibration, Dat
         more = self.evidence == "all" or taylor_prior or self.gradient_fix != "none"
         return self.importance_method == "obs" and not more
 
+    @property
+    def uses_priors(self) -> bool:
+        """Whether scores need the priors of `prior`, or may turn out to."""
+        return self.temperature > 0.0 or self.importance_method == "auto"
+
+    @property
+    def samples_drawn(self) -> tuple[int, int]:
+        """Calibration samples and, at most, held-out ones: none of those that nothing would be run on."""
+        repairs = self.repair != "none"
+        calibrates = repairs or self.evidence_file is None or self.uses_priors
+        return self.num_samples if calibrates else 0, self.held_out_samples if repairs else 0
+
+    @property
+    def samples_written(self) -> tuple[int, int]:
+        """How many of `samples_drawn` the model writes itself."""
+        calibration, held_out = self.samples_drawn
+        return round(self.own_text * calibration), round(self.own_text * held_out)
+
     def samples_distilled(self, parameters: int) -> int:
         """Calibration samples that distil a model of so many parameters."""
         if self.distill_samples is not None:

@@ -20,11 +20,6 @@ from gradprune.models.residency import residency_of
 from gradprune.ranks import ALONE, Ranks
 
 
-def written_samples(share: float, count: int) -> int:
-    """How many of `count` samples the model writes itself, where that is a share of them."""
-    return round(share * count)
-
-
 def own_samples(
     model: PreTrainedModel,
     count: int,

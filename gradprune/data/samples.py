@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradprune.config import PruneConfig
-from gradprune.data.own_text import own_samples, written_samples
+from gradprune.data.own_text import own_samples
 from gradprune.data.sources import load_tokens
 from gradprune.data.windows import check_evaluation, overlap_of, sample_windows, split_held_out, spread
 from gradprune.errors import CalibrationError
@@ -26,9 +26,9 @@ class Samples:
     """Token ids of a run. Calibration, held-out and search samples never overlap.
 
     calibration: [num_samples, seq_len]. held_out: [at most held_out_samples, seq_len], for the repair to choose its
-        settings on. searched: [at most search_samples, seq_len], for the search to compare candidates on. Both are
-        empty where that is not done. Of the first two, a share of `own_text` is what the model writes itself, evenly
-        spread.
+        settings on. searched: [at most search_samples, seq_len], for the search to compare candidates on. Each is
+        empty where nothing is run on it. Of the first two, a share of `own_text` is what the model writes itself,
+        evenly spread.
     evaluation: [tokens], for perplexity.
     overlap: the fraction of the evaluation tokens that occur in the calibration text; 0 if they are held out.
     """
@@ -67,9 +67,9 @@ def draw_samples(
         tokenizer, config, calibration, evaluation, vocabulary_of(model)
     )
     check_evaluation(evaluation, config.seq_len, evaluated)
-    held_out = config.held_out_samples if config.repair != "none" else 0
-    own = [written_samples(config.own_text, count) for count in (config.num_samples, held_out)]
-    sizes = _sizes_of_text(len(calibration) // config.seq_len, config, config.num_samples - own[0], held_out - own[1])
+    own = config.samples_written
+    of_text = (count - written for count, written in zip(config.samples_drawn, own, strict=True))
+    sizes = _sizes_of_text(len(calibration) // config.seq_len, config, *of_text)
     windows = calibration.new_empty(0, config.seq_len)
     if sum(sizes):
         windows = sample_windows(calibration, num_samples=sum(sizes), seq_len=config.seq_len, seed=config.seed)

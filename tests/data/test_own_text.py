@@ -178,3 +178,34 @@ def test_a_run_says_that_it_wrote(tmp_path: Path) -> None:
     other = run(tiny_model(channels=24, dtype=torch.float32), repair="least_squares")
     assert (result.table.importance != other.table.importance).any()
     assert "own_text" not in other.seconds
+
+
+def test_nothing_is_written_or_drawn_that_nothing_would_be_run_on(tmp_path: Path) -> None:
+    """With evidence of an earlier run and without repair, only priors that still have to be measured need samples."""
+    model = tiny_model(channels=24, dtype=torch.float32)
+    options = {"repair": "none", "own_text": 0.5, "importance_method": "group_fisher"}
+    first = run(model, output_dir=str(tmp_path), output_name="x", **options)
+    again = {**options, "evidence_file": str(tmp_path / "x" / "analysis" / "evidence.safetensors")}
+    # Far too little text to draw from.
+    found = run(model, calibration=TOKENS[:20], **again)
+    assert "own_text" not in found.seconds
+    assert (found.pruned == first.pruned).all()
+    assert found.evidence.own_text == 0.5
+    for needed in ({"temperature": 1.0}, {"repair": "least_squares"}):
+        assert "own_text" in run(model, **{**again, **needed}).seconds
+
+
+@pytest.mark.parametrize(
+    ("options", "samples"),
+    [
+        ({}, (8, 4)),
+        ({"repair": "none"}, (8, 0)),
+        ({"evidence_file": "x"}, (8, 4)),
+        ({"evidence_file": "x", "repair": "none"}, (0, 0)),
+        ({"evidence_file": "x", "repair": "none", "importance_method": "auto"}, (8, 0)),
+    ],
+)
+def test_what_a_run_draws_and_writes(options: dict[str, str], samples: tuple[int, int]) -> None:
+    config = PruneConfig(num_samples=8, held_out_samples=4, own_text=0.25, **options)
+    assert config.samples_drawn == samples
+    assert config.samples_written == (samples[0] // 4, samples[1] // 4)
