@@ -276,7 +276,7 @@ def recover(
 @app.command(cls=StagedCommand)
 @takes(
     *("base_model", "pruning_ratio", "prune_kinds", "dtype", "trust_remote_code", "stream_memory"),
-    *("num_samples", "seq_len", "batch_size", "held_out_samples", "eval_samples"),
+    *("own_text", "num_samples", "seq_len", "batch_size", "held_out_samples", "eval_samples"),
     *("reduction", "evidence", "importance_method", "gradient_fix", "temperature", "prior"),
     *("repair", "distill_samples", "shots", "measure_speed"),
     from_file=True,

@@ -105,7 +105,8 @@ def room_on(device: str) -> Room:
 def planned(shape: ModelShape, config: PruneConfig, room: Room, ranks: int, *, streamable: bool = True) -> Plan:
     """Every way to run: whole, whole with recomputed activations, streamed; the first and the last in ranks, too.
 
-    With `reduction` "batch", which keeps a gradient of every weight, a run is neither streamed nor divided.
+    With `reduction` "batch", which keeps a gradient of every weight, a run is neither streamed nor divided; with
+    `own_text`, which a streamed model cannot write, it is not streamed.
 
     Args:
         shape: of the model.
@@ -123,10 +124,11 @@ def planned(shape: ModelShape, config: PruneConfig, room: Room, ranks: int, *, s
         (f"streamed, {ranks} ranks", True, True, ranks),
     ]
     batch = config.reduction == "batch"
+    streamable = streamable and not batch and not sum(config.samples_written)
     runs = tuple(
         _planned(shape, config, room, name, streamed, recomputed, of)
         for name, streamed, recomputed, of in ways
-        if (streamable or not streamed) and not (batch and (streamed or of > 1))
+        if (streamable or not streamed) and not (batch and of > 1)
     )
     tokens = config.num_samples * config.seq_len
     one_wave = tokens * shape.hidden * shape.itemsize * (len(shape.layer_parameters) + 1)

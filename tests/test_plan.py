@@ -84,6 +84,17 @@ def test_a_gradient_of_every_weight_is_neither_streamed_nor_divided(configuratio
     assert found["stream_layers"] == "off"
 
 
+def test_own_text_is_a_stage_of_runs_that_are_not_streamed(configuration: Path, tmp_path: Path) -> None:
+    given = ("--base_model", configuration, "--device", "80GB", "--own_text", 0.5, "--seq_len", 2048, "--json")
+    found = json.loads(command(tmp_path, "plan", *given)[1])
+    assert [run["name"] for run in found["runs"]] == ["whole", "whole, recomputing", "whole, 2 ranks"]
+    for run in found["runs"]:
+        first = run["footprint"]["stages"][0]
+        assert first["name"] == "own_text"
+        # 32 layers of 8 heads of 128 in 16 bits, for 8 samples: 2 GiB.
+        assert 0 < first["device"] - 16_060_522_496 - 2 * 2**30 < 2**29
+
+
 def test_an_option_that_the_plan_does_not_read_is_refused(configuration: Path, tmp_path: Path) -> None:
     code, said = command(tmp_path, "plan", "--base_model", configuration, "--uniform")
     assert code == 2

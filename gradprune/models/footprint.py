@@ -6,7 +6,7 @@ it where most is. `python -m benchmarks.jobs.memory` compares them with what run
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -15,8 +15,8 @@ from gradprune.models.loss import tokens_at_once
 from gradprune.models.sizes import ModelShape
 from gradprune.ranks import PIECE
 
-StageName = Literal["calibration", "importance", "repair", "distillation", "evaluation", "saving"]
-STAGES: tuple[StageName, ...] = ("calibration", "importance", "repair", "distillation", "evaluation", "saving")
+StageName = Literal["own_text", "calibration", "importance", "repair", "distillation", "evaluation", "saving"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
 
 OBS_STREAMS = 1
 """Residual streams of all samples that `obs` keeps at once; with experts, also what their output projections read."""
@@ -140,6 +140,7 @@ def footprint(
     """
     run = _Run(shape, config, streamed, accelerated, world)
     compute = {
+        "own_text": run.own_text,
         "calibration": run.calibration,
         "importance": run.importance,
         "repair": run.repair,
@@ -148,6 +149,9 @@ def footprint(
         "saving": run.saving,
     }
     left_out = {"repair"} if config.repair == "none" else set()
+    # A streamed model writes nothing.
+    if streamed or not sum(config.samples_written):
+        left_out.add("own_text")
     if not config.samples_distilled(shape.parameters):
         left_out.add("distillation")
     return Footprint(tuple(compute[name]() for name in stages if name not in left_out), run.waves if streamed else 1)
@@ -170,6 +174,17 @@ class _Run:
         layers = len(self.shape.layer_parameters)
         together = max(1, budget // (self._stream(self._batch) * (layers + 1)))
         return -(-self._batches // together)
+
+    def own_text(self) -> Stage:
+        """The keys and values of a batch that is written, a layer's once more for every query head, and predictions of
+        one token: in the model's dtype, and in fp32 with their probabilities and what a token is drawn by.
+
+        Layers that see a window keep no more than that; they count as if they kept all.
+        """
+        samples = min(self.config.batch_size, sum(self.config.samples_written))
+        kept = (self.shape.cached + 2 * self.shape.heads) * self.shape.itemsize
+        predictions = (self.shape.itemsize + 16) * self.shape.vocabulary
+        return self._stage("own_text", samples * (self.config.seq_len * kept + predictions), 0, 0)
 
     def calibration(self) -> Stage:
         """Forward and backward of one batch; where the model is streamed, of a wave layer by layer."""

@@ -37,6 +37,8 @@ _INPUTS: dict[str, tuple[dict[str, tuple[str, ...]], ...]] = {
         {"dense_h_to_4h": ("up",)},
     ),
 }
+# Writes what all heads' keys and values are made from, which is kept in their place.
+_COMPRESSING = "kv_a_proj_with_mqa"
 # Classes of linear layers that compute what nn.Linear does. Others quantise, or add to it.
 _LINEAR = ("Linear", "FalconLinear", "Conv1D")
 
@@ -93,6 +95,27 @@ def block_at(layer: nn.Module, index: int, kind: Kind, place: str) -> LinearBloc
         head_dim=shape.head_dim,
         riders=riders,
     )
+
+
+def cached_width(layer: nn.Module) -> int:
+    """How many numbers a decoder layer keeps of each token while it writes text: of its keys and its values.
+
+    A layer without attention, or with one that carries a state instead, keeps none that grows with the text.
+    """
+    place = place_of(layer, "attention")
+    module = None if place is None else layer.get_submodule(place)
+    output = None if module is None else output_of(module, "attention")
+    if module is None or output is None:
+        return 0
+    if hasattr(module, _COMPRESSING):
+        return int(weight_of(module.get_submodule(_COMPRESSING)).shape[0])
+    columns = int(weight_of(getattr(module, output)).shape[1])
+    rows = {name: int(weight_of(getattr(module, name)).shape[0]) for name in _inputs_of(module, "attention")}
+    if "k_proj" in rows:
+        return rows["k_proj"] + rows["v_proj"]
+    # Falcon keeps them repeated for every query head; and what is not known is taken to have as many as these.
+    repeated = not rows or getattr(module, "new_decoder_architecture", False)
+    return 2 * columns if repeated else sum(rows.values()) - columns
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gradprune.models.blocks import Block, LinearBlock
 from gradprune.models.experts import ExpertsBlock, has_experts
+from gradprune.models.inspection import cached_width
 from gradprune.models.modeling_gradprune import text_config
 from gradprune.models.view import layers_of, view_of
 
@@ -32,6 +33,7 @@ class ModelShape:
     a token, of all its experts together. groups: of all blocks together. prunable: parameters of all groups.
     experts: whether a layer has any, whose weights are put together from each expert's when a streamed layer is read,
     and taken apart when it is saved. expert: one of the widest; None where none can be pruned.
+    cached: numbers of all keys and values of a token, in all layers.
     itemsize: bytes of a weight.
     """
 
@@ -47,6 +49,7 @@ class ModelShape:
     prunable: int
     experts: bool
     expert: ExpertShape | None
+    cached: int
     itemsize: int
 
     @property
@@ -99,6 +102,7 @@ def model_shape(model: PreTrainedModel, itemsize: int | None = None) -> ModelSha
         prunable=view.prunable,
         experts=any(map(has_experts, layers_of(model))),
         expert=_widest_expert(view.blocks),
+        cached=sum(map(cached_width, layers_of(model))),
         itemsize=itemsize or model.dtype.itemsize,
     )
 

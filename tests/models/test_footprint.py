@@ -5,12 +5,24 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import init_empty_weights
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from gradprune import PruneConfig
 from gradprune.models import describe
 from gradprune.models.footprint import Footprint, Stage, footprint, samples_followed
 from gradprune.models.sizes import ExpertShape, ModelShape, model_shape
+from gradprune.surgery.cut import cut
+from helpers.architectures import OPTIONS, tiny
+from helpers.cut_models import random_masks
+from helpers.mixtures import MIXTURES, WITH_SHARED, tiny_mixture
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_model
 
 CONFIG = PruneConfig(
@@ -192,3 +204,51 @@ def test_options_count() -> None:
     assert batch.device - stage(held(shape, streamed=False), "calibration").device == 2 * 4 * sum(
         shape.layer_parameters
     )
+
+
+def made(architecture: str) -> PreTrainedModel:
+    if architecture in ARCHITECTURE_NAMES:
+        return tiny_model(architecture)
+    if architecture in OPTIONS:
+        return tiny(architecture)
+    if architecture != "lfm2":
+        return tiny_mixture(architecture)
+    kinds = ["conv", "full_attention"]
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return Lfm2ForCausalLM(Lfm2Config(vocab_size=61, num_hidden_layers=2, layer_types=kinds, **sizes))
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURE_NAMES, *OPTIONS, *MIXTURES, *WITH_SHARED, "lfm2"])
+def test_keys_and_values_are_those_that_a_model_keeps_while_it_writes(architecture: str) -> None:
+    model = made(architecture).eval()
+    # As many tokens as fit the windows here.
+    begun, tokens = torch.full((2, 1), 5), 3
+    cache = model.generate(
+        begun, attention_mask=torch.ones_like(begun), max_new_tokens=tokens, do_sample=False, eos_token_id=None,
+        pad_token_id=0, return_dict_in_generate=True,
+    ).past_key_values  # fmt: skip
+    kept = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    assert model_shape(model).cached * 2 * tokens == sum(tensor.numel() for tensor in kept if tensor is not None)
+
+
+def test_keys_and_values_of_pruned_layers_count_by_their_own_widths() -> None:
+    model, masks = tiny_model(), random_masks(tiny_model(), 2.0)
+    masks.attention[0][:2] = False
+    masks.attention[1][:] = False
+    head = 2 * 4
+    assert model_shape(model).cached == 3 * 3 * head
+    # The model's heads, less two and three; of a block that is gone nothing is read.
+    assert model_shape(cut(model, masks)).cached == 4 * head
+
+
+def test_own_text_holds_the_keys_and_values_of_a_batch() -> None:
+    shape = shape_of(num_key_value_heads=2)
+    found = stage(held(shape, replace(CONFIG, own_text=0.5), streamed=False), "own_text").device
+    # Two heads of 64 in each of eight layers; those of one layer again for all eight; predictions of a token.
+    kept, repeated, predictions = 8 * 2 * 2 * 64, 2 * 512, (4 + 16) * 4096
+    assert found == shape.bytes + 4 * (512 * (kept + repeated) * 4 + predictions)
+    # Two samples are no batch of four.
+    few = replace(CONFIG, own_text=0.05, repair="none")
+    assert stage(held(shape, few, streamed=False), "own_text").device == (found + shape.bytes) // 2
+    stages = {each.name for each in held(shape, replace(CONFIG, own_text=0.5), streamed=True).stages}
+    assert "own_text" not in stages | {each.name for each in held(shape, streamed=False).stages}
