@@ -4,18 +4,17 @@ Tokens are drawn from the model's own distribution, one after the other at tempe
 token on (for quantization and pruning: Williams et al. 2024, arXiv:2410.17170; Liu et al. 2023, arXiv:2305.17888).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gradprune.data.windows import batches
 from gradprune.errors import CalibrationError
 from gradprune.models.modeling_gradprune import text_config
-from gradprune.models.modes import evaluation_mode, seeded
+from gradprune.models.modes import evaluation_mode, plain_generation, seeded
 from gradprune.models.residency import residency_of
 from gradprune.ranks import ALONE, Ranks
 
@@ -52,7 +51,7 @@ def own_samples(
         )
     begun = torch.full((count, 1), _first_token(model))
     own = []
-    with evaluation_mode(model), _as_trained(model):
+    with evaluation_mode(model), plain_generation(model):
         for number, batch in ranks.share(list(enumerate(batches(begun, batch_size)))):
             # Not seed + number: other seeds would write most of the same batches.
             of_batch = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
@@ -84,14 +83,3 @@ def _written(model: PreTrainedModel, begun: Tensor, length: int, seed: int) -> T
             eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
     return found.cpu()
-
-
-@contextmanager
-def _as_trained(model: PreTrainedModel) -> Iterator[None]:
-    """The settings that a checkpoint recommends for chats, such as a temperature or a penalty, are left aside."""
-    recommended = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = recommended

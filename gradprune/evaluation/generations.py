@@ -3,13 +3,14 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradprune.errors import EvaluationError
-from gradprune.models.modes import evaluation_mode
+from gradprune.models.modes import evaluation_mode, plain_generation
 
 # Prompts that are drawn from the evaluation text, their tokens, and the tokens that follow.
 _PROMPTS, _LENGTH, _NEW = 3, 24, 32
@@ -53,22 +54,23 @@ def continuations(
 ) -> tuple[str, ...]:
     """What the model writes after each prompt, at most 32 tokens, always the likeliest next one.
 
-    The end of a prompt that leaves no room in the model's context is taken.
+    Nothing else that the checkpoint recommends for generation holds, but where a text ends. The end of a prompt that
+    leaves no room in the model's context is taken.
     """
     context = int(getattr(model.config, "max_position_embeddings", None) or _LENGTH + _NEW)
     new = max(1, min(_NEW, context // 2))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    end: Any = getattr(model.generation_config, "eos_token_id", None)
     texts = []
-    with evaluation_mode(model):
+    with evaluation_mode(model), plain_generation(model):
         for prompt in prompts:
             ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long()[:, -max(1, context - new) :]
             if not ids.numel():  # a prompt of characters that the tokenizer leaves out
                 ids = torch.full((1, 1), pad if pad is not None else 0)
             ids = ids.to(model.device)
-            # A checkpoint's own settings may ask for sampling.
             found = model.generate(  # type: ignore[operator]
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, num_beams=1,
-                temperature=None, top_p=None, top_k=None, pad_token_id=pad,
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=end,
+                pad_token_id=pad,
             )  # fmt: skip
             texts.append(str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)))
     return tuple(texts)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 _CPU = torch.device("cpu")
 
@@ -23,6 +23,20 @@ def evaluation_mode(*models: PreTrainedModel) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """The settings that a checkpoint recommends for chats, such as a temperature or a penalty, are left aside.
+
+    Also the tokens with which its texts end.
+    """
+    recommended = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = recommended
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from gradprune import PruneConfig, prune
 from gradprune.demo.model import byte_tokenizer
@@ -17,19 +18,44 @@ TOKENIZER = byte_tokenizer()
 OPTIONS = {"num_samples": 8, "seq_len": 16, "batch_size": 4, "backend": "reference", "measure_speed": False}
 
 
-def test_they_are_the_likeliest_tokens() -> None:
-    model = tiny_model(vocab=300)
-    model.generation_config.do_sample = True
-    model.generation_config.eos_token_id = None
-    model.train()
-    ids = TOKENIZER("abacad", return_tensors="pt")["input_ids"]
+def likeliest(model: PreTrainedModel, prompt: str, count: int) -> list[int]:
+    """By passes of their own, without a cache."""
+    ids = TOKENIZER(prompt, return_tensors="pt")["input_ids"]
     found = ids
     with torch.no_grad():
-        for _ in range(32):
+        for _ in range(count):
             found = torch.cat([found, model.eval()(found).logits[:, -1].argmax(-1, keepdim=True)], 1)
-    expected = TOKENIZER.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+    return found[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize(
+    "recommended",
+    [
+        {"do_sample": True, "temperature": 5.0, "top_k": 50},
+        {"repetition_penalty": 9.0},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 4},
+        {"suppress_tokens": list(range(0, 300, 2))},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_they_are_the_likeliest_tokens_whatever_a_checkpoint_recommends(recommended: dict) -> None:
+    model = tiny_model(vocab=300)
+    expected = TOKENIZER.decode(likeliest(model, "abacad", 32), skip_special_tokens=True)
+    model.generation_config.update(**recommended, eos_token_id=None)
+    before = model.generation_config
     assert continuations(model.train(), TOKENIZER, ["abacad"]) == (expected,)
     assert model.training
+    assert model.generation_config is before
+
+
+def test_a_text_ends_where_the_checkpoint_says() -> None:
+    model = tiny_model(vocab=300)
+    tokens = likeliest(model, "abacad", 32)
+    model.generation_config.eos_token_id = [299, tokens[4]]
+    first = tokens.index(tokens[4]) + 1
+    expected = TOKENIZER.decode(tokens[:first], skip_special_tokens=True)
+    assert continuations(model, TOKENIZER, ["abacad"]) == (expected,)
 
 
 def test_a_prompt_longer_than_the_context_is_cut() -> None:
