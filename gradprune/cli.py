@@ -36,7 +36,7 @@ from gradprune.config import (
 )
 from gradprune.config.commands import StagedCommand, takes
 from gradprune.config.recovery_config import RecoveryConfig
-from gradprune.errors import ConfigError, GradPruneError, one_line
+from gradprune.errors import ConfigError, GradPruneError, counted, one_line
 from gradprune.interrupts import Interrupted, interruptible
 from gradprune.progress import Clock, say
 from gradprune.ranks import current, launched, speaks
@@ -269,7 +269,8 @@ def recover(
         dense = None if teacher is None else _load(replace(places, base_model=teacher), "teacher", streams=False)[0]
         summary = recover_checkpoint(loaded, tokenizer, dense, config, places, console=PROGRESS)
     before, after = summary["perplexity"]["before"], summary["perplexity"]["after"]
-    OUT.print(f"perplexity {before:.4f} before, {after:.4f} after {summary['best_step']} of {summary['steps']} steps")
+    done = f"{summary['best_step']} of {counted(summary['steps'], 'step')}"
+    OUT.print(f"perplexity {before:.4f} before, {after:.4f} after {done}")
     OUT.print(f"Model:  {places.output_dir}/{places.output_name}/model", soft_wrap=True)
 
 

@@ -41,7 +41,9 @@ def say(console: Console, line: str) -> None:
 
 
 @contextmanager
-def progress(console: Console, description: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+def progress(
+    console: Console, description: str, total: int, unit: str, *, done: int = 0
+) -> Iterator[Callable[..., None]]:
     """Show progress while the body runs; yields `advance(steps=1)`. If the body raises, the bar is removed.
 
     Args:
@@ -49,9 +51,10 @@ def progress(console: Console, description: str, total: int, unit: str) -> Itera
         description: what is running.
         total: number of steps.
         unit: what a step is, in the plural.
+        done: steps that an earlier process did, which say nothing about the rate.
     """
     if not console.is_terminal:
-        lines = _Lines(console, description, total, unit)
+        lines = _Lines(console, description, total, unit, done)
         yield lines.advance
         return
     columns = (
@@ -65,7 +68,7 @@ def progress(console: Console, description: str, total: int, unit: str) -> Itera
     )
     bar = Progress(*columns, console=console, disable=console.quiet, expand=True)
     with bar:
-        task = bar.add_task(description, total=total, unit=unit)
+        task = bar.add_task(description, total=total, completed=done, unit=unit)
 
         def advance(steps: int = 1) -> None:
             bar.update(task, advance=steps)
@@ -81,12 +84,12 @@ def progress(console: Console, description: str, total: int, unit: str) -> Itera
 class _Lines:
     """Progress as lines of text, if the output is not a terminal."""
 
-    def __init__(self, console: Console, description: str, total: int, unit: str) -> None:
+    def __init__(self, console: Console, description: str, total: int, unit: str, done: int) -> None:
         self._console = console
         self._description = description
         self._total = total
         self._unit = unit
-        self._done = 0
+        self._before = self._done = done
         self._start = self._said = time.monotonic()
 
     def advance(self, steps: int = 1) -> None:
@@ -94,7 +97,7 @@ class _Lines:
         now = time.monotonic()
         if now - self._said >= _INTERVAL:
             self._said = now
-            rate = self._done / (now - self._start)
+            rate = (self._done - self._before) / (now - self._start)
             say(
                 self._console,
                 f"{self._description}: {self._done:,} of {self._total:,} {self._unit}, {_rate(rate)} {self._unit}/s, "

@@ -400,6 +400,10 @@ def test_recover_writes_a_checkpoint(gradprune, model_folder: Path, ids_file: Pa
     summary = json.loads(Path("results/y/analysis/summary.json").read_text())
     assert f"{summary['perplexity']['before']:.4f} before" in out
     assert summary["steps"] == 3
+    assert f"after {summary['best_step']} of 3 steps" in out
+    code, out, _ = gradprune(*recover, "--teacher", model_folder, "--steps", "1", "--overwrite")
+    assert (code, " of 1 step\n" in out) == (0, True)
+    summary = json.loads(Path("results/y/analysis/summary.json").read_text())
     assert sorted(path.name for path in Path("results").iterdir()) == ["x", "y"]
     measured = ["--dataset", ids_file, "--seq_len", "16", "--eval_samples", "3", "--json"]
     code, out, _ = gradprune("eval", "--model", "results/y/model", *measured)

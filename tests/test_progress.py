@@ -42,6 +42,18 @@ def test_more_than_an_hour_is_shown_in_hours(now: list[float]) -> None:
     assert written(console) == "Searching: 1 of 101 trials, 0.01 trials/s, 2:46:40 left\n"
 
 
+def test_what_an_earlier_process_did_is_counted_but_takes_no_part_in_the_rate(now: list[float]) -> None:
+    console, terminal = Console(file=io.StringIO()), Console(file=io.StringIO(), force_terminal=True, width=100)
+    for each in (console, terminal):
+        now[0] = 0.0
+        with progress(each, "Recovering", 500, "steps", done=400) as advance:
+            for second in range(1, 41):
+                now[0] = float(second)
+                advance()
+    assert written(console) == "Recovering: 430 of 500 steps, 1.0 steps/s, 1:10 left\n"
+    assert "440/500" in written(terminal)
+
+
 @pytest.mark.parametrize("console", [Console(file=io.StringIO(), quiet=True), progress_module.QUIET])
 def test_a_quiet_console_shows_nothing(console: Console, now: list[float], capsys) -> None:
     with Clock(console).stage("calibration"), progress(console, "Calibrating", 2, "samples") as advance:

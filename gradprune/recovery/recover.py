@@ -1,5 +1,6 @@
 """Recovery: train a pruned model for a while, keep the best weights, merge what was added."""
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from gradprune.models.sizes import vocabulary_of
 from gradprune.progress import QUIET, progress
 from gradprune.recovery.losses import distillation_loss
 from gradprune.recovery.state import Progress, Tensors, digest, load_state, save_state
+
+logger = logging.getLogger(__name__)
 
 # Windows at the end of the text on which the best weights are chosen, and steps of linear warm-up.
 _CHOSEN_ON, _WARM_UP = 32, 10
@@ -184,9 +187,7 @@ class _Trainer:
         """Train to the end; the model then has the best weights."""
         now = self.progress
         interval = -(-now.total // self.config.checks)
-        shown = progress(self.console, "Recovering", now.total, "steps")
-        with shown as advance:
-            advance(now.step)
+        with progress(self.console, "Recovering", now.total, "steps", done=now.step) as advance:
             while now.step < now.total:
                 self._step()
                 advance()
@@ -239,12 +240,17 @@ class _Trainer:
             self.model.train()
             self.loss_of(self._batch(0)).backward()
             self.optimizer.zero_grad(set_to_none=True)
-            seconds = time.perf_counter() - start
+            step = time.perf_counter() - start
         start = time.perf_counter()
         self.model.eval()
         mean_loss(self.model, list(batches(self.chosen_on, self.config.batch_size)))
-        checks = self.config.checks * (time.perf_counter() - start)
-        return max(1, int((60.0 * self.config.minutes - checks) / seconds))
+        check = time.perf_counter() - start
+        if (steps := _steps_within(60.0 * self.config.minutes, step, check, self.config.checks)) < 1:
+            logger.warning(
+                "minutes: %g is less than one step and its check take, %.2g minutes; one step is trained",
+                self.config.minutes, (step + check) / 60.0,
+            )  # fmt: skip
+        return max(1, steps)
 
     @torch.no_grad()
     def _set(self, weights: Tensors) -> None:
@@ -264,6 +270,12 @@ class _Trainer:
             self.optimizer.state[parameter] = {
                 key: value if key == "step" else value.to(parameter.device) for key, value in own.items()
             }
+
+
+def _steps_within(seconds: float, step: float, check: float, checks: int) -> int:
+    """How many steps fit, if one takes `step` seconds, and held-out loss, `checks` times at most, `check` each."""
+    # Fewer steps than checks are checked one by one.
+    return int(max((seconds - checks * check) / step, seconds / (step + check)))
 
 
 def _schedule(step: int, total: int) -> float:

@@ -163,6 +163,19 @@ def test_minutes_are_planned_by_the_speed_of_the_first_steps(monkeypatch: pytest
     assert recover(pruned, None, TEXT, config).steps == 13
 
 
+@pytest.mark.parametrize(("minutes", "steps"), [(0.5, 4), (0.25, 2), (0.1, 1)])
+def test_checks_leave_time_for_steps(
+    minutes: float, steps: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Six checks alone would take longer than any of these limits; fewer steps need fewer of them."""
+    _, pruned = dense_and_pruned(dtype=torch.float32)
+    monkeypatch.setattr(module.time, "perf_counter", iter([0, 9, 10, 11, 20, 26]).__next__)
+    config = RecoveryConfig(loss="lm", **{**QUICK, "steps": None, "checks": 6}, minutes=minutes)
+    assert recover(pruned, None, TEXT, config).steps == steps
+    told = ["minutes: 0.1 is less than one step and its check take, 0.12 minutes; one step is trained"]
+    assert caplog.messages == (told if minutes == 0.1 else [])
+
+
 def test_what_cannot_be_trained_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, pruned = dense_and_pruned()
     with pytest.raises(RecoveryError, match="teacher: loss 'kd'"):
