@@ -33,7 +33,7 @@ from gradprune.config import (
     check_gradient_fix,
 )
 from gradprune.errors import ConfigError, GradPruneError
-from gradprune.models import BlockKey, describe
+from gradprune.models import BlockKey, PrunableModel, describe
 from gradprune.models.backward import backpropagated, deterministic_attention, loss_scale, without_autocast
 from gradprune.models.footprint import Job
 from gradprune.models.loss import sample_losses
@@ -109,27 +109,9 @@ class ImportanceEngine:
                 several; "batch" with a streamed model; `kinds` that the model has not, or the method does not score.
             BackendUnavailableError: the backend asked for by name cannot run on the model's device.
         """
-        if method not in METHODS:
-            raise ConfigError(f"importance_method: '{method}' is unknown; choose one of {', '.join(METHODS)}")
-        if reduction not in REDUCTIONS:
-            raise ConfigError(f"reduction: '{reduction}' is unknown; choose one of {', '.join(REDUCTIONS)}")
-        check_gradient_fix(gradient_fix)
-        check_placement(model)
-        check_model(model)
         self._model = model
-        self._view = describe(model, kinds).with_groups()
-        check_experts(self._view, method, reduction)
-        if reduction == "batch" and ranks.world > 1:
-            raise ConfigError(
-                f"reduction: 'batch' keeps a gradient of every weight, too much to exchange between {ranks.world} "
-                "ranks; choose 'sample', or one process"
-            )
+        self._view = _observable(model, method, reduction, gradient_fix, ranks, kinds)
         self.ranks = ranks
-        if reduction == "batch" and self._view.residency is not None:
-            raise ConfigError(
-                "reduction: 'batch' keeps a gradient of every weight, more than the model that streaming keeps out of "
-                "memory; choose 'sample', or stream_layers 'off'"
-            )
         self.method = method
         self.gradient_fix = gradient_fix
         self._reduction = REDUCTIONS[reduction]
@@ -544,6 +526,41 @@ class ImportanceEngine:
         self, records: dict[BlockKey, list[StepRecord]], samples: list[Tensor], losses: list[Tensor], first: int = 0
     ) -> Findings:
         return Findings.of(self._view, self._reduction, self._accumulators, records, samples, losses, first)
+
+
+def _observable(
+    model: PreTrainedModel,
+    method: Method,
+    reduction: ReductionName,
+    gradient_fix: str,
+    ranks: Ranks,
+    kinds: Sequence[str] | None,
+) -> PrunableModel:
+    """The model's blocks of these kinds, if an engine with these options can observe it.
+
+    Raises:
+        GradPruneError: as `ImportanceEngine`.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"importance_method: '{method}' is unknown; choose one of {', '.join(METHODS)}")
+    if reduction not in REDUCTIONS:
+        raise ConfigError(f"reduction: '{reduction}' is unknown; choose one of {', '.join(REDUCTIONS)}")
+    check_gradient_fix(gradient_fix)
+    check_placement(model)
+    check_model(model)
+    view = describe(model, kinds).with_groups()
+    check_experts(view, method, reduction)
+    if reduction == "batch" and ranks.world > 1:
+        raise ConfigError(
+            f"reduction: 'batch' keeps a gradient of every weight, too much to exchange between {ranks.world} "
+            "ranks; choose 'sample', or one process"
+        )
+    if reduction == "batch" and view.residency is not None:
+        raise ConfigError(
+            "reduction: 'batch' keeps a gradient of every weight, more than the model that streaming keeps out of "
+            "memory; choose 'sample', or stream_layers 'off'"
+        )
+    return view
 
 
 def _depth_of_all_steps(method: Method, gradient_fix: str, weight_gradient_steps: int | None) -> Depth:

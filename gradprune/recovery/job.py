@@ -1,6 +1,7 @@
 """The whole job of `gradprune recover`: measure, train, measure again, write a checkpoint."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from gradprune.evaluation.perplexity import perplexity
 from gradprune.evaluation.size import model_size
 from gradprune.models.sizes import vocabulary_of
 from gradprune.progress import QUIET
-from gradprune.recovery.recover import recover
+from gradprune.recovery.recover import Recovery, recover
 from gradprune.report.card import write_recovered_card
 from gradprune.report.strict_json import write_json
 from gradprune.version import __version__
@@ -51,42 +52,55 @@ def recover_checkpoint(
     Raises:
         GradPruneError: as `recover`, or the output folder exists.
     """
-    vocabulary = vocabulary_of(model)
-    text, held_out = calibration_and_evaluation(tokenizer, places, None, None, vocabulary)
-
-    def measured() -> float:
-        return perplexity(
-            model,
-            held_out,
-            seq_len=config.seq_len,
-            batch_size=places.batch_size,
-            max_windows=places.eval_samples,
-            console=console,
-        ).value
-
+    text, held_out = calibration_and_evaluation(tokenizer, places, None, None, vocabulary_of(model))
+    measured = partial(
+        perplexity,
+        model,
+        held_out,
+        seq_len=config.seq_len,
+        batch_size=places.batch_size,
+        max_windows=places.eval_samples,
+        console=console,
+    )
     with claimed_results(places) as output:
         assert output is not None, "output_name is needed"
-        before = measured()
+        before = measured().value
         state = output.with_name(f".{output.name}.recovery")
         found = recover(model, teacher, text, config, state=state, console=console)
-        summary = {
-            "parameters": model_size(model).parameters,
-            "perplexity": {"before": before, "after": measured()},
-            "method": config.method,
-            "loss": config.loss,
-            "steps": found.steps,
-            "tokens": found.steps * config.batch_size * config.seq_len,
-            "best_step": found.best_step,
-            "history": [{"step": step, "loss": loss} for step, loss in found.history],
-        }
+        summary = _summary(found, config, before, measured().value)
         with atomic_directory(output, overwrite=places.overwrite, argument="output_name") as folder:
-            save_checkpoint(found.model, tokenizer, folder / "model")
-            write_recovered_card(folder / "model", found.model.config, Path(str(places.base_model)), summary)
-            (folder / "analysis").mkdir()
-            write_json(folder / "analysis" / "summary.json", summary)
+            _write(folder, found.model, tokenizer, summary, places)
             record = {"config": _recorded(config, places, teacher), "versions": {"gradprune": __version__}}
             write_json(folder / "run.json", record)
     return summary
+
+
+def _summary(found: Recovery, config: RecoveryConfig, before: float, after: float) -> dict[str, Any]:
+    """The content of `summary.json`; before, after: perplexities."""
+    return {
+        "parameters": model_size(found.model).parameters,
+        "perplexity": {"before": before, "after": after},
+        "method": config.method,
+        "loss": config.loss,
+        "steps": found.steps,
+        "tokens": found.steps * config.batch_size * config.seq_len,
+        "best_step": found.best_step,
+        "history": [{"step": step, "loss": loss} for step, loss in found.history],
+    }
+
+
+def _write(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    summary: dict[str, Any],
+    places: PruneConfig,
+) -> None:
+    """The checkpoint with its card, and what was measured."""
+    save_checkpoint(model, tokenizer, folder / "model")
+    write_recovered_card(folder / "model", model.config, Path(str(places.base_model)), summary)
+    (folder / "analysis").mkdir()
+    write_json(folder / "analysis" / "summary.json", summary)
 
 
 def _recorded(config: RecoveryConfig, places: PruneConfig, teacher: PreTrainedModel | None) -> dict[str, Any]:
