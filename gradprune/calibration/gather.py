@@ -39,7 +39,9 @@ def gather_evidence(run: Run, *, bound: bool = True) -> Evidence:
         with run.clock.stage("calibration"):
             engine = _calibrated(run)
         with run.clock.stage("importance"):
-            evidence = _evidence(run, engine, bound=bound)
+            evidence = _evidence(run, engine)
+            if bound:
+                evidence = replace(evidence, model=model_digest(run.view.model))
     with run.clock.stage("priors"):
         if config.uses_priors and not _has_priors(evidence, config):
             if config.prior == "taylor":
@@ -121,7 +123,7 @@ def _calibrated(run: Run) -> ImportanceEngine:
     return engine
 
 
-def _evidence(run: Run, engine: ImportanceEngine, *, bound: bool) -> Evidence:
+def _evidence(run: Run, engine: ImportanceEngine) -> Evidence:
     """What the engine's sums say and, of "obs", one more pass over the samples, see `gradprune.calibration.obs`."""
     config = run.config
     with _progress_of_obs(run, engine) as advance:
@@ -131,7 +133,6 @@ def _evidence(run: Run, engine: ImportanceEngine, *, bound: bool) -> Evidence:
         seed=config.seed,
         dataset=config.dataset,
         own_text=config.samples_written[0] / config.num_samples,
-        model=model_digest(run.view.model) if bound else "",
     )
     gates = engine.gate_gradients()
     return evidence.with_priors("taylor", taylor_priors(gates)) if gates else evidence
