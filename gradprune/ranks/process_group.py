@@ -3,9 +3,12 @@
 import json
 import os
 import socket
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -144,12 +147,28 @@ def connected(rank: int, world: int, local: int) -> LaunchedRanks:
             torch.cuda.set_device(local % torch.cuda.device_count())
         limit = timedelta(seconds=_seconds())
         store, _, _ = next(rendezvous("env://", rank, world, timeout=limit))
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit, store=store, rank=rank, world_size=world
-        )
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        with _nothing_printed():
+            torch.distributed.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
     except (RuntimeError, ValueError) as error:
         raise RankError(f"ranks: rank {rank} of {world} cannot meet the others: {one_line(error)}") from error
     return LaunchedRanks(rank, world, local, store)
+
+
+@contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """Older PyTorch writes to standard output, where a result may be expected, that gloo's ranks have met."""
+    if sys.__stdout__ is None:
+        yield
+        return
+    output = os.dup(1)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
 
 
 def _seconds() -> float:
