@@ -4,13 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test bench bench-quality gpu gpu-70b docs lint format clean
+.PHONY: demo test test-lowest bench bench-quality gpu gpu-70b docs lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gradprune demo
 
 test: $(VENV)/.installed-dev $(VENV)/triton-3.6.0 lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --durations 15
+
+# With the lowest versions that the package accepts, by Python 3.10 or 3.11; 8 GB, for that torch comes with CUDA. What
+# kernels compile to is left out: `make test` compares it under two Tritons.
+test-lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[test]'
+	$(VENV)-lowest/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
+		--ignore tests/kernels/test_ahead_of_time.py --ignore tests/kernels/test_ahead_of_time_triton_3_6.py
 
 # Measures into benchmarks/results and shows it: under 15 minutes on two cores, under 3 with QUICK=1.
 bench: $(VENV)/.installed-bench
@@ -87,4 +95,4 @@ $(VENV)/.installed-docs: $(VENV)/.torch $(SOURCES)
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist $(VENV) $(VENV)-lowest

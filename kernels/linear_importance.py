@@ -17,15 +17,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gradprune.kernels.launch import ceil_div, device_of
 from gradprune.kernels.partial_sums import add_partial_sums
 from gradprune.kernels.tuning import fastest
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton before 3.4: pointers everywhere
-    TensorDescriptor = None
 
 # Rows of a tile whose statistics are combined: those that a warp holds after a half-precision product on Hopper.
 STATISTICS_ROWS = 16
@@ -571,7 +567,7 @@ def samples_in_turn(samples: int, tiles_b: int, height: int) -> int:
 
 def descriptors_work(*tensors: Tensor) -> bool:
     """Whether the tensor memory accelerator of Hopper can read all tensors, or the interpreter stands in for it."""
-    if TensorDescriptor is None or (tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device)[0] < 9):
+    if tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
         return False
     return tensors[0].dtype != torch.float32 and all(map(is_describable, tensors))
 

@@ -82,7 +82,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         left, right: [tokens, A] and [tokens, B] floating point. Half-precision ones are multiplied as they are on
             CUDA, with fp32 sums, and converted first elsewhere.
     """
-    if total.is_cuda and left.dtype == right.dtype in (torch.bfloat16, torch.float16) and _MIXED:
+    if total.is_cuda and left.dtype == right.dtype in (torch.bfloat16, torch.float16):
         total += torch.mm(left.T, right, out_dtype=torch.float32)
     else:
         with same_rounding(total):
@@ -113,7 +113,3 @@ def mirror(gram: Tensor) -> Tensor:
         corner += corner.tril(-1).T
         gram[start:end, end:] = gram[end:, start:end].T
     return gram
-
-
-# torch.mm's out_dtype came with torch 2.8.
-_MIXED = hasattr(torch.ops.aten.mm, "dtype")

@@ -47,10 +47,11 @@ def write_gguf(model: PreTrainedModel, path: Path, *, architecture: str = "llama
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    tokens = [*(chr(ord("A") + number) for number in range(config.vocab_size - 1)), "AB"]
+    tokens = [*(chr(ord("A") + number) for number in range(config.vocab_size - 2)), "AB", "CD"]
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
-    writer.add_token_merges(["A B"])
+    # Two: transformers before 5.18 takes the letters of a lone merge for merges.
+    writer.add_token_merges(["A B", "C D"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for name, weight in model.state_dict().items():

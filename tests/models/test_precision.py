@@ -50,9 +50,7 @@ def test_what_was_set_before_is_set_again_whatever_happens() -> None:
 
 
 def test_what_a_program_set_by_device_stays() -> None:
-    backend = getattr(torch.backends.mkldnn, "matmul", None)
-    if backend is None:
-        pytest.skip("this PyTorch has one setting for all devices")
+    backend = torch.backends.mkldnn.matmul
     before = backend.fp32_precision
     backend.fp32_precision = "tf32"
     try:

@@ -1,0 +1,15 @@
+"""The tests can be run with the lowest versions that the package accepts: with all of them, and no others."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_lowest_versions_that_are_tested_are_those_that_are_declared() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    runtime = project.partition("\ndependencies = [")[2].partition("\ndocs = ")[0]
+    declared = dict(re.findall(r'"([\w-]+)>=([\d.]+)', runtime))
+    constraints = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8")
+    assert "torch" in declared
+    assert dict(re.findall(r"^([\w-]+)==(.+)$", constraints, re.MULTILINE)) == declared
