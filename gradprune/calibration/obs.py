@@ -301,9 +301,8 @@ class _Remaining:
         with one_thread():
             across = torch.linalg.solve_triangular(factor, rows, upper=False)
             gone = torch.linalg.solve_triangular(factor, self._transposed.index_select(0, out), upper=False)
-        for matrix, right in ((self._transposed, gone), (self._inverse, across)):
-            with same_rounding(matrix):
-                matrix.addmm_(across.T, right, alpha=-1.0)
+        _subtract_product(self._transposed, across, gone)
+        _subtract_product(self._inverse, across, across)
         stay = torch.ones(len(self), dtype=torch.bool)
         stay[positions] = False
         self.groups, self._at = self.groups[stay], self._at[stay]
@@ -324,6 +323,12 @@ class _Remaining:
     def _columns_of(self, groups: Tensor) -> Tensor:
         at = (groups[:, None] * self.columns + torch.arange(self.columns)).reshape(-1)
         return at.to(self._inverse.device)
+
+
+def _subtract_product(matrix: Tensor, left: Tensor, right: Tensor) -> None:
+    """matrix -= left^T right."""
+    with same_rounding(matrix):
+        matrix.addmm_(left.T, right, alpha=-1.0)
 
 
 def _round(block: _Remaining, quota: int, ops: ImportanceOps) -> tuple[Tensor, list[float]]:

@@ -145,6 +145,20 @@ def test_the_same_bytes_at_any_number_of_threads(groups: int, columns: int, outp
     assert all(other == found[0] for other in found)
 
 
+def test_a_path_holds_what_the_plan_counts() -> None:
+    """A matrix twice at most, beside the weights: more would be the peak of a whole run."""
+    pytest.importorskip("triton", reason="triton is not installed: what a removal path holds is NOT counted here")
+    from benchmarks.predicted.counted import Counted
+
+    outputs, width = 256, 2048
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, width, generator=generator) for rows in (width + 100, outputs))
+    gram = x.T @ x
+    with Counted() as counted:
+        removal_path(weight, with_ridge(gram), 1, overwrite=True)
+    assert counted.peak < 1.1 * 8 * width * (2 * width + outputs)
+
+
 def test_a_ridge_makes_any_gram_matrix_positive_definite() -> None:
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gram = x.T @ x
