@@ -111,8 +111,7 @@ def growth_table(records: Sequence[Record]) -> str:
 
 MEMORY = (
     "Peak memory that is no file cache, on top of what the process held before the model was loaded, and what "
-    "`gradprune plan` predicts from the configuration. Not predicted is what oneDNN keeps where it rounds fp32 factors "
-    "to bfloat16: a compiled kernel for each number of tokens that an expert gets, 1,024 at most."
+    "`gradprune plan` predicts from the configuration."
 )
 
 
