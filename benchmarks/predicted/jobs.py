@@ -81,10 +81,13 @@ def _distillation(card: Card, layers: int | None) -> Record:
     """Which takes place on request only in so large a model, on as many tokens as by default in a smaller one."""
     job, lost = whole.FULL, lost_at(whole.FULL.size, PruneConfig().pruning_ratio)
     shape = job.distilled(job.samples), DISTILL_JUDGED, job.compared.tokens
-    counted = [distillation_pass(job.size, each, lost, *shape) for each in (1, 2)]
+    counted = [_distil(job.size, each, lost, *shape) for each in (1, 2)]
     seconds = _of_layers(1, *(pass_seconds(each, card) for each in counted), layers)
     peak = _of_layers(1, *(float(each.peak) for each in counted), layers)
     return _of_pass(card, job.load(job.samples).text, whole.DISTILLED, seconds, int(peak))
+
+
+_distil = cache(distillation_pass)
 
 
 def _of_layers(fewer: int, of_fewer: float, of_one_more: float, layers: int | None) -> float:
