@@ -59,6 +59,14 @@ def _same_verbosity() -> Iterator[None]:
     logging.set_verbosity(level)
 
 
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    """A test may set the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def stories_model() -> Path:
     """A real 260K-parameter Llama, which lies beside the repository where it is developed."""

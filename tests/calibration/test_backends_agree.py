@@ -1,7 +1,5 @@
 """The backends on whole models: the same scores, and the same groups first, as the reference."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -36,15 +34,8 @@ def test_scores_and_order_are_the_reference_s(architecture: str, backend: Import
             assert torch.equal(have.argsort(), want.argsort()), (method, kind)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_cpp_gives_the_same_bits_with_one_thread_and_two(architecture: str, threads: None) -> None:
+def test_cpp_gives_the_same_bits_with_one_thread_and_two(architecture: str, restore_threads: None) -> None:
     model = tiny_model(architecture, head_dim=32, channels=700, hidden=192, dtype=torch.float32)
     ids = tiny_ids(samples=2, tokens=60)
     results = []

@@ -43,18 +43,14 @@ def test_what_is_not_positive_definite_has_no_factor(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [100, 130, 172, 300, 400])
-def test_the_same_bits_at_any_number_of_threads(size: int) -> None:
+def test_the_same_bits_at_any_number_of_threads(size: int, restore_threads: None) -> None:
     matrix, found = positive(size), []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 4):
-            torch.set_num_threads(threads)
-            factor = cholesky(matrix)
-            gram = torch.zeros(40, 40, dtype=torch.float64)
-            add_gram(gram, matrix[:, :40])
-            found.append((factor, solve(factor, matrix), inverse(factor.clone()), gram))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        factor = cholesky(matrix)
+        gram = torch.zeros(40, 40, dtype=torch.float64)
+        add_gram(gram, matrix[:, :40])
+        found.append((factor, solve(factor, matrix), inverse(factor.clone()), gram))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 

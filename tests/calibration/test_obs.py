@@ -131,17 +131,15 @@ def test_permuting_channels_permutes_the_path(groups: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize(("groups", "columns", "outputs"), [(200, 1, 64), (172, 1, 64), (300, 1, 130), (4, 43, 130)])
-def test_the_same_bytes_at_any_number_of_threads(groups: int, columns: int, outputs: int) -> None:
+def test_the_same_bytes_at_any_number_of_threads(
+    groups: int, columns: int, outputs: int, restore_threads: None
+) -> None:
     weight, _, gram = block(groups, columns, outputs=outputs, tokens=400)
     found = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 4):
-            torch.set_num_threads(threads)
-            path = removal_path(weight, gram, columns)
-            found.append((path.order.tolist(), path.importance().tolist()))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        path = removal_path(weight, gram, columns)
+        found.append((path.order.tolist(), path.importance().tolist()))
     assert all(other == found[0] for other in found)
 
 

@@ -1,7 +1,6 @@
 """Fixtures of the C++ ops' tests."""
 
 import pytest
-import torch
 
 from gradprune.ops.extension import ISAS
 
@@ -13,10 +12,3 @@ def isa(request: pytest.FixtureRequest) -> str:
     if request.param not in available:
         pytest.skip(f"this CPU has no {request.param}, only {', '.join(available)}: its kernels are NOT tested here")
     return str(request.param)
-
-
-@pytest.fixture
-def restore_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)

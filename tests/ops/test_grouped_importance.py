@@ -143,20 +143,16 @@ def test_experts_without_tokens_and_layers_without_any(backend: str, device: str
 
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
-def test_every_instruction_set_and_number_of_threads(isa: str) -> None:
+def test_every_instruction_set_and_number_of_threads(isa: str, restore_threads: None) -> None:
     from gradprune import _C
 
     if isa not in _C.build_info()["isas"]:
         pytest.skip(f"this CPU has no {isa}")
     given = operands(((40, 0, 90), (300, 7, 5)), 150, 300, torch.float64)
-    threads = torch.get_num_threads()
-    try:
-        found = []
-        for number in (1, 3):
-            torch.set_num_threads(number)
-            found.append(grouped_linear_importance_cpp(*given, "both", isa))
-    finally:
+    found = []
+    for threads in (1, 3):
         torch.set_num_threads(threads)
+        found.append(grouped_linear_importance_cpp(*given, "both", isa))
     assert torch.equal(found[0].rows, found[1].rows)
     assert torch.equal(found[0].columns, found[1].columns)
     assert found[0].rows.dtype == torch.float64
