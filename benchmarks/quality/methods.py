@@ -52,13 +52,17 @@ from gradprune.search import search
 from gradprune.shots import after_shots
 
 TORCH_PRUNING = "torch-pruning GroupTaylor"
+SEARCH = "gradprune search + least squares"
 # The models here have no experts, which are all that REAP scores.
 DENSE_METHODS = tuple(method for method in METHODS if method != "reap")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure model by model, seed by seed."""
-    options = _with_defaults(parse(_parser(), arguments))
+    made = _parser()
+    options = _with_defaults(parse(made, arguments))
+    if unknown := sorted(set(options.providers or ()) - set(_providers(options))):
+        made.error(f"--providers: '{unknown[0]}' is none of {', '.join(_providers(options))}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     deadline = Deadline(options.seconds)
@@ -108,6 +112,13 @@ def _with_defaults(options: Namespace) -> Namespace:
     options.num_samples = options.num_samples or (4 if options.toy else PruneConfig().num_samples)
     options.eval_samples = 2 if options.toy else (options.eval_samples or None)
     return options
+
+
+def _providers(options: Namespace) -> list[str]:
+    """All that the other options let it measure."""
+    by_method = [name for each in options.temperatures for method in options.methods for name in _names(method, each)]
+    asked = [_shots_name(options)] * (options.shots > 1) + [SEARCH] * options.search
+    return ["dense", *by_method, *asked, TORCH_PRUNING, *options.peers]
 
 
 @dataclass(frozen=True)
@@ -184,23 +195,31 @@ def _by_method(run: Run, evidence: Evidence, given: float, options: Namespace) -
     for temperature in options.temperatures:
         for method in options.methods:
             scoring = Scoring(importance_method=method, temperature=temperature, tau=0.0)
-            pruned, name = _pruned(run, evidence, scoring), f"gradprune {method}"
-            yield ProviderChoice(f"{name} T={temperature:g}", given, pruned.as_cut)
-            yield ProviderChoice(f"{name} + least squares T={temperature:g}", given, pruned.repaired)
-            if method == DEFAULT_METHODS[0]:
-                yield ProviderChoice(f"{name} + distillation T={temperature:g}", given, pruned.distilled)
+            pruned = _pruned(run, evidence, scoring)
+            models = (pruned.as_cut, pruned.repaired, pruned.distilled)
+            for name, model in zip(_names(method, temperature), models, strict=False):
+                yield ProviderChoice(name, given, model)
+
+
+def _names(method: str, temperature: float) -> list[str]:
+    """As tables name a method's model as it is cut, repaired, and, by the default method, distilled."""
+    after = ["", " + least squares", *([" + distillation"] if method == DEFAULT_METHODS[0] else [])]
+    return [f"gradprune {method}{each} T={temperature:g}" for each in after]
 
 
 def _by_shots_and_search(run: Run, evidence: Evidence, given: float, options: Namespace) -> Iterator[ProviderChoice]:
     """What takes minutes to choose, and so is chosen only where it is measured."""
-    name = f"gradprune obs in {options.shots} shots + least squares"
+    name = _shots_name(options)
     if options.shots > 1 and _is_asked(name, options):
         config = replace(run.config, importance_method="obs", shots=options.shots)
         scored = after_shots(replace(run, config=config), evidence)
         yield ProviderChoice(name, given, _pruned(run, scored, config.scoring).repaired)
-    name = "gradprune search + least squares"
-    if options.search and _is_asked(name, options):
-        yield ProviderChoice(name, given, _pruned(run, evidence, search(run, evidence).winner.scoring).repaired)
+    if options.search and _is_asked(SEARCH, options):
+        yield ProviderChoice(SEARCH, given, _pruned(run, evidence, search(run, evidence).winner.scoring).repaired)
+
+
+def _shots_name(options: Namespace) -> str:
+    return f"gradprune obs in {options.shots} shots + least squares"
 
 
 def _pruned(run: Run, evidence: Evidence, scoring: Scoring) -> Pruned:

@@ -53,7 +53,9 @@ def inverse(factor: Tensor) -> Tensor:
 
 def solve(factor: Tensor, right: Tensor) -> Tensor:
     """[n, m] (L L^T)^-1 right of a factor L and right [n, m]."""
-    half = _substituted(factor, right.clone(memory_format=torch.contiguous_format), upper=False)
+    if right.is_cpu:
+        right = right.clone(memory_format=torch.contiguous_format)
+    half = _substituted(factor, right, upper=False)
     return _substituted(factor.T, half, upper=True)
 
 

@@ -235,7 +235,9 @@ def _by_steps(model: Any, ids: Tensor) -> Tensor:
     out = model(input_ids=ids[:, :-2], use_cache=True)
     for step in (-2, -1):
         tokens = ids[:, step : ids.shape[1] + step + 1]
-        out = model(input_ids=tokens, use_cache=True, past_key_values=out.past_key_values)
+        # `past_key_values` before transformers 5.24.
+        cache = {name: out[name] for name in ("cache", "past_key_values") if name in out}
+        out = model(input_ids=tokens, use_cache=True, **cache)
     found: Tensor = out.logits[:, -1]
     return found
 

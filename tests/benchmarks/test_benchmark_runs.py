@@ -258,6 +258,15 @@ def test_quality(tmp_path: Path) -> None:
     assert alone.extra == next(record.extra for record in found if record.provider == alone.provider)
 
 
+def test_a_provider_that_nothing_measures_is_refused_before_anything_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as found:
+        methods.main(["--methods", "obs", "--temperatures", "0", "--peers", "FLAP", "--providers", "FLAP,obs"])
+    assert found.value.code == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--providers: 'obs' is none of dense, gradprune obs T=0, gradprune obs + least squares T=0, " in told
+    assert told.endswith("gradprune obs + distillation T=0, torch-pruning GroupTaylor, FLAP")
+
+
 def test_a_model_that_is_measured_repaired_and_distilled_is_repaired_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
