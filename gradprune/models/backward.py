@@ -85,19 +85,21 @@ _FIXED_ORDER = _FixedOrder()
 
 
 def _in_fixed_order(attention: Callable[..., Any]) -> Callable[..., Any]:
-    before = _DETERMINISTIC
+    before: _Settings
 
     def begin(_gradients: Any) -> None:
         nonlocal before
         before = _settings()
-        _set(_DETERMINISTIC)
+        # Where a program set products by device, nothing could restore them.
+        _set((*_DETERMINISTIC, before[-1] and "highest"))
 
     def end(_inputs: Any, _outputs: Any) -> None:
         _set(before)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         output, weights = attention(*args, **kwargs)
-        for node in _fused_attentions(output):
+        node = _fused_attention(output)
+        if node is not None:
             node.register_prehook(begin)
             node.register_hook(end)
         return output, weights
@@ -105,18 +107,17 @@ def _in_fixed_order(attention: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _fused_attentions(output: Tensor) -> Iterator[torch.autograd.graph.Node]:
-    """The nodes of fused attention right behind `output`; views of their results lie between."""
+def _fused_attention(output: Tensor) -> torch.autograd.graph.Node | None:
+    """The node of fused attention that `output` comes from; only views of its result lie between. None if none does."""
     node = output.grad_fn
     while node is not None and "ScaledDotProduct" not in node.name():
         node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
-    if node is not None:
-        yield node
+    return node
 
 
 # Whether algorithms are to be deterministic, whether others only warn, whether new memory is filled; products.
 _Settings = tuple[bool, bool, bool, str | None]
-_DETERMINISTIC: _Settings = (True, False, False, "highest")
+_DETERMINISTIC = (True, False, False)
 
 
 def _settings() -> _Settings:

@@ -104,3 +104,15 @@ def test_engines_may_close_in_any_order(seen: list[bool]) -> None:
     assert seen == [True, True]
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_products_that_a_program_set_by_device_stay_as_it_set_them(seen: list[bool]) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with ImportanceEngine(tiny_model(layers=1), backend="reference") as engine:
+            engine.step(tiny_ids())
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert seen
