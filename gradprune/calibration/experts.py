@@ -11,13 +11,13 @@ takes the root of, a token that an expert does not see counts as zero.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from gradprune.accumulation import accumulation_dtype
 from gradprune.calibration.accumulator import BlockAccumulator, absolute_sums, norm_of
@@ -29,8 +29,6 @@ from gradprune.models import PrunableModel
 from gradprune.models.experts import ExpertProjection, ExpertsBlock, Routed, WholeExperts
 from gradprune.models.modes import hooks_removed
 from gradprune.ops.vectors import GradientStatistics
-
-_SIDES: tuple[Literal["rows"], Literal["columns"]] = ("rows", "columns")
 
 
 def scores_experts_alone(view: PrunableModel) -> bool:
@@ -61,38 +59,20 @@ def check_experts(view: PrunableModel, method: Method, reduction: ReductionName)
         raise ConfigError("reduction: 'batch' is not made for a mixture of experts; choose 'sample'")
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where the rows of an expert lie by sample.
-
-    sample, position: [S] int64, of each row its sample, and which of the sample's rows it is. shape: [N, T'].
-    """
-
-    sample: Tensor
-    position: Tensor
-    shape: tuple[int, int]
-
-    def by_sample(self, rows: Tensor) -> Tensor:
-        """[N, T', K] of rows [S, K]: the tokens of each sample, zeros behind them."""
-        laid = rows.new_zeros(*self.shape, rows.shape[1])
-        laid[self.sample, self.position] = rows
-        return laid
-
-
-def _layout(tokens: Tensor, samples: int, length: int) -> _Layout:
-    """tokens: [S] int64, ascending numbers of the tokens of a batch of `samples` with `length` tokens each."""
-    sample = tokens // length
-    counts = torch.bincount(sample, minlength=samples)
-    position = torch.arange(len(tokens), device=tokens.device) - (counts.cumsum(0) - counts)[sample]
-    return _Layout(sample, position, (samples, int(counts.max())))
-
-
 def _offsets(routed: Routed, samples: int, length: int) -> Tensor:
-    """[E * N + 1] int64: where the rows of each expert begin by sample, and the end."""
-    experts = torch.arange(len(routed.counts), device=routed.tokens.device)
-    counts = torch.tensor(routed.counts, device=routed.tokens.device)
-    of_rows = experts.repeat_interleave(counts) * samples + routed.tokens // length
-    return F.pad(torch.bincount(of_rows, minlength=len(experts) * samples).cumsum(0), (1, 0))
+    """[E * N + 1] int64: where the rows of each expert begin by sample, and the end. No number is read by the host."""
+    device = routed.tokens.device
+    experts = torch.arange(len(routed.counts), device=device)
+    counts = torch.tensor(routed.counts, device=device)
+    expert = experts.repeat_interleave(counts, output_size=len(routed.tokens))
+    # They ascend.
+    places = expert * samples + routed.tokens // length
+    return torch.searchsorted(places, torch.arange(len(experts) * samples + 1, device=device))
+
+
+def _by_sample(rows: Tensor, counts: list[int]) -> Tensor:
+    """[N, T', K] of an expert's rows [S, K]: the tokens of each sample, by their counts, zeros after them."""
+    return pad_sequence(rows.split(counts), batch_first=True)
 
 
 class ExpertsAccumulator(BlockAccumulator):
@@ -140,13 +120,14 @@ class ExpertsAccumulator(BlockAccumulator):
         dx: Tensor,
     ) -> None:
         """Accumulate from the backward pass of one projection; x: [R, I], dy: [R, O], dx: [R, I]. shape: [N, T]."""
-        samples, length = shape
+        offsets = _offsets(routed, *shape)
         if depth is Depth.WEIGHTS:
-            self._observe_weights(projection, _offsets(routed, samples, length), x, dy)
+            self._observe_weights(projection, offsets, x, dy)
         if projection is self.block.down:
-            for expert, tokens in routed.by_expert(routed.tokens):
-                layout, rows = _layout(tokens, samples, length), routed.spans[expert]
-                self._observe_output(expert, *(layout.by_sample(each[rows]) for each in (x, dy, dx)))
+            counts = offsets.diff().view(-1, shape[0]).tolist()
+            for expert, rows in enumerate(routed.spans):
+                if any(counts[expert]):
+                    self._observe_output(expert, *(_by_sample(each[rows], counts[expert]) for each in (x, dy, dx)))
 
     def _observe_weights(self, projection: ExpertProjection, offsets: Tensor, x: Tensor, dy: Tensor) -> None:
         """Accumulate from the gradients of all experts' weights; offsets: as of `grouped_linear_importance`."""
@@ -154,7 +135,8 @@ class ExpertsAccumulator(BlockAccumulator):
         # A weight that is stored transposed has the transposed gradient.
         by_columns = is_output != projection.transposed
         left, right = (dy, x) if projection.transposed else (x, dy)
-        weights, side = projection.parameter.detach(), _SIDES[by_columns]
+        weights = projection.parameter.detach()
+        side: Literal["rows", "columns"] = "columns" if by_columns else "rows"
         found = self._ops.grouped_linear_importance(left, right, weights, offsets, side)
         sums = found.sums(side).double()
         of_groups = self.block.fold_channels(sums if is_output else self.block.fold_rows(sums))

@@ -264,3 +264,15 @@ def test_from_the_command_line(
     assert loaded(tiny_ids(2)).logits.isfinite().all()
     groups = (tmp_path / "out" / "analysis" / "groups.csv").read_text()
     assert groups.count("expert_channels") == 2 * EXPERTS * CHANNELS
+
+
+def test_the_host_reads_how_many_tokens_experts_see_once_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, counted = tiny_mixture(), []
+    bincount = torch.bincount
+    # Which reads the largest of its values.
+    monkeypatch.setattr(
+        torch, "bincount", lambda *given, **options: counted.append(given) or bincount(*given, **options)
+    )
+    with ImportanceEngine(model, "taylor", backend="reference") as engine:
+        engine.step(tiny_ids())
+    assert len(counted) == len(experts_of(model))
