@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradprune.calibration.methods import importance
+from gradprune.calibration.methods import components_of, importance
 from gradprune.calibration.priors import Priors
 from gradprune.calibration.reduction import REDUCTIONS
 from gradprune.calibration.sealed import DamagedFileError, read_sealed, write_sealed
@@ -138,8 +138,7 @@ class Evidence:
     @property
     def methods(self) -> tuple[Method, ...]:
         """The methods whose components were collected."""
-        needed = {"taylor_2nd": {"taylor", "fisher"}}
-        return tuple(method for method in METHODS if needed.get(method, {method}) <= set(self.components))
+        return tuple(method for method in METHODS if set(components_of(method)) <= self.components.keys())
 
     def default_method(self, repair: RepairName) -> Method:
         """What others are compared with: the first of the default methods that was collected, if any."""

@@ -61,7 +61,7 @@ class Followed:
         return dict(zip(keys, self._ranks.joined_json(found), strict=True))
 
     def _passed(self, layer: int, stream: Tensor) -> Tensor:
-        return self._streams.layer(layer, 0, stream, {})
+        return self._streams.run_layer(layer, 0, stream)
 
     def _read(self, stream: Tensor) -> Tensor:
         """[tokens, H] what the head reads of every second token, given the stream behind the last layer."""

@@ -27,7 +27,7 @@ from gradprune.errors import CheckpointError, ConfigError, GradPruneError, Unsup
 from gradprune.hub import hub_fault
 from gradprune.models import accepted_kinds
 from gradprune.models.footprint import Job
-from gradprune.models.modeling_gradprune import auto_class, head_class, per_layer_overrides
+from gradprune.models.modeling_gradprune import auto_class, auto_class_name, per_layer_overrides
 from gradprune.models.placement import check_placement
 from gradprune.models.sizes import ModelShape, free_memory, model_shape, with_unit
 
@@ -366,7 +366,7 @@ def _maker(config: PreTrainedConfig, source: dict[str, bool]) -> Callable[..., A
 
 def _model_class(config: PreTrainedConfig) -> Any:
     """What loads a model of the configuration: gradprune's own class where layers differ, else one of transformers'."""
-    auto = str(head_class(config.model_type))
+    auto = str(auto_class_name(config.model_type))
     return auto_class(config.model_type, auto) if per_layer_overrides(config) else getattr(transformers, auto)
 
 

@@ -76,7 +76,8 @@ def read_layers(view: PrunableModel, width_multiple: int) -> list[Layer]:
 
 def _norm_before(layer: nn.Module, kind: str) -> str:
     before, _ = norms_of(layer, kind)
-    return before[0]
+    assert before is not None
+    return before
 
 
 def _split(block: LinearBlock, output: str) -> Weights:

@@ -144,9 +144,9 @@ def writing(block: nn.Module, output: nn.Module) -> nn.Module:
 
 def added(layer: nn.Module, module: nn.Module, kind: str) -> tuple[float | None, nn.Module]:
     """`Block.adds` and `Block.writer` of a decoder layer's block, whose module is given."""
-    _, behind = norms_of(layer, kind)
-    if behind:
-        return None, getattr(layer, behind[0])
+    _, after = norms_of(layer, kind)
+    if after is not None:
+        return None, getattr(layer, after)
     return float(getattr(layer, "residual_multiplier", 1.0)), module
 
 
@@ -158,7 +158,7 @@ class Block(ABC):
     module: what computes the block's output.
     cost: parameters removed with one group, biases included.
     adds: the factor with which the block's output is added to the residual stream; None where a norm stands between.
-    writer: the module whose output is added: the block's own, or the norm behind it.
+    writer: the module whose output is added: the block's own, or the norm after it.
     """
 
     kind: Kind

@@ -271,8 +271,9 @@ class _Run:
 
     def saving(self) -> Stage:
         """The weights as they are, or one after the other."""
-        layer = (1 + self.shape.experts) * self.shape.layer_bytes
-        largest = max(layer, self.shape.vocabulary * self.shape.hidden * self.shape.itemsize)
+        copies = 2 if self.shape.has_experts else 1
+        largest_layer = copies * self.shape.layer_bytes
+        largest = max(largest_layer, self.shape.vocabulary * self.shape.hidden * self.shape.itemsize)
         return self._stage("saving", 0, largest if self.streamed or self.accelerated else 0, 1)
 
     def _stage(self, name: StageName, device: int, host: int, reads: int) -> Stage:
@@ -280,8 +281,8 @@ class _Run:
         if self.streamed:
             layers = sum(self.shape.layer_parameters) * self.shape.itemsize
             # Experts' weights are there twice while they are put together.
-            held = 1 + self.accelerated + self.shape.experts
-            weights = self.shape.bytes - layers + held * self.shape.layer_bytes
+            copies = 1 + self.accelerated + self.shape.has_experts
+            weights = self.shape.bytes - layers + copies * self.shape.layer_bytes
             shots = self.config.shots if name in _EVERY_SHOT else 1
             moved = shots * reads * layers
         else:

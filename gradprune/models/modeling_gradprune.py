@@ -58,63 +58,28 @@ SHARED_WIDTHS = (
 EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 """What they call the number of routed experts; the first that is there."""
 
-HEADS: dict[str, Any] = {
+CLASSES_BY_AUTO: dict[str, Any] = {
     "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
-"""By transformers' auto class, the classes of models that predict tokens; a vision-language model is meant whole."""
+"""By auto class of transformers, its classes of models that predict tokens by `model_type`; a vision-language model
+counts as a whole."""
 
-# A layer's norms, and by kind of block those before it and those behind it, which go with the block. Where two blocks
+# A layer's norms: before attention and after it, before the MLP and after it. They go with their block. Where blocks
 # share a norm, or the norms are others, they stay.
-_NORMS: dict[frozenset[str], dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
-    frozenset(names): {"attention": attention, "mlp": mlp}
-    for names, attention, mlp in (
-        (
-            ("input_layernorm", "post_attention_layernorm"),
-            (("input_layernorm",), ()),
-            (("post_attention_layernorm",), ()),
-        ),
-        (
-            ("attention_layernorm", "feedforward_layernorm"),
-            (("attention_layernorm",), ()),
-            (("feedforward_layernorm",), ()),
-        ),
-        (("ln_1", "ln_2"), (("ln_1",), ()), (("ln_2",), ())),
-        (("operator_norm", "ffn_norm"), (("operator_norm",), ()), (("ffn_norm",), ())),
-        (("ln_attn", "ln_mlp"), (("ln_attn",), ()), (("ln_mlp",), ())),
-        (("input_layernorm", "pre_ff_layernorm"), (("input_layernorm",), ()), (("pre_ff_layernorm",), ())),
-        (
-            ("input_layernorm", "pre_feedforward_layernorm"),
-            (("input_layernorm",), ()),
-            (("pre_feedforward_layernorm",), ()),
-        ),
-        (
-            ("post_attention_layernorm", "post_feedforward_layernorm"),
-            ((), ("post_attention_layernorm",)),
-            ((), ("post_feedforward_layernorm",)),
-        ),
-        (
-            (
-                "input_layernorm",
-                "post_attention_layernorm",
-                "pre_feedforward_layernorm",
-                "post_feedforward_layernorm",
-            ),
-            (("input_layernorm",), ("post_attention_layernorm",)),
-            (("pre_feedforward_layernorm",), ("post_feedforward_layernorm",)),
-        ),
-        (
-            ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
-            (("input_layernorm",), ("post_self_attn_layernorm",)),
-            (("post_attention_layernorm",), ("post_mlp_layernorm",)),
-        ),
-        (
-            ("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm"),
-            (("input_layernorm",), ("post_attention_layernorm",)),
-            (("pre_mlp_layernorm",), ("post_mlp_layernorm",)),
-        ),
-    )
-}
+_NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    ("attention_layernorm", None, "feedforward_layernorm", None),
+    ("ln_1", None, "ln_2", None),
+    ("operator_norm", None, "ffn_norm", None),
+    ("ln_attn", None, "ln_mlp", None),
+    ("input_layernorm", None, "pre_ff_layernorm", None),
+    ("input_layernorm", None, "pre_feedforward_layernorm", None),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    ("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm"),
+)
 
 
 class PerLayerHeads:
@@ -266,7 +231,7 @@ def pruned_class(stock: type) -> Any:
     if issubclass(stock, PreTrainedConfig):
         auto = "AutoConfig"
     else:
-        auto = next((auto for auto, names in HEADS.items() if stock.__name__ in names.values()), "AutoModel")
+        auto = next((auto for auto, names in CLASSES_BY_AUTO.items() if stock.__name__ in names.values()), "AutoModel")
         made.config_class = pruned_class(stock.config_class)
     # Saving an object of a registered class writes this file, and its class into the configuration's auto_map.
     made.register_for_auto_class(auto)
@@ -276,21 +241,25 @@ def pruned_class(stock: type) -> Any:
 
 def class_names(model_type: str) -> dict[str, str]:
     """Which class of transformers each of its auto classes takes for an architecture; empty if it predicts no token."""
-    auto = head_class(model_type)
+    auto = auto_class_name(model_type)
     if auto is None:
         return {}
-    names: dict[str, Any] = {"AutoConfig": CONFIG_MAPPING_NAMES, "AutoModel": MODEL_MAPPING_NAMES, auto: HEADS[auto]}
+    names: dict[str, Any] = {
+        "AutoConfig": CONFIG_MAPPING_NAMES,
+        "AutoModel": MODEL_MAPPING_NAMES,
+        auto: CLASSES_BY_AUTO[auto],
+    }
     return {each: of[model_type] for each, of in names.items() if isinstance(of.get(model_type), str)}
 
 
-def head_class(model_type: str) -> str | None:
+def auto_class_name(model_type: str) -> str | None:
     """Transformers' auto class for an architecture's models that predict tokens, as a whole; None if it has none."""
-    return next((auto for auto, names in HEADS.items() if model_type in names), None)
+    return next((auto for auto, names in CLASSES_BY_AUTO.items() if model_type in names), None)
 
 
 def causal_lm(model_type: str) -> Any:
-    """The name of the class that `head_class` takes; None if it has none."""
-    return class_names(model_type).get(str(head_class(model_type)))
+    """The name of the class that `auto_class_name` takes; None if it has none."""
+    return class_names(model_type).get(str(auto_class_name(model_type)))
 
 
 def auto_class(model_type: str, auto: str | None) -> Any:
@@ -518,12 +487,13 @@ def output_of(block: nn.Module, kind: str) -> Any:
     return next((name for name in OUTPUTS[kind] if isinstance(getattr(block, name, None), nn.Module)), None)
 
 
-def norms_of(layer: nn.Module, kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The norms before the layer's block of that kind and those behind it, which serve no other block."""
+def norms_of(layer: nn.Module, kind: str) -> tuple[str | None, str | None]:
+    """The norm before the layer's block of that kind and the one after it; None where there is none of its own."""
     if getattr(layer, "apply_residual_connection_post_layernorm", False):
-        return (), ()
-    own = frozenset(name for name, _ in layer.named_children() if "norm" in name or name.startswith("ln_"))
-    return _NORMS.get(own, {}).get(kind, ((), ()))
+        return None, None
+    own = {name for name, _ in layer.named_children() if "norm" in name or name.startswith("ln_")}
+    row = next((row for row in _NORMS if own == set(row) - {None}), (None,) * 4)
+    return row[:2] if kind == "attention" else row[2:]
 
 
 def drop_block(layer: nn.Module, kind: str) -> None:
@@ -535,5 +505,6 @@ def drop_block(layer: nn.Module, kind: str) -> None:
         setattr(layer, place, DroppedAttention(width, stock.layer_idx, adds_residual(stock)))
     else:
         setattr(layer, place, DroppedMLP(adds_residual(stock)))
-    for name in (norm for side in norms_of(layer, kind) for norm in side):
-        setattr(layer, name, nn.Identity())
+    for name in norms_of(layer, kind):
+        if name is not None:
+            setattr(layer, name, nn.Identity())

@@ -45,7 +45,7 @@ def losses(
         current = streams.take_first()
         with watched():
             for layer in range(len(view.layers)):
-                current = [streams.layer(layer, k, stream, {}) for k, stream in enumerate(current)]
+                current = [streams.run_layer(layer, k, stream) for k, stream in enumerate(current)]
         for k, stream in enumerate(current):
             yield streams.losses(k, stream.to(view.device)).detach()
 
@@ -132,10 +132,10 @@ def _streamed_losses(view: PrunableModel, batches: Sequence[Tensor], variants: S
                 with ExitStack() as stack:
                     if layer in variant.layers:
                         stack.enter_context(variant.at(layer))
-                    current[number] = [streams.layer(layer, k, stream, {}) for k, stream in enumerate(before)]
+                    current[number] = [streams.run_layer(layer, k, stream) for k, stream in enumerate(before)]
             if any(layer < min(variant.layers) for variant in variants):
-                common = [streams.layer(layer, k, stream, {}) for k, stream in enumerate(common)]
-    return [streams.losses_of(each, 0) for each in current]
+                common = [streams.run_layer(layer, k, stream) for k, stream in enumerate(common)]
+    return [streams.losses_of(each) for each in current]
 
 
 def backward_by_layers(
@@ -167,7 +167,7 @@ def backward_by_layers(
     before: list[list[Tensor]] = [[stream.detach() for stream in streams.take_first()]]
     with torch.no_grad():
         for layer in range(len(view.layers)):
-            before.append([streams.layer(layer, k, stream, {}) for k, stream in enumerate(before[-1])])
+            before.append([streams.run_layer(layer, k, stream) for k, stream in enumerate(before[-1])])
     found_losses, gradients = [], []
     for k, stream in enumerate(before.pop()):
         top = stream.to(view.device).requires_grad_()
@@ -198,7 +198,7 @@ def _backward_of_layer(
     """
     entered = stream.to(view.device).requires_grad_()
     with recomputation.of(view.layers[layer]):
-        after = streams.on_device(layer, batch, entered, {})
+        after = streams.run_layer_on_device(layer, batch, entered)
     with without_autocast(view.device):
         found = torch.autograd.grad(after, entered, gradient.to(view.device))[0]
     return streams.keep(found)

@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gradprune.models.modeling_gradprune import name_in
 from gradprune.models.modes import forward_replaced
 
 _NAMES = ("gate", "router")
-_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
-_SETS, _SETS_CHOSEN = ("n_group", "num_expert_group"), ("topk_group", "num_limited_groups")
+CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+"""What configurations call the number of experts that a token gets; the first that is there."""
+SETS, SETS_CHOSEN = ("n_group", "num_expert_group"), ("topk_group", "num_limited_groups")
+"""What they call the number of sets of experts, and of those that a token's are chosen from."""
 
 Logits = Callable[..., Tensor]
 """Computes a router's logits [..., E], as `torch.nn.functional.linear` does of x [..., H], weight [E, H] and bias."""
@@ -88,7 +91,7 @@ def find_router(parent: nn.Module, experts: Any, count: int) -> Router | str:
     chosen = experts_of_token(experts.config)
     if chosen is None:
         return "its configuration does not state how many experts a token gets"
-    sets, of_sets = _stated(experts.config, _SETS), _stated(experts.config, _SETS_CHOSEN) or 1
+    sets, of_sets = _stated(experts.config, SETS), _stated(experts.config, SETS_CHOSEN) or 1
     # Sets are compared by their two best experts.
     least = chosen if sets is None else max(2, -(-chosen // of_sets))
     return Router(
@@ -105,7 +108,7 @@ def find_router(parent: nn.Module, experts: Any, count: int) -> Router | str:
 
 def experts_of_token(config: Any) -> int | None:
     """How many experts a token gets, where the configuration states it."""
-    return _stated(config, _CHOSEN)
+    return _stated(config, CHOSEN)
 
 
 def named_tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
@@ -114,5 +117,5 @@ def named_tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[
 
 
 def _stated(config: Any, names: tuple[str, ...]) -> int | None:
-    """The first of the names under which the configuration has a number."""
-    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+    name = name_in(config, names)
+    return None if name is None else int(getattr(config, name))

@@ -11,7 +11,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gradprune.models.modeling_gradprune import (
+    EXPERTS,
     KV_HEADS,
+    SHARED_WIDTHS,
     WIDTHS,
     causal_lm,
     homogeneous,
@@ -19,6 +21,7 @@ from gradprune.models.modeling_gradprune import (
     text_config,
 )
 from gradprune.models.modes import seeded
+from gradprune.models.router import CHOSEN, SETS, SETS_CHOSEN
 
 _MOST_PARAMETERS = 2_000_000
 _HEADS, _HEAD_DIM = 6, 4
@@ -30,20 +33,11 @@ _SMALL: dict[str, int] = {
     "max_position_embeddings": 64,
     "sliding_window": 4,
     "attention_chunk_size": 4,
-    "moe_intermediate_size": 8,
-    "shared_expert_intermediate_size": 8,
-    "moe_shared_expert_intermediate_size": 8,
-    "shared_intermediate_size": 8,
-    "num_experts": 6,
-    "n_routed_experts": 6,
-    "num_local_experts": 6,
-    "moe_num_experts": 6,
+    **dict.fromkeys(("moe_intermediate_size", *SHARED_WIDTHS), 8),
+    **dict.fromkeys(EXPERTS, 6),
     "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "moe_topk": 2,
-    "moe_k": 2,
-    "n_group": 1,
-    "topk_group": 1,
+    **dict.fromkeys(CHOSEN, 2),
+    **dict.fromkeys((*SETS, *SETS_CHOSEN), 1),
     "first_k_dense_replace": 1,
     "rotary_dim": _HEAD_DIM,
     "q_lora_rank": 8,

@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gradprune.models.blocks import Block, LinearBlock
 from gradprune.models.experts import ExpertsBlock, has_experts
 from gradprune.models.inspection import cached_width
-from gradprune.models.modeling_gradprune import text_config
+from gradprune.models.modeling_gradprune import EXPERT_WIDTHS, name_in, text_config
+from gradprune.models.router import experts_of_token
 from gradprune.models.view import layers_of, view_of
 
 
@@ -30,9 +31,9 @@ class ModelShape:
     layer_parameters: of each decoder layer. outside: parameters that are in no decoder layer, tied ones once.
     hidden, vocabulary: widths. heads: of all query heads together, intermediate: of the MLP; of the widest layer.
     outputs: of every output projection in order, its numbers of rows and columns. read_width: what the widest reads of
-    a token, of all its experts together. groups: of all blocks together. prunable: parameters of all groups.
-    experts: whether a layer has any, whose weights are put together from each expert's when a streamed layer is read,
-    and taken apart when it is saved. expert: one of the widest; None where none can be pruned.
+    a token, of all its experts together. groups: of all blocks together.
+    has_experts: whether a layer has any, whose weights are put together from each expert's when a streamed layer is
+    read, and taken apart when it is saved. expert: one of the widest; None where none can be pruned.
     cached: numbers of all keys and values of a token, in all layers.
     itemsize: bytes of a weight.
     """
@@ -46,8 +47,7 @@ class ModelShape:
     outputs: tuple[tuple[int, int], ...]
     read_width: int
     groups: int
-    prunable: int
-    experts: bool
+    has_experts: bool
     expert: ExpertShape | None
     cached: int
     itemsize: int
@@ -94,13 +94,12 @@ def model_shape(model: PreTrainedModel, itemsize: int | None = None) -> ModelSha
         hidden=config.hidden_size,
         heads=_widest(blocks, "attention"),
         # Where layers have experts, those that a token passes through.
-        intermediate=_widest(blocks, "mlp") or getattr(config, "num_experts_per_tok", 1) * _expert_width(config),
+        intermediate=_widest(blocks, "mlp") or (experts_of_token(config) or 1) * _expert_width(config),
         vocabulary=config.vocab_size,
         outputs=tuple((each.output.weight.shape[0], each.output.weight.shape[1]) for each in blocks),
         read_width=max((block.read_width for block in view.blocks), default=0),
         groups=sum(block.groups for block in view.blocks),
-        prunable=view.prunable,
-        experts=any(map(has_experts, layers_of(model))),
+        has_experts=any(map(has_experts, layers_of(model))),
         expert=_widest_expert(view.blocks),
         cached=sum(map(cached_width, layers_of(model))),
         itemsize=itemsize or model.dtype.itemsize,
@@ -138,5 +137,5 @@ def _widest(blocks: tuple[LinearBlock, ...], kind: str) -> int:
 
 
 def _expert_width(config: PreTrainedConfig) -> int:
-    found = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", 0)
-    return int(found or 0)
+    name = name_in(config, EXPERT_WIDTHS)
+    return 0 if name is None else int(getattr(config, name))

@@ -23,7 +23,6 @@ from gradprune.models.experts import ExpertProduct, ExpertProjection, ExpertsBlo
 from gradprune.models.loss import sample_losses
 from gradprune.models.modeling_gradprune import text_config
 from gradprune.models.modes import forward_replaced, hooks_removed
-from gradprune.ranks import ALONE, Ranks
 
 _Item = TypeVar("_Item")
 
@@ -74,14 +73,18 @@ class Streams:
         """A tensor of a batch where those of all batches have room."""
         return tensor.to(self._home) if self._files is None else self._files.mapped(tensor)
 
-    def layer(self, layer: int, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
+    def run_layer(
+        self, layer: int, batch: int, stream: Tensor, written: Mapping[nn.Module, Tensor] | None = None
+    ) -> Tensor:
         """The stream [N, T, H] after a layer; the modules in `written` are not run, and write what is given."""
-        return self.keep(self.on_device(layer, batch, stream.to(self._view.device_of(layer)), written))
+        return self.keep(self.run_layer_on_device(layer, batch, stream.to(self._view.device_of(layer)), written))
 
-    def on_device(self, layer: int, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
-        """`layer` of a stream that is on the device already; the result is there, too, and differentiable."""
+    def run_layer_on_device(
+        self, layer: int, batch: int, stream: Tensor, written: Mapping[nn.Module, Tensor] | None = None
+    ) -> Tensor:
+        """`run_layer` of a stream that is on the device already; the result is there, too, and differentiable."""
         # Copies, because some layers add to what one of their blocks returned in place.
-        answers = {module: value.clone() for module, value in written.items()}
+        answers = {module: value.clone() for module, value in (written or {}).items()}
         with self._answering(answers, self._view.device_of(layer)):
             output = self._view.layers[layer](stream, **self._arguments[batch][layer])
         after: Tensor = output[0] if isinstance(output, tuple) else output
@@ -95,7 +98,7 @@ class Streams:
             written[module] = self.keep((output[0] if isinstance(output, tuple) else output).clone())
 
         with hooks_removed([block.module.register_forward_hook(keep) for block in self._view.of_layer(layer)]):
-            return self.layer(layer, batch, stream, {}), written
+            return self.run_layer(layer, batch, stream), written
 
     def layer_and_reads(
         self,
@@ -108,7 +111,7 @@ class Streams:
         """The stream after a layer as it is, whose blocks' output projections show what they read.
 
         Args:
-            layer, batch, stream: as of `layer`.
+            layer, batch, stream: as of `run_layer`.
             linear: what is called with [N, T, I], on the layer's device.
             experts: what is called with the tokens that a layer's experts see and [R, C], which are kept.
         """
@@ -118,7 +121,7 @@ class Streams:
                 stack.enter_context(hooks_removed([block.output.linear.register_forward_pre_hook(hook)]))
             for routed, shown in experts.items():
                 stack.enter_context(routed.run_by(self._showing(routed, shown)))
-            return self.layer(layer, batch, stream, {})
+            return self.run_layer(layer, batch, stream)
 
     def output_input(self, block: LinearBlock, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
         """[N, T, I] what a block's output projection reads, when the modules in `written` write what is given.
@@ -133,7 +136,7 @@ class Streams:
 
         with hooks_removed([block.output.linear.register_forward_pre_hook(stop)]):
             try:
-                self.layer(block.layer, batch, stream, written)
+                self.run_layer(block.layer, batch, stream, written)
             except _StoppedError:
                 return reached[0]
         raise AssertionError(f"layer {block.layer} does not run its {block.output.path}")
@@ -147,7 +150,7 @@ class Streams:
             raise _StoppedError
 
         with hooks_removed([block.module.register_forward_hook(stop)]), suppress(_StoppedError):
-            self.layer(block.layer, batch, stream, written)
+            self.run_layer(block.layer, batch, stream, written)
         return self.keep(reached[0])
 
     def expert_inputs(
@@ -173,19 +176,10 @@ class Streams:
 
         return product
 
-    def mean_loss(self, streams: Sequence[Tensor], first: int, ranks: Ranks = ALONE) -> float:
-        """Mean loss of all ranks' samples from batch `first` on, in nats per token, given the last layer's streams."""
-        return torch.cat(ranks.joined(self._losses_from(streams, first))).double().mean().item()
-
-    def losses_of(self, streams: Sequence[Tensor], first: int) -> Tensor:
-        """[samples] fp64 on the CPU: the losses of the samples from batch `first` on, as in `mean_loss`."""
-        return torch.cat(self._losses_from(streams, first)).double().cpu()
-
-    def _losses_from(self, streams: Sequence[Tensor], first: int) -> list[Tensor]:
-        return [
-            self.losses(batch, stream.to(self._view.device))
-            for batch, stream in enumerate(streams[first:], start=first)
-        ]
+    def losses_of(self, streams: Sequence[Tensor]) -> Tensor:
+        """[samples] fp64 on the CPU: each sample's loss in nats per token, given the last layer's streams."""
+        found = [self.losses(batch, stream.to(self._view.device)) for batch, stream in enumerate(streams)]
+        return torch.cat(found).double().cpu()
 
     def losses(self, batch: int, stream: Tensor) -> Tensor:
         """[N] each sample's loss, given the stream after the last layer, on the device; differentiable."""

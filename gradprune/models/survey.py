@@ -10,7 +10,7 @@ from typing import Any, Literal
 import transformers
 
 from gradprune.errors import one_line
-from gradprune.models.modeling_gradprune import HEADS, class_names
+from gradprune.models.modeling_gradprune import CLASSES_BY_AUTO, class_names
 from gradprune.models.self_test import SelfTest, quiet, self_test
 from gradprune.models.tested import LEFT_WHOLE, TESTED
 
@@ -35,7 +35,7 @@ def survey() -> Iterator[Support]:
 
     Seconds to a minute in all.
     """
-    for architecture in sorted(set().union(*HEADS.values())):
+    for architecture in sorted(set().union(*CLASSES_BY_AUTO.values())):
         yield support(architecture)
 
 

@@ -16,7 +16,7 @@ from gradprune.checkpoint.results import model_name
 from gradprune.checkpoint.save import MLX_TYPES
 from gradprune.config import OPTIONS, PruneConfig, command_line
 from gradprune.hub import hub_fault
-from gradprune.models.modeling_gradprune import head_class, per_layer_overrides
+from gradprune.models.modeling_gradprune import auto_class_name, per_layer_overrides
 from gradprune.report.rows import layer_header, layer_rows, repair_text, samples_text, scored_kinds, summary_rows
 from gradprune.version import __version__
 
@@ -190,11 +190,15 @@ def _layers(numbers: Sequence[int]) -> str:
 
 def _task(model: PreTrainedConfig) -> str:
     """What the hub calls what a model does."""
-    return "image-text-to-text" if head_class(model.model_type) == "AutoModelForImageTextToText" else "text-generation"
+    return (
+        "image-text-to-text"
+        if auto_class_name(model.model_type) == "AutoModelForImageTextToText"
+        else "text-generation"
+    )
 
 
 def _python(model: PreTrainedConfig, argument: str = "") -> str:
-    auto = head_class(model.model_type)
+    auto = auto_class_name(model.model_type)
     return f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{PLACE}"{argument})\n```'
 
 

@@ -159,7 +159,7 @@ class _Repair:
         for block in () if untouched else blocks:
             self._pass_block(block, written, lead)
         self.repaired = [
-            self.streams.layer(layer, batch, stream, writes)
+            self.streams.run_layer(layer, batch, stream, writes)
             for batch, (stream, writes) in enumerate(zip(drained(self.repaired), drained(written), strict=True))
         ]
         self.dense = self.repaired if lead is None else lead.after

@@ -1,7 +1,8 @@
 """The repairs: ways to re-solve the remaining weights before the pruned ones are cut.
 
-A repair is a function of the run and of what each block keeps. It changes the weights of the whole model in place (the
-caller restores them where the dense model is still needed) and says what it did to each block.
+A repair is a function of the run and of what each block keeps. It changes `run.view`'s model in place, gives every
+weight that it changes memory of its own, and says what it did to each block. A caller that still needs the dense model
+passes a `sharing_copy`.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def no_repair(_run: Run, _masks: GroupMasks) -> Repaired:
 
 
 def solve_least_squares(run: Run, masks: GroupMasks) -> Repaired:
-    """Re-solve what blocks read and write, see `gradprune.surgery.least_squares`.
+    """Re-solve the output projections of blocks by least squares, see `gradprune.surgery.least_squares`.
 
     Products of fp32 factors are rounded where that is faster: on SmolLM2-135M, 20 and 50 % of whose prunable parameters
     go, excess log-perplexity changes by less than 0.0002.

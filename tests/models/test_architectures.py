@@ -14,7 +14,7 @@ from gradprune.checkpoint.save import save_checkpoint
 from gradprune.errors import SelectionError
 from gradprune.models import describe
 from gradprune.models.loss import sample_losses
-from gradprune.models.modeling_gradprune import head_class
+from gradprune.models.modeling_gradprune import auto_class_name
 from gradprune.models.shrink import with_random_weights
 from gradprune.models.streams import Streams
 from gradprune.models.tested import TESTED
@@ -184,7 +184,7 @@ def test_a_uniform_result_is_a_plain_checkpoint(architecture: str, tmp_path: Pat
             masks[key][: len(masks[key]) // 2] = False
     save_checkpoint(cut(model, masks), None, tmp_path / "x")
     assert not list((tmp_path / "x").glob("*.py"))
-    found = getattr(transformers, head_class(architecture)).from_pretrained(tmp_path / "x").eval()
+    found = getattr(transformers, auto_class_name(architecture)).from_pretrained(tmp_path / "x").eval()
     assert type(found) is type(model)
     with torch.no_grad(), silenced(model, masks):
         torch.testing.assert_close(found(ids).logits, model(ids).logits, **tolerance(architecture))
@@ -197,7 +197,7 @@ def test_what_blocks_are_given_to_write_stays_as_it_is() -> None:
         (first,) = streams.take_first()
         after, written = streams.layer_and_written(0, 0, first)
         before = {module: value.clone() for module, value in written.items()}
-        torch.testing.assert_close(streams.layer(0, 0, first, written), after)
+        torch.testing.assert_close(streams.run_layer(0, 0, first, written), after)
     assert all(torch.equal(written[module], value) for module, value in before.items())
 
 

@@ -87,7 +87,7 @@ def test_the_command_lists_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     from gradprune import cli
 
     heads = {"AutoModelForCausalLM": {"llama": "LlamaForCausalLM", "ctrl": "CTRLLMHeadModel"}}
-    monkeypatch.setattr("gradprune.models.survey.HEADS", heads)
+    monkeypatch.setattr("gradprune.models.survey.CLASSES_BY_AUTO", heads)
     cli.info(as_json=True, architectures=True)
     found = {entry["architecture"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert found["llama"]["status"] == "tested"

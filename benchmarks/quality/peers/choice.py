@@ -71,7 +71,7 @@ def in_order(view: PrunableModel, batches: Sequence[Tensor], decide: Decide) -> 
                 mask_output(block, kept[block.key])
                 for batch, x in enumerate(inputs):
                     written[batch][block.module] = block.output.linear(x)
-            current = [streams.layer(layer, k, stream, written[k]) for k, stream in enumerate(current)]
+            current = [streams.run_layer(layer, k, stream, written[k]) for k, stream in enumerate(current)]
     return GroupMasks(kept, len(view.layers))
 
 
