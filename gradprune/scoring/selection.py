@@ -29,12 +29,12 @@ class _Chunks:
 
     of_group: [len(table)] int64, the chunk of each group, -1 if it may not be pruned; numbered by (layer, kind, rank).
     chain: per chunk, the chain it belongs to.
-    owner: per chunk, the layer whose limit it counts against, or 0 if chunks span all layers.
+    layers: per chunk, those that its groups are in, each with as many of them.
     """
 
     of_group: NDArray[np.int64]
     chain: list[int]
-    owner: list[int]
+    layers: list[tuple[int, ...]]
 
 
 def select(
@@ -67,7 +67,9 @@ def select(
     limits = _limits(table, constraints)
     budget = ratio * parameters
     costs = _sum_by_chunk(table.cost, chunks)
-    reachable = np.minimum(np.bincount(chunks.owner, costs, len(limits)), limits).sum()
+    eligible = chunks.of_group >= 0
+    of_layer = np.bincount(table.layer[eligible], table.cost[eligible], table.layers)
+    reachable = np.minimum(of_layer, limits).sum()
     if budget > reachable or budget >= table.cost.sum():
         raise SelectionError(
             f"pruning_ratio: {ratio:g} cannot be reached; the groups that may go hold {reachable / parameters:.4f} "
@@ -141,15 +143,17 @@ def _take(
     cost_of, room, left = costs.tolist(), limits.tolist(), budget
     broken_chains: set[int] = set()
     for chunk in np.argsort(scores, kind="stable").tolist():
-        cost, chain, owner = cost_of[chunk], chunks.chain[chunk], chunks.owner[chunk]
+        cost, chain, layers = cost_of[chunk], chunks.chain[chunk], chunks.layers[chunk]
         if chain in broken_chains:
             continue
-        if cost > left or cost > room[owner]:
+        of_each = cost / len(layers)
+        if cost > left or any(of_each > room[layer] for layer in layers):
             broken_chains.add(chain)
             continue
         taken[chunk] = True
         left -= cost
-        room[owner] -= cost
+        for layer in layers:
+            room[layer] -= of_each
     eligible = chunks.of_group >= 0
     return eligible & taken[np.where(eligible, chunks.of_group, 0)]
 
@@ -167,7 +171,7 @@ def _chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
         return _uniform_chunks(table, constraints)
     of_group = np.full(len(table), -1, np.int64)
     chain: list[int] = []
-    owner: list[int] = []
+    layers: list[tuple[int, ...]] = []
     first, last = constraints.freeze_first_n_layers, table.layers - constraints.freeze_last_n_layers
     for block, (key, rows) in enumerate(table.blocks()):
         if not first <= key.layer < last:
@@ -183,14 +187,15 @@ def _chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
         of_group[rows] = np.where(number < 0, -1, len(chain) + number)
         count = int(number.max()) + 1
         chain += [block] * count
-        owner += [key.layer] * count
-    return _Chunks(of_group, chain, owner)
+        layers += [(key.layer,)] * count
+    return _Chunks(of_group, chain, layers)
 
 
 def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
     """Chunks of the same ranks in every layer (and expert) that has groups of a kind, of which at least one stays."""
     of_group = np.full(len(table), -1, np.int64)
     chain: list[int] = []
+    of_chunk: list[tuple[int, ...]] = []
     # Of channels of experts: the ranks at which chunks end, and the first chunk.
     led = np.empty(0, np.int64), 0
     for number_of_kind, kind in enumerate(KINDS):
@@ -218,7 +223,8 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
         if kind.name == "expert_channels":
             led = ends, len(chain)
         chain += [number_of_kind] * len(ends)
-    return _Chunks(of_group, chain, owner=[0] * len(chain))
+        of_chunk += [tuple(key.layer for key, _ in table.blocks() if key.kind == kind.name)] * len(ends)
+    return _Chunks(of_group, chain, of_chunk)
 
 
 def _follow(
@@ -249,10 +255,10 @@ def _ranks(scores: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _limits(table: GroupTable, constraints: Constraints) -> NDArray[np.float64]:
-    """Parameters that may go, per owner of chunks."""
+    """Parameters that may go, per layer."""
     of_layer = np.bincount(table.layer, table.cost, table.layers)
     limits: NDArray[np.float64] = constraints.max_layer_ratio * of_layer.astype(np.float64)
-    return limits.sum(keepdims=True) if constraints.same_widths else limits
+    return limits
 
 
 def _drop_thin_layers(table: GroupTable, pruned: NDArray[np.bool_], epsilon: float) -> None:

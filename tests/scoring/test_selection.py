@@ -69,7 +69,7 @@ def test_the_budget_is_kept_and_nearly_used(
     assert removed <= ratio * parameters
     for layer in range(table.layers):
         of_layer = table.layer == layer
-        assert table.cost[of_layer & pruned].sum() <= limit * table.cost[of_layer].sum() + 1e-9 or uniform
+        assert table.cost[of_layer & pruned].sum() <= limit * table.cost[of_layer].sum() + 1e-9
     # What is left of the budget is less than the largest unit, unless a layer's limit stands in the way.
     unit = max(ATTENTION_COST, MLP_COST * round_to) * (table.layers if uniform else 1)
     assert limit < 1.0 or uniform or ratio * parameters - removed < unit
@@ -101,6 +101,21 @@ def test_uniform_keeps_the_same_widths_everywhere() -> None:
     assert len(heads) == len(channels) == 1
     assert heads.pop() >= 1
     assert channels.pop() % 4 == 0
+
+
+def test_uniform_keeps_each_layers_limit_where_layers_have_other_kinds_of_blocks() -> None:
+    """The first layer is an MLP alone, the last attention alone: neither may make up for the others."""
+    whole = make_table(heads=4, channels=24)
+    there = ~((whole.layer == 0) & (whole.kind == 0) | (whole.layer == 3) & (whole.kind == 1))
+    columns = ("layer", "kind", "index", "cost", "score")
+    table = replace(whole, **{name: getattr(whole, name)[there] for name in columns})
+    parameters = int(table.cost.sum())
+    for cheap in (0, 1):
+        at = replace(table, score=np.where(table.kind == cheap, table.score / 1e6, table.score))
+        pruned = select(at, 0.35, parameters, Constraints(uniform=True, max_layer_ratio=0.5))
+        of_layers = np.bincount(at.layer, at.cost * pruned) / np.bincount(at.layer, at.cost)
+        assert of_layers.max() <= 0.5
+        assert pruned.any()
 
 
 def test_uniform_keeps_only_head_counts_the_architecture_can_state() -> None:
