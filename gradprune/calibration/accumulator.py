@@ -68,7 +68,8 @@ class StepRecord:
     """What a block records of one step's gradients, in addition to its sums.
 
     statistics: per linear layer, those of its gradients; empty if no weight's gradient was taken.
-    gate: the gradient of a gate on the block's output: [N] by sample, or [1] by batch; None without gradients.
+    gate: the gradient of a gate on what the block adds to the residual stream: [N] by sample, or [1] by batch; None
+        without gradients.
     scale: what the step's gradients were multiplied by.
     """
 
@@ -264,8 +265,30 @@ class LinearAccumulator(BlockAccumulator):
             handles.append(self.block.output.linear.register_forward_pre_hook(self._observe_input))
         elif self.block.parent is not None:
             handles.append(self.block.parent.register_forward_pre_hook(self._enter, with_kwargs=True))
+        if self._norm is not None and depth >= Depth.MASKS:
+            handles.append(self._norm.register_forward_hook(self._observe_norm))
         with hooks_removed(handles):
             yield
+
+    @property
+    def _norm(self) -> nn.Module | None:
+        """The norm that the block's output passes, alone, before it is added; None where there is none."""
+        block = self.block
+        return block.writer if block.writer is not block.module and block.parent is None else None
+
+    def _observe_norm(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        """Forward hook of the norm after the block, whose gradient comes before that of the block's projections.
+
+        A gate before the norm would have no gradient, whatever the block adds: the norm takes its factor out again.
+        """
+        if output.requires_grad:
+            y = output.detach()
+            output.register_hook(lambda dy: self._observe_gate(y, dy))
+
+    @torch.no_grad()
+    def _observe_gate(self, y: Tensor, dy: Tensor) -> None:
+        """y: [N, T, H], what is added; dy: its gradient."""
+        self.pending.gate = self._reduced(self._ops.mask_gradient(y, dy).gradient.sum(1, dtype=torch.float64))
 
     def _observe_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of the output projection, for passes without gradients: the second moment of its input."""
@@ -327,7 +350,12 @@ class LinearAccumulator(BlockAccumulator):
         """
         entry = self.block.output
         by_group = entry.fold_columns(mask_gradient)
+        if self.pending.gate is not None and self.block.groups == 1:
+            # Without its only group nothing is added. Before the norm, the gradient of a mask on it is rounding error.
+            by_group = self.pending.gate[:, None]
         torch.linalg.vector_norm(by_group, dim=0, dtype=torch.float64, out=self._added.mask_square)
+        if self._norm is not None:
+            return
         gate = by_group.sum(1, dtype=torch.float64)
         if dy is not None and entry.linear.bias is not None:
             gate = gate + dy.double() @ entry.linear.bias.detach().double()

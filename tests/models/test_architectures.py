@@ -128,6 +128,24 @@ def sample_gradients(model, block, ids):
     return total, of_mask
 
 
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "glm4"])
+def test_the_only_kv_head_before_a_norm_is_scored_by_what_the_norm_adds(architecture: str) -> None:
+    """A factor of what enters the norm changes nothing: the gradient of the head's own mask is rounding error."""
+    model, ids = tiny(architecture, kv_heads=1, ratio=4), tiny_ids()
+    with ImportanceEngine(model, method="group_fisher", backend="reference") as engine:
+        engine.step(ids)
+        found = engine.scores().attention
+    for block in describe(model, ["attention"]).blocks:
+        gate = torch.ones((), dtype=torch.float64, requires_grad=True)
+        handle = block.writer.register_forward_hook(lambda _module, _args, output, gate=gate: output * gate)
+        squares = []
+        for sample in ids.split(1):
+            loss = F.cross_entropy(model(sample).logits[:, :-1].flatten(0, 1), sample[:, 1:].flatten())
+            squares.append(torch.autograd.grad(loss, gate)[0].square())
+        handle.remove()
+        torch.testing.assert_close(found[block.layer].double(), torch.stack(squares).mean().view(1), rtol=1e-4, atol=0)
+
+
 def test_weights_that_are_stored_transposed_are_scored_as_they_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     """So no weight is copied."""
     model, scored, ops = tiny("gpt2").float(), [], select_ops("cpp", "cpu")
