@@ -100,8 +100,9 @@ def calibrate(
 def _calibrated(run: Run) -> ImportanceEngine:
     config = run.config
     method, everything = _collected(config)
-    if everything and any(isinstance(block, WholeExperts) for block in run.view.blocks):
-        # All methods but "obs", which there is not for whole experts.
+    asked = config.importance_method
+    if everything and asked != "obs" and any(isinstance(block, WholeExperts) for block in run.view.blocks):
+        # All methods but "obs", which there is not for whole experts; the engine refuses it where it is asked for.
         method = "taylor_2nd"
     engine = ImportanceEngine(
         run.view.model,

@@ -214,7 +214,11 @@ def test_the_lowest_channels_of_every_expert_go() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"importance_method": "obs", "prune_kinds": "experts"}, "importance_method: 'obs'"),
+        ({"importance_method": "obs", "prune_kinds": "experts"}, "importance_method: 'obs' scores channels"),
+        (
+            {"importance_method": "obs", "prune_kinds": "experts", "evidence": "all"},
+            "importance_method: 'obs' scores channels",
+        ),
         ({"reduction": "batch"}, "reduction: 'batch'"),
         ({"epsilon": 0.5}, "epsilon: 0.5"),
         ({"freeze_first_n_layers": 1}, "^freeze_first_n_layers: 1 would"),
