@@ -10,7 +10,7 @@ class ConfigError(GradPruneError):
 
 
 class UnsupportedArchitectureError(GradPruneError):
-    """The model's architecture, or one of its layers, is not described in `gradprune.models`."""
+    """The architecture is neither tested nor passes its self-test, or a projection is no plain linear layer."""
 
 
 class CalibrationError(GradPruneError):

@@ -280,7 +280,7 @@ def _planned(pool: list[_Candidate], samples: int, repaired: bool) -> int:
     for _ in _round_sizes(samples):
         total += count
         count = min(count, max(_FINALISTS, count // _KEPT) + fixed)
-    return total + count * repaired
+    return total + count if repaired else total
 
 
 def _masked_losses(

@@ -104,7 +104,7 @@ class ImportanceEngine:
                 gradient. A `gradient_fix` needs those of all steps. None: all steps serve every method.
 
         Raises:
-            UnsupportedArchitectureError: the model has no description, or is no causal LM.
+            UnsupportedArchitectureError: the architecture cannot be pruned, or the model is no causal LM.
             ConfigError: unknown method, reduction or fix; a model with weights that are on no device, or layers on
                 several; "batch" with a streamed model; `kinds` that the model has not, or the method does not score.
             BackendUnavailableError: the backend asked for by name cannot run on the model's device.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradprune.ranks import in_order
 
-# Per block: what is added, what has an entry for each step, and what has one for each sample.
+# A block's entries with a value per step, and with a value per sample; all others are sums.
 _BY_STEP, _BY_SAMPLE = ("scales", "statistics."), ("gates", "losses")
 
 

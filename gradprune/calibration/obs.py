@@ -41,12 +41,12 @@ from gradprune.ranks import ALONE, Ranks
 RIDGE = 0.01
 """Added to A's diagonal, relative to its mean: guards against a Gram matrix estimated from few tokens."""
 
-# Groups that a round removes: at most this share of the block's, and so many.
+# A round removes at most this share of the block's groups, and at most this many.
 _SHARE, _MOST = 1 / 16, 128
 # Minimum relative gap between successive costs, so that sorting recovers the path's order even after fp32 rounding.
 _STEP = 2.0**-20
-# So much of a block is gone where the way that its error takes through the model is looked at. A fifth was worse on
-# SmolLM2-135M at 20 and 50 %, and on stories260k at 30 and 50 %; so were both, for early and for late groups.
+# Reach is measured with this share of a block's groups removed. A fifth chose worse on SmolLM2-135M (20 and 50 %) and
+# stories260k (30 and 50 %); so did using both shares, one for groups that go early and one for late ones.
 _PART = 1 / 2
 # Columns that are gone are dropped once what is left is at most this share.
 _FULL = 7 / 8
@@ -110,7 +110,8 @@ def removal_costs(
     """
     with evaluation_mode(view.model):
         own = ranks.share(batches)
-        streams = Streams(view, own, OBS_STREAMS * stream_bytes(view, own) + view.has_experts * read_bytes(view, own))
+        of_experts = read_bytes(view, own) if view.has_experts else 0
+        streams = Streams(view, own, OBS_STREAMS * stream_bytes(view, own) + of_experts)
         state = _Pass(view, streams, curvatures, ops, ranks, streams.take_first())
         followed = Followed(view, batches, ranks)
         importances: dict[BlockKey, Tensor] = {}

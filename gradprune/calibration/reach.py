@@ -1,11 +1,11 @@
 """How far a block's error reaches the predictions, which its size at the block does not tell.
 
-`obs` prices what a block no longer writes by its size and one curvature. What becomes of it depends on the layers
-behind, which damp it or add to it. So of each block, alone, a part of the groups goes and the others are re-solved, and
-the residual stream is followed to the end for a few samples. Its divergence is KL(dense || changed) of the predictions,
-in nats per token, at every second token: a head takes as long as several layers. The reach of a block is this in
-proportion to what obs says that the removal costs, relative to the median of the blocks of its kind: how much kinds
-cost beside each other stays as it was.
+`obs` prices a block's error by its size and one curvature, but the layers after the block may damp or amplify it. So
+for one block at a time, part of its groups is removed, the others are re-solved, and the residual stream of a few
+samples is followed to the last layer. A block's divergence is KL(dense || changed) of the predictions, in nats per
+token, at every second token, because a head takes as long as several layers. Its reach is this divergence over the cost
+that `obs` gives the removal, relative to the median of the blocks of its kind: kinds keep their costs relative to each
+other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ class Followed:
         self._dense = self._passed(layer, self._dense)
 
     def divergences(self) -> dict[BlockKey, float]:
-        """Of each block, in nats per token, behind the last layer; the last call."""
+        """Of each block, in nats per token, after the last layer; the last call."""
         changed = [self._read(self._changed.pop(block.key)) for block in self._own]
         found = divergences(self._view.model, self._read(self._dense), changed)
         keys = [block.key for block in self._view.blocks]
@@ -64,7 +64,7 @@ class Followed:
         return self._streams.run_layer(layer, 0, stream)
 
     def _read(self, stream: Tensor) -> Tensor:
-        """[tokens, H] what the head reads of every second token, given the stream behind the last layer."""
+        """[tokens, H] what the head reads of every second token, given the stream after the last layer."""
         hidden = self._streams.last_hidden(0, stream.to(self._view.device))
         return self._streams.keep(hidden[:, 1::2].flatten(0, -2))
 

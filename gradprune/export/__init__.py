@@ -1,1 +1,1 @@
-"""MODEL -> ANOTHER PROGRAM'S FILE. One file per format."""
+"""MODEL -> ANOTHER PROGRAM'S FILE. GGUF, and what `--serve` writes."""

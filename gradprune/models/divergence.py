@@ -13,7 +13,9 @@ from gradprune.accumulation import accumulation_dtype
 from gradprune.models.loss import Head, logits_of, times, tokens_at_once
 
 
-def divergence(student: PreTrainedModel, hidden: Tensor, taught: Tensor, taught_by: Head | None = None) -> Tensor:
+def divergence(
+    student: PreTrainedModel, hidden: Tensor, teacher_hidden: Tensor, teacher_head: Head | None = None
+) -> Tensor:
     """Mean over tokens of KL(teacher || student), the distillation of Hinton et al. (2015) at temperature 1.
 
     Both heads run over chunks of tokens, so that all logits never exist at once. If the student's is a linear layer,
@@ -22,29 +24,29 @@ def divergence(student: PreTrainedModel, hidden: Tensor, taught: Tensor, taught_
     Args:
         student: a causal LM.
         hidden: [K, H], its decoder's last hidden states.
-        taught: [K, H of the teacher], the teacher's; no gradient reaches them.
-        taught_by: the teacher's head; by default the student's own.
+        teacher_hidden: [K, H of the teacher], the teacher's; no gradient reaches them.
+        teacher_head: the teacher's head; by default the student's own.
 
     Returns:
         A scalar in nats per token, fp32 (fp64 for fp64 models); differentiable in `hidden` and the student's head.
     """
-    return _means(student, hidden, taught, taught_by or logits_of(student), None, 0.0)[0]
+    return _means(student, hidden, teacher_hidden, teacher_head or logits_of(student), None, 0.0)[0]
 
 
 def divergence_with_text(
-    student: PreTrainedModel, hidden: Tensor, taught: Tensor, text: Tensor, share: float
+    student: PreTrainedModel, hidden: Tensor, teacher_hidden: Tensor, text: Tensor, share: float
 ) -> tuple[Tensor, Tensor]:
     """(1 - share) KL(teacher || student) + share NLL of the text, Hinton et al.'s weighted average; and the KL alone.
 
     Args:
-        student, hidden, taught: as of `divergence`; the teacher has the student's head.
+        student, hidden, teacher_hidden: as of `divergence`; the teacher has the student's head.
         text: [K] int64, the token that follows each.
         share: of the text, from 0 to 1.
 
     Returns:
         Two scalars as of `divergence`, means over tokens; the second is not differentiable.
     """
-    return _means(student, hidden, taught, logits_of(student), text, share)
+    return _means(student, hidden, teacher_hidden, logits_of(student), text, share)
 
 
 @torch.no_grad()
@@ -70,7 +72,12 @@ def divergences(model: PreTrainedModel, hidden: Tensor, changed: Sequence[Tensor
 
 
 def _means(
-    student: PreTrainedModel, hidden: Tensor, taught: Tensor, taught_by: Head, text: Tensor | None, share: float
+    student: PreTrainedModel,
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    text: Tensor | None,
+    share: float,
 ) -> tuple[Tensor, Tensor]:
     """See `divergence_with_text`; without `text`, both are the divergence."""
     head = logits_of(student)
@@ -78,28 +85,30 @@ def _means(
     hidden, text = hidden.to(weight.device), None if text is None else text.to(weight.device)
     chunk = tokens_at_once(weight.shape[0], cuda=hidden.is_cuda)
     if type(head) is nn.Linear:
-        mixed, apart = _LinearHeadSums.apply(hidden, head.weight, head.bias, taught, taught_by, text, share, chunk)  # type: ignore[no-untyped-call]
+        loss, kl = _LinearHeadSums.apply(
+            hidden, head.weight, head.bias, teacher_hidden, teacher_head, text, share, chunk
+        )  # type: ignore[no-untyped-call]
     else:
         texts = [None] * len(hidden.split(chunk)) if text is None else text.split(chunk)
         sums = [
-            checkpoint(_sums, head, taught_by, *each, share, use_reentrant=False, preserve_rng_state=False)
-            for each in zip(hidden.split(chunk), taught.split(chunk), texts, strict=True)
+            checkpoint(_sums, head, teacher_head, *each, share, use_reentrant=False, preserve_rng_state=False)
+            for each in zip(hidden.split(chunk), teacher_hidden.split(chunk), texts, strict=True)
         ]
-        mixed, apart = (torch.stack(each).sum() for each in zip(*sums, strict=True))
-    return mixed / len(hidden), apart / len(hidden)
+        loss, kl = (torch.stack(each).sum() for each in zip(*sums, strict=True))
+    return loss / len(hidden), kl / len(hidden)
 
 
 def _sums(
-    student_head: Head, teacher_head: Head, hidden: Tensor, taught: Tensor, text: Tensor | None, share: float
+    student_head: Head, teacher_head: Head, hidden: Tensor, teacher_hidden: Tensor, text: Tensor | None, share: float
 ) -> tuple[Tensor, Tensor]:
     """As `_means`, the sums over tokens, given hidden states [K, H] of both."""
     with torch.no_grad():
-        expected = F.log_softmax(_exact(teacher_head(taught)), dim=-1)
+        expected = F.log_softmax(_exact(teacher_head(teacher_hidden)), dim=-1)
     found = F.log_softmax(_exact(student_head(hidden)), dim=-1)
-    apart = F.kl_div(found, expected, reduction="sum", log_target=True)
+    kl = F.kl_div(found, expected, reduction="sum", log_target=True)
     if text is None:
-        return apart, apart.detach()
-    return torch.lerp(apart, F.nll_loss(found, text, reduction="sum"), share), apart.detach()
+        return kl, kl.detach()
+    return torch.lerp(kl, F.nll_loss(found, text, reduction="sum"), share), kl.detach()
 
 
 class _LinearHeadSums(torch.autograd.Function):
@@ -116,7 +125,7 @@ class _LinearHeadSums(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        taught: Tensor,
+        teacher_hidden: Tensor,
         teacher_head: Head,
         text: Tensor | None,
         share: float,
@@ -126,14 +135,14 @@ class _LinearHeadSums(torch.autograd.Function):
             torch.zeros_like(x) if needed and x is not None else None
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
-        apart = torch.zeros((), dtype=accumulation_dtype(hidden), device=hidden.device)
-        of_text = torch.zeros_like(apart)
+        kl = torch.zeros((), dtype=accumulation_dtype(hidden), device=hidden.device)
+        of_text = torch.zeros_like(kl)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            log_p = F.log_softmax(_exact(teacher_head(taught[part])), dim=-1)
+            log_p = F.log_softmax(_exact(teacher_head(teacher_hidden[part])), dim=-1)
             log_q = F.log_softmax(_exact(F.linear(hidden[part], weight, bias)), dim=-1)
             p = log_p.exp()
-            apart += torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
+            kl += torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
             next_ones = None if text is None else text[part, None]
             if next_ones is not None:
                 of_text -= log_q.gather(1, next_ones).sum()
@@ -150,11 +159,11 @@ class _LinearHeadSums(torch.autograd.Function):
                 d_bias += d_logits.sum(0)
             del log_p, log_q, p, exact, d_logits
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.mark_non_differentiable(apart)
-        return torch.lerp(apart, of_text, share), apart
+        ctx.mark_non_differentiable(kl)
+        return torch.lerp(kl, of_text, share), kl
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _of_apart: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, _of_kl: Tensor) -> tuple[Tensor | None, ...]:
         found = (None if each is None else (each * upstream).to(each.dtype) for each in ctx.saved_tensors)
         return (*found, None, None, None, None, None)
 

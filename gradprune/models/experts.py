@@ -397,7 +397,7 @@ def find_experts(layer: nn.Module, index: int, kind: Kind) -> ExpertsBlock | str
     if found is None:
         return NO_EXPERTS
     place, parent, module = found
-    # transformers before 5.20 has no norm behind experts, and does not say so.
+    # transformers before 5.20 has no norm after experts, and does not say so.
     if not hasattr(module, "is_concatenated") or getattr(module, "has_post_expert_norm", False):
         return f"{place}.experts is of a form that is not known"
     parts = 2 if module.has_gate else 1

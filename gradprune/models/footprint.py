@@ -189,7 +189,9 @@ class _Run:
     def calibration(self) -> Stage:
         """Forward and backward of one batch; where the model is streamed, of a wave layer by layer."""
         layers, tokens = len(self.shape.layer_parameters), self._batch
-        sums = self._sums * (1 + (self.world > 1) * self.world) + self._solved_before
+        # Each rank's are gathered and added.
+        copies = 1 + self.world if self.world > 1 else 1
+        sums = self._sums * copies + self._solved_before
         kept, backward = self._kept(tokens), self._backward(tokens)
         if self.config.reduction == "batch":
             # Every weight's gradient, summed and of the current batch.

@@ -120,7 +120,9 @@ def cached_width(layer: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class _GroupShape:
-    """groups: of the block. rows: of one group, by part of the input projections. heads, head_dim: as in `Block`."""
+    """groups: of the block. rows: of one group, by part of the input projections. heads: of queries; an MLP's channels.
+    head_dim: as in `LinearBlock`.
+    """
 
     groups: int
     rows: dict[str, int]

@@ -404,7 +404,9 @@ def with_channels(layer: Any, overrides: dict[str, Any]) -> Any:
     if width is None or output is None:
         return layer
     stated = weight_of(getattr(block, output)).shape[1]
-    for name, linear in block.named_children() if stated != width else ():
+    if stated == width:
+        return layer
+    for name, linear in block.named_children():
         if is_linear(linear):
             rows, columns = weight_of(linear).shape
             resize(linear, *((rows, width) if name == output else (rows * width // stated, columns)))

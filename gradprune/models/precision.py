@@ -1,4 +1,4 @@
-"""Matrix products of fp32 factors that are rounded first, for what is an estimate with a larger error of its own.
+"""fp32 matrix products whose factors are rounded first, for estimates whose own error is larger.
 
 CPUs with AMX or AVX512-BF16 multiply bfloat16 several times as fast as fp32, and GPUs TF32; sums stay in fp32. Where a
 machine has no such units nothing is rounded, and other types are never touched.

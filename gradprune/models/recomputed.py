@@ -23,8 +23,8 @@ Product = Callable[[Tensor], Tensor]
 class Recomputation:
     """Which products are left out when a layer is computed again.
 
-    Of a layer's last product mostly sums are taken, whose gradients need no values. Whether it is so is seen when a
-    layer is computed again for the first time: nothing may be kept for the backward pass after that product.
+    The output of a layer's last linear layer usually enters only sums, whose backward pass needs no values: it need not
+    be computed again. That is so where autograd keeps nothing after it when the layer is first recomputed.
     """
 
     def __init__(self) -> None:

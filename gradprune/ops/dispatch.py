@@ -32,7 +32,7 @@ class ImportanceOps:
     """One backend's importance ops.
 
     linear_importance_uncounted: `linear_importance`, but non-finite elements of a gradient need not be counted: they
-        may make the sums among the statistics non-finite instead. To look for them is a launch for each weight.
+        may make the sums among the statistics non-finite instead. Counting them costs one more launch per weight.
     """
 
     backend: str

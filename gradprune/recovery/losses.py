@@ -19,6 +19,6 @@ def distillation_loss(student: PreTrainedModel, teacher: PreTrainedModel, input_
         A scalar in nats per token, fp32 (fp64 for fp64 models); differentiable in the student's parameters.
     """
     with torch.no_grad():
-        taught = teacher.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        teacher_hidden = teacher.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
     hidden = student.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    return divergence(student, hidden, taught, logits_of(teacher))
+    return divergence(student, hidden, teacher_hidden, logits_of(teacher))

@@ -61,8 +61,8 @@ logger = logging.getLogger(__name__)
 RATE = 0.1
 """The first step's change, relative to a weight's size, where it has one input and the divergence is 1 nat a token."""
 FACTORS = (1.0, 0.5, 0.25)
-"""How much of all steps' change is made, descending; held-out samples choose. These may like more than all of it, but
-they are of one kind of text: it would lead away from other text."""
+"""How much of all steps' change is made, descending; held-out samples choose. They might choose more than all of it:
+they are of one kind of text, and other text would be predicted worse."""
 
 _JUDGED_TOGETHER = 8
 
@@ -191,7 +191,7 @@ class _Trained:
         self._batches = [batch.to(view.device) for batch in batches]
         self._streams = Streams(view, batches)
         self._dense = dense
-        self._text = text
+        self._text_weight = text
         self._rate = self._divergence = 0.0
         self._entries = [entry for block in view.linear_blocks for entry in block.projections]
         self._recomputation = Recomputation()
@@ -240,12 +240,12 @@ class _Trained:
         over tokens is not. No token follows a sample's last one, which is left out.
         """
         with torch.no_grad():
-            taught = self._streams.last_hidden(batch, self._dense[batch].to(self._view.device))
-        found, expected = (each[:, :-1].flatten(0, 1) for each in (hidden, taught))
-        text = self._batches[batch][:, 1:].flatten()
-        mean, apart = divergence_with_text(self._view.model, found, expected, text, self._text)
-        self._divergence = max(apart.item(), 0.0)
-        return mean
+            teacher_hidden = self._streams.last_hidden(batch, self._dense[batch].to(self._view.device))
+        found, expected = (each[:, :-1].flatten(0, 1) for each in (hidden, teacher_hidden))
+        next_tokens = self._batches[batch][:, 1:].flatten()
+        loss, kl = divergence_with_text(self._view.model, found, expected, next_tokens, self._text_weight)
+        self._divergence = max(kl.item(), 0.0)
+        return loss
 
     @torch.no_grad()
     def _move(self, entry: Projection, x: Tensor, dy: Tensor, _dx: Tensor) -> None:

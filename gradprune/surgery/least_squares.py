@@ -201,8 +201,8 @@ class _Repair:
             x = self.streams.output_input(block, batch, stream, written[batch])
             if solves:
                 aim = None if wanted is None else wanted[batch].to(device)
-                judges = self.judged_from is not None and batch >= self.judged_from
-                sums[judges].add(x, aim if aim is None or bias is None else aim - bias)
+                judging = self.judged_from is not None and batch >= self.judged_from
+                (sums[-1] if judging else sums[0]).add(x, aim if aim is None or bias is None else aim - bias)
             read.append(self.streams.keep(x if kept.all() else take_columns(x, columns)))
         if solves:
             self._solve(block, columns, sums)
