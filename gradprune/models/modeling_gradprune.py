@@ -82,6 +82,9 @@ _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
 )
 
 
+_OF = "_of_"
+
+
 class PerLayerHeads:
     """Mixin for a stock `...Config` class: states both numbers of heads of every layer in `per_layer_config`.
 
@@ -188,6 +191,11 @@ class PerLayerWidths:
             self.get_decoder().config = text_config(config)
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: transformers would not convert stored weights, such as each expert's, for a class of custom code."""
+        return False
+
+    @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         # The stock method reads the source file of the class it is called on, so it is called on the stock class.
         return bool(stock_class(cls)._can_set_attn_implementation())
@@ -213,15 +221,22 @@ class PerLayerWidths:
 
 def __getattr__(name: str) -> Any:
     """The class `Pruned...` of that name."""
-    stock = getattr(transformers, name.removeprefix("Pruned"), None) if name.startswith("Pruned") else None
+    own, _, config = name.removeprefix("Pruned").partition(_OF)
+    stock = getattr(transformers, own, None) if name.startswith("Pruned") else None
     if not isinstance(stock, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return pruned_class(stock)
+    return pruned_class(stock, getattr(transformers, config) if config else None)
 
 
-def pruned_class(stock: type) -> Any:
-    """The class that extends a stock class by per-layer widths: `PrunedLlamaForCausalLM` of `LlamaForCausalLM`."""
+def pruned_class(stock: Any, config: type | None = None) -> Any:
+    """The class that extends a stock class by per-layer widths: `PrunedLlamaForCausalLM` of `LlamaForCausalLM`.
+
+    config: the stock class of a model's configuration, by default its own. Some architectures borrow the model's class
+        of another: InternLM3's is `PrunedLlamaForCausalLM_of_InternLM3Config`, since transformers compares the two.
+    """
     name = f"Pruned{stock.__name__}"
+    if config is not None and config.__name__ != stock.config_class.__name__:
+        name += f"{_OF}{config.__name__}"
     found = globals().get(name)
     if found is not None:
         return found
@@ -232,7 +247,7 @@ def pruned_class(stock: type) -> Any:
         auto = "AutoConfig"
     else:
         auto = next((auto for auto, names in CLASSES_BY_AUTO.items() if stock.__name__ in names.values()), "AutoModel")
-        made.config_class = pruned_class(stock.config_class)
+        made.config_class = pruned_class(config or stock.config_class)
     # Saving an object of a registered class writes this file, and its class into the configuration's auto_map.
     made.register_for_auto_class(auto)
     globals()[name] = made
@@ -264,15 +279,18 @@ def causal_lm(model_type: str) -> Any:
 
 def auto_class(model_type: str, auto: str | None) -> Any:
     """The class of this file that one of transformers' auto classes takes for an architecture; None if none."""
-    name = class_names(model_type).get(str(auto))
-    return None if name is None else pruned_class(getattr(transformers, name))
+    names = class_names(model_type)
+    if auto not in names:
+        return None
+    config = getattr(transformers, names["AutoConfig"])
+    return pruned_class(config) if auto == "AutoConfig" else pruned_class(getattr(transformers, names[auto]), config)
 
 
 def auto_map(model_type: str) -> dict[str, str]:
     """`config.auto_map` of a pruned checkpoint: which class of this file each of transformers' auto classes takes."""
-    names = class_names(model_type)
-    names["AutoModelForCausalLM"] = causal_lm(model_type)
-    return {auto: f"modeling_gradprune.Pruned{name}" for auto, name in names.items()}
+    classes = {auto: auto_class(model_type, auto) for auto in class_names(model_type)}
+    classes["AutoModelForCausalLM"] = auto_class(model_type, auto_class_name(model_type))
+    return {auto: f"modeling_gradprune.{of.__name__}" for auto, of in classes.items() if of is not None}
 
 
 def text_config(config: Any) -> Any:
@@ -306,10 +324,17 @@ def stock_class(pruned: type) -> Any:
 def homogeneous(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of the configuration in which every layer has the global values."""
     dense = copy.copy(config)
+    state_dtype(dense)
     if text_config(config) is not config:
         dense.text_config = homogeneous(text_config(config))
     dense.per_layer_config = None
     return dense
+
+
+def state_dtype(config: PreTrainedConfig) -> None:
+    """Put the dtype in the place of its name, as `save_pretrained` leaves it: some layers make parameters by it."""
+    if isinstance(config.dtype, str):
+        config.dtype = getattr(torch, config.dtype)
 
 
 def name_in(config: PreTrainedConfig, names: tuple[str, ...]) -> str | None:

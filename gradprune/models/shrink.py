@@ -23,7 +23,7 @@ from gradprune.models.modeling_gradprune import (
 from gradprune.models.modes import seeded
 from gradprune.models.router import CHOSEN, SETS, SETS_CHOSEN
 
-_MOST_PARAMETERS = 2_000_000
+_MOST_PARAMETERS = 4_000_000
 _HEADS, _HEAD_DIM = 6, 4
 _HIDDEN = _HEADS * _HEAD_DIM
 # What else configurations say that grows a model or counts in its widths. Values that are smaller already stay.
@@ -62,8 +62,8 @@ _SMALL: dict[str, int] = {
 def tiny_model(config: PreTrainedConfig, model_class: type | None) -> PreTrainedModel:
     """A random fp64 model in evaluation mode of the structure that `config` describes; the same one every time.
 
-    It has one layer of every type that the configuration lists, two at least. Of a vision-language model only what text
-    passes through has weights.
+    It has two layers of every type that the configuration lists, as far as there are. Of a vision-language model only
+    what text passes through has weights.
 
     Raises:
         Exception: whatever transformers raises where the shrunk configuration builds no model.
@@ -162,17 +162,16 @@ def _kv_heads(values: dict[str, Any]) -> Any:
 
 
 def _layers_kept(values: dict[str, Any]) -> list[int]:
-    """One layer of each type, and the last of the first type if that is one only."""
+    """Two layers of each type, as far as there are: the self-test drops one and narrows the other."""
     count = values.get("num_hidden_layers")
     if not isinstance(count, int):
         raise ValueError("its configuration states no num_hidden_layers")
     lists = [value for value in values.values() if isinstance(value, list) and len(value) == count]
-    first: dict[tuple[Any, ...], int] = {}
+    of_type: dict[tuple[Any, ...], list[int]] = {}
     for layer in range(count):
-        first.setdefault(tuple(str(each[layer]) for each in lists), layer)
-    kept = sorted(first.values())[:6]
-    rest = [layer for layer in range(count) if layer not in kept]
-    return kept if len(kept) > 1 else sorted(kept + rest[:1])
+        of_type.setdefault(tuple(str(each[layer]) for each in lists), []).append(layer)
+    kept = [layer for layers in list(of_type.values())[:6] for layer in layers[:2]]
+    return sorted(kept) if len(kept) > 1 else [0]
 
 
 def _with_layers(values: dict[str, Any], layers: list[int]) -> dict[str, Any]:

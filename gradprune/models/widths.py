@@ -24,6 +24,7 @@ from gradprune.models.modeling_gradprune import (
     name_in,
     per_layer_overrides,
     pruned_class,
+    state_dtype,
     stock_class,
     text_config,
     weight_of,
@@ -54,8 +55,7 @@ def plain_widths(view: PrunableModel) -> dict[str, frozenset[int]]:
 
 def _follows_width(view: PrunableModel, mlp: LinearBlock) -> bool:
     """Whether a stock layer's MLP is as wide as the configuration says; some derive its width in their own way."""
-    dense = _dense(view.model)
-    dense.__class__ = stock_class(type(dense))
+    dense = _stock_config(view.model)
     other = mlp.groups + 1
     try:
         with torch.device("meta"):
@@ -69,8 +69,7 @@ def _follows_width(view: PrunableModel, mlp: LinearBlock) -> bool:
 
 def _attention_widths(view: PrunableModel, first: LinearBlock) -> dict[str, frozenset[int]]:
     """`plain_widths` of attention, of which `first` is a block."""
-    dense = _dense(view.model)
-    dense.__class__ = stock_class(type(dense))
+    dense = _stock_config(view.model)
     _state_head_dim(dense, first)
     layer = view.layers[first.layer]
     counts = range(1, first.groups + 1)
@@ -91,6 +90,7 @@ def state_widths(view: PrunableModel, before: PrunableModel) -> None:
     # Of a vision-language model: the whole configuration, and the decoder's part of it. Else they are one.
     whole, config = model.config, text_config(model.config)
     whole.__dict__.pop("auto_map", None)
+    state_dtype(config)
     attention = _attention(before)
     _state_head_dim(config, attention)
     plain = _plain_widths(view, attention)
@@ -113,8 +113,9 @@ def state_widths(view: PrunableModel, before: PrunableModel) -> None:
             setattr(config, width, 0)
         config.per_layer_config = _per_layer_config(view, attention)
         # The same objects with the classes that know per-layer widths: saving and reloading then just work.
-        model.__class__ = pruned_class(stock_class(type(model)))
-        whole.__class__ = pruned_class(stock_class(type(whole)))
+        stock_config = stock_class(type(whole))
+        model.__class__ = pruned_class(stock_class(type(model)), stock_config)
+        whole.__class__ = pruned_class(stock_config)
         whole.auto_map = auto_map(whole.model_type)
         if not _stock_can_read(config):
             # For the stock class, with which AutoTokenizer reads config.json where remote code is off.
@@ -125,6 +126,13 @@ def state_widths(view: PrunableModel, before: PrunableModel) -> None:
 def _dense(model: PreTrainedModel) -> Any:
     """A copy of the decoder's configuration in which every layer has the global values."""
     return homogeneous(text_config(model.config))
+
+
+def _stock_config(model: PreTrainedModel) -> Any:
+    """As `_dense`, of the architecture's own class."""
+    dense = _dense(model)
+    dense.__class__ = stock_class(type(dense))
+    return dense
 
 
 def _attention(view: PrunableModel) -> LinearBlock | None:
@@ -201,8 +209,7 @@ def _plain_widths(view: PrunableModel, attention: LinearBlock | None) -> dict[st
         groups.setdefault(block.kind.name, set()).add(_width_of(block))
     if view.dropped or any(len(found) > 1 for found in groups.values()):
         return None
-    dense = _dense(view.model)
-    dense.__class__ = stock_class(type(dense))
+    dense = _stock_config(view.model)
     widths = _own_widths(dense, {kind: found.pop() for kind, found in groups.items()}, attention)
     config = _with(dense, widths)
     return widths if _is_valid(config) and _builds(view, config) else None

@@ -214,7 +214,10 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
             continue
         # Layers that never had the kind, such as convolutions beside attention, change nothing.
         if len(widths) != 1:
-            raise ConfigError(f"uniform: the layers of this model already differ in their {kind.name} widths: {widths}")
+            raise ConfigError(
+                f"uniform: the layers of this model already differ in their {kind.name} widths: {widths}; layers of "
+                "equal widths, which experts need, come from the dense model alone"
+            )
         width = widths[0]
         step = math.lcm(_step(kind.name, constraints), 1 if width % kind.multiple else kind.multiple)
         kept = set(range(step, width, step)) & table.plain_widths.get(kind.name, frozenset(range(width)))

@@ -54,10 +54,9 @@ def check_class(model: PreTrainedModel) -> None:
         UnsupportedArchitectureError: naming the class, and the one to load it as.
     """
     name = causal_lm(model.config.model_type)
+    stock = stock_class(type(model))
     # A model loaded with trust_remote_code has a class of gradprune's name, defined by the file beside its weights.
-    if type(model).__name__ != f"Pruned{name}" and not (
-        type(model) is stock_class(type(model)) and type(model).__name__ == name
-    ):
+    if stock.__name__ != name or not (type(model) is stock or type(model).__name__.startswith(f"Pruned{name}")):
         raise UnsupportedArchitectureError(f"model: a {type(model).__name__} cannot be cut; load it as {name}")
 
 

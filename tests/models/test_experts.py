@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from gradprune import ImportanceEngine, load_pruned
 from gradprune.checkpoint.save import save_checkpoint
@@ -162,6 +162,20 @@ def test_layers_of_different_widths_survive_saving(tmp_path: Path) -> None:
     assert {layer.mlp.experts.config._experts_implementation for layer in found.model.layers} == {"eager"}
     with torch.no_grad():
         torch.testing.assert_close(found(ids).logits, without_channels(model, masks)(ids).logits, **TOLERANCE)
+
+
+def test_the_body_alone_of_a_mixture_whose_attention_was_pruned_loads_with_its_weights(tmp_path: Path) -> None:
+    """Files hold each expert's weights, which transformers puts together but for classes of custom code."""
+    model = tiny_mixture().float()
+    masks = {block.key: torch.ones(block.groups, dtype=torch.bool) for block in describe(model).blocks}
+    masks[describe(model, ["attention"]).blocks[0].key][0] = False
+    pruned = cut(model, GroupMasks(masks, len(model.model.layers)))
+    save_checkpoint(pruned, None, tmp_path / "model")
+    body, about = AutoModel.from_pretrained(tmp_path / "model", trust_remote_code=True, output_loading_info=True)
+    assert not about["missing_keys"]
+    ids = tiny_ids()
+    with torch.no_grad():
+        torch.testing.assert_close(body(ids).last_hidden_state, pruned.model(ids).last_hidden_state)
 
 
 def test_experts_that_keep_different_numbers_are_refused_before_anything_is_cut() -> None:

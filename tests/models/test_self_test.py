@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CTRLConfig, FalconConfig, LlamaConfig, Olmo2Config, StableLmConfig
+from transformers import CTRLConfig, FalconConfig, LlamaConfig, Olmo2Config, OlmoHybridConfig, StableLmConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from gradprune.errors import UnsupportedArchitectureError
 from gradprune.models import accepted_kinds
+from gradprune.models.modeling_gradprune import CLASSES_BY_AUTO, auto_class, class_names
 from gradprune.models.self_test import self_test
 from gradprune.models.survey import cells, support
 
@@ -72,12 +73,31 @@ def test_an_option_that_changes_the_architecture_is_tested_too() -> None:
     assert "attention" in found.refused
 
 
+def test_attention_that_one_layer_of_a_type_has_is_cut_in_part_too() -> None:
+    """Norms of queries and keys span all heads, which a block that goes whole does not show."""
+    types = ["linear_attention"] * 3 + ["full_attention"]
+    found = self_test(OlmoHybridConfig(num_hidden_layers=8, layer_types=types * 2))
+    assert found.accepted == ("mlp",)
+    assert "size of tensor" in found.refused["attention"]
+
+
+@pytest.mark.parametrize("architecture", sorted(set().union(*CLASSES_BY_AUTO.values())))
+def test_model_and_configuration_of_a_pruned_checkpoint_belong_together(architecture: str) -> None:
+    """As transformers compares them by name: some architectures have the model's class of another."""
+    names = class_names(architecture)
+    config = auto_class(architecture, "AutoConfig")
+    for auto in names.keys() - {"AutoConfig"}:
+        model = auto_class(architecture, auto)
+        assert model.config_class.__name__ == config.__name__
+        assert getattr(sys.modules[model.__module__], model.__name__) is model
+
+
 def test_a_refusal_says_what_failed() -> None:
     with pytest.raises(UnsupportedArchitectureError, match=r"'ctrl' .* refused it: .*; tested are .*llama"):
         accepted_kinds(CTRLConfig())
 
 
-@pytest.mark.parametrize("architecture", ["llama", "olmo2", "stablelm", "ctrl", "internvl"])
+@pytest.mark.parametrize("architecture", ["llama", "olmo2", "stablelm", "ctrl", "internvl", "internlm3", "olmo_hybrid"])
 def test_the_table_of_the_docs_is_current(architecture: str) -> None:
     row = f"| {' | '.join(cells(support(architecture)))} |"
     assert row in DOCS.read_text(encoding="utf-8").splitlines()

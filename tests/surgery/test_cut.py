@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
 from gradprune.models.modeling_gradprune import DroppedAttention, PerLayerWidths
 from gradprune.surgery.cut import cut
+from helpers.architectures import tiny
 from helpers.cut_models import TOLERANCE, assert_same, extreme_masks, full_masks, greedy, masked, random_masks
 from helpers.tiny_models import ARCHITECTURE_NAMES, GQA_RATIOS, tiny_ids, tiny_model
 
@@ -197,6 +199,15 @@ def test_a_cut_model_can_be_cut_again(architecture: str) -> None:
     for kept, again in zip((*both.attention, *both.mlp), (*second.attention, *second.mlp), strict=True):
         kept[kept.clone()] = again
     assert_same(twice, masked(model, both))
+
+
+def test_a_model_that_was_saved_can_be_cut_again(tmp_path: Path) -> None:
+    """Saving leaves the name of the dtype in the configuration, by which some layers make parameters."""
+    model, ids = tiny("apertus"), tiny_ids()
+    once = cut(model, random_masks(model, 0.7, seed=3))
+    once.save_pretrained(tmp_path)
+    masks = random_masks(once, 0.7, seed=4)
+    assert_same(cut(once, masks), masked(once, masks), ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
