@@ -136,7 +136,9 @@ class Model(Options):
             )
 
     def check_together(self) -> None:
-        """An expert goes as a whole, or its channels do; the layers' places are said once."""
+        """Refuse more than one target, the speed of a streamed model as one, whole experts together with their
+        channels, and a device_map beside `device` or streaming.
+        """
         super().check_together()
         targets = [name for name in TARGETS if getattr(self, name) is not None]
         if len(targets) > 1:
@@ -267,7 +269,7 @@ class Scoring(Options):
             object.__setattr__(self, "importance_method", DEFAULT_METHODS[0])
 
     def check_together(self) -> None:
-        """A gradient fix needs a method that uses gradients."""
+        """Refuse a gradient fix for a method that uses no gradients."""
         super().check_together()
         if self.gradient_fix != "none" and self.importance_method not in ("auto", *GRADIENT_METHODS):
             raise ConfigError(
@@ -327,7 +329,7 @@ class Constraints(Options):
         return math.lcm(own, self.tensor_parallel)
 
     def check_together(self) -> None:
-        """Frozen layers keep their width, and uniform layers share one; vLLM needs attention, and splits the widths."""
+        """Refuse frozen layers with uniform widths, epsilon with vLLM, tensor_parallel for all but vLLM and uniform."""
         super().check_together()
         if self.same_widths and (self.freeze_first_n_layers or self.freeze_last_n_layers):
             raise ConfigError(
@@ -362,7 +364,7 @@ class Repair(Options):
     shots: int = option(1, "Prune in this many steps, with repair and another calibration between them.", at_least(1))
 
     def check_together(self) -> None:
-        """Without a repair there is no repaired model to go on with, and without samples nothing is taught."""
+        """Refuse distillation or shots without a repair, and distill_text without distillation."""
         super().check_together()
         if self.distill_text != DISTILL_TEXT and (self.repair == "none" or self.distill_samples == 0):
             raise ConfigError(
@@ -400,7 +402,7 @@ class Output(Options):
     in_place: bool = option(False, "Cut the given model itself, which saves the memory of a second.", library_only=True)
 
     def check_together(self) -> None:
-        """A model that is cut in place is not there any more to be timed."""
+        """Refuse in_place with measure_speed: after cutting in place there is no dense model left to time."""
         super().check_together()
         if self.in_place and self.measure_speed:
             raise ConfigError("in_place: leaves no dense model to time; give measure_speed=False too")

@@ -111,7 +111,7 @@ class PruneConfig(Output, Repair, Constraints, Search, Scoring, Calibration, Dat
         super().decide()
 
     def check_together(self) -> None:
-        """A method scores the kinds that are pruned; what "auto" decides cannot be given too."""
+        """Refuse "reap" for all but whole experts, shots with whole experts, and options that "auto" chooses."""
         super().check_together()
         if self.importance_method == "reap" and self.kinds != ("experts",):
             raise ConfigError(
