@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 
 from gradprune.config import GradientBackend, ImportanceBackend
-from gradprune.ops.dispatch import gradient_ops_fault, unavailable_reason
+from gradprune.ops.dispatch import gradient_ops_fault, importance_ops_fault
 from gradprune.version import __version__
 
 
@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
             **{f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())},
         },
         "backends": {
-            device: {backend: unavailable_reason(backend, device) for backend in _named(ImportanceBackend)}
+            device: {backend: importance_ops_fault(backend, device) for backend in _named(ImportanceBackend)}
             for device in devices
         },
         "gradient_backends": {

@@ -28,7 +28,7 @@ from benchmarks.timing import Timing, free
 from gradprune.config import ImportanceBackend
 from gradprune.evaluation.size import model_size
 from gradprune.models import describe
-from gradprune.ops.dispatch import unavailable_reason
+from gradprune.ops.dispatch import importance_ops_fault
 
 FLOOR, _GROUP_TAYLOR = "plain", "torch-pruning GroupTaylor"
 
@@ -134,7 +134,7 @@ def backends(device: str) -> tuple[str, ...]:
         for backend in get_args(ImportanceBackend)
         if backend != "auto"
         and not (backend == "triton" and device == "cpu")
-        and unavailable_reason(backend, device) is None
+        and importance_ops_fault(backend, device) is None
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.timing import Provider
 from gradprune import ops
 from gradprune.config import GradientBackend, ImportanceBackend
-from gradprune.ops.dispatch import ImportanceOps, gradient_ops_fault, select_ops, unavailable_reason
+from gradprune.ops.dispatch import ImportanceOps, gradient_ops_fault, importance_ops_fault, select_ops
 
 Check = Callable[[Any, tuple[Any, ...]], str | None]
 
@@ -39,7 +39,7 @@ def importance_backends(op: Callable[[ImportanceOps], Callable[..., Any]], check
         # Triton on the CPU is its interpreter.
         if backend in ("auto", "reference") or (backend == "triton" and device == "cpu"):
             continue
-        if unavailable_reason(backend, device) is None:
+        if importance_ops_fault(backend, device) is None:
             found.append(Provider(f"gradprune {backend}", op(select_ops(backend, device)), check))
     return found
 

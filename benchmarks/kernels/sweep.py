@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(parser(__doc__), arguments)
     if options.device == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    from gradprune.ops.dispatch import unavailable_reason
+    from gradprune.ops.dispatch import importance_ops_fault
 
-    fault = unavailable_reason("triton", options.device)
+    fault = importance_ops_fault("triton", options.device)
     if fault is not None:
         say(f"LEFT OUT: {NAME}, for {fault}")
         return

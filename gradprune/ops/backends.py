@@ -1,38 +1,8 @@
-"""Which backends can run here and why others cannot, and the choice between them, for every family of ops."""
+"""Which backends can run here, and why others cannot."""
 
 import importlib
 import importlib.util
-import logging
 import os
-from collections.abc import Callable
-
-from gradprune.errors import BackendUnavailableError
-
-logger = logging.getLogger(__name__)
-
-
-def choose_backend(backend: str, device: str, preferred: str, reason: Callable[[str, str], str | None]) -> str:
-    """The backend to use: `backend` itself, or for "auto" `preferred` if that can run on `device`, else the reference.
-
-    Only "auto" falls back, and logs why; a backend asked for by name is used or refused.
-
-    Args:
-        backend: what the caller asked for.
-        device: type of the tensors' device.
-        preferred: the fastest on that device.
-        reason: tells why a backend cannot run on a device; None if it can.
-
-    Raises:
-        BackendUnavailableError: with the reason.
-    """
-    chosen = preferred if backend == "auto" else backend
-    fault = reason(chosen, device)
-    if fault is None:
-        return chosen
-    if backend != "auto":
-        raise BackendUnavailableError(f"backend: '{backend}' cannot run on {device}: {fault}")
-    logger.info("backend 'auto' uses 'reference' on %s: '%s' cannot run: %s", device, preferred, fault)
-    return "reference"
 
 
 def reference_fault(_device: str) -> None:

@@ -4,6 +4,7 @@ An op's name fixes the maths; `backend` fixes only who computes it. A backend as
 only "auto" falls back to another one, and logs why once.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from gradprune.config import GradientBackend, ImportanceBackend
 from gradprune.errors import BackendUnavailableError
-from gradprune.ops.backends import choose_backend, cpp_fault, cuda_fault, reference_fault, triton_fault
+from gradprune.ops.backends import cpp_fault, cuda_fault, reference_fault, triton_fault
 from gradprune.ops.reference import (
     grad_stats_reference,
     grouped_linear_importance_reference,
@@ -25,6 +26,8 @@ from gradprune.ops.reference import (
 )
 from gradprune.ops.removals import Removals, cheapest_removals_reference
 from gradprune.ops.vectors import GradientStatistics, GroupedVectors, ImportanceVectors, MaskGradient, Side
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ def select_gradient_ops(backend: GradientBackend, device: str) -> GradientOps:
     return _GRADIENT.select(backend, device)
 
 
-def unavailable_reason(backend: ImportanceBackend, device: str) -> str | None:
+def importance_ops_fault(backend: ImportanceBackend, device: str) -> str | None:
     """Why `backend` cannot run the importance ops on `device`, or None if it can."""
     return _IMPORTANCE.fault(backend, device)
 
@@ -243,7 +246,14 @@ class _Family(Generic[Ops]):
         return fault(device)
 
     def select(self, backend: str, device: str) -> Ops:
-        chosen = choose_backend(backend, device, self.preferred if device == "cuda" else "cpp", self.fault)
+        """Only "auto" falls back, to the reference, and logs why."""
+        chosen = backend if backend != "auto" else self.preferred if device == "cuda" else "cpp"
+        fault = self.fault(chosen, device)
+        if fault is not None:
+            if backend != "auto":
+                raise BackendUnavailableError(f"backend: '{backend}' cannot run on {device}: {fault}")
+            logger.info("backend 'auto' uses 'reference' on %s: '%s' cannot run: %s", device, chosen, fault)
+            chosen = "reference"
         _, load = self.backends[chosen]
         return load()
 

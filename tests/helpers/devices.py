@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradprune.ops.dispatch import unavailable_reason
+from gradprune.ops.dispatch import importance_ops_fault
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """On the CPU the kernels run in Triton's interpreter."""
@@ -14,6 +14,6 @@ TRITON_TESTS = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 def require_backend(backend: str, device: str) -> None:
     """Skip where a backend cannot be: C++ on a GPU, Triton on a CPU without its interpreter."""
-    fault = None if backend == "auto" else unavailable_reason(backend, device)
+    fault = None if backend == "auto" else importance_ops_fault(backend, device)
     if fault is not None and (device != "cpu" or backend == "triton"):
         pytest.skip(f"{backend} is NOT tested on {device}: {fault}")
