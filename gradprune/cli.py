@@ -38,7 +38,7 @@ from gradprune.config.commands import StagedCommand, takes
 from gradprune.config.recovery_config import RecoveryConfig
 from gradprune.errors import ConfigError, GradPruneError, counted, one_line
 from gradprune.interrupts import Interrupted, interruptible
-from gradprune.progress import Clock, say
+from gradprune.progress import QUIET, Clock, say
 from gradprune.ranks import current, launched, speaks
 from gradprune.version import __version__
 
@@ -147,7 +147,7 @@ def demo(options: dict[str, Any]) -> None:
     result = _prune(PruneConfig(**options, output_name="demo", overwrite=True))
     from gradprune.demo import demo_model_path
 
-    training = json.loads((demo_model_path(quiet=True) / "training.json").read_text(encoding="utf-8"))
+    training = json.loads((demo_model_path(QUIET) / "training.json").read_text(encoding="utf-8"))
     OUT.print(
         f"Held-out perplexity per byte: unigram {training['unigram_perplexity']:.2f}, "
         f"dense {result.before.perplexity.value:.2f}, pruned {result.after.perplexity.value:.2f}."

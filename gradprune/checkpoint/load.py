@@ -321,9 +321,7 @@ def _streamed(
         raise _unreadable(base_model, error, argument) from error
 
 
-def load_shape(
-    base_model: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False, argument: str = "base_model"
-) -> ModelShape:
+def load_shape(base_model: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> ModelShape:
     """The sizes of a checkpoint's model, from its configuration alone.
 
     Args:
@@ -331,7 +329,6 @@ def load_shape(
             `gguf_source.find_gguf`.
         dtype: of the weights; "auto" is what the configuration says, or float32.
         trust_remote_code: run code that the checkpoint brings.
-        argument: the option that `base_model` came from, for messages.
 
     Raises:
         CheckpointError: the configuration is missing or damaged.
@@ -340,12 +337,12 @@ def load_shape(
     file = find_gguf(base_model)
     source = {"trust_remote_code": trust_remote_code}
     if file is not None:
-        config = _gguf_config(file, argument)
+        config = _gguf_config(file, "base_model")
     else:
-        _check_folder(base_model, argument)
+        _check_folder(base_model, "base_model")
         source["local_files_only"] = _only_cached(base_model)
-        config = _load_config(base_model, source, argument)
-        _check_supported(base_model, config, argument)
+        config = _load_config(base_model, source, "base_model")
+        _check_supported(base_model, config, "base_model")
     make = _maker(config, source)
     try:
         return model_shape(empty_model(config, make, resolved_dtype(config, dtype, {})))
@@ -353,7 +350,7 @@ def load_shape(
         raise
     except Exception as error:  # a configuration whose values contradict each other
         raise CheckpointError(
-            f"{argument}: the configuration of '{base_model}' describes no model: {one_line(error)}"
+            f"base_model: the configuration of '{base_model}' describes no model: {one_line(error)}"
         ) from error
 
 

@@ -12,24 +12,24 @@ from gradprune.models.modeling_gradprune import text_config
 HELD_OUT = 0.1
 """The fraction of a stream's tokens, at its end, that is held out for evaluation."""
 
+# Overlap is looked for in pieces of this many tokens, too many to match by chance; and in about how many.
+_PIECE_TOKENS, _PIECES = 64, 16
 
-def split_held_out(tokens: Tensor, seq_len: int, fraction: float = HELD_OUT) -> tuple[Tensor, Tensor]:
+
+def split_held_out(tokens: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
     """Split a stream into calibration tokens and held-out tokens: the held-out part is the end of the stream.
 
     Args:
         tokens: [tokens] int64.
         seq_len: tokens per window; the held-out part has at least one window.
-        fraction: of the tokens to hold out, strictly between 0 and 1.
 
     Returns:
         calibration, evaluation: [tokens] int64 each, views of `tokens`.
 
     Raises:
-        CalibrationError: `tokens` is too short for one window of each, or `fraction` is out of range.
+        CalibrationError: `tokens` is too short for one window of each.
     """
-    if not 0.0 < fraction < 1.0:
-        raise CalibrationError(f"fraction: {fraction} is not between 0 and 1 (both excluded)")
-    held_out = max(int(len(tokens) * fraction), seq_len)
+    held_out = max(int(len(tokens) * HELD_OUT), seq_len)
     if len(tokens) < held_out + seq_len:
         raise CalibrationError(
             f"dataset: {len(tokens)} tokens are too few to calibrate and to hold out a window of {seq_len} tokens for "
@@ -90,19 +90,17 @@ def spread(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first, second])[torch.cat(places).argsort(stable=True)]
 
 
-def overlap_of(evaluation: Tensor, calibration: Tensor, *, length: int = 64, pieces: int = 16) -> float:
+def overlap_of(evaluation: Tensor, calibration: Tensor) -> float:
     """Estimate the fraction of `evaluation` that occurs in `calibration`, from pieces spread evenly over `evaluation`.
 
     Args:
         evaluation, calibration: [tokens] int64.
-        length: tokens per piece: too many to match by chance.
-        pieces: about how many pieces to look for.
     """
-    length = min(length, len(evaluation))
+    length = min(_PIECE_TOKENS, len(evaluation))
     if not length:
         return 0.0
     text = calibration.to(torch.int64).numpy().tobytes()
-    starts = range(0, len(evaluation) - length + 1, max(1, (len(evaluation) - length) // pieces))
+    starts = range(0, len(evaluation) - length + 1, max(1, (len(evaluation) - length) // _PIECES))
     found = sum(_occurs(evaluation[start : start + length].to(torch.int64).numpy().tobytes(), text) for start in starts)
     return found / len(starts)
 

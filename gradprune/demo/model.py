@@ -39,9 +39,7 @@ _PATIENCE = 60.0
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json")
 
 
-def demo_model_path(
-    console: Console | None = None, *, quiet: bool = False, training: DemoTraining | None = None
-) -> Path:
+def demo_model_path(console: Console | None = None, *, training: DemoTraining | None = None) -> Path:
     """The folder of the demo model; trains it first if the cache has no complete copy.
 
     The cache is `$GRADPRUNE_CACHE`, else `$XDG_CACHE_HOME/gradprune`, else `~/.cache/gradprune`. The folder is a
@@ -49,7 +47,6 @@ def demo_model_path(
 
     Args:
         console: where progress is shown; standard error by default.
-        quiet: show nothing.
         training: a recipe other than the default, cached separately.
 
     Raises:
@@ -57,7 +54,7 @@ def demo_model_path(
         CheckpointError: the cache folder cannot be written.
     """
     recipe = training or DemoTraining()
-    console = Console(stderr=True, quiet=quiet) if console is None or quiet else console
+    console = console or Console(stderr=True)
     python = ".".join(platform.python_version_tuple()[:2])
     suffix = "" if training is None else "-" + hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
     folder = _cache_folder() / f"demo-model-{RECIPE}-py{python}{suffix}"

@@ -20,6 +20,9 @@ from gradprune.errors import CalibrationError, NonFiniteError
 from gradprune.models.loss import sample_losses
 from gradprune.models.modes import seeded
 
+# Five are enough for singular values of at least 1 % of the Frobenius norm.
+_NEWTON_SCHULZ_ITERATIONS = 5
+
 
 @dataclass(frozen=True)
 class DemoTraining:
@@ -134,7 +137,7 @@ class Muon:
             matrix.add_(update, alpha=-learning_rate * math.sqrt(max(1.0, rows / columns)))
 
 
-def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
+def orthogonal(matrix: Tensor) -> Tensor:
     """Approximate U V^T of the singular value decomposition U S V^T, by a quintic Newton-Schulz iteration.
 
     X <- (a + b X X^T + c (X X^T)^2) X. The factors are accumulated on the small Gram matrix, which halves the cost for
@@ -142,7 +145,6 @@ def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
 
     Args:
         matrix: [O, I].
-        iterations: five are enough for singular values of at least 1 % of the Frobenius norm.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if tall else matrix
@@ -150,7 +152,7 @@ def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
     gram = wide @ wide.T
     identity = torch.eye(len(gram), dtype=gram.dtype)
     product = identity
-    for _ in range(iterations):
+    for _ in range(_NEWTON_SCHULZ_ITERATIONS):
         factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) + 3.4445 * identity
         product = factor @ product
         gram = factor @ gram @ factor

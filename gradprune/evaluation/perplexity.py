@@ -13,7 +13,7 @@ from gradprune.data.windows import batches, check_evaluation
 from gradprune.errors import CalibrationError, NonFiniteError
 from gradprune.models.modes import evaluation_mode
 from gradprune.models.passes import losses
-from gradprune.progress import progress
+from gradprune.progress import QUIET, progress
 from gradprune.ranks import ALONE, Ranks
 
 
@@ -39,7 +39,7 @@ def perplexity(
     batch_size: int,
     max_windows: int | None = None,
     argument: str = "eval_dataset",
-    console: Console | None = None,
+    console: Console = QUIET,
     ranks: Ranks = ALONE,
 ) -> Perplexity:
     """exp(total negative log-likelihood / predicted tokens), over consecutive windows that do not overlap.
@@ -64,7 +64,7 @@ def perplexity(
     numbered = iter(numbers)
     own = ranks.share([(part, list(itertools.islice(numbered, len(part)))) for part in parts])
     nll: list[Tensor] = []
-    shown = progress(console or Console(quiet=True), "Measuring perplexity", sum(len(n) for _, n in own), "windows")
+    shown = progress(console, "Measuring perplexity", sum(len(n) for _, n in own), "windows")
     with shown as advance, evaluation_mode(model):
         for (part, windows), found in zip(own, losses(model, [part for part, _ in own]), strict=True):
             nll.append(torch.tensor(_finite(found, windows), dtype=torch.float64) * (part.shape[1] - 1))

@@ -13,6 +13,9 @@ from gradprune.report.rows import curve_header, curve_rows, layer_header, layer_
 from gradprune.search import SearchResult, Trial
 from gradprune.vanishing.diagnosis import Diagnosis
 
+# How many of the deciding round's trials are shown, best first.
+_SEARCH_ROWS = 15
+
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """The before-and-after table for the terminal."""
@@ -72,12 +75,12 @@ def comparison_table(diagnoses: dict[int, Diagnosis]) -> Table:
     return table
 
 
-def search_table(result: SearchResult, rows: int = 15) -> Table:
+def search_table(result: SearchResult) -> Table:
     """The deciding round for the terminal; "(fixed)" marks fixed settings: each method with and without plain H-GSP."""
     table = Table(title=f"Search: best of {result.candidates} selections", title_justify="left")
     for column in ("rank", "held-out loss", "- default", "std. error", "samples", "setting"):
         table.add_column(column, justify="left" if column == "setting" else "right")
-    for rank, trial in enumerate(result.deciding[:rows], start=1):
+    for rank, trial in enumerate(result.deciding[:_SEARCH_ROWS], start=1):
         mark = " (fixed)" if trial.fixed else ""
         figures = (f"{trial.loss:.4f}", f"{trial.difference:+.4f}", f"{trial.error:.4f}", str(trial.samples))
         table.add_row(str(rank), *figures, describe_scoring(trial.scoring) + mark)

@@ -251,11 +251,11 @@ def _digest(path: Path) -> str:
 
 
 def test_the_model_is_trained_once_and_loads(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = demo_model_path(quiet=True, training=TINY)
+    path = demo_model_path(QUIET, training=TINY)
     assert list(cache.iterdir()) == [path]
     assert not [file for file in path.iterdir() if file.suffix not in (".json", ".safetensors")]
     monkeypatch.setattr(model_module, "train_model", _no_training)
-    assert demo_model_path(quiet=True, training=TINY) == path
+    assert demo_model_path(QUIET, training=TINY) == path
 
     model = AutoModelForCausalLM.from_pretrained(path)
     assert type(model) is LlamaForCausalLM
@@ -271,10 +271,10 @@ def test_the_model_is_trained_once_and_loads(cache: Path, monkeypatch: pytest.Mo
 
 
 def test_the_same_seed_gives_the_same_bytes(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    first = demo_model_path(quiet=True, training=TINY)
-    other_seed = demo_model_path(quiet=True, training=replace(TINY, seed=1))
+    first = demo_model_path(QUIET, training=TINY)
+    other_seed = demo_model_path(QUIET, training=replace(TINY, seed=1))
     monkeypatch.setenv("GRADPRUNE_CACHE", str(tmp_path / "second"))
-    second = demo_model_path(quiet=True, training=TINY)
+    second = demo_model_path(QUIET, training=TINY)
     assert first.name == second.name != other_seed.name
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"):
         assert _digest(first / name) == _digest(second / name)
@@ -292,21 +292,21 @@ def test_an_interruption_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyP
         else:
             patch.setattr("gradprune.demo.training.sample_losses", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            demo_model_path(quiet=True, training=TINY)
+            demo_model_path(QUIET, training=TINY)
     assert list(cache.iterdir()) == []
-    assert demo_model_path(quiet=True, training=TINY).is_dir()
+    assert demo_model_path(QUIET, training=TINY).is_dir()
 
 
 @pytest.mark.parametrize("damage", [*FILES, "truncated"])
 def test_a_damaged_entry_is_made_again(cache: Path, damage: str) -> None:
-    path = demo_model_path(quiet=True, training=TINY)
+    path = demo_model_path(QUIET, training=TINY)
     whole = _digest(path / "model.safetensors")
     if damage == "truncated":
         weights = (path / "model.safetensors").read_bytes()
         (path / "model.safetensors").write_bytes(weights[:-1])
     else:
         (path / damage).unlink()
-    assert demo_model_path(quiet=True, training=TINY) == path
+    assert demo_model_path(QUIET, training=TINY) == path
     assert {file.name for file in path.iterdir()} >= set(FILES)
     assert _digest(path / "model.safetensors") == whole
     assert list(cache.iterdir()) == [path]
@@ -319,7 +319,7 @@ def test_a_cache_that_cannot_be_written_is_an_error_before_training(
     monkeypatch.setenv("GRADPRUNE_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(model_module, "train_model", _no_training)
     with pytest.raises(CheckpointError, match=r"GRADPRUNE_CACHE: '.*cache' cannot be written \(Not a directory\)"):
-        demo_model_path(quiet=True, training=TINY)
+        demo_model_path(QUIET, training=TINY)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_progress_shows_rate_and_loss_and_quiet_shows_nothing(
     assert "3/3" in shown
     assert "steps/s  loss " in shown
     capfd.readouterr()
-    demo_model_path(quiet=True, training=replace(TINY, seed=7))
+    demo_model_path(QUIET, training=replace(TINY, seed=7))
     assert capfd.readouterr() == ("", "")
 
 
@@ -357,7 +357,7 @@ def test_progress_shows_rate_and_loss_and_quiet_shows_nothing(
 
 @pytest.mark.timeout(1200)  # trained on first use; slow where the cores are busy with something else
 def test_the_demo_model_has_learned() -> None:
-    path = demo_model_path(quiet=True)
+    path = demo_model_path(QUIET)
     record = json.loads((path / "training.json").read_text(encoding="utf-8"))
     assert record["held_out_perplexity"] < record["unigram_perplexity"] / 2
     tokens = torch.tensor(list(embedded_text().held_out.encode()))
@@ -373,7 +373,7 @@ def test_the_demo_model_has_learned() -> None:
 
 @pytest.mark.timeout(1200)
 def test_methods_differ_on_the_demo_model() -> None:
-    model, tokenizer = load_model(demo_model_path(quiet=True))[:2]
+    model, tokenizer = load_model(demo_model_path(QUIET))[:2]
     options = {"num_samples": 32, "eval_samples": 32, "measure_speed": False, "generations": False}
 
     def ratio(**others: str) -> float:
