@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter
 
+from gradprune.errors import counted
 from gradprune.vanishing.diagnosis import Diagnosis, diagnose_gradients
 from gradprune.vanishing.statistics import LayerGradients, pool_steps
 
@@ -78,7 +79,7 @@ def comparison_figure(names: list[str], steps: list[list[LayerGradients]]) -> Fi
         _line(axes, step, [layer.mean for layer in step], color=color, marker=marker, label=label)
     if not few:
         figure.colorbar(ScalarMappable(Normalize(0, len(steps) - 1), shades), ax=axes, label="step", pad=0.01)
-    title = f"Mean gradient of each layer, {_count(len(steps), 'step')}"
+    title = f"Mean gradient of each layer, {counted(len(steps), 'step')}"
     _finish(figure, axes, title, diagnose_gradients(pooled))
     return figure
 
@@ -97,7 +98,7 @@ def variance_figure(steps: list[list[LayerGradients]]) -> Figure:
     _line(axes, pooled, mean, color=_BLUE, marker="o", label="mean")
     if several:
         _line(axes, pooled, across, color=_GREEN, marker="^", label="std of the mean, across steps")
-    title = f"Mean and spread of each layer's gradient, {_count(len(steps), 'step')}"
+    title = f"Mean and spread of each layer's gradient, {counted(len(steps), 'step')}"
     _finish(figure, axes, title, diagnose_gradients(pooled))
     return figure
 
@@ -257,7 +258,3 @@ def _legend(figure: Figure, handles: list[Artist], labels: list[str], extra: Seq
         [entries[label] for label in ordered], ordered,
         loc="outside lower left", ncols=max(1, min(columns, 4)), frameon=False, fontsize="small",
     )  # fmt: skip
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -9,7 +9,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from torch import nn
 
-from gradprune.errors import ConfigError, GradPruneError, NonFiniteError
+from gradprune.errors import ConfigError, GradPruneError, NonFiniteError, counted
 from gradprune.report.plots import STYLE, comparison_figure, distribution_figure, heatmap_figure, plain, variance_figure
 from gradprune.vanishing.diagnosis import Diagnosis, diagnose_gradients
 from gradprune.vanishing.from_model import gradients_of_model
@@ -94,7 +94,7 @@ class GradientVisualizer:
     def generate_report(self) -> Path:
         """A plain-text report: table of layers and verdict for each step, then the verdict on the mean over steps."""
         self._require_steps()
-        parts = [f"Gradient analysis of {len(self._steps)} step{'s' if len(self._steps) > 1 else ''}"]
+        parts = [f"Gradient analysis of {counted(len(self._steps), 'step')}"]
         for index, (name, layers) in enumerate(zip(self._names, self._steps, strict=True)):
             diagnosis = diagnose_gradients(layers)
             parts.append("\n".join([f"Step {index}: {name}", *_table(diagnosis), diagnosis.verdict_text()]))
