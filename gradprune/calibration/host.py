@@ -30,25 +30,15 @@ def records_on_host(records: Mapping[BlockKey, Sequence[StepRecord]]) -> dict[Bl
     flat: list[Tensor] = []
     for steps in records.values():
         for record in steps:
-            flat += [value for found in record.statistics.values() for value in _fields(found)]
+            flat += [value for found in record.statistics.values() for value in found.numbers()]
             flat += [] if record.gate is None else [record.gate]
     values = iter(on_host(flat))
 
     def copied(record: StepRecord) -> StepRecord:
         statistics = {
-            path: GradientStatistics(*(next(values) for _ in _fields(found)))
+            path: GradientStatistics(*(next(values) for _ in found.numbers()))
             for path, found in record.statistics.items()
         }
         return StepRecord(statistics, None if record.gate is None else next(values), record.scale)
 
     return {key: [copied(record) for record in steps] for key, steps in records.items()}
-
-
-def _fields(statistics: GradientStatistics[Tensor]) -> tuple[Tensor, ...]:
-    return (
-        statistics.sum_abs,
-        statistics.sum_square,
-        statistics.max_abs,
-        statistics.min_abs,
-        statistics.non_finite,
-    )

@@ -88,10 +88,7 @@ def linear_importance_cpp(
     require_extension(isa)
     from gradprune import _C
 
-    dtype = accumulation_dtype(x, dy, w)
-    if dtype == torch.float32:
-        x, dy, w = (t.to(dtype) if t.dtype == torch.float64 else t for t in (x, dy, w))
-    x, dy, w = _unit_stride(x), _unit_stride(dy), _unit_stride(w)
+    x, dy, w, dtype = _readable(x, dy, w)
     vectors, addresses = _outputs(w, dtype, side)
     sizes = (x.shape[0], x.shape[1], w.shape[0], w.shape[1])
     _C.linear_importance(
@@ -127,10 +124,7 @@ def grouped_linear_importance_cpp(
     require_extension(isa)
     from gradprune import _C
 
-    dtype = accumulation_dtype(x, dy, w)
-    if dtype == torch.float32:
-        x, dy, w = (t.to(dtype) if t.dtype == torch.float64 else t for t in (x, dy, w))
-    x, dy, w = _unit_stride(x), _unit_stride(dy), _unit_stride(w)
+    x, dy, w, dtype = _readable(x, dy, w)
     experts, outputs, inputs = w.shape
     rows, columns = (
         w.new_empty((experts, 2, length), dtype=dtype) if asked else None
@@ -241,6 +235,14 @@ def _check_linear_shapes(x: Tensor, dy: Tensor, w: Tensor) -> None:
         raise ValueError(f"x: has shape {tuple(x.shape)}; [N, T, {w.shape[1]}] is needed, for w {tuple(w.shape)}")
     if dy.shape != (*x.shape[:2], w.shape[0]):
         raise ValueError(f"dy: has shape {tuple(dy.shape)}; {(*x.shape[:2], w.shape[0])} is needed")
+
+
+def _readable(x: Tensor, dy: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+    """The tensors as the extension reads them, copied where they have to be, and the dtype of the results."""
+    dtype = accumulation_dtype(x, dy, w)
+    if dtype == torch.float32:
+        x, dy, w = (t.to(dtype) if t.dtype == torch.float64 else t for t in (x, dy, w))
+    return _unit_stride(x), _unit_stride(dy), _unit_stride(w), dtype
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:

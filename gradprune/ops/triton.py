@@ -38,8 +38,7 @@ def taylor_score_triton(w: Tensor, g: Tensor, side: Side = "both") -> Importance
     for name, tensor in (("w", w), ("g", g)):
         if tensor.ndim != 2 or tensor.shape != w.shape:
             raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; w and g are matrices of one shape [O, I]")
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{name}: dtype {tensor.dtype} is not one of float32, bfloat16, float16")
+        _check_dtype(name, tensor)
     return vectors(*taylor_kernel.taylor_score_triton(_unit_inner_stride(w), _unit_inner_stride(g), *sides(side)))
 
 
@@ -84,8 +83,7 @@ def _refuse(x: Tensor, dy: Tensor, w: Tensor) -> None:
     for name, tensor, ndim in (("x", x, 3), ("dy", dy, 3), ("w", w, 2)):
         if tensor.ndim != ndim:
             raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; x is [N, T, I], dy [N, T, O] and w [O, I]")
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{name}: dtype {tensor.dtype} is not one of float32, bfloat16, float16")
+        _check_dtype(name, tensor)
 
 
 def grouped_linear_importance_triton(
@@ -109,17 +107,14 @@ def grouped_linear_importance_triton(
     """
     check_grouped(x, dy, w, offsets)
     for name, tensor in (("x", x), ("dy", dy), ("w", w)):
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{name}: dtype {tensor.dtype} is not one of float32, bfloat16, float16")
+        _check_dtype(name, tensor)
     dtype = torch.promote_types(x.dtype, dy.dtype)
     x, dy, w = (_unit_inner_stride(tensor) for tensor in (x.to(dtype), dy.to(dtype), w))
     rows, columns = (
         grouped_kernel.grouped_linear_importance_triton(x, dy, w, offsets, columns=across) if asked else None
         for across, asked in zip((False, True), sides(side), strict=True)
     )
-    either = rows or columns
-    assert either is not None
-    return GroupedVectors(rows and rows[0], columns and columns[0], GradientStatistics.unpack(either[1]))
+    return GroupedVectors(*_sides(rows, columns))
 
 
 def mask_gradient_triton(x: Tensor, dx: Tensor) -> MaskGradient:
@@ -137,8 +132,7 @@ def mask_gradient_triton(x: Tensor, dx: Tensor) -> MaskGradient:
     for name, tensor in (("x", x), ("dx", dx)):
         if tensor.ndim != 3 or tensor.shape != x.shape:
             raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; x and dx have one shape [N, T, I]")
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{name}: dtype {tensor.dtype} is not one of float32, bfloat16, float16")
+        _check_dtype(name, tensor)
     return MaskGradient(*mask_kernel.mask_gradient_triton(_unit_inner_stride(x), _unit_inner_stride(dx)))
 
 
@@ -166,9 +160,21 @@ def cheapest_removals_triton(inverse: Tensor, gram: Tensor, columns: int, count:
 
 def vectors(rows: tuple[Tensor, Tensor] | None, columns: tuple[Tensor, Tensor] | None) -> ImportanceVectors:
     """From a kernel's results for each side: sums [2, O] or [2, I], of |w g| and w^2 g^2, and statistics [5]."""
+    return ImportanceVectors(*_sides(rows, columns))
+
+
+def _sides(
+    rows: tuple[Tensor, Tensor] | None, columns: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor | None, Tensor | None, GradientStatistics[Tensor]]:
+    """Both sides' sums, and the statistics, which either side's results end with."""
     either = rows or columns
     assert either is not None
-    return ImportanceVectors(rows and rows[0], columns and columns[0], GradientStatistics.unpack(either[1]))
+    return rows and rows[0], columns and columns[0], GradientStatistics.unpack(either[1])
+
+
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"{name}: dtype {tensor.dtype} is not one of float32, bfloat16, float16")
 
 
 def _unit_inner_stride(tensor: Tensor) -> Tensor:

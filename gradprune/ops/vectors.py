@@ -45,7 +45,11 @@ class GradientStatistics(Generic[Number]):
 
     def pack(self: "GradientStatistics[Tensor]") -> Tensor:
         """[..., 5], the fields in their order; inverse of `unpack`."""
-        return torch.stack([getattr(self, field.name) for field in fields(self)], -1)
+        return torch.stack(self.numbers(), -1)
+
+    def numbers(self) -> tuple[Number, ...]:
+        """The fields' values in their order."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
     @staticmethod
     def stack(statistics: "Sequence[GradientStatistics[Tensor]]") -> "GradientStatistics[Tensor]":
