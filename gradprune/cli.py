@@ -30,9 +30,8 @@ from gradprune.config import (
     PruneConfig,
     Repair,
     Search,
-    again,
-    command_line,
     options_of,
+    rerun_command,
 )
 from gradprune.config.commands import StagedCommand, takes
 from gradprune.config.recovery_config import RecoveryConfig
@@ -118,7 +117,7 @@ def prune(
     target = _target(options)
     if target is not None and len(ratios) > 1:
         raise ConfigError("pruning_ratio: several are given, and a target too; leave out one or the other")
-    config = _in_place({**options, "pruning_ratio": ratios[0]})
+    config = _pruning_config({**options, "pruning_ratio": ratios[0]})
     config = _named(config, f"{config.importance_method}-{target or '-'.join(f'{ratio:g}' for ratio in ratios)}")
     if len(ratios) == 1:
         _prune(config)
@@ -130,7 +129,7 @@ def prune(
 @takes(Model, Data, Calibration, "prior", Search, Constraints, Repair, Output, from_file=True)
 def search(options: dict[str, Any]) -> None:
     """Choose the scoring by held-out loss, and prune with it."""
-    config = _in_place({**options, "importance_method": "auto"})
+    config = _pruning_config({**options, "importance_method": "auto"})
     _prune(_named(config, f"search-{_target(options) or format(config.pruning_ratio, 'g')}"))
 
 
@@ -298,7 +297,7 @@ def plan(
     from gradprune.plan import planned, room_on
     from gradprune.report.plan import fitting_lines, plan_table
 
-    config = _in_place(options)
+    config = _pruning_config(options)
     room = room_on(device)
     path = config.base_model or str(demo_model_path(PROGRESS))
     shape = load_shape(path, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
@@ -356,10 +355,12 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             # Names need not be text in the stream's encoding.
             stream.reconfigure(errors="backslashreplace")
-    arguments = sorted((_today(argument) for argument in sys.argv[1:]), key=_anywhere, reverse=True)
+    arguments = [_today(argument) for argument in sys.argv[1:]]
+    # They belong to no command, so they may stand anywhere.
+    flags = [argument for argument in arguments if argument in ("--quiet", "--verbose")]
     try:
         with interruptible(), launched() as ranks:
-            code = app(arguments, standalone_mode=False) or 0
+            code = app(flags + [each for each in arguments if each not in flags], standalone_mode=False) or 0
         if ranks.world > 1:
             _end_at_once(code)
         sys.exit(code)
@@ -388,11 +389,6 @@ def _fail(message: str) -> NoReturn:
     line = "".join(f"\\x{ord(character):02x}" if ord(character) < 32 else character for character in message)
     say(Console(stderr=True), f"error: {line}")
     sys.exit(2)
-
-
-def _anywhere(argument: str) -> bool:
-    """Whether an option is of no command: it may stand anywhere."""
-    return argument in ("--quiet", "--verbose")
 
 
 class _LogLines(logging.Handler):
@@ -435,7 +431,7 @@ def _named(config: PruneConfig, name: str) -> PruneConfig:
     return replace(config, output_name=f"{model}-{name}")
 
 
-def _in_place(options: dict[str, Any]) -> PruneConfig:
+def _pruning_config(options: dict[str, Any]) -> PruneConfig:
     """The options of a command that prunes: nobody needs the dense model any more, unless it is timed."""
     return PruneConfig(**options, in_place=not options["measure_speed"])
 
@@ -549,7 +545,7 @@ def _prune(config: PruneConfig) -> "PruneResult":
     if result.search is not None:
         OUT.print(search_table(result.search))
         say(OUT, search_verdict(result.search))
-        say(OUT, f"Chosen: {command_line(again(result.config))}")
+        say(OUT, f"Chosen: {rerun_command(result.config)}")
     OUT.print(layer_table(summary))
     for warning in result.warnings:
         _warn(f"Warning: {warning}")

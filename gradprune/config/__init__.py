@@ -1,6 +1,6 @@
 """The options of a run. Each is defined once, with its default, help and domain, in `gradprune.config.parts`."""
 
-from gradprune.config.command_line import again, command_line
+from gradprune.config.command_line import command_line, rerun_command
 from gradprune.config.domains import bytes_of, count_of, device_map_of
 from gradprune.config.gradient_fix import GRADIENT_FIXES, check_gradient_fix
 from gradprune.config.option import Option, Options, options_of
@@ -71,7 +71,6 @@ __all__ = [
     "Scoring",
     "Search",
     "StreamLayers",
-    "again",
     "bytes_of",
     "check_gradient_fix",
     "command_line",
@@ -80,4 +79,5 @@ __all__ = [
     "device_map_of",
     "distill_step",
     "options_of",
+    "rerun_command",
 ]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from gradprune.checkpoint.atomic import atomic_directory
 from gradprune.checkpoint.results import weight_bytes_on_disk
 from gradprune.checkpoint.save import write_checkpoint
-from gradprune.config import PruneConfig, again, command_line
+from gradprune.config import PruneConfig, rerun_command
 from gradprune.export.serve import write_served
 from gradprune.models import BlockKey, shown_kinds
 from gradprune.models.masks import GroupMasks
@@ -130,7 +130,7 @@ def search_to_dict(result: SearchResult, config: PruneConfig) -> dict[str, Any]:
         "decides": result.decides,
         "verdict": search_verdict(result),
         "standard_errors_needed": result.threshold,
-        "command": command_line(again(config)),
+        "command": rerun_command(config),
         "trials": [
             {"rank": rank, "setting": describe_scoring(trial.scoring), **asdict(trial)}
             for rank, trial in enumerate(result.trials, start=1)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from gradprune.checkpoint.results import model_name
-from gradprune.config import PruneConfig, again, command_line
+from gradprune.config import PruneConfig, rerun_command
 from gradprune.report.charts import COLORS, kept_chart, svg
 from gradprune.report.rows import (
     curve_header,
@@ -125,7 +125,7 @@ def write_report(
         warnings="".join(f'<p class="warning">{escape(warning)}</p>' for warning in summary["warnings"]),
         gradients=_gradient_section(gradients, plots),
         search="" if search is None else _search_section(search),
-        command=escape(command_line(again(PruneConfig.from_dict(config)))),
+        command=escape(rerun_command(PruneConfig.from_dict(config))),
         options=_folded("All options", _html_table(("option", "value"), options)),
         versions=_folded("Versions", _html_table(("package", "version"), list(record["versions"].items()))),
     )
