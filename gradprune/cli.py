@@ -18,7 +18,6 @@ from rich.console import Console
 
 from gradprune.checkpoint.results import claimed_results, model_name
 from gradprune.config import (
-    OLDER_NAMES,
     OPTIONS,
     PARTS,
     TARGETS,
@@ -355,7 +354,7 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             # Names need not be text in the stream's encoding.
             stream.reconfigure(errors="backslashreplace")
-    arguments = [_today(argument) for argument in sys.argv[1:]]
+    arguments = [_hyphenated(argument) for argument in sys.argv[1:]]
     # They belong to no command, so they may stand anywhere.
     flags = [argument for argument in arguments if argument in ("--quiet", "--verbose")]
     try:
@@ -412,13 +411,12 @@ def _end_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _today(argument: str) -> str:
-    """`--pruning_ratio=0.2` as `--pruning-ratio=0.2`, and older names as today's; values stay as they are."""
+def _hyphenated(argument: str) -> str:
+    """`--pruning_ratio=0.2` as `--pruning-ratio=0.2`; values stay as they are."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
-    name = name[2:].replace("-", "_")
-    return "--" + OLDER_NAMES.get(name, name).replace("_", "-") + equals + value
+    return name.replace("_", "-") + equals + value
 
 
 def _named(config: PruneConfig, name: str) -> PruneConfig:

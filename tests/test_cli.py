@@ -155,7 +155,7 @@ def test_a_run_with_a_target_is_named_by_it(gradprune, model_folder: Path, ids_f
         (["--output_name", ""], "output_name: '' is not a plain folder name"),
         (["--output_name", "--overwrite"], "output_name: '--overwrite' looks like an option"),
         (["--device", "mps"], "device: 'mps' does not work here"),
-        (["--scores", "nowhere.safetensors"], "there is no file 'nowhere.safetensors'"),
+        (["--evidence_file", "nowhere.safetensors"], "there is no file 'nowhere.safetensors'"),
         (["--gradient_fix", "normalize", "--fix_gradient_vanishing"], "fix_gradient_vanishing: means gradient_fix"),
         (["--dataset", "no-such-file.txt"], "there is no file 'no-such-file.txt'"),
         (["--dataset", "text.pdf"], "dataset: 'text.pdf'"),
@@ -299,14 +299,13 @@ def test_it_tells_its_version(gradprune) -> None:
     assert gradprune("--version") == (0, f"gradprune {__version__}\n", "")
 
 
-def test_an_older_option_name_still_works(gradprune, model_folder: Path, ids_file: Path) -> None:
+def test_evidence_of_an_earlier_run_gives_the_same_groups(gradprune, model_folder: Path, ids_file: Path) -> None:
     given = ["--base_model", model_folder, "--dataset", ids_file, "--no_measure_speed", "--repair", "none", *QUICK]
     assert gradprune("prune", *given, "--output_name", "first")[0] == 0
     (found,) = Path("results/first/analysis").glob("*.safetensors")
-    assert gradprune("prune", *given, f"--scores={found}", "--output_name", "second")[0] == 0
+    assert gradprune("prune", *given, f"--evidence_file={found}", "--output_name", "second")[0] == 0
     config = json.loads(Path("results/second/run.json").read_text())["config"]
     assert config["evidence_file"] == str(found)
-    assert "scores" not in config
     groups = [Path(f"results/{name}/analysis/groups.csv").read_bytes() for name in ("first", "second")]
     assert groups[0] == groups[1]
 

@@ -136,7 +136,6 @@ def test_a_new_option_is_one_line() -> None:
         ({"round_to": 2**31}, f"round_to: {2**31} is too large"),
         ({"in_place": True}, "in_place: leaves no dense model to time; give measure_speed=False too"),
         ({"uniform": True, "freeze_first_n_layers": 1}, "uniform: cannot be combined"),
-        ({"scores": "a", "evidence_file": "b"}, "scores: is the older name of evidence_file, which is given too"),
         ({"importance_method": "auto", "tau": 0.0}, "tau: importance_method 'auto' chooses it"),
     ],
 )
@@ -187,10 +186,9 @@ def test_what_is_written_reads_back_equal() -> None:
         assert PruneConfig.from_dict(json.loads(json_text(config.to_dict()))) == config
 
 
-def test_what_an_earlier_version_wrote_reads_back() -> None:
-    assert PruneConfig.from_dict({"scores": "a", "pruning_ratio": 0.3}) == PruneConfig(pruning_ratio=0.3, scores="a")
-    assert PruneConfig(scores="a").evidence_file == "a"
-    assert PruneConfig.from_dict({"scores": None}) == PruneConfig()
+def test_what_is_missing_is_default_and_what_is_unknown_refused() -> None:
+    assert PruneConfig.from_dict({"pruning_ratio": 0.3}) == PruneConfig(pruning_ratio=0.3)
+    assert PruneConfig.from_dict({}) == PruneConfig()
     with pytest.raises(ConfigError, match=r"widgets: is no option; the options are base_model, pruning_ratio"):
         PruneConfig.from_dict({"widgets": 1})
 

@@ -112,9 +112,9 @@ def test_what_is_no_mapping_of_options_is_refused(tmp_path: Path, text: str) -> 
         options_from_file(written(tmp_path, text), TAKEN, "prune")
 
 
-def test_names_are_todays_and_nothing_is_left_out(tmp_path: Path) -> None:
-    path = written(tmp_path, "scores: a\nbase-model: ~\nnum_samples: 1e3\npruning_ratio: [0.1, 0.2]\noutput_name:\n")
-    found = options_from_file(path, TAKEN, "prune")
+def test_names_may_have_hyphens_and_null_is_left_out(tmp_path: Path) -> None:
+    text = "evidence-file: a\nbase-model: ~\nnum_samples: 1e3\npruning_ratio: [0.1, 0.2]\noutput_name:\n"
+    found = options_from_file(written(tmp_path, text), TAKEN, "prune")
     assert found == {"evidence_file": "a", "num_samples": "1e3", "pruning_ratio": "0.1,0.2"}
 
 

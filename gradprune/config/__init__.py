@@ -35,7 +35,7 @@ from gradprune.config.parts import (
     default_methods,
     distill_step,
 )
-from gradprune.config.prune_config import OLDER_NAMES, OPTIONS, PruneConfig
+from gradprune.config.prune_config import OPTIONS, PruneConfig
 
 __all__ = [
     "CURVATURE_SAMPLES",
@@ -45,7 +45,6 @@ __all__ = [
     "GRADIENT_FIXES",
     "GRADIENT_METHODS",
     "METHODS",
-    "OLDER_NAMES",
     "OPTIONS",
     "PARTS",
     "TARGETS",

@@ -31,7 +31,6 @@ class Option:
     type: as annotated, and kind: the plain type of its values: bool, int, float or str.
     choices: the values of a `Literal`, else empty. optional: whether None is a value.
     stage: title of the group it belongs to.
-    older: a name that it had before, and that still works.
     library_only: whether it is no option of the command line.
     """
 
@@ -44,7 +43,6 @@ class Option:
     help: str
     domain: Domain
     stage: str
-    older: str | None
     library_only: bool
 
     @property
@@ -75,11 +73,9 @@ class Option:
         return plain
 
 
-def option(
-    default: Any, help: str, domain: Domain = ANYTHING, *, older: str | None = None, library_only: bool = False
-) -> Any:
+def option(default: Any, help: str, domain: Domain = ANYTHING, *, library_only: bool = False) -> Any:
     """A dataclass field that is an option; see `Option`."""
-    known = {"help": help, "domain": domain, "older": older, "library_only": library_only}
+    known = {"help": help, "domain": domain, "library_only": library_only}
     return dataclasses.field(default=default, metadata=known)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from gradprune.config.prune_config import OLDER_NAMES, OPTIONS
+from gradprune.config.prune_config import OPTIONS
 from gradprune.errors import ConfigError, one_line
 
 _NOTHING = ("null", "~", "")
@@ -31,7 +31,6 @@ def options_from_file(path: str, taken: Collection[str], command: str) -> dict[s
     found: dict[str, str] = {}
     for key, value in options.items():
         name = str(key).replace("-", "_")
-        name = OLDER_NAMES.get(name, name)
         if name not in taken:
             if options is recorded and name in OPTIONS:
                 continue

@@ -218,7 +218,6 @@ class Calibration(Options):
         None,
         "evidence.safetensors of an earlier run on this model, instead of calibrating again.",
         path("the analysis/evidence.safetensors of an earlier run"),
-        older="scores",
     )
 
 

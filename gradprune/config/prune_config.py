@@ -1,8 +1,7 @@
 """`PruneConfig`: the options of a pruning run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import wraps
 from typing import Any, TypeVar
 
 from gradprune.config.option import Option, Options, options_of
@@ -22,26 +21,12 @@ from gradprune.config.parts import (
 from gradprune.errors import ConfigError
 
 _Part = TypeVar("_Part", bound=Options)
-_Class = TypeVar("_Class", bound=type)
 
 # What importance_method "auto" decides.
 _SEARCHED = ("temperature", "tau", "gradient_fix", "normalize_scores", "normalize_per", "attention_factor")
 
 
-def _takes_older_names(cls: _Class) -> _Class:
-    """The class, whose options may also be given by the names that they had before."""
-    init: Callable[..., None] = cls.__init__  # type: ignore[misc]
-
-    @wraps(init)
-    def with_older_names(self: Any, *values: Any, **options: Any) -> None:
-        init(self, *values, **_renamed(options))
-
-    cls.__init__ = with_older_names  # type: ignore[misc]
-    return cls
-
-
 # The bases stand in reverse, because a dataclass takes the fields of its last base first.
-@_takes_older_names
 @dataclass(frozen=True)
 class PruneConfig(Output, Repair, Constraints, Search, Scoring, Calibration, Data, Model):
     """The options of a pruning run, all of them optional; `docs/options.md` lists them.
@@ -138,12 +123,12 @@ class PruneConfig(Output, Repair, Constraints, Search, Scoring, Calibration, Dat
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "PruneConfig":
-        """The options that `to_dict` gave, also as read from `run.json`; older names work, what is missing is default.
+        """The options that `to_dict` gave, also as read from `run.json`; what is missing is default.
 
         Raises:
             ConfigError: an option is unknown, or its value is.
         """
-        given = _renamed(options)
+        given = dict(options)
         for name, value in given.items():
             if name not in OPTIONS:
                 raise ConfigError(f"{name}: is no option; the options are {', '.join(OPTIONS)}")
@@ -154,18 +139,3 @@ class PruneConfig(Output, Repair, Constraints, Search, Scoring, Calibration, Dat
 
 
 OPTIONS: Mapping[str, Option] = options_of(PruneConfig)
-
-# Names that options had before, and that still work.
-OLDER_NAMES = {known.older: known.name for known in OPTIONS.values() if known.older is not None}
-
-
-def _renamed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` with today's names."""
-    named = dict(options)
-    for older, name in OLDER_NAMES.items():
-        if older in named:
-            value = named.pop(older)
-            if named.get(name) not in (None, value):
-                raise ConfigError(f"{older}: is the older name of {name}, which is given too; leave it out")
-            named[name] = value if value is not None else named.get(name)
-    return named

@@ -36,8 +36,6 @@ def _row(option: Option) -> str:
     meaning = option.help
     if option.library_only:
         meaning += " Only in a program."
-    if option.older is not None:
-        meaning += f" Its older name `{option.older}` still works."
     return f"| `{option.name}` | {option.values} | {default} | {meaning} |"
 
 
