@@ -20,7 +20,6 @@ from gradprune.checkpoint.results import claimed_results, model_name
 from gradprune.config import (
     OPTIONS,
     PARTS,
-    TARGETS,
     Calibration,
     Constraints,
     Data,
@@ -113,11 +112,10 @@ def prune(
             )
         options["gradient_fix"] = "adaptive"
     ratios = options.pop("pruning_ratio")
-    target = _target(options)
-    if target is not None and len(ratios) > 1:
-        raise ConfigError("pruning_ratio: several are given, and a target too; leave out one or the other")
     config = _pruning_config({**options, "pruning_ratio": ratios[0]})
-    config = _named(config, f"{config.importance_method}-{target or '-'.join(f'{ratio:g}' for ratio in ratios)}")
+    if config.target is not None and len(ratios) > 1:
+        raise ConfigError("pruning_ratio: several are given, and a target too; leave out one or the other")
+    config = _named(config, f"{config.importance_method}-{_goal(config, ratios)}")
     if len(ratios) == 1:
         _prune(config)
     else:
@@ -129,13 +127,14 @@ def prune(
 def search(options: dict[str, Any]) -> None:
     """Choose the scoring by held-out loss, and prune with it."""
     config = _pruning_config({**options, "importance_method": "auto"})
-    _prune(_named(config, f"search-{_target(options) or format(config.pruning_ratio, 'g')}"))
+    _prune(_named(config, f"search-{_goal(config, [config.pruning_ratio])}"))
 
 
-def _target(options: dict[str, Any]) -> str | None:
-    """What a run is to reach instead of a ratio, for its name."""
-    given = [(name.removeprefix("target_"), options[name]) for name in TARGETS if options[name] is not None]
-    return f"{given[0][0]}-{given[0][1]}" if given else None
+def _goal(config: PruneConfig, ratios: list[float]) -> str:
+    """What a run is to reach, for its name: its target, or else the ratios."""
+    if config.target is None:
+        return "-".join(f"{ratio:g}" for ratio in ratios)
+    return f"{config.target.removeprefix('target_')}-{getattr(config, config.target)}"
 
 
 @app.command(cls=StagedCommand)

@@ -12,7 +12,7 @@ from gradprune.models import PrunableModel
 from gradprune.progress import progress
 from gradprune.run import Run
 from gradprune.scoring.choose import Choice, choose
-from gradprune.surgery.cut import cut, sharing_copy
+from gradprune.surgery.cut import cut
 
 _HALVINGS = 7
 """So a ratio that a speed asks for is known to 1/128."""
@@ -41,7 +41,7 @@ def ratio_of_size(view: PrunableModel, config: PruneConfig) -> float | None:
 
 
 def at_target(run: Run, evidence: Evidence) -> Run:
-    """The run with the smallest `pruning_ratio` that meets its target; the run itself where it has none.
+    """The run, which has a target, with the smallest `pruning_ratio` that meets it.
 
     Raises:
         SelectionError: nothing that may be pruned brings the model there.
@@ -57,10 +57,11 @@ def at_target(run: Run, evidence: Evidence) -> Run:
 
     fraction = ratio_of_size(run.view, config)
     if fraction is not None:
-        return replace(run, config=replace(config, pruning_ratio=_of_size(chosen, fraction, run.view.parameters)))
-    if config.target_speedup is not None:
-        return replace(run, config=replace(config, pruning_ratio=_of_speed(run, chosen, config.target_speedup)))
-    return run
+        ratio = _of_size(chosen, fraction, run.view.parameters)
+    else:
+        assert config.target_speedup is not None
+        ratio = _of_speed(run, chosen, config.target_speedup)
+    return replace(run, config=replace(config, pruning_ratio=ratio))
 
 
 def _of_size(chosen: Callable[[float], Choice], fraction: float, parameters: int) -> float:
@@ -118,7 +119,7 @@ def _speedup(run: Run, chosen: Callable[[float], Choice], ratio: float) -> float
         return None
     measured = None
     if run.ranks.leads:
-        models = {"dense": run.view.model, "pruned": cut(sharing_copy(run.view.model), choice.masks, inplace=True)}
+        models = {"dense": run.view.model, "pruned": cut(run.view.model, choice.masks)}
         speed = throughput(models, seq_len=run.config.seq_len, seed=run.config.seed, repeats=5)
         measured = speed["pruned"].p50 / speed["dense"].p50
     told: float = run.ranks.gather_json(measured)[0]
