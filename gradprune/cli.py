@@ -502,7 +502,12 @@ def _diagnoses(config: PruneConfig, lengths: list[int]) -> "dict[int, Diagnosis]
     diagnoses = {}
     for length in lengths:
         engine = ImportanceEngine(
-            model, "taylor", config.reduction, config.backend, config.use_gradient_checkpointing, ranks=current()
+            model,
+            "taylor",
+            config.reduction,
+            config.backend,
+            use_gradient_checkpointing=config.use_gradient_checkpointing,
+            ranks=current(),
         )
         calibrate(engine, windows[length], config.batch_size, PROGRESS)
         diagnoses[length] = diagnose_gradients(engine.gradients())

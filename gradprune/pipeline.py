@@ -195,7 +195,17 @@ def _start(
         prompts = []
     elif prompts is None:
         prompts = drawn_prompts(tokenizer, samples.evaluation)
-    return Run(view, config, samples, tokenizer, tasks, tuple(prompts), clock, clock.console, ranks)
+    return Run(
+        view,
+        config,
+        samples,
+        tokenizer=tokenizer,
+        tasks=tasks,
+        prompts=tuple(prompts),
+        clock=clock,
+        console=clock.console,
+        ranks=ranks,
+    )
 
 
 def _check_reachable(view: PrunableModel, groups: GroupTable, config: PruneConfig) -> None:
@@ -230,10 +240,22 @@ def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResul
     pruned_model, repairs, distillation = _repair_and_cut(run, choice.masks)
     before, after = _measure_pruned(run, pruned_model, dense)
     return PruneResult(
-        pruned_model, config, before, after, choice.table, choice.pruned, choice.masks,
-        _analysis(evidence, config.gradient_fix), evidence, repairs, found, run.clock.seconds,
-        evaluation_overlap=run.samples.overlap, prompts=run.prompts, distillation=distillation,
-    )  # fmt: skip
+        model=pruned_model,
+        config=config,
+        before=before,
+        after=after,
+        table=choice.table,
+        pruned=choice.pruned,
+        masks=choice.masks,
+        gradients=_analysis(evidence, config.gradient_fix),
+        evidence=evidence,
+        repairs=repairs,
+        search=found,
+        seconds=run.clock.seconds,
+        evaluation_overlap=run.samples.overlap,
+        prompts=run.prompts,
+        distillation=distillation,
+    )
 
 
 def _at_target(run: Run, evidence: Evidence) -> Run:

@@ -86,6 +86,7 @@ class ImportanceEngine:
         method: Method = "group_fisher",
         reduction: ReductionName = "sample",
         backend: ImportanceBackend = "auto",
+        *,
         use_gradient_checkpointing: bool = False,
         gradient_fix: str = "none",
         weight_gradient_steps: int | None = None,

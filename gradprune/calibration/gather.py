@@ -109,11 +109,11 @@ def _calibrated(run: Run) -> ImportanceEngine:
         method,
         config.reduction,
         config.backend,
-        config.use_gradient_checkpointing,
-        config.gradient_fix,
-        None if everything else config.collect_batches,
-        run.ranks,
-        run.config.kinds,
+        use_gradient_checkpointing=config.use_gradient_checkpointing,
+        gradient_fix=config.gradient_fix,
+        weight_gradient_steps=None if everything else config.collect_batches,
+        ranks=run.ranks,
+        kinds=config.kinds,
     )
     stepped, read = _divided(run, method)
     state = Resumable(run, engine, stepped)
