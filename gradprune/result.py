@@ -77,7 +77,7 @@ class PruneResult:
         return pruning_distribution(self.masks)
 
     @property
-    def warning(self) -> str | None:
+    def over_pruning_warning(self) -> str | None:
         """A warning that names over-pruned blocks and what to try next; None if there are none."""
         return pruning_warning(self.distribution, self.config)
 
@@ -88,7 +88,7 @@ class PruneResult:
 
     @property
     def warnings(self) -> list[str]:
-        """Everything that deviates from the request or is suspicious; `warning`, if any, comes last."""
+        """Everything that deviates from the request or looks wrong, the over-pruning warning last."""
         found = list(selection_warnings(self.table, self.pruned, self.before.parameters, self.config))
         if not self.held_out:
             found.append(
@@ -98,4 +98,6 @@ class PruneResult:
         widest = max((block.solved_columns for block in describe(self.model).blocks), default=0)
         if (hardly_determined := repair_warning(widest, self.config)) is not None:
             found.append(hardly_determined)
-        return [*found, *([self.warning] if self.warning else [])]
+        if (over_pruned := self.over_pruning_warning) is not None:
+            found.append(over_pruned)
+        return found

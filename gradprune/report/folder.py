@@ -91,13 +91,14 @@ def write_results(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None
         gradients = {
             **result.gradients.to_dict(),
             "pruning": to_json(result.distribution),
-            "warning": result.warning,
+            "warning": result.over_pruning_warning,
         }
         write_json(analysis / "gradients.json", gradients)
         if result.search is not None:
             write_json(analysis / "search.json", search_to_dict(result.search, result.config))
         plots = write_plots(result.gradients.steps, folder / "gradient_analysis")
-        summary, record = summarize(result), _run_record(result)
+        summary = summarize(result)
+        record = _run_record(result, summary)
         write_card(folder / "model", result.model.config, result.config, summary)
         write_json(analysis / "summary.json", summary)
         write_json(folder / "run.json", record)
@@ -105,7 +106,7 @@ def write_results(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None
     return result
 
 
-def _run_record(result: PruneResult) -> dict[str, Any]:
+def _run_record(result: PruneResult, summary: dict[str, Any]) -> dict[str, Any]:
     """The content of `run.json`: options, versions and timings."""
     return {
         "config": result.config.to_dict(),
@@ -116,7 +117,7 @@ def _run_record(result: PruneResult) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "device": str(result.model.device),
-        "calibration": summarize(result)["calibration"],
+        "calibration": summary["calibration"],
         "seed": result.config.seed,
         "seconds": result.seconds,
     }
