@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from gradprune.config import GradientBackend
-from gradprune.errors import ConfigError
 from gradprune.models.decoder_layers import find_decoder_layers
 from gradprune.ops.dispatch import scale_gradients
 from gradprune.vanishing.from_model import gradients_of_model
-from gradprune.vanishing.scaling import DEPTH_STRATEGIES, LayerNorms, adaptive_scales, depth_scales, normalize_scales
+from gradprune.vanishing.scaling import LayerNorms, adaptive_scales, depth_scales, normalize_scales
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,6 @@ def weight_gradients_by_depth(
     Raises:
         ConfigError: unknown strategy; no gradient was changed. Others as for `adaptive_gradient_scaling`.
     """
-    if strategy not in DEPTH_STRATEGIES:
-        raise ConfigError(f"strategy: '{strategy}' is unknown; choose one of {', '.join(DEPTH_STRATEGIES)}")
     return _scale(model, lambda norms: depth_scales(strategy, norms), backend)
 
 

@@ -31,8 +31,6 @@ _DEPTH_WEIGHTS: dict[str, Callable[[int, int], float]] = {
     "sqrt": lambda layer, layers: math.sqrt((layers - layer) / layers) + 0.5,
     "log": lambda layer, layers: math.log(layers - layer + 1) / math.log(layers + 1) + 0.5,
 }
-DEPTH_STRATEGIES = tuple(_DEPTH_WEIGHTS)
-
 
 _FIX_OF_VERDICT: dict[Verdict, str] = {"normal": "none", "mild": "adaptive", "severe": "adaptive+depth:sqrt"}
 
@@ -92,7 +90,7 @@ def depth_scales(strategy: str, norms: LayerNorms) -> list[float]:
         ConfigError: unknown strategy.
     """
     if strategy not in _DEPTH_WEIGHTS:
-        raise ConfigError(f"strategy: '{strategy}' is unknown; choose one of {', '.join(DEPTH_STRATEGIES)}")
+        raise ConfigError(f"strategy: '{strategy}' is unknown; choose one of {', '.join(_DEPTH_WEIGHTS)}")
     weight = _DEPTH_WEIGHTS[strategy]
     means = map(_mean, norms)
     return [weight(layer, len(norms)) if mean > 0.0 else 1.0 for layer, mean in enumerate(means)]

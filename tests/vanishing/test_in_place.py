@@ -101,6 +101,9 @@ def test_a_frozen_layer_is_left_alone() -> None:
     assert done.scales[0] != 1.0
 
 
-def test_an_unknown_strategy_is_refused() -> None:
+def test_an_unknown_strategy_is_refused_and_changes_nothing() -> None:
+    model = backward(tiny_model())
+    before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     with pytest.raises(ConfigError, match="strategy: 'cubic' is unknown; choose one of linear, sqrt, log"):
-        weight_gradients_by_depth(backward(tiny_model()), "cubic")
+        weight_gradients_by_depth(model, "cubic")
+    assert all(torch.equal(parameter.grad, before[name]) for name, parameter in model.named_parameters())
