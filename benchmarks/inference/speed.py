@@ -7,11 +7,11 @@ decoding is greedy generation with a KV cache, including its prompt.
 """
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from benchmarks.jobs.models import build
@@ -21,7 +21,7 @@ from benchmarks.results import append, record
 from gradprune.calibration.engine import ImportanceEngine
 from gradprune.config import Constraints, Scoring
 from gradprune.evaluation.size import model_size
-from gradprune.evaluation.speed import Throughput, decode_throughput, throughput
+from gradprune.evaluation.speed import Throughput, alternate, random_ids, throughput
 from gradprune.models import describe
 from gradprune.scoring.choose import choose
 from gradprune.surgery.cut import cut
@@ -65,6 +65,38 @@ def pruned(model: PreTrainedModel, round_to: int) -> PreTrainedModel:
     evidence = ImportanceEngine(model, "magnitude").evidence()
     scoring, constraints = Scoring(importance_method="magnitude"), Constraints(round_to=round_to)
     return cut(model, choose(describe(model), evidence, scoring, constraints, RATIO).masks)
+
+
+@torch.inference_mode()
+def decode_throughput(
+    models: Mapping[str, PreTrainedModel],
+    *,
+    prompt_len: int,
+    new_tokens: int,
+    seed: int,
+    batch_size: int,
+    repeats: int,
+) -> dict[str, Throughput]:
+    """New tokens per second of greedy generation with a KV cache, prefill included; the models alternate.
+
+    Args:
+        models: by name, at least one.
+        prompt_len, batch_size: shape of the random prompts.
+        new_tokens: generated per prompt, ignoring end-of-text; prompt and new tokens must fit the context.
+        seed: of the random prompts.
+        repeats: timed generations of each model, after two untimed ones.
+
+    Raises:
+        ConfigError: `repeats` is less than 1.
+    """
+    ids = random_ids(models, batch_size, prompt_len, seed)
+    options = GenerationConfig(do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0)
+
+    def generate(model: PreTrainedModel) -> None:
+        prompt = ids.to(model.device)
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=options, use_cache=True)
+
+    return alternate(models, generate, batch_size * new_tokens, repeats)
 
 
 def _setting(options: Namespace) -> Setting:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from gradprune.errors import ConfigError
 from gradprune.models.modes import evaluation_mode
@@ -40,55 +40,26 @@ def throughput(
     Raises:
         ConfigError: `repeats` is less than 1.
     """
-    ids = _random_ids(models, batch_size, seq_len, seed)
-    return _alternate(
-        models, lambda model: model(input_ids=ids.to(model.device), use_cache=False), ids.numel(), repeats
-    )
+    ids = random_ids(models, batch_size, seq_len, seed)
+    return alternate(models, lambda model: model(input_ids=ids.to(model.device), use_cache=False), ids.numel(), repeats)
 
 
-@torch.inference_mode()
-def decode_throughput(
-    models: Mapping[str, PreTrainedModel],
-    *,
-    prompt_len: int,
-    new_tokens: int,
-    seed: int,
-    batch_size: int = 1,
-    repeats: int = 5,
-) -> dict[str, Throughput]:
-    """New tokens per second of greedy generation with a KV cache, prefill included; the models alternate.
-
-    Args:
-        models: by name, at least one.
-        prompt_len, batch_size: shape of the random prompts.
-        new_tokens: generated per prompt, ignoring end-of-text; prompt and new tokens must fit the context.
-        seed: of the random prompts.
-        repeats: timed generations of each model, after two untimed ones.
-
-    Raises:
-        ConfigError: `repeats` is less than 1.
-    """
-    ids = _random_ids(models, batch_size, prompt_len, seed)
-    options = GenerationConfig(do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0)
-
-    def generate(model: PreTrainedModel) -> None:
-        prompt = ids.to(model.device)
-        # mypy cannot resolve the mixin that defines `generate`, and takes it for a submodule or a tensor.
-        model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=options, use_cache=True)  # type: ignore[operator]
-
-    return _alternate(models, generate, batch_size * new_tokens, repeats)
-
-
-def _random_ids(models: Mapping[str, PreTrainedModel], samples: int, tokens: int, seed: int) -> Tensor:
+def random_ids(models: Mapping[str, PreTrainedModel], samples: int, tokens: int, seed: int) -> Tensor:
     """Random ids [samples, tokens] int64, within every model's vocabulary."""
     vocabulary = min(vocabulary_of(model) for model in models.values())
     return torch.randint(vocabulary, (samples, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def _alternate(
+def alternate(
     models: Mapping[str, PreTrainedModel], run: Callable[[PreTrainedModel], object], tokens: int, repeats: int
 ) -> dict[str, Throughput]:
-    """Tokens per second of each model; one call of `run` processes `tokens`. Models take turns within each repeat."""
+    """Tokens per second of each model; one call of `run` processes `tokens`. Models take turns within each repeat.
+
+    Two untimed repeats come first.
+
+    Raises:
+        ConfigError: `repeats` is less than 1.
+    """
     if repeats < 1:
         raise ConfigError(f"repeats: {repeats} is not at least 1")
     seconds: dict[str, list[float]] = {name: [] for name in models}
