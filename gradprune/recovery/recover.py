@@ -265,11 +265,12 @@ class _Trainer:
         }
 
     def _set_moments(self, moments: Tensors) -> None:
-        for name, parameter in self.trained.items():
-            own = {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in own.items()
-            }
+        state = {
+            number: {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            for number, name in enumerate(self.trained)
+        }
+        # The optimizer knows which of them it wants on its parameter's device: a fused one the step, too.
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
 
 def _steps_within(seconds: float, step: float, check: float, checks: int) -> int:

@@ -1,5 +1,6 @@
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,17 @@ def test_interrupted_and_resumed_is_the_same(method: str, tmp_path: Path, monkey
     assert found.history == expected.history
     assert_equal_weights(weights(resumed), weights(whole))
     assert not state.exists()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_resumed_optimizer_has_its_state_where_it_makes_it(fused: bool) -> None:
+    """On the meta device, for what is on the CPU is there in any case; saved moments are on the CPU."""
+    weight = torch.nn.Parameter(torch.zeros(2, 3, device="meta"))
+    trainer = SimpleNamespace(trained={"w": weight}, optimizer=torch.optim.AdamW([weight], fused=fused))
+    saved = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 3), "exp_avg_sq": torch.ones(2, 3)}
+    module._Trainer._set_moments(trainer, {f"w.{key}": value for key, value in saved.items()})
+    found = {key: value.device.type for key, value in trainer.optimizer.state[weight].items()}
+    assert found == {"step": "meta" if fused else "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
 
 
 def test_what_training_makes_worse_is_not_kept() -> None:
