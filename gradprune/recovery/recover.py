@@ -19,6 +19,7 @@ from gradprune.config.recovery_config import RecoveryConfig
 from gradprune.data.windows import batches, check_context
 from gradprune.errors import CalibrationError, NonFiniteError, RecoveryError
 from gradprune.models import describe
+from gradprune.models.backward import deterministic_attention
 from gradprune.models.loss import sample_losses
 from gradprune.models.modes import evaluation_mode, seeded
 from gradprune.models.passes import mean_loss
@@ -83,7 +84,7 @@ def recover(
     with seeded(config.seed, model.device):
         merge = _prepare(model, config)
     try:
-        with nullcontext() if teacher is None else evaluation_mode(teacher):
+        with deterministic_attention(), nullcontext() if teacher is None else evaluation_mode(teacher):
             trainer = _Trainer(model, loss_of, train, chosen_on, config, run, state, console)
             found = trainer.train()
     finally:

@@ -110,10 +110,47 @@ def test_distillation_brings_the_student_to_its_teacher() -> None:
         assert distillation_loss(pruned, dense, ids) < 0.8 * before
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_interrupted_and_resumed_is_the_same(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# Heads that fused attention takes on a GPU.
+OF_METHOD = {
+    "lora": {"dtype": torch.bfloat16, "head_dim": 16}, "full": {"dtype": torch.float32, "head_dim": 16}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", OF_METHOD)
+def test_two_runs_give_the_same_bits(method: str, device: str) -> None:
     pytest.importorskip("peft", reason="PEFT is not installed (pip install peft)")
-    dense, pruned = dense_and_pruned()
+    pruned = dense_and_pruned(**OF_METHOD[method])[1].to(device)
+    config = RecoveryConfig(method=method, loss="lm", **QUICK)
+    runs = [recover(copies(pruned), None, TEXT, config) for _ in range(2)]
+    assert runs[0].history == runs[1].history
+    assert runs[0].best_step > 0
+    assert_equal_weights(*(weights(found.model) for found in runs))
+
+
+def test_attention_s_gradient_is_asked_to_add_in_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it would not otherwise. In the steps by which time is planned too, which are to take as long."""
+    asked, attention = [], F.scaled_dot_product_attention
+
+    def watched(*args, **kwargs):
+        output = attention(*args, **kwargs)
+        if output.requires_grad:
+            output.grad_fn.register_hook(lambda *_: asked.append(torch.are_deterministic_algorithms_enabled()))
+        return output
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    _, pruned = dense_and_pruned(layers=1)
+    timed = RecoveryConfig(method="full", loss="lm", minutes=1e-9, **{**QUICK, "steps": None})
+    recover(pruned, None, TEXT, timed)
+    assert asked == [True] * 3, "two that are timed, and one step"
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("method", OF_METHOD)
+def test_interrupted_and_resumed_is_the_same(
+    method: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft", reason="PEFT is not installed (pip install peft)")
+    dense, pruned = (model.to(device) for model in dense_and_pruned(**OF_METHOD[method]))
     config = RecoveryConfig(method=method, **QUICK)
     whole = copies(pruned)
     expected = recover(whole, dense, TEXT, config, state=tmp_path / "whole")
@@ -134,7 +171,7 @@ def test_interrupted_and_resumed_is_the_same(method: str, tmp_path: Path, monkey
     with pytest.raises(RecoveryError, match="interrupted recovery with other options"):
         recover(copies(pruned), dense, TEXT, RecoveryConfig(method=method, **{**QUICK, "seed": 1}), state=state)
     with pytest.raises(RecoveryError, match="interrupted recovery with other options"):
-        recover(copies(pruned), tiny_model(seed=5), TEXT, config, state=state)
+        recover(copies(pruned), tiny_model(seed=5).to(device), TEXT, config, state=state)
     resumed = copies(pruned)
     found = recover(resumed, dense, TEXT, config, state=state)
     assert taken == [*range(9), *range(6, 12)], "it goes on from the last check"
