@@ -17,7 +17,8 @@ def fastest(configs: Sequence[Config], launch: Callable[[Config], object], tenso
     """The configuration whose launch is fastest where `tensor` lies; off the GPU, the first.
 
     Measured once for each kind of device, Triton version, dtype of `tensor` and `key`, and remembered. All of them
-    must give the same bits: a choice by time must not change a result.
+    must give the same bits: a choice by time must not change a result. One that asks for more than the device has is
+    not chosen; the default has to fit.
 
     Args:
         configs: at least one, the default first.
@@ -29,8 +30,18 @@ def fastest(configs: Sequence[Config], launch: Callable[[Config], object], tenso
         return configs[0]
     known = (configs[0], torch.cuda.get_device_name(tensor.device), triton.__version__, tensor.dtype, *key)
     if known not in _chosen:
-        _chosen[known] = min(configs, key=lambda config: _milliseconds(lambda: launch(config)))
+        fitting = [configs[0], *(config for config in configs[1:] if _fits(launch, config))]
+        _chosen[known] = min(fitting, key=lambda config: _milliseconds(lambda: launch(config)))
     return _chosen[known]  # type: ignore[return-value]
+
+
+def _fits(launch: Callable[[Config], object], config: Config) -> bool:
+    """Whether the device has the shared memory and the registers that a launch asks for."""
+    try:
+        launch(config)
+    except triton.OutOfResources:
+        return False
+    return True
 
 
 def _milliseconds(launch: Callable[[], object]) -> float:
