@@ -1,10 +1,15 @@
 """Programs that a benchmark starts, each within its time, and the memory of processes."""
 
+import ctypes
 import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+_LIBC = ctypes.CDLL(None)
+# Of <sys/prctl.h>: the signal that a process gets when the one that started it is gone.
+_PR_SET_PDEATHSIG = 1
 
 
 def run_within(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> int | None:
@@ -15,7 +20,9 @@ def run_within(command: Sequence[str], seconds: float, environment: Mapping[str,
         seconds: after which it is ended, with all that it started.
         environment: variables beside those of this process.
     """
-    process = subprocess.Popen(command, env={**os.environ, **(environment or {})}, start_new_session=True)
+    process = subprocess.Popen(
+        command, env={**os.environ, **(environment or {})}, start_new_session=True, preexec_fn=end_with_parent
+    )
     try:
         return process.wait(max(seconds, 1.0))
     except subprocess.TimeoutExpired:
@@ -25,6 +32,15 @@ def run_within(command: Sequence[str], seconds: float, environment: Mapping[str,
             # The whole process group, so that the program's workers end too.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def end_with_parent() -> None:
+    """In a new process, before its program begins: it is killed when the one that started it is gone.
+
+    That may have been killed itself, which then ends nothing; and a program with a session of its own is in no group
+    that is ended with it.
+    """
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def memory_of(field: str, process: int | str = "self") -> int | None:

@@ -31,7 +31,7 @@ from transformers import LlamaConfig
 
 from benchmarks.jobs.models import llama_config
 from benchmarks.options import parse, parser
-from benchmarks.processes import memory_of
+from benchmarks.processes import end_with_parent, memory_of
 from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
 from benchmarks.timing import Timing
@@ -206,7 +206,7 @@ def measured(command: list[str], most: float = math.inf) -> dict[str, Any]:
     """
     start, peak = time.monotonic(), 0
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stderr=errors)
+        process = subprocess.Popen(command, stderr=errors, preexec_fn=end_with_parent)
         while process.poll() is None:
             peak = max(peak, memory_of("RssAnon", process.pid) or 0)
             if peak > most:

@@ -150,6 +150,29 @@ def test_a_program_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) 
     assert not (tmp_path / "lived").exists()
 
 
+def gone(process: int) -> bool:
+    """Whether a process has ended; one that nobody waits for stays as a zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_what_a_program_keeps_apart_ends_with_it_though_it_is_killed(tmp_path: Path) -> None:
+    """As benchmarks do, which run programs within their own time, in turn."""
+    begun = tmp_path / "begun"
+    inner = f"import os, pathlib, time; pathlib.Path({str(begun)!r}).write_text(str(os.getpid())); time.sleep(60.0)"
+    outer = (
+        "import signal, sys; from benchmarks.processes import run_within; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        f"run_within([sys.executable, '-c', {inner!r}], 60.0)"
+    )
+    assert run_within([sys.executable, "-c", outer], 5.0, {"PYTHONPATH": str(ROOT)}) is None
+    process, end = int(begun.read_text()), time.monotonic() + 10.0
+    while not gone(process) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert gone(process)
+
+
 def test_a_program_that_ends_in_time_has_its_exit_code() -> None:
     program = "import os, sys; sys.exit(int(os.environ['CODE']))"
     assert run_within([sys.executable, "-c", program], 60.0, {"CODE": "7"}) == 7
