@@ -16,11 +16,14 @@ from collections.abc import Sequence
 
 from benchmarks.environment import ROOT
 from benchmarks.options import parse, parser
-from benchmarks.processes import run_within
+from benchmarks.processes import PATIENCE, run_within
 from benchmarks.progress import Deadline, say
 
 # Seconds: of the whole call, and the most that the build and the tests may take of them; the benchmarks get the rest.
 SECONDS, BUILD, TESTS = 530.0, 150.0, 170.0
+# Of the tests' time, to show what failed and what was slow until they were interrupted: pytest-xdist waits for its
+# workers for ten seconds.
+_SHOWING = 15.0
 # Kept back for the end of the last benchmark.
 _RESERVE = 4.0
 _BUILD_NEEDS = ("pip", "scikit_build_core", "pybind11")
@@ -75,7 +78,7 @@ def _tested(seconds: float, options: Namespace, environment: dict[str, str]) -> 
         command += ["--numprocesses", "8", "--dist", "worksteal"]
     # Without a GPU all of them are skipped: one file is enough to see that.
     where = ["tests/kernels/test_sanitizer.py"] if options.toy else []
-    return _succeeded("the tests", [*command, *where], seconds, environment)
+    return _succeeded("the tests", [*command, *where], seconds, environment, _SHOWING)
 
 
 def _measured(seconds: float, options: Namespace, environment: dict[str, str]) -> bool:
@@ -86,9 +89,11 @@ def _measured(seconds: float, options: Namespace, environment: dict[str, str]) -
     return _succeeded("the benchmarks", [*command, *flags, "--seconds", f"{seconds:.0f}"], seconds, environment)
 
 
-def _succeeded(what: str, command: Sequence[str], seconds: float, environment: dict[str, str]) -> bool:
+def _succeeded(
+    what: str, command: Sequence[str], seconds: float, environment: dict[str, str], patience: float = PATIENCE
+) -> bool:
     say(f"{what}, at most {seconds:.0f} s: {' '.join(command[1:])}")
-    code = run_within(command, seconds, environment)
+    code = run_within(command, seconds, environment, patience)
     if code != 0:
         say(f"{what}: " + (f"ended after {seconds:.0f} s" if code is None else f"failed with exit code {code}"))
     return code == 0

@@ -1,6 +1,7 @@
 """`make gpu`: what it starts, with how much time, and what it leaves out, seen without a GPU."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,8 +33,10 @@ class Machine:
         patch.setattr(gpu, "run_within", self.run)
         patch.setattr(gpu, "missing", lambda names: [name for name in names if name in absent])
 
-    def run(self, command: list[str], seconds: float, environment: dict[str, str]) -> int | None:
+    def run(self, command: list[str], seconds: float, environment: dict[str, str], patience: float) -> int | None:
         assert environment["PYTHONPATH"] == str(ROOT)
+        # pytest-xdist ends after ten seconds, and then it is shown what failed.
+        assert patience > 10.0 or self.what(command) != "pytest"
         self.started.append((command, seconds))
         self.now += min(self.takes, seconds)
         return self.codes.get(self.what(command), 0) if self.takes <= seconds else None
@@ -166,11 +169,23 @@ def test_what_a_program_keeps_apart_ends_with_it_though_it_is_killed(tmp_path: P
         "import signal, sys; from benchmarks.processes import run_within; signal.signal(signal.SIGINT, signal.SIG_IGN);"
         f"run_within([sys.executable, '-c', {inner!r}], 60.0)"
     )
-    assert run_within([sys.executable, "-c", outer], 5.0, {"PYTHONPATH": str(ROOT)}) is None
+    assert run_within([sys.executable, "-c", outer], 8.0, {"PYTHONPATH": str(ROOT)}) is None
     process, end = int(begun.read_text()), time.monotonic() + 10.0
     while not gone(process) and time.monotonic() < end:
         time.sleep(0.1)
     assert gone(process)
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_program_is_interrupted_before_it_is_killed(handler: object, tmp_path: Path) -> None:
+    """So that pytest shows what failed until then; also where this process was started with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        program = f"trap 'touch {tmp_path / 'interrupted'}; exit' INT; sleep 60"
+        assert run_within(["sh", "-c", program], 2.0) is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "interrupted").exists()
 
 
 def test_a_program_that_ends_in_time_has_its_exit_code() -> None:
