@@ -1,5 +1,6 @@
 """Command-line options that all benchmarks share."""
 
+import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,15 +17,20 @@ def parser(description: str | None) -> ArgumentParser:
     made.add_argument("--quick", action="store_true", help="fewer and smaller cases")
     made.add_argument("--toy", action="store_true", help="tiny cases, to test the benchmark itself")
     made.add_argument("--seconds", type=float, default=None, help="time limit; the rest is recorded as skipped")
+    made.add_argument(
+        "--until", type=float, default=None, help="the same as a moment of time.monotonic(): what came before counts"
+    )
     made.add_argument("--output", type=Path, default=FOLDER, help="folder to append the results to")
     return made
 
 
 def parse(made: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
-    """Parse the options; exits with an error if --device cuda is asked for and there is none."""
+    """Parse the options, --until as --seconds; exits with an error if --device cuda is asked for and there is none."""
     options = made.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         made.error("--device cuda: PyTorch finds no CUDA device here")
+    if options.until is not None:
+        options.seconds = options.until - time.monotonic()
     return options
 
 

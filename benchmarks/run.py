@@ -4,6 +4,7 @@ python -m benchmarks.run [--quick] [--device cpu|cuda] [--seconds 840] [--large]
 """
 
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,8 +84,8 @@ def _run(step: Step, seconds: float, deadline: Deadline, options: Namespace) -> 
     say(f"{step.module}, {seconds:.0f} s")
     command = [sys.executable, "-m", step.module, "--device", options.device, "--output", str(options.output)]
     command += [
-        "--seconds",
-        f"{seconds:.0f}",
+        "--until",
+        f"{time.monotonic() + seconds:.1f}",
         *(["--quick"] if options.quick or step.always_quick else []),
         *(["--toy"] if options.toy else []),
         *step.arguments,

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from benchmarks.jobs.models import Load, build
 from benchmarks.jobs.session import Session, Task, TurnError, Worker
 from benchmarks.kernels import run as kernels
 from benchmarks.kernels import sweep
+from benchmarks.options import parse, parser
 from benchmarks.progress import Deadline
 from benchmarks.quality import calibration_size, distilled_text, experts, methods, recovery, stage_times, vanishing
 from benchmarks.quality.peers import PEERS
@@ -495,14 +497,22 @@ def test_everything_runs_in_order_and_failures_are_recorded(tmp_path: Path, monk
         (folder / f"{name}.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", str(folder))
     steps = (everything.Step("fails", "job", 0.5, 0.5), everything.Step("works", "job", 0.25, 0.0))
+    started = time.monotonic()
     monkeypatch.setattr(everything, "STEPS", steps)
     assert everything.main(["--quick", "--seconds", "120", "--output", str(tmp_path / "results")]) == 1
     arguments = json.loads((tmp_path / "works").read_text())
     assert arguments[-1] == "--quick"
-    # It gets what the first left over.
-    assert float(arguments[arguments.index("--seconds") + 1]) > 60.0
+    # It gets what the first left over, until a moment of its own: what it takes to begin counts.
+    assert float(arguments[arguments.index("--until") + 1]) > started + 60.0
     (failure,) = read(tmp_path / "results")
     assert (failure.name, failure.error) == ("fails", "failed with exit code 3")
+
+
+def test_what_a_benchmark_takes_to_begin_is_of_its_time() -> None:
+    """Its imports take ten seconds: it is given the moment by which it has to be done."""
+    options = parse(parser(""), ["--until", str(time.monotonic() + 30.0)])
+    assert Deadline(options.seconds).left == pytest.approx(30.0, abs=5.0)
+    assert parse(parser(""), ["--seconds", "7"]).seconds == 7.0
 
 
 def test_every_step_is_a_module_with_a_command_line() -> None:
