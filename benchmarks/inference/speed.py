@@ -8,7 +8,7 @@ decoding is greedy generation with a KV cache, including its prompt.
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -54,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models = {"dense": dense, **{f"round_to {width}": pruned(dense, width) for width in setting.rounded_to}}
     for batch in BATCHES:
         for phase in ("prefill", "decode"):
-            if not deadline.allows(1.0):
+            if deadline.allows(1.0) and deadline.allows(_about(phase, batch, models, setting)):
+                _benchmark(phase, batch, models, setting, options)
+            else:
                 say(f"inference, {phase}, batch {batch}: the time for this run is used up")
-                continue
-            _benchmark(phase, batch, models, setting, options)
 
 
 def pruned(model: PreTrainedModel, round_to: int) -> PreTrainedModel:
@@ -110,22 +110,37 @@ def _setting(options: Namespace) -> Setting:
     return Setting("110M", "fp32", None, prompt=64, new_tokens=8, repeats=3)
 
 
+def _about(phase: str, batch: int, models: dict[str, PreTrainedModel], setting: Setting) -> float:
+    """Seconds that a phase takes of all models, by a turn of the dense one."""
+    rate = _rates(phase, batch, {"dense": models["dense"]}, replace(setting, repeats=1))["dense"].p50
+    # Two turns of each are not timed, and one more pass tells its memory.
+    return len(models) * (setting.repeats + 3) * batch * _tokens(phase, setting) / rate
+
+
+def _rates(phase: str, batch: int, models: dict[str, PreTrainedModel], setting: Setting) -> dict[str, Throughput]:
+    """Tokens per second of each model."""
+    if phase == "prefill":
+        return throughput(models, seq_len=setting.prompt, seed=0, batch_size=batch, repeats=setting.repeats)
+    return decode_throughput(
+        models,
+        prompt_len=setting.prompt,
+        new_tokens=setting.new_tokens,
+        seed=0,
+        batch_size=batch,
+        repeats=setting.repeats,
+    )
+
+
+def _tokens(phase: str, setting: Setting) -> int:
+    """Of a prompt, those that a turn is counted by."""
+    return setting.prompt if phase == "prefill" else setting.new_tokens
+
+
 def _benchmark(
     phase: str, batch: int, models: dict[str, PreTrainedModel], setting: Setting, options: Namespace
 ) -> None:
-    if phase == "prefill":
-        found = throughput(models, seq_len=setting.prompt, seed=0, batch_size=batch, repeats=setting.repeats)
-        tokens, text = batch * setting.prompt, f"{setting.prompt} tokens"
-    else:
-        found = decode_throughput(
-            models,
-            prompt_len=setting.prompt,
-            new_tokens=setting.new_tokens,
-            seed=0,
-            batch_size=batch,
-            repeats=setting.repeats,
-        )
-        tokens, text = batch * setting.new_tokens, f"{setting.prompt} + {setting.new_tokens} tokens"
+    found, tokens = _rates(phase, batch, models, setting), batch * _tokens(phase, setting)
+    text = f"{setting.prompt} tokens" if phase == "prefill" else f"{setting.prompt} + {setting.new_tokens} tokens"
     for name, rate in found.items():
         made = record(
             "inference",

@@ -33,6 +33,7 @@ from gradprune.checkpoint.gguf_source import PACKAGES
 from gradprune.checkpoint.load import load_model
 from gradprune.config import PruneConfig
 from gradprune.demo import demo_model_path
+from gradprune.evaluation.speed import Throughput
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
 from gradprune.run import Run
@@ -236,6 +237,25 @@ def test_inference(tmp_path: Path) -> None:
     }
     parameters = {record.provider: record.extra["parameters"] for record in found}
     assert parameters["round_to 1"] <= parameters["round_to 8"] < parameters["dense"]
+
+
+@pytest.mark.parametrize(("seconds", "measured"), [(60.0, {"prefill"}), (600.0, {"prefill", "decode"})])
+def test_a_phase_of_inference_begins_where_there_is_time_for_all_of_it(
+    seconds: float, measured: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stand-ins: a pass takes a tenth of a second, and a token of a generation a whole one."""
+
+    def each(models, tokens_per_second: float):
+        return dict.fromkeys(models, Throughput(*[tokens_per_second] * 3))
+
+    monkeypatch.setattr(
+        speed, "throughput", lambda models, *, batch_size, seq_len, **_: each(models, batch_size * seq_len / 0.1)
+    )
+    monkeypatch.setattr(speed, "decode_throughput", lambda models, *, batch_size, **_: each(models, batch_size / 1.0))
+    setting = speed.Setting("toy", "fp32", None, prompt=4, new_tokens=16, repeats=5, rounded_to=(8,))
+    monkeypatch.setattr(speed, "_setting", lambda _options: setting)
+    speed.main([*TOY, str(tmp_path), "--seconds", str(seconds)])
+    assert {record.name for record in read(tmp_path)} == measured
 
 
 def test_quality(tmp_path: Path) -> None:
