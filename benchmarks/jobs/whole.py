@@ -9,10 +9,12 @@ the same, as a smaller one would be, but what that takes is no part of the sum. 
 memory is on top of the loaded weights.
 """
 
+import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,22 +31,27 @@ from benchmarks.progress import Deadline, say
 from benchmarks.results import append, record
 from benchmarks.timing import Timing, first_line, free, out_of_memory
 from gradprune import PruneConfig, prune
+from gradprune.config import CURVATURE_SAMPLES
 from gradprune.evaluation.size import model_size
 
 NAME, OURS, DISTILLED = "whole", "gradprune by default", "distillation on request"
-# A whole job, and the calibration that is its largest part, in seconds per sample: at most so many times as long.
-_OF_CALIBRATION = 3.0
+# What a sample takes without a backward pass, for the importances and in the repair, in calibrations of a sample.
+_OF_CALIBRATION = 1.5
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model, what everyone calibrates on, and what it is pruned with: at most `samples`, by `batch`."""
+    """A model, what everyone calibrates on, and what it is pruned with: at most `samples`, by `batch`.
+
+    fixed: seconds that pruning takes for any number of samples.
+    """
 
     size: str
     dtype: str
     compared: Load
     samples: int
     batch: int
+    fixed: float
     held_out: int = 32
 
     def load(self, samples: int) -> Load:
@@ -64,9 +71,10 @@ class Job:
         )  # fmt: skip
 
 
-TOY = Job("toy", "fp32", Load(4, 16, 2), samples=8, batch=2, held_out=2)
-QUICK = Job("1B", "bf16", Load(4, 512, 4), samples=16, batch=4, held_out=4)
-FULL = Job("8B", "bf16", Load(16, 2048, 4), samples=128, batch=8)
+TOY = Job("toy", "fp32", Load(4, 16, 2), samples=8, batch=2, fixed=0.0, held_out=2)
+QUICK = Job("1B", "bf16", Load(4, 512, 4), samples=16, batch=4, fixed=5.0, held_out=4)
+# By the predictions for an H200: 14 seconds for removal paths, 5 for distillation, most others for solutions in fp64.
+FULL = Job("8B", "bf16", Load(16, 2048, 4), samples=128, batch=8, fixed=40.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if samples:
         _prune(job, model, samples, options)
     else:
-        error = f"skipped: {max(deadline.left, 0.0):.0f} s are left, and a sample takes about {a_sample:.1f} s"
+        left = f"{max(deadline.left, 0.0):.0f} s are left"
+        error = f"skipped: {left}, and it takes {job.fixed:.0f} s and more than {a_sample:.1f} s a sample"
         _append(job, job.load(job.samples), OURS, Timing.failed(error), None, options)
 
 
@@ -109,61 +118,79 @@ def _compare(job: Job, model: LlamaForCausalLM, options: Namespace) -> float:
 
 def _affordable(job: Job, a_sample: float, deadline: Deadline) -> int:
     """The samples that there is time to prune with: all, a half, a quarter or an eighth of them; 0 for none."""
+
+    def seconds(samples: int) -> float:
+        # Some of them are calibrated on.
+        return job.fixed + a_sample * (_OF_CALIBRATION * samples + min(samples, CURVATURE_SAMPLES))
+
     counts = (job.samples >> halvings for halvings in range(4))
-    fixed = job.held_out + 2 * job.batch
-    return next((n for n in counts if n and deadline.allows(a_sample * (_OF_CALIBRATION * n + fixed))), 0)
+    return next((n for n in counts if n and deadline.allows(seconds(n))), 0)
 
 
 def _prune(job: Job, model: LlamaForCausalLM, samples: int, options: Namespace) -> None:
-    """Prune the model, and record every stage and their sum."""
+    """Prune the model, and record every stage as it ends, for what follows may be killed; then their sum."""
     load = job.load(samples)
     ids = _tokens(model.config.vocab_size, (samples + job.held_out + job.batch) * load.tokens)
+    on_request = PruneConfig().samples_distilled(model_size(model).parameters) == 0
+    summed: list[Stage] = []
+
+    def ended(stage: Stage) -> None:
+        apart = on_request and stage.name == "distillation"
+        if not apart:
+            summed.append(stage)
+        provider = DISTILLED if apart else f"stage {stage.name}"
+        _append(job, load, provider, Timing.of([stage.seconds]), stage.peak, options)
+
     try:
-        with _peaks(options.device) as peaks:
-            result = prune(
-                model, None, job.config(samples), calibration=ids, evaluation=ids[-job.batch * load.tokens :]
-            )
+        with _stages_measured(options.device, ended):
+            prune(model, None, job.config(samples), calibration=ids, evaluation=ids[-job.batch * load.tokens :])
     except Exception as error:  # what goes wrong on a device is recorded as its result
         fault = f"out of memory: {first_line(error)}" if out_of_memory(error) else first_line(error)
         _append(job, load, OURS, Timing.failed(fault), None, options)
         raise
-    seconds = dict(result.seconds)
-    on_request = PruneConfig().samples_distilled(result.before.parameters) == 0
-    distillation = seconds.pop("distillation") if on_request else None
-    for stage, taken in seconds.items():
-        _append(job, load, f"stage {stage}", Timing.of([taken]), peaks.get(stage), options)
-    if distillation is not None:
-        _append(job, load, DISTILLED, Timing.of([distillation]), peaks.pop("distillation", None), options)
-    _append(job, load, OURS, Timing.of([sum(seconds.values())]), max(peaks.values(), default=None), options)
+    peaks = [stage.peak for stage in summed if stage.peak is not None]
+    total = sum(stage.seconds for stage in summed)
+    _append(job, load, OURS, Timing.of([total]), max(peaks, default=None), options)
 
 
 def _tokens(vocabulary: int, count: int) -> Tensor:
     return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(2))
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A stage that has ended; peak: the most bytes of tensors on top of those before all stages, None on a CPU."""
+
+    name: str
+    seconds: float
+    peak: int | None
+
+
 @contextmanager
-def _peaks(device: str) -> Iterator[dict[str, int]]:
-    """By stage, the most bytes of tensors on top of those on entry, once it is done; empty on a CPU."""
-    peaks: dict[str, int] = {}
-    if device != "cuda":
-        yield peaks
-        return
-    held = torch.cuda.memory_allocated()
+def _stages_measured(device: str, ended: Callable[[Stage], object]) -> Iterator[None]:
+    """Inside, `ended` is called with every stage of a run at its end."""
+    cuda, start = device == "cuda", 0.0
+    held = torch.cuda.memory_allocated() if cuda else 0
 
     def enter(_name: str) -> None:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        nonlocal start
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
 
     def leave(name: str) -> None:
-        torch.cuda.synchronize()
-        peaks[name] = torch.cuda.max_memory_allocated() - held
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        ended(Stage(name, seconds, torch.cuda.max_memory_allocated() - held if cuda else None))
 
     with stages_watched(enter, leave):
-        yield peaks
+        yield
 
 
 def _append(job: Job, load: Load, provider: str, timing: Timing, peak: int | None, options: Namespace) -> None:
-    weights = model_size(build(job.size, "meta", job.dtype)).bytes
+    weights = _weight_bytes(job.size, job.dtype)
     extra = {"samples": load.samples, "weight_bytes": weights}
     made = record(
         "job", NAME, provider, f"Llama {job.size}, {load.text}", job.dtype, options.device, peak_memory=peak,
@@ -172,6 +199,11 @@ def _append(job: Job, load: Load, provider: str, timing: Timing, peak: int | Non
     append(made, options.output)
     memory = "" if peak is None else f"{(peak + weights) / 2**30:8.1f} GiB with the weights"
     say(f"    {provider:40s} {timing.error or f'{timing.p50 / 1e3:9.2f} s'}{memory}")
+
+
+@cache
+def _weight_bytes(size: str, dtype: str) -> int:
+    return model_size(build(size, "meta", dtype)).bytes
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from gradprune.demo import demo_model_path
 from gradprune.evaluation.speed import Throughput
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
+from gradprune.progress import Clock
 from gradprune.run import Run
 from gradprune.surgery.repair import REPAIRS, Repaired, solve_least_squares
 from helpers.tiny_models import tiny_ids, tiny_model
@@ -166,9 +167,37 @@ def test_distillation_on_request_is_no_part_of_the_sum(tmp_path: Path, monkeypat
     assert found[whole.OURS].ms_p50 == pytest.approx(total)
 
 
-@pytest.mark.parametrize(("seconds", "samples"), [(500.0, 128), (250.0, 64), (150.0, 32), (100.0, 16), (90.0, 0)])
+@pytest.mark.parametrize(("seconds", "samples"), [(270.0, 128), (200.0, 64), (130.0, 32), (100.0, 16), (75.0, 0)])
 def test_it_prunes_with_as_many_samples_as_there_is_time_for(seconds: float, samples: int) -> None:
     assert whole._affordable(whole.FULL, 1.0, Deadline(seconds)) == samples
+
+
+@pytest.mark.parametrize(("samples", "seconds"), [(128, 74.9), (64, 59.3), (32, 51.6), (16, 44.9)])
+def test_it_prunes_with_no_more_samples_than_its_predictions_have_time_for(samples: int, seconds: float) -> None:
+    """By `benchmarks.predicted.jobs` for an H200, where calibration takes 0.173 seconds a sample."""
+    assert whole._affordable(whole.FULL, 0.173, Deadline(seconds)) < samples
+    assert whole._affordable(whole.FULL, 0.173, Deadline(1.1 * seconds)) == samples
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a kernel failed")])
+def test_what_ends_early_leaves_the_stages_until_then(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_, **__) -> None:
+        clock = Clock()
+        with clock.stage("calibration"):
+            pass
+        with clock.stage("repair"):
+            raise error
+
+    monkeypatch.setattr(whole, "prune", ended)
+    monkeypatch.setattr(whole, "_compare", lambda *_: 0.0)
+    with pytest.raises(type(error)):
+        whole.main([*TOY, str(tmp_path)])
+    stage, *rest = read(tmp_path)
+    assert stage.provider == "stage calibration"
+    told = [] if isinstance(error, KeyboardInterrupt) else [(whole.OURS, "RuntimeError: a kernel failed")]
+    assert [(record.provider, record.error) for record in rest] == told
 
 
 def test_a_whole_job_without_time_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,13 +207,13 @@ def test_the_peak_of_each_stage_is_on_top_of_the_model(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held[0])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: most[0])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: most.__setitem__(0, held[0]))
-    clock = Clock()
-    with whole._peaks("cuda") as peaks:
+    clock, ended = Clock(), []
+    with whole._stages_measured("cuda", ended.append):
         for name, count in (("calibration", 70), ("repair", 30)):
             with clock.stage(name):
                 allocate(count)
                 allocate(-count)
-    assert peaks == {"calibration": 70, "repair": 30}
+    assert [(stage.name, stage.peak) for stage in ended] == [("calibration", 70), ("repair", 30)]
     assert [*clock.seconds] == ["calibration", "repair"]
 
 
