@@ -36,9 +36,9 @@ class Step:
 STEPS = (
     # On a GPU what is most wanted comes first: what is not used of its time goes to the others.
     Step("benchmarks.jobs.whole", "job", 0.0, 0.40),
-    Step("benchmarks.kernels.sweep", "kernel", 0.0, 0.16),
-    Step("benchmarks.kernels.run", "kernel", 0.28, 0.18),
-    Step("benchmarks.jobs.profile", "job", 0.0, 0.06),
+    Step("benchmarks.kernels.sweep", "kernel", 0.0, 0.14),
+    Step("benchmarks.kernels.run", "kernel", 0.28, 0.16),
+    Step("benchmarks.jobs.profile", "job", 0.0, 0.10),
     Step("benchmarks.jobs.calibration", "job", 0.39, 0.12),
     Step("benchmarks.jobs.growth", "job", 0.10, 0.04),
     Step("benchmarks.jobs.memory", "job", 0.08, 0.0),

@@ -29,8 +29,8 @@ from benchmarks.timing import Timing
 NAME = "profile"
 MOST_ROWS = 15
 NCU_FILE = "linear-importance-ncu.txt"
-# Seconds that Nsight Compute may take: it runs the kernel dozens of times.
-_NCU_SECONDS = 40.0
+# Seconds that Nsight Compute may take, which runs the kernel dozens of times, and that it needs at least.
+_NCU_SECONDS, _NCU_LEAST = 40.0, 10.0
 _NCU_SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
 _NCU_PROGRAM = """
 import torch
@@ -59,17 +59,17 @@ FULL = Job("8B", 4, Load(4, 2048, 4), "bf16")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Profile a step of each kind, then one kernel."""
+    """Read one kernel's counters, while no model takes time and memory; then profile a step of each kind."""
     options = parse(parser(__doc__), arguments)
     logging.set_verbosity_error()
     deadline = Deadline(options.seconds)
+    _read_counters(options, deadline)
     job = TOY if options.toy else QUICK if options.quick else FULL
     model = build(job.size, options.device, job.dtype, job.layers)
     ours = fastest_backend(options.device)
     for one in calibrators((ours,)):
         if one.name in (f"gradprune {ours}", f"gradprune {ours}{NEEDED}"):
             _profile(job, one, Session(one, model, recompute=True), options)
-    _read_counters(options, deadline)
 
 
 def _profile(job: Job, one: Calibrator, session: Session, options: Namespace) -> None:
@@ -103,7 +103,7 @@ def _read_counters(options: Namespace, deadline: Deadline) -> None:
     if ncu is None or options.device != "cuda":
         say("LEFT OUT: the kernel's counters, for " + ("there is no GPU" if ncu else "ncu is not here"))
         return
-    if not deadline.allows(_NCU_SECONDS / 2):
+    if not deadline.allows(_NCU_LEAST):
         say("LEFT OUT: the kernel's counters, for the time for this run was used up")
         return
     options.output.mkdir(parents=True, exist_ok=True)

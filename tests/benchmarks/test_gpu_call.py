@@ -217,6 +217,16 @@ def test_the_peak_of_each_stage_is_on_top_of_the_model(monkeypatch: pytest.Monke
     assert [*clock.seconds] == ["calibration", "repair"]
 
 
+def test_counters_are_read_before_a_model_takes_time_and_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+    for name in ("_read_counters", "build", "_profile"):
+        monkeypatch.setattr(profile, name, lambda *_, name=name: done.append(name))
+    profile.main([*TOY, "--output", str(tmp_path)])
+    assert done == ["_read_counters", "build", "_profile", "_profile"]
+
+
 @pytest.mark.parametrize(("code", "told"), [(0, False), (1, True)])
 def test_counters_are_read_where_ncu_is_and_may(
     code: int, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -226,7 +236,8 @@ def test_counters_are_read_where_ncu_is_and_may(
     ncu.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/started\nexit {code}\n')
     ncu.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    profile._read_counters(Namespace(device="cuda", output=tmp_path / "out"), Deadline(60.0))
+    # What is left of the step's share of a call, when it begins.
+    profile._read_counters(Namespace(device="cuda", output=tmp_path / "out"), Deadline(18.0))
     started = (tmp_path / "started").read_text()
     assert f"--log-file {tmp_path / 'out' / profile.NCU_FILE} {sys.executable} -c" in started
     assert "--kernel-name regex:^_linear_importance_kernel --section SpeedOfLight" in started
