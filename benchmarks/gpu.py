@@ -59,12 +59,20 @@ def _built(seconds: float, environment: dict[str, str]) -> bool:
     absent = missing(_BUILD_NEEDS)
     if absent:
         say(f"LEFT OUT: the C++ and CUDA ops, for they cannot be built without {', '.join(absent)}")
-        link = ROOT / "gradprune" / "kernels"
-        if missing(["gradprune.kernels"]) and not link.is_symlink():
-            link.symlink_to(ROOT / "kernels")
+        _link_kernels()
         return True
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
-    return _succeeded("the build", [*command, "--editable", str(ROOT)], seconds, environment)
+    built = _succeeded("the build", [*command, "--editable", str(ROOT)], seconds, environment)
+    if not built:
+        _link_kernels()
+    return built
+
+
+def _link_kernels() -> None:
+    """As an installation would: unless an earlier one has done it."""
+    link = ROOT / "gradprune" / "kernels"
+    if missing(["gradprune.kernels"]) and not link.is_symlink():
+        link.symlink_to(ROOT / "kernels")
 
 
 def _tested(seconds: float, options: Namespace, environment: dict[str, str]) -> bool:

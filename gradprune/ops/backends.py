@@ -20,6 +20,8 @@ def triton_fault(device: str) -> str | None:
     """Why the Triton kernels cannot run on `device`, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'gradprune[triton]')"
+    if importlib.util.find_spec("gradprune.kernels") is None:
+        return "there is no gradprune.kernels (install gradprune, which puts its kernels there)"
     if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return "it needs a CUDA device (or TRITON_INTERPRET=1, to check kernels on the CPU)"

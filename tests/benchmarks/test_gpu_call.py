@@ -117,15 +117,18 @@ def test_of_the_70b_model_only_its_jobs_run(monkeypatch: pytest.MonkeyPatch) -> 
     assert "--large" in machine.started[-1][0]
 
 
-def test_the_kernels_are_found_where_nothing_was_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("build", ["is left out", "fails"])
+def test_the_kernels_are_found_where_nothing_was_installed(
+    build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernels lie beside the package and are linked into it; programs find both by PYTHONPATH."""
     for folder in ("gradprune", "kernels"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "__init__.py").write_text("")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    Machine(monkeypatch, takes=1.0, absent=("pybind11", "gradprune.kernels"))
-    monkeypatch.setattr(gpu, "run_within", lambda *_: 0)
-    assert gpu.main(["--device", "cpu"]) == 0
+    Machine(monkeypatch, takes=1.0, absent=("gradprune.kernels", "pybind11" if build == "is left out" else "none"))
+    monkeypatch.setattr(gpu, "run_within", lambda command, *_: int(Machine.what(command) == "pip"))
+    assert gpu.main(["--device", "cpu"]) == (1 if build == "fails" else 0)
     program = "import gradprune, gradprune.kernels as k; print(gradprune.__file__, k.__file__)"
     run = subprocess.run(
         [sys.executable, "-S", "-c", program], env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path, stdout=subprocess.PIPE,

@@ -80,6 +80,19 @@ def test_auto_falls_back_and_says_why(monkeypatch: pytest.MonkeyPatch, caplog: p
     assert "'cpp' cannot run: the extension gradprune._C does not import" in caplog.text
 
 
+def test_kernels_that_were_not_installed_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They lie beside the package's source, and an installation puts them into it."""
+    pytest.importorskip("triton")
+    monkeypatch.setitem(sys.modules, "gradprune.kernels", None)
+    with caplog.at_level(logging.INFO, "gradprune"):
+        assert select_ops("auto", "cuda").backend == "reference"
+    assert "'triton' cannot run: there is no gradprune.kernels (install gradprune" in caplog.text
+    with pytest.raises(BackendUnavailableError, match=r"'triton' cannot run on cuda: there is no gradprune\.kernels"):
+        select_ops("triton", "cuda")
+
+
 def test_a_backend_asked_for_by_name_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert select_ops("cpp", "cpu").backend == "cpp"
     monkeypatch.setitem(sys.modules, "gradprune._C", None)
