@@ -58,35 +58,45 @@ def at_target(run: Run, evidence: Evidence) -> Run:
     fraction = ratio_of_size(run.view, config)
     if fraction is not None:
         ratio = _of_size(chosen, fraction, run.view.parameters)
+        if ratio is None:
+            raise SelectionError(
+                f"{config.target}: {getattr(config, str(config.target))} cannot be reached: the constraints, and groups "
+                "that go together, leave more; give more, or constrain less"
+            )
     else:
         assert config.target_speedup is not None
         ratio = _of_speed(run, chosen, config.target_speedup)
     return replace(run, config=replace(config, pruning_ratio=ratio))
 
 
-def _of_size(chosen: Callable[[float], Choice], fraction: float, parameters: int) -> float:
-    """The smallest ratio with which at least that fraction is gone, to half a group.
+def _of_size(chosen: Callable[[float], Choice], fraction: float, parameters: int) -> float | None:
+    """The smallest ratio with which at least that fraction is gone, to half a group; None where there is none.
 
     A selection stays below its ratio by up to what goes together: a group, or as many as keep widths equal.
     """
 
-    def short_at(ratio: float) -> float:
-        choice = chosen(ratio)
+    def short_at(ratio: float) -> float | None:
+        """By how much of the parameters too little goes; None where so much cannot go at all."""
+        try:
+            choice = chosen(ratio)
+        except SelectionError:
+            return None
         return fraction - int(choice.table.cost[choice.pruned].sum()) / parameters
 
-    ratio, step = fraction, 0.0
-    below = ratio
-    while (short := short_at(ratio)) > 0.0:
+    low, high, step = fraction, fraction, 0.0
+    while (short := short_at(high)) is not None and short > 0.0:
         step = max(2.0 * step, short)
-        below, ratio = ratio, fraction + step
-    half_a_group = int(chosen(ratio).table.cost.min()) / parameters / 2.0
-    while ratio - below > half_a_group:
-        middle = (below + ratio) / 2.0
-        if short_at(middle) > 0.0:
-            below = middle
+        low, high = high, fraction + step
+    found = None if short is None else high
+    half_a_group = int(chosen(low).table.cost.min()) / parameters / 2.0
+    while high - low > half_a_group:
+        middle = (low + high) / 2.0
+        short = short_at(middle)
+        if short is not None and short > 0.0:
+            low = middle
         else:
-            ratio = middle
-    return ratio
+            high, found = middle, found if short is None else middle
+    return found
 
 
 def _of_speed(run: Run, chosen: Callable[[float], Choice], speedup: float) -> float:

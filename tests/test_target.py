@@ -1,14 +1,20 @@
 """Targets: the run comes to the size or the speed that was asked for, with no more pruned than that takes."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gradprune import PruneConfig, prune, target
-from gradprune.config import count_of
+from gradprune.config import Constraints, count_of
 from gradprune.errors import ConfigError, SelectionError
 from gradprune.evaluation.size import model_size
 from gradprune.evaluation.speed import Throughput
 from gradprune.models import describe
+from gradprune.scoring.choose import Choice
+from gradprune.scoring.selection import select
+from helpers.tables import make_table
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_model
 
 TOKENS = torch.randint(61, (900,), generator=torch.Generator().manual_seed(0))
@@ -100,6 +106,30 @@ def test_a_size_that_the_model_has_already_is_refused() -> None:
 def test_what_constraints_do_not_allow_is_refused_before_calibration() -> None:
     with pytest.raises(SelectionError, match=r"target_parameters: 200 asks for too much; .*cannot be reached"):
         pruned(tiny_model(dtype=torch.float32), target_parameters="200")
+
+
+@given(seed=st.integers(0, 1000), share=st.floats(0.6, 0.99), round_to=st.sampled_from([1, 4, 8]))
+def test_a_target_near_all_that_may_go_is_met_or_told_to_be_out_of_reach(
+    seed: int, share: float, round_to: int
+) -> None:
+    """A ratio that a selection can have is found, though the first one that is tried may be beyond all that can go."""
+    table = make_table(layers=2, heads=2, channels=12, seed=seed)
+    parameters, constraints = int(table.cost.sum()) + 30, Constraints(round_to=round_to)
+
+    def chosen(ratio: float) -> Choice:
+        return Choice(table, select(table, ratio, parameters, constraints))
+
+    def gone(ratio: float) -> float:
+        try:
+            return table.cost[chosen(ratio).pruned].sum() / parameters
+        except SelectionError:
+            return 0.0
+
+    reached = share * max(gone(ratio) for ratio in np.linspace(0.5, 1.0, 200))
+    ratio = target._of_size(chosen, reached, parameters)
+    assert ratio is not None
+    assert gone(ratio) >= reached
+    assert target._of_size(chosen, table.cost.sum() / parameters - 1e-6, parameters) is None
 
 
 def test_one_target_at_a_time() -> None:
