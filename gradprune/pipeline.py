@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradprune.calibration.evidence import Evidence
-from gradprune.calibration.gather import gather_evidence
+from gradprune.calibration.gather import earlier_evidence, gather_evidence
 from gradprune.calibration.kept import evidence_kept
 from gradprune.calibration.resume import forget_calibration
 from gradprune.checkpoint.atomic import atomic_directory
@@ -78,8 +78,8 @@ def prune(
     config = _of_rank(config or PruneConfig(), ranks)
     clock = Clock(console)
     with claimed_results(config) as output, memory_advice(clock, config), evaluation_mode(model):
-        run = _start(model, tokenizer, [config], calibration, evaluation, clock, ranks)
-        evidence = gather_evidence(run)
+        run, earlier = _start(model, tokenizer, [config], calibration, evaluation, clock, ranks)
+        evidence = gather_evidence(run, earlier)
         with evidence_kept(evidence, output), memory_advice(clock, config):
             result = _prune_at_ratio(run, evidence, _measure_dense(run))
             if output is not None:
@@ -118,8 +118,8 @@ def prune_ratios(
     configs = [replace(config, pruning_ratio=ratio, in_place=False) for ratio in ratios]
     clock = Clock(console)
     with claimed_results(config, ratios) as output, memory_advice(clock, config), evaluation_mode(model):
-        run = _start(model, tokenizer, configs, None, None, clock, ranks)
-        evidence = gather_evidence(run)
+        run, earlier = _start(model, tokenizer, configs, None, None, clock, ranks)
+        evidence = gather_evidence(run, earlier)
         with (
             evidence_kept(evidence, output),
             _whole(config, output) as folder,
@@ -176,8 +176,11 @@ def _start(
     evaluation: Tensor | None,
     clock: Clock,
     ranks: Ranks,
-) -> Run:
-    """The run of the first of `configs`, which differ in ratio; raises what would fail only after calibration."""
+) -> tuple[Run, Evidence | None]:
+    """The run of the first of `configs`, which differ in ratio, and the evidence that it is given, if any.
+
+    Raises what would fail only after calibration.
+    """
     check_class(model)
     check_placement(model)
     view, config = describe(model, configs[0].kinds).with_groups(), configs[0]
@@ -189,13 +192,24 @@ def _start(
     select_ops(config.backend, model.device.type, model.dtype)
     tasks = read_tasks(config.tasks.split(","), tokenizer) if config.tasks is not None else None
     prompts = read_prompts(config.prompts) if config.prompts is not None else None
+    earlier = earlier_evidence(view, config)
+    calibrated = 0 if earlier is None else earlier.windows_taken(config.dataset, config.seq_len, config.seed)
     with clock.stage("own_text") if sum(config.samples_written) else nullcontext():
-        samples = draw_samples(model, tokenizer, config, calibration, evaluation, console=clock.console, ranks=ranks)
+        samples = draw_samples(
+            model,
+            tokenizer,
+            config,
+            calibration,
+            evaluation,
+            calibrated=calibrated,
+            console=clock.console,
+            ranks=ranks,
+        )
     if tokenizer is None or not config.generations:
         prompts = []
     elif prompts is None:
         prompts = drawn_prompts(tokenizer, samples.evaluation)
-    return Run(
+    run = Run(
         view,
         config,
         samples,
@@ -206,6 +220,7 @@ def _start(
         console=clock.console,
         ranks=ranks,
     )
+    return run, earlier
 
 
 def _check_reachable(view: PrunableModel, groups: GroupTable, config: PruneConfig) -> None:

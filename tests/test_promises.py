@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradprune import PruneConfig, prune
+from gradprune import PruneConfig, pipeline, prune
 from gradprune.errors import CalibrationError, CheckpointError, ConfigError, SelectionError
 from helpers.pipeline_runs import TOKENS, run
 from helpers.tiny_models import tiny_model
@@ -85,6 +85,31 @@ def test_the_record_states_what_the_evidence_was_made_with(tmp_path: Path) -> No
     sample = evidence_of(tiny_model(), tmp_path / "sample")
     with pytest.raises(ConfigError, match="reduction: 'batch' needs another calibration"):
         run(tiny_model(), evidence_file=sample, reduction="batch")
+
+
+def test_held_out_samples_are_none_that_the_evidence_was_calibrated_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    draw = pipeline.draw_samples
+    monkeypatch.setattr(
+        pipeline, "draw_samples", lambda *given, **named: drawn.append(draw(*given, **named)) or drawn[-1]
+    )
+    options = {"num_samples": 32, "importance_method": "auto", "search_minutes": 1e-3, "search_samples": 8}
+    evidence = evidence_of(tiny_model(), tmp_path, **options, repair="least_squares")
+    run(tiny_model(), **options | {"num_samples": 8}, repair="least_squares", evidence_file=evidence)
+    (first, second), shared = drawn, lambda one, other: (one[:, None] == other).all(2).any()
+    assert torch.equal(second.calibration, first.calibration[:8])
+    assert len(second.held_out)
+    assert len(second.searched)
+    assert not shared(second.held_out, first.calibration)
+    assert not shared(second.searched, first.calibration)
+
+
+def test_evidence_that_is_not_there_is_told_before_the_model_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "draw_samples", lambda *_given, **_named: pytest.fail("samples are drawn"))
+    with pytest.raises(CheckpointError, match="there is no file"):
+        run(tiny_model(), evidence_file="nowhere.safetensors", own_text=0.5, repair="least_squares")
 
 
 @pytest.mark.parametrize("name", ["calibration", "evaluation"])

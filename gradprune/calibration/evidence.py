@@ -135,6 +135,12 @@ class Evidence:
             return wanted
         return ("none" if self.applied is None else self.applied.fix,)
 
+    def windows_taken(self, dataset: str | None, seq_len: int, seed: int) -> int:
+        """How many windows it took of those that a run of these options draws, the first ones; 0 of other options'."""
+        if (self.dataset, self.seq_len, self.seed) != (dataset, seq_len, seed):
+            return 0
+        return self.num_samples - round(self.own_text * self.num_samples)
+
     @property
     def methods(self) -> tuple[Method, ...]:
         """The methods whose components were collected."""

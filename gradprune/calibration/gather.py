@@ -15,6 +15,7 @@ from gradprune.calibration.resume import Resumable
 from gradprune.config import CURVATURE_SAMPLES, OPTIONS, Method, PruneConfig
 from gradprune.data.windows import batches
 from gradprune.errors import ConfigError
+from gradprune.models import PrunableModel
 from gradprune.models.digest import model_digest
 from gradprune.models.experts import WholeExperts
 from gradprune.progress import progress
@@ -23,18 +24,31 @@ from gradprune.run import Run
 logger = logging.getLogger(__name__)
 
 
-def gather_evidence(run: Run, *, bound: bool = True) -> Evidence:
-    """Calibrate, or read what an earlier run found; including the priors that the options need.
+def earlier_evidence(view: PrunableModel, config: PruneConfig) -> Evidence | None:
+    """What an earlier run found, from `evidence_file`; None where there is none to use.
+
+    Raises:
+        CheckpointError: as `Evidence.load`.
+        ConfigError: it was found by other options than these, or holds less than they need.
+    """
+    if config.evidence_file is None:
+        return None
+    evidence = Evidence.load(config.evidence_file, view.model)
+    _check_reduction(config, evidence)
+    _check_kinds(view, config, evidence)
+    if config.importance_method != "auto":
+        evidence.check_method(config.method)
+    return evidence
+
+
+def gather_evidence(run: Run, earlier: Evidence | None = None, *, bound: bool = True) -> Evidence:
+    """Calibrate, unless `earlier` tells what a run found; including the priors that the options need.
 
     bound: to the model, by a digest of all its weights, without which no file of the evidence can be read.
     """
     config = run.config
-    if config.evidence_file is not None:
-        evidence = Evidence.load(config.evidence_file, run.view.model)
-        _check_reduction(config, evidence)
-        _check_kinds(run, evidence)
-        if config.importance_method != "auto":
-            evidence.check_method(config.method)
+    if earlier is not None:
+        evidence = earlier
     else:
         with run.clock.stage("calibration"):
             engine = _calibrated(run)
@@ -177,12 +191,12 @@ def _check_reduction(config: PruneConfig, evidence: Evidence) -> None:
         )
 
 
-def _check_kinds(run: Run, evidence: Evidence) -> None:
+def _check_kinds(view: PrunableModel, config: PruneConfig, evidence: Evidence) -> None:
     """Refuse evidence of other groups than are to be pruned."""
-    if list(evidence.blocks) != [block.key for block in run.view.blocks]:
+    if list(evidence.blocks) != [block.key for block in view.blocks]:
         scored = ", ".join(dict.fromkeys(key.kind for key in evidence.blocks))
         raise ConfigError(
-            f"prune_kinds: evidence_file '{run.config.evidence_file}' scored {scored}; give these, or calibrate again"
+            f"prune_kinds: evidence_file '{config.evidence_file}' scored {scored}; give these, or calibrate again"
         )
 
 

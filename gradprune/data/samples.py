@@ -47,11 +47,13 @@ def draw_samples(
     calibration: Tensor | None = None,
     evaluation: Tensor | None = None,
     *,
+    calibrated: int = 0,
     console: Console = QUIET,
     ranks: Ranks = ALONE,
 ) -> Samples:
     """Draw the samples of a run from the given tokens or, where None, from the datasets of `config`.
 
+    calibrated: windows that an earlier run drew in the same way and calibrated on: held-out samples are others, too.
     console: where progress is shown while the model writes. ranks: the processes that divide that.
 
     Raises:
@@ -68,12 +70,12 @@ def draw_samples(
     )
     check_evaluation(evaluation, config.seq_len, evaluated)
     own = config.samples_written
-    of_text = (count - written for count, written in zip(config.samples_drawn, own, strict=True))
-    sizes = _sizes_of_text(len(calibration) // config.seq_len, config, *of_text)
+    drawn, held_out = (count - written for count, written in zip(config.samples_drawn, own, strict=True))
+    sizes = _sizes_of_text(len(calibration) // config.seq_len, config, drawn, held_out, calibrated)
     windows = calibration.new_empty(0, config.seq_len)
     if sum(sizes):
         windows = sample_windows(calibration, num_samples=sum(sizes), seq_len=config.seq_len, seed=config.seed)
-    calibrated, chosen_on, compared_on = windows.split(sizes)
+    calibrated_on, _, chosen_on, compared_on = windows.split(sizes)
     if sum(own):
         with progress(console, "Writing", sum(own), "samples") as advance:
             written = own_samples(
@@ -85,14 +87,18 @@ def draw_samples(
                 ranks=ranks,
                 advance=advance,
             )
-        calibrated, chosen_on = map(spread, (calibrated, chosen_on), written.split(own))
-    return Samples(calibrated, chosen_on, compared_on, evaluation, overlap_of(evaluation, calibration))
+        calibrated_on, chosen_on = map(spread, (calibrated_on, chosen_on), written.split(own))
+    return Samples(calibrated_on, chosen_on, compared_on, evaluation, overlap_of(evaluation, calibration))
 
 
-def _sizes_of_text(available: int, config: PruneConfig, calibrated: int, held_out: int) -> list[int]:
-    """Windows of the text, of which so many are available: to calibrate on, to hold out, and to search on."""
+def _sizes_of_text(available: int, config: PruneConfig, drawn: int, held_out: int, calibrated: int) -> list[int]:
+    """Windows of the text: to calibrate on, those that an earlier run calibrated on, to hold out, and to search on.
+
+    available: of all. drawn, held_out: that are to be. calibrated: the first so many, by an earlier run.
+    """
+    passed = max(0, min(calibrated, available) - drawn)
     # Held-out samples come from the windows that calibration leaves over.
-    spare = max(0, available - calibrated)
+    spare = max(0, available - drawn - passed)
     searches = config.importance_method == "auto"
     if searches and spare < _FEWEST_SEARCHED:
         raise CalibrationError(
@@ -100,7 +106,7 @@ def _sizes_of_text(available: int, config: PruneConfig, calibrated: int, held_ou
         )
     # Of too little text, the search gets two thirds.
     held_out = min(held_out, spare // 3 if searches else spare)
-    return [calibrated, held_out, min(config.search_samples, spare - held_out) if searches else 0]
+    return [drawn, passed, held_out, min(config.search_samples, spare - held_out) if searches else 0]
 
 
 def _checked(argument: str, tokens: Tensor, vocab_size: int) -> Tensor:
