@@ -17,7 +17,7 @@ from gradprune.errors import CalibrationError, ConfigError
 from gradprune.models import describe
 from gradprune.models.passes import mean_loss
 from gradprune.report.tables import describe_scoring, search_verdict
-from gradprune.scoring.scoring import score_groups
+from gradprune.scoring.choose import score_groups
 from gradprune.scoring.selection import select
 from gradprune.surgery.masking import masked
 from gradprune.surgery.repair import REPAIRS

@@ -19,7 +19,7 @@ from gradprune.calibration.engine import ImportanceEngine
 from gradprune.config import Constraints, Scoring
 from gradprune.evaluation.size import model_size
 from gradprune.models import describe
-from gradprune.scoring.scoring import score_groups
+from gradprune.scoring.choose import score_groups
 from gradprune.scoring.selection import select
 from gradprune.surgery.cut import cut
 

@@ -8,7 +8,8 @@ one sum in a fixed order.
 import torch
 from torch import Tensor
 
-from gradprune.calibration.gram import add_product, mirror, one_thread, same_rounding, tiles
+from gradprune.calibration.gram import add_product, mirror, same_rounding, tiles
+from gradprune.models.modes import one_thread
 
 # LAPACK factors matrices up to this size on one thread.
 _BLOCK = 128

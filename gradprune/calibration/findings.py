@@ -59,7 +59,7 @@ class Findings:
             return
         raise_non_finite_loss(self.view, list(self.samples), torch.cat(list(self.losses)), self.first)
         records = {key: list(steps) for key, steps in self.records.items()}
-        unit = self.reduction.unit
+        unit = self.reduction.name
         raise_non_finite_gradient(records, unit, self.first if unit == "sample" else steps_before)
         raise_overflow(records)
 

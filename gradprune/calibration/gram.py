@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from gradprune.accumulation import accumulation_dtype
 from gradprune.errors import NonFiniteError
+from gradprune.models.modes import one_thread
 from gradprune.ranks import Ranks
 
 # Below this size of either side, threads split the sums of a product, so rounding depends on the number of threads. On
@@ -87,17 +88,6 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     else:
         with same_rounding(total):
             total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """CPU work inside gets the same bits at any number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def same_rounding(product: Tensor) -> AbstractContextManager[None]:

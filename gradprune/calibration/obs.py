@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from gradprune.calibration.cholesky import cholesky, inverse
-from gradprune.calibration.gram import GramSum, one_thread, same_rounding
+from gradprune.calibration.gram import GramSum, same_rounding
 from gradprune.calibration.reach import Followed, reaches
 from gradprune.models import BlockKey, LinearBlock, PrunableModel
 from gradprune.models.blocks import take_columns
 from gradprune.models.experts import ExpertsBlock, Routed
 from gradprune.models.footprint import OBS_STREAMS
-from gradprune.models.modes import evaluation_mode
+from gradprune.models.modes import evaluation_mode, one_thread
 from gradprune.models.streams import Streams, drained, read_bytes, stream_bytes
 from gradprune.ops.dispatch import ImportanceOps, select_ops
 from gradprune.ops.removals import costs_alone, diagonal_blocks

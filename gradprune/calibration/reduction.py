@@ -26,15 +26,13 @@ from gradprune.ops.dispatch import ImportanceOps
 class Reduction:
     """A way to reduce samples.
 
-    name: as options and files have it.
-    unit: what one gradient belongs to: "sample" or "batch".
+    name: as options and files have it; what one gradient belongs to.
     accumulator: sums up one block of linear layers.
     scales_afterwards: whether a scale on a layer's gradients can be applied to the finished sums, exactly, so that
         any fix can be tried after calibration. If not, each batch's gradients are scaled before they are added.
     """
 
     name: ReductionName
-    unit: str
     accumulator: type[LinearAccumulator]
     scales_afterwards: bool
 
@@ -59,13 +57,13 @@ class Reduction:
 
     def gradients_in(self, input_ids: Tensor) -> int:
         """How many gradients a step on `input_ids` [N, T] adds."""
-        return len(input_ids) if self.unit == "sample" else 1
+        return len(input_ids) if self.name == "sample" else 1
 
 
 REDUCTIONS: dict[ReductionName, Reduction] = {
     reduction.name: reduction
     for reduction in (
-        Reduction("sample", "sample", SampleAccumulator, scales_afterwards=True),
-        Reduction("batch", "batch", BatchAccumulator, scales_afterwards=False),
+        Reduction("sample", SampleAccumulator, scales_afterwards=True),
+        Reduction("batch", BatchAccumulator, scales_afterwards=False),
     )
 }

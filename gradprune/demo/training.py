@@ -15,10 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from gradprune.calibration.gram import one_thread
 from gradprune.errors import CalibrationError, NonFiniteError
 from gradprune.models.loss import sample_losses
-from gradprune.models.modes import seeded
+from gradprune.models.modes import one_thread, seeded
 
 # Five are enough for singular values of at least 1 % of the Frobenius norm.
 _NEWTON_SCHULZ_ITERATIONS = 5

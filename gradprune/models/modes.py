@@ -89,6 +89,17 @@ def seeded(seed: int, device: torch.device = _CPU) -> Iterator[None]:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """CPU work inside gets the same bits at any number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def hooks_removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
     """On exit, the hooks of these handles, which are there already, are gone."""
     try:

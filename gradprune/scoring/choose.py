@@ -1,6 +1,6 @@
-"""The choice of the groups that go: score, select, mask."""
+"""The choice of the groups that go: score, select, mask. No model is run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,9 +9,10 @@ from gradprune.calibration.evidence import Evidence
 from gradprune.config import Constraints, Scoring
 from gradprune.models import PrunableModel
 from gradprune.models.masks import GroupMasks
-from gradprune.scoring.scoring import score_groups
+from gradprune.scoring.hgsp import modulate
+from gradprune.scoring.normalization import normalized_scores
 from gradprune.scoring.selection import select
-from gradprune.scoring.table import GroupTable
+from gradprune.scoring.table import GroupTable, empty_table
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,23 @@ class Choice:
     def masks(self) -> GroupMasks:
         """What each block keeps."""
         return self.table.masks(self.pruned)
+
+
+def score_groups(view: PrunableModel, evidence: Evidence, scoring: Scoring) -> GroupTable:
+    """The table of all groups, with importances after gradient scaling, priors and scores.
+
+    Args:
+        view: the model's prunable view.
+        evidence: of a calibration pass over it, with the priors that `scoring` needs.
+        scoring: how; a method is named, "auto" has been decided.
+
+    Raises:
+        ConfigError: the evidence is of batches whose gradients were scaled in another way.
+    """
+    importance = evidence.importance(scoring.method, scoring.gradient_fix)
+    table = replace(empty_table(view), importance=importance.double().numpy())
+    table = replace(table, score=normalized_scores(table, scoring))
+    return modulate(table, scoring.temperature, scoring.tau, evidence.priors.get(scoring.prior))
 
 
 def choose(view: PrunableModel, evidence: Evidence, scoring: Scoring, constraints: Constraints, ratio: float) -> Choice:

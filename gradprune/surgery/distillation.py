@@ -54,7 +54,7 @@ from gradprune.models.streams import Streams
 from gradprune.progress import progress
 from gradprune.run import Run
 from gradprune.surgery.least_squares import Repaired
-from gradprune.surgery.moments import least
+from gradprune.surgery.moments import first_minimum
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def distil(
                 trained.step(step, rate * (1.0 - step / len(batches)))
                 advance()
         trained.weights.arrive()
-        after, factor = least(factors, 0, attempt, itemgetter(0))
+        after, factor = first_minimum(factors, 0, attempt, itemgetter(0))
         if not after < before:
             after, factor = before, 0.0
         trained.weights.go(factor)

@@ -156,16 +156,16 @@ def fit(problem: Problem, judge: Problem, ridges: Sequence[float], first: float 
         return Fit(found, ridge, before, judge.error(found))
 
     first_tried = len(ridges) // 2 if first is None else ridges.index(first)
-    return least(ridges, first_tried, attempt, lambda found: found.error)
+    return first_minimum(ridges, first_tried, attempt, lambda found: found.error)
 
 
 _Found = TypeVar("_Found")
 
 
-def least(
+def first_minimum(
     candidates: Sequence[float], first: int, attempt: Callable[[float], _Found], error: Callable[[_Found], float]
 ) -> _Found:
-    """What was found at a minimum of the error, which is followed to where it falls: towards the front, else the back.
+    """What was found at the first minimum of the error, towards the front; towards the back if it rises there at once.
 
     Args:
         candidates: in order; `first` is the index of the one to begin with.

@@ -13,7 +13,7 @@ from gradprune.calibration.methods import Depth, components_at
 from gradprune.config import Scoring
 from gradprune.errors import CheckpointError, ConfigError, NonFiniteError
 from gradprune.models import describe
-from gradprune.scoring.scoring import score_groups
+from gradprune.scoring.choose import score_groups
 from gradprune.scoring.table import empty_table
 from helpers.pipeline_runs import run
 from helpers.tiny_models import METHODS, tiny_model
