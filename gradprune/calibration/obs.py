@@ -62,19 +62,19 @@ class RemovalPath:
 
     order: [groups] int64, the first to go first. cost: [groups] fp64 by position in `order`; their sum up to a position
     is the least-squares optimum's increase of the loss when the groups up to there are gone.
-    partly: the weight [O, I], in its dtype, without the first `gone` groups and with the others re-solved; half of
+    partial_weight: [O, I], in its dtype, without the first `num_removed` groups and with the others re-solved; half of
         those that write anything are gone, rounded down, or as many more as a round took.
     """
 
     order: Tensor
     cost: Tensor
-    partly: Tensor
-    gone: int
+    partial_weight: Tensor
+    num_removed: int
 
     @property
     def cost_of_part(self) -> float:
-        """What it costs that `gone` groups are gone."""
-        return float(self.cost[: self.gone].sum())
+        """What it costs that the first `num_removed` groups are gone."""
+        return float(self.cost[: self.num_removed].sum())
 
     def importance(self) -> Tensor:
         """[groups] fp64 by group: costs that ascend along the path, so that sorting by them gives its order."""
@@ -118,13 +118,13 @@ def removal_costs(
         costs: dict[BlockKey, tuple[float, float]] = {}
         for layer in range(len(view.layers)):
             with view.resident(layer, layer + 1):
-                partly = {}
+                partial_weights = {}
                 for key, paths in state.pass_layer(layer):
                     importances[key] = torch.cat([path.importance() for path in paths])
                     costs[key] = sum(path.cost_of_part for path in paths), sum(path.cost.sum().item() for path in paths)
-                    partly[key] = [path.partly for path in paths]
+                    partial_weights[key] = [path.partial_weight for path in paths]
                     advance()
-                followed.pass_layer(layer, partly)
+                followed.pass_layer(layer, partial_weights)
         reach = reaches(followed.divergences(), costs)
     return {key: reach[key] * importance for key, importance in importances.items()}
 
@@ -231,7 +231,7 @@ def removal_path(
     quota = min(max(1, int(_SHARE * len(block))), _MOST)
     order: list[int] = []
     costs: list[float] = []
-    groups, partly, gone = len(block), weight, 0
+    groups, partial_weight, num_removed = len(block), weight, 0
     while len(block):
         taken, marginal = _round(block, quota, ops)
         order += block.groups[taken].tolist()
@@ -239,10 +239,10 @@ def removal_path(
         block.remove(taken)
         # What writes nothing, because an earlier shot took it, goes first and tells nothing.
         silent = costs.count(0.0)
-        if not gone and len(order) - silent >= int(_PART * (groups - silent)):
-            partly, gone = block.weight_of_all(weight), len(order)
+        if not num_removed and len(order) - silent >= int(_PART * (groups - silent)):
+            partial_weight, num_removed = block.weight_of_all(weight), len(order)
     cost = 0.5 * curvature * torch.tensor(costs, dtype=torch.float64)
-    return RemovalPath(torch.tensor(order), cost, partly, gone)
+    return RemovalPath(torch.tensor(order), cost, partial_weight, num_removed)
 
 
 def with_ridge(gram: Tensor, ridge: float = RIDGE) -> Tensor:

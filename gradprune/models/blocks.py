@@ -181,8 +181,8 @@ class Block(ABC):
         return 1
 
     @property
-    def least(self) -> int:
-        """So many groups of each set have to stay, if any do."""
+    def min_kept(self) -> int:
+        """Groups of each set that stay, at least, if any do."""
         return 1
 
     @property

@@ -313,9 +313,9 @@ class WholeExperts(ExpertsBlock):
         return self.router.sets
 
     @property
-    def least(self) -> int:
+    def min_kept(self) -> int:
         """Of each set, so many that every token still gets as many experts as before."""
-        return self.router.least
+        return self.router.min_kept
 
     def groups_of(self, expert: int) -> slice:
         """Itself."""
@@ -369,11 +369,11 @@ class WholeExperts(ExpertsBlock):
         """
         size = self.groups // self.sets
         kept = torch.bincount(groups // size, minlength=self.sets)
-        if int(kept.min()) != int(kept.max()) or int(kept.min()) < self.least:
+        if int(kept.min()) != int(kept.max()) or int(kept.min()) < self.min_kept:
             within = "" if self.sets == 1 else f" of each of the router's {self.sets} sets"
             raise ValueError(
                 f"masks: layer {self.layer} keeps {int(kept.min())} to {int(kept.max())} experts{within}; the same "
-                f"number has to stay everywhere, and at least {self.least}"
+                f"number has to stay everywhere, and at least {self.min_kept}"
             )
         for name, tensor in named_tensors(self.module):
             if tensor.ndim and tensor.shape[0] == self.experts:

@@ -32,7 +32,7 @@ class Router:
     corrections: those of them that are added to scores before experts are chosen.
     parameters: elements of the parameters among `by_expert`.
     sets: the router first chooses among so many sets of neighbouring experts, where it is more than 1.
-    least: experts of each set that have to stay for a token to get as many experts as before.
+    min_kept: experts of each set that have to stay for a token to get as many experts as before.
     """
 
     path: str
@@ -42,7 +42,7 @@ class Router:
     corrections: tuple[Tensor, ...]
     parameters: int
     sets: int
-    least: int
+    min_kept: int
 
     @contextmanager
     def logits_by(self, logits: Logits) -> Iterator[None]:
@@ -93,7 +93,7 @@ def find_router(parent: nn.Module, experts: Any, count: int) -> Router | str:
         return "its configuration does not state how many experts a token gets"
     sets, of_sets = _stated(experts.config, SETS), _stated(experts.config, SETS_CHOSEN) or 1
     # Sets are compared by their two best experts.
-    least = chosen if sets is None else max(2, -(-chosen // of_sets))
+    min_kept = chosen if sets is None else max(2, -(-chosen // of_sets))
     return Router(
         path=f"{name}.{weights[0][0]}",
         weight=weights[0][1],
@@ -102,7 +102,7 @@ def find_router(parent: nn.Module, experts: Any, count: int) -> Router | str:
         corrections=tuple(tensor for path, (tensor, _) in found.items() if "bias" in path.rpartition(".")[2]),
         parameters=sum(tensor.numel() for tensor, _ in found.values() if isinstance(tensor, nn.Parameter)),
         sets=sets or 1,
-        least=least,
+        min_kept=min_kept,
     )
 
 

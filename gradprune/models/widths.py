@@ -42,9 +42,9 @@ def plain_widths(view: PrunableModel) -> dict[str, frozenset[int]]:
     Kinds that accept any number are left out.
     """
     found = {
-        block.kind.name: frozenset(range(block.least, block.groups // block.sets + 1))
+        block.kind.name: frozenset(range(block.min_kept, block.groups // block.sets + 1))
         for block in view.blocks
-        if block.least > 1
+        if block.min_kept > 1
     }
     mlp = next((block for block in view.of_kind("mlp") if block is not None), None)
     if mlp is not None and not _follows_width(view, mlp):

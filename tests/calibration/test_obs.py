@@ -174,8 +174,8 @@ def test_what_writes_nothing_is_no_part_of_the_half_that_tells_the_reach() -> No
     weight[:, :8] = 0.0
     path = removal_path(weight, gram, 2)
     assert sorted(path.order[:4].tolist()) == [0, 1, 2, 3]
-    assert path.gone == 8
+    assert path.num_removed == 8
     assert (path.cost[:4] == 0.0).all()
     assert (path.cost[4:8] > 0.0).all()
-    silent = (path.partly == 0.0).all(0).unflatten(0, (12, 2)).all(1)
+    silent = (path.partial_weight == 0.0).all(0).unflatten(0, (12, 2)).all(1)
     assert sorted(silent.nonzero().flatten().tolist()) == sorted(path.order[:8].tolist())
