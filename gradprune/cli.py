@@ -261,7 +261,8 @@ def recover(
     if options["output_name"] is None:
         options["output_name"] = f"{model_name(model)}-recovered"
     places = PruneConfig(**options, base_model=model, seq_len=config.seq_len)
-    with claimed_results(places):
+    reads = {"model": model, "teacher": teacher, "dataset": places.dataset, "eval_dataset": places.eval_dataset}
+    with claimed_results(places, reads=reads):
         loaded, tokenizer = _load(places, "model", streams=False)
         dense = None if teacher is None else _load(replace(places, base_model=teacher), "teacher", streams=False)[0]
         summary = recover_checkpoint(loaded, tokenizer, dense, config, places, console=PROGRESS)

@@ -409,6 +409,24 @@ def test_recover_writes_a_checkpoint(gradprune, model_folder: Path, ids_file: Pa
     assert json.loads(out)["perplexity"] == pytest.approx(summary["perplexity"]["after"], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *[("prune", option) for option in ("base_model", "dataset", "evidence_file", "tasks", "prompts")],
+        *[("recover --model nowhere", option) for option in ("model", "teacher", "eval_dataset")],
+    ],
+)
+def test_overwrite_keeps_what_the_command_reads(gradprune, command: str, option: str) -> None:
+    (read := Path("results/x/model")).mkdir(parents=True)
+    Path("results/x/run.json").touch()
+    code, _, err = gradprune(*command.split(), f"--{option}", read, "--output_name", "x", "--overwrite")
+    assert (code, err) == (
+        2,
+        f"error: output_name: 'results/x' holds the {option} '{read}' that this run reads, and would be replaced; "
+        "choose another name\n",
+    )
+
+
 def test_export_writes_one_file(gradprune, model_folder: Path) -> None:
     pytest.importorskip("gguf", reason="the gguf library is not installed (pip install gguf)")
     export = ["export", "--model", model_folder, "--output", "tiny.gguf", "--outtype", "q8_0"]

@@ -148,14 +148,13 @@ class Claim:
 
     def _check_not_read(self, replaced: Path) -> None:
         """Refuse to replace anything the run reads, even through a link."""
-        for option, value in self._reads.items():
-            read = Path(value)
+        for option, read in ((option, Path(name)) for option, value in self._reads.items() for name in _names(value)):
             # If it cannot be listed, the run cannot read it either.
             with suppress(OSError):
                 for path in [read, *(read.iterdir() if read.is_dir() else [])]:
                     if path.resolve().is_relative_to(replaced):
                         raise CheckpointError(
-                            f"{self._argument}: '{self.directory}' holds the {option} '{value}' that this run reads, "
+                            f"{self._argument}: '{self.directory}' holds the {option} '{read}' that this run reads, "
                             "and would be replaced; choose another name"
                         )
 
@@ -216,7 +215,8 @@ def claimed(
         overwrite: whether an existing one may be replaced.
         argument: the option that the path came from, for messages.
         replaces: which existing folders may be replaced; an empty one always may.
-        reads: by option, the files and folders that the run reads and that are never replaced.
+        reads: by option, what the run reads and what is never replaced: a file or a folder, or several separated by
+            commas, with weights or without.
         free_bytes: about how much will be written.
         patience: seconds to wait for another run that is writing it.
 
@@ -271,6 +271,12 @@ def atomic_directory(
     claim = claimed(directory, overwrite=overwrite, argument=argument, replaces=replaces, patience=patience)
     with claim as held, held.writing() as folder:
         yield folder
+
+
+def _names(value: str) -> list[str]:
+    """All that may be a name in a value such as "a.txt:0.7,b.jsonl:0.3": without what looks like a weight, and with."""
+    parts = [part.strip() for part in value.split(",")]
+    return [name for name in (*(part.rpartition(":")[0] for part in parts), *parts, value) if name]
 
 
 def _make_folders(folder: Path, argument: str) -> list[Path]:

@@ -1,7 +1,7 @@
 """The results folder of a run, from before its model is loaded until it is written."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,17 +11,20 @@ from gradprune.checkpoint.atomic import claimed
 from gradprune.config import PruneConfig
 from gradprune.errors import ConfigError
 
-_READS = ("base_model", "dataset", "eval_dataset", "evidence_file")
+_READS = ("base_model", "dataset", "eval_dataset", "evidence_file", "tasks", "prompts")
 _ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 @contextmanager
-def claimed_results(config: PruneConfig, ratios: Sequence[float] = ()) -> Iterator[Path | None]:
+def claimed_results(
+    config: PruneConfig, ratios: Sequence[float] = (), reads: Mapping[str, str | None] | None = None
+) -> Iterator[Path | None]:
     """Hold the name of the results folder while the body runs; yields it, None where none is asked for.
 
     Args:
         config: with the options of the output, and what the run reads.
         ratios: several, each of which gets a folder in it; by default the one of `config`.
+        reads: by option, what the run reads; by default what `config` names.
 
     Raises:
         CheckpointError: the folder cannot be written, or may not be replaced; see `claimed`.
@@ -34,11 +37,12 @@ def claimed_results(config: PruneConfig, ratios: Sequence[float] = ()) -> Iterat
     ratio_names(ratios)
     size = None if config.base_model is None else _bytes_as(config.dtype, config.base_model)
     output = Path(config.output_dir) / config.output_name
+    reads = {name: getattr(config, name) for name in _READS} if reads is None else reads
     claim = claimed(
         output,
         overwrite=config.overwrite,
         argument="output_name",
-        reads={name: value for name in _READS if (value := getattr(config, name)) is not None},
+        reads={name: value for name, value in reads.items() if value is not None},
         free_bytes=int(sum(1.0 - ratio for ratio in ratios) * (size or 0)),
     )
     with claim:

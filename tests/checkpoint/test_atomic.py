@@ -315,6 +315,18 @@ def test_what_the_run_reads_is_never_overwritten(tmp_path: Path, how: str) -> No
     assert names(tmp_path / "x") == ["content", "model", "run.json"]
 
 
+@pytest.mark.parametrize("value", ["{x}/quiz.jsonl", "sciq,{x}/quiz.jsonl", "a.txt:0.7,{x}/quiz.jsonl:0.3"])
+def test_each_of_several_files_that_the_run_reads_counts(tmp_path: Path, value: str) -> None:
+    results(tmp_path / "x")
+    (tmp_path / "x" / "quiz.jsonl").touch()
+    reads = {"tasks": value.format(x=tmp_path / "x")}
+    with (
+        pytest.raises(CheckpointError, match=r"holds the tasks '[^,:]*/x/quiz.jsonl' that this run reads"),
+        claimed(tmp_path / "x", overwrite=True, argument="output_name", reads=reads),
+    ):
+        pass
+
+
 def cannot(tmp_path: Path, folder: Path) -> str:
     """The one-line error of a claim."""
     with (
