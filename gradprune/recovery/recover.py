@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -68,7 +69,8 @@ def recover(
         teacher: the dense model, for loss "kd"; its vocabulary is the model's.
         tokens: [tokens] int64, the text to train on.
         config: the options.
-        state: folder that an interrupted run is resumed from; it is written at every check and deleted at the end.
+        state: folder that an interrupted run is resumed from; it is written at every check and deleted at the end, and
+            where the loss diverges.
         console: where progress is shown.
 
     Raises:
@@ -87,12 +89,15 @@ def recover(
         with deterministic_attention(), nullcontext() if teacher is None else evaluation_mode(teacher):
             trainer = _Trainer(model, loss_of, train, chosen_on, config, run, state, console)
             found = trainer.train()
+    except NonFiniteError:
+        # Resumed, it would end the same.
+        _remove(state)
+        raise
     finally:
         merge()
         _cast(model, dtype)
         model.eval()
-    if state is not None:
-        _remove(state)
+    _remove(state)
     return Recovery(model, found.step, found.best_step, found.history)
 
 
@@ -285,8 +290,6 @@ def _schedule(step: int, total: int) -> float:
     return min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1.0 + math.cos(math.pi * step / total))
 
 
-def _remove(folder: Path) -> None:
-    for path in folder.glob("*"):
-        path.unlink()
-    if folder.is_dir():
-        folder.rmdir()
+def _remove(state: Path | None) -> None:
+    if state is not None and state.is_dir():
+        shutil.rmtree(state)

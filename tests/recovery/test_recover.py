@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -275,6 +276,25 @@ def test_what_ends_early_leaves_a_model_as_it_was_given(monkeypatch: pytest.Monk
         recover(pruned, None, TEXT, RecoveryConfig(**QUICK, loss="lm"))
     assert {parameter.dtype for parameter in pruned.parameters()} == {torch.bfloat16}
     assert not pruned.training
+
+
+def test_a_run_that_diverged_leaves_no_state_in_the_way_of_a_smaller_learning_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, pruned = dense_and_pruned()
+    losses = module.sample_losses
+
+    def diverging(model, ids):
+        # A check is over, so that there is a state.
+        return losses(model, ids) * (float("nan") if (state / "progress.json").exists() else 1.0)
+
+    state = tmp_path / "state"
+    config = RecoveryConfig(loss="lm", **QUICK)
+    monkeypatch.setattr(module, "sample_losses", diverging)
+    with pytest.raises(NonFiniteError, match="choose a smaller learning_rate"):
+        recover(copies(pruned), None, TEXT, config, state=state)
+    monkeypatch.undo()
+    recover(pruned, None, TEXT, replace(config, learning_rate=1e-3), state=state)
 
 
 @pytest.mark.parametrize(("steps", "checks"), [(7, 4), (11, 6), (12, 4), (3, 5)])
