@@ -258,6 +258,7 @@ def recover(
     from gradprune.recovery.job import recover_checkpoint
 
     config = RecoveryConfig(**{name: options.pop(name) for name in options_of(RecoveryConfig)})
+    config.check_teacher(given=teacher is not None)
     if options["output_name"] is None:
         options["output_name"] = f"{model_name(model)}-recovered"
     places = PruneConfig(**options, base_model=model, seq_len=config.seq_len)
@@ -436,9 +437,12 @@ def _pruning_config(options: dict[str, Any]) -> PruneConfig:
 
 def _evaluated(config: PruneConfig, protocol: str | None) -> "tuple[Perplexity, tuple[TaskAccuracy, ...], int]":
     """A checkpoint's perplexity, its accuracy on the tasks that are asked for, and its number of parameters."""
+    from gradprune.evaluation.protocols import protocol_window
     from gradprune.evaluation.size import model_size
     from gradprune.evaluation.tasks import ask_tasks, read_tasks
 
+    if protocol is not None:
+        protocol_window(protocol)
     model, tokenizer = _load(config, "model", stages=("evaluation",))
     tasks = read_tasks(config.tasks.split(","), tokenizer) if config.tasks else None
     measured = _measure_perplexity(model, tokenizer, config, protocol)
@@ -597,10 +601,13 @@ def _load(
     from transformers.utils import logging as transformers_logging
 
     from gradprune.checkpoint.load import load_model
+    from gradprune.data.sources import check_dataset
     from gradprune.demo import demo_model_path
     from gradprune.memory import memory_advice
     from gradprune.models.footprint import STAGES, Job
 
+    for name in ("dataset", "eval_dataset"):
+        check_dataset(getattr(config, name), name)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     device = config.device

@@ -190,6 +190,25 @@ def test_a_standard_output_that_is_full_is_one_line(gradprune, monkeypatch: pyte
     assert only_line(err) == "error: standard output: No space left on device"
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("prune --base_model nowhere --dataset no.txt", "dataset: there is no file 'no.txt'"),
+        ("prune --base_model nowhere --eval_dataset a.pdf", "eval_dataset: 'a.pdf' is unknown"),
+        ("diagnose --base_model nowhere --dataset wikitext2,no.npy", "dataset: there is no file 'no.npy'"),
+        ("eval --model nowhere --dataset no.txt", "dataset: there is no file 'no.txt'"),
+        ("eval --model nowhere --protocol foo", "protocol: 'foo' is unknown"),
+        ("recover --model nowhere --loss lm --dataset no.txt", "dataset: there is no file 'no.txt'"),
+        ("recover --model nowhere", "teacher: loss 'kd' learns from the dense model"),
+    ],
+)
+def test_what_needs_no_model_is_told_before_it_is_loaded(gradprune, command: str, message: str) -> None:
+    code, _, err = gradprune(*command.split())
+    assert code == 2
+    assert err.startswith(f"error: {message}")
+    assert not Path("results").exists()
+
+
 @pytest.mark.parametrize("command", ["prune", "diagnose"])
 def test_a_model_with_nothing_left_is_refused(gradprune, tmp_path: Path, ids_file: Path, command: str) -> None:
     model = tiny_model(channels=24, vocab=300)
@@ -413,7 +432,7 @@ def test_recover_writes_a_checkpoint(gradprune, model_folder: Path, ids_file: Pa
     ("command", "option"),
     [
         *[("prune", option) for option in ("base_model", "dataset", "evidence_file", "tasks", "prompts")],
-        *[("recover --model nowhere", option) for option in ("model", "teacher", "eval_dataset")],
+        *[("recover --model nowhere --loss lm", option) for option in ("model", "teacher", "eval_dataset")],
     ],
 )
 def test_overwrite_keeps_what_the_command_reads(gradprune, command: str, option: str) -> None:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from gradprune.config.domains import at_least, finite, numbers
 from gradprune.config.option import Options, option
+from gradprune.errors import RecoveryError
 
 RecoveryMethod = Literal["lora", "full"]
 Loss = Literal["kd", "lm"]
@@ -39,3 +40,8 @@ class RecoveryConfig(Options):
     def peak_rate(self) -> float:
         """The largest learning rate."""
         return self.learning_rate or {"lora": 2e-3, "full": 5e-4}[self.method]
+
+    def check_teacher(self, *, given: bool) -> None:
+        """Raise RecoveryError where the loss needs a teacher and there is none."""
+        if self.loss == "kd" and not given:
+            raise RecoveryError("teacher: loss 'kd' learns from the dense model; name it, or choose loss 'lm'")

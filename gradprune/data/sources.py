@@ -96,6 +96,7 @@ def load_tokens(
         CalibrationError: the dataset is unknown, missing, empty, malformed, or cannot be fetched; or the tokenizer
             belongs to another model.
     """
+    check_dataset(dataset, argument)
     try:
         if dataset is None:
             return _tokens(None, tokenizer, split, vocab_size)
@@ -106,8 +107,23 @@ def load_tokens(
         raise CalibrationError(f"{argument}: {fault}") from fault.__cause__
 
 
+def check_dataset(dataset: str | None, argument: str = "dataset") -> None:
+    """Raise for what can be told of a dataset before a model is loaded; arguments as for `load_tokens`.
+
+    Raises:
+        CalibrationError: its name is unknown, or the file is missing.
+    """
+    if dataset is None:
+        return
+    try:
+        for name, _ in _split_names(dataset):
+            _check_known(name)
+    except _Fault as fault:
+        raise CalibrationError(f"{argument}: {fault}") from fault.__cause__
+
+
 class _Fault(Exception):
-    """A problem with a dataset; `load_tokens` adds the name of the option it came from."""
+    """A problem with a dataset; `check_dataset` and `load_tokens` add the name of the option it came from."""
 
 
 def _split_names(dataset: str) -> list[tuple[str, float]]:
@@ -142,7 +158,6 @@ def _tokens(
 
 
 def _load_ids(path: Path, vocab_size: int | None) -> Tensor:
-    _check_exists(path)
     try:
         with path.open("rb") as file:
             # Unlike `np.load`, this reads only the .npy format. A forged header can request any amount of memory.
@@ -168,9 +183,6 @@ def _read_file(dataset: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         ".txt": lambda: [path.read_text(encoding="utf-8-sig")],
         ".jsonl": lambda: list(_jsonl_texts(path, tokenizer)),
     }
-    if path.suffix not in readers:
-        raise _Fault(f"'{dataset}' is unknown; give a .txt, .jsonl or .npy file, or one of {', '.join(_HUB)}")
-    _check_exists(path)
     try:
         return readers[path.suffix]()
     except UnicodeDecodeError as error:
@@ -245,7 +257,13 @@ def _load_hub(dataset: str, split: Split) -> list[str]:
         raise _Fault(f"'{dataset}' cannot be read from the hub: {one_line(error)}; or give a .txt file") from error
 
 
-def _check_exists(path: Path) -> None:
+def _check_known(dataset: str) -> None:
+    """Raise unless it is on the hub, or a file of a type that is read."""
+    if dataset in _HUB:
+        return
+    path = Path(dataset)
+    if path.suffix not in (".txt", ".jsonl", ".npy"):
+        raise _Fault(f"'{dataset}' is unknown; give a .txt, .jsonl or .npy file, or one of {', '.join(_HUB)}")
     try:
         there = path.is_file()
     except (OSError, ValueError) as error:  # the name is too long or contains a NUL

@@ -22,6 +22,17 @@ Protocol = Literal["wikitext2-128", "wikitext2-2048"]
 _WINDOW: dict[str, int] = {"wikitext2-128": 128, "wikitext2-2048": 2048}
 
 
+def protocol_window(protocol: Protocol | str) -> int:
+    """Tokens per window of a protocol.
+
+    Raises:
+        ConfigError: it is unknown.
+    """
+    if protocol not in _WINDOW:
+        raise ConfigError(f"protocol: '{protocol}' is unknown; choose one of {', '.join(get_args(Protocol))}")
+    return _WINDOW[protocol]
+
+
 def protocol_perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -47,9 +58,7 @@ def protocol_perplexity(
         ConfigError: the protocol is unknown.
         CalibrationError: the text is missing or too short, or a window is longer than the model's context.
     """
-    if protocol not in _WINDOW:
-        raise ConfigError(f"protocol: '{protocol}' is unknown; choose one of {', '.join(get_args(Protocol))}")
-    window = _WINDOW[protocol]
+    window = protocol_window(protocol)
     try:
         check_context(model.config, window)
     except CalibrationError as error:

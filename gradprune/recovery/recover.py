@@ -104,10 +104,10 @@ def recover(
 def _loss(
     model: PreTrainedModel, teacher: PreTrainedModel | None, config: RecoveryConfig
 ) -> Callable[[Tensor], Tensor]:
+    config.check_teacher(given=teacher is not None)
     if config.loss == "lm":
         return lambda ids: sample_losses(model, ids).mean()
-    if teacher is None:
-        raise RecoveryError("teacher: loss 'kd' learns from the dense model; name it, or choose loss 'lm'")
+    assert teacher is not None
     if vocabulary_of(teacher) != vocabulary_of(model):
         raise RecoveryError(
             f"teacher: its vocabulary has {vocabulary_of(teacher)} tokens, the model's {vocabulary_of(model)}; "
