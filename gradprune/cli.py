@@ -300,7 +300,13 @@ def plan(
     config = _pruning_config(options)
     room = room_on(device)
     path = config.base_model or str(demo_model_path(PROGRESS))
-    shape = load_shape(path, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    shape = load_shape(
+        path,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        seq_len=config.seq_len,
+        kinds=config.kinds,
+    )
     found = planned(shape, config, room, ranks, streamable=find_gguf(path) is None)
     if as_json:
         _print_json(found.to_dict())

@@ -64,7 +64,7 @@ def test_a_configuration_is_enough(configuration: Path, tmp_path: Path) -> None:
         ("--evidence", "all"),
         ("--gradient_fix", "adaptive"),
         ("--prior", "taylor", "--temperature", 1),
-        ("--prune_kinds", "experts"),
+        ("--importance_method", "group_fisher"),
     ],
     ids=lambda options: options[0],
 )
@@ -99,6 +99,19 @@ def test_an_option_that_the_plan_does_not_read_is_refused(configuration: Path, t
     code, said = command(tmp_path, "plan", "--base_model", configuration, "--uniform")
     assert code == 2
     assert "--uniform" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--seq_len", 100_000), "seq_len: 100000 is longer than the model's context of 2048 tokens"),
+        (("--prune_kinds", "experts"), "prune_kinds: this model, a llama, has no experts that could be pruned"),
+    ],
+)
+def test_a_run_that_prune_refuses_is_not_said_to_fit(configuration: Path, tmp_path: Path, options, message) -> None:
+    code, said = command(tmp_path, "plan", "--base_model", configuration, "--device", "80GB", *options)
+    assert code == 2
+    assert said.startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,7 +1,7 @@
 """Load dense and pruned models, from safetensors or a GGUF file; nothing is unpickled."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,10 @@ from gradprune.checkpoint.gguf_source import find_gguf, plain_copy
 from gradprune.checkpoint.gguf_splitters import split_as_the_file_says
 from gradprune.checkpoint.streamed import EmptyModel, empty_model, local_folder, resolved_dtype
 from gradprune.config import PruneConfig, StreamLayers, bytes_of, device_map_of
+from gradprune.data.windows import check_context
 from gradprune.errors import CheckpointError, ConfigError, GradPruneError, UnsupportedArchitectureError, one_line
 from gradprune.hub import hub_fault
-from gradprune.models import accepted_kinds
+from gradprune.models import accepted_kinds, describe
 from gradprune.models.footprint import Job
 from gradprune.models.modeling_gradprune import auto_class, auto_class_name, per_layer_overrides
 from gradprune.models.placement import check_placement
@@ -321,7 +322,14 @@ def _streamed(
         raise _unreadable(base_model, error, argument) from error
 
 
-def load_shape(base_model: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> ModelShape:
+def load_shape(
+    base_model: str | Path,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    seq_len: int = 1,
+    kinds: Collection[str] | None = None,
+) -> ModelShape:
     """The sizes of a checkpoint's model, from its configuration alone.
 
     Args:
@@ -329,10 +337,12 @@ def load_shape(base_model: str | Path, *, dtype: str = "auto", trust_remote_code
             `gguf_source.find_gguf`.
         dtype: of the weights; "auto" is what the configuration says, or float32.
         trust_remote_code: run code that the checkpoint brings.
+        seq_len, kinds: tokens of a sample and kinds of groups that a run asks of the model; by default the least.
 
     Raises:
         CheckpointError: the configuration is missing or damaged.
         UnsupportedArchitectureError: it is none that can be pruned.
+        CalibrationError, ConfigError: it has a shorter context, or has no such kind.
     """
     file = find_gguf(base_model)
     source = {"trust_remote_code": trust_remote_code}
@@ -345,7 +355,10 @@ def load_shape(base_model: str | Path, *, dtype: str = "auto", trust_remote_code
         _check_supported(base_model, config, "base_model")
     make = _maker(config, source)
     try:
-        return model_shape(empty_model(config, make, resolved_dtype(config, dtype, {})))
+        model = empty_model(config, make, resolved_dtype(config, dtype, {}))
+        check_context(model.config, seq_len)
+        describe(model, kinds)
+        return model_shape(model)
     except GradPruneError:
         raise
     except Exception as error:  # a configuration whose values contradict each other
