@@ -184,6 +184,7 @@ def diagnose(options: dict[str, Any], as_json: AsJson = False) -> None:
     *("device", "device_map", "dtype", "trust_remote_code", "stream_layers", "stream_memory"),
     *("dataset", "seq_len", "batch_size", "eval_samples", "tasks", "task_questions"),
     from_file=True,
+    evaluates=True,
 )
 def evaluate(
     options: dict[str, Any],

@@ -75,6 +75,22 @@ def test_a_record_given_back_gives_the_same_model(gradprune, work: Path) -> None
     assert json.loads(out)["seq_len"] == 16
 
 
+def test_eval_measures_on_the_evaluation_text_of_a_record(gradprune, work: Path) -> None:
+    np.save("other.npy", np.random.default_rng(1).integers(3, 61, 500))
+    code, _, err = gradprune("prune", "--config", "run.yaml", "--output_name", "one", "--eval_dataset", "other.npy")
+    assert code == 0, err
+    summary = json.loads((work / "results" / "one" / "analysis" / "summary.json").read_text())
+    code, out, err = gradprune("eval", "--config", "results/one/run.json", "--model", "results/one/model", "--json")
+    assert (code, err) == (0, "Loading the model ...\n")
+    assert json.loads(out)["perplexity"] == pytest.approx(summary["perplexity"]["after"], rel=1e-6)
+    # Without one, what calibrated is measured, too; which is said.
+    code, _, err = gradprune("prune", "--config", "run.yaml", "--output_name", "two")
+    assert code == 0, err
+    code, _, err = gradprune("eval", "--config", "results/two/run.json", "--model", "results/two/model")
+    assert code == 0
+    assert err.startswith("warning: config: 'results/two/run.json' has no eval_dataset; unless --dataset names another")
+
+
 def test_a_recovery_is_given_back_too(gradprune) -> None:
     train = ["--model", "tiny", "--method", "full", "--loss", "lm", "--steps", "2", "--seq_len", "16"]
     code, _, err = gradprune("recover", *train, "--dataset", "ids.npy", "--output_name", "one")

@@ -43,6 +43,7 @@ def takes(
     defaults: Mapping[str, Any] | None = None,
     several: Mapping[str, str] | None = None,
     from_file: bool = False,
+    evaluates: bool = False,
 ) -> Callable[[Command], Command]:
     """Give a typer command options as parameters.
 
@@ -54,6 +55,7 @@ def takes(
         several: by name of an option that takes several numbers separated by commas, what these are for. Their value
             in the mapping is a list of numbers, each once and within the option's domain.
         from_file: whether `--config` names a file that all parameters may stand in, too.
+        evaluates: whether its dataset is text to measure on; see `options_from_file`.
     """
     options: dict[str, Option] = {}
     for each in wanted:
@@ -73,7 +75,8 @@ def takes(
             _parameter(option, defaults.get(name, option.default), several.get(name))
             for name, option in options.items()
         ]
-        own = list(inspect.signature(function).parameters.values())[1:] + ([_config_parameter()] if from_file else [])
+        own = list(inspect.signature(function).parameters.values())[1:]
+        own += [_config_parameter(evaluates=evaluates)] if from_file else []
         parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*made, *own)]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -99,23 +102,23 @@ def _parameter(option: Option, default: Any, several: str | None) -> inspect.Par
     )
 
 
-def _config_parameter() -> inspect.Parameter:
+def _config_parameter(*, evaluates: bool) -> inspect.Parameter:
+    def read(context: typer.Context, value: str | None) -> str | None:
+        """Make what the file says the defaults of the command's parameters, which are read after this one."""
+        if value is not None:
+            names = [str(parameter.name) for parameter in context.command.params]
+            taken = [name for name in names if name not in (_CONFIG, "help")]
+            context.default_map = options_from_file(value, taken, str(context.info_name), evaluates=evaluates)
+        return value
+
     info = typer.Option(
         help="YAML file of options, or the run.json of a run; the command line comes first.",
-        callback=_read_config,
+        callback=read,
         is_eager=True,
     )
     return inspect.Parameter(
         _CONFIG, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, info]
     )
-
-
-def _read_config(context: typer.Context, value: str | None) -> str | None:
-    """Make what the file says the defaults of the command's parameters, which are read after this one."""
-    if value is not None:
-        taken = [str(parameter.name) for parameter in context.command.params if parameter.name not in (_CONFIG, "help")]
-        context.default_map = options_from_file(value, taken, str(context.info_name))
-    return value
 
 
 def _numbers(option: Option, text: str) -> list[Any]:

@@ -1,5 +1,6 @@
 """`--config FILE`: options of a command from a YAML file, or from the `run.json` of an earlier run."""
 
+import logging
 from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,10 +11,12 @@ import yaml
 from gradprune.config.prune_config import OPTIONS
 from gradprune.errors import ConfigError, one_line
 
+logger = logging.getLogger(__name__)
+
 _NOTHING = ("null", "~", "")
 
 
-def options_from_file(path: str, taken: Collection[str], command: str) -> dict[str, str]:
+def options_from_file(path: str, taken: Collection[str], command: str, *, evaluates: bool = False) -> dict[str, str]:
     """The options that a file gives, as text, as they would stand on the command line.
 
     Args:
@@ -21,6 +24,7 @@ def options_from_file(path: str, taken: Collection[str], command: str) -> dict[s
             whose options that this command does not take are left out.
         taken: names of the options that the command takes.
         command: its name, for messages.
+        evaluates: whether its dataset is text to measure on, as the eval_dataset of a run is.
 
     Raises:
         ConfigError: the file cannot be read, holds no mapping, or names an option that the command does not take.
@@ -28,6 +32,8 @@ def options_from_file(path: str, taken: Collection[str], command: str) -> dict[s
     given = _mapping(path)
     recorded = given.get("config")
     options = recorded if isinstance(recorded, dict) else given
+    if options is recorded and evaluates:
+        options = recorded = _evaluating(recorded, path)
     found: dict[str, str] = {}
     for key, value in options.items():
         name = str(key).replace("-", "_")
@@ -43,6 +49,19 @@ def options_from_file(path: str, taken: Collection[str], command: str) -> dict[s
         if text not in _NOTHING:
             found[name] = text
     return found
+
+
+def _evaluating(recorded: dict[Any, Any], path: str) -> dict[Any, Any]:
+    """A run's options for a command that measures."""
+    if (text := recorded.get("eval_dataset")) not in (None, *_NOTHING):
+        return {**recorded, "dataset": text}
+    if recorded.get("dataset") not in (None, *_NOTHING):
+        logger.warning(
+            "config: '%s' has no eval_dataset; unless --dataset names another text, perplexity is of the dataset that "
+            "the run calibrated on",
+            path,
+        )
+    return recorded
 
 
 def _mapping(path: str) -> dict[Any, Any]:
