@@ -448,8 +448,11 @@ def _evaluated(config: PruneConfig, protocol: str | None) -> "tuple[Perplexity, 
     from gradprune.evaluation.size import model_size
     from gradprune.evaluation.tasks import ask_tasks, read_tasks
 
-    if protocol is not None:
-        protocol_window(protocol)
+    if protocol is not None and config.seq_len not in (OPTIONS["seq_len"].default, protocol_window(protocol)):
+        raise ConfigError(
+            f"seq_len: {config.seq_len} is given, but protocol '{protocol}' has windows of {protocol_window(protocol)} "
+            "tokens; leave one out"
+        )
     model, tokenizer = _load(config, "model", stages=("evaluation",))
     tasks = read_tasks(config.tasks.split(","), tokenizer) if config.tasks else None
     measured = _measure_perplexity(model, tokenizer, config, protocol)
@@ -478,6 +481,7 @@ def _measure_perplexity(
             protocol,
             dataset=config.dataset,
             batch_size=config.batch_size,
+            max_windows=config.eval_samples,
             console=PROGRESS,
             ranks=current(),
         )

@@ -385,6 +385,19 @@ def test_tasks_that_cannot_be_asked_are_told_before_calibration(gradprune, model
     assert "no.jsonl" in err
 
 
+def test_a_protocol_fixes_the_windows_and_not_their_number(gradprune, model_folder: Path, ids_file: Path) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 128}))
+    measured = ["eval", "--model", model_folder, "--protocol", "wikitext2-128", "--dataset", ids_file]
+    code, out, err = gradprune(*measured, "--seq_len", "64")
+    assert (code, out) == (2, "")
+    assert err == "error: seq_len: 64 is given, but protocol 'wikitext2-128' has windows of 128 tokens; leave one out\n"
+    for given, windows in (([], 23), (["--seq_len", "128", "--eval_samples", "3"], 3), (["--eval_samples", "99"], 23)):
+        code, out, err = gradprune(*measured, *given, "--json")
+        assert code == 0, err
+        assert json.loads(out)["tokens"] == windows * 127
+
+
 def test_protocols_are_by_name(gradprune, model_folder: Path) -> None:
     code, _, err = gradprune("eval", "--model", model_folder, "--protocol", "wikitext2-512")
     assert code == 2

@@ -40,6 +40,7 @@ def protocol_perplexity(
     *,
     dataset: str | None = None,
     batch_size: int = 8,
+    max_windows: int | None = None,
     console: Console = QUIET,
     ranks: Ranks = ALONE,
 ) -> Perplexity:
@@ -52,6 +53,7 @@ def protocol_perplexity(
         model, tokenizer: a causal LM and its tokenizer.
         protocol: its name ends in the window length.
         dataset: a local file with that text, if the hub cannot be reached; `wikitext2` by default.
+        max_windows: measure on at most this many, which is no longer the protocol; None measures on all.
         batch_size, console, ranks: as for `perplexity`.
 
     Raises:
@@ -69,12 +71,14 @@ def protocol_perplexity(
     tokens = load_tokens(dataset or "wikitext2", tokenizer, split="evaluation", vocab_size=vocabulary_of(model))
     if tokenizer is not None and begins_with_bos(tokenizer):
         tokens = torch.cat([torch.tensor([tokenizer.bos_token_id]), tokens])
+    whole = max(1, len(tokens) // window)
     return perplexity(
         model,
         tokens,
         seq_len=window,
         batch_size=batch_size,
-        max_windows=max(1, len(tokens) // window),
+        max_windows=whole if max_windows is None else min(max_windows, whole),
+        argument="dataset",
         console=console,
         ranks=ranks,
     )
