@@ -69,8 +69,9 @@ def recover_checkpoint(
         found = recover(model, teacher, text, config, state=state, console=console)
         summary = _summary(found, config, before, measured().value)
         with atomic_directory(output, overwrite=places.overwrite, argument="output_name") as folder:
-            _write(folder, found.model, tokenizer, summary, places)
-            record = {"config": _recorded(config, places, teacher), "versions": {"gradprune": __version__}}
+            taught_by = None if teacher is None else teacher.name_or_path or None
+            _write(folder, found.model, tokenizer, summary, places, taught_by)
+            record = {"config": _recorded(config, places, taught_by), "versions": {"gradprune": __version__}}
             write_json(folder / "run.json", record)
     return summary
 
@@ -95,17 +96,17 @@ def _write(
     tokenizer: PreTrainedTokenizerBase | None,
     summary: dict[str, Any],
     places: PruneConfig,
+    teacher: str | None,
 ) -> None:
-    """The checkpoint with its card, and what was measured."""
+    """The checkpoint with its card, and what was measured; teacher: its name."""
     save_checkpoint(model, tokenizer, folder / "model")
-    write_recovered_card(folder / "model", model.config, Path(str(places.base_model)), summary)
+    write_recovered_card(folder / "model", model.config, places.base_model, summary, teacher)
     (folder / "analysis").mkdir()
     write_json(folder / "analysis" / "summary.json", summary)
 
 
-def _recorded(config: RecoveryConfig, places: PruneConfig, teacher: PreTrainedModel | None) -> dict[str, Any]:
-    """The options of the command, by their names."""
+def _recorded(config: RecoveryConfig, places: PruneConfig, teacher: str | None) -> dict[str, Any]:
+    """The options of the command, by their names; teacher: its name."""
     names = ("dataset", "eval_dataset", "eval_samples", "output_dir", "output_name")
     named = {name: getattr(places, name) for name in names}
-    taught_by = None if teacher is None else teacher.name_or_path or None
-    return {"model": places.base_model, "teacher": taught_by, **named, **asdict(config)}
+    return {"model": places.base_model, "teacher": teacher, **named, **asdict(config)}

@@ -67,29 +67,37 @@ def write_card(folder: Path, model: PreTrainedConfig, config: PruneConfig, summa
     _write(folder, head.to_yaml(), "\n\n".join(sections))
 
 
-def write_recovered_card(folder: Path, model: PreTrainedConfig, source: Path, summary: dict[str, Any]) -> None:
-    """Write the card of a checkpoint that was trained after pruning: the card it had before, and what training did.
+def write_recovered_card(
+    folder: Path, model: PreTrainedConfig, source: str | None, summary: dict[str, Any], teacher: str | None = None
+) -> None:
+    """Write the card of a checkpoint that was trained: the card it had before, and what training did.
 
     Args:
         folder: with the trained checkpoint.
         model: its configuration.
-        source: the folder of the pruned checkpoint; without a card of gradprune's, the new one is short.
+        source: names the checkpoint before; without a card of gradprune's, the new one is short.
         summary: the content of the recovery's `analysis/summary.json`.
+        teacher: names the model that it learned from, if that is known.
     """
-    head = card_head(source)
+    head = card_head(Path(source)) if source is not None else {}
+    if TAG in head.get("tags", ()):
+        text = (Path(str(source)) / CARD).read_text(encoding="utf-8").split("---\n", 2)[2].strip()
+    else:
+        base = _base(source, model)
+        tags = [TAG, "pruned"] if per_layer_overrides(model) else [TAG]
+        head = {"base_model": base.hub_id, "library_name": "transformers", "pipeline_tag": _task(model), "tags": tags}
+        head |= base.license
+        text = f"# {base.name}, trained further\n\n## Loading\n\n{_loading(model)}"
     before, after = summary["perplexity"]["before"], summary["perplexity"]["after"]
     trained = {"lora": "low-rank updates, merged into the weights", "full": "all weights"}[summary["method"]]
-    aim = {"kd": "towards the dense model's predictions", "lm": "to predict the text"}[summary["loss"]]
+    taught_by = "a teacher's predictions" if teacher is None else f"the predictions of {_name(teacher)}"
+    aim = {"kd": f"towards {taught_by}", "lm": "to predict the text"}[summary["loss"]]
+    when = "after pruning " if "pruned" in head["tags"] else ""
     recovered = (
-        f"## Recovery\n\nTrained after pruning by `gradprune recover` of version {__version__}: {trained}, {aim}, for "
+        f"## Recovery\n\nTrained {when}by `gradprune recover` of version {__version__}: {trained}, {aim}, for "
         f"{summary['best_step']:,} of {summary['steps']:,} steps ({summary['tokens']:,} tokens in all). Perplexity on "
         f"held-out text of that run: {before:.3f} before, {after:.3f} after."
     )
-    if TAG in head.get("tags", ()):
-        text = (source / CARD).read_text(encoding="utf-8").split("---\n", 2)[2].strip()
-    else:
-        head = {"library_name": "transformers", "pipeline_tag": _task(model), "tags": [TAG, "pruned"]}
-        text = f"# A pruned model\n\n## Loading\n\n{_loading(model)}"
     _write(folder, ModelCardData(**head).to_yaml(), f"{text}\n\n{recovered}")
 
 
@@ -105,9 +113,9 @@ def _base(base_model: str | None, model: PreTrainedConfig) -> _Base:
         head = card_head(folder)
         # A model that is pruned once more is still derived from the same one.
         hub_id = head.get("base_model") if TAG in head.get("tags", ()) else None
-        return _Base(model_name(folder), hub_id if isinstance(hub_id, str) else None, _license(head))
+        return _Base(_name(base_model), hub_id if isinstance(hub_id, str) else None, _license(head))
     if find_gguf(base_model) is not None:
-        return _Base(folder.stem, None, {})
+        return _Base(_name(base_model), None, {})
     card = cached_file(
         base_model,
         CARD,
@@ -117,6 +125,14 @@ def _base(base_model: str | None, model: PreTrainedConfig) -> _Base:
         _raise_exceptions_for_gated_repo=False,
     )
     return _Base(base_model, base_model, {} if card is None else _license(card_head(Path(card).parent)))
+
+
+def _name(checkpoint: str) -> str:
+    """What people call a folder, a GGUF file, or a model of the hub."""
+    path = Path(checkpoint)
+    if path.is_dir():
+        return model_name(path)
+    return checkpoint if find_gguf(checkpoint) is None else path.stem
 
 
 def _license(head: dict[str, Any]) -> dict[str, Any]:

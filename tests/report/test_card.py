@@ -152,11 +152,34 @@ def test_recovery_adds_to_the_card(results: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in card.text
 
 
-def test_recovery_of_a_checkpoint_without_a_card(tmp_path: Path) -> None:
-    perplexity, training = {"before": 3.0, "after": 2.0}, {"method": "lora", "loss": "kd", "steps": 8, "tokens": 64}
-    summary = {"perplexity": perplexity, "best_step": 5, **training}
-    write_recovered_card(tmp_path, tiny_model().config, tmp_path / "nowhere", summary)
+RECOVERED = {
+    "perplexity": {"before": 3.0, "after": 2.0},
+    **{"method": "lora", "loss": "kd", "steps": 8, "tokens": 64, "best_step": 5},
+}
+
+
+def test_recovery_of_a_model_that_was_never_pruned(results: Path, tmp_path: Path) -> None:
+    dense = str(results / "secret" / "dense")
+    write_recovered_card(tmp_path, tiny_model().config, dense, RECOVERED, str(results / "plain" / "model"))
     card = ModelCard.load(tmp_path / "README.md")
-    assert "gradprune" in card.data.tags
-    assert "low-rank updates, merged into the weights, towards the dense model's predictions, for 5 of 8" in card.text
+    assert card.data.tags == ["gradprune"]
+    assert card.data.license_name == "small"
+    assert card.text.startswith("\n# dense, trained further\n")
+    assert "Trained by `gradprune recover`" in card.text
+    assert "low-rank updates, merged into the weights, towards the predictions of plain, for 5 of 8" in card.text
     assert "3.000 before, 2.000 after" in card.text
+    # Once more: it still is what it was.
+    write_recovered_card(tmp_path, tiny_model().config, str(tmp_path), RECOVERED)
+    again = ModelCard.load(tmp_path / "README.md")
+    assert again.data.to_dict() == card.data.to_dict()
+    assert again.text.count("Trained by `gradprune recover`") == 2
+    assert "towards a teacher's predictions" in again.text
+
+
+def test_recovery_of_a_pruned_model_without_a_card(results: Path, tmp_path: Path) -> None:
+    config = load_model(results / "uneven" / "model")[0].config
+    write_recovered_card(tmp_path, config, None, RECOVERED)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.tags == ["gradprune", "pruned"]
+    assert card.text.startswith("\n# A llama model, trained further\n")
+    assert "Trained after pruning by `gradprune recover`" in card.text
