@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from gradprune.checkpoint.results import model_name
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.cli import main
 from gradprune.config import PARTS, options_of
@@ -117,6 +119,14 @@ def test_a_model_in_a_results_folder_has_the_name_of_the_results(gradprune, mode
     assert folder.name == "once-obs-0.1"
     assert (folder / "model" / "README.md").read_text().split("---\n")[2].startswith("\n# once pruned by ")
     assert "<title>gradprune: once pruned by " in (folder / "report.html").read_text()
+
+
+def test_a_model_of_several_ratios_has_the_name_of_all_and_its_ratio(gradprune, model_folder: Path) -> None:
+    several = Path("results/base/0.1/model")
+    shutil.copytree(model_folder, several)
+    assert model_name(several) == "0.1", "any folder may be called so"
+    Path("results/base/report.html").touch()
+    assert model_name(several) == "base-0.1"
 
 
 def test_a_run_with_a_target_is_named_by_it(gradprune, model_folder: Path, ids_file: Path) -> None:

@@ -50,9 +50,15 @@ def claimed_results(
 
 
 def model_name(checkpoint: str | Path) -> str:
-    """What people call a checkpoint: its folder's name, or that of the results folder whose `model` it is."""
+    """What people call a checkpoint: its folder's name, or that of the results folder whose `model` it is.
+
+    Of several ratios it is that of all and the ratio: "base-0.1".
+    """
     path = Path(checkpoint).absolute()
-    return path.parent.name if path.name == "model" and path.is_dir() and path.parent.name else path.name
+    run = path.parent
+    if path.name != "model" or not path.is_dir() or not run.name:
+        return path.name
+    return f"{run.parent.name}-{run.name}" if (run.parent / "report.html").is_file() else run.name
 
 
 def ratio_names(ratios: Sequence[float]) -> list[str]:
