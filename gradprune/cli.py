@@ -374,19 +374,27 @@ def main() -> NoReturn:
     except GradPruneError as error:
         _fail(str(error))
     except _UsageError as error:
-        _fail(error.format_message())  # type: ignore[attr-defined]
+        _fail(_usage(error))
     except BrokenPipeError:
         # Whoever read the output has seen enough. What is left in the buffer must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         # The standard streams: what is written elsewhere has errors of its own.
-        _fail(f"{error.filename or 'standard output'}: {error.strerror or one_line(error)}")
+        _fail(f"{error.filename or 'standard output'}: {one_line(error)}")
     except Interrupted as interrupt:
         if speaks():
             what = f"stopped by {interrupt.name}; unfinished results have been removed"
             say(Console(stderr=True), f"{what}{interrupt.advice}")
         sys.exit(interrupt.exit_code)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the command line, with the value, which typer leaves out where pydantic refused it."""
+    message = str(error.format_message()).replace(": Value error, ", ": ")
+    refused: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
+    given = repr(refused[0]["input"]) if refused else ""
+    return message if given in message else f"{message}, not {given}"
 
 
 def _fail(message: str) -> NoReturn:

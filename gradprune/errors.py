@@ -59,8 +59,9 @@ def counted(number: int, noun: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The start of another library's error message, on one line and without a full stop."""
-    words = " ".join(str(error).split())
+    """The start of another library's error message, on one line and without a full stop; of the system's, its words."""
+    system = isinstance(error, OSError) and error.strerror
+    words = " ".join(str(system or error).split())
     if not words or isinstance(error, KeyError):  # its message is only the key
         words = f"{type(error).__name__} {words}".strip()
     return words.rstrip(".") if len(words) <= 200 else words[:200].rsplit(" ", 1)[0] + " ..."

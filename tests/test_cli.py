@@ -219,6 +219,35 @@ def test_what_needs_no_model_is_told_before_it_is_loaded(gradprune, command: str
     assert not Path("results").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "value"),
+    [
+        ("plan --ranks 1", "1"),
+        ("plan --ranks x", "'x'"),
+        ("prune --num_samples 1.5", "'1.5'"),
+        ("prune --importance_method group_fisher,obs", "'group_fisher,obs'"),
+    ],
+)
+def test_a_value_of_another_type_is_named(gradprune, command: str, value: str) -> None:
+    code, _, err = gradprune(*command.split())
+    assert code == 2
+    assert value in only_line(err)
+    assert "Value error" not in err
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("plan --config no.yaml", "config: 'no.yaml' cannot be read as YAML: No such file or directory"),
+        ("prune --tasks no.jsonl", "tasks: 'no.jsonl' cannot be read: No such file or directory"),
+        ("prune --prompts no.txt", "prompts: 'no.txt' cannot be read: No such file or directory"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_in_words(gradprune, model_folder: Path, command: str, line: str) -> None:
+    _, _, err = gradprune(*command.split(), "--base_model", model_folder, "--seq_len", "16")
+    assert only_line(err) == f"error: {line}"
+
+
 @pytest.mark.parametrize("command", ["prune", "diagnose"])
 def test_a_model_with_nothing_left_is_refused(gradprune, tmp_path: Path, ids_file: Path, command: str) -> None:
     model = tiny_model(channels=24, vocab=300)

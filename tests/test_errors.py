@@ -12,6 +12,8 @@ from gradprune.errors import one_line
         (KeyError("name"), "KeyError 'name'"),
         (ValueError(), "ValueError"),
         (ValueError("word " * 100), " ".join(["word"] * 40) + " ..."),
+        (FileNotFoundError(2, "No such file", "x"), "No such file"),
+        (OSError("a library's own words"), "a library's own words"),
         (ValueError("x" * 300), "x" * 200 + " ..."),
     ],
 )

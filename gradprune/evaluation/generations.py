@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gradprune.errors import EvaluationError
+from gradprune.errors import EvaluationError, one_line
 from gradprune.models.modes import evaluation_mode, plain_generation
 
 # Prompts that are drawn from the evaluation text, their tokens, and the tokens that follow.
@@ -25,7 +25,7 @@ def read_prompts(path: str | Path) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        raise EvaluationError(f"prompts: '{path}' cannot be read: {error}") from error
+        raise EvaluationError(f"prompts: '{path}' cannot be read: {one_line(error)}") from error
     found = [line for line in lines if line.strip()]
     if not found:
         raise EvaluationError(f"prompts: '{path}' has no line with a prompt")

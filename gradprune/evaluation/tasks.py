@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradprune.data.tokenize import begins_with_bos
-from gradprune.errors import EvaluationError, counted
+from gradprune.errors import EvaluationError, counted, one_line
 from gradprune.models.loss import logits_of, token_nll
 from gradprune.models.modeling_gradprune import text_config
 from gradprune.models.modes import evaluation_mode
@@ -150,7 +150,7 @@ def read_questions(path: str | Path) -> list[Question]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"tasks: '{path}' cannot be read: {error}") from error
+        raise EvaluationError(f"tasks: '{path}' cannot be read: {one_line(error)}") from error
     questions = [_question(line, f"line {n} of '{path}'") for n, line in enumerate(lines, 1) if line.strip()]
     if not questions:
         raise EvaluationError(f"tasks: '{path}' has no question")

@@ -168,9 +168,7 @@ def _told(output: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ExportError(
-            f"output: '{output}' cannot be written: {error.strerror or one_line(error)}; choose another"
-        ) from error
+        raise ExportError(f"output: '{output}' cannot be written: {one_line(error)}; choose another") from error
 
 
 def _write(writer: "GGUFWriter", laid_out: GGUFModel, outtype: str) -> None:
