@@ -115,6 +115,8 @@ def prune_ratios(
         raise ConfigError(
             f"{config.target}: {getattr(config, config.target)} takes the place of ratios; leave out one or the other"
         )
+    if not len(ratios) or list(ratios) != sorted(set(ratios)):
+        raise ConfigError(f"ratios: {list(ratios)} is not one or several, ascending, each once")
     configs = [replace(config, pruning_ratio=ratio, in_place=False) for ratio in ratios]
     clock = Clock(console)
     with claimed_results(config, ratios) as output, memory_advice(clock, config), evaluation_mode(model):

@@ -145,6 +145,8 @@ def test_uniform_gives_a_plain_checkpoint(tmp_path: Path) -> None:
         ({"num_samples": 1000}, CalibrationError, "num_samples: 1000 samples of 16 tokens need 16,000"),
         ({"num_samples": 2, "seq_len": 60, "evaluation": TOKENS[:59]}, CalibrationError, "evaluation: 59 held-out"),
         ({"calibration": TOKENS.bool()}, CalibrationError, "calibration: has shape .* int64 is needed"),
+        ({"calibration": TOKENS.tolist()}, CalibrationError, "calibration: is a list; a torch tensor, .tokens. int64"),
+        ({"evaluation": TOKENS.numpy()}, CalibrationError, "evaluation: is a ndarray; a torch tensor, .tokens. int64"),
     ],
 )
 def test_what_cannot_be_done_is_told_before_anything_runs(options, error, message, tmp_path: Path) -> None:
@@ -250,6 +252,12 @@ def test_ids_of_any_integer_type_are_taken() -> None:
 def test_several_ratios_and_a_target_are_refused_together() -> None:
     with pytest.raises(ConfigError, match="target_parameters: 9K takes the place of ratios"):
         prune_ratios(tiny_model(), None, PruneConfig(target_parameters="9K"), [0.1, 0.2])
+
+
+@pytest.mark.parametrize("ratios", [[], [0.3, 0.1], [0.1, 0.1]])
+def test_ratios_are_ascending_and_each_once(ratios: list[float]) -> None:
+    with pytest.raises(ConfigError, match=r"ratios: \[.*\] is not one or several, ascending, each once"):
+        prune_ratios(tiny_model(), None, PruneConfig(), ratios)
 
 
 def test_a_model_without_tokenizer_needs_tokens() -> None:

@@ -124,7 +124,7 @@ def load_pruned(directory: str | Path, *, dtype: str = "auto", device: str = "cp
     Raises:
         CheckpointError: missing, truncated or incomplete.
     """
-    return load_model(directory, dtype=dtype, device=device)[0]
+    return load_model(directory, dtype=dtype, device=device, argument="directory")[0]
 
 
 def _load_gguf(file: Path, dtype: str, device: str, argument: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

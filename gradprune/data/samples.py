@@ -111,6 +111,8 @@ def _sizes_of_text(available: int, config: PruneConfig, drawn: int, held_out: in
 
 def _checked(argument: str, tokens: Tensor, vocab_size: int) -> Tensor:
     """`tokens` as int64; raises unless they are one stream of ids within the model's vocabulary."""
+    if not isinstance(tokens, Tensor):
+        raise CalibrationError(f"{argument}: is a {type(tokens).__name__}; a torch tensor, [tokens] int64, is needed")
     if tokens.ndim != 1 or tokens.dtype not in _INTEGERS:
         raise CalibrationError(
             f"{argument}: has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; [tokens] int64 is needed"

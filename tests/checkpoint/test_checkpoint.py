@@ -441,3 +441,8 @@ def test_an_existing_checkpoint_is_replaced_if_asked(tmp_path: Path) -> None:
     save_checkpoint(tiny_model(), None, tmp_path / "x", overwrite=True)
     assert not (tmp_path / "x" / "mine").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_load_pruned_calls_a_folder_by_the_name_it_has_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"^directory: '.*' has no config\.json"):
+        load_pruned(tmp_path)
