@@ -136,6 +136,7 @@ def test_a_new_option_is_one_line() -> None:
         ({"round_to": 2**31}, f"round_to: {2**31} is too large"),
         ({"in_place": True}, "in_place: leaves no dense model to time; give measure_speed=False too"),
         ({"uniform": True, "freeze_first_n_layers": 1}, "uniform: cannot be combined"),
+        ({"task_questions": 3}, "task_questions: 3 questions of each task are asked, but tasks names none; give both"),
         ({"importance_method": "auto", "tau": 0.0}, "tau: importance_method 'auto' chooses it"),
     ],
 )

@@ -192,6 +192,15 @@ class Data(Options):
     generations: bool = option(True, "Show what the dense and the pruned model write after the prompts.")
     seed: int = option(0, "Seed for drawing the samples.", at_least(0, most=INT64_MAX))
 
+    def check_together(self) -> None:
+        """Refuse a number of questions without tasks."""
+        super().check_together()
+        if self.task_questions is not None and self.tasks is None:
+            raise ConfigError(
+                f"task_questions: {self.task_questions} questions of each task are asked, but tasks names none; give "
+                "both, or neither"
+            )
+
 
 @dataclass(frozen=True)
 class Calibration(Options):
