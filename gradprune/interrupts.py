@@ -25,20 +25,27 @@ class Interrupted(BaseException):
 def interruptible() -> Iterator[None]:
     """The first of SIGINT, SIGTERM and SIGHUP raises `Interrupted`; those after it cannot disturb the unwinding.
 
+    Where a library converts it to another error, it is raised again at the end.
     A signal that is ignored when this begins, as SIGHUP is under `nohup`, stays so.
     """
     handlers = {number: signal.getsignal(number) for number in _ENDING}
+    raised: list[Interrupted] = []
     heard = [number for number, handler in handlers.items() if handler != signal.SIG_IGN]
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         for other in heard:
             signal.signal(other, signal.SIG_IGN)
-        raise Interrupted(number)
+        raised.append(Interrupted(number))
+        raise raised[0]
 
     for number in heard:
         signal.signal(number, interrupt)
     try:
         yield
+    except Exception as error:
+        if raised:
+            raise raised[0] from error
+        raise
     finally:
         for number in heard:
             signal.signal(number, handlers[number])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from gradprune.config import PARTS, options_of
 from gradprune.demo.model import byte_tokenizer
 from gradprune.evaluation import tasks
 from gradprune.evaluation.tasks import read_questions
+from gradprune.interrupts import Interrupted, interruptible
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
 from gradprune.surgery.cut import cut
@@ -584,6 +586,28 @@ def test_a_terminated_run_leaves_nothing(tmp_path: Path, model_folder: Path, ids
     # Either it was caught half way and took its folder with it, or it had just finished.
     assert left in ([], ["x"])
     assert not list(tmp_path.glob("results/.x*"))
+
+
+def test_a_signal_while_it_starts_shows_no_traceback() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "gradprune", "info"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.endswith(" gradprune.errors\n"):  # of the first modules
+                process.send_signal(signal.SIGINT)
+                break
+        _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
+
+
+def test_a_signal_that_another_error_hides_is_told_all_the_same() -> None:
+    # Some libraries' imports swallow any exception, and then fail for want of what was not imported.
+    with pytest.raises(Interrupted) as error, interruptible():  # noqa: PT012
+        with suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        raise ImportError
+    assert error.value.name == "SIGTERM"
 
 
 @pytest.mark.parametrize("blocked", ["triton", "gradprune._C"])
