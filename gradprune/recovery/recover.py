@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -151,9 +152,11 @@ def _prepare(model: PreTrainedModel, config: RecoveryConfig) -> Callable[[], Non
         raise RecoveryError(
             "method: 'lora' trains attention and MLPs, and of this model experts are pruned; take 'full'"
         )
-    wrapped: Any = get_peft_model(
-        model, LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
-    )
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
+    with warnings.catch_warnings():
+        # PEFT calls it by the name that newer releases of transformers deprecate.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        wrapped: Any = get_peft_model(model, lora)
     return lambda: wrapped.merge_and_unload()
 
 

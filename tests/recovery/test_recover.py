@@ -243,6 +243,13 @@ def test_what_cannot_be_trained_is_told(tmp_path: Path, monkeypatch: pytest.Monk
         recover(pruned, None, TEXT, RecoveryConfig(method="full", loss="lm", **QUICK))
 
 
+def test_low_rank_updates_show_no_warning_of_peft_s(recwarn: pytest.WarningsRecorder) -> None:
+    pytest.importorskip("peft", reason="PEFT is not installed (pip install peft)")
+    _, pruned = dense_and_pruned(dtype=torch.float32)
+    recover(pruned, None, TEXT, RecoveryConfig(**{**QUICK, "steps": 1}, method="lora", loss="lm"))
+    assert [str(warning.message) for warning in recwarn if "checkpointing" in str(warning.message)] == []
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_teacher_s_weights_and_mode_stay_though_the_student_shares_its_memory(method: str) -> None:
     dense, pruned = dense_and_pruned(dtype=torch.float32)
