@@ -63,7 +63,8 @@ def recover(
     """Train `model`, in place, with AdamW, a linear warm-up and a cosine decay to zero.
 
     The last windows of the text are not trained on: the weights that predict them best are kept. With the same options
-    and the same number of steps the result has the same bytes, interrupted and resumed or not.
+    and the same number of steps the result has the same bytes, interrupted and resumed or not; on a GPU not that of a
+    mixture of experts, whose layers add in no fixed order there.
 
     Args:
         model: pruned, or any supported causal LM.
