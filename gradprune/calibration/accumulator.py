@@ -350,16 +350,15 @@ class LinearAccumulator(BlockAccumulator):
         """
         entry = self.block.output
         by_group = entry.fold_columns(mask_gradient)
-        if self.pending.gate is not None and self.block.groups == 1:
+        if self._norm is None:
+            gate = by_group.sum(1, dtype=torch.float64)
+            if dy is not None and entry.linear.bias is not None:
+                gate = gate + dy.double() @ entry.linear.bias.detach().double()
+            self.pending.gate = gate
+        elif self.pending.gate is not None and self.block.groups == 1:
             # Without its only group nothing is added. Before the norm, the gradient of a mask on it is rounding error.
             by_group = self.pending.gate[:, None]
         torch.linalg.vector_norm(by_group, dim=0, dtype=torch.float64, out=self._added.mask_square)
-        if self._norm is not None:
-            return
-        gate = by_group.sum(1, dtype=torch.float64)
-        if dy is not None and entry.linear.bias is not None:
-            gate = gate + dy.double() @ entry.linear.bias.detach().double()
-        self.pending.gate = gate
 
     def _folded_weights(self, column_scale: Tensor | None) -> Tensor:
         """Sum of |w| over each group: all its elements, or, with a scale per column, its output columns only."""

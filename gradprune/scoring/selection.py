@@ -204,8 +204,8 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
                 f"uniform: an earlier pruning removed the {kind.name} block of {counted(layers, 'layer')} of this "
                 "model, so widths differ already; prune the dense model, or leave uniform out"
             )
-        blocks = [rows for key, rows in table.blocks() if key.kind == kind.name]
-        blocks = [part for rows in blocks for part in _parts(rows, table.sets.get(kind.name, 1))]
+        of_kind = [(key.layer, rows) for key, rows in table.blocks() if key.kind == kind.name]
+        blocks = [part for _, rows in of_kind for part in _parts(rows, table.sets.get(kind.name, 1))]
         widths = sorted({rows.stop - rows.start for rows in blocks})
         if not blocks:
             continue
@@ -226,7 +226,7 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
         if kind.name == "expert_channels":
             led = ends, len(chain)
         chain += [number_of_kind] * len(ends)
-        of_chunk += [tuple(key.layer for key, _ in table.blocks() if key.kind == kind.name)] * len(ends)
+        of_chunk += [tuple(layer for layer, _ in of_kind)] * len(ends)
     return _Chunks(of_group, chain, of_chunk)
 
 
