@@ -134,7 +134,7 @@ def _goal(config: PruneConfig, ratios: list[float]) -> str:
     """What a run is to reach, for its name: its target, or else the ratios."""
     if config.target is None:
         return "-".join(f"{ratio:g}" for ratio in ratios)
-    return f"{config.target.removeprefix('target_')}-{getattr(config, config.target)}"
+    return f"{config.target.removeprefix('target_')}-{config.target_value}"
 
 
 @app.command(cls=StagedCommand)

@@ -113,7 +113,7 @@ def prune_ratios(
     config = _of_rank(config, ranks)
     if config.target is not None:
         raise ConfigError(
-            f"{config.target}: {getattr(config, config.target)} takes the place of ratios; leave out one or the other"
+            f"{config.target}: {config.target_value} takes the place of ratios; leave out one or the other"
         )
     if not len(ratios) or list(ratios) != sorted(set(ratios)):
         raise ConfigError(f"ratios: {list(ratios)} is not one or several, ascending, each once")
@@ -236,7 +236,7 @@ def _check_reachable(view: PrunableModel, groups: GroupTable, config: PruneConfi
     except SelectionError as error:
         if config.target is None:
             raise
-        raise SelectionError(f"{config.target}: {getattr(config, config.target)} asks for too much; {error}") from error
+        raise SelectionError(f"{config.target}: {config.target_value} asks for too much; {error}") from error
 
 
 def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResult:

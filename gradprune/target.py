@@ -60,7 +60,7 @@ def at_target(run: Run, evidence: Evidence) -> Run:
         ratio = _of_size(chosen, fraction, run.view.parameters)
         if ratio is None:
             raise SelectionError(
-                f"{config.target}: {getattr(config, str(config.target))} cannot be reached: constraints, and groups "
+                f"{config.target}: {config.target_value} cannot be reached: constraints, and groups "
                 "that go together, leave more; give more, or constrain less"
             )
     else:

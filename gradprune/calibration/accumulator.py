@@ -272,9 +272,8 @@ class LinearAccumulator(BlockAccumulator):
 
     @property
     def _norm(self) -> nn.Module | None:
-        """The norm that the block's output passes, alone, before it is added; None where there is none."""
-        block = self.block
-        return block.writer if block.writer is not block.module and block.parent is None else None
+        """The norm after the block, where no other block's output enters it."""
+        return self.block.norm if self.block.parent is None else None
 
     def _observe_norm(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         """Forward hook of the norm after the block, whose gradient comes before that of the block's projections.

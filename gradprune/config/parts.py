@@ -128,6 +128,11 @@ class Model(Options):
         """The option that says what is to come out instead of a ratio; None where none does."""
         return next((name for name in TARGETS if getattr(self, name) is not None), None)
 
+    @property
+    def target_value(self) -> str | float | None:
+        """What that option says."""
+        return None if self.target is None else getattr(self, self.target)
+
     def check_speed(self, *, streamed: bool) -> None:
         """Raise ConfigError where a speed is the target, which a streamed model does not have."""
         if streamed and self.target_speedup is not None:

@@ -181,6 +181,11 @@ class Block(ABC):
         return 1
 
     @property
+    def norm(self) -> nn.Module | None:
+        """The norm after the block, whose output is added; None where the block's own is."""
+        return None if self.writer is self.module else self.writer
+
+    @property
     def min_kept(self) -> int:
         """Groups of each set that stay, at least, if any do."""
         return 1

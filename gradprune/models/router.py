@@ -91,7 +91,7 @@ def find_router(parent: nn.Module, experts: Any, count: int) -> Router | str:
     chosen = experts_of_token(experts.config)
     if chosen is None:
         return "its configuration does not state how many experts a token gets"
-    sets, of_sets = _stated(experts.config, SETS), _stated(experts.config, SETS_CHOSEN) or 1
+    sets, of_sets = stated(experts.config, SETS), stated(experts.config, SETS_CHOSEN) or 1
     # Sets are compared by their two best experts.
     min_kept = chosen if sets is None else max(2, -(-chosen // of_sets))
     return Router(
@@ -108,7 +108,7 @@ def find_router(parent: nn.Module, experts: Any, count: int) -> Router | str:
 
 def experts_of_token(config: Any) -> int | None:
     """How many experts a token gets, where the configuration states it."""
-    return _stated(config, CHOSEN)
+    return stated(config, CHOSEN)
 
 
 def named_tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
@@ -116,6 +116,7 @@ def named_tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[
     return itertools.chain(module.named_parameters(recurse=recurse), module.named_buffers(recurse=recurse))
 
 
-def _stated(config: Any, names: tuple[str, ...]) -> int | None:
+def stated(config: Any, names: tuple[str, ...]) -> int | None:
+    """The number that the configuration has under the first of the names that it knows; None where it knows none."""
     name = name_in(config, names)
     return None if name is None else int(getattr(config, name))

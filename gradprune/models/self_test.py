@@ -216,10 +216,10 @@ def _masked(view: PrunableModel, masks: GroupMasks) -> Iterator[None]:
     with ExitStack() as stack:
         for block in view.blocks:
             stack.enter_context(block.masked(masks[block]))
-            if block.writer is not block.module and not masks[block].any():
+            if block.norm is not None and not masks[block].any():
                 # A norm with a bias would still write.
                 with torch.no_grad():
-                    for parameter in block.writer.parameters():
+                    for parameter in block.norm.parameters():
                         parameter.zero_()
         yield
 

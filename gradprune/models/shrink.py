@@ -170,8 +170,7 @@ def _layers_kept(values: dict[str, Any]) -> list[int]:
     of_type: dict[tuple[Any, ...], list[int]] = {}
     for layer in range(count):
         of_type.setdefault(tuple(str(each[layer]) for each in lists), []).append(layer)
-    kept = [layer for layers in list(of_type.values())[:6] for layer in layers[:2]]
-    return sorted(kept) if len(kept) > 1 else [0]
+    return sorted(layer for layers in list(of_type.values())[:6] for layer in layers[:2])
 
 
 def _with_layers(values: dict[str, Any], layers: list[int]) -> dict[str, Any]:

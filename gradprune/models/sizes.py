@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from gradprune.models.blocks import Block, LinearBlock
 from gradprune.models.experts import ExpertsBlock, has_experts
 from gradprune.models.inspection import cached_width
-from gradprune.models.modeling_gradprune import EXPERT_WIDTHS, name_in, text_config
-from gradprune.models.router import experts_of_token
+from gradprune.models.modeling_gradprune import EXPERT_WIDTHS, text_config
+from gradprune.models.router import experts_of_token, stated
 from gradprune.models.view import layers_of, view_of
 
 
@@ -94,7 +94,7 @@ def model_shape(model: PreTrainedModel, itemsize: int | None = None) -> ModelSha
         hidden=config.hidden_size,
         heads=_widest(blocks, "attention"),
         # Where layers have experts, those that a token passes through.
-        intermediate=_widest(blocks, "mlp") or (experts_of_token(config) or 1) * _expert_width(config),
+        intermediate=_widest(blocks, "mlp") or (experts_of_token(config) or 1) * (stated(config, EXPERT_WIDTHS) or 0),
         vocabulary=config.vocab_size,
         outputs=tuple((each.output.weight.shape[0], each.output.weight.shape[1]) for each in blocks),
         read_width=max((block.read_width for block in view.blocks), default=0),
@@ -134,8 +134,3 @@ def _widest_expert(blocks: Sequence[Block]) -> ExpertShape | None:
 
 def _widest(blocks: tuple[LinearBlock, ...], kind: str) -> int:
     return max((block.width for block in blocks if block.kind.name == kind), default=0)
-
-
-def _expert_width(config: PreTrainedConfig) -> int:
-    name = name_in(config, EXPERT_WIDTHS)
-    return 0 if name is None else int(getattr(config, name))

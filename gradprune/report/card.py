@@ -206,11 +206,8 @@ def _layers(numbers: Sequence[int]) -> str:
 
 def _task(model: PreTrainedConfig) -> str:
     """What the hub calls what a model does."""
-    return (
-        "image-text-to-text"
-        if auto_class_name(model.model_type) == "AutoModelForImageTextToText"
-        else "text-generation"
-    )
+    reads_images = auto_class_name(model.model_type) == "AutoModelForImageTextToText"
+    return "image-text-to-text" if reads_images else "text-generation"
 
 
 def _python(model: PreTrainedConfig, argument: str = "") -> str:
