@@ -9,6 +9,7 @@ Everything else sees an ordinary model: it can be run, described, cut and saved.
 where a weight comes from, see `Source`; no weight of the files is ever written to.
 """
 
+import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,6 +143,15 @@ class Spilled:
         return self._stored.read()
 
 
+class _Scratch:
+    """A folder of this process alone among the system's temporary files, which is deleted with this object."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="gradprune-"))
+        # `TemporaryDirectory` warns where nobody closed it. Models are not closed: they go when nothing refers to them.
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+
 _RESIDENCIES: "weakref.WeakKeyDictionary[PreTrainedModel, Residency]" = weakref.WeakKeyDictionary()
 
 
@@ -181,7 +191,7 @@ class Residency:
         self._users = 0
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._reader = ThreadPoolExecutor(1)
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: _Scratch | None = None
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> "Residency":
         """A copied model gets its own by `copy_for`."""
@@ -287,8 +297,8 @@ class Residency:
     def scratch(self) -> Path:
         """A folder for this process alone, in the system's folder for temporary files."""
         if self._scratch is None:
-            self._scratch = tempfile.TemporaryDirectory(prefix="gradprune-")
-        return Path(self._scratch.name)
+            self._scratch = _Scratch()
+        return self._scratch.folder
 
     @property
     def _modules(self) -> nn.ModuleList:

@@ -110,7 +110,7 @@ def test_dropped_blocks_leave_no_global_width_that_the_stock_model_would_fit(tmp
         assert_same(load_pruned(tmp_path / str(number)), masked(model, masks))
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_blocks_that_are_gone_are_made_without_a_warning(tmp_path: Path) -> None:
     model = tiny_model()
     masks = full_masks(model)

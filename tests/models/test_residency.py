@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -140,6 +141,24 @@ def test_the_repair_keeps_streams_beyond_the_budget_in_files(
     # Each of the three batches' streams after every layer at least.
     one = stream_bytes(view, batches[:1])
     assert sum(size >= one for size in written) >= 3 * len(view.layers) if in_files else not written
+
+
+def test_the_folder_for_files_goes_with_the_last_model_without_a_warning(tmp_path) -> None:
+    saved(tiny_model(), tmp_path)
+    residency = residency_of(load_model(tmp_path, stream_layers="on")[0])
+    assert residency is not None
+    folder = residency.scratch
+    other = residency.copy_for(load_model(tmp_path, stream_layers="on")[0])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        del residency
+        gc.collect()
+        assert other.scratch == folder
+        assert folder.is_dir()
+        del other
+        gc.collect()
+    assert not folder.exists()
+    assert not [str(each.message) for each in seen if "gradprune" in str(each.message)]
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

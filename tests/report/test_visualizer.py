@@ -32,7 +32,7 @@ FILES = [
 def _warnings_are_errors():
     """Matplotlib warns where a log scale meets a zero or a layout does not fit."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         yield
 
 
