@@ -114,7 +114,7 @@ def grouped_linear_importance_triton(
         x: [R, I] fp32, bf16 or fp16, unit inner stride, the inputs, expert by expert and sample by sample.
         dy: [R, O] same dtype, unit inner stride, the gradient of each sample's loss with respect to the outputs.
         w: [E, O, I] fp32, bf16 or fp16, unit inner stride, the weights.
-        offsets: [E * N + 1] int64 on the same device, where each expert's samples begin, and the end.
+        offsets: [E * N + 1] int64 on the same device, unit stride, where each expert's samples begin, and the end.
         columns: sum over the rows of each column, instead of over the columns of each row.
         config: how the product is cut up; by default `config_for` its sizes and dtype.
 

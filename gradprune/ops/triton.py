@@ -96,7 +96,8 @@ def grouped_linear_importance_triton(
         dy: [R, O] any of these types, the gradient of each sample's loss with respect to the outputs; dtypes that
             differ are treated as in `linear_importance_triton`.
         w: [E, O, I] any of these types, the weights.
-        offsets: [E * N + 1] int64 on their device, where each sample's rows of each expert begin, and the end.
+        offsets: [E * N + 1] int64 on their device, where each sample's rows of each expert begin, and the end; copied
+            where its stride is not 1.
         side: which sums to compute; "both" computes the gradients twice.
 
     One launch for all experts and a side; a gradient is never written to memory. A tensor whose inner stride is not 1
@@ -109,7 +110,7 @@ def grouped_linear_importance_triton(
     for name, tensor in (("x", x), ("dy", dy), ("w", w)):
         _check_dtype(name, tensor)
     dtype = torch.promote_types(x.dtype, dy.dtype)
-    x, dy, w = (_unit_inner_stride(tensor) for tensor in (x.to(dtype), dy.to(dtype), w))
+    x, dy, w, offsets = (_unit_inner_stride(tensor) for tensor in (x.to(dtype), dy.to(dtype), w, offsets))
     rows, columns = (
         grouped_kernel.grouped_linear_importance_triton(x, dy, w, offsets, columns=across) if asked else None
         for across, asked in zip((False, True), sides(side), strict=True)

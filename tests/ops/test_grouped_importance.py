@@ -105,6 +105,15 @@ def test_strided_inputs_and_a_weight_between_others(backend: str, device: str) -
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_may_be_every_second_number_of_a_tensor(backend: str, device: str) -> None:
+    require_backend(backend, device)
+    x, dy, w, offsets = operands()
+    apart = torch.stack([offsets, torch.full_like(offsets, len(x))], 1).to(device)[:, 0]
+    found = grouped_linear_importance(x.to(device), dy.to(device), w.to(device), apart, "both", backend)
+    assert_equals_fp64(found, x, dy, w, offsets)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_expert_with_equal_samples_is_linear_importance(backend: str, device: str) -> None:
     """In C++ to the bit: the same tiles in the same order."""
     require_backend(backend, device)
