@@ -59,7 +59,7 @@ struct Lanes {
     Lanes lanes;
     if constexpr (ALIGNED && N == kVectorElements<E>) {
       const uint4 bits = *reinterpret_cast<const uint4*>(from);
-      memcpy(lanes.lane, &bits, kVectorBytes);
+      memcpy(static_cast<void*>(lanes.lane), &bits, kVectorBytes);  // as bytes: the half types are classes
     } else {
       for (int k = 0; k < N; ++k) lanes.lane[k] = from[k];
     }

@@ -14,7 +14,17 @@ def nvcc(*arguments: str) -> str:
     program = shutil.which("nvcc")
     if program is None:
         pytest.skip("nvcc is not on the PATH: the CUDA kernels are NOT compiled here")
-    command = [program, "-std=c++17", "-O3", "-Werror", "all-warnings", f"-I{CSRC}", *arguments]
+    command = [
+        program,
+        "-std=c++17",
+        "-O3",
+        "-Werror",
+        "all-warnings",
+        "-Xcompiler",
+        "-Wall,-Wextra",
+        f"-I{CSRC}",
+        *arguments,
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode == 0, run.stderr
     return run.stdout + run.stderr
