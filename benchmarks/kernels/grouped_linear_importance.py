@@ -1,16 +1,18 @@
 """grouped_linear_importance: eager, our backends; the floor is each expert's plain weight gradient, a GEMM for each.
 
-The floor does less, as that of linear_importance does. Experts see as many tokens as chance gives them.
+The floor does less, as that of linear_importance does, and the same sides are asked for. Experts see as many tokens as
+chance gives them.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.kernels.op import DTYPES, Case, Op
-from benchmarks.kernels.providers import importance_backends, unchecked
+from benchmarks.kernels.providers import importance_backends, side_of_gradients, unchecked
 from benchmarks.kernels.vectors import vectors_fault
 from benchmarks.timing import Provider
 from gradprune.ops.reference import grouped_linear_importance_reference
@@ -53,14 +55,14 @@ def weight_gradients(x: Tensor, dy: Tensor, w: Tensor, offsets: Tensor) -> list[
     return [torch.mm(of_dy.T, of_x) for of_dy, of_x in parts]
 
 
-def _check(epsilon: float) -> Callable[[Any, tuple[Any, ...]], str | None]:
-    """epsilon: relative rounding of the gradient's elements."""
+def _check(reference: Callable[..., GroupedVectors], epsilon: float) -> Callable[[Any, tuple[Any, ...]], str | None]:
+    """reference: is given the inputs in fp64. epsilon: relative rounding of the gradient's elements."""
     expected: list[GroupedVectors] = []
 
     def check(found: GroupedVectors, inputs: tuple[Any, ...]) -> str | None:
         *values, offsets = inputs
         if not expected:
-            expected.append(grouped_linear_importance_reference(*(value.double() for value in values), offsets))
+            expected.append(reference(*(value.double() for value in values), offsets))
         pairs = zip(_by_expert(found), _by_expert(expected[0]), strict=True)
         faults = (vectors_fault(have, want, _FP32_SUM + epsilon) for have, want in pairs)
         return next((fault for fault in faults if fault is not None), None)
@@ -69,17 +71,23 @@ def _check(epsilon: float) -> Callable[[Any, tuple[Any, ...]], str | None]:
 
 
 def _by_expert(found: GroupedVectors) -> list[ImportanceVectors]:
-    parts = zip(found.sums("rows"), found.sums("columns"), found.statistics.pack(), strict=True)
-    return [ImportanceVectors(rows, columns, GradientStatistics.unpack(own)) for rows, columns, own in parts]
+    rows, columns = (
+        [None] * len(found.statistics.sum_abs) if sums is None else list(sums) for sums in (found.rows, found.columns)
+    )
+    parts = zip(rows, columns, found.statistics.pack(), strict=True)
+    return [ImportanceVectors(*sums, GradientStatistics.unpack(own)) for *sums, own in parts]
 
 
 def _providers(case: Case, device: str) -> list[Provider]:
-    check = _check(torch.finfo(DTYPES[case.dtype]).eps / 2)
+    side = side_of_gradients(device)
+    eager = partial(grouped_linear_importance_reference, side=side)
+    check = _check(eager, torch.finfo(DTYPES[case.dtype]).eps / 2)
     providers = [
         Provider("torch.mm by expert", weight_gradients, unchecked, floor=True),
-        Provider("eager", grouped_linear_importance_reference, check),
+        Provider("eager", eager, check),
     ]
-    return providers + importance_backends(lambda ops: ops.grouped_linear_importance, check, device)
+    ours = importance_backends(lambda ops: lambda *inputs: ops.grouped_linear_importance(*inputs, side), check, device)
+    return providers + ours
 
 
 def _bytes(case: Case) -> int:

@@ -1,14 +1,17 @@
 """linear_importance: eager, our backends; the floor is the plain weight gradient, one GEMM over all samples' tokens.
 
-The floor does less: it sums over the samples before anything is squared, and scores nothing.
+The floor does less: it sums over the samples before anything is squared, and scores nothing. On a GPU the sums of rows
+are asked for, as the engine does, on a CPU both sides'.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.kernels.cases import token_counts
 from benchmarks.kernels.op import DTYPES, Case, Op
-from benchmarks.kernels.providers import importance_backends, unchecked
+from benchmarks.kernels.providers import importance_backends, side_of_gradients, unchecked
 from benchmarks.kernels.vectors import vectors_check
 from benchmarks.timing import Provider
 from gradprune.ops.reference import linear_importance_reference
@@ -31,15 +34,17 @@ def _weight_gradient_fp32(x: Tensor, dy: Tensor, w: Tensor) -> Tensor:
 
 
 def _providers(case: Case, device: str) -> list[Provider]:
-    dtype = DTYPES[case.dtype]
+    dtype, side = DTYPES[case.dtype], side_of_gradients(device)
+    eager = partial(linear_importance_reference, side=side)
     # A gradient may be rounded to the inputs' type before it is scored: by half a unit in the last place.
-    check = vectors_check(linear_importance_reference, torch.finfo(dtype).eps / 2)
+    check = vectors_check(eager, torch.finfo(dtype).eps / 2)
     providers = [Provider("torch.mm", weight_gradient, unchecked, floor=True)]
     if device == "cpu" and dtype != torch.float32:
         # CPUs without matrix instructions for 16-bit types multiply faster in fp32; the floor is the faster of both.
         providers.append(Provider("torch.mm in fp32", _weight_gradient_fp32, unchecked, floor=True))
-    providers.append(Provider("eager", linear_importance_reference, check))
-    return providers + importance_backends(lambda ops: ops.linear_importance, check, device)
+    providers.append(Provider("eager", eager, check))
+    ours = importance_backends(lambda ops: lambda *inputs: ops.linear_importance(*inputs, side), check, device)
+    return providers + ours
 
 
 def _bytes(case: Case) -> int:

@@ -11,6 +11,7 @@ from benchmarks.timing import Provider
 from gradprune import ops
 from gradprune.config import GradientBackend, ImportanceBackend
 from gradprune.ops.dispatch import ImportanceOps, gradient_ops_fault, importance_ops_fault, select_ops
+from gradprune.ops.vectors import Side
 
 Check = Callable[[Any, tuple[Any, ...]], str | None]
 
@@ -30,6 +31,14 @@ def compiled(function: Callable[..., Any], check: Check, device: str) -> Provide
     torch._dynamo.reset()
     mode = "max-autotune-no-cudagraphs" if device == "cuda" else None
     return Provider("torch.compile", torch.compile(function, fullgraph=True, dynamic=False, mode=mode), check)
+
+
+def side_of_gradients(device: str) -> Side:
+    """The sums that are asked of ops that form gradients: of a product's operations, as these are counted.
+
+    On a GPU each side takes a product of its own, and the engine asks for one; on a CPU both come from one product.
+    """
+    return "rows" if device == "cuda" else "both"
 
 
 def importance_backends(op: Callable[[ImportanceOps], Callable[..., Any]], check: Check, device: str) -> list[Provider]:

@@ -202,3 +202,19 @@ def test_rates_relate_to_the_fastest_floor() -> None:
     moved = 2 * case.elements * 4
     assert found[2].gb_per_s == pytest.approx(moved / 8e-3 / 1e9)
     assert found[2].bytes == moved
+
+
+@pytest.mark.parametrize("name", ["linear_importance", "grouped_linear_importance"])
+def test_on_a_gpu_each_provider_computes_the_one_side_that_its_operations_are_counted_for(name: str) -> None:
+    """There both sides take two products, and the engine asks for one."""
+    pytest.importorskip("triton", reason="triton is not installed: its provider is NOT tested here")
+    op = OPS[name]
+    case = op.cases("cpu", "toy")[0]
+    inputs = op.inputs(case, 0, "cpu")
+    providers = {provider.name: provider for provider in op.providers(case, "cuda") if not provider.floor}
+    assert set(providers) == {"eager", "gradprune triton"}
+    for provider in providers.values():
+        found = provider.run(*inputs)
+        assert found.rows is not None
+        assert found.columns is None
+        assert provider.check(found, inputs) is None
