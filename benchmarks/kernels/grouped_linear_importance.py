@@ -5,7 +5,6 @@ chance gives them.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from benchmarks.kernels.op import DTYPES, Case, Op
 from benchmarks.kernels.providers import importance_backends, side_of_gradients, unchecked
 from benchmarks.kernels.vectors import vectors_fault
 from benchmarks.timing import Provider
+from gradprune.ops.dispatch import ImportanceOps
 from gradprune.ops.reference import grouped_linear_importance_reference
 from gradprune.ops.vectors import GradientStatistics, GroupedVectors, ImportanceVectors
 
@@ -34,23 +34,26 @@ def cases(device: str, size: str) -> list[Case]:
     ]
 
 
-def _inputs(case: Case, number: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`tokens` rows of each sample, spread over the experts."""
+def _inputs(case: Case, number: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, dy, w and offsets of `tokens` rows of each sample, spread over the experts; and the offsets on the host.
+
+    Those are for who needs numbers: to read them from a GPU is to wait for it, and launches are no longer enqueued.
+    """
     experts, rows, columns = case.shapes[0]
     generator = torch.Generator().manual_seed(number)
     chosen = torch.randint(experts, (case.samples, case.tokens), generator=generator)
     of_rows = chosen * case.samples + torch.arange(case.samples)[:, None]
     counts = torch.bincount(of_rows.flatten(), minlength=experts * case.samples)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(device)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     x = case.random((case.samples * case.tokens, columns), 3 * number, device)
     dy = case.random((case.samples * case.tokens, rows), 3 * number + 1, device)
-    return x, dy, case.random(case.shapes[0], 3 * number + 2, device), offsets
+    return x, dy, case.random(case.shapes[0], 3 * number + 2, device), offsets.to(device), offsets
 
 
-def weight_gradients(x: Tensor, dy: Tensor, w: Tensor, offsets: Tensor) -> list[Tensor]:
+def weight_gradients(x: Tensor, dy: Tensor, w: Tensor, _offsets: Tensor, of_host: Tensor) -> list[Tensor]:
     """The floor: what a backward pass multiplies, expert by expert."""
-    samples = (len(offsets) - 1) // len(w)
-    counts = offsets[::samples].diff().tolist()
+    samples = (len(of_host) - 1) // len(w)
+    counts = of_host[::samples].diff().tolist()
     parts = zip(dy.split(counts), x.split(counts), strict=True)
     return [torch.mm(of_dy.T, of_x) for of_dy, of_x in parts]
 
@@ -60,9 +63,9 @@ def _check(reference: Callable[..., GroupedVectors], epsilon: float) -> Callable
     expected: list[GroupedVectors] = []
 
     def check(found: GroupedVectors, inputs: tuple[Any, ...]) -> str | None:
-        *values, offsets = inputs
+        *values, offsets, of_host = inputs
         if not expected:
-            expected.append(reference(*(value.double() for value in values), offsets))
+            expected.append(reference(*(value.double() for value in values), offsets, of_host))
         pairs = zip(_by_expert(found), _by_expert(expected[0]), strict=True)
         faults = (vectors_fault(have, want, _FP32_SUM + epsilon) for have, want in pairs)
         return next((fault for fault in faults if fault is not None), None)
@@ -80,14 +83,19 @@ def _by_expert(found: GroupedVectors) -> list[ImportanceVectors]:
 
 def _providers(case: Case, device: str) -> list[Provider]:
     side = side_of_gradients(device)
-    eager = partial(grouped_linear_importance_reference, side=side)
+
+    def eager(x: Tensor, dy: Tensor, w: Tensor, _offsets: Tensor, of_host: Tensor) -> GroupedVectors:
+        return grouped_linear_importance_reference(x, dy, w, of_host, side)
+
+    def ours(ops: ImportanceOps) -> Callable[..., GroupedVectors]:
+        return lambda *inputs: ops.grouped_linear_importance(*inputs[:4], side)
+
     check = _check(eager, torch.finfo(DTYPES[case.dtype]).eps / 2)
     providers = [
         Provider("torch.mm by expert", weight_gradients, unchecked, floor=True),
         Provider("eager", eager, check),
     ]
-    ours = importance_backends(lambda ops: lambda *inputs: ops.grouped_linear_importance(*inputs, side), check, device)
-    return providers + ours
+    return providers + importance_backends(ours, check, device)
 
 
 def _bytes(case: Case) -> int:

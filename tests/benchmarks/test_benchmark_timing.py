@@ -218,3 +218,15 @@ def test_on_a_gpu_each_provider_computes_the_one_side_that_its_operations_are_co
         assert found.rows is not None
         assert found.columns is None
         assert provider.check(found, inputs) is None
+
+
+def test_the_baselines_of_experts_wait_for_no_offsets_on_the_device() -> None:
+    """Reading them there would end the spin, so that what is timed is how fast the host enqueues a GEMM per expert."""
+    op = OPS["grouped_linear_importance"]
+    case = op.cases("cpu", "toy")[0]
+    x, dy, w, offsets, *of_host = op.inputs(case, 0, "cpu")
+    inputs = x, dy, w, offsets.to("meta"), *of_host
+    baselines = [provider for provider in op.providers(case, "cpu") if not provider.name.startswith("gradprune")]
+    assert [provider.name for provider in baselines] == ["torch.mm by expert", "eager"]
+    for provider in baselines:
+        assert provider.check(provider.run(*inputs), inputs) is None
