@@ -1,5 +1,8 @@
 """Groups that are removed one by one, against least squares solved anew for each in fp64."""
 
+import mmap
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -112,3 +115,23 @@ def test_wrong_arguments_are_named(backend: str, device: str) -> None:
         cheapest_removals(eye, eye, 4, 1, backend)
     with pytest.raises(ValueError, match="count: 4 of 3 groups cannot be removed"):
         cheapest_removals(eye, eye, 2, 4, backend)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is mapped without being reserved as Linux does")
+@BACKENDS
+def test_rows_may_lie_further_apart_than_32_bits_count(backend: str) -> None:
+    """Views into 34 GB that are mapped and not used: an index that wraps around reads zeros there."""
+    require_backend(backend, "cpu")
+    apart, half, no_reserve = 2**30 + 5, 2**31, 0x4000
+    gram, weight = problem(3, 1)
+    matrices = torch.linalg.inv(gram), weight.T @ weight
+    mapped = mmap.mmap(-1, 8 * (2 * half + 64), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    memory = torch.frombuffer(mapped, dtype=torch.float64)
+    views = [
+        memory.as_strided((3, 3), (apart, 1), start).copy_(matrix)
+        for start, matrix in zip((half, half + 8), matrices, strict=True)
+    ]
+    expected = cheapest_removals(*matrices, 1, 3, backend)
+    found = cheapest_removals(*views, 1, 3, backend)
+    assert torch.equal(found.taken, expected.taken)
+    assert torch.equal(found.costs, expected.costs)
