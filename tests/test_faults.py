@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gradprune.calibration.evidence import Evidence
 from gradprune.checkpoint.load import load_model
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.demo.model import byte_tokenizer
@@ -202,6 +203,43 @@ def test_a_full_disk_is_one_line_and_keeps_the_evidence_where_it_fits(
         arguments = ("--output_name", "y", "--evidence_file", f"results/{kept}")
         code, err = run(work, "prune", *given_files, *arguments)
         assert code == 0, err
+
+
+def test_a_full_disk_for_changed_weights_is_one_line_and_keeps_the_evidence(
+    work: Path, given_files: list[object]
+) -> None:
+    def full() -> None:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+
+        # The evidence has a disk of its own.
+        def room(self: Evidence, path: Path) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            save(self, path)
+
+        save = Evidence.save
+        pytest.MonkeyPatch().setattr(Evidence, "save", room)
+
+    arguments = ("prune", *given_files, "--output_name", "x", "--stream_layers", "on")
+    code, err = run(work, *arguments, prepare=at_stage("repair", full))
+    assert code == 2, err
+    assert err.splitlines()[-1].startswith("error: stream_layers: changed weights cannot be written to ")
+    assert "--evidence_file 'results/x.evidence.safetensors'" in err
+
+
+def test_a_killed_streamed_run_leaves_no_weights_among_the_temporary_files(
+    work: Path, given_files: list[object]
+) -> None:
+    def prepare() -> None:
+        pytest.MonkeyPatch().setattr("tempfile.tempdir", str(work))
+        at_stage("perplexity_after", signalled(signal.SIGKILL))()
+
+    arguments = ("prune", *given_files, "--output_name", "x", "--stream_layers", "on")
+    code, err = run(work, *arguments, prepare=prepare)
+    assert code == -9, err
+    folders = list(work.glob("gradprune-*"))
+    assert len(folders) == 1
+    assert not list(folders[0].iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a read-only place that nobody can write to")

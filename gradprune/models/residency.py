@@ -22,11 +22,10 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gradprune.errors import GradPruneError
+from gradprune.errors import GradPruneError, one_line
 
 
 class Source(Protocol):
@@ -128,19 +127,24 @@ def on_the_way(start: Tensor, end: Tensor, factor: float) -> Tensor:
 
 
 class Spilled:
-    """A tensor in a file of its own, which is deleted with this object."""
+    """A tensor in a file without a name, mapped into memory: it goes with this object, or with the process."""
 
     def __init__(self, tensor: Tensor, folder: Path) -> None:
-        """Write `tensor` into a new file in `folder`."""
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".safetensors", delete=False) as file:
-            path = Path(file.name)
-        self._delete = weakref.finalize(self, partial(path.unlink, missing_ok=True))
-        save_file({"tensor": tensor.detach().cpu().contiguous()}, path)
-        self._stored = Stored(WeightFile(path), "tensor")
+        """Write `tensor` into a new file in `folder`.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        numbers = tensor.detach().cpu().contiguous()
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(numbers.flatten().view(torch.uint8).numpy().data)
+            file.flush()
+            found = torch.from_file(file.name, shared=False, size=numbers.numel(), dtype=numbers.dtype)
+        self._tensor = found.view(numbers.shape)
 
     def read(self) -> Tensor:
         """The tensor, on the CPU."""
-        return self._stored.read()
+        return self._tensor
 
 
 class _Scratch:
@@ -271,27 +275,30 @@ class Residency:
         self.sources[full] = Selected(self.sources[full], dim, index)
 
     def spill(self, tensor: Tensor) -> Spilled:
-        """Write a tensor into a scratch file, which goes away with what is returned."""
-        return Spilled(tensor, self.scratch)
-
-    def mapped(self, tensor: Tensor) -> Tensor:
-        """A copy on the CPU in a file without a name, mapped into memory, which the system writes out if it must.
+        """A copy of a weight in a scratch file, which goes away with what is returned.
 
         Raises:
-            GradPruneError: the disk is full.
+            GradPruneError: the disk is full, or there is no folder for temporary files.
         """
-        numbers = tensor.detach().cpu().contiguous()
+        return self._spilled(tensor, "stream_layers: changed weights cannot")
+
+    def mapped(self, tensor: Tensor) -> Tensor:
+        """A copy on the CPU in a scratch file, mapped into memory, which the system writes out if it must.
+
+        Raises:
+            GradPruneError: as `spill`.
+        """
+        return self._spilled(tensor, f"stream_memory: what does not fit in {self.budget / 2**20:.0f} MiB cannot").read()
+
+    def _spilled(self, tensor: Tensor, what: str) -> Spilled:
+        """Raises `what` followed by where and why, where it cannot be written."""
         try:
-            with tempfile.NamedTemporaryFile(dir=self.scratch) as file:
-                file.write(numbers.flatten().view(torch.uint8).numpy().data)
-                file.flush()
-                found = torch.from_file(file.name, shared=False, size=numbers.numel(), dtype=numbers.dtype)
+            return Spilled(tensor, self.scratch)
         except OSError as error:
+            folder = self._scratch.folder if self._scratch is not None else tempfile.tempdir or "TMPDIR"
             raise GradPruneError(
-                f"stream_memory: what does not fit in {self.budget / 2**20:.0f} MiB cannot be written to "
-                f"'{self.scratch}': {error.strerror}; set TMPDIR to a folder on a larger disk"
+                f"{what} be written to '{folder}': {one_line(error)}; set TMPDIR to a folder on a larger disk"
             ) from error
-        return found.view(numbers.shape)
 
     @property
     def scratch(self) -> Path:
