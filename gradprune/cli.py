@@ -7,8 +7,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -256,7 +256,7 @@ def recover(
     ] = None,
 ) -> None:
     """Train a pruned model, and write it again."""
-    from gradprune.recovery.job import recover_checkpoint
+    from gradprune.recovery.job import recover_checkpoint, state_folder
 
     config = RecoveryConfig(**{name: options.pop(name) for name in options_of(RecoveryConfig)})
     config.check_teacher(given=teacher is not None)
@@ -264,7 +264,8 @@ def recover(
         options["output_name"] = f"{model_name(model)}-recovered"
     places = PruneConfig(**options, base_model=model, seq_len=config.seq_len)
     reads = {"model": model, "teacher": teacher, "dataset": places.dataset, "eval_dataset": places.eval_dataset}
-    with claimed_results(places, reads=reads):
+    state = state_folder(Path(places.output_dir, options["output_name"]))
+    with _advised(lambda: state, "the same command goes on from its last check"), claimed_results(places, reads=reads):
         loaded, tokenizer = _load(places, "model", streams=False)
         dense = None if teacher is None else _load(replace(places, base_model=teacher), "teacher", streams=False)[0]
         summary = recover_checkpoint(loaded, tokenizer, dense, config, places, console=PROGRESS)
@@ -539,18 +540,26 @@ def _diagnoses(config: PruneConfig, lengths: list[int]) -> "dict[int, Diagnosis]
 
 
 @contextmanager
-def _resumable(config: PruneConfig) -> Iterator[None]:
-    """Where a signal ends the body after its calibration was written down, its message says how to go on."""
+def _advised(state: Callable[[], Path | None], advice: str) -> Iterator[None]:
+    """Where a signal ends the body and a state was written down, its message says how to go on."""
     try:
         yield
     except Interrupted as interrupt:
-        if config.checkpoint_every is not None:
-            from gradprune.calibration.resume import calibration_file
-
-            path = calibration_file(config)
-            if path is not None and path.is_file():
-                interrupt.advice = "; with --resume the same command goes on from its calibration"
+        path = state()
+        if path is not None and path.exists():
+            interrupt.advice = f"; {advice}"
         raise
+
+
+def _resumable(config: PruneConfig) -> AbstractContextManager[None]:
+    """`_advised` of a calibration that is written down."""
+
+    def state() -> Path | None:
+        from gradprune.calibration.resume import calibration_file
+
+        return calibration_file(config) if config.checkpoint_every is not None else None
+
+    return _advised(state, "with --resume the same command goes on from its calibration")
 
 
 def _prune(config: PruneConfig) -> "PruneResult":

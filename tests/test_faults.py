@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from gradprune.calibration.evidence import Evidence
 from gradprune.checkpoint.load import load_model
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.demo.model import byte_tokenizer
+from gradprune.recovery.recover import _Trainer
 from helpers.commands import QUICK, at_stage, run, signalled, start
 from helpers.tiny_models import tiny_model
 
@@ -135,6 +137,31 @@ def test_a_signal_after_a_calibration_was_written_down_says_how_to_go_on(work: P
     code, err = run(work, *arguments, "--resume")
     assert code == 0, err
     assert "calibration goes on after 8 of 8 samples" in err
+
+
+def test_a_signal_during_recovery_says_that_the_same_command_goes_on(work: Path, given_files: list[object]) -> None:
+    def at_step(number: int) -> Callable[[], None]:
+        def prepare() -> None:
+            step = _Trainer._step
+
+            def disturbed(self: _Trainer) -> None:
+                if self.progress.step == number:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                step(self)
+
+            pytest.MonkeyPatch().setattr(_Trainer, "_step", disturbed)
+
+        return prepare
+
+    arguments = ("recover", "--model", given_files[1], *given_files[2:4], "--output_name", "x", "--loss", "lm")
+    arguments = (*arguments, "--steps", "4", "--seq_len", "16")
+    for step in (0, 1):
+        code, err = run(work, *arguments, prepare=at_step(step))
+        assert code == 143, err
+        assert err.splitlines()[-1].endswith("; the same command goes on from its last check") == (step == 1)
+    code, err = run(work, *arguments)
+    assert code == 0, err
+    assert names(work / "results") == ["x"]
 
 
 def test_a_signal_that_is_ignored_stays_ignored(work: Path, given_files: list[object]) -> None:

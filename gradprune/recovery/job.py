@@ -65,8 +65,7 @@ def recover_checkpoint(
     with claimed_results(places) as output:
         assert output is not None, "output_name is needed"
         before = measured().value
-        state = output.with_name(f".{output.name}.recovery")
-        found = recover(model, teacher, text, config, state=state, console=console)
+        found = recover(model, teacher, text, config, state=state_folder(output), console=console)
         summary = _summary(found, config, before, measured().value)
         with atomic_directory(output, overwrite=places.overwrite, argument="output_name") as folder:
             taught_by = None if teacher is None else teacher.name_or_path or None
@@ -74,6 +73,11 @@ def recover_checkpoint(
             record = {"config": _recorded(config, places, taught_by), "versions": {"gradprune": __version__}}
             write_json(folder / "run.json", record)
     return summary
+
+
+def state_folder(output: Path) -> Path:
+    """Where the state of an unfinished recovery into `output` is kept."""
+    return output.with_name(f".{output.name}.recovery")
 
 
 def _summary(found: Recovery, config: RecoveryConfig, before: float, after: float) -> dict[str, Any]:

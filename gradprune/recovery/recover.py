@@ -76,7 +76,8 @@ def recover(
         console: where progress is shown.
 
     Raises:
-        RecoveryError: no teacher, or one of another vocabulary; PEFT is not installed; `state` is another run's.
+        RecoveryError: no teacher, or one of another vocabulary; PEFT is not installed; `state` is another run's
+            or damaged.
         CalibrationError: too little text, or samples longer than the context.
         NonFiniteError: the loss of a step is NaN or infinite.
     """

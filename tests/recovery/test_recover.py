@@ -1,4 +1,5 @@
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,6 +182,51 @@ def test_interrupted_and_resumed_is_the_same(
     assert not state.exists()
 
 
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The state that an interrupted recovery left."""
+    state = tmp_path_factory.mktemp("interrupted") / "state"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_remove", lambda _state: None)
+        recover(dense_and_pruned()[1], None, TEXT, RecoveryConfig(loss="lm", **QUICK), state=state)
+    return state
+
+
+def flipped(file: Path) -> None:
+    """A bit of its last number."""
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": flipped,
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-9]),
+    "empty": lambda file: file.write_bytes(b""),
+    "missing": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("name", ["weights", "best", "moments"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_refused(interrupted: Path, name: str, damage: str, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    shutil.copytree(interrupted, state)
+    DAMAGES[damage](state / f"{name}.safetensors")
+    _, pruned = dense_and_pruned()
+    with pytest.raises(RecoveryError, match=r"recovery that is damaged .* delete the folder to start again"):
+        recover(pruned, None, TEXT, RecoveryConfig(loss="lm", **QUICK), state=state)
+
+
+def test_a_model_with_another_configuration_is_another_run(interrupted: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    shutil.copytree(interrupted, state)
+    _, pruned = dense_and_pruned()
+    pruned.config.rms_norm_eps *= 10.0
+    with pytest.raises(RecoveryError, match="interrupted recovery with other options, models or text"):
+        recover(pruned, None, TEXT, RecoveryConfig(loss="lm", **QUICK), state=state)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_resumed_optimizer_has_its_state_where_it_makes_it(fused: bool) -> None:
     """On the meta device, for what is on the CPU is there in any case; saved moments are on the CPU."""
@@ -293,7 +339,7 @@ def test_a_run_that_diverged_leaves_no_state_in_the_way_of_a_smaller_learning_ra
 
     def diverging(model, ids):
         # A check is over, so that there is a state.
-        return losses(model, ids) * (float("nan") if (state / "progress.json").exists() else 1.0)
+        return losses(model, ids) * (float("nan") if state.exists() else 1.0)
 
     state = tmp_path / "state"
     config = RecoveryConfig(loss="lm", **QUICK)
