@@ -453,6 +453,7 @@ def _pruning_config(options: dict[str, Any]) -> PruneConfig:
 
 def _evaluated(config: PruneConfig, protocol: str | None) -> "tuple[Perplexity, tuple[TaskAccuracy, ...], int]":
     """A checkpoint's perplexity, its accuracy on the tasks that are asked for, and its number of parameters."""
+    from gradprune.data.agreement import check_same_options
     from gradprune.evaluation.protocols import protocol_window
     from gradprune.evaluation.size import model_size
     from gradprune.evaluation.tasks import ask_tasks, read_tasks
@@ -462,6 +463,8 @@ def _evaluated(config: PruneConfig, protocol: str | None) -> "tuple[Perplexity, 
             f"seq_len: {config.seq_len} is given, but protocol '{protocol}' has windows of {protocol_window(protocol)} "
             "tokens; leave one out"
         )
+    check_same_options(current(), [config])
+    current().check_same({"protocol": protocol})
     model, tokenizer = _load(config, "model", stages=("evaluation",))
     tasks = read_tasks(config.tasks.split(","), tokenizer) if config.tasks else None
     measured = _measure_perplexity(model, tokenizer, config, protocol)
@@ -477,6 +480,7 @@ def _measure_perplexity(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", config: PruneConfig, protocol: str | None
 ) -> "Perplexity":
     """By a protocol of the literature, or on the windows that the options say."""
+    from gradprune.data.agreement import check_same_inputs
     from gradprune.data.sources import load_tokens
     from gradprune.data.windows import check_context
     from gradprune.evaluation.perplexity import perplexity
@@ -496,6 +500,7 @@ def _measure_perplexity(
         )
     check_context(model.config, config.seq_len)
     tokens = load_tokens(config.dataset, tokenizer, split="evaluation", vocab_size=vocabulary_of(model))
+    check_same_inputs(current(), model, {"dataset": (tokens,)}, argument="model")
     return perplexity(
         model,
         tokens,
@@ -512,11 +517,13 @@ def _diagnoses(config: PruneConfig, lengths: list[int]) -> "dict[int, Diagnosis]
     """The model's diagnosis at each length, in tokens."""
     from gradprune.calibration.engine import ImportanceEngine
     from gradprune.calibration.gather import calibrate
+    from gradprune.data.agreement import check_same_inputs, check_same_options
     from gradprune.data.sources import load_tokens
     from gradprune.data.windows import check_context, sample_windows
     from gradprune.models.sizes import vocabulary_of
     from gradprune.vanishing.diagnosis import diagnose_gradients
 
+    check_same_options(current(), [replace(config, seq_len=length) for length in lengths])
     model, tokenizer = _load(config, stages=("calibration",))
     check_context(model.config, max(lengths))
     tokens = load_tokens(config.dataset, tokenizer, vocab_size=vocabulary_of(model))
@@ -524,6 +531,7 @@ def _diagnoses(config: PruneConfig, lengths: list[int]) -> "dict[int, Diagnosis]
         length: sample_windows(tokens, num_samples=config.num_samples, seq_len=length, seed=config.seed)
         for length in lengths
     }
+    check_same_inputs(current(), model, {"dataset": windows.values()})
     diagnoses = {}
     for length in lengths:
         engine = ImportanceEngine(

@@ -16,6 +16,7 @@ from gradprune.calibration.resume import forget_calibration
 from gradprune.checkpoint.atomic import atomic_directory
 from gradprune.checkpoint.results import claimed_results, ratio_names, weight_bytes_on_disk
 from gradprune.config import PruneConfig
+from gradprune.data.agreement import check_same_inputs, check_same_options
 from gradprune.data.samples import draw_samples
 from gradprune.data.windows import check_context
 from gradprune.errors import ConfigError, SelectionError
@@ -183,6 +184,7 @@ def _start(
 
     Raises what would fail only after calibration.
     """
+    check_same_options(ranks, configs)
     check_class(model)
     check_placement(model)
     view, config = describe(model, configs[0].kinds).with_groups(), configs[0]
@@ -207,6 +209,12 @@ def _start(
             console=clock.console,
             ranks=ranks,
         )
+    read = {
+        "dataset": (samples.calibration, samples.held_out, samples.searched),
+        "eval_dataset": (samples.evaluation,),
+        "evidence_file": () if earlier is None else earlier.components.values(),
+    }
+    check_same_inputs(ranks, model, read)
     if tokenizer is None or not config.generations:
         prompts = []
     elif prompts is None:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -229,6 +230,47 @@ def test_what_needs_one_process_is_refused(place: Path, command: tuple[object, .
     assert [code for code, _ in ended] == [2, 2]
     assert f"error: {message}" in ended[0][1]
     assert ended[1][1] == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "own", "message"),
+    [
+        ("prune", ("--seed", 5), "seed: is 0 in rank 0 and 5 in rank 1"),
+        ("prune", ("--importance_method", "taylor"), "importance_method: is obs in rank 0 and taylor in rank 1"),
+        ("prune", ("--pruning_ratio", "0.1,0.3"), "pruning_ratio: is 0.2 in rank 0 and [0.1, 0.3] in rank 1"),
+        ("prune", ("--dataset", "other.npy"), "dataset: is content "),
+        ("prune", ("--eval_dataset", "other.npy"), "eval_dataset: is content "),
+        ("prune", ("--base_model", "other"), "base_model: is content "),
+        ("diagnose", ("--dataset", "other.npy"), "dataset: is content "),
+        ("diagnose", ("--seq_len", "8,16"), "seq_len: is 16 in rank 0 and [8, 16] in rank 1"),
+        ("eval", ("--dataset", "other.npy"), "dataset: is content "),
+        ("eval", ("--model", "other"), "model: is content "),
+        ("eval by default", ("--protocol", "wikitext2-128"), "protocol: is None in rank 0 and wikitext2-128 in rank 1"),
+    ],
+)
+def test_ranks_that_differ_are_refused(place: Path, command: str, own: tuple[object, ...], message: str) -> None:
+    tiny_model(seed=1, channels=24).save_pretrained(place / "other")
+    np.save(place / "other.npy", np.load(place / "text.npy")[::-1])
+    given = {
+        "prune": options("different", eval_dataset="text.npy"),
+        "diagnose": ("--base_model", "model", "--dataset", "text.npy", "--seq_len", 16, "--num_samples", 4),
+        "eval": ("--model", "model", "--dataset", "text.npy", "--seq_len", 16),
+        "eval by default": ("--model", "model", "--dataset", "text.npy"),
+    }[command]
+    ended = run_ranks(place, 2, "--quiet", command.split()[0], *given, own={1: own})
+    assert [code for code, _ in ended] == [2, 2], ended
+    assert ended[0][1].startswith(f"error: {message}")
+    assert ended[0][1].endswith("; give all ranks the same\n")
+    assert ended[1][1] == ""
+    assert not (place / "results/different").exists()
+
+
+def test_ranks_may_find_the_same_content_under_other_names(place: Path) -> None:
+    shutil.copytree(place / "model", place / "copied", dirs_exist_ok=True)
+    shutil.copy(place / "text.npy", place / "copied.npy")
+    own = ("--base_model", "copied", "--dataset", "copied.npy", "--stream_layers", "on")
+    ended = run_ranks(place, 2, "prune", *options("renamed"), own={1: own})
+    assert [code for code, _ in ended] == [0, 0], ended
 
 
 def test_torchrun_starts_it(place: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gradprune.data.agreement import check_same_inputs
 from gradprune.data.sources import load_tokens
 from gradprune.data.tokenize import begins_with_bos
 from gradprune.data.windows import check_context
@@ -57,7 +58,7 @@ def protocol_perplexity(
         batch_size, console, ranks: as for `perplexity`.
 
     Raises:
-        ConfigError: the protocol is unknown.
+        ConfigError: the protocol is unknown, or the ranks differ in model or text.
         CalibrationError: the text is missing or too short, or a window is longer than the model's context.
     """
     window = protocol_window(protocol)
@@ -71,6 +72,7 @@ def protocol_perplexity(
     tokens = load_tokens(dataset or "wikitext2", tokenizer, split="evaluation", vocab_size=vocabulary_of(model))
     if tokenizer is not None and begins_with_bos(tokenizer):
         tokens = torch.cat([torch.tensor([tokenizer.bos_token_id]), tokens])
+    check_same_inputs(ranks, model, {"dataset": (tokens,)}, argument="model")
     whole = max(1, len(tokens) // window)
     return perplexity(
         model,

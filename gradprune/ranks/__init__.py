@@ -65,6 +65,23 @@ class Ranks:
         """The ranks' tensors of one shape, added in the order of the ranks in their own dtype and on their device."""
         return own
 
+    def check_same(self, stated: Mapping[str, Any]) -> None:
+        """Raise, on all ranks, unless all of them state the same.
+
+        stated: JSON-serialisable values by the option or file that they are of.
+
+        Raises:
+            ConfigError: naming the first that differs.
+        """
+        first, *others = self.gather_json(dict(stated))
+        for rank, other in enumerate(others, start=1):
+            for name in first:
+                if other.get(name) != first[name]:
+                    raise ConfigError(
+                        f"{name}: is {first[name]} in rank 0 and {other.get(name)} in rank {rank}; give all ranks the "
+                        "same"
+                    )
+
     def after_lead(self, act: Callable[[], _T]) -> _T:
         """`act()`, which the leading rank finishes before the others begin, so that they find what it made."""
         if self.leads:

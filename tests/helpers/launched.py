@@ -14,11 +14,13 @@ def start_ranks(
     world: int,
     *arguments: object,
     prepare: dict[int, Callable[[], object]] | None = None,
+    own: dict[int, tuple[object, ...]] | None = None,
     timeout: float = 60.0,
 ) -> list[Process]:
     """Start `gradprune arguments` as `world` ranks.
 
-    prepare: by rank, what is done first in its process. timeout: seconds that a rank waits for the others.
+    prepare: by rank, what is done first in its process. own: by rank, arguments that follow the others'.
+    timeout: seconds that a rank waits for the others.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -38,7 +40,7 @@ def start_ranks(
 
         return become
 
-    return [start(cwd, *arguments, prepare=place(rank)) for rank in range(world)]
+    return [start(cwd, *arguments, *(own or {}).get(rank, ()), prepare=place(rank)) for rank in range(world)]
 
 
 def run_ranks(cwd: Path, world: int, *arguments: object, **options: Any) -> list[tuple[int, str]]:
