@@ -188,9 +188,9 @@ class Claim:
         try:
             yield
         except OSError as error:
-            raise CheckpointError(
-                f"{self._argument}: '{error.filename or self.directory}' cannot be written: {error.strerror or error}"
-            ) from error
+            # Of a copy, the second name is that of the file that is written.
+            path = error.filename2 or error.filename or self.directory
+            raise CheckpointError(f"{self._argument}: '{path}' cannot be written: {error.strerror or error}") from error
         except SafetensorError as error:
             raise CheckpointError(
                 f"{self._argument}: the weights in '{self.directory}' cannot be written: {error}"

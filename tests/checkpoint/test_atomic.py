@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import os
@@ -350,6 +351,15 @@ def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
     assert "cannot be made" in cannot(tmp_path, Path("/proc/x/y"))
     assert "cannot be written" in cannot(tmp_path, Path("/proc/y"))
     assert names(tmp_path) == ["dangling", "file"]
+
+
+def test_of_a_copy_the_file_that_is_written_is_named(tmp_path: Path) -> None:
+    """The operating system's error names the one that is read first."""
+    with (
+        pytest.raises(CheckpointError, match=r"^output_name: 'written' cannot be written: File too large$"),
+        atomic_directory(tmp_path / "x", overwrite=False, argument="output_name"),
+    ):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), "read", None, "written")
 
 
 def test_too_little_room_is_told_at_once(tmp_path: Path) -> None:
