@@ -92,10 +92,14 @@ def unigram_perplexity(train_ids: Tensor, held_out_ids: Tensor, vocab_size: int 
 
 
 def _cache_folder() -> Path:
-    if chosen := os.environ.get("GRADPRUNE_CACHE"):
-        return Path(chosen).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "gradprune"
+    chosen, caches = (os.environ.get(name) for name in ("GRADPRUNE_CACHE", "XDG_CACHE_HOME"))
+    try:
+        return Path(chosen).expanduser() if chosen else Path(caches or Path.home() / ".cache") / "gradprune"
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"GRADPRUNE_CACHE: '{chosen or ''}' names no place for the demo model, and this user has no home folder; "
+            "set it to a folder"
+        ) from error
 
 
 def _is_whole(folder: Path) -> bool:

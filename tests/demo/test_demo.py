@@ -382,3 +382,18 @@ def test_methods_differ_on_the_demo_model() -> None:
 
     assert 1.005 < ratio() < 1.1
     assert ratio(importance_method="magnitude", repair="none") > 2.0
+
+
+@pytest.mark.parametrize("chosen", ["", "~/d"])
+def test_a_user_without_a_home_is_told_what_to_set(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that is run under a number without a name."""
+    for name, value in {"GRADPRUNE_CACHE": chosen, "XDG_CACHE_HOME": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HOME", raising=False)
+
+    def unknown(_number: int) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(CheckpointError, match=r"GRADPRUNE_CACHE: .* no home folder"):
+        model_module._cache_folder()
