@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from benchmarks.options import listed, parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.quality.methods import ProviderChoice, peer_choice, pruned_quality
+from benchmarks.quality.peers import taking_part
 from benchmarks.quality.pruned import Pruned
 from benchmarks.quality.subjects import SMOLLM2, Subject, add_model_options, quality_of, subjects, without_tasks
 from benchmarks.results import append, record
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _choices(subject: Subject, options: Namespace) -> Iterator[tuple[Run, ProviderChoice]]:
     view = describe(subject.model)
+    peers = list(taking_part([PEER], view))
     for seed in options.seeds:
         for size in options.sizes:
             config = PruneConfig(num_samples=size, seq_len=options.seq_len, seed=seed)
@@ -61,7 +63,8 @@ def _choices(subject: Subject, options: Namespace) -> Iterator[tuple[Run, Provid
                 ratio = given * view.prunable / view.parameters
                 masks = choose(view, evidence, config.scoring, config.constraints, ratio).masks
                 yield run, ProviderChoice(OURS, given, Pruned(run, masks).distilled)
-                yield run, peer_choice(PEER, run, given, int(ratio * view.parameters))
+                for name in peers:
+                    yield run, peer_choice(name, run, given, int(ratio * view.parameters))
 
 
 def _append(subject: Subject, run: Run, choice: ProviderChoice, dense: float, options: Namespace) -> None:

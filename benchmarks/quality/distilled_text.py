@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.options import listed, parse, parser
 from benchmarks.progress import say
-from benchmarks.quality.peers import PEERS
+from benchmarks.quality.peers import PEERS, taking_part
 from benchmarks.quality.peers.choice import PeerChoice, applied
 from benchmarks.quality.pruned import repaired_copy
 from benchmarks.quality.subjects import (
@@ -112,7 +112,7 @@ def _run(subject: Subject, options: Namespace) -> Run:
 def _chosen_by_peers(subject: Subject, options: Namespace) -> Iterator[tuple[str, float, PeerChoice]]:
     """A peer, a ratio and what it chooses, on the samples that this project gets."""
     run = _run(subject, options)
-    for name in options.peers:
+    for name in taking_part(options.peers, run.view):
         for ratio in options.ratios:
             yield name, ratio, PEERS[name](run.view, run.calibration, int(ratio * run.view.prunable))
 

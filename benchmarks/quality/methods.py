@@ -22,8 +22,8 @@ from transformers.utils import logging
 
 from benchmarks.options import listed, parse, parser
 from benchmarks.progress import Deadline, say
-from benchmarks.quality.peers import PEERS
-from benchmarks.quality.peers.choice import PeerChoice, applied, uniform_masks
+from benchmarks.quality.peers import PEERS, taking_part
+from benchmarks.quality.peers.choice import PeerChoice, applied, obstacle, uniform_masks
 from benchmarks.quality.peers.torch_pruning import torch_pruning_scores
 from benchmarks.quality.pruned import Pruned
 from benchmarks.quality.subjects import (
@@ -174,8 +174,9 @@ def pruned_quality(choice: ProviderChoice, subject: Subject, options: Namespace)
 def _choices(run: Run, options: Namespace) -> Iterator[ProviderChoice]:
     """Ratio by ratio, so that each is complete before the next."""
     run = replace(run, config=replace(run.config, search_minutes=60.0, **_evidence(options)))
-    evidence, model = gather_evidence(run), run.view.model
-    traced = _torch_pruning(model, run.samples.calibration) if _is_asked(TORCH_PRUNING, options) else None
+    evidence = gather_evidence(run)
+    traced = _torch_pruning(run) if _is_asked(TORCH_PRUNING, options) else None
+    peers = list(taking_part((peer for peer in options.peers if _is_asked(peer, options)), run.view))
     prunable = run.view.prunable / run.view.parameters
     for given in options.ratios:
         ratio = given * prunable if options.prunable else given
@@ -186,7 +187,7 @@ def _choices(run: Run, options: Namespace) -> Iterator[ProviderChoice]:
         if traced is not None:
             masks = uniform_masks(run.view, traced, budget)
             yield ProviderChoice(TORCH_PRUNING, given, Pruned(run, masks).as_cut)
-        for name in (peer for peer in options.peers if _is_asked(peer, options)):
+        for name in peers:
             yield peer_choice(name, run, given, budget)
 
 
@@ -240,15 +241,18 @@ def _evidence(options: Namespace) -> dict[str, Any]:
     return {"importance_method": options.methods[0], "temperature": max(options.temperatures)}
 
 
-def _torch_pruning(model: PreTrainedModel, windows: Tensor) -> dict[BlockKey, Tensor] | None:
-    """None where Torch-Pruning cannot trace the model, or is not installed."""
-    if model.config.num_key_value_heads != model.config.num_attention_heads:
-        return None
-    try:
-        return torch_pruning_scores(model, list(batches(windows, 8)))
-    except ImportError as error:
-        say(f"    {TORCH_PRUNING} takes no part: {first_line(error)}")
-        return None
+def _torch_pruning(run: Run) -> dict[BlockKey, Tensor] | None:
+    """None where Torch-Pruning cannot trace the model, or is not installed; it is said which."""
+    fault = obstacle(run.view, uniform=True)
+    if any(block.heads_per_group > 1 for block in run.view.linear_blocks):
+        fault = "its graph of a model with grouped queries may not end"
+    if fault is None:
+        try:
+            return torch_pruning_scores(run.view.model, list(batches(run.samples.calibration, 8)))
+        except Exception as error:  # whatever a peer raises leaves the others to be measured
+            fault = first_line(error)
+    say(f"    {TORCH_PRUNING} takes no part: {fault}")
+    return None
 
 
 def _append(

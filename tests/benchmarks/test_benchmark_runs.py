@@ -6,11 +6,13 @@ import os
 import signal
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from benchmarks import run as everything
 from benchmarks import tables
@@ -39,6 +41,7 @@ from gradprune.models.masks import GroupMasks
 from gradprune.progress import Clock
 from gradprune.run import Run
 from gradprune.surgery.repair import REPAIRS, Repaired, solve_least_squares
+from helpers.mixtures import tiny_mixture
 from helpers.tiny_models import tiny_ids, tiny_model
 
 TOY = ("--toy", "--output")
@@ -307,6 +310,30 @@ def test_quality(tmp_path: Path) -> None:
     methods.main([*TOY, str(tmp_path / "again"), *texts, *sizes, *again])
     (alone,) = read(tmp_path / "again")
     assert alone.extra == next(record.extra for record in found if record.provider == alone.provider)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: tiny_mixture().float(),
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=12, n_layer=3, n_head=3)),
+    ],
+    ids=["mixture", "gpt2"],
+)
+def test_quality_of_a_model_that_not_everyone_can_prune(
+    model: Callable[[], PreTrainedModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, text = tmp_path / "model", tmp_path / "text.npy"
+    model().save_pretrained(folder)
+    np.save(text, tiny_ids(samples=16, tokens=9).flatten().numpy())
+    texts = ["--base_model", str(folder), "--dataset", str(text), "--eval_dataset", str(text), "--seq_len", "8"]
+    methods.main([*TOY, str(tmp_path / "results"), *texts, "--methods", "magnitude"])
+    providers = {record.provider for record in read(tmp_path / "results")}
+    said = capsys.readouterr().err
+    everyone = {"dense", "gradprune magnitude T=0", "gradprune magnitude + least squares T=0", *PEERS}
+    assert methods.TORCH_PRUNING not in providers
+    assert providers | {name for name in PEERS if f"{name} takes no part: " in said} == everyone
+    assert f"{methods.TORCH_PRUNING} takes no part: " in said
 
 
 def test_a_provider_that_nothing_measures_is_refused_before_anything_is(capsys: pytest.CaptureFixture[str]) -> None:

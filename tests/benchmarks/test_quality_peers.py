@@ -1,21 +1,27 @@
 """The peers of the quality benchmark compute what their papers define: compared with NumPy in fp64."""
 
+import copy
 import itertools
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from benchmarks.quality.peers import PEERS
+from benchmarks.quality.peers import PEERS, taking_part
 from benchmarks.quality.peers.choice import PeerChoice, applied, uniform_counts
 from benchmarks.quality.peers.flap import flap, fluctuation, standardised
 from benchmarks.quality.peers.layerwise_obs import damped, layerwise_obs, surgeon
 from benchmarks.quality.peers.llm_pruner import llm_pruner, middle_layers
+from benchmarks.quality.peers.torch_pruning import torch_pruning_scores
 from benchmarks.quality.peers.wanda_sp import wanda, wanda_sp
 from gradprune.models import Block, BlockKey, PrunableModel, describe
 from gradprune.models.masks import GroupMasks
+from gradprune.surgery.cut import cut
+from helpers.cut_models import random_masks
+from helpers.mixtures import tiny_mixture
 from helpers.tiny_models import tiny_ids, tiny_model
 
 Array = NDArray[np.float64]
@@ -75,6 +81,57 @@ def test_a_peer_stays_within_the_budget_and_leaves_the_model_as_it_was(name: str
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(choice.masks[block], again.masks[block]) for block in view.blocks)
+
+
+def with_plain_linears(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, its weights stored [O, I] and not transposed."""
+    plain = copy.deepcopy(model)
+    for name, module in list(plain.named_modules()):
+        if type(module).__name__ == "Conv1D":
+            linear = nn.Linear(*module.weight.shape).to(module.weight.dtype)
+            linear.load_state_dict({"weight": module.weight.T, "bias": module.bias})
+            plain.set_submodule(name, linear)
+    return plain
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_reads_weights_that_are_stored_transposed(name: str) -> None:
+    torch.manual_seed(0)
+    stored = GPT2Config(vocab_size=61, n_positions=16, n_embd=12, n_layer=3, n_head=3, initializer_range=0.2)
+    model = GPT2LMHeadModel(stored).double().eval()
+    views = describe(model), describe(with_plain_linears(model))
+    found, expected = (PEERS[name](view, BATCHES, view.prunable // 3) for view in views)
+    assert not all(found.masks[block].all() for block in views[0].blocks)
+    assert all(torch.equal(found.masks[block], expected.masks[block]) for block in views[0].blocks)
+    for have, want in ((found.biases, expected.biases), (found.weights, expected.weights)):
+        assert have.keys() == want.keys()
+        for key, value in have.items():
+            torch.testing.assert_close(value, want[key], rtol=1e-10, atol=1e-12)
+    with applied(views[0], found), applied(views[1], expected):
+        torch.testing.assert_close(*(view.model(IDS).logits for view in views), rtol=1e-9, atol=1e-10)
+
+
+def test_who_takes_no_part_is_said_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    view = describe(tiny_mixture())
+    assert list(taking_part(PEERS, view)) == []
+    assert (
+        capsys.readouterr().err.count(" takes no part: it prunes attention and mlp, and the model's blocks are ") == 4
+    )
+    model = tiny_model()
+    assert list(taking_part(PEERS, describe(model))) == [*PEERS]
+    assert capsys.readouterr().err == ""
+    unequal = describe(cut(model, random_masks(model, keep=0.6)))
+    assert list(taking_part(PEERS, unequal)) == ["FLAP"]
+    assert capsys.readouterr().err.count("and the model's layers differ") == 3
+
+
+def test_torch_pruning_weighs_every_window_alike() -> None:
+    pytest.importorskip("torch_pruning")
+    model = tiny_model(kv_heads=3, ratio=1, layers=2)
+    split, whole = (torch_pruning_scores(model, batches) for batches in (BATCHES, (IDS,)))
+    assert len(BATCHES[0]) != len(BATCHES[1])
+    for key, scores in split.items():
+        torch.testing.assert_close(scores, whole[key], rtol=1e-9, atol=1e-12)
 
 
 def test_column_scores() -> None:

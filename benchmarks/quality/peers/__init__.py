@@ -1,10 +1,14 @@
 """Other pruning methods, each written from its paper, to compare with on the same models and calibration samples."""
 
-from benchmarks.quality.peers.choice import Peer
+from collections.abc import Iterable, Iterator
+
+from benchmarks.progress import say
+from benchmarks.quality.peers.choice import Peer, obstacle
 from benchmarks.quality.peers.flap import flap
 from benchmarks.quality.peers.layerwise_obs import layerwise_obs
 from benchmarks.quality.peers.llm_pruner import llm_pruner
 from benchmarks.quality.peers.wanda_sp import wanda_sp
+from gradprune.models import PrunableModel
 
 PEERS: dict[str, Peer] = {
     "FLAP": flap,
@@ -13,3 +17,13 @@ PEERS: dict[str, Peer] = {
     "layerwise OBS": layerwise_obs,
 }
 """By the name under which they are reported."""
+
+
+def taking_part(names: Iterable[str], view: PrunableModel) -> Iterator[str]:
+    """Those of `PEERS` that can prune the model; of each other it is said why it cannot."""
+    for name in names:
+        fault = obstacle(view, uniform=PEERS[name] is not flap)
+        if fault is None:
+            yield name
+        else:
+            say(f"    {name} takes no part: {fault}")

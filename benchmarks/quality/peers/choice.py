@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from gradprune.models import Block, BlockKey, PrunableModel
 from gradprune.models.masks import GroupMasks
@@ -36,6 +37,21 @@ Peer = Callable[[PrunableModel, Sequence[Tensor], int], PeerChoice]
 it was."""
 
 
+def obstacle(view: PrunableModel, uniform: bool) -> str | None:
+    """Why a peer cannot prune the model, or None.
+
+    uniform: it takes as many groups from one layer as from another.
+    """
+    shapes: dict[str, set[tuple[int, int]]] = {}
+    for block in view.blocks:
+        shapes.setdefault(block.kind.name, set()).add((block.groups, block.cost))
+    if set(shapes) != {"attention", "mlp"}:
+        return f"it prunes attention and mlp, and the model's blocks are {', '.join(shapes)}"
+    if uniform and (len(view.blocks) != 2 * len(view.layers) or any(len(of_kind) > 1 for of_kind in shapes.values())):
+        return "it takes as many groups from one layer as from another, and the model's layers differ"
+    return None
+
+
 @contextmanager
 def applied(view: PrunableModel, choice: PeerChoice) -> Iterator[None]:
     """Inside the context the model computes what the peer's pruned model would."""
@@ -44,13 +60,22 @@ def applied(view: PrunableModel, choice: PeerChoice) -> Iterator[None]:
         for block in view.blocks:
             if block.key in choice.weights:
                 with torch.no_grad():
-                    block.output.linear.weight.copy_(choice.weights[block.key])
+                    block.output.weight.copy_(choice.weights[block.key])
             if block.key in choice.biases:
                 bias = choice.biases[block.key]
                 hook = block.output.linear.register_forward_hook(lambda _m, _x, y, bias=bias: y + bias.to(y))
                 stack.callback(hook.remove)
         stack.enter_context(masked(view, choice.masks))
         yield
+
+
+def take_gradients(model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
+    """Add the gradients of the mean loss of all windows to `.grad`; batches: ids [N, T] int64, of any numbers."""
+    windows = sum(len(ids) for ids in batches)
+    for ids in batches:
+        ids = ids.to(model.device)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        (loss * (len(ids) / windows)).backward()
 
 
 @torch.no_grad()

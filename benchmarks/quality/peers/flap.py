@@ -22,7 +22,7 @@ def flap(view: PrunableModel, batches: Sequence[Tensor], budget: int) -> PeerCho
 
     def measure(block: Block, x: Tensor) -> Tensor:
         means[block.key] = x.double().mean(0)
-        columns = standardised(fluctuation(block.output.linear.weight, x))
+        columns = standardised(fluctuation(block.output.weight, x))
         scores[block.key] = (block.output.fold_columns(columns) / block.output.columns).cpu()
         return torch.ones(block.groups, dtype=torch.bool)
 
@@ -49,4 +49,4 @@ def standardised(scores: Tensor) -> Tensor:
 def removed_mean(block: Block, mean: Tensor, kept: Tensor) -> Tensor:
     """[O] fp64: what the columns of the removed groups write for the mean input [I]."""
     gone = block.output.columns_of((~kept).nonzero().flatten()).to(mean.device)
-    return block.output.linear.weight.detach().double()[:, gone] @ mean[gone]
+    return block.output.weight.detach().double()[:, gone] @ mean[gone]

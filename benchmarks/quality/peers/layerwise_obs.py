@@ -26,10 +26,10 @@ def layerwise_obs(view: PrunableModel, batches: Sequence[Tensor], budget: int) -
     weights: dict[BlockKey, Tensor] = {}
 
     def decide(block: Block, x: Tensor) -> Tensor:
-        linear = block.output.linear
-        weight, kept = surgeon(linear.weight, damped(x), block.output.columns, lost[block.kind.name])
-        weights[block.key] = weight.to(linear.weight.dtype)
-        linear.weight.copy_(weight)
+        dense = block.output.weight
+        weight, kept = surgeon(dense, damped(x), block.output.columns, lost[block.kind.name])
+        weights[block.key] = weight.to(dense.dtype)
+        dense.copy_(weight)
         return kept
 
     with outputs_restored(view):

@@ -12,8 +12,9 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from benchmarks.quality.peers.choice import PeerChoice, uniform_masks
+from benchmarks.quality.peers.choice import PeerChoice, take_gradients, uniform_masks
 from gradprune.models import Block, PrunableModel
+from gradprune.models.blocks import Projection
 from gradprune.models.modes import evaluation_mode
 
 
@@ -23,13 +24,9 @@ def llm_pruner(view: PrunableModel, batches: Sequence[Tensor], budget: int) -> P
     A block keeps at least one group, so less than the budget goes where the middle layers do not hold it.
     """
     model = view.model
-    windows = sum(len(ids) for ids in batches)
     try:
         with evaluation_mode(model), torch.enable_grad():
-            for ids in batches:
-                ids = ids.to(view.device)
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-                (loss * (len(ids) / windows)).backward()
+            take_gradients(model, batches)
         scores = {block.key: group_scores(block).cpu() for block in view.blocks}
     finally:
         model.zero_grad(set_to_none=True)
@@ -39,9 +36,9 @@ def llm_pruner(view: PrunableModel, batches: Sequence[Tensor], budget: int) -> P
 @torch.no_grad()
 def group_scores(block: Block) -> Tensor:
     """[groups] fp64: sum of |w g| over each group's weights; the gradients are in place."""
-    total = block.output.fold_columns(_elements(block.output.linear).sum(0))
+    total = block.output.fold_columns(_elements(block.output).sum(0))
     for projection in block.inputs:
-        total = total + projection.fold_rows(_elements(projection.linear).sum(1), block.groups)
+        total = total + projection.fold_rows(_elements(projection).sum(1), block.groups)
     return total
 
 
@@ -51,6 +48,9 @@ def middle_layers(layers: int) -> range:
     return range(first, layers - last) if first + last < layers else range(layers)
 
 
-def _elements(linear: torch.nn.Linear) -> Tensor:
-    assert linear.weight.grad is not None
-    return (linear.weight.double() * linear.weight.grad.double()).abs()
+def _elements(projection: Projection) -> Tensor:
+    """[O, I] fp64."""
+    stored = projection.linear.weight
+    assert stored.grad is not None
+    elements = (stored.double() * stored.grad.double()).abs()
+    return elements.T if projection.transposed else elements

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.quality.peers.choice import take_gradients
 from gradprune.models import BlockKey, describe
 
 
@@ -41,11 +42,10 @@ def torch_pruning_scores(model: PreTrainedModel, batches: Sequence[Tensor]) -> d
     attention = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        for ids in batches:
-            (model(input_ids=ids, labels=ids, use_cache=False).loss / len(batches)).backward()
+        take_gradients(model, batches)
         graph = torch_pruning.DependencyGraph().build_dependency(
             model,
-            example_inputs={"input_ids": batches[0][:1, :16], "use_cache": False},
+            example_inputs={"input_ids": batches[0][:1, :16].to(model.device), "use_cache": False},
             output_transform=lambda output: output.logits,
             verbose=False,
         )

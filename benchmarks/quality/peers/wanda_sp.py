@@ -18,7 +18,7 @@ def wanda_sp(view: PrunableModel, batches: Sequence[Tensor], budget: int) -> Pee
     lost = uniform_counts(view, budget)
 
     def decide(block: Block, x: Tensor) -> Tensor:
-        columns = wanda(block.output.linear.weight, x)
+        columns = wanda(block.output.weight, x)
         return without_lowest(block.output.fold_columns(columns), lost[block.kind.name])
 
     with outputs_restored(view):
