@@ -28,6 +28,8 @@ Kind = Literal[
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ANY_HARDWARE = "any hardware"
 _ANYWHERE = frozenset({"quality", "calibration_size", "distilled_text", "recovery", "vanishing", "experts", "compiled"})
+CONDITIONS = ("num_samples", "seq_len", "eval_windows", "max_questions")
+"""Fields of `Record.extra` that a perplexity or an accuracy depends on: different values share no table."""
 FOLDER = Path(__file__).resolve().parent / "results"
 
 
@@ -91,9 +93,14 @@ class Record:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """`work`, the provider and, if the result is random, the seed and the number of samples."""
-        drawn = [f"{name} {self.extra[name]}" for name in ("seed", "num_samples") if name in self.extra]
-        return (*self.work, self.provider, *drawn)
+        """`work`, the provider and, where there are any, the seed and the conditions."""
+        named = [f"{name} {value}" for name in ("seed", *CONDITIONS) if (value := self.extra.get(name)) is not None]
+        return (*self.work, self.provider, *named)
+
+    @property
+    def conditions(self) -> tuple[int | None, ...]:
+        """Of `CONDITIONS` each value, None where it does not matter or has no limit."""
+        return tuple(self.extra.get(name) for name in CONDITIONS)
 
     def to_json(self) -> str:
         """One line of JSON, with the environment's fields on the same level as the record's own."""
@@ -118,6 +125,11 @@ class Record:
 def record(kind: Kind, name: str, provider: str, shape: str, dtype: str, device: str, **values: Any) -> Record:
     """A record of this run on this machine."""
     return Record(kind, name, provider, shape, dtype, environment(device), run_id(), **values)
+
+
+def percent(ratio: float) -> str:
+    """As records and tables name a ratio, so that no two are named alike: 0.2 is "20%", 0.125 "12.5%"."""
+    return f"{100.0 * ratio:g}%"
 
 
 @cache
@@ -162,7 +174,7 @@ def latest(records: Iterable[Record]) -> list[Record]:
     """The records of each case's last run, in order.
 
     Times are comparable only within a run. What depends on no hardware does not depend on the run, and a table of it
-    may be measured in several: there the last run counts per provider, seed and number of samples.
+    may be measured in several: there the last run counts per provider, seed and conditions.
     """
     by_work: dict[tuple[str, ...], list[Record]] = {}
     for found in records:

@@ -12,7 +12,7 @@ from benchmarks import tables
 from benchmarks.jobs import plan_table
 from benchmarks.jobs.calibrators import RECOMPUTING
 from benchmarks.jobs.memory import HELD_OUT
-from benchmarks.results import Record
+from benchmarks.results import Record, percent
 from gradprune.config import DEFAULT_METHODS
 
 MOST_ROWS = 7
@@ -119,15 +119,15 @@ def quality(records: Sequence[Record]) -> str:
     of_seeds = f"mean over {seeds} seeds" if seeds > 1 else "one seed"
     dense, samples = of_model[0].extra["perplexity_dense"], of_model[0].extra["num_samples"]
     lead = f"Held-out perplexity, {of_seeds}, {samples} calibration samples; {of_model[0].name}, dense {dense:.2f}:"
-    return f"{lead}\n\n{tables.table(['', *(f'{r:.0%} removed' for r in ratios)], rows[:MOST_ROWS])}"
+    return f"{lead}\n\n{tables.table(['', *(f'{percent(r)} removed' for r in ratios)], rows[:MOST_ROWS])}"
 
 
 def temperature(records: Sequence[Record]) -> str:
-    """Per method, in how many cases (model, ratio, samples) H-GSP at T=1 gave a lower perplexity, with repair."""
+    """Per method, in how many cases (model, ratio, conditions) H-GSP at T=1 gave a lower perplexity, with repair."""
     repaired = [f for f in records if f.kind == "quality" and " + least squares T=" in f.provider]
     counts: dict[str, Counter[str]] = {}
     for (method, *_), group in tables.grouped(
-        repaired, lambda found: (found.provider.split()[1], found.name, found.extra["ratio"], tables.samples_of(found))
+        repaired, lambda found: (found.provider.split()[1], found.name, found.extra["ratio"], found.conditions)
     ).items():
         values = {t: [f.extra["perplexity"] for f in group if f.provider.endswith(t)] for t in ("T=0", "T=1")}
         if all(values.values()):
@@ -182,7 +182,8 @@ def distilled_text(records: Sequence[Record]) -> str:
 
 def recovery(records: Sequence[Record]) -> str:
     """What recovery brings back of each model, and what it took."""
-    groups = tables.grouped([found for found in records if found.kind == "recovery"], lambda found: found.work)
+    recoveries = [found for found in records if found.kind == "recovery"]
+    groups = tables.grouped(recoveries, lambda found: (found.work, found.conditions))
     parts = []
     for group in groups.values():
         recovered, share = _provider(group, "recovered"), tables.way_back(group)
@@ -204,9 +205,9 @@ def of_shown_model(records: Sequence[Record]) -> list[Record]:
     measured = [found for found in records if found.kind == "quality" and "perplexity" in found.extra]
     by_model = tables.grouped(measured, lambda found: found.name)
     of_model = next((by_model[name] for name in MODELS if name in by_model), [])
-    by_samples = tables.grouped(of_model, tables.samples_of).values()
-    # Different numbers of samples are not compared; the last one that was measured is shown.
-    return max(by_samples, key=lambda group: max(found.run for found in group), default=[])
+    by_conditions = tables.grouped(of_model, lambda found: found.conditions).values()
+    # Different conditions are not compared; the last ones that were measured are shown.
+    return max(by_conditions, key=lambda group: max(found.run for found in group), default=[])
 
 
 def mean_perplexities(records: Sequence[Record]) -> dict[tuple[str, float], float]:

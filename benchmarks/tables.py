@@ -1,14 +1,14 @@
 """Results as Markdown tables; every number comes from a record."""
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import TypeVar
 
 from benchmarks.jobs.growth import exponent
 from benchmarks.jobs.memory import exponents
-from benchmarks.results import Record
+from benchmarks.results import CONDITIONS, Record, percent
 
 Key = TypeVar("Key")
 
@@ -29,22 +29,28 @@ def grouped(records: Iterable[Record], key: Callable[[Record], Key]) -> dict[Key
     return dict(groups)
 
 
-def samples_of(found: Record) -> int:
-    """The calibration samples that a quality was measured with."""
-    samples: int = found.extra["num_samples"]
-    return samples
+_IN_WORDS = {
+    "num_samples": "samples", "seq_len": "tokens", "eval_windows": "windows", "max_questions": "questions a task"
+}  # fmt: skip
 
 
-def by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Qualities by the model's name, which says the number of samples where a model was measured with several.
+def by_model(records: Iterable[Record], shown: Sequence[str] = ()) -> dict[str, list[Record]]:
+    """Qualities by the model's name, which says the conditions where a model was measured under several.
 
-    Different numbers of samples never share a table.
+    Different conditions never share a table, but for those that it shows by itself.
     """
-    groups = grouped(records, lambda found: (found.name, samples_of(found)))
-    several = Counter(name for name, _ in groups)
-    return {
-        f"{name}, {samples} samples" if several[name] > 1 else name: group for (name, samples), group in groups.items()
-    }
+    names = [name for name in CONDITIONS if name not in shown]
+    groups = grouped(records, lambda found: (found.name, tuple(map(found.extra.get, names))))
+    values = {model: list(zip(*(of for other, of in groups if other == model), strict=True)) for model, _ in groups}
+    told = {}
+    for (model, of_group), group in groups.items():
+        differing = (
+            f"{'all' if value is None else value} {_IN_WORDS[name]}"
+            for name, value, others in zip(names, of_group, values[model], strict=True)
+            if len(set(others)) > 1
+        )
+        told[", ".join([model, *differing])] = group
+    return told
 
 
 def kernel_table(records: Sequence[Record]) -> str:
@@ -293,8 +299,8 @@ def quality_table(records: Sequence[Record]) -> str:
     for provider, group in grouped(pruned, lambda found: found.provider).items():
         cells = {ratio: [f for f in group if f.extra["ratio"] == ratio] for ratio in ratios}
         rows.append([provider, *map(_spread, cells.values()), *(_accuracy(cells[ratio]) for ratio in asked)])
-    header = ["provider", *(f"{ratio:.0%} removed" for ratio in ratios)]
-    return table([*header, *(f"zero-shot, {ratio:.0%}" for ratio in asked)], rows)
+    header = ["provider", *(f"{percent(ratio)} removed" for ratio in ratios)]
+    return table([*header, *(f"zero-shot, {percent(ratio)}" for ratio in asked)], rows)
 
 
 def dense_accuracy(records: Sequence[Record]) -> str:
@@ -313,7 +319,7 @@ def recovery_table(records: Sequence[Record]) -> str:
     """One row per model and stage: perplexity, way back, mean accuracy over tasks and each task's, in percent."""
     tasks = sorted({task for found in records for task in found.extra["accuracies"]})
     rows = []
-    for group in grouped(records, lambda found: found.work).values():
+    for group in grouped(records, lambda found: (found.work, found.conditions)).values():
         for found in group:
             accuracies = found.extra["accuracies"]
             shown = (f"{100 * accuracies[task]:.1f}" if task in accuracies else "-" for task in tasks)
@@ -393,12 +399,11 @@ def calibration_size_table(records: Sequence[Record]) -> str:
     """One row per model, ratio and provider, one column per number of samples; means over seeds."""
     sizes = sorted({found.extra["num_samples"] for found in records})
     rows = []
-    for (name, ratio, provider), group in grouped(
-        records, lambda found: (found.name, found.extra["ratio"], found.provider)
-    ).items():
-        by_size = grouped(group, lambda found: found.extra["num_samples"])
-        cells = (f"{fmean(map(_excess, by_size[size])):.3f}" if size in by_size else "-" for size in sizes)
-        rows.append([name, f"{ratio:.0%}", provider, *cells])
+    for name, of_model in by_model(records, shown=["num_samples"]).items():
+        for (ratio, provider), group in grouped(of_model, lambda found: (found.extra["ratio"], found.provider)).items():
+            by_size = grouped(group, lambda found: found.extra["num_samples"])
+            cells = (f"{fmean(map(_excess, by_size[size])):.3f}" if size in by_size else "-" for size in sizes)
+            rows.append([name, percent(ratio), provider, *cells])
     return table(["model", "removed", "by", *(f"{size} samples" for size in sizes)], rows)
 
 
@@ -417,26 +422,30 @@ DISTILLED_TEXT = (
 def distilled_text_table(records: Sequence[Record]) -> str:
     """One row per model, ratio, provider, shares and number of questions; means over seeds."""
 
-    def row_of(found: Record) -> tuple[str, float, str, float | None, float | None, int | None]:
+    def row_of(found: Record) -> tuple[float, str, float | None, float | None, int | None]:
         extra = found.extra
         # Records from before there was own text do not name its share.
         own = extra.get("own_text", 0.0) if "share" in extra else None
-        return found.name, extra["ratio"], found.provider, own, extra.get("share"), extra["max_questions"]
+        return extra["ratio"], found.provider, own, extra.get("share"), extra["max_questions"]
 
-    def place_of(found: Record) -> tuple[str, float, bool, float]:
+    def place_of(found: Record) -> tuple[float, bool, float]:
         """Peers last."""
-        name, ratio, _, own, _, _ = row_of(found)
-        return name, ratio, own is None, own or 0.0
+        ratio, _, own, _, _ = row_of(found)
+        return ratio, own is None, own or 0.0
 
+    groups = [
+        (name, *row)
+        for name, of_model in sorted(by_model(records, shown=["max_questions"]).items())
+        for row in grouped(sorted(of_model, key=place_of), row_of).items()
+    ]
     rows = []
-    in_order = sorted(records, key=place_of)
-    for (name, ratio, provider, own, share, questions), group in grouped(in_order, row_of).items():
+    for name, (ratio, provider, own, share, questions), group in groups:
         same, other = (fmean(_excess(found, text) for found in group) for text in ("", "other_"))
         zero_shot = ["-", "-"]
         if group[0].extra["accuracies"]:
             zero_shot = [f"{_accuracy(group)} ({_accuracy(group, 'accuracies_dense')})", str(questions or "all")]
-        shares = ("-" if value is None else f"{value:.0%}" for value in (own, share))
-        rows.append([name, f"{ratio:.0%}", provider, *shares, f"{same:.3f}", f"{other:.3f}", *zero_shot])
+        shares = ("-" if value is None else percent(value) for value in (own, share))
+        rows.append([name, percent(ratio), provider, *shares, f"{same:.3f}", f"{other:.3f}", *zero_shot])
     return table(
         [
             *("model", "removed", "by", "own text", "the text's share", "excess", "on other text"),

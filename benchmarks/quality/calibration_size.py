@@ -16,7 +16,7 @@ from benchmarks.quality.methods import ProviderChoice, peer_choice, pruned_quali
 from benchmarks.quality.peers import taking_part
 from benchmarks.quality.pruned import Pruned
 from benchmarks.quality.subjects import SMOLLM2, Subject, add_model_options, quality_of, subjects, without_tasks
-from benchmarks.results import append, record
+from benchmarks.results import append, percent, record
 from gradprune.calibration.gather import gather_evidence
 from gradprune.config import PruneConfig
 from gradprune.data.samples import draw_samples
@@ -79,7 +79,7 @@ def _append(subject: Subject, run: Run, choice: ProviderChoice, dense: float, op
         "perplexity_dense": dense,
         "eval_windows": options.eval_samples,
     }
-    shape = f"{choice.ratio:.0%}, {size} samples"
+    shape = f"{percent(choice.ratio)}, {size} samples"
     made = record("calibration_size", subject.name, choice.provider, shape, "fp32", options.device, extra=extra)
     append(made, options.output)
     say(f"    {shape:18s} seed {seed} {choice.provider:28s} perplexity {measured:8.2f}")

@@ -13,6 +13,7 @@ others. Ratios are of the prunable parameters. Not part of `make bench`, because
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PreTrainedModel
@@ -24,16 +25,16 @@ from benchmarks.quality.peers.choice import PeerChoice, applied
 from benchmarks.quality.pruned import repaired_copy
 from benchmarks.quality.subjects import (
     SMOLLM2,
+    STORIES,
     Quality,
     Subject,
     add_model_options,
     add_task_options,
     chosen_subject,
     quality_of,
-    shared_texts,
     without_tasks,
 )
-from benchmarks.results import append, record
+from benchmarks.results import append, percent, record
 from gradprune.calibration.gather import gather_evidence
 from gradprune.config import DISTILL_TEXT, PruneConfig
 from gradprune.data.samples import draw_samples
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure ratio by ratio, share by share."""
     options = _with_defaults(parse(_parser(), arguments))
     subject = chosen_subject(options)
+    if options.other_dataset not in (None, STORIES[1]):
+        subject = replace(subject, name=f"{subject.name}, other text {Path(options.other_dataset).name}")
     other = replace(subject, evaluation=load_tokens(options.other_dataset, subject.tokenizer, split="evaluation"))
 
     def measured(model: PreTrainedModel) -> Measured:
@@ -97,7 +100,7 @@ def _with_defaults(options: Namespace) -> Namespace:
     options.ratios = options.ratios or ([0.2] if short else [0.2, 0.5])
     options.num_samples = options.num_samples or (4 if options.toy else PruneConfig().num_samples)
     if options.other_dataset is None and not options.toy:
-        options.other_dataset = shared_texts("stories")[1]
+        options.other_dataset = STORIES[1]
     return options
 
 
@@ -159,7 +162,7 @@ def _append(
         "eval_windows": options.eval_samples,
         "max_questions": options.max_questions,
     }
-    shape = ", ".join([f"{ratio:.0%}", *(f"{value:.0%} {name}" for name, value in shares.items())])
+    shape = ", ".join([percent(ratio), *(f"{percent(value)} {name}" for name, value in shares.items())])
     append(record("distilled_text", subject.name, provider, shape, "fp32", options.device, extra=extra), options.output)
     say(f"    {provider:16s} {shape:28s} perplexity {found.same.perplexity:8.2f}, other {found.other:8.2f}")
 

@@ -37,7 +37,7 @@ from benchmarks.quality.subjects import (
     subjects,
     without_tasks,
 )
-from benchmarks.results import append, record
+from benchmarks.results import append, percent, record
 from benchmarks.timing import first_line
 from gradprune.calibration.evidence import Evidence
 from gradprune.calibration.gather import gather_evidence
@@ -269,13 +269,14 @@ def _append(
         "num_samples": options.num_samples,
         "seq_len": options.seq_len,
         "eval_windows": options.eval_samples,
+        "max_questions": options.max_questions if measured.accuracies else None,
     }
     append(
-        record("quality", subject.name, provider, f"{ratio:.0%}", "fp32", options.device, extra=extra), options.output
+        record("quality", subject.name, provider, percent(ratio), "fp32", options.device, extra=extra), options.output
     )
     zero_shot = f", zero-shot {fmean(measured.accuracies.values()):.1%}" if measured.accuracies else ""
     shown = f"{measured.perplexity:8.2f} with {kept:.1%} of the parameters{zero_shot}"
-    say(f"    {provider:32s} {ratio:4.0%} seed {seed}: {shown}")
+    say(f"    {provider:32s} {percent(ratio):>5s} seed {seed}: {shown}")
 
 
 if __name__ == "__main__":

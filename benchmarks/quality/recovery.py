@@ -29,7 +29,7 @@ from benchmarks.quality.subjects import (
     chosen_subject,
     quality_of,
 )
-from benchmarks.results import append, record
+from benchmarks.results import append, percent, record
 from gradprune.checkpoint.load import load_model
 from gradprune.config import PruneConfig
 from gradprune.config.recovery_config import RecoveryConfig
@@ -103,7 +103,7 @@ def _append(
         "max_questions": options.max_questions,
         **trained,
     }
-    shape = f"{options.ratio:.0%} removed"
+    shape = f"{percent(options.ratio)} removed"
     append(record("recovery", subject.name, stage, shape, "fp32", options.device, extra=extra), options.output)
     zero_shot = f", zero-shot {fmean(measured.accuracies.values()):.1%}" if measured.accuracies else ""
     say(f"    {stage:10s} perplexity {measured.perplexity:8.2f}{zero_shot}")

@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +24,16 @@ from gradprune.evaluation.tasks import evaluate_tasks
 MODELS = ("stories260k", "stories260k-repeated", "demo", "demo-repeated")
 SMOLLM2 = "smollm2-135m"
 SHARED = ROOT.parent / "shared"
+
+
+def _shared_texts(name: str) -> tuple[str, str]:
+    """Calibration and evaluation text of that name, beside the repository."""
+    calibration, evaluation = (str(SHARED / "text" / f"{name}_{part}.txt") for part in ("calibration", "eval"))
+    return calibration, evaluation
+
+
+STORIES_MODEL = SHARED / "models" / "stories260k"
+STORIES, WIKITEXT2 = _shared_texts("stories"), _shared_texts("wikitext2_raw")
 
 
 @dataclass(frozen=True)
@@ -48,8 +59,8 @@ class Quality:
 def add_model_options(made: ArgumentParser, base_model: str | None = None) -> None:
     """The model to measure and its texts; base_model: what help says of the model."""
     made.add_argument("--base_model", help=base_model)
-    made.add_argument("--dataset")
-    made.add_argument("--eval_dataset")
+    made.add_argument("--dataset", help="calibration text; results are recorded under its name, too")
+    made.add_argument("--eval_dataset", help="text that perplexity is measured on; likewise")
 
 
 def add_task_options(made: ArgumentParser) -> None:
@@ -59,67 +70,66 @@ def add_task_options(made: ArgumentParser) -> None:
 
 
 def subjects(options: Namespace) -> Iterator[Subject]:
-    """What --base_model names, with its texts; else each of --models that is here."""
+    """What --base_model names; else each of --models that is here."""
     if options.base_model is not None:
-        yield load_subject(options.base_model, options.dataset, options.eval_dataset, options.device)
+        yield chosen_subject(options)
         return
     for name, source in _sources(options).items():
         chosen = {name, f"{name}-repeated"} & set(options.models)
         if not chosen:
             continue
-        subject = replace(load_subject(*source, options.device), name=name)
+        subject = _load(name, source, options)
         if name in chosen:
             yield subject
         if f"{name}-repeated" in chosen:
             repeated = without_grouped_queries(subject.model).to(options.device)
-            yield replace(subject, name=f"{name}, KV heads repeated", model=repeated)
+            yield replace(subject, name=f"{name}, KV heads repeated{_on_texts(options)}", model=repeated)
 
 
-def _sources(options: Namespace) -> dict[str, tuple[str, str | None, str | None]]:
-    """By model, where it is and its two texts; those that are not there are left out."""
-    sources: dict[str, tuple[str, str | None, str | None]] = {}
-    stories = SHARED / "models" / "stories260k"
-    if stories.is_dir():
-        sources["stories260k"] = (str(stories), *shared_texts("stories"))
-    if not (options.toy or (options.quick and stories.is_dir())):
-        sources["demo"] = (str(demo_model_path()), None, None)
+def chosen_subject(options: Namespace) -> Subject:
+    """What --base_model names; else SmolLM2-135M, or the demo model for --toy."""
+    if options.base_model is not None:
+        return _load(Path(options.base_model).name, Source(options.base_model), options)
+    if options.toy:
+        return _load(demo_model_path().name, Source(str(demo_model_path())), options)
+    return _load(SMOLLM2, Source(SMOLLM2, WIKITEXT2), options)
+
+
+class Source(NamedTuple):
+    """Where a model is, and its calibration and evaluation text; None is the embedded one."""
+
+    base_model: str
+    texts: tuple[str | None, str | None] = (None, None)
+
+
+def _sources(options: Namespace) -> dict[str, Source]:
+    """By model; those that are not there are left out."""
+    sources: dict[str, Source] = {}
+    if STORIES_MODEL.is_dir():
+        sources["stories260k"] = Source(str(STORIES_MODEL), STORIES)
+    if not (options.toy or (options.quick and STORIES_MODEL.is_dir())):
+        sources["demo"] = Source(str(demo_model_path()))
     if SMOLLM2 in options.models:
-        texts = smollm2_texts(options)
         try:
             find_gguf(SMOLLM2)
-            sources[SMOLLM2] = (SMOLLM2, *texts)
+            sources[SMOLLM2] = Source(SMOLLM2, WIKITEXT2)
         except CheckpointError as error:
             say(f"SKIPPED: {SMOLLM2}: {error}")
     return sources
 
 
-def smollm2_texts(options: Namespace) -> tuple[str | None, str | None]:
-    """What --dataset and --eval_dataset name; else two parts of WikiText-2."""
-    return (options.dataset, options.eval_dataset) if options.dataset else shared_texts("wikitext2_raw")
+def _load(name: str, source: Source, options: Namespace) -> Subject:
+    """Load a model with the texts that the options name, and of those that they do not with its own."""
+    model, tokenizer = load_model(source.base_model, device=options.device)
+    calibration = load_tokens(options.dataset or source.texts[0], tokenizer)
+    evaluation = load_tokens(options.eval_dataset or source.texts[1], tokenizer, split="evaluation")
+    return Subject(f"{name}{_on_texts(options)}", model, tokenizer, calibration, evaluation)
 
 
-def shared_texts(name: str) -> tuple[str, str]:
-    """Calibration and evaluation text of that name, beside the repository."""
-    calibration, evaluation = (str(SHARED / "text" / f"{name}_{part}.txt") for part in ("calibration", "eval"))
-    return calibration, evaluation
-
-
-def load_subject(base_model: str, dataset: str | None, eval_dataset: str | None, device: str) -> Subject:
-    """Load a model with its texts; those that are None are the embedded ones."""
-    model, tokenizer = load_model(base_model, device=device)
-    evaluation = load_tokens(eval_dataset, tokenizer, split="evaluation")
-    return Subject(Path(base_model).name, model, tokenizer, load_tokens(dataset, tokenizer), evaluation)
-
-
-def chosen_subject(options: Namespace) -> Subject:
-    """What --base_model names, with its texts; else SmolLM2-135M, or the demo model for --toy."""
-    if options.base_model is not None:
-        source = (options.base_model, options.dataset, options.eval_dataset)
-    elif options.toy:
-        source = (str(demo_model_path()), None, None)
-    else:
-        source = (SMOLLM2, *smollm2_texts(options))
-    return load_subject(*source, options.device)
+def _on_texts(options: Namespace) -> str:
+    """What follows a model's name where options name texts: results on different texts share no table."""
+    named = {"on": options.dataset, "evaluated on": options.eval_dataset}
+    return "".join(f", {how} {Path(text).name}" for how, text in named.items() if text is not None)
 
 
 def quality_of(model: PreTrainedModel, subject: Subject, options: Namespace) -> Quality:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from benchmarks.options import parse, parser
 from benchmarks.progress import Deadline, say
 from benchmarks.quality.deep_model import RECIPE, SPLIT_LAYER, healthy_model, suffering_model
-from benchmarks.results import append, record
+from benchmarks.results import append, percent, record
 from gradprune.calibration.gather import gather_evidence
 from gradprune.config import Constraints, PruneConfig, Scoring
 from gradprune.data.embedded import embedded_text
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 say("    the time for this run is used up")
                 return
             provider = f"gradprune {found['gradient_fix']} T={found['temperature']:g}"
-            shape = f"{options.ratio:.0%}"
+            shape = percent(options.ratio)
             append(
                 record("vanishing", f"{name} {kind}", provider, shape, "fp32", options.device, extra=found),
                 options.output,

@@ -79,9 +79,12 @@ def fixture_records() -> list[Record]:
     for size, seed, value in ((64, 0, math.e**2), (64, 1, math.e**3), (256, 0, math.e)):
         extra = {"ratio": 0.5, "seed": seed, "perplexity": value, "perplexity_dense": 1.0, "num_samples": size}
         records.append(made("calibration_size", "smol", "FLAP", shape=f"50%, {size} samples", extra=extra))
-    trained = {"steps": 50, "tokens": 51200, "processor_seconds": 300.0, "eval_windows": 96, "max_questions": None}
+    trained = {"steps": 50, "tokens": 51200, "processor_seconds": 300.0}
     for provider, value, more in (("dense", 4.0, {}), ("pruned", 16.0, {}), ("recovered", 8.0, trained)):
-        extra = {"perplexity": value, "perplexity_dense": 4.0, "accuracies": {"piqa": 0.5, "arc": 0.25}, **more}
+        extra = {
+            "perplexity": value, "perplexity_dense": 4.0, "accuracies": {"piqa": 0.5, "arc": 0.25}, "eval_windows": 96,
+            "max_questions": None, **more,
+        }  # fmt: skip
         records.append(made("recovery", "smol", provider, shape="30% removed", extra=extra))
     for name, best in (("deep healthy", "none"), ("deep suffering", "adaptive")):
         for fix in ("none", "adaptive"):
@@ -208,6 +211,26 @@ def test_different_numbers_of_samples_share_no_table(results: Path, tmp_path: Pa
     quality = section((folder / "README.md").read_text(), "quality")
     assert "256 calibration samples" in quality
     assert rows(quality) == ["| Torch-Pruning `GroupTaylor`, its defaults | **3.00** |"]
+
+
+@pytest.mark.parametrize(
+    ("condition", "title"),
+    [("seq_len", "2048 tokens"), ("eval_windows", "all windows"), ("max_questions", "50 questions a task")],
+)
+def test_different_conditions_share_no_table(condition: str, title: str, tmp_path: Path) -> None:
+    usual = {"num_samples": 128, "seq_len": 128, "eval_windows": 64, "max_questions": None}
+    other = {"seq_len": 2048, "eval_windows": None, "max_questions": 50}[condition]
+    for run, conditions, value in (("1", usual, 7.0), ("2", {**usual, condition: other}, 3.0)):
+        extra = {"ratio": 0.2, "seed": 0, "perplexity": value, "perplexity_dense": 2.0, "kept": 0.8, **conditions}
+        append(made("quality", MODELS[0], "gradprune group_fisher T=0", shape="20%", extra=extra, run=run), tmp_path)
+        append(made("calibration_size", "smol", "FLAP", shape="20%", extra=extra, run=run), tmp_path)
+    text = (rebuild(tmp_path, tmp_path / "report") / "benchmarks/README.md").read_text()
+    assert rows(text.split(f"#### {MODELS[0]}, {title}, dense")[1].split("###")[0]) == [
+        "| gradprune group_fisher T=0 | 3.00 (3.00 to 3.00) |"
+    ]
+    assert f"| smol, {title} | 20% | FLAP | 0.405 |" in text
+    # The last that was measured.
+    assert "**3.00**" in (tmp_path / "report/README.md").read_text()
 
 
 def test_the_claim_is_a_ratio_of_one_run(tmp_path: Path) -> None:

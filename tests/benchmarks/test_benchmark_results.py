@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.environment import environment, revision, sources_hash
-from benchmarks.results import InterpreterTimingError, Record, append, latest, read
+from benchmarks.results import CONDITIONS, InterpreterTimingError, Record, append, latest, percent, read
 from helpers.benchmark_records import MACHINE, made
 
 
@@ -93,6 +93,32 @@ def test_perplexities_of_several_runs_make_one_table(kind: str) -> None:
     assert latest([*first, again]) == [again, *first[1:]]
     elsewhere = replace(again, run="third", environment=replace(MACHINE, hardware="another CPU"))
     assert latest([*first, again, elsewhere]) == [elsewhere, *first[1:]]
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_under_other_conditions_a_record_replaces_none(condition: str) -> None:
+    def measured(run: str, value: int | None) -> Record:
+        extra = {"seed": 0, "perplexity": 7.0, condition: value}
+        return made("quality", "demo", "taylor", shape="20%", run=run, extra=extra)
+
+    first, other, unlimited, again = (
+        measured(run, value) for run, value in (("1", 64), ("2", 32), ("3", None), ("4", 64))
+    )
+    assert latest([first, other, unlimited, again]) == [again, other, unlimited]
+    # Records from before there was the condition are of no limit.
+    before = replace(unlimited, run="0", extra={"seed": 0, "perplexity": 7.0})
+    assert latest([before, unlimited]) == [unlimited]
+
+
+def test_ratios_are_named_as_they_are() -> None:
+    assert [percent(ratio) for ratio in (0.0, 0.1, 0.12, 0.125, 0.3, 0.5)] == [
+        "0%",
+        "10%",
+        "12%",
+        "12.5%",
+        "30%",
+        "50%",
+    ]
 
 
 def test_the_environment_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,16 @@ from benchmarks.kernels import run as kernels
 from benchmarks.kernels import sweep
 from benchmarks.options import parse, parser
 from benchmarks.progress import Deadline
-from benchmarks.quality import calibration_size, distilled_text, experts, methods, recovery, stage_times, vanishing
+from benchmarks.quality import (
+    calibration_size,
+    distilled_text,
+    experts,
+    methods,
+    recovery,
+    stage_times,
+    subjects,
+    vanishing,
+)
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.peers.choice import uniform_masks
 from benchmarks.quality.peers.torch_pruning import without_grouped_queries
@@ -305,6 +314,7 @@ def test_quality(tmp_path: Path) -> None:
     # Torch-Pruning if installed.
     assert len(providers) in (31 + len(PEERS), 32 + len(PEERS))
     assert set(PEERS) <= set(providers)
+    assert {record.name for record in found} == {"model, on calibration.npy, evaluated on evaluation.npy"}
     assert all(record.extra["perplexity"] > 1.0 and record.extra["kept"] >= 0.8 for record in found)
     again = ["--providers", "gradprune obs + distillation T=0", "--methods", "obs", "--base_model", str(folder)]
     methods.main([*TOY, str(tmp_path / "again"), *texts, *sizes, *again])
@@ -363,6 +373,19 @@ def test_a_model_that_is_measured_repaired_and_distilled_is_repaired_once(
     )  # fmt: skip
     assert repaired.extra["perplexity"] != distilled.extra["perplexity"]
     assert len(repairs) == 1
+
+
+def test_every_model_is_measured_on_the_texts_that_are_named(tmp_path: Path) -> None:
+    np.save(tmp_path / "mine.npy", tiny_ids(samples=16, tokens=9).flatten().numpy())
+    asked = ["--quick", "--models", "stories260k" if subjects.STORIES_MODEL.is_dir() else "demo", "--seq_len", "8"]
+    for option, name in (("--dataset", "on"), ("--eval_dataset", "evaluated on")):
+        options = methods._with_defaults(methods._parser().parse_args([*asked, option, str(tmp_path / "mine.npy")]))
+        (found,) = subjects.subjects(options)
+        assert found.name == f"{asked[2]}, {name} mine.npy"
+        mine, others = found.calibration, found.evaluation
+        if name == "evaluated on":
+            mine, others = others, mine
+        assert len(mine) == 16 * 9 < len(others)
 
 
 def test_quality_is_measured_on_as_many_samples_as_prune_takes(monkeypatch: pytest.MonkeyPatch) -> None:
