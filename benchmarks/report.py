@@ -107,6 +107,7 @@ def _jobs(records: Sequence[Record], folder: Path) -> str:
         if name == "calibration":
             text = tables.calibration_table(of_job)
         elif name == "growth":
+            of_job = tables.of_last_runs(of_job)
             by_axis = tables.grouped(of_job, lambda found: found.extra["axis"])
             images = [_plot(plots.growth_plot, group, folder, f"growth-{axis}") for axis, group in by_axis.items()]
             text = "".join(images) + tables.growth_table(of_job)

@@ -102,6 +102,12 @@ def above_activations(found: Record, group: Sequence[Record]) -> str:
     return f"{beyond:.1%}" if beyond > 0.0 else "none"
 
 
+def of_last_runs(records: Iterable[Record]) -> list[Record]:
+    """Those of each name's last run: a line is fitted to points of one run, and one of other points may be earlier."""
+    groups = grouped(records, lambda found: found.name).values()
+    return [found for group in groups for found in group if found.run == max(other.run for other in group)]
+
+
 def growth_table(records: Sequence[Record]) -> str:
     """One row per growing quantity and provider: its range, and the fitted exponents."""
     rows = []
@@ -290,15 +296,19 @@ def timing_table(records: Sequence[Record]) -> str:
 def quality_table(records: Sequence[Record]) -> str:
     """One model: one row per provider, one column per ratio; the mean over seeds (lowest to highest).
 
+    What a provider keeps is told where that is more than others keep by a hundredth of the model.
+
     A second column per ratio at which zero-shot questions were asked has the mean accuracy over tasks, in percent.
     """
     pruned = [found for found in records if found.provider != "dense"]
     ratios = sorted({found.extra["ratio"] for found in pruned})
     asked = sorted({found.extra["ratio"] for found in pruned if found.extra.get("accuracies")})
+    least = {ratio: min(found.extra["kept"] for found in pruned if found.extra["ratio"] == ratio) for ratio in ratios}
     rows = []
     for provider, group in grouped(pruned, lambda found: found.provider).items():
         cells = {ratio: [f for f in group if f.extra["ratio"] == ratio] for ratio in ratios}
-        rows.append([provider, *map(_spread, cells.values()), *(_accuracy(cells[ratio]) for ratio in asked)])
+        shown = [_spread(of_ratio) + _more_kept(of_ratio, least[ratio]) for ratio, of_ratio in cells.items()]
+        rows.append([provider, *shown, *(_accuracy(cells[ratio]) for ratio in asked)])
     header = ["provider", *(f"{percent(ratio)} removed" for ratio in ratios)]
     return table([*header, *(f"zero-shot, {percent(ratio)}" for ratio in asked)], rows)
 
@@ -387,6 +397,12 @@ def _spread(records: Sequence[Record]) -> str:
     if not values:
         return "-"
     return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def _more_kept(records: Sequence[Record], least: float) -> str:
+    """The parameters kept, where they are noticeably more than `least`: a fraction of the model."""
+    kept = fmean(found.extra["kept"] for found in records) if records else least
+    return f", {kept:.0%} kept" if kept > least + 0.01 else ""
 
 
 CALIBRATION_SIZE = (

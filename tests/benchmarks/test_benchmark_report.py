@@ -233,6 +233,29 @@ def test_different_conditions_share_no_table(condition: str, title: str, tmp_pat
     assert "**3.00**" in (tmp_path / "report/README.md").read_text()
 
 
+def test_who_keeps_more_than_the_others_is_told(tmp_path: Path) -> None:
+    for provider, ratio, kept in (("obs", 0.2, 0.8), ("FLAP", 0.2, 0.805), ("obs", 0.5, 0.5), ("LLM-Pruner", 0.5, 0.6)):
+        extra = {"ratio": ratio, "seed": 0, "perplexity": 3.0, "perplexity_dense": 2.0, "kept": kept}
+        append(made("quality", "smol", provider, shape=f"{ratio}", extra=extra), tmp_path)
+    assert rows((rebuild(tmp_path, tmp_path / "report") / "benchmarks/README.md").read_text()) == [
+        "| obs | 3.00 (3.00 to 3.00) | 3.00 (3.00 to 3.00) |",
+        "| FLAP | 3.00 (3.00 to 3.00) | - |",
+        "| LLM-Pruner | - | 3.00 (3.00 to 3.00), 60% kept |",
+    ]
+
+
+def test_an_exponent_is_of_one_run(tmp_path: Path) -> None:
+    for run, size, each, points in (("1", "28M", 8.0, (64, 256)), ("2", "3M", 1.0, (64, 128))):
+        for x in points:
+            shape, extra = f"Llama {size}, 1x{x} tokens by 1", {"axis": "tokens", "x": x}
+            found = made(
+                "job", "growth with tokens", "plain", each * x, shape=shape, run=run, extra=extra, peak_memory=x
+            )
+            append(found, tmp_path)
+    text = (rebuild(tmp_path, tmp_path / "report") / "benchmarks/README.md").read_text()
+    assert "| tokens, 64 to 128 | plain | 1.00 | 1.00 |" in text
+
+
 def test_the_claim_is_a_ratio_of_one_run(tmp_path: Path) -> None:
     for provider, milliseconds, peak in (("gradprune cpp", 100.0, 150), ("torch-pruning GroupTaylor", 160.0, 200)):
         values = {"peak_memory": peak, "extra": {"weight_bytes": 1}}
