@@ -1,8 +1,8 @@
 """Command-line options that all benchmarks share."""
 
 import time
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +34,27 @@ def parse(made: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
     return options
 
 
-def listed(convert: Callable[[str], object]) -> Callable[[str], list[object]]:
-    """An argparse type for values separated by commas."""
-    return lambda text: [convert(part) for part in text.split(",")]
+def listed(convert: Callable[[str], object], of: Collection[str] = ()) -> Callable[[str], list[object]]:
+    """An argparse type for values separated by commas; of: what they may be, where not everything is."""
+
+    def parts(text: str) -> list[object]:
+        try:
+            found = [convert(part) for part in text.split(",")]
+        except ValueError as error:
+            raise ArgumentTypeError(f"'{text}' is not of numbers separated by commas") from error
+        if unknown := [value for value in found if of and value not in of]:
+            raise ArgumentTypeError(f"'{unknown[0]}' is none of {', '.join(of)}")
+        return found
+
+    return parts
+
+
+def folder_of(pattern: str) -> Callable[[str], Path]:
+    """An argparse type for a folder that has such files."""
+
+    def folder(text: str) -> Path:
+        if not any(Path(text).glob(pattern)):
+            raise ArgumentTypeError(f"'{text}' is no folder with {pattern} in it")
+        return Path(text)
+
+    return folder

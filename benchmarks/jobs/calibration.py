@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from benchmarks.jobs.calibrators import NEEDED, RECOMPUTING, Calibrator, calibrators, engine_scores
-from benchmarks.jobs.models import Load, build, samples
+from benchmarks.jobs.models import SIZES, Load, build, samples
 from benchmarks.jobs.session import TIMEOUT, Session, Task, Turn, TurnError, Worker
 from benchmarks.options import listed, parse, parser
 from benchmarks.progress import Deadline, say
@@ -75,7 +75,7 @@ GPU = [
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the device's jobs, or those of the sizes asked for."""
     made = parser(__doc__)
-    made.add_argument("--sizes", type=listed(str), default=None, help="run only the jobs of these model sizes")
+    made.add_argument("--sizes", type=listed(str, SIZES), default=None, help="run only the jobs of these model sizes")
     made.add_argument(
         "--providers", type=listed(str), default=None, help="who takes part, instead of each job's own choice"
     )

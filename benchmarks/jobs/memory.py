@@ -157,7 +157,7 @@ def cases(quick: bool, toy: bool) -> Iterator[tuple[str, Case]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure each case, and print prediction, measurement and the fitted exponents."""
     made = parser(__doc__)
-    made.add_argument("--axes", type=listed(str), help=f"only these of {', '.join(AXES)}, and no other cases")
+    made.add_argument("--axes", type=listed(str, AXES), help=f"only these of {', '.join(AXES)}, and no other cases")
     made.add_argument("--case", type=json.loads, help="for the process of one case: its fields as JSON")
     options = parse(made, arguments)
     if options.case is not None:

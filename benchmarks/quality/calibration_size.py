@@ -15,7 +15,7 @@ from benchmarks.progress import Deadline, say
 from benchmarks.quality.methods import ProviderChoice, peer_choice, pruned_quality
 from benchmarks.quality.peers import taking_part
 from benchmarks.quality.pruned import Pruned
-from benchmarks.quality.subjects import SMOLLM2, Subject, add_model_options, quality_of, subjects, without_tasks
+from benchmarks.quality.subjects import MODELS, SMOLLM2, Subject, add_model_options, quality_of, subjects, without_tasks
 from benchmarks.results import append, percent, record
 from gradprune.calibration.gather import gather_evidence
 from gradprune.config import PruneConfig
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure model by model, seed by seed, from few samples to many."""
     made = parser(__doc__)
     add_model_options(made)
-    made.add_argument("--models", type=listed(str), default=("stories260k", SMOLLM2))
+    made.add_argument("--models", type=listed(str, (*MODELS, SMOLLM2)), default=("stories260k", SMOLLM2))
     made.add_argument("--sizes", type=listed(int), default=None, help="numbers of samples")
     made.add_argument("--ratios", type=listed(float), default=(0.2, 0.5))
     made.add_argument("--seeds", type=listed(int), default=(0,))

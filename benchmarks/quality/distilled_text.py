@@ -84,7 +84,7 @@ def _parser() -> ArgumentParser:
     made.add_argument("--other_dataset", help="default stories beside the repository")
     made.add_argument("--shares", type=listed(float), default=None, help="of the text in what distillation teaches")
     made.add_argument("--own_text", type=float, default=0.0, help="of the samples, the share the model writes itself")
-    made.add_argument("--peers", type=listed(str), default=(), help=f"measure these instead: {', '.join(PEERS)}")
+    made.add_argument("--peers", type=listed(str, PEERS), default=(), help=f"measure these instead: {', '.join(PEERS)}")
     made.add_argument("--ratios", type=listed(float), default=None)
     made.add_argument("--num_samples", type=int, default=None)
     made.add_argument("--seed", type=int, default=0)

@@ -86,10 +86,15 @@ def _parser() -> ArgumentParser:
     made = parser(__doc__)
     add_model_options(made)
     made.add_argument(
-        "--models", type=listed(str), default=MODELS, help=f"without --base_model: {', '.join((*MODELS, SMOLLM2))}"
+        "--models",
+        type=listed(str, (*MODELS, SMOLLM2)),
+        default=MODELS,
+        help=f"without --base_model: {', '.join((*MODELS, SMOLLM2))}",
     )
-    made.add_argument("--methods", type=listed(str), default=DENSE_METHODS, help="importance methods to measure")
-    made.add_argument("--peers", type=listed(str), default=tuple(PEERS), help="peers to measure")
+    made.add_argument(
+        "--methods", type=listed(str, METHODS), default=DENSE_METHODS, help="importance methods to measure"
+    )
+    made.add_argument("--peers", type=listed(str, PEERS), default=tuple(PEERS), help="peers to measure")
     made.add_argument("--providers", type=listed(str), default=None, help="of all these alone, as tables name them")
     made.add_argument("--ratios", type=listed(float), default=None)
     made.add_argument("--prunable", action="store_true", help="ratios are of the prunable parameters, not of all")

@@ -21,7 +21,7 @@ from benchmarks.options import listed, parse, parser
 from benchmarks.progress import say
 from benchmarks.quality.subjects import SMOLLM2, Subject, add_model_options, chosen_subject
 from benchmarks.results import append, record
-from gradprune.config import DEFAULT_METHODS, PruneConfig
+from gradprune.config import DEFAULT_METHODS, METHODS, PruneConfig
 from gradprune.data.windows import batches
 from gradprune.models import describe
 from gradprune.models.loss import sample_losses
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__)
     add_model_options(made, f"default {SMOLLM2}")
     made.add_argument(
-        "--methods", type=listed(str), default=(DEFAULT_METHODS[0],), help="importance methods to measure"
+        "--methods", type=listed(str, METHODS), default=(DEFAULT_METHODS[0],), help="importance methods to measure"
     )
     made.add_argument("--prunable", type=float, default=0.2, help="fraction of the prunable parameters to remove")
     made.add_argument("--num_samples", type=int, default=None, help="default as by the options")

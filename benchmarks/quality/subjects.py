@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.environment import ROOT
+from benchmarks.options import folder_of
 from benchmarks.progress import say
 from benchmarks.quality.peers.torch_pruning import without_grouped_queries
 from gradprune.checkpoint.gguf_source import find_gguf
@@ -65,7 +66,9 @@ def add_model_options(made: ArgumentParser, base_model: str | None = None) -> No
 
 def add_task_options(made: ArgumentParser) -> None:
     """What `quality_of` asks."""
-    made.add_argument("--tasks", type=Path, default=None, help="folder of .jsonl files with zero-shot questions")
+    made.add_argument(
+        "--tasks", type=folder_of("*.jsonl"), default=None, help="folder of .jsonl files with zero-shot questions"
+    )
     made.add_argument("--max_questions", type=int, default=None, help="at most this many of each task")
 
 

@@ -355,6 +355,31 @@ def test_a_provider_that_nothing_measures_is_refused_before_anything_is(capsys: 
     assert told.endswith("gradprune obs + distillation T=0, torch-pruning GroupTaylor, FLAP")
 
 
+@pytest.mark.parametrize(
+    ("main", "arguments", "fault"),
+    [
+        (methods.main, ["--models", "stories260K"], "--models: 'stories260K' is none of stories260k, "),
+        (methods.main, ["--methods", "obs,tailor"], "--methods: 'tailor' is none of "),
+        (methods.main, ["--peers", "flap"], "--peers: 'flap' is none of FLAP, "),
+        (methods.main, ["--seeds", "0,x"], "--seeds: '0,x' is not of numbers separated by commas"),
+        (methods.main, ["--tasks", "nowhere"], "--tasks: 'nowhere' is no folder with *.jsonl in it"),
+        (calibration_size.main, ["--models", "x"], "--models: 'x' is none of "),
+        (distilled_text.main, ["--peers", "x"], "--peers: 'x' is none of FLAP, "),
+        (stage_times.main, ["--methods", "x"], "--methods: 'x' is none of "),
+        (calibration.main, ["--sizes", "9B"], "--sizes: '9B' is none of toy, "),
+        (memory.main, ["--axes", "x"], "--axes: 'x' is none of layers, "),
+        (kernels.main, ["--ops", "x"], "--ops: 'x' is none of "),
+    ],
+)
+def test_what_does_not_exist_is_refused_before_anything_is_measured(
+    main: Callable[[list[str]], None], arguments: list[str], fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as found:
+        main(["--toy", *arguments])
+    assert found.value.code == 2
+    assert fault in capsys.readouterr().err
+
+
 def test_a_model_that_is_measured_repaired_and_distilled_is_repaired_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
