@@ -39,6 +39,7 @@ from gradprune.calibration.gather import gather_evidence
 from gradprune.config import DISTILL_TEXT, PruneConfig
 from gradprune.data.samples import draw_samples
 from gradprune.data.sources import load_tokens
+from gradprune.errors import CalibrationError
 from gradprune.models import describe
 from gradprune.run import Run
 from gradprune.scoring.choose import choose
@@ -130,7 +131,11 @@ def _distilled(subject: Subject, options: Namespace) -> Iterator[tuple[float, fl
         masks = choose(view, evidence, config.scoring, config.constraints, ratio).masks
         model, repaired = repaired_copy(run, masks)
         taught = taught_samples(run, repaired)
-        assert taught is not None
+        if taught is None:
+            raise CalibrationError(
+                f"num_samples: {config.num_samples} samples leave no text to judge distillation on, or the model is "
+                "too large to be distilled by default; give more text, fewer samples, or a smaller model"
+            )
         for share in options.shares:
             distilled = sharing_copy(model)
             distil_run(replace(run, config=replace(config, distill_text=share)), distilled, taught)

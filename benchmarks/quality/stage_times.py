@@ -22,6 +22,7 @@ from benchmarks.progress import say
 from benchmarks.quality.subjects import SMOLLM2, Subject, add_model_options, chosen_subject
 from benchmarks.results import append, record
 from gradprune.config import DEFAULT_METHODS, METHODS, PruneConfig
+from gradprune.data.samples import draw_samples
 from gradprune.data.windows import batches
 from gradprune.models import describe
 from gradprune.models.loss import sample_losses
@@ -59,8 +60,8 @@ def _config(model: PreTrainedModel, method: str, options: Namespace) -> PruneCon
 
 def _measure(subject: Subject, config: PruneConfig, options: Namespace) -> None:
     """Plain, prune, plain."""
-    samples = subject.calibration[: config.num_samples * config.seq_len].view(-1, config.seq_len)
-    parts = list(batches(samples.to(subject.model.device), config.batch_size))
+    samples = draw_samples(subject.model, None, config, subject.calibration, subject.evaluation)
+    parts = list(batches(samples.calibration.to(subject.model.device), config.batch_size))
     _plain(subject.model, parts[:1])
     plain = _plain(subject.model, parts)
     result = prune(

@@ -44,6 +44,7 @@ from gradprune.checkpoint.gguf_source import PACKAGES
 from gradprune.checkpoint.load import load_model
 from gradprune.config import PruneConfig
 from gradprune.demo import demo_model_path
+from gradprune.errors import CalibrationError
 from gradprune.evaluation.speed import Throughput
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
@@ -495,6 +496,25 @@ def test_stage_times_of_a_real_model_and_their_table(tmp_path: Path) -> None:
     whole = found[0].extra["whole"]
     assert f"| gradprune obs | {found[0].extra['ratios']['calibration']:.2f} |" in text
     assert f"| {whole:.2f} |" in text
+
+
+@pytest.mark.parametrize(("main", "samples"), [(stage_times.main, "100"), (distilled_text.main, "3")])
+def test_text_that_is_too_short_is_told(main: Callable[[list[str]], None], samples: str, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("Once upon a time. " * 22)
+    with pytest.raises(CalibrationError, match=f"num_samples: {samples} samples"):
+        main(
+            [
+                *TOY,
+                str(tmp_path),
+                "--base_model",
+                str(demo_model_path()),
+                "--dataset",
+                str(text),
+                "--num_samples",
+                samples,
+            ]
+        )
 
 
 def test_recovery(tmp_path: Path) -> None:
