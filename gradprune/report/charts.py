@@ -5,8 +5,8 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from gradprune.report.plots import layer_ticks
 from gradprune.report.rows import scored_kinds
 
 # From the Okabe-Ito palette, which is safe for colour-blind readers.
@@ -29,8 +29,9 @@ def kept_chart(layers: list[dict[str, Any]]) -> str:
         positions = [position + shift for position in range(len(layers))]
         axes.bar(positions, kept, width, label=kind.legend, color=color)
     axes.set(xlabel="decoder layer", ylabel="fraction kept", ylim=(0.0, 1.0), xlim=(-0.6, len(layers) - 0.4))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(kinds), frameon=False)
+    axes.xaxis.set_major_locator(layer_ticks(0, len(layers) - 1))
+    # More columns than two would not fit the narrowest figure.
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return svg(figure)
 
 

@@ -129,7 +129,7 @@ def heatmap_figure(title: str, layers: list[LayerGradients]) -> Figure:
     axes.tick_params(axis="y", labelsize="small")
     axes.spines[:].set_visible(False)
     axes.set_xlabel("decoder layer")
-    axes.xaxis.set_major_locator(_integers(first, last))
+    axes.xaxis.set_major_locator(layer_ticks(first, last))
     _finish(figure, axes, title, diagnose_gradients(layers), [patch for patch in legend if patch])
     return figure
 
@@ -140,12 +140,17 @@ def plain(name: str) -> str:
     return (line if len(line) <= 48 else f"{line[:45]}...").replace("$", r"\$")
 
 
+def layer_ticks(first: int, last: int) -> FixedLocator | MaxNLocator:
+    """Ticks at every layer from `first` to `last` if there is room, else at round numbers."""
+    return FixedLocator(range(first, last + 1)) if last - first < 40 else MaxNLocator(20, integer=True)
+
+
 def _layer_figure(layers: list[LayerGradients], quantity: str) -> tuple[Figure, Axes]:
     first, last = layers[0].layer, layers[-1].layer
     figure = Figure(figsize=(_width(last - first + 1), 5.0), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlabel="decoder layer", ylabel=f"{quantity}, log scale", yscale="log", xlim=(first - 0.6, last + 0.6))
-    axes.xaxis.set_major_locator(_integers(first, last))
+    axes.xaxis.set_major_locator(layer_ticks(first, last))
     axes.grid(axis="y", color="#D8D8D8", linewidth=0.6)
     axes.set_axisbelow(True)
     for index in (layer.layer for layer in layers if layer.mean == 0.0):
@@ -155,11 +160,6 @@ def _layer_figure(layers: list[LayerGradients], quantity: str) -> tuple[Figure, 
 
 def _width(layers: int) -> float:
     return min(max(7.5, 3.0 + 0.2 * layers), 16.0)
-
-
-def _integers(first: int, last: int) -> FixedLocator | MaxNLocator:
-    """Ticks at every layer if there is room, else at round numbers."""
-    return FixedLocator(range(first, last + 1)) if last - first < 40 else MaxNLocator(20, integer=True)
 
 
 def _log_range(axes: Axes, values: Sequence[float]) -> float:
