@@ -15,9 +15,19 @@ from gradprune.checkpoint.push import PLACE
 from gradprune.checkpoint.results import model_name
 from gradprune.checkpoint.save import MLX_TYPES
 from gradprune.config import OPTIONS, PruneConfig, command_line
+from gradprune.errors import ExportError
+from gradprune.export.gguf_model import check_config
 from gradprune.hub import hub_fault
 from gradprune.models.modeling_gradprune import auto_class_name, per_layer_overrides
-from gradprune.report.rows import layer_header, layer_rows, repair_text, samples_text, scored_kinds, summary_rows
+from gradprune.report.rows import (
+    kinds_text,
+    layer_header,
+    layer_rows,
+    repair_text,
+    samples_text,
+    scored_kinds,
+    summary_rows,
+)
 from gradprune.version import __version__
 
 # Speed differs from run to run, and a checkpoint has the same bytes every time.
@@ -141,18 +151,13 @@ def _license(head: dict[str, Any]) -> dict[str, Any]:
 
 def _how(base: _Base, config: PruneConfig, summary: dict[str, Any]) -> str:
     before, after = summary["parameters"]["before"], summary["parameters"]["after"]
+    groups = kinds_text(scored_kinds(summary["layers"]))
     text = (
         f"{base.name} with {after:,} of its {before:,} parameters: gradprune {__version__} removed the "
-        f"{_kinds(summary)} with the least `{config.importance_method}` importance over the whole model, measured on "
+        f"{groups} with the least `{config.importance_method}` importance over the whole model, measured on "
         f"{samples_text(summary)}."
     )
     return f"{text}{repair_text(summary)}\n\n```sh\n{command_line(_shown(base, config))}\n```"
-
-
-def _kinds(summary: dict[str, Any]) -> str:
-    """What was pruned: "KV groups, MLP channels and experts"."""
-    *others, last = (kind.groups for kind in scored_kinds(summary["layers"]))
-    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _shown(base: _Base, config: PruneConfig) -> PruneConfig:
@@ -189,14 +194,24 @@ def _loading(model: PreTrainedConfig) -> str:
         else f"- vLLM, by its Transformers backend: `vllm serve {PLACE} --trust-remote-code`"
     )
     mlx = f"- MLX: `mlx_lm.generate --model {PLACE} --trust-remote-code`"
+    gguf = f"- llama.cpp, after `gradprune export --model {PLACE} --output model.gguf`: `llama-cli -m model.gguf`"
     lines = [
         "Layers differ in width, so a modelling file lies beside the weights; it needs torch and transformers only.\n\n"
         f"{_python(model, ', trust_remote_code=True')}\n",
         vllm,
-        f"- llama.cpp, after `gradprune export --model {PLACE} --output model.gguf`: `llama-cli -m model.gguf`",
+        *([gguf] if _exportable(model) else []),
         *([mlx] if model.model_type in MLX_TYPES else []),
     ]
     return "\n".join(lines)
+
+
+def _exportable(model: PreTrainedConfig) -> bool:
+    """Whether `gradprune export` writes such a model, whose layers differ."""
+    try:
+        check_config(model, alike=False)
+    except ExportError:
+        return False
+    return True
 
 
 def _layers(numbers: Sequence[int]) -> str:

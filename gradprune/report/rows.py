@@ -7,6 +7,9 @@ from gradprune.errors import counted
 from gradprune.evaluation.tasks import percent
 from gradprune.models import KINDS, Kind
 
+# Distillation leaves routed experts as they are.
+_UNTAUGHT = ("expert_channels", "experts")
+
 
 def curve_header(summaries: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """The columns of `curve_rows`."""
@@ -66,6 +69,12 @@ def scored_kinds(layers: Sequence[dict[str, Any]]) -> tuple[Kind, ...]:
     return tuple(kind for kind in KINDS if any(layer.get(kind.name, {}).get(kind.unit) for layer in layers))
 
 
+def kinds_text(kinds: Sequence[Kind]) -> str:
+    """The groups of these kinds in words: "KV groups, MLP channels and experts"."""
+    *others, last = (kind.groups for kind in kinds)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def layer_header(summary: dict[str, Any]) -> tuple[str, ...]:
     """The columns of `layer_rows`."""
     return ("layer", *(cell for kind in scored_kinds(summary["layers"]) for cell in (kind.groups, "kept")))
@@ -96,10 +105,11 @@ def repair_text(summary: dict[str, Any]) -> str:
     if summary["repair"]:
         text = " The output projections of pruned blocks were re-solved by least squares."
     if taught is not None and taught["factor"]:
+        kinds = [kind for kind in scored_kinds(summary["layers"]) if kind.name not in _UNTAUGHT]
         samples = counted(taught["samples"], "sample")
         own = f", and by {taught['text']:.0%} from their own tokens" if taught["text"] else ""
         text += (
-            f" All kept weights were distilled from the dense model's predictions for {samples}{own}:"
+            f" The kept {kinds_text(kinds)} were distilled from the dense model's predictions for {samples}{own}:"
             f" the loss on held-out samples went from {taught['before']:.3f} to {taught['after']:.3f} nats per token."
         )
     return text

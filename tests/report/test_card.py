@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from gradprune.checkpoint.save import save_checkpoint
 from gradprune.config.recovery_config import RecoveryConfig
 from gradprune.recovery.job import recover_checkpoint
 from gradprune.report.card import write_card, write_recovered_card
+from gradprune.report.rows import repair_text
 from gradprune.surgery.cut import cut
 from helpers.cut_models import full_masks
 from helpers.pipeline_runs import TOKENS, run
@@ -101,6 +103,34 @@ def test_several_layers_without_attention_are_all_named(results: Path, tmp_path:
     summary = json.loads((results / "uneven" / "analysis" / "summary.json").read_text())
     write_card(tmp_path, cut(model, masks).config, PruneConfig(), summary)
     assert "does not load it: layers 0, 2 have no attention block." in (tmp_path / "README.md").read_text()
+
+
+def test_what_was_distilled_is_what_was_pruned_but_for_routed_experts(results: Path) -> None:
+    summary = json.loads((results / "uneven" / "analysis" / "summary.json").read_text())
+    assert summary["distillation"]["factor"]
+    assert " The kept KV groups and MLP channels were distilled from" in repair_text(summary)
+    mixture = {"attention": {"groups": 2, "kept": 1}, "expert_channels": {"channels of experts": 8, "kept": 4}}
+    assert " The kept KV groups were distilled from" in repair_text({**summary, "layers": [{"layer": 0, **mixture}]})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "loads"),
+    [
+        ("llama", {}, True),
+        ("llama", {"hidden_act": "gelu"}, False),
+        ("qwen3", {"tied": True}, True),
+        ("qwen3", {"tied": False}, False),
+    ],
+)
+def test_llama_cpp_is_named_only_where_the_export_writes_the_model(
+    architecture: str, overrides: dict[str, Any], loads: bool, results: Path, tmp_path: Path
+) -> None:
+    model = tiny_model(architecture, **overrides)
+    masks = full_masks(model)
+    masks.mlp[0][0] = False
+    summary = json.loads((results / "uneven" / "analysis" / "summary.json").read_text())
+    write_card(tmp_path, cut(model, masks).config, PruneConfig(), summary)
+    assert ("llama.cpp" in (tmp_path / "README.md").read_text()) is loads
 
 
 @pytest.mark.parametrize(
