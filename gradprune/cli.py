@@ -70,6 +70,9 @@ _SHARED = ("prune", "search", "diagnose", "eval")
 # Of commands that prune nothing: there is no second model.
 _UNCHANGED: dict[str, Any] = {"measure_speed": False, "in_place": True}
 
+# The section of the help that a command's model is in.
+_MODEL = "Model and target"
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 
 
@@ -189,7 +192,7 @@ def diagnose(options: dict[str, Any], as_json: AsJson = False) -> None:
 def evaluate(
     options: dict[str, Any],
     model: Annotated[
-        str | None, typer.Option(help="Dense or pruned checkpoint; default the demo model.", rich_help_panel="Model")
+        str | None, typer.Option(help="Dense or pruned checkpoint; default the demo model.", rich_help_panel=_MODEL)
     ] = None,
     protocol: Annotated[
         str | None,
@@ -216,17 +219,18 @@ def evaluate(
 
 
 @app.command(cls=StagedCommand)
-@takes("device", "dtype", "trust_remote_code", "overwrite", defaults={"device": "cpu"})
+@takes("device", "dtype", "trust_remote_code", defaults={"device": "cpu"})
 def export(
     options: dict[str, Any],
     model: Annotated[
-        str | None, typer.Option(help="Dense or pruned checkpoint; default the demo model.", rich_help_panel="Model")
+        str | None, typer.Option(help="Dense or pruned checkpoint; default the demo model.", rich_help_panel=_MODEL)
     ] = None,
     output: Annotated[str, typer.Option(help="File to write.", rich_help_panel="Output")] = "model.gguf",
     format: Annotated[str, typer.Option(help="Only gguf so far: llama.cpp's.", rich_help_panel="Output")] = "gguf",
     outtype: Annotated[
         str, typer.Option(help="Type of the matrices: f32, f16, bf16 or q8_0.", rich_help_panel="Output")
     ] = "f16",
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing GGUF file.", rich_help_panel="Output")] = False,
 ) -> None:
     """Write a checkpoint as a file that other programs load."""
     from gradprune.errors import ExportError
@@ -235,9 +239,9 @@ def export(
     if format != "gguf":
         raise ExportError(f"format: '{format}' is unknown; it can be gguf")
     config = PruneConfig(**options, base_model=replace(OPTIONS["base_model"], name="model").accepted(model))
-    check_export(output, outtype, overwrite=config.overwrite, model=config.base_model)
+    check_export(output, outtype, overwrite=overwrite, model=config.base_model)
     loaded, tokenizer = _load(config, "model", streams=False)
-    export_gguf(loaded, tokenizer, output, outtype=outtype, overwrite=config.overwrite)
+    export_gguf(loaded, tokenizer, output, outtype=outtype, overwrite=overwrite)
     OUT.print(f"{output}: {Path(output).stat().st_size:,} bytes", soft_wrap=True)
 
 
@@ -250,9 +254,9 @@ def export(
 )
 def recover(
     options: dict[str, Any],
-    model: Annotated[str, typer.Option(help="Pruned checkpoint.", rich_help_panel="Model")],
+    model: Annotated[str, typer.Option(help="Pruned checkpoint.", rich_help_panel=_MODEL)],
     teacher: Annotated[
-        str | None, typer.Option(help="The dense model that --loss kd learns from.", rich_help_panel="Model")
+        str | None, typer.Option(help="The dense model that --loss kd learns from.", rich_help_panel=_MODEL)
     ] = None,
 ) -> None:
     """Train a pruned model, and write it again."""
@@ -287,9 +291,9 @@ def plan(
     options: dict[str, Any],
     device: Annotated[
         str,
-        typer.Option(help="Memory, such as 80GB, or a device here, whose free memory counts.", rich_help_panel="Model"),
+        typer.Option(help="Memory, such as 80GB, or a device here, whose free memory counts.", rich_help_panel=_MODEL),
     ] = "auto",
-    ranks: Annotated[int, typer.Option(help="Processes that share the work.", min=2, rich_help_panel="Model")] = 2,
+    ranks: Annotated[int, typer.Option(help="Processes that share the work.", min=2, rich_help_panel=_MODEL)] = 2,
     as_json: AsJson = False,
 ) -> None:
     """Say what memory a run would take, and what fits."""

@@ -7,6 +7,7 @@ from typing import Any, get_args
 import torch
 
 from gradprune.config import GradientBackend, ImportanceBackend
+from gradprune.errors import counted
 from gradprune.ops.dispatch import gradient_ops_fault, importance_ops_fault
 from gradprune.version import __version__
 
@@ -20,7 +21,7 @@ def environment() -> dict[str, Any]:
     return {
         "versions": {"gradprune": __version__, "python": platform.python_version(), **_versions()},
         "devices": {
-            "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "cpu": f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}",
             **{f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())},
         },
         "backends": {

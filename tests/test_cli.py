@@ -20,6 +20,7 @@ from gradprune.checkpoint.save import save_checkpoint
 from gradprune.cli import main
 from gradprune.config import PARTS, options_of
 from gradprune.demo.model import byte_tokenizer
+from gradprune.environment import environment
 from gradprune.evaluation import tasks
 from gradprune.evaluation.tasks import read_questions
 from gradprune.interrupts import Interrupted, interruptible
@@ -347,6 +348,17 @@ def test_help_groups_the_options_by_stage_and_leaves_none_out(gradprune) -> None
         section = sections[next(iter(known.values())).stage]
         for name, option in known.items():
             assert (f"  --{name.replace('_', '-')} " in section) is not option.library_only, name
+
+
+def test_help_says_what_each_command_overwrites(gradprune) -> None:
+    for command, what in (("prune", "results folder"), ("recover", "results folder"), ("export", "GGUF file")):
+        help = " ".join(gradprune(command, "--help")[1].split())
+        assert f"--overwrite / --no-overwrite Replace an existing {what}." in help
+
+
+def test_one_thread_is_no_threads() -> None:
+    torch.set_num_threads(1)
+    assert environment()["devices"]["cpu"].endswith(", 1 thread")
 
 
 def test_alone_it_shows_the_help(gradprune) -> None:

@@ -99,7 +99,8 @@ class Model(Options):
     )
     prune_kinds: str | None = option(
         None,
-        "What is pruned, such as attention,experts; default all kinds but whole experts. The others stay as they are.",
+        f"Kinds of groups to prune, separated by commas: {', '.join(get_args(KindName))}; default all but experts. The "
+        "rest stays as it is.",
         names_among(get_args(KindName)),
     )
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA if available.", path("a device of PyTorch"))
@@ -167,7 +168,10 @@ class Data(Options):
     """Data."""
 
     dataset: str | None = option(
-        None, "Text: a .txt, .jsonl or .npy file, or wikitext2, ptb, c4; default the embedded text.", _DATASET
+        None,
+        "Text: a .txt, .jsonl or .npy file, or wikitext2, ptb, c4, or several as a.txt:0.7,b.jsonl:0.3; default the "
+        "embedded text.",
+        _DATASET,
     )
     eval_dataset: str | None = option(None, "Held-out text for perplexity; default the end of dataset.", _DATASET)
     own_text: float = option(
@@ -194,7 +198,7 @@ class Data(Options):
         "Text file, a prompt per line, for the report's continuations; default from eval_dataset.",
         path("a text file"),
     )
-    generations: bool = option(True, "Show what the dense and the pruned model write after the prompts.")
+    generations: bool = option(True, "Show in the report what the dense and the pruned model write after the prompts.")
     seed: int = option(0, "Seed for drawing the samples.", at_least(0, most=INT64_MAX))
 
     def check_together(self) -> None:
@@ -218,7 +222,7 @@ class Calibration(Options):
         "auto", "Implementation that computes importances; auto takes the fastest available."
     )
     use_gradient_checkpointing: bool = option(False, "Recompute activations: less memory, more time.")
-    prior_samples: int = option(16, "Calibration samples on which the priors are measured.", at_least(1))
+    prior_samples: int = option(16, "Calibration samples on which H-GSP's priors are measured.", at_least(1))
     evidence: EvidenceName = option(
         "needed", "Collect what importance_method needs, or what every method and gradient_fix does; auto needs all."
     )
@@ -263,7 +267,8 @@ class Scoring(Options):
     temperature: float = option(0.0, "H-GSP temperature T; 0 is off.", finite("of at least 0", lambda x: x >= 0.0))
     tau: float | None = option(
         None,
-        "H-GSP gate on a layer's importance; default its 25th percentile.",
+        "H-GSP gate: a layer of less importance is modulated as a whole, others block by block; default the 25th "
+        "percentile of the layers' importances.",
         numbers("between 0 and inf (both included)", lambda x: x >= 0.0),
     )
     prior: Prior = option("removal", "How H-GSP measures the importance of a block.")
@@ -312,11 +317,11 @@ class Constraints(Options):
     freeze_first_n_layers: int = option(0, "Number of leading decoder layers to leave unpruned.", at_least(0))
     freeze_last_n_layers: int = option(0, "Number of trailing decoder layers to leave unpruned.", at_least(0))
     max_layer_ratio: float = option(1.0, "Largest fraction of a layer's prunable parameters to remove.", _UNIT_OR_ONE)
-    round_to: int = option(1, "MLP widths are a multiple of this.", at_least(1))
+    round_to: int = option(1, "MLP widths are a multiple of this, e.g. 64 for tensor cores.", at_least(1))
     uniform: bool = option(False, "Same widths in all layers: a plain checkpoint.")
     epsilon: float = option(
         0.0,
-        "Drop layers that would keep less than this fraction.",
+        "Drop whole layers that would keep less than this fraction of their groups; 0 drops none.",
         numbers("between 0 and 1", lambda x: 0.0 <= x <= 1.0),
     )
     serve: Serve | None = option(
@@ -402,7 +407,9 @@ class Output(Options):
     """Output."""
 
     output_dir: str = option("results", "Folder of the results folders.", path("a folder"))
-    output_name: str | None = option(None, "Results folder; default names model and method.", folder_name())
+    output_name: str | None = option(
+        None, "Name of the results folder; default from the model and what is done to it.", folder_name()
+    )
     overwrite: bool = option(False, "Replace an existing results folder.")
     max_shard_size: str = option(
         "50GB", "Largest file of weights; a model that takes more is written into several.", memory_size()

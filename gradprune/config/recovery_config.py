@@ -16,7 +16,7 @@ class RecoveryConfig(Options):
     """Recovery."""
 
     method: RecoveryMethod = option(
-        "full", "Train all weights, or low-rank updates, merged at the end, in less memory."
+        "full", "Train all weights (full), or in less memory low-rank updates that are merged at the end (lora)."
     )
     loss: Loss = option("kd", "Match the teacher's predictions (kd), or predict the text (lm).")
     minutes: float = option(
@@ -30,7 +30,7 @@ class RecoveryConfig(Options):
     learning_rate: float | None = option(
         None, "Peak learning rate; default 2e-3 for lora, 5e-4 for full.", finite("above 0", lambda x: x > 0.0)
     )
-    lora_rank: int = option(16, "Rank of the updates.", at_least(1))
+    lora_rank: int = option(16, "Rank of the updates of lora.", at_least(1))
     seq_len: int = option(128, "Tokens per sample.", at_least(2))
     batch_size: int = option(8, "Samples per step.", at_least(1))
     checks: int = option(4, "Times that held-out loss is measured and the state saved.", at_least(1))
