@@ -8,18 +8,24 @@ from statistics import fmean
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from benchmarks.results import Record
 
 # Colours: this project, the floor, everyone else.
-_OURS, _FLOOR, _OTHERS = "#c1272d", "#777777", ("#0000a7", "#eecc16", "#008176", "#b35806", "#5e3c99", "#c77cba")
+_OURS, _FLOOR, _OTHERS = (
+    "#c1272d",
+    "#777777",
+    ("#0000a7", "#eecc16", "#008176", "#b35806", "#5e3c99", "#c77cba", "#56b4e9"),
+)
+_FLOOR_DASHES = ("-", "--", ":")
 _PEER_DASHES = ("--", "-.", ":", (0, (5, 1)), (0, (1, 3)), (0, (3, 1, 1, 1)))
 
 
 def kernel_plot(records: Sequence[Record], path: Path) -> None:
-    """Rate against size, one panel per dtype; the floor is drawn as a line.
+    """Rate against size, one panel per dtype; floors are drawn as lines.
 
     Args:
         records: of one op on one machine.
@@ -36,16 +42,14 @@ def kernel_plot(records: Sequence[Record], path: Path) -> None:
             size = found.flops if bound_by_arithmetic else found.bytes
             if found.dtype == dtype and rate is not None and size is not None:
                 points[found.provider, bool(found.extra.get("floor"))].append((size / unit, rate))
-        others = iter(_OTHERS * 3)
+        others, dashes = iter(_OTHERS * 3), cycle(_FLOOR_DASHES)
         for (provider, floor), values in sorted(points.items()):
             x, y = zip(*sorted(values), strict=True)
             ours = provider.startswith("gradprune")
             color = _FLOOR if floor else _OURS if ours else next(others)
-            axis.plot(x, y, "-" if floor else "o", color=color, label=provider, markersize=5 if ours else 4)
+            axis.plot(x, y, next(dashes) if floor else "o", color=color, label=provider, markersize=5 if ours else 4)
         axis.set(xscale="log", title=dtype, xlabel=work)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.xaxis.set_major_formatter(ScalarFormatter())
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        _plain_numbers(axis.xaxis)
         axis.set_ylim(bottom=0.0)
     _finish(figure, axes, rates, path)
 
@@ -53,8 +57,8 @@ def kernel_plot(records: Sequence[Record], path: Path) -> None:
 def quality_plot(records: Sequence[Record], path: Path) -> None:
     """Mean perplexity against parameters kept: one line per provider, one panel without H-GSP and one with it.
 
-    Each method has its own colour, solid with repair and dotted without, with diamonds where it is distilled too; peers
-    are black, each with its own dashes.
+    Each method has its own colour, solid with repair and dotted without, with diamonds where it is distilled too and
+    squares where it prunes in several shots; peers are black, each with its own dashes.
 
     Args:
         records: of one model.
@@ -63,7 +67,7 @@ def quality_plot(records: Sequence[Record], path: Path) -> None:
     panels = {"without H-GSP": "T=1", "with H-GSP (T=1)": "T=0"}
     if not any(found.provider.endswith("T=1") for found in records):
         del panels["with H-GSP (T=1)"]
-    figure, axes = _figure(len(panels))
+    figure, axes = _figure(len(panels), width=4.2 if len(panels) > 1 else 6.4, share=True)
     methods = sorted(
         {_method(found.provider) for found in records if found.provider.startswith("gradprune")} - {"search"}
     )
@@ -125,6 +129,10 @@ def growth_plot(records: Sequence[Record], path: Path) -> None:
             x, y = zip(*sorted(values), strict=True)
             axis.plot(x, y, "o-", color=_OURS if provider.startswith("gradprune") else _FLOOR, label=provider)
         axis.set(xscale="log", yscale="log", title=title, xlabel=records[0].extra["axis"])
+        _plain_numbers(axis.yaxis)
+        axis.xaxis.set_major_locator(FixedLocator(sorted({found.extra["x"] for found in records})))
+        axis.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
+        axis.xaxis.set_minor_locator(NullLocator())
     _finish(figure, axes, "", path)
 
 
@@ -143,7 +151,7 @@ def _quality_panel(axis: Axes, records: Sequence[Record], colors: Mapping[str, s
         points = [(1.0, dense[0]), *points] if dense and not alone else points
         x, y = zip(*points, strict=True)
         ours, repaired = provider.startswith("gradprune"), " + " in provider
-        marker = "D" if "distillation" in provider else "o"
+        marker = "D" if "distillation" in provider else "s" if "shots" in provider else "o"
         style = marker + ("-" if repaired else ":") if ours else "x" * alone
         color = colors[_method(provider)] if ours else "black"
         label = provider.removeprefix("gradprune ").split(" T=")[0]
@@ -155,10 +163,15 @@ def _quality_panel(axis: Axes, records: Sequence[Record], colors: Mapping[str, s
 def _size_axes(axis: Axes) -> None:
     """Perplexity on a logarithmic scale with plain numbers; from the dense model on the left to the smallest."""
     axis.set(yscale="log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(ScalarFormatter())
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    _plain_numbers(axis.yaxis)
     axis.invert_xaxis()
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5 of each decade, as people write these."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _method(provider: str) -> str:
@@ -166,11 +179,11 @@ def _method(provider: str) -> str:
     return provider.split()[1]
 
 
-def _figure(panels: int, width: float = 4.2) -> tuple[Figure, list[Axes]]:
+def _figure(panels: int, width: float = 4.2, *, share: bool = False) -> tuple[Figure, list[Axes]]:
+    """Panels side by side, each `width` inches wide; `share`: with the same vertical scale."""
     # A Figure made without pyplot has no global state and needs no display.
     figure = Figure(figsize=(width * panels, 3.4), layout="constrained")
-    axes = [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
-    return figure, axes
+    return figure, list(figure.subplots(1, panels, sharey=share, squeeze=False)[0])
 
 
 def _finish(figure: Figure, axes: Sequence[Axes], label: str, path: Path) -> None:
