@@ -118,7 +118,7 @@ def load_pruned(directory: str | Path, *, dtype: str = "auto", device: str = "cp
     """Load the model of a results folder's `model/`, of any width per layer.
 
     Args:
-        directory: the folder with `config.json` and `model.safetensors`.
+        directory: the folder with `config.json` and the weights, in one or several safetensors files.
         dtype, device: as in `load_model`.
 
     Raises:

@@ -54,11 +54,12 @@ def normalize_gradients_per_layer(model: nn.Module, backend: GradientBackend = "
 def weight_gradients_by_depth(
     model: nn.Module, strategy: str = "sqrt", backend: GradientBackend = "auto"
 ) -> ScaledGradients:
-    """Multiply layer l's gradients by f((L - l) / L) + 0.5, larger for earlier layers, in place.
+    """Multiply the gradients of layer l of L by a weight of at most 1.5, larger for earlier layers, in place.
 
     Args:
         model, backend: as for `adaptive_gradient_scaling`.
-        strategy: "linear", "sqrt" or "log".
+        strategy: "linear", (L - l) / L + 0.5; "sqrt", sqrt((L - l) / L) + 0.5; or "log",
+            log(L - l + 1) / log(L + 1) + 0.5.
 
     Raises:
         ConfigError: unknown strategy; no gradient was changed. Others as for `adaptive_gradient_scaling`.
