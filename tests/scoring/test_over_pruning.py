@@ -25,6 +25,12 @@ def test_no_warning_where_all_lose_alike() -> None:
     assert pruning_warning(pruning_distribution(uniform), PruneConfig()) is None
 
 
+def test_no_warning_where_none_loses_under_10_percent() -> None:
+    mlp = tuple(torch.arange(100) < count for count in (5, 89))
+    without_attention = GroupMasks.of_layers(attention=(torch.empty(0, dtype=torch.bool),) * 2, mlp=mlp)
+    assert over_pruned(pruning_distribution(without_attention)) == []
+
+
 def test_a_block_that_did_not_exist_is_left_out() -> None:
     found = pruning_distribution(
         GroupMasks.of_layers(attention=(torch.empty(0, dtype=torch.bool),), mlp=(torch.ones(3) > 0,))

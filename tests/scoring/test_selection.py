@@ -11,7 +11,7 @@ from gradprune.config import Constraints, PruneConfig
 from gradprune.errors import ConfigError, SelectionError
 from gradprune.models import describe
 from gradprune.models.kinds import KIND_NAMES, BlockKey
-from gradprune.scoring.selection import select
+from gradprune.scoring.selection import check_reachable, select
 from gradprune.scoring.table import GroupTable, empty_table
 from gradprune.surgery.cut import cut
 from helpers.cut_models import random_masks
@@ -94,6 +94,12 @@ def test_round_to_takes_the_lowest_channels_of_a_layer() -> None:
             assert table.score[channels & pruned].max() < table.score[channels & ~pruned].min()
 
 
+def test_of_equal_scores_the_first_channels_go() -> None:
+    table = make_table(layers=1, heads=0, channels=64)
+    pruned = select(replace(table, score=np.zeros(64)), 0.5, int(table.cost.sum()), Constraints(round_to=8))
+    np.testing.assert_array_equal(pruned, table.index < 32)
+
+
 def test_uniform_keeps_the_same_widths_everywhere() -> None:
     table = make_table(heads=4, channels=24)
     pruned = select(table, 0.35, int(table.cost.sum()), Constraints(uniform=True, round_to=4))
@@ -118,6 +124,15 @@ def test_uniform_keeps_each_layers_limit_where_layers_have_other_kinds_of_blocks
         assert pruned.any()
 
 
+def test_a_limit_that_no_layer_comes_to_changes_nothing_where_all_lose_alike() -> None:
+    table = make_table(heads=4, channels=24)
+    limited, free = (
+        select(table, 0.4, int(table.cost.sum()), Constraints(uniform=True, max_layer_ratio=limit))
+        for limit in (0.5, 1.0)
+    )
+    np.testing.assert_array_equal(limited, free)
+
+
 def test_uniform_keeps_only_head_counts_the_architecture_can_state() -> None:
     table = make_table(heads=8, channels=24)
     for ratio in (0.2, 0.4, 0.6, 0.8):
@@ -133,11 +148,18 @@ def test_frozen_layers_stay_whole() -> None:
     assert pruned.any()
 
 
+@pytest.mark.parametrize("constraints", [Constraints(freeze_first_n_layers=2), Constraints(max_layer_ratio=0.5)])
 @pytest.mark.parametrize("ratio", [0.9, 0.51])
-def test_a_ratio_the_freezes_forbid_says_what_is_possible(ratio: float) -> None:
+def test_a_ratio_the_constraints_forbid_says_what_is_possible(ratio: float, constraints: Constraints) -> None:
     table = make_table()
     with pytest.raises(SelectionError, match=rf"pruning_ratio: {ratio} cannot be reached.*0\.5000 of the model"):
-        select(table, ratio, int(table.cost.sum()), Constraints(freeze_first_n_layers=2))
+        select(table, ratio, int(table.cost.sum()), constraints)
+
+
+def test_all_that_the_freezes_leave_may_go() -> None:
+    table = make_table()
+    pruned = select(table, 0.5, int(table.cost.sum()), Constraints(freeze_first_n_layers=2))
+    np.testing.assert_array_equal(pruned, table.layer >= 2)
 
 
 def test_something_always_stays() -> None:
@@ -164,6 +186,17 @@ def test_epsilon_drops_thin_layers_whole() -> None:
     assert not kept[table.layer == 1].all()
     assert dropped[table.layer == 1].all()
     np.testing.assert_array_equal(kept[table.layer != 1], dropped[table.layer != 1])
+    # A layer that keeps just that much stays.
+    fraction = float(np.mean([1.0 - kept[(table.layer == 1) & (table.kind == kind)].mean() for kind in (0, 1)]))
+    np.testing.assert_array_equal(kept, select(table, most_of_layer_1, parameters, Constraints(epsilon=fraction)))
+
+
+def test_epsilon_refuses_nothing_before_scores_are_known() -> None:
+    table = make_table()
+    arguments = table, 0.3, int(table.cost.sum()), Constraints(epsilon=1.0)
+    with pytest.raises(SelectionError, match="epsilon: 1 would remove every layer"):
+        select(*arguments)
+    check_reachable(*arguments)
 
 
 def without(table: GroupTable, rows: np.ndarray) -> GroupTable:

@@ -161,6 +161,19 @@ def test_the_ridge_with_the_least_held_out_error_is_found(tokens: int, samples: 
     assert attempts < len(RIDGES)
 
 
+def test_a_solution_that_is_worse_on_held_out_samples_is_not_taken() -> None:
+    """Nine tokens, fitted without a ridge, say nothing of others."""
+    model = tiny_model(channels=24)
+    view, kept = describe(model), torch.arange(24) % 3 > 0
+    output = view.of_kind("mlp")[0].output.linear.weight
+    before = output.detach().clone()
+    (repair,) = least_squares(
+        view, only(view, 0, "mlp", kept), [tiny_ids(1, 9)], [tiny_ids(24, 12, seed=5)], blend=0.0, ridges=(1e-9,)
+    ).blocks
+    assert repair.error == repair.error_before
+    assert torch.equal(output, before * kept)
+
+
 def test_the_cut_model_computes_what_the_repaired_one_does(device: str) -> None:
     model, ids = tiny_model("qwen2", channels=12).to(device), tiny_ids().to(device)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -209,8 +222,9 @@ def test_constant_inputs_that_do_not_factor_are_solved_with_more_ridge() -> None
     view = describe(model)
     before = view.of_kind("mlp")[0].output.linear.weight.detach().clone()
     kept = torch.arange(10) < 6
-    least_squares(view, only(view, 0, "mlp", kept), [ids], [], ridges=(0.0,))
+    repair = least_squares(view, only(view, 0, "mlp", kept), [ids], [], ridges=(0.0,)).blocks[0]
     assert torch.equal(view.of_kind("mlp")[0].output.linear.weight[:, :6], before[:, :6])
+    assert repair.error_before == repair.error == 0.0
 
 
 def test_a_nan_input_is_named() -> None:

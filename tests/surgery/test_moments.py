@@ -1,0 +1,32 @@
+"""The repair's problems against what the same tokens give one by one."""
+
+import pytest
+import torch
+
+from gradprune.ranks import ALONE
+from gradprune.surgery.moments import MomentSums, Problem
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.3, 1.0])
+def test_errors_are_those_of_what_is_written(blend: float) -> None:
+    w, x, z, columns = drawn(5, 8), drawn(40, 8), drawn(40, 5), torch.tensor([0, 2, 3, 7])
+    sums = MomentSums(w, aimed=True)
+    sums.add(x[:30], z[:30])
+    sums.add(x[30:], z[30:])
+    problem = sums.total(ALONE, "w").of_output(w, columns, blend)
+    target, change = (1.0 - blend) * x @ w.T + blend * z, drawn(5, 4)
+
+    def error(weight: torch.Tensor) -> float:
+        return ((target - x[:, columns] @ weight.T).square().sum() / target.square().sum()).item()
+
+    assert problem.error_before == pytest.approx(error(w[:, columns]), rel=1e-10)
+    assert problem.error(change) == pytest.approx(error(w[:, columns] + change), rel=1e-10)
+
+
+def test_twins_that_do_not_factor_share_the_change() -> None:
+    twins = Problem(torch.ones(2, 2).double(), torch.tensor([[3.0, 3.0]]).double(), *torch.ones(2).double())
+    torch.testing.assert_close(twins.solution(0.0), torch.tensor([[1.5, 1.5]]).double(), rtol=1e-6, atol=0.0)
