@@ -23,7 +23,7 @@ from gradprune.ops.dispatch import select_ops
 from gradprune.surgery.cut import cut
 from gradprune.surgery.least_squares import least_squares
 from helpers.architectures import OPTIONS, random_masks_of, silenced, tiny
-from helpers.cut_models import TOLERANCE
+from helpers.cut_models import TOLERANCE, full_masks
 from helpers.mixtures import MIXTURES, WITH_SHARED
 from helpers.pipeline_runs import run
 from helpers.programs import run_program
@@ -226,6 +226,31 @@ def test_least_squares_brings_what_a_block_writes_closer(architecture: str) -> N
     assert repairs
     assert all(repair.error <= repair.error_before for repair in repairs)
     assert any(repair.error < repair.error_before for repair in repairs)
+
+
+@pytest.mark.parametrize("architecture", ["granite", "starcoder2", "cohere"])
+def test_a_later_layer_makes_up_for_an_earlier_one_where_it_has_a_channel_a_token(architecture: str) -> None:
+    """Six tokens, and 24 channels of the last MLP: it can bring the stream to where the dense model has it."""
+    model, ids = tiny(architecture, intermediate_size=24), tiny_ids(1, 6)
+    masks = full_masks(model)
+    masks.mlp[0][2:] = False
+    with torch.no_grad():
+        dense = model(ids).logits
+        least_squares(describe(model), masks, [ids], [], blend=1.0, ridges=(1e-13,))
+        torch.testing.assert_close(model(ids).logits, dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["granite", "starcoder2", "cohere", "gemma2"])
+def test_the_first_block_that_loses_something_has_nothing_else_to_make_up_for(architecture: str) -> None:
+    """What it writes whole is where the dense stream is: its solution is the same at any blend."""
+    found = []
+    for blend in (0.0, 1.0):
+        model = tiny(architecture)
+        masks = full_masks(model)
+        masks.mlp[1][::3] = False
+        least_squares(describe(model), masks, [tiny_ids(8)], [], blend=blend)
+        found.append(describe(model).of_kind("mlp")[1].output.linear.weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
 
 
 def test_without_gradprune_installed(tmp_path: Path) -> None:

@@ -75,37 +75,30 @@ def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("text", [0.0, 0.3])
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
-def test_a_step_is_the_formula_s_by_autograd(
+def test_steps_are_the_formula_s_by_autograd(
     architecture: str, text: float, device: str, held_out_losses: list[float]
 ) -> None:
     dense = tiny_model(architecture).to(device)
     model, streams = pruned(dense)
     twin, rate = copy.deepcopy(model), 0.02
-    ids = SAMPLES[:STEP].to(device)
-    loss, apart = descended(dense, twin, ids, text)
-    loss.backward()
-    expected = {}
-    for block in describe(twin).linear_blocks:
-        for entry in block.projections:
-            w, g = (each.detach().cpu().numpy() for each in (entry.linear.weight, entry.linear.weight.grad))
+    entries = [entry.linear for block in describe(twin).linear_blocks for entry in block.projections]
+    steps = SAMPLES.to(device).split(STEP)
+    for step, ids in enumerate(steps):
+        twin.zero_grad()
+        loss, apart = descended(dense, twin, ids, text)
+        loss.backward()
+        for linear in entries:
+            w, g = (each.detach().cpu().numpy() for each in (linear.weight, linear.weight.grad))
             r, c = (g**2).mean(1), (g**2).mean(0)
-            size = rate * np.sqrt(apart.item() / w.shape[1] * (w**2).mean())
-            expected[block.key, entry.path] = w - size * g / np.sqrt(np.outer(r, c) / r.mean())
-    found = distil(
-        describe(model),
-        SAMPLES[:STEP],
-        SAMPLES[:STEP],
-        streams[:STEP],
-        text=text,
-        rate=rate,
-        factors=(1.0,),
-    )
-    assert found == Distillation(STEP, text, 1.0, 1.0, 0.5)
-    for block in describe(model).linear_blocks:
-        for entry in block.projections:
-            np.testing.assert_allclose(
-                entry.linear.weight.detach().cpu().numpy(), expected[block.key, entry.path], rtol=1e-6, atol=3e-9
-            )
+            size = rate * (1 - step / len(steps)) * np.sqrt(apart.item() / w.shape[1] * (w**2).mean())
+            linear.weight.data = torch.from_numpy(w - size * g / np.sqrt(np.outer(r, c) / r.mean())).to(device)
+    found = distil(describe(model), SAMPLES, SAMPLES, streams[: len(SAMPLES)], text=text, rate=rate, factors=(1.0,))
+    assert found == Distillation(len(SAMPLES), text, 1.0, 1.0, 0.5)
+    moved = [entry.linear for block in describe(model).linear_blocks for entry in block.projections]
+    for linear, expected in zip(moved, entries, strict=True):
+        np.testing.assert_allclose(
+            linear.weight.detach().cpu().numpy(), expected.weight.detach().cpu().numpy(), rtol=1e-6, atol=3e-9
+        )
     others = {name for name, _ in model.named_parameters() if "proj" not in name}
     before, after = weights_of(twin), weights_of(model)
     assert others
@@ -231,9 +224,9 @@ def test_a_step_is_of_four_samples_or_512_tokens(seq_len: int, samples: int) -> 
 
 def test_a_run_distils_unless_it_is_asked_not_to() -> None:
     model = tiny_model(dtype=torch.float32)
-    found = run(model, held_out_samples=4, distill_samples=7)
+    found = run(model, held_out_samples=4, distill_samples=7, distill_text=0.5)
     taught = summarize(found)["distillation"]
-    assert taught["samples"] == 7
+    assert (taught["samples"], taught["text"]) == (7, 0.5)
     assert taught["after"] <= taught["before"]
     assert "distillation" in found.seconds
     by_default = run(model, held_out_samples=4).distillation
