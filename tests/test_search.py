@@ -19,6 +19,7 @@ from gradprune.models.passes import mean_loss
 from gradprune.report.tables import describe_scoring, search_verdict
 from gradprune.scoring.choose import score_groups
 from gradprune.scoring.selection import select
+from gradprune.search import SearchResult, Trial
 from gradprune.surgery.masking import masked
 from gradprune.surgery.repair import REPAIRS
 from helpers.pipeline_runs import TOKENS, run
@@ -93,6 +94,14 @@ def test_the_default_stays_unless_another_is_better_beyond_its_error(
     if noise and advantage > 0.0:
         errors = advantage / (noise * (16 / 15) ** 0.5 / 4)
         assert f"{advantage:.4f} nats a token, {errors:.1f} standard errors over 16 samples" in verdict
+
+
+@pytest.mark.parametrize(("difference", "taken"), [(-0.19, False), (-0.21, True)])
+def test_of_few_candidates_two_standard_errors_are_needed(difference: float, taken: bool) -> None:
+    default = Trial(Scoring("taylor"), 1.0, 0.0, 0.0, 8, repaired=False, fixed=True)
+    other = Trial(Scoring("wanda"), 1.0 + difference, difference, 0.1, 8, repaired=False, fixed=True)
+    result = SearchResult([other, default], candidates=2, cut_short=False, default=default, decides=True)
+    assert result.winner == (other if taken else default)
 
 
 def test_search_and_repair_choose_on_samples_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,9 +231,11 @@ def test_least_squares_brings_what_a_block_writes_closer(architecture: str) -> N
 @pytest.mark.parametrize("architecture", ["granite", "starcoder2", "cohere"])
 def test_a_later_layer_makes_up_for_an_earlier_one_where_it_has_a_channel_a_token(architecture: str) -> None:
     """Six tokens, and 24 channels of the last MLP: it can bring the stream to where the dense model has it."""
-    model, ids = tiny(architecture, intermediate_size=24), tiny_ids(1, 6)
+    model, ids = tiny(architecture, ratio=1, intermediate_size=24), tiny_ids(1, 6)
     masks = full_masks(model)
     masks.mlp[0][2:] = False
+    # The attention before it has four columns, and cannot.
+    masks.attention[1][1:] = False
     with torch.no_grad():
         dense = model(ids).logits
         least_squares(describe(model), masks, [ids], [], blend=1.0, ridges=(1e-13,))

@@ -86,6 +86,17 @@ def assert_solved(
         assert not found[:, ~columns].any()
 
 
+def errors(model, dense, layer: int, kept: torch.Tensor, experts: list) -> list[float]:
+    """||W x - W' x||^2 / ||W x||^2 of all experts together, for W' as W was without what goes, and as it is now."""
+    before, after = (down_columns(experts_of(each)[layer]) for each in (dense, model))
+    squares = torch.zeros(3, dtype=torch.float64)
+    for whole, cut, now, (_, factors, z) in zip(before, before * kept[..., None], after, experts, strict=True):
+        written = factors * z @ whole
+        lost = [written, written - factors * z @ cut, written - factors * z @ now]
+        squares += torch.stack([each.detach().square().sum() for each in lost])
+    return (squares[1:] / squares[0]).tolist()
+
+
 @pytest.mark.parametrize("architecture", MIXTURES)
 def test_each_expert_solves_its_least_squares_problem(architecture: str) -> None:
     model, ids = tiny_mixture(architecture), tiny_ids(12, 12)
@@ -95,6 +106,29 @@ def test_each_expert_solves_its_least_squares_problem(architecture: str) -> None
     assert repairs[0].error < 0.9 * repairs[0].error_before
     experts, _, _ = what_experts_do(dense, ids, 1)
     assert_solved(model, dense, 1, kept.view(EXPERTS, -1), experts, None)
+    found = [repairs[0].error_before, repairs[0].error]
+    assert found == pytest.approx(errors(model, dense, 1, kept.view(EXPERTS, -1), experts), rel=1e-6)
+
+
+def test_solutions_that_are_worse_on_held_out_samples_are_not_taken() -> None:
+    """Nine tokens, fitted without a ridge, say nothing of others."""
+    model = tiny_mixture()
+    view, kept, before = describe(model), channels_drawn(), down_columns(experts_of(model)[1]).clone()
+    (repair,) = least_squares(
+        view, masks_of(view, 1, kept), [tiny_ids(1, 9)], [tiny_ids(24, 12, seed=5)], blend=0.0, ridges=(1e-9,),
+        tokens_per_channel=0.0,
+    ).blocks  # fmt: skip
+    assert repair.error == repair.error_before
+    assert torch.equal(down_columns(experts_of(model)[1]), before * kept.view(EXPERTS, -1, 1))
+
+
+def test_experts_that_write_nothing_have_no_error() -> None:
+    model = tiny_mixture()
+    with torch.no_grad():
+        experts_of(model)[1].down_proj.zero_()
+    view = describe(model)
+    (repair,) = least_squares(view, masks_of(view, 1, channels_drawn()), [tiny_ids()], [], blend=0.0).blocks
+    assert repair.error == repair.error_before == 0.0
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gradprune.errors import NonFiniteError
 from gradprune.ranks import ALONE
 from gradprune.surgery.moments import MomentSums, Problem
 
@@ -30,3 +31,10 @@ def test_errors_are_those_of_what_is_written(blend: float) -> None:
 def test_twins_that_do_not_factor_share_the_change() -> None:
     twins = Problem(torch.ones(2, 2).double(), torch.tensor([[3.0, 3.0]]).double(), *torch.ones(2).double())
     torch.testing.assert_close(twins.solution(0.0), torch.tensor([[1.5, 1.5]]).double(), rtol=1e-6, atol=0.0)
+
+
+def test_what_is_wanted_and_not_finite_is_named() -> None:
+    sums = MomentSums(drawn(5, 8), aimed=True)
+    sums.add(drawn(40, 8), drawn(40, 5) / 0.0)
+    with pytest.raises(NonFiniteError, match="repair: what w should write is not finite"):
+        sums.total(ALONE, "w")
