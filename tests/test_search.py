@@ -196,6 +196,23 @@ def test_where_time_runs_out_only_repaired_ones_take_the_default_s_place(
     assert all(trial.repaired == (in_time > 0) for trial in result.deciding)
 
 
+def test_where_time_runs_out_before_any_repair_the_default_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted losses: without repair wanda is best, and magnitude's is not a number."""
+    planted = {Scoring("wanda"): 1.0, Scoring("magnitude"): math.nan}
+
+    def losses(_view, parts, candidates):
+        for candidate in candidates:
+            loss = planted.get(candidate.scoring, 2.0)
+            yield torch.full((sum(map(len, parts)),), loss, dtype=torch.float64)
+
+    monkeypatch.setattr(search_module, "_masked_losses", losses)
+    result = found(repair="least_squares", search_samples=16, search_minutes=1e-9).search
+    assert result.cut_short
+    assert result.best_other.scoring == Scoring("wanda")
+    assert math.isnan(result.deciding[-1].loss)
+    assert result.winner == result.default
+
+
 def test_results_and_command_line(tmp_path: Path) -> None:
     result = found(output_dir=str(tmp_path), output_name="s")
     assert (tmp_path / "s" / "analysis" / "search.json").is_file()
