@@ -70,6 +70,18 @@ def test_rounds_lose_little_to_the_best_of_all_subsets() -> None:
     assert np.median(lost) < 1.05
 
 
+def test_cheap_groups_outside_a_round_go_before_dear_ones_inside() -> None:
+    """16 channels of large weights are combinations of 14: two go for nothing. The 48 others have small weights."""
+    mixed = torch.randn(16, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = torch.eye(64, dtype=torch.float64)
+    gram[:16, :16] = mixed @ mixed.T + 1e-9 * torch.eye(16)
+    weight = torch.full((3, 64), 0.1, dtype=torch.float64)
+    weight[:, :16] = 10.0
+    order = removal_path(weight, gram, 1).order
+    assert (order[:2] < 16).all()
+    assert (order[2:50] >= 16).all()
+
+
 @pytest.mark.parametrize("channels", [10, 64])
 def test_twins_are_not_both_removed_before_an_independent_channel_of_the_same_cost(channels: int) -> None:
     """Of two equal channels one is free; then the other carries both, at four times its own cost."""

@@ -95,9 +95,10 @@ def test_reach_is_relative_to_the_median_of_the_kind() -> None:
 
 
 def test_what_is_free_tells_nothing() -> None:
-    """A part that costs nothing, or changes nothing: rounding errors would decide."""
-    divergences = {A: 1e-20, B: 4.0, C: 8.0, D: 0.0}
-    costs = {A: (1e-12, 1.0), B: (1.0, 2.0), C: (1.0, 2.0), D: (1.0, 2.0)}
+    """A part that costs nothing, or changes nothing: rounding errors would decide. Nor does what overflows."""
+    overflown = BlockKey(4, "mlp")
+    divergences = {A: 1e-20, B: 4.0, C: 8.0, D: 0.0, overflown: float("inf")}
+    costs = {A: (1e-12, 1.0), B: (1.0, 2.0), C: (1.0, 2.0), D: (1.0, 2.0), overflown: (1.0, 2.0)}
     found = reaches(divergences, costs)
-    assert (found[A], found[D]) == (1.0, 1.0)
+    assert (found[A], found[D], found[overflown]) == (1.0, 1.0, 1.0)
     assert found[C] == 2.0 * found[B]

@@ -101,13 +101,22 @@ def test_where_no_mask_is_followed_each_continuation_has_a_pass_of_its_own(
     assert_likelihoods_are_those_of_separate_passes(model, monkeypatch)
 
 
-def test_a_context_longer_than_the_model_s_loses_its_beginning() -> None:
-    model, tokenizer = tiny_model(vocab=258), byte_tokenizer()
-    question = Question(("x" * 500, "x" * 500), ("yes", "no"), 0)
-    shorter = Question(("x" * 60, "x" * 60), ("yes", "no"), 0)
-    assert answer_questions(model, tokenizer, [question], name="q").accuracy == (
-        answer_questions(model, tokenizer, [shorter], name="q").accuracy
-    )
+def test_a_letter_of_two_bytes_counts_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("gradprune.evaluation.tasks._largest", lambda values: seen.append(values) or 0)
+    answer_questions(tiny_model(vocab=258), byte_tokenizer(), [Question(("En",) * 2, ("été", "hiver!"), 0)], name="q")
+    whole, per_byte = seen
+    assert per_byte == [whole[0] / 5, whole[1] / 6]
+
+
+def test_a_context_longer_than_the_model_s_loses_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 tokens the longest continuation, " yes", leaves 60."""
+    seen = []
+    monkeypatch.setattr("gradprune.evaluation.tasks._largest", lambda values: seen.append(values) or 0)
+    for letters in (500, 60):
+        question = Question(("x" * letters,) * 2, ("yes", "no"), 0)
+        answer_questions(tiny_model(vocab=258), byte_tokenizer(), [question], name="q")
+    assert seen[:2] == seen[2:]
 
 
 def test_standard_errors_and_equal_continuations() -> None:
