@@ -21,7 +21,7 @@ from gradprune.data import tokenize
 from gradprune.data.embedded import EmbeddedText
 from gradprune.data.sources import load_tokens
 from gradprune.data.tokenize import encode
-from gradprune.data.windows import batches, check_context, sample_windows, split_held_out
+from gradprune.data.windows import batches, check_context, overlap_of, sample_windows, split_held_out
 from gradprune.demo import byte_tokenizer
 from gradprune.errors import CalibrationError
 from helpers.tiny_models import tiny_model
@@ -483,3 +483,9 @@ def test_an_error_names_the_option_that_named_the_dataset(dataset: str) -> None:
     with pytest.raises(CalibrationError, match=r"^eval_dataset: ") as error:
         load_tokens(dataset, TOKENIZER, argument="eval_dataset")
     assert "\n" not in str(error.value)
+
+
+def test_overlap_is_of_whole_tokens() -> None:
+    """The bytes of many ids 1 are in those of many ids 256, one byte on."""
+    assert overlap_of(torch.full((64,), 1), torch.full((200,), 256)) == 0.0
+    assert overlap_of(torch.full((64,), 256), torch.full((200,), 256)) == 1.0

@@ -102,6 +102,31 @@ def test_the_result_is_an_ordinary_pruned_checkpoint(architecture: str, method: 
         assert torch.equal(load_pruned(tmp_path / "x")(ids).logits, pruned.eval()(ids).logits)
 
 
+def test_an_epoch_takes_every_window_once_and_rates_rise_and_fall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """18 windows to train on, 6 a step, so that 3 steps are an epoch."""
+    seen, rates = [], []
+    losses, step = module.sample_losses, torch.optim.AdamW.step
+
+    def recorded(optimizer, *args, **kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(module, "sample_losses", lambda model, ids: seen.extend(ids.tolist()) or losses(model, ids))
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    config = RecoveryConfig(method="full", loss="lm", seq_len=16, batch_size=6, steps=24, learning_rate=1e-3)
+    text = tiny_ids(20, 16)
+    recover(tiny_model(), None, text.flatten(), config)
+    epochs = [seen[start : start + 18] for start in range(0, len(seen), 18)]
+    assert len(epochs) == 8
+    assert all(sorted(epoch) == sorted(text[:18].tolist()) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    # Ten steps of warm-up; half the peak in the middle, almost nothing at the end.
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[:8] == sorted(rates[:8])
+    assert rates[12] == pytest.approx(5e-4)
+    assert 0.0 < rates[-1] < 1e-5
+
+
 def test_distillation_brings_the_student_to_its_teacher() -> None:
     dense, pruned = dense_and_pruned()
     text = tiny_ids(1, 2000).flatten()
