@@ -45,18 +45,16 @@ def _cheapest_removals_kernel(
     """
     at = tl.arange(0, BLOCK)
     inside = at < columns
-    rows_at = at.to(tl.int64)
-    inverse = tl.load(inverse_ptr + rows_at * stride_inverse + at, mask=inside, other=1.0)
-    gram = tl.load(gram_ptr + rows_at * stride_gram + at, mask=inside, other=0.0)
+    inverse = tl.load(inverse_ptr + at * (stride_inverse + 1), mask=inside, other=1.0)
+    gram = tl.load(gram_ptr + at * (stride_gram + 1), mask=inside, other=0.0)
     left = inside
     for step in range(0, count):
         costs = tl.where(left, tl.maximum(gram / inverse, 0.0), float("inf"))
         column = tl.argmin(costs, 0)
-        row = column.to(tl.int64)
-        tl.store(taken_ptr + step, row)
+        tl.store(taken_ptr + step, column.to(tl.int64))
         tl.store(costs_ptr + step, tl.min(costs, 0))
-        own = tl.load(inverse_ptr + row * stride_inverse + at, mask=inside, other=0.0)
-        change = tl.load(gram_ptr + row * stride_gram + at, mask=inside, other=0.0)
+        own = tl.load(inverse_ptr + column * stride_inverse + at, mask=inside, other=0.0)
+        change = tl.load(gram_ptr + column * stride_gram + at, mask=inside, other=0.0)
         for first in range(0, step, ROWS):
             rows = first + tl.arange(0, ROWS)
             gone = rows < step
@@ -89,7 +87,7 @@ def cheapest_removals_triton(
     """The columns that go when the cheapest one is removed `count` times.
 
     Args:
-        inverse: [k, k] fp64, unit inner stride, k <= MOST_COLUMNS.
+        inverse: [k, k] fp64, unit inner stride, k <= MOST_COLUMNS; from the first element to the last less than 2^31.
         gram: [k, k] the same.
         count: 0 to k.
         config: how rows are read.

@@ -141,7 +141,8 @@ def cheapest_removals_triton(inverse: Tensor, gram: Tensor, columns: int, count:
     """The groups that go when the cheapest one is removed `count` times.
 
     Args:
-        inverse: [k * c, k * c] fp64, A^-1, positive definite; copied where its inner stride is not 1.
+        inverse: [k * c, k * c] fp64, A^-1, positive definite; copied where its inner stride is not 1, or where its rows
+            lie further apart than 32 bits count.
         gram: [k * c, k * c] the same, M.
         columns: c, of each group. Groups of several columns are few and go by matrix products, as the reference; so do
             more than 1024 columns.
@@ -155,8 +156,9 @@ def cheapest_removals_triton(inverse: Tensor, gram: Tensor, columns: int, count:
     check_removals(inverse, gram, columns, count)
     if columns > 1 or len(inverse) > removals_kernel.MOST_COLUMNS:
         return cheapest_removals_reference(inverse, gram, columns, count)
-    matrices = (_unit_inner_stride(inverse), _unit_inner_stride(gram))
-    return Removals(*removals_kernel.cheapest_removals_triton(*matrices, count))
+    # The kernel counts elements in 32 bits: in 64 it would spill registers.
+    near = [matrix if matrix.stride(0) * len(matrix) < 2**31 else matrix.contiguous() for matrix in (inverse, gram)]
+    return Removals(*removals_kernel.cheapest_removals_triton(*map(_unit_inner_stride, near), count))
 
 
 def vectors(rows: tuple[Tensor, Tensor] | None, columns: tuple[Tensor, Tensor] | None) -> ImportanceVectors:
