@@ -185,9 +185,20 @@ def _write(writer: "GGUFWriter", laid_out: GGUFModel, outtype: str) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor, stored in zip(laid_out.tensors, types, strict=True):
-            writer.write_tensor_data(_converted(tensor, stored))
+            writer.write_tensor_data(_converted(tensor, stored).view(_Bytes))
     finally:
         writer.close()
+
+
+class _Bytes(np.ndarray[Any, Any]):
+    """An array that writes itself so that a full disk is told.
+
+    The error of numpy's own `tofile` has no reason, and there is none where only the last bytes did not fit.
+    """
+
+    def tofile(self, fid: Any, /, sep: str = "", format: str = "%s") -> None:
+        """Write the bytes to an open file, which raises the system's error."""
+        fid.write(self.data)
 
 
 def _stored_type(tensor: GGUFTensor, outtype: str) -> "GGMLQuantizationType":
@@ -208,6 +219,8 @@ def _converted(tensor: GGUFTensor, stored: "GGMLQuantizationType") -> NDArray[An
     values = tensor.values()
     assert values.shape == tensor.shape, (tensor.name, values.shape, tensor.shape)
     array = values.to(torch.float32).contiguous().cpu().numpy()
+    if not np.isfinite(array).all():
+        raise ExportError(f"model: {tensor.name} has values that are not finite; check the checkpoint's weights")
     if stored == GGMLQuantizationType.F16 and np.abs(array).max(initial=0.0) > np.finfo(np.float16).max:
         raise ExportError(f"outtype: {tensor.name} has values beyond f16's range; choose bf16 or f32")
     return np.ascontiguousarray(quantize(array, stored))

@@ -1,6 +1,7 @@
 """What exported files state, and what is refused."""
 
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -330,3 +331,25 @@ def test_the_chat_template_goes_along(tmp_path: Path) -> None:
     assert value(exported(tiny_model(vocab=300), tmp_path / "m.gguf", tokenizer), "tokenizer.chat_template") == (
         "{{ messages }}"
     )
+
+
+def test_a_disk_that_fills_up_within_a_tensor_is_told_in_the_systems_words(tmp_path: Path) -> None:
+    exported(tiny_model(), tmp_path / "whole.gguf")
+    room = (tmp_path / "whole.gguf").stat().st_size - 2000
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+    try:
+        with pytest.raises(ExportError, match=r"^output: '.*m.gguf' cannot be written: File too large; choose another"):
+            export_gguf(tiny_model(), TOKENIZER, tmp_path / "m.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.gguf"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
+    with pytest.raises(ExportError, match=r"^model: blk\.1\.ffn_up\.weight has values that are not finite"):
+        export_gguf(model, TOKENIZER, tmp_path / "m.gguf", outtype="f32")
+    assert not (tmp_path / "m.gguf").exists()
