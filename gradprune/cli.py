@@ -8,10 +8,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -375,23 +375,54 @@ def main() -> NoReturn:
             code = app(flags + [each for each in arguments if each not in flags], standalone_mode=False) or 0
         if ranks.world > 1:
             _end_at_once(code)
+        if sys.stdout is not None:
+            # At exit it would be too late to say that it is full.
+            sys.stdout.flush()
         sys.exit(code)
     except GradPruneError as error:
         _fail(str(error))
     except _UsageError as error:
         _fail(_usage(error))
+    except SystemExit as end:
+        # Typer and rich end the program so where whoever read the output has seen enough.
+        if isinstance(end.__context__, BrokenPipeError):
+            _end_of_pipe()
+        raise
     except BrokenPipeError:
-        # Whoever read the output has seen enough. What is left in the buffer must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        _end_of_pipe()
     except OSError as error:
-        # The standard streams: what is written elsewhere has errors of its own.
-        _fail(f"{error.filename or 'standard output'}: {one_line(error)}")
+        # Without a name it may come from anywhere; whether from standard output, a blank line tells.
+        where = error.filename or ("standard output" if _refuses(sys.stdout, "\n") else None)
+        _fail(one_line(error) if where is None else f"{where}: {one_line(error)}")
     except Interrupted as interrupt:
         if speaks():
             what = f"stopped by {interrupt.name}; unfinished results have been removed"
             say(Console(stderr=True), f"{what}{interrupt.advice}")
         sys.exit(interrupt.exit_code)
+
+
+def _end_of_pipe() -> NoReturn:
+    """End as programs do whose output nobody reads any more."""
+    _drop_unwritten()
+    sys.exit(128 + signal.SIGPIPE)
+
+
+def _drop_unwritten() -> None:
+    """Drop what a standard stream could not write: at exit it would fail again, and change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if _refuses(stream):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _refuses(stream: TextIO | None, text: str = "") -> bool:
+    """Whether a standard stream cannot write what its buffer holds, and `text`; None is one that was closed."""
+    try:
+        if stream is not None:
+            stream.write(text)
+            stream.flush()
+    except OSError:
+        return True
+    return False
 
 
 def _usage(error: Any) -> str:
@@ -407,7 +438,10 @@ def _fail(message: str) -> NoReturn:
     if not speaks():
         sys.exit(2)
     line = "".join(f"\\x{ord(character):02x}" if ord(character) < 32 else character for character in message)
-    say(Console(stderr=True), f"error: {line}")
+    # The exit code tells even where nothing can be said.
+    with suppress(OSError, SystemExit):
+        say(Console(stderr=True), f"error: {line}")
+    _drop_unwritten()
     sys.exit(2)
 
 

@@ -1,3 +1,4 @@
+import errno
 import fnmatch
 import json
 import os
@@ -201,6 +202,37 @@ def test_a_standard_output_that_is_full_is_one_line(gradprune, monkeypatch: pyte
     monkeypatch.undo()
     assert code == 2
     assert only_line(err) == "error: standard output: No space left on device"
+
+
+def in_shell(script: str, *arguments: str) -> tuple[int, str]:
+    """Exit code and standard error of a script that runs `gradprune arguments`, written "$@", with buffered output."""
+    program = [sys.executable, "-c", "from gradprune.cli import main; main()", *arguments]
+    done = run_program(["sh", "-c", script, "sh", *program], environment={"PYTHONUNBUFFERED": ""})
+    return done.returncode, done.stderr.strip()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is always full")
+def test_a_full_output_is_told_even_where_it_is_found_at_the_end() -> None:
+    assert in_shell('"$@" > /dev/full', "--version") == (2, "error: standard output: No space left on device")
+    assert in_shell('"$@" 2> /dev/full', "--nonsense") == (2, "")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("info",)])
+def test_whoever_stops_reading_ends_the_command_as_a_broken_pipe(arguments: tuple[str, ...]) -> None:
+    # The pipe is closed before anything is written.
+    assert in_shell('{ sleep 0.1; "$@"; echo $? >&2; } | true', *arguments) == (0, str(128 + signal.SIGPIPE))
+
+
+def test_an_error_of_the_system_that_names_no_file_is_not_put_on_standard_output(
+    gradprune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("gradprune.environment.environment", fail)
+    code, _, err = gradprune("info", "--json")
+    assert code == 2
+    assert only_line(err) == "error: Input/output error"
 
 
 @pytest.mark.parametrize(
