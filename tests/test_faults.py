@@ -84,7 +84,8 @@ def test_a_signal_at_any_stage_leaves_the_old_results_and_nothing_else(
     work: Path, given_files: list[object], number: signal.Signals, stage: str
 ) -> None:
     old = old_results(work)
-    arguments = ("prune", *given_files, "--output_name", "x", "--overwrite")
+    # Without H-GSP there are no priors.
+    arguments = ("prune", *given_files, "--output_name", "x", "--overwrite", "--temperature", "1")
     code, err = run(work, *arguments, prepare=at_stage(stage, signalled(number)))
     assert code == SIGNALS[number], err
     assert "Traceback" not in err
@@ -320,9 +321,10 @@ def test_quiet_and_verbose(work: Path, given_files: list[object]) -> None:
         "Loading the model ...",
         "Calibration ...",
         "Importance ...",
-        "Priors ...",
         "Perplexity before ...",
+        "Generations ...",
     ]
+    assert "priors" not in json.loads((work / "results" / "z" / "run.json").read_text())["seconds"]
 
 
 def test_the_same_text_twice_is_not_called_held_out(work: Path, given_files: list[object]) -> None:

@@ -50,7 +50,7 @@ def test_scores_are_those_of_the_repaired_model(method: str) -> None:
         for batch in whole.calibration:
             engine.step(batch)
     found = after_shots(whole, evidence)
-    assert set(whole.clock.seconds) == {"calibration", "importance", "priors", "shot_1"}
+    assert set(whole.clock.seconds) == {"calibration", "importance", "shot_1"}
     expected, changed = engine.scores().importance, False
     for block in whole.view.blocks:
         scores = found.scores(method).importance[block]

@@ -56,15 +56,15 @@ def gather_evidence(run: Run, earlier: Evidence | None = None, *, bound: bool = 
             evidence = _evidence(run, engine)
             if bound:
                 evidence = replace(evidence, model=model_digest(run.view.model))
+    if not config.uses_priors or _has_priors(evidence, config):
+        return evidence
+    if config.prior == "taylor":
+        raise ConfigError(
+            "prior: 'taylor' is not in evidence_file, whose calibration took no gradients of all samples; "
+            "calibrate again with it, or with evidence 'all'"
+        )
     with run.clock.stage("priors"):
-        if config.uses_priors and not _has_priors(evidence, config):
-            if config.prior == "taylor":
-                raise ConfigError(
-                    "prior: 'taylor' is not in evidence_file, whose calibration took no gradients of all samples; "
-                    "calibrate again with it, or with evidence 'all'"
-                )
-            evidence = evidence.with_priors(config.prior, _priors(run))
-    return evidence
+        return evidence.with_priors(config.prior, _priors(run))
 
 
 def _has_priors(evidence: Evidence, config: PruneConfig) -> bool:

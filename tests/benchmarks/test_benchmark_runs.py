@@ -155,7 +155,6 @@ def test_the_whole_job_has_every_stage_and_those_beside_it(tmp_path: Path) -> No
     stages = [
         "calibration",
         "importance",
-        "priors",
         "perplexity_before",
         "selection",
         "repair",
