@@ -10,7 +10,11 @@ from gradprune.config import PruneConfig
 from gradprune.errors import OutOfMemoryError
 from gradprune.progress import Clock
 
-_CPU = re.compile(r"can't allocate memory|not enough memory|bad_alloc|cannot allocate memory", re.IGNORECASE)
+_CPU = re.compile(
+    # The last is oneDNN's, which does not say that there was no memory for the code that it generates.
+    r"can't allocate memory|not enough memory|bad_alloc|cannot allocate memory|could not create a primitive$",
+    re.IGNORECASE,
+)
 _AMOUNT = re.compile(r"allocate ([\d.]+ ?(?:[KMGT]i?B|bytes))")
 
 

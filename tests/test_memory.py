@@ -29,6 +29,7 @@ def told(error: Exception, stage: str = "calibration", **options) -> str:
         (RuntimeError(CPU), "another 4096 bytes"),
         (torch.OutOfMemoryError(CUDA), "another 20.00 GiB"),
         (MemoryError(), ""),
+        (RuntimeError("could not create a primitive"), ""),
     ],
 )
 def test_out_of_memory_says_what_ran_what_it_needed_and_what_needs_less(error: Exception, needed: str) -> None:

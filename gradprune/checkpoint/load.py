@@ -28,7 +28,7 @@ from gradprune.errors import CheckpointError, ConfigError, GradPruneError, Unsup
 from gradprune.hub import hub_fault
 from gradprune.models import accepted_kinds, describe
 from gradprune.models.footprint import Job
-from gradprune.models.modeling_gradprune import auto_class, auto_class_name, per_layer_overrides
+from gradprune.models.modeling_gradprune import auto_class, auto_class_name, per_layer_overrides, text_config
 from gradprune.models.placement import check_placement
 from gradprune.models.sizes import ModelShape, free_memory, model_shape, with_unit
 
@@ -189,6 +189,12 @@ def _check_supported(base_model: str | Path, config: PreTrainedConfig, argument:
         raise UnsupportedArchitectureError(
             f"{argument}: the weights of '{base_model}' are quantised; name the unquantised checkpoint"
         )
+    sizes = text_config(config)
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if (size := getattr(sizes, name, None)) is not None and size < 1:
+            raise CheckpointError(
+                f"{argument}: the configuration of '{base_model}' describes no model: {name} is {size}"
+            )
 
 
 def _check_folder(base_model: str | Path, argument: str) -> None:

@@ -303,6 +303,8 @@ def test_a_broken_checkpoint_is_one_clear_error(how: str, tmp_path: Path) -> Non
     ("values", "message"),
     [
         ({"intermediate_size": 11}, r"9 weights .* first model.layers.0.mlp.down_proj.weight: \[72, 10\] instead of"),
+        ({"num_hidden_layers": 0}, "describes no model: num_hidden_layers is 0"),
+        ({"hidden_size": 0}, "describes no model: hidden_size is 0"),
         ({"num_hidden_layers": 4}, "lacks 9 weights .* first model.layers.3"),
         ({"num_hidden_layers": 2}, "9 weights in layers that its config.json does not name, first model.layers.2"),
         ({"per_layer_config": {"0": {"skip": ["attention"]}}}, "5 weights in layers .* first model.layers.0"),
