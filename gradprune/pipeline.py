@@ -43,7 +43,7 @@ from gradprune.scoring.selection import check_reachable
 from gradprune.scoring.table import GroupTable, empty_table
 from gradprune.search import search
 from gradprune.shots import after_shots
-from gradprune.surgery.cut import check_class, cut, sharing_copy
+from gradprune.surgery.cut import check_class, check_copyable, cut, sharing_copy
 from gradprune.surgery.distillation import Distillation, distil_run, taught_samples
 from gradprune.surgery.repair import REPAIRS, BlockRepair
 from gradprune.target import at_target, ratio_of_size
@@ -77,6 +77,9 @@ def prune(
         GradPruneError: an option, the data, the model or the requested ratio does not work; says what would.
     """
     config = _of_rank(config or PruneConfig(), ranks)
+    check_class(model)
+    if not config.in_place:
+        check_copyable(model)
     clock = Clock(console)
     with claimed_results(config) as output, memory_advice(clock, config), evaluation_mode(model):
         run, earlier = _start(model, tokenizer, [config], calibration, evaluation, clock, ranks)
@@ -119,6 +122,8 @@ def prune_ratios(
     if not len(ratios) or list(ratios) != sorted(set(ratios)):
         raise ConfigError(f"ratios: {list(ratios)} is not one or several, ascending, each once")
     configs = [replace(config, pruning_ratio=ratio, in_place=False) for ratio in ratios]
+    check_class(model)
+    check_copyable(model)
     clock = Clock(console)
     with claimed_results(config, ratios) as output, memory_advice(clock, config), evaluation_mode(model):
         run, earlier = _start(model, tokenizer, configs, None, None, clock, ranks)
@@ -185,7 +190,6 @@ def _start(
     Raises what would fail only after calibration.
     """
     check_same_options(ranks, configs)
-    check_class(model)
     check_placement(model)
     view, config = describe(model, configs[0].kinds).with_groups(), configs[0]
     check_context(model.config, config.seq_len)

@@ -287,6 +287,25 @@ def test_a_real_model_keeps_most_of_its_ability(method: str, stories_model: Path
     assert 0 <= 0.1 * result.before.parameters - (result.before.parameters - result.after.parameters) < 3072
 
 
+@pytest.mark.parametrize("given", [None, "gpt2", torch.nn.Linear(2, 2)])
+def test_what_is_no_model_of_transformers_is_named(given) -> None:
+    for call in (lambda: run(given), lambda: prune_ratios(given, None, PruneConfig(), [0.1])):
+        with pytest.raises(UnsupportedArchitectureError, match=f"^model: is a {type(given).__name__}; a causal LM of"):
+            call()
+
+
+def test_a_forward_that_a_copy_would_run_on_the_dense_model_is_refused() -> None:
+    model = tiny_model()
+    mlp = model.model.layers[1].mlp
+    own = mlp.forward
+    expected = run(model).after.perplexity
+    mlp.forward = lambda x: own(x)
+    with pytest.raises(UnsupportedArchitectureError, match=r"the forward of model\.layers\.1\.mlp is replaced"):
+        run(model)
+    mlp.forward = own
+    assert run(model).after.perplexity == expected
+
+
 def test_a_class_of_ones_own_is_refused_before_anything_is_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     model.__class__ = type("MyLlama", (type(model),), {})

@@ -1,6 +1,7 @@
 """Surgery: cut the pruned groups out of the weights, and write the new widths into the configuration."""
 
 import copy
+from types import FunctionType
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -33,7 +34,8 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
 
     Raises:
         ValueError: a mask's length is not its block's number of groups, or a block has no mask.
-        UnsupportedArchitectureError: not the architecture's own causal LM class, or one that gradprune made of it.
+        UnsupportedArchitectureError: not the architecture's own causal LM class, or one that gradprune made of it; or
+            it cannot be copied, see `check_copyable`.
     """
     view = whole_view(model)
     check_class(model)
@@ -51,8 +53,12 @@ def check_class(model: PreTrainedModel) -> None:
     """Refuse a class that cutting would replace by another, losing what it adds: a classifier's head, say.
 
     Raises:
-        UnsupportedArchitectureError: naming the class, and the one to load it as.
+        UnsupportedArchitectureError: naming the class, and the one to load it as; or it is no model of transformers.
     """
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        raise UnsupportedArchitectureError(
+            f"model: is a {type(model).__name__}; a causal LM of transformers is needed, e.g. of gradprune.load_model"
+        )
     name = causal_lm(model.config.model_type)
     stock = stock_class(type(model))
     # A model loaded with trust_remote_code has a class of gradprune's name, defined by the file beside its weights.
@@ -60,11 +66,31 @@ def check_class(model: PreTrainedModel) -> None:
         raise UnsupportedArchitectureError(f"model: a {type(model).__name__} cannot be cut; load it as {name}")
 
 
+def check_copyable(model: PreTrainedModel) -> None:
+    """Refuse modules whose forward someone has replaced: a copy would run the function on the modules that it is for.
+
+    Raises:
+        UnsupportedArchitectureError: naming the first.
+    """
+    for name, module in model.named_modules():
+        # Methods, and partials such as accelerate's hooks, are copied with their module.
+        if isinstance(module.__dict__.get("forward"), FunctionType):
+            raise UnsupportedArchitectureError(
+                f"model: the forward of {name or 'the whole model'} is replaced by a function, which a copy would run "
+                "on the dense model's modules; put the original back (del module.forward), or bind it "
+                "(types.MethodType)"
+            )
+
+
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
     """New modules and parameters on the same memory, or the same files, where the model is streamed.
 
     The two models' dtypes and gradients are independent; a weight is until it is changed in place.
+
+    Raises:
+        UnsupportedArchitectureError: as `check_copyable`.
     """
+    check_copyable(model)
     residency = residency_of(model)
     if residency is not None:
         residency.release()
