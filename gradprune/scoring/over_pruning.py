@@ -25,7 +25,8 @@ class LayerPruning:
 
 def pruning_distribution(masks: GroupMasks) -> list[LayerPruning]:
     """What each layer loses."""
-    lost = {key: 1.0 - float(masks[key].double().mean()) for key in masks}
+    # Of counts, so that a tenth of the groups is exactly what the literal 0.1 is.
+    lost = {key: int((~masks[key]).sum()) / len(masks[key]) for key in masks}
     kinds = shown_kinds(key.kind for key in masks)
     return [
         LayerPruning(layer, {kind.name: lost.get(BlockKey(layer, kind.name)) for kind in kinds})

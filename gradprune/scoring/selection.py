@@ -268,7 +268,7 @@ def _drop_thin_layers(table: GroupTable, pruned: NDArray[np.bool_], epsilon: flo
     """Remove whole each layer whose mean over its blocks of the fraction kept is below epsilon."""
     kept: dict[int, list[float]] = {}
     for key, rows in table.blocks():
-        kept.setdefault(key.layer, []).append(1.0 - pruned[rows].mean())
+        kept.setdefault(key.layer, []).append((~pruned[rows]).mean())
     for layer, fractions in kept.items():
         if np.mean(fractions) < epsilon:
             pruned[table.layer == layer] = True

@@ -31,6 +31,17 @@ def test_no_warning_where_none_loses_under_10_percent() -> None:
     assert over_pruned(pruning_distribution(without_attention)) == []
 
 
+def test_exactly_10_and_90_percent_are_neither_under_nor_over() -> None:
+    for count in (10, 20, 30, 70, 90, 110, 1000):
+        shares = pruning_distribution(
+            GroupMasks.of_layers(mlp=[torch.arange(count) < count * kept // 10 for kept in (1, 9)])
+        )
+        assert [layer.pruned["mlp"] for layer in shares] == [0.9, 0.1]
+    nearly_all, tenth, some = (torch.arange(100) < kept for kept in (1, 90, 91))
+    assert over_pruned(pruning_distribution(GroupMasks.of_layers(mlp=[nearly_all, tenth]))) == []
+    assert over_pruned(pruning_distribution(GroupMasks.of_layers(mlp=[nearly_all, some]))) == ["layer 0 mlp (99%)"]
+
+
 def test_a_block_that_did_not_exist_is_left_out() -> None:
     found = pruning_distribution(
         GroupMasks.of_layers(attention=(torch.empty(0, dtype=torch.bool),), mlp=(torch.ones(3) > 0,))

@@ -192,6 +192,19 @@ def test_epsilon_drops_thin_layers_whole() -> None:
     np.testing.assert_array_equal(kept, select(table, most_of_layer_1, parameters, Constraints(epsilon=fraction)))
 
 
+def test_a_layer_that_keeps_a_tenth_keeps_no_less_than_an_epsilon_of_a_tenth() -> None:
+    table = make_table(layers=2, heads=10, channels=10)
+    going = table.layer == 1
+    for kind in (0, 1):
+        going[np.flatnonzero(going & (table.kind == kind))[0]] = False
+    table = dataclasses.replace(table, score=np.where(going, -1.0, 1.0))
+    parameters = int(table.cost.sum())
+    ratio = float(table.cost[going].sum()) / parameters
+    np.testing.assert_array_equal(select(table, ratio, parameters, Constraints(epsilon=0.1)), going)
+    dropped = select(table, ratio, parameters, Constraints(epsilon=0.11))
+    np.testing.assert_array_equal(dropped, table.layer == 1)
+
+
 def test_epsilon_refuses_nothing_before_scores_are_known() -> None:
     table = make_table()
     arguments = table, 0.3, int(table.cost.sum()), Constraints(epsilon=1.0)
