@@ -96,7 +96,7 @@ def test_the_default_stays_unless_another_is_better_beyond_its_error(
         assert f"{advantage:.4f} nats a token, {errors:.1f} standard errors over 16 samples" in verdict
 
 
-@pytest.mark.parametrize(("difference", "taken"), [(-0.19, False), (-0.21, True)])
+@pytest.mark.parametrize(("difference", "taken"), [(-0.19, False), (-0.2, False), (-0.21, True)])
 def test_of_few_candidates_two_standard_errors_are_needed(difference: float, taken: bool) -> None:
     default = Trial(Scoring("taylor"), 1.0, 0.0, 0.0, 8, repaired=False, fixed=True)
     other = Trial(Scoring("wanda"), 1.0 + difference, difference, 0.1, 8, repaired=False, fixed=True)

@@ -190,6 +190,19 @@ def test_obs_reads_samples_beyond_those_that_give_its_curvatures() -> None:
     assert of_kinds[0][0] != of_kinds[1][0]
 
 
+def test_batches_are_read_one_after_the_other_even_after_costs_were_computed() -> None:
+    model, ids = tiny_model("qwen2"), tiny_ids(samples=6)
+    at_once, by_turns = (engine_of(model, ids[:2], "obs") for _ in range(2))
+    at_once.read(ids[2:].split(2))
+    first = by_turns.scores()
+    for batch in ids[2:].split(2):
+        by_turns.read([batch])
+    found, expected = by_turns.scores(), at_once.scores()
+    for kind in ("attention", "mlp"):
+        assert all(map(torch.equal, getattr(found, kind), getattr(expected, kind)))
+    assert not torch.equal(found.mlp[0], first.mlp[0])
+
+
 def test_only_obs_reads_samples_without_their_gradients() -> None:
     engine = engine_of(tiny_model(), tiny_ids(), "group_fisher")
     with pytest.raises(GradPruneError, match="read: 'group_fisher' takes every sample by a step"):
