@@ -9,6 +9,7 @@ from gradprune import ImportanceEngine
 from gradprune.calibration.evidence import Evidence
 from gradprune.errors import ConfigError, GradPruneError
 from gradprune.models import describe
+from gradprune.ranks import Ranks
 from helpers.engine_runs import run_engine
 from helpers.flops import CountFlops
 from helpers.pipeline_runs import run
@@ -78,6 +79,17 @@ def test_the_diagnosis_is_of_the_first_batches() -> None:
     assert needed.gradients == run_engine(model, ids[:4]).gradients
     assert len(needed.steps) == 2
     assert (needed.num_samples, needed.diagnosed_samples) == (6, 4)
+
+
+def test_the_first_batches_are_counted_over_all_ranks() -> None:
+    """The second of two ranks has batches 1, 3 and 5, two of which are among the first four."""
+
+    class Second(Ranks):
+        rank, world = 1, 2
+
+    state = engine_of(tiny_model(), tiny_ids(samples=6), steps=4, ranks=Second()).state()
+    assert state["1.mlp.scales"].shape == (3,)
+    assert state["1.mlp.statistics.up_proj"].shape == (2, 5)
 
 
 def test_a_gradient_fix_takes_all_samples_gradients() -> None:
