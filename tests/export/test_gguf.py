@@ -82,6 +82,44 @@ def test_values_are_the_weights(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tensors["blk.1.attn_q.weight"], q[order])
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_every_tensor_is_that_of_the_model(architecture: str, tmp_path: Path) -> None:
+    """Of layers that differ, which all are written as deci: rows of q and k, and their biases, 0, 2, 1, 3 of a head."""
+    model = tiny_model(architecture, dtype=torch.float32, tied=False)
+    model = cut(model, random_masks(model, 0.7))
+    tensors = {tensor.name: tensor.data for tensor in exported(model, tmp_path / "m.gguf", outtype="f32").tensors}
+    names = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    expected = {
+        "token_embd.weight": model.model.embed_tokens.weight,
+        "output_norm.weight": model.model.norm.weight,
+        "output.weight": model.lm_head.weight,
+    }
+    for index, layer in enumerate(model.model.layers):
+        for path, name in names.items():
+            for kind, values in layer.get_submodule(path).named_parameters():
+                if name in ("attn_q", "attn_k"):
+                    values = values[[head + row for head in range(0, len(values), 4) for row in (0, 2, 1, 3)]]
+                expected[f"blk.{index}.{name}.{kind}"] = values
+    assert tensors.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(tensors[name], values.detach().numpy(), err_msg=name)
+
+
+def test_what_stands_for_removed_blocks_is_zero_behind_norms_of_ones(tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    masks = full_masks(model)
+    masks.mlp[1][:] = False
+    reader = exported(cut(model, masks), tmp_path / "m.gguf", outtype="f32")
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert (tensors["blk.1.ffn_norm.weight"] == 1.0).all()
+    for name in ("gate", "up", "down"):
+        assert not tensors[f"blk.1.ffn_{name}.weight"].any()
+
+
 def test_q8_0_widens_mlps_to_whole_blocks_and_leaves_other_odd_rows_in_f16(tmp_path: Path) -> None:
     model = tiny_model("mistral", hidden=64, channels=40, head_dim=8, dtype=torch.float32)
     model = cut(model, random_masks(model, 0.8))
