@@ -11,8 +11,8 @@ from gradprune import (
 )
 from gradprune.errors import ConfigError
 from gradprune.vanishing.diagnosis import diagnose_gradients, verdict_of
-from gradprune.vanishing.scaling import layer_scales, resolve_fix
-from gradprune.vanishing.statistics import LayerGradients
+from gradprune.vanishing.scaling import layer_scales, resolve_fix, scales_of
+from gradprune.vanishing.statistics import LayerGradients, pool_steps
 from helpers.engine_runs import run_engine
 from helpers.tiny_models import tiny_ids, tiny_model
 
@@ -153,3 +153,21 @@ def test_batches_are_repaired_one_by_one() -> None:
     torch.testing.assert_close(part.mlp[0], scores.mlp[0])
     assert (scores.mlp[0].double() > expected).all()  # gate and up rows come on top
     assert scores.scaling.scales != [1.0] * 3
+
+
+@pytest.mark.parametrize("fix", ["normalize", "auto"])
+def test_what_scaled_each_batch_is_told_of_all(fix: str) -> None:
+    """The first layer's gradients are too small for "auto" to leave them alone."""
+    model, ids = tiny_model(layers=3), tiny_ids(samples=4)
+    model.model.layers[0].register_forward_hook(lambda _module, _args, output: output / 2000.0 + output.detach())
+    plain = [run_engine(model, batch, "taylor", "batch").gradients for batch in ids.split(2)]
+    found = run_engine(model, ids, "taylor", "batch", batch_size=2, gradient_fix=fix).scaling
+    scales = [scales_of(fix, of_batch, 3) for of_batch in plain]
+    assert found.fix == {"normalize": "normalize", "auto": "adaptive"}[fix]
+    assert scales[0] != scales[1]
+    assert found.scales == pytest.approx([(a + b) / 2.0 for a, b in zip(*scales, strict=True)], rel=1e-12)
+    scaled = [[layer.scaled(own[layer.layer]) for layer in step] for step, own in zip(plain, scales, strict=True)]
+    for have, want in zip(found.after, pool_steps(scaled), strict=True):
+        assert vars(have).keys() == vars(want).keys()
+        for name, value in vars(want).items():
+            assert getattr(have, name) == pytest.approx(value, rel=1e-9), name
