@@ -212,6 +212,13 @@ def test_priors_of_another_number_of_samples_are_measured_again(tmp_path: Path) 
     assert (few.prior != many.prior).any()
 
 
+def test_priors_of_all_samples_are_enough_for_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, options = tiny_model(), {"temperature": 1.0, "prior": "similarity", "prior_samples": 100}
+    run(model, **options, output_dir=str(tmp_path), output_name="all")
+    monkeypatch.setattr("gradprune.calibration.gather._priors", None)
+    run(model, **options, evidence_file=str(tmp_path / "all" / "analysis" / "evidence.safetensors"))
+
+
 def interrupted_after_its_calibration(monkeypatch: pytest.MonkeyPatch, **options) -> None:
     def interrupt(*_args):
         raise KeyboardInterrupt
@@ -229,6 +236,29 @@ def test_a_calibration_that_took_other_gradients_is_not_resumed(
     interrupted_after_its_calibration(monkeypatch, **options, temperature=1.0, prior="taylor")
     with pytest.raises(CheckpointError, match=r"another number of samples with gradients \(40, now 32\)"):
         run(tiny_model(), **options, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "differs"),
+    [
+        ({"prune_kinds": "mlp"}, "prune_kinds"),
+        ({"gradient_fix": "adaptive"}, "gradient_fix"),
+        ({"seq_len": 8}, "seq_len"),
+        ({"num_samples": 4}, "num_samples"),
+        ({"use_gradient_checkpointing": True}, "use_gradient_checkpointing"),
+        ({"backend": "cpp"}, "backend"),
+        ({"importance_method": "wanda"}, "evidence"),
+        ({"calibration": TOKENS[1:1500]}, "data"),
+        ({"model": tiny_model(seed=1)}, "model"),
+    ],
+)
+def test_a_calibration_of_anything_else_is_not_resumed(
+    options: dict[str, object], differs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"output_dir": str(tmp_path), "output_name": "x", "checkpoint_every": 4}
+    interrupted_after_its_calibration(monkeypatch, **given)
+    with pytest.raises(CheckpointError, match=f"belongs to a run with .*another {differs} "):
+        run(**{"model": tiny_model(), **given, **options}, resume=True)
 
 
 def test_a_calibration_that_was_over_resumes_without_a_word_of_ranks(

@@ -94,6 +94,19 @@ def test_a_saved_file_reads_back_equal(tmp_path: Path) -> None:
         assert torch.equal(again.components[name], evidence.components[name])
 
 
+def test_windows_that_were_taken_are_those_of_the_text_alone() -> None:
+    found = replace(
+        ImportanceEngine(tiny_model(), "magnitude").evidence(),
+        num_samples=10,
+        seq_len=16,
+        seed=3,
+        dataset="a",
+        own_text=0.2,
+    )
+    assert found.windows_taken("a", 16, 3) == 8
+    assert [found.windows_taken(*other) for other in (("b", 16, 3), ("a", 8, 3), ("a", 16, 4))] == [0, 0, 0]
+
+
 def test_a_nan_importance_is_named() -> None:
     found = ImportanceEngine(tiny_model(), "magnitude").evidence()
     values = found.components["magnitude"].clone()

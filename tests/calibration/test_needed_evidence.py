@@ -100,6 +100,15 @@ def test_a_gradient_fix_takes_all_samples_gradients() -> None:
     assert fixed.evidence().diagnosed_samples == 6
 
 
+def test_fixes_that_a_search_can_still_try() -> None:
+    model, ids, wanted = tiny_model(), tiny_ids(samples=4), ("none", "adaptive")
+    assert engine_of(model, ids).evidence().fixes(wanted) == ("none",)
+    assert engine_of(model, ids, steps=2).evidence().fixes(wanted) == wanted
+    batches = {"steps": 2, "reduction": "batch"}
+    assert engine_of(model, ids, **batches).evidence().fixes(wanted) == ("none",)
+    assert engine_of(model, ids, gradient_fix="normalize", **batches).evidence().fixes(wanted) == ("normalize",)
+
+
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "group_fisher", "taylor"])
 def test_an_engine_resumes_from_a_state_in_which_steps_differ(method: str) -> None:
     model, ids = tiny_model(), tiny_ids(samples=8)

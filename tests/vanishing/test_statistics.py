@@ -77,6 +77,8 @@ def test_a_layer_vanishes_below_a_hundredth_of_the_largest() -> None:
 def test_a_fix_that_was_not_needed_is_told(ratio: float, warned: bool) -> None:
     before = layers(ratio, 1.0)
     scaling = GradientScaling("adaptive", [1.0, 10.0], [before[0], before[1].scaled(10.0)])
-    text = GradientAnalysis(before, [], "adaptive", scaling, seq_len=8, num_samples=1, reduction="sample").scaling_text()
+    text = GradientAnalysis(
+        before, [], "adaptive", scaling, seq_len=8, num_samples=1, reduction="sample"
+    ).scaling_text()
     assert text.startswith(f"Gradient fix 'adaptive': gradient ratio {ratio:.1f} before, {ratio / 10.0:.1f} after.")
     assert ("a fix is not needed" in text) == warned
