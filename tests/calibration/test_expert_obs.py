@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from gradprune import ImportanceEngine
-from gradprune.models import describe
+from gradprune.models import BlockKey, describe
 from helpers.mixtures import CHANNELS, EXPERTS, MIXTURES, down_columns, experts_of, tiny_mixture
+from helpers.pipeline_runs import run
 from helpers.routing import routed
-from helpers.tiny_models import tiny_ids
+from helpers.tiny_models import tiny_ids, tiny_model
 
 
 def scores(model, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -79,6 +80,20 @@ def test_costs_are_those_of_each_expert_on_its_tokens(architecture: str) -> None
     torch.testing.assert_close(ratio, ratio[0, :1].expand_as(ratio), rtol=1e-4, atol=0.0)
 
 
+def test_curvatures_are_means_over_the_samples_and_what_an_expert_writes() -> None:
+    """As those of other blocks, beside which they say what a removal costs."""
+    model, ids = tiny_mixture(), tiny_ids(6, 12)
+    with ImportanceEngine(model, "obs", backend="reference") as engine:
+        for part in ids.split(2):
+            engine.step(part)
+    found = engine._accumulators[BlockKey(1, "expert_channels")].curvatures(len(ids))
+    _, dy = of_rows(model, ids, 1)
+    width = model.config.hidden_size
+    assert width != CHANNELS
+    expected = torch.stack([of_expert.detach().square().sum() / (len(ids) * width) for of_expert in dy])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0.0)
+
+
 def test_channels_of_an_expert_without_tokens_cost_next_to_nothing() -> None:
     model, ids = tiny_mixture(), tiny_ids(4, 10)
     with routed(model, torch.tensor([[0, 2]] * 20)):
@@ -86,3 +101,11 @@ def test_channels_of_an_expert_without_tokens_cost_next_to_nothing() -> None:
     assert found[[0, 2]].min() > 1e-9
     assert found[[1, 3]].max() < 1e-30
     assert (found > 0.0).all()
+
+
+def test_curvatures_of_experts_are_of_all_samples() -> None:
+    """Each expert sees few of a sample's tokens. A dense model's gradients are taken of 32 samples, and no more."""
+    options = {"importance_method": "obs", "num_samples": 36, "seq_len": 8, "batch_size": 12, "repair": "none"}
+    # Only gradients of all samples make a taylor prior.
+    assert "taylor" in run(tiny_mixture(), **options).evidence.priors
+    assert "taylor" not in run(tiny_model(), **options).evidence.priors
