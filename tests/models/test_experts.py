@@ -125,6 +125,19 @@ def test_a_token_belongs_to_its_sample_however_samples_are_batched() -> None:
         assert_importances_equal(scored(model, ids, batch_size, **options), alone)
 
 
+def test_recomputed_layers_count_their_tokens_once() -> None:
+    """Where one pass with gradients serves every method: "wanda" takes the root of a mean over tokens."""
+    found = []
+    for recomputed in (False, True):
+        with ImportanceEngine(
+            tiny_mixture(), "taylor", backend="reference", use_gradient_checkpointing=recomputed
+        ) as engine:
+            engine.step(tiny_ids(3))
+        found.append(engine.scores("wanda").importance)
+    for block in found[0]:
+        torch.testing.assert_close(found[0][block], found[1][block])
+
+
 def test_statistics_of_gradients_are_those_of_all_experts() -> None:
     model, ids = tiny_mixture(), tiny_ids(2)
     with ImportanceEngine(model, "taylor_2nd", backend="reference") as engine:
