@@ -1,4 +1,4 @@
-"""The second stage of every reduction: partial sums and statistics, added in fixed order by one launch."""
+"""The second stage of every reduction: partial sums and statistics, added in fixed order."""
 
 import torch
 import triton
@@ -9,9 +9,46 @@ from gradprune.kernels.launch import ceil_div, device_of
 
 _BLOCK = 128
 _PARTS = 16
+# So many statistics one program merges in about the time of another launch; of more, each program merges _ENTRIES.
+_ALONE, _ENTRIES = 32768, 4096
 
 
-@triton.jit(do_not_specialize=["parts", "programs"])
+@triton.jit
+def _merge(statistics_ptr, first, end, out_ptr, LANES: tl.constexpr):
+    """Merge the statistics from `first` up to `end`, LANES at a time, into one.
+
+    statistics_ptr: [entries, 5] fp32: sum|g|, sum g^2, max|g|, min|g|, non-finite. out_ptr: [5] fp32.
+    """
+    lanes = tl.arange(0, LANES)
+    added = tl.zeros((LANES,), tl.float32)
+    squares = tl.zeros((LANES,), tl.float32)
+    largest = tl.zeros((LANES,), tl.float32)
+    smallest = tl.full((LANES,), float("inf"), tl.float32)
+    bad = tl.zeros((LANES,), tl.float32)
+    for start in range(first, end, LANES):
+        inside = start + lanes < end
+        base = statistics_ptr + (start + lanes).to(tl.int64) * 5
+        added += tl.load(base, mask=inside, other=0.0)
+        squares += tl.load(base + 1, mask=inside, other=0.0)
+        largest = tl.maximum(largest, tl.load(base + 2, mask=inside, other=0.0))
+        smallest = tl.minimum(smallest, tl.load(base + 3, mask=inside, other=float("inf")))
+        bad += tl.load(base + 4, mask=inside, other=0.0)
+    tl.store(out_ptr, tl.sum(added, 0))
+    tl.store(out_ptr + 1, tl.sum(squares, 0))
+    tl.store(out_ptr + 2, tl.max(largest, 0))
+    tl.store(out_ptr + 3, tl.min(smallest, 0))
+    tl.store(out_ptr + 4, tl.sum(bad, 0))
+
+
+@triton.jit(do_not_specialize=["entries"])
+def _merge_kernel(statistics_ptr, out_ptr, entries, ENTRIES: tl.constexpr, LANES: tl.constexpr):
+    """Each program merges ENTRIES of the [entries, 5] statistics, into [programs, 5]."""
+    program = tl.program_id(0)
+    first = program * ENTRIES
+    _merge(statistics_ptr, first, tl.minimum(first + ENTRIES, entries), out_ptr + program * 5, LANES)
+
+
+@triton.jit(do_not_specialize=["parts", "entries"])
 def _add_kernel(
     sums_ptr,
     statistics_ptr,
@@ -19,36 +56,18 @@ def _add_kernel(
     statistics_out_ptr,
     parts,
     width,
-    programs,
+    entries,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Program 0 merges the statistics; each other one adds BLOCK columns of the partial sums, PARTS rows at a time.
 
-    sums_ptr: [parts, width] fp32. statistics_ptr: [programs, 5] fp32: sum|g|, sum g^2, max|g|, min|g|, non-finite.
+    sums_ptr: [parts, width] fp32. statistics_ptr: [entries, 5] fp32.
     sums_out_ptr: [width] fp32. statistics_out_ptr: [5] fp32.
     """
     block = tl.program_id(0)
     if block == 0:
-        lanes = tl.arange(0, PARTS * BLOCK)
-        added = tl.zeros((PARTS * BLOCK,), tl.float32)
-        squares = tl.zeros((PARTS * BLOCK,), tl.float32)
-        largest = tl.zeros((PARTS * BLOCK,), tl.float32)
-        smallest = tl.full((PARTS * BLOCK,), float("inf"), tl.float32)
-        bad = tl.zeros((PARTS * BLOCK,), tl.float32)
-        for start in range(0, programs, PARTS * BLOCK):
-            inside = start + lanes < programs
-            base = statistics_ptr + (start + lanes).to(tl.int64) * 5
-            added += tl.load(base, mask=inside, other=0.0)
-            squares += tl.load(base + 1, mask=inside, other=0.0)
-            largest = tl.maximum(largest, tl.load(base + 2, mask=inside, other=0.0))
-            smallest = tl.minimum(smallest, tl.load(base + 3, mask=inside, other=float("inf")))
-            bad += tl.load(base + 4, mask=inside, other=0.0)
-        tl.store(statistics_out_ptr, tl.sum(added, 0))
-        tl.store(statistics_out_ptr + 1, tl.sum(squares, 0))
-        tl.store(statistics_out_ptr + 2, tl.max(largest, 0))
-        tl.store(statistics_out_ptr + 3, tl.min(smallest, 0))
-        tl.store(statistics_out_ptr + 4, tl.sum(bad, 0))
+        _merge(statistics_ptr, 0, entries, statistics_out_ptr, PARTS * BLOCK)
     else:
         columns = (block - 1) * BLOCK + tl.arange(0, BLOCK)
         rows = tl.arange(0, PARTS)
@@ -65,15 +84,22 @@ def add_partial_sums(sums: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         sums: [parts, 2, width] fp32, contiguous.
-        statistics: [programs, 5] fp32, contiguous: sum|g|, sum g^2, max|g|, min|g|, number of non-finite elements.
+        statistics: [entries, 5] fp32, contiguous: sum|g|, sum g^2, max|g|, min|g|, number of non-finite elements.
+
+    One launch, and where there are many statistics one before it: a single program would read them for longer than all
+    others read the sums.
 
     Returns:
-        [2, width] and [5], fp32. Over no parts the sums are 0; over no programs the statistics are 0, 0, 0, inf, 0.
+        [2, width] and [5], fp32. Over no parts the sums are 0; over no entries the statistics are 0, 0, 0, inf, 0.
     """
     out = torch.empty(*sums.shape[1:], dtype=torch.float32, device=sums.device)
     statistics_out = torch.empty(5, dtype=torch.float32, device=sums.device)
     width = out.numel()
     with device_of(sums):
+        if len(statistics) > _ALONE:
+            merged = torch.empty(ceil_div(len(statistics), _ENTRIES), 5, dtype=torch.float32, device=sums.device)
+            _merge_kernel[(len(merged),)](statistics, merged, len(statistics), ENTRIES=_ENTRIES, LANES=_PARTS * _BLOCK)
+            statistics = merged
         _add_kernel[(1 + ceil_div(width, _BLOCK),)](
             sums, statistics, out, statistics_out, len(sums), width, len(statistics), BLOCK=_BLOCK, PARTS=_PARTS
         )

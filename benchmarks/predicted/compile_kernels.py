@@ -73,7 +73,7 @@ def variants() -> Iterator[Variant]:
             yield from taylor_scores(dtype)
             yield from recounts(dtype)
             yield mask_gradients(dtype)
-    yield partial_sum()
+    yield from second_stages()
     for columns in (512, removals.MOST_COLUMNS):
         yield removal(columns)
 
@@ -219,10 +219,12 @@ def mask_gradients(dtype: str) -> Variant:
     return Variant("mask_gradient", kernel, dtype, types, constants, options, True, elements=elements)
 
 
-def partial_sum() -> Variant:
-    """The second stage of every reduction."""
+def second_stages() -> Iterator[Variant]:
+    """What adds the results of programs, and what merges many statistics before."""
     constants = {"BLOCK": partial_sums._BLOCK, "PARTS": partial_sums._PARTS}
-    return Variant("partial_sums", partial_sums._add_kernel, "fp32", {}, constants, {}, True)
+    yield Variant("partial_sums", partial_sums._add_kernel, "fp32", {}, constants, {}, True)
+    constants = {"ENTRIES": partial_sums._ENTRIES, "LANES": partial_sums._PARTS * partial_sums._BLOCK}
+    yield Variant("merge", partial_sums._merge_kernel, "fp32", {}, constants, {}, True)
 
 
 def removal(columns: int) -> Variant:
