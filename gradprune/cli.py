@@ -679,31 +679,25 @@ def _load(
     from gradprune.demo import demo_model_path
     from gradprune.memory import memory_advice
     from gradprune.models.footprint import STAGES, Job
+    from gradprune.models.placement import device_of_name
 
     for name in ("dataset", "eval_dataset"):
         check_dataset(getattr(config, name), name)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.device_map is not None and current().world > 1:
         raise ConfigError("device_map: one process uses all its devices; start it without torchrun")
-    if device == "cuda" and current().world > 1:
+    device = config.device
+    if device in ("auto", "cuda") and current().world > 1 and torch.cuda.is_available():
         device = f"cuda:{current().local}"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: '{device}' does not work here: {one_line(error)}") from error
-    if torch.device(device).type == "meta":
-        raise ConfigError("device: 'meta' holds no weights; choose cpu or cuda")
+    place = device_of_name(device)
     path = config.base_model or current().after_lead(lambda: str(demo_model_path(PROGRESS)))
     clock = Clock(PROGRESS)
     with memory_advice(clock, config), clock.stage("loading the model"):
         return load_model(
             path,
             dtype=config.dtype,
-            device=device,
+            device=place,
             device_map=config.device_map,
             trust_remote_code=config.trust_remote_code,
             stream_layers=config.stream_layers if streams else "off",

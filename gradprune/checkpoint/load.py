@@ -22,14 +22,14 @@ from gradprune.checkpoint.files import check_floating, check_index
 from gradprune.checkpoint.gguf_source import find_gguf, plain_copy
 from gradprune.checkpoint.gguf_splitters import split_as_the_file_says
 from gradprune.checkpoint.streamed import EmptyModel, empty_model, local_folder, resolved_dtype
-from gradprune.config import PruneConfig, StreamLayers, bytes_of, device_map_of
+from gradprune.config import OPTIONS, PruneConfig, StreamLayers, bytes_of, device_map_of
 from gradprune.data.windows import check_context
 from gradprune.errors import CheckpointError, ConfigError, GradPruneError, UnsupportedArchitectureError, one_line
 from gradprune.hub import hub_fault
 from gradprune.models import accepted_kinds, describe
 from gradprune.models.footprint import Job
 from gradprune.models.modeling_gradprune import auto_class, auto_class_name, per_layer_overrides, text_config
-from gradprune.models.placement import check_placement
+from gradprune.models.placement import check_placement, device_of_name
 from gradprune.models.sizes import ModelShape, free_memory, model_shape, with_unit
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.j
 def load_model(
     base_model: str | Path,
     *,
-    dtype: str = "auto",
-    device: str = "cpu",
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
     device_map: str | None = None,
     trust_remote_code: bool = False,
     stream_layers: StreamLayers = "off",
@@ -60,7 +60,7 @@ def load_model(
     Args:
         base_model: a folder, an id on the Hugging Face hub, or a GGUF file, see `gguf_source.find_gguf`.
         dtype: of the weights, e.g. "bfloat16"; "auto" keeps the checkpoint's, and is float32 for a GGUF file.
-        device: where to put the model.
+        device: where to put the model; "auto" is CUDA if available.
         device_map: divide the layers over several devices instead: as in the options. accelerate moves what passes
             between them.
         trust_remote_code: run code that the checkpoint brings.
@@ -75,10 +75,19 @@ def load_model(
 
     Raises:
         CheckpointError: missing, truncated or incomplete; has no safetensors; its tokenizer cannot be read.
-        ConfigError: stream_layers is "on" for a GGUF file; a GGUF file or stream_layers "on" with a device_map; the
-            devices of a device_map do not hold the model, or are not there; it divides a layer.
+        ConfigError: an argument is none that the option of its name takes; stream_layers is "on" for a GGUF file; a
+            GGUF file or stream_layers "on" with a device_map; the devices do not hold the model, or are not there; a
+            device_map divides a layer.
         UnsupportedArchitectureError: before any weight is read.
     """
+    named: str = OPTIONS["dtype"].accepted(str(dtype).removeprefix("torch."))
+    for option, value in (
+        ("device_map", device_map),
+        ("stream_layers", stream_layers),
+        ("stream_memory", stream_memory),
+    ):
+        OPTIONS[option].accepted(value)
+    place = device_of_name(str(device))
     file = find_gguf(base_model)
     if file is not None:
         if device_map is not None:
@@ -88,24 +97,23 @@ def load_model(
                 f"stream_layers: a GGUF file ('{file}') is dequantised as a whole; choose 'off', or name a folder with "
                 "safetensors"
             )
-        return _load_gguf(file, "float32" if dtype == "auto" else dtype, device, argument)
+        return _load_gguf(file, "float32" if named == "auto" else named, place, argument)
     _check_folder(base_model, argument)
     source = {"trust_remote_code": trust_remote_code, "local_files_only": _only_cached(base_model)}
     config = _load_config(base_model, source, argument)
     _check_supported(base_model, config, argument)
     folder = _checked_folder(base_model, config, source, argument)
-    place = torch.device(device)
     empty = None
     if stream_layers != "off" and device_map is None:
-        empty = _empty(folder, base_model, config, dtype, source, argument)
+        empty = _empty(folder, base_model, config, named, source, argument)
         if stream_layers == "auto" and not _must_stream(empty.model, job or _pruning(stream_memory), place):
             empty = None
     if empty is not None:
         model = _streamed(empty, base_model, argument, device=place, budget=bytes_of(stream_memory))
     elif device_map is not None:
-        model = _mapped(base_model, config, dtype, source, argument, device_map)
+        model = _mapped(base_model, config, named, source, argument, device_map)
     else:
-        model = _aligned(_load_weights(base_model, config, dtype, source, argument).to(device).eval())
+        model = _aligned(_load_weights(base_model, config, named, source, argument).to(place).eval())
     return model, _load_tokenizer(base_model, source, argument)
 
 
@@ -114,7 +122,9 @@ def _pruning(stream_memory: str) -> Job:
     return Job(PruneConfig(stream_memory=stream_memory))
 
 
-def load_pruned(directory: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+def load_pruned(
+    directory: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+) -> PreTrainedModel:
     """Load the model of a results folder's `model/`, of any width per layer.
 
     Args:
@@ -122,12 +132,14 @@ def load_pruned(directory: str | Path, *, dtype: str = "auto", device: str = "cp
         dtype, device: as in `load_model`.
 
     Raises:
-        CheckpointError: missing, truncated or incomplete.
+        GradPruneError: as `load_model`.
     """
     return load_model(directory, dtype=dtype, device=device, argument="directory")[0]
 
 
-def _load_gguf(file: Path, dtype: str, device: str, argument: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_gguf(
+    file: Path, dtype: str, device: torch.device, argument: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The dequantised model of a GGUF file and its tokenizer."""
     # Raises before any weight is read.
     _gguf_config(file, argument)

@@ -1,13 +1,30 @@
-"""Placement: a model whose layers are on several devices, each whole on one of them.
+"""Placement: a model's device; or several, where each layer is whole on one of them.
 
 accelerate's hooks take the residual stream from one to the next; see `device_map` in `gradprune.checkpoint.load`.
 """
 
+import torch
 from transformers import PreTrainedModel
 
-from gradprune.errors import ConfigError
+from gradprune.errors import ConfigError, one_line
 from gradprune.models.residency import residency_of
 from gradprune.models.view import layers_of
+
+
+def device_of_name(name: str) -> torch.device:
+    """The device; "auto" is CUDA if available, else the CPU.
+
+    Raises:
+        ConfigError: no weights can be put there.
+    """
+    found = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device: '{found}' does not work here: {one_line(error)}") from error
+    if torch.device(found).type == "meta":
+        raise ConfigError("device: 'meta' holds no weights; choose cpu or cuda")
+    return torch.device(found)
 
 
 def check_placement(model: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from gradprune import hub, load_pruned
 from gradprune.checkpoint.load import load_model
 from gradprune.checkpoint.save import save_checkpoint
 from gradprune.demo import byte_tokenizer
-from gradprune.errors import CheckpointError, UnsupportedArchitectureError
+from gradprune.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
 from gradprune.models.modeling_gradprune import PerLayerWidths
 from gradprune.surgery.cut import cut
 from helpers.cut_models import assert_same, extreme_masks, full_masks, greedy, masked, random_masks
@@ -108,6 +109,31 @@ def test_dropped_blocks_leave_no_global_width_that_the_stock_model_would_fit(tmp
         config = json.loads((tmp_path / str(number) / "config.json").read_text())
         assert config["intermediate_size"] == 0
         assert_same(load_pruned(tmp_path / str(number)), masked(model, masks))
+
+
+def test_a_model_is_loaded_in_the_dtype_and_on_the_device_that_are_named_or_given(tmp_path: Path) -> None:
+    save_checkpoint(tiny_model(), None, tmp_path / "x")
+    for dtype, device in (("bfloat16", "cpu"), (torch.bfloat16, torch.device("cpu"))):
+        model, _ = load_model(tmp_path / "x", dtype=dtype, device=device)
+        assert (model.dtype, model.device) == (torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "abacus"}, "dtype: 'abacus' is unknown; choose one of auto, float32"),
+        ({"dtype": torch.int8}, "dtype: 'int8' is unknown"),
+        ({"device": "abacus"}, "device: 'abacus' does not work here"),
+        ({"device": "meta"}, "device: 'meta' holds no weights"),
+        ({"device_map": "abacus"}, "device_map: 'abacus'"),
+        ({"stream_layers": "yes"}, "stream_layers: 'yes' is unknown; choose one of auto, on, off"),
+        ({"stream_memory": "much"}, "stream_memory: 'much'"),
+    ],
+)
+def test_arguments_of_loading_are_named(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_checkpoint(tiny_model(), None, tmp_path / "x")
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        load_model(tmp_path / "x", **options)
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
