@@ -24,7 +24,14 @@ from gradprune.checkpoint.gguf_splitters import split_as_the_file_says
 from gradprune.checkpoint.streamed import EmptyModel, empty_model, local_folder, resolved_dtype
 from gradprune.config import OPTIONS, PruneConfig, StreamLayers, bytes_of, device_map_of
 from gradprune.data.windows import check_context
-from gradprune.errors import CheckpointError, ConfigError, GradPruneError, UnsupportedArchitectureError, one_line
+from gradprune.errors import (
+    CheckpointError,
+    ConfigError,
+    GradPruneError,
+    UnsupportedArchitectureError,
+    counted,
+    one_line,
+)
 from gradprune.hub import hub_fault
 from gradprune.models import accepted_kinds, describe
 from gradprune.models.footprint import Job
@@ -450,12 +457,13 @@ def _check_complete(base_model: str | Path, found: dict[str, Any], argument: str
         )
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(
-            f"{argument}: '{base_model}' lacks {len(missing)} weights that its config.json names, first {missing[0]}"
+            f"{argument}: '{base_model}' lacks {counted(len(missing), 'weight')} that its config.json names, "
+            f"first {missing[0]}"
         )
     if unused := sorted(key for key in found["unexpected_keys"] if ".layers." in key):
         raise CheckpointError(
-            f"{argument}: '{base_model}' has {len(unused)} weights in layers that its config.json does not name, "
-            f"first {unused[0]}; the config.json is another model's"
+            f"{argument}: '{base_model}' has {counted(len(unused), 'weight')} in layers that its config.json does not "
+            f"name, first {unused[0]}; the config.json is another model's"
         )
 
 
