@@ -1,6 +1,7 @@
 """Signals that end a command: it unwinds as after an error, so that nothing half-written remains."""
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -23,9 +24,9 @@ class Interrupted(BaseException):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """The first of SIGINT, SIGTERM and SIGHUP raises `Interrupted`; those after it cannot disturb the unwinding.
+    """Each of SIGINT, SIGTERM and SIGHUP raises `Interrupted`; while one unwinds, others cannot disturb it.
 
-    Where a library converts it to another error, it is raised again at the end.
+    Where a library swallows it or converts it to another error, it is raised again at the end, or by the next signal.
     A signal that is ignored when this begins, as SIGHUP is under `nohup`, stays so.
     """
     handlers = {number: signal.getsignal(number) for number in _ENDING}
@@ -33,19 +34,28 @@ def interruptible() -> Iterator[None]:
     heard = [number for number, handler in handlers.items() if handler != signal.SIG_IGN]
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        for other in heard:
-            signal.signal(other, signal.SIG_IGN)
-        raised.append(Interrupted(number))
-        raise raised[0]
+        if not (raised and _unwinds(raised[-1])):
+            raised.append(Interrupted(number))
+            raise raised[-1]
 
     for number in heard:
         signal.signal(number, interrupt)
     try:
         yield
+        if raised:
+            raise raised[-1]
     except Exception as error:
         if raised:
-            raise raised[0] from error
+            raise raised[-1] from error
         raise
     finally:
         for number in heard:
             signal.signal(number, handlers[number])
+
+
+def _unwinds(error: BaseException) -> bool:
+    """Whether it, or an error that it was converted to, is being handled where this is called."""
+    handled = sys.exc_info()[1]
+    while handled is not None and handled is not error:
+        handled = handled.__context__
+    return handled is error

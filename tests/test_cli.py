@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -652,6 +652,33 @@ def test_a_signal_that_another_error_hides_is_told_all_the_same() -> None:
             signal.raise_signal(signal.SIGTERM)
         raise ImportError
     assert error.value.name == "SIGTERM"
+
+
+def test_a_signal_that_is_swallowed_is_told_at_the_end_and_the_next_one_is_heard() -> None:
+    with pytest.raises(Interrupted) as error, interruptible(), suppress(BaseException):
+        signal.raise_signal(signal.SIGTERM)
+    assert error.value.name == "SIGTERM"
+    with pytest.raises(Interrupted) as error, interruptible():  # noqa: PT012
+        with suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second signal was not heard")
+    assert error.value.name == "SIGINT"
+
+
+def test_further_signals_do_not_disturb_the_unwinding() -> None:
+    unwound = []
+    with pytest.raises(Interrupted) as error, interruptible(), ExitStack() as stack:  # noqa: PT012
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(unwound.append, number)
+            stack.callback(signal.raise_signal, number)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as interrupt:
+            signal.raise_signal(signal.SIGINT)
+            raise RuntimeError from interrupt
+    assert error.value.name == "SIGTERM"
+    assert unwound == [signal.SIGTERM, signal.SIGINT]
 
 
 @pytest.mark.parametrize("blocked", ["triton", "gradprune._C"])

@@ -114,7 +114,7 @@ def test_what_is_wrong_with_a_gguf_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"torn\.gguf' cannot be read as a GGUF model"):
         load_model(tmp_path / "torn.gguf")
     write_gguf(llama(), tmp_path / "lacks.gguf", without="blk.1.ffn_up")
-    with pytest.raises(CheckpointError, match=r"lacks 1 weights .* first model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 weight .* first model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(tmp_path / "lacks.gguf")
     write_gguf(llama(), tmp_path / "other.gguf", architecture="mamba")
     with pytest.raises(UnsupportedArchitectureError, match=r"other\.gguf': architecture 'mamba' is not"):

@@ -205,7 +205,7 @@ def test_missing_and_misshapen_weights_are_refused(tmp_path) -> None:
         shard.unlink()
     name = "model.layers.1.mlp.up_proj.weight"
     weights = dict(model.state_dict())
-    for change, words in ((None, f"lacks 1 weights .*{name}"), (torch.zeros(3, 2), f"do not have the shape .*{name}")):
+    for change, words in ((None, f"lacks 1 weight .*{name}"), (torch.zeros(3, 2), f"do not have the shape .*{name}")):
         changed = {**weights, name: change} if change is not None else {k: v for k, v in weights.items() if k != name}
         save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
         with pytest.raises(CheckpointError, match=words):
