@@ -128,6 +128,21 @@ def test_experts_are_repaired_from_the_tokens_of_all_ranks(place: Path) -> None:
         assert [repair["ridge"] for repair in repairs(name)] == [repair["ridge"] for repair in repairs("mixture-one")]
 
 
+def test_parts_are_joined_in_their_order_in_processes_that_share_no_beginning(place: Path) -> None:
+    """Forked processes would draw the same random order of a file's tensors; those that torchrun starts do not."""
+    program = (
+        "import torch\n"
+        "from gradprune.ranks import launched\n"
+        "with launched() as ranks:\n"
+        "    found = ranks.joined([torch.tensor(k) for k in ranks.share(range(24))])\n"
+        "    assert [int(each) for each in found] == list(range(24)), found\n"
+    )
+    (place / "joined.py").write_text(program, encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = run_program([*torchrun, str(place / "joined.py")])
+    assert done.returncode == 0, done.stderr
+
+
 def test_search_divides_its_candidates(place: Path) -> None:
     changed = {"num_samples": 8, "held_out_samples": 8}
     code, said = run(place, "search", *options("search-one", **changed))

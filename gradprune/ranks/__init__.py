@@ -44,7 +44,7 @@ class Ranks:
         return parts if self.world == 1 else parts[self.rank :: self.world]
 
     def gather(self, tensors: "Mapping[str, Tensor]") -> "list[dict[str, Tensor]]":
-        """Every rank's tensors by name, in the order of the ranks; those that travelled are on the CPU."""
+        """Every rank's tensors in the order of the ranks; those that travelled are on the CPU, sorted by name."""
         return [dict(tensors)]
 
     def gather_json(self, value: Any) -> list[Any]:

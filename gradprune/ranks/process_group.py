@@ -46,7 +46,9 @@ class LaunchedRanks(Ranks):
     def gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """As `Ranks.gather`."""
         own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        return [safetensors.torch.load(found) for found in self._exchange(safetensors.torch.save(own))]
+        exchanged = map(safetensors.torch.load, self._exchange(safetensors.torch.save(own)))
+        # Which come in an order of their own in each process.
+        return [{name: found[name] for name in sorted(found)} for found in exchanged]
 
     def gather_json(self, value: Any) -> list[Any]:
         """As `Ranks.gather_json`."""
