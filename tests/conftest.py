@@ -1,6 +1,7 @@
 """Shared fixtures, and the loud skip of what this machine does not have."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARAL
 # Intel's CPUs: MKL divides long sums among threads unless it is told not to, before its first product.
 if sys.platform == "linux" and "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="ignore"):
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+# A shell starts what runs in its background deaf to Ctrl-C, and programs pass that on to those that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # An example's time says how busy the machine is.
 settings.register_profile("gradprune", deadline=None)
