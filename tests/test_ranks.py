@@ -43,6 +43,7 @@ def options(name: str, *more: object, **changed: object) -> tuple[object, ...]:
     return ("--base_model", "model", "--dataset", "text.npy", "--output_name", name, *flat, QUICK[-1], *more)
 
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 WHOLE = {"stream_layers": "off"}
 # A wave for each batch, or nearly so.
 STREAMED = {"stream_layers": "on", "stream_memory": "40KB"}
@@ -138,8 +139,7 @@ def test_parts_are_joined_in_their_order_in_processes_that_share_no_beginning(pl
         "    assert [int(each) for each in found] == list(range(24)), found\n"
     )
     (place / "joined.py").write_text(program, encoding="utf-8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = run_program([*torchrun, str(place / "joined.py")])
+    done = run_program([*TORCHRUN, str(place / "joined.py")])
     assert done.returncode == 0, done.stderr
 
 
@@ -289,9 +289,7 @@ def test_ranks_may_find_the_same_content_under_other_names(place: Path) -> None:
 
 
 def test_torchrun_starts_it(place: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "gradprune", "prune", *map(str, options("torchrun"))]
-    ended = run_program(command, cwd=place)
+    ended = run_program([*TORCHRUN, "-m", "gradprune", "prune", *map(str, options("torchrun"))], cwd=place)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("results/torchrun/model") == 1
     assert (place / "results/torchrun/model/model.safetensors").is_file()
