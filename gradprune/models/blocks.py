@@ -21,7 +21,8 @@ from gradprune.models.residency import Residency, residency_of
 class Part:
     """Consecutive rows of an input projection: group g owns rows `offset + g*rows ... offset + (g+1)*rows`.
 
-    name: "q", "k", "v" in attention, or "qkv" where each KV head has these together; "gate", "up" in an MLP.
+    name: "q", "k" or "v" in attention, or "qkv" if the three are stored together for each KV head; "gate" or "up" in an
+        MLP.
     """
 
     name: str
@@ -31,24 +32,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear layer of a block: its attribute path in the block, and its module."""
+    """A linear layer of a block; path: its attribute path in the block."""
 
     path: str
     linear: nn.Linear
 
     @property
     def transposed(self) -> bool:
-        """Whether the weight is stored [I, O]."""
+        """Whether the weight is stored as [I, O]."""
         return stored_transposed(self.linear)
 
     @property
     def weight(self) -> Tensor:
-        """[O, I], a view where it is stored transposed; changing it in place changes the layer."""
+        """The weight [O, I], or a view if it is stored transposed: changing it in place always changes the layer."""
         found: Tensor = weight_of(self.linear)
         return found
 
     def cut(self, rows: Tensor | None, columns: Tensor | None) -> "Iterator[Cut]":
-        """What remains of the weight and the bias when these rows, or these columns, stay."""
+        """Yield the cuts that keep these rows of weight and bias, or these columns of the weight; None keeps all."""
         if rows is not None:
             yield Cut(f"{self.path}.weight", int(self.transposed), rows)
             if self.linear.bias is not None:
@@ -59,33 +60,33 @@ class Projection:
 
 @dataclass(frozen=True)
 class InputLinear(Projection):
-    """An input projection of a block: its parts, beside the linear layer."""
+    """An input projection of a block, whose rows are divided into `parts`."""
 
     parts: tuple[Part, ...]
 
     def rows_of(self, groups: Tensor) -> Tensor:
-        """Row indices owned by `groups` ([k] int64, ascending), part by part: [k * sum of part.rows] int64."""
+        """Indices of the rows that `groups` ([k] int64, ascending) own, part by part: [k * sum of part.rows] int64."""
         spans = [
             (part.offset + groups[:, None] * part.rows + torch.arange(part.rows)).reshape(-1) for part in self.parts
         ]
         return torch.cat(spans)
 
     def by_group(self, rows: Tensor, groups: int) -> list[Tensor]:
-        """Views of [..., O], a number per row: for each part [..., groups, rows of a group]."""
+        """Split `rows` [..., O], one number per row, into a view [..., groups, rows of a group] for each part."""
         ends = [(part, part.offset + groups * part.rows) for part in self.parts]
         return [rows[..., part.offset : end].unflatten(-1, (groups, part.rows)) for part, end in ends]
 
     def fold_rows(self, rows: Tensor, groups: int) -> Tensor:
-        """Sum a vector over rows [O] into one over groups [groups], same dtype."""
+        """Sum a vector over rows [O] into a vector over groups [groups] of the same dtype."""
         folded = [part.sum(-1) for part in self.by_group(rows, groups)]
         return folded[0] if len(folded) == 1 else torch.stack(folded).sum(0)
 
 
 @dataclass(frozen=True)
 class Rider:
-    """A parameter beside the projections with rows for every head, e.g. sinks; group g owns `g*rows ... (g+1)*rows`.
+    """A parameter that is not a projection but has rows for every head, such as sinks.
 
-    path: in the block.
+    Group g owns rows `g*rows ... (g+1)*rows`. path: the parameter's path in the block.
     """
 
     path: str
@@ -93,7 +94,7 @@ class Rider:
     rows: int
 
     def rows_of(self, groups: Tensor) -> Tensor:
-        """Row indices owned by `groups` ([k] int64, ascending): [k * rows] int64."""
+        """Indices of the rows that `groups` ([k] int64, ascending) own: [k * rows] int64."""
         return (groups[:, None] * self.rows + torch.arange(self.rows)).reshape(-1)
 
 
@@ -104,24 +105,24 @@ class OutputLinear(Projection):
     columns: int
 
     def columns_of(self, groups: Tensor) -> Tensor:
-        """Column indices owned by `groups` ([k] int64, ascending): [k * columns] int64."""
+        """Indices of the columns that `groups` ([k] int64, ascending) own: [k * columns] int64."""
         return (groups[:, None] * self.columns + torch.arange(self.columns)).reshape(-1)
 
     def by_group(self, columns: Tensor) -> Tensor:
-        """A view of [..., I], a number per column: [..., groups, columns of a group]."""
+        """View `columns` [..., I], one number per column, as [..., groups, columns of a group]."""
         return columns.view(*columns.shape[:-1], -1, self.columns)
 
     def fold_columns(self, columns: Tensor) -> Tensor:
-        """Sum the last dimension [..., I] of `columns` into groups [..., groups], same dtype."""
+        """Sum `columns` [..., I] over the columns of each group: [..., groups], same dtype."""
         return columns if self.columns == 1 else self.by_group(columns).sum(-1)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What remains of one parameter or buffer when groups go.
+    """What remains of one parameter or buffer when groups are removed.
 
-    path: of the parameter in the block. dim: the dimension that gets shorter. index: what is kept of it: [k] int64, or
-    [E, k] where each entry of the first dimension keeps its own.
+    path: the path of the parameter or buffer in the block. dim: the dimension that gets shorter. index: the indices
+    kept along `dim`: [k] int64, or [E, k] if each entry of the first dimension keeps different ones.
     """
 
     path: str
@@ -130,20 +131,21 @@ class Cut:
 
 
 def take_columns(tensor: Tensor, columns: Tensor) -> Tensor:
-    """A copy of these columns ([K] int64) of [..., I], in [..., K]; on a CPU in a third of the time of indexing."""
+    """Copy `columns` ([K] int64) of a tensor [..., I] to [..., K]; on a CPU, in a third of the time of indexing."""
     return tensor.gather(-1, columns.expand(*tensor.shape[:-1], -1))
 
 
 def writing(block: nn.Module, output: nn.Module) -> nn.Module:
-    """`Block.module` of a block, whose output projection is given.
+    """Return the `Block.module` of a block, given its output projection.
 
-    A block that adds to the residual stream itself returns the sum; what it adds is what its output projection returns.
+    A block that adds its output to the residual stream itself returns the sum, so its output projection is the module
+    that returns what is added.
     """
     return output if adds_residual(block) else block
 
 
 def added(layer: nn.Module, module: nn.Module, kind: str) -> tuple[float | None, nn.Module]:
-    """`Block.adds` and `Block.writer` of a decoder layer's block, whose module is given."""
+    """Return `Block.adds` and `Block.writer` for a block of a decoder layer, given its `Block.module`."""
     _, after = norms_of(layer, kind)
     if after is not None:
         return None, getattr(layer, after)
@@ -154,11 +156,12 @@ def added(layer: nn.Module, module: nn.Module, kind: str) -> tuple[float | None,
 class Block(ABC):
     """One block of a decoder layer, with `groups` prunable groups.
 
-    path: the attribute of the decoder layer from which the paths of the block's parameters start.
-    module: what computes the block's output.
-    cost: parameters removed with one group, biases included.
-    adds: the factor with which the block's output is added to the residual stream; None where a norm stands between.
-    writer: the module whose output is added: the block's own, or the norm after it.
+    path: the attribute of the decoder layer to which the paths of the block's parameters are relative.
+    module: the module that computes the block's output.
+    cost: the number of parameters removed with one group, biases included.
+    adds: the factor by which the block's output is multiplied before it is added to the residual stream; None if it is
+        not a constant, because a norm or a gate on each token stands in between.
+    writer: the module whose output is added: `module`, or the norm after the block.
     """
 
     kind: Kind
@@ -172,61 +175,61 @@ class Block(ABC):
 
     @property
     def key(self) -> BlockKey:
-        """Names the block in mappings."""
+        """The key that identifies the block in mappings."""
         return BlockKey(self.layer, self.kind.name)
 
     @property
     def sets(self) -> int:
-        """The groups divide into this many consecutive parts of equal size, which must keep equally many each."""
+        """The number of equal, consecutive sets that the groups form; all sets must keep equally many groups."""
         return 1
 
     @property
     def norm(self) -> nn.Module | None:
-        """The norm after the block, whose output is added; None where the block's own is."""
+        """The norm after the block, whose output is added to the residual stream; None if there is no such norm."""
         return None if self.writer is self.module else self.writer
 
     @property
     def min_kept(self) -> int:
-        """Groups of each set that stay, at least, if any do."""
+        """The smallest number of groups that each set may keep, unless the whole block is removed."""
         return 1
 
     @property
     def outputs(self) -> int:
-        """How many output projections it has."""
+        """The number of the block's output projections."""
         return 1
 
     @property
     @abstractmethod
     def width(self) -> int:
-        """Columns of the output projection (of all experts' together)."""
+        """Number of columns of the output projection; for experts, of all their output projections together."""
 
     @property
     def read_width(self) -> int:
-        """How many numbers output projections read of a token."""
+        """How many numbers the output projections read for each token."""
         return self.width
 
     @property
     @abstractmethod
     def solved_columns(self) -> int:
-        """Columns of an output projection that repair solves for at once; 0 where it solves none."""
+        """Number of columns that the repair solves for together; 0 if it never warns about too few tokens."""
 
     @abstractmethod
     def weights(self) -> Iterator[tuple[str, int]]:
-        """The prunable weights: path in the block, and number of elements."""
+        """Yield each prunable weight's path in the block and its number of elements."""
 
     @abstractmethod
     def output_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What masking changes: the output projection's parameters, with their paths in the block."""
+        """Yield the output projection's parameters that masking changes, with their paths in the block."""
 
     @abstractmethod
     def mask(self, kept: Tensor) -> None:
-        """Zero in place what the groups that are not kept ([groups] bool) write; the bias too if none is."""
+        """Zero in place the weights by which groups not `kept` ([groups] bool) write; the bias too if none is kept."""
 
     @contextmanager
     def masked(self, kept: Tensor) -> Iterator[None]:
-        """Inside the context the block, whose weights are in memory, computes what it would if it were cut.
+        """Context manager in which the block computes what it would compute if it were cut.
 
-        kept: [groups] bool.
+        kept: [groups] bool. The block's weights have to be in memory.
         """
         with values_restored(parameter for _, parameter in self.output_parameters()):
             self.mask(kept)
@@ -234,23 +237,24 @@ class Block(ABC):
 
     @abstractmethod
     def writing_by(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """Inside the context the block, whose weights are in memory, has other output projections: [O, I] each."""
+        """Context manager that replaces the output projections, which are in memory, by `weights`, each [O, I]."""
 
     @abstractmethod
     def cuts(self, groups: Tensor) -> Iterator[Cut]:
-        """What remains of the block's parameters and buffers when `groups` ([k] int64, ascending) stay."""
+        """Yield what remains of the block's parameters and buffers when only `groups` ([k] int64, ascending) stay."""
 
 
 @dataclass(frozen=True)
 class LinearBlock(Block):
     """A block of plain linear layers.
 
-    inputs, output: its projections, whose rows and columns belong to groups.
-    head_dim: width of an attention head; 1 where a group is a single channel.
-    riders: parameters that are cut with the groups and are no projections.
-    follows: of shared experts whose width the configuration states as a multiple of the routed experts': that multiple;
-        else 0.
-    parent: of shared experts, what calls them; it may put the tokens of all samples into one row.
+    inputs, output: the projections; rows of `inputs` and columns of `output` belong to groups.
+    head_dim: the width of an attention head; 1 if a group is a single channel.
+    riders: parameters other than projections that are cut with the groups.
+    follows: for shared experts whose width the configuration states as a multiple of the routed experts' width, that
+        multiple; else 0.
+    parent: for shared experts, the module that calls them, which may flatten the tokens of all samples into one
+        dimension; None for other blocks, and for shared experts that the decoder layer calls itself.
     """
 
     inputs: tuple[InputLinear, ...]
@@ -262,50 +266,50 @@ class LinearBlock(Block):
 
     @property
     def heads_per_group(self) -> int:
-        """Query heads of one KV head; 1 in an MLP."""
+        """Number of query heads per KV head; 1 in an MLP."""
         return self.output.columns // self.head_dim
 
     @property
     def projections(self) -> "tuple[InputLinear | OutputLinear, ...]":
-        """Every prunable linear layer of the block, the output last."""
+        """The prunable linear layers of the block, the output projection last."""
         return (*self.inputs, self.output)
 
     @property
     def width(self) -> int:
-        """Columns of the output projection."""
+        """Number of columns of the output projection."""
         return self.output.weight.shape[1]
 
     @property
     def solved_columns(self) -> int:
-        """Columns of the output projection."""
+        """Number of columns of the output projection, for which the repair solves together."""
         return self.width
 
     def weights(self) -> Iterator[tuple[str, int]]:
-        """The projections' weights."""
+        """Yield the path and the number of elements of each projection's weight."""
         for entry in self.projections:
             yield entry.path, entry.linear.weight.numel()
 
     def output_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The output projection's weight and bias."""
+        """Yield the output projection's weight and bias with their paths in the block."""
         for name, parameter in self.output.linear.named_parameters():
             yield f"{self.output.path}.{name}", parameter
 
     @torch.no_grad()
     def mask(self, kept: Tensor) -> None:
-        """Zero the columns of the groups that are not kept, and the bias if none is: cutting drops the block."""
+        """Zero the columns of groups that are not kept; if none is kept, the bias too: cutting would drop the block."""
         linear, weight = self.output.linear, self.output.weight
         weight[:, self.output.columns_of((~kept).nonzero().flatten()).to(weight.device)] = 0.0
         if linear.bias is not None and not kept.any():
             linear.bias.zero_()
 
     def writing_by(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """Of the one output projection."""
+        """Context manager that replaces the output projection's weight by the only one of `weights`, [O, I]."""
         (weight,) = weights
         stored = weight.T if self.output.transposed else weight
         return value_replaced(self.output.linear.get_parameter("weight"), stored)
 
     def cuts(self, groups: Tensor) -> Iterator[Cut]:
-        """Rows of the input projections and of the riders, columns of the output projection."""
+        """Yield the cuts of the input projections' and riders' rows, and of the output projection's columns."""
         for entry in self.inputs:
             yield from entry.cut(entry.rows_of(groups), None)
         for rider in self.riders:
@@ -315,11 +319,10 @@ class LinearBlock(Block):
 
 @dataclass(frozen=True)
 class PrunableModel:
-    """A model and its prunable blocks. Cutting or replacing a block makes it stale: `describe` the model again.
+    """A model and its prunable blocks. Cutting or replacing a block makes this stale: `describe` the model again.
 
-    blocks: the existing ones in the order in which they add to the residual stream; blocks that an earlier pruning
-        removed are not among them.
-    dropped: those that an earlier pruning removed.
+    blocks: the existing blocks, in the order in which they add to the residual stream.
+    dropped: the blocks that an earlier pruning removed, which are not among `blocks`.
     """
 
     model: PreTrainedModel
@@ -328,11 +331,11 @@ class PrunableModel:
     dropped: frozenset[BlockKey]
 
     def of_layer(self, layer: int) -> tuple[Block, ...]:
-        """The existing blocks of one decoder layer, in order."""
+        """The existing blocks of one decoder layer, in the order of `blocks`."""
         return tuple(block for block in self.blocks if block.layer == layer)
 
     def of_kind(self, kind: str) -> list[LinearBlock | None]:
-        """Per decoder layer, its block of linear layers of the kind of that name; None where it does not exist."""
+        """For each decoder layer, its linear block of the kind named `kind`; None if it has none."""
         found = {block.layer: block for block in self.linear_blocks if block.kind.name == kind}
         return [found.get(layer) for layer in range(len(self.layers))]
 
@@ -343,11 +346,11 @@ class PrunableModel:
 
     @property
     def has_experts(self) -> bool:
-        """Whether groups of experts are among those that can be pruned."""
+        """Whether there are blocks of routed experts among the prunable blocks."""
         return len(self.linear_blocks) < len(self.blocks)
 
     def with_groups(self) -> "PrunableModel":
-        """This model, which has something left to prune.
+        """Return this object, after checking that there is something left to prune.
 
         Raises:
             UnsupportedArchitectureError: earlier prunings removed every block.
@@ -360,42 +363,43 @@ class PrunableModel:
 
     @property
     def prunable(self) -> int:
-        """Parameters of all groups."""
+        """Number of parameters of all groups together."""
         return sum(block.groups * block.cost for block in self.blocks)
 
     @cached_property
     def parameters(self) -> int:
-        """Parameters of the whole model, tied ones counted once."""
+        """Number of parameters of the whole model; tied parameters count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def device(self) -> torch.device:
-        """Where the model is; where it is spread over several devices, its embedding."""
+        """The model's device; if the model is spread over several devices, the device of its embedding."""
         return self.model.device
 
     @cached_property
     def spread(self) -> bool:
-        """Whether the weights are on several devices."""
+        """Whether the model is spread over several devices; a streamed model never is."""
         return self.residency is None and len({parameter.device for parameter in self.model.parameters()}) > 1
 
     def device_of(self, layer: int) -> torch.device:
-        """Where a decoder layer runs."""
+        """The device on which a decoder layer runs."""
         return next(self.layers[layer].parameters()).device if self.spread else self.device
 
     @property
     def residency(self) -> Residency | None:
-        """How the layers of a streamed model come and go; None for a model that is whole in memory."""
+        """What loads and releases the layers of a streamed model; None for a model that is whole in memory."""
         return residency_of(self.model)
 
     def resident(self, layer: int, then: int | None = None) -> AbstractContextManager[None]:
-        """Inside the context the weights of a decoder layer are in memory; see `Residency.resident`."""
+        """Context manager that holds the weights of a decoder layer in memory; see `Residency.resident`."""
         return nullcontext() if self.residency is None else self.residency.resident(layer, then)
 
     @contextmanager
     def rewriting(self, block: Block, paths: Sequence[str]) -> Iterator[None]:
-        """Inside the context parameters of a block, named by their paths in it, can be changed in place, for good.
+        """Context manager in which parameters of a block can be changed in place, permanently.
 
-        They get memory of their own, so that a model that shares it stays as it is.
+        paths: the parameters' paths in the block. They get memory of their own, so that another model that shared their
+        memory stays as it is.
         """
         with self.resident(block.layer, block.layer + 1):
             for path in paths:

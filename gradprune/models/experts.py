@@ -1,8 +1,8 @@
-"""Mixtures of experts: the routed experts of a decoder layer as a block, and how they are run all together.
+"""Mixtures of experts: the routed experts of a decoder layer as a block, and how all of them are run together.
 
-transformers keeps the weights of a layer's experts in three-dimensional parameters of one module, whose forward takes
-the tokens with their routing. All experts of a module have the same width, so each keeps the same number of channels;
-or an expert goes as a whole, with its row of the router.
+transformers keeps the weights of a layer's experts in three-dimensional parameters of one module, whose `forward`
+receives the tokens with their routing. All experts of a module have the same width, so pruning either keeps the same
+number of channels in each of them, or removes whole experts together with their rows of the router.
 """
 
 import itertools
@@ -33,13 +33,13 @@ _SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 
 @dataclass(frozen=True)
 class Routed:
-    """Which tokens go to which experts: a row for each token and expert of its own, expert by expert.
+    """Which tokens are sent to which experts: a row for each pair of a token and one of its experts, sorted by expert.
 
-    places: [R] int64, each row's place in [S, K], flat: token by token, the K experts that each is sent to. Of an
-        expert they ascend.
-    chosen: K.
-    gates: [R], what the expert's output is multiplied by.
-    counts: by expert, its number of rows.
+    places: [R] int64, the flat index of each row in [S, K], which holds for each of S tokens its K experts. Indices
+        ascend within an expert.
+    chosen: K, the number of experts per token.
+    gates: [R], the factor by which the expert's output is multiplied.
+    counts: for each expert, its number of rows.
     """
 
     places: Tensor
@@ -49,43 +49,44 @@ class Routed:
 
     @cached_property
     def tokens(self) -> Tensor:
-        """[R] int64, the number of each row's token."""
+        """[R] int64: the index of each row's token."""
         return self.places // self.chosen
 
     @cached_property
     def spans(self) -> tuple[slice, ...]:
-        """By expert, which rows are its own."""
+        """The slice of rows that belongs to each expert."""
         ends = itertools.accumulate(self.counts, initial=0)
         return tuple(slice(start, end) for start, end in itertools.pairwise(ends))
 
     @cached_property
     def row_at(self) -> Tensor:
-        """[R] int64, the row of each place, where every place has one."""
+        """[R] int64: the row of each place, the inverse of `places`; only valid if every place has a row, R = S * K."""
         return torch.empty_like(self.places).index_copy_(
             0, self.places, torch.arange(len(self.places), device=self.places.device)
         )
 
     def to(self, device: torch.device) -> "Routed":
-        """The same on a device."""
+        """Return a copy whose tensors are on `device`."""
         return replace(self, places=self.places.to(device), gates=self.gates.to(device))
 
     def by_expert(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The experts that see tokens, each with its part of `rows` [R, ...]."""
+        """Yield each expert that sees any tokens, with its part of `rows` [R, ...]."""
         for expert, part in enumerate(rows.split(self.counts)):
             if len(part):
                 yield expert, part
 
 
 ExpertProduct = Callable[["Routed", "ExpertProjection", Tensor], Tensor]
-"""Computes a projection of all experts: [R, O] of its inputs, x: [R, I]."""
+"""Computes a projection of all experts: maps its inputs x [R, I] to [R, O]."""
 
 
 @dataclass(frozen=True)
 class ExpertProjection:
     """The weights of one projection of all experts.
 
-    module: of the experts, whose parameters are other objects each time that a streamed layer is read.
-    own: the parameter's name in it. transposed: an expert's weight is stored [I, O].
+    module: the experts' module. The parameter is looked up in it at each use, because its parameters are replaced by
+        other objects each time that a streamed layer is read.
+    own: the parameter's name in `module`. transposed: whether an expert's weight is stored as [I, O].
     """
 
     module: nn.Module
@@ -94,48 +95,48 @@ class ExpertProjection:
 
     @property
     def name(self) -> str:
-        """Path of the parameter in the block."""
+        """The parameter's path in the block."""
         return f"experts.{self.own}"
 
     @property
     def parameter(self) -> nn.Parameter:
-        """[E, O, I] as stored, or [E, I, O]."""
+        """The weights of all experts as stored: [E, O, I], or [E, I, O] if transposed."""
         return self.module.get_parameter(self.own)
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """[E, O], or None."""
+        """The biases of all experts, [E, O]; None if there are none."""
         found = getattr(self.module, f"{self.own}_bias", None)
         return found if isinstance(found, nn.Parameter) else None
 
     def weight(self, expert: int) -> Tensor:
-        """[O, I], a view."""
+        """A view [O, I] of an expert's weight."""
         own = self.parameter[expert]
         return own.T if self.transposed else own
 
     def bias_of(self, expert: int) -> Tensor | None:
-        """[O], a view, or None."""
+        """A view [O] of an expert's bias; None if there are no biases."""
         bias = self.bias
         return None if bias is None else bias[expert]
 
     def product(self, routed: Routed, x: Tensor) -> Tensor:
-        """[R, O]: x W^T + b of x [R, I], each row with its expert's weights."""
+        """Compute x W^T + b, [R, O], from x [R, I], each row with the weight and bias of its expert."""
         return torch.cat(
             [F.linear(part, self.weight(expert), self.bias_of(expert)) for expert, part in routed.by_expert(x)]
         )
 
     def transposed_product(self, routed: Routed, dy: Tensor) -> Tensor:
-        """[R, I]: dy W of dy [R, O], each row with its expert's weights."""
+        """Compute dy W, [R, I], from dy [R, O], each row with the weight of its expert."""
         return torch.cat([times(part, self.weight(expert).to(dy.dtype)) for expert, part in routed.by_expert(dy)])
 
     @property
     def rows(self) -> int:
-        """The dimension of the parameter that an expert's outputs lie along."""
+        """The dimension of the parameter that indexes an expert's outputs."""
         return 2 if self.transposed else 1
 
     @property
     def columns(self) -> int:
-        """The dimension of the parameter that an expert's inputs lie along."""
+        """The dimension of the parameter that indexes an expert's inputs."""
         return 1 if self.transposed else 2
 
 
@@ -143,8 +144,9 @@ class ExpertProjection:
 class ExpertsBlock(Block):
     """The routed experts of a layer.
 
-    gate_up: the input projections, rows of gate and up stacked or alternating; parts: 2, or 1 without a gate.
-    down: the output projection. parent: the module that routes the tokens, and calls `module`.
+    gate_up: the input projections, in one parameter. parts: 2 (gate and up), or 1 without a gate.
+    interleaved: whether rows of gate and up alternate; otherwise all rows of gate come before those of up.
+    down: the output projection. parent: the module that routes the tokens and calls `module`.
     """
 
     gate_up: ExpertProjection
@@ -155,92 +157,92 @@ class ExpertsBlock(Block):
 
     @property
     def experts(self) -> int:
-        """Routed experts of the layer."""
+        """Number of routed experts in the layer."""
         return len(self.down.parameter)
 
     @property
     def channels(self) -> int:
-        """Channels of each expert."""
+        """Number of channels of each expert."""
         return self.down.parameter.shape[self.down.columns]
 
     @property
     def projections(self) -> tuple[ExpertProjection, ExpertProjection]:
-        """The input projections, and the output projection."""
+        """The input projections `gate_up` and the output projection `down`."""
         return self.gate_up, self.down
 
     @property
     def outputs(self) -> int:
-        """One for each expert."""
+        """The number of output projections: one for each expert."""
         return self.experts
 
     @property
     def width(self) -> int:
-        """Channels of all experts together."""
+        """Number of channels of all experts together."""
         return self.experts * self.channels
 
     @property
     def read_width(self) -> int:
-        """Channels of the experts that a token sees."""
+        """Number of channels of the experts that a token sees."""
         return self.channels * (experts_of_token(self.module.config) or self.experts)
 
     @property
     def solved_columns(self) -> int:
-        """None that a warning is due for: an expert that sees too few tokens is left as it is."""
+        """0, for no warning is needed: the repair leaves an expert that sees too few tokens as it is."""
         return 0
 
     def channels_of(self, expert: int) -> slice:
-        """Which of the channels of all experts are the expert's."""
+        """The expert's slice of the channels of all experts."""
         return slice(expert * self.channels, (expert + 1) * self.channels)
 
     @abstractmethod
     def groups_of(self, expert: int) -> slice:
-        """Which groups are the expert's."""
+        """The slice of groups that belong to the expert."""
 
     def kept_channels(self, expert: int, kept: Tensor) -> Tensor:
-        """[K] int64, the channels that an expert keeps; kept: [groups] bool."""
+        """Indices of the channels that an expert keeps, [K] int64; kept: [groups] bool."""
         return kept[self.groups_of(expert)].expand(self.channels).nonzero().flatten()
 
     def reroutes(self, _kept: Tensor) -> bool:
-        """Whether tokens see other experts when only the groups `kept` ([groups] bool) are there."""
+        """Whether tokens are sent to other experts when only the groups `kept` ([groups] bool) stay."""
         return False
 
     @abstractmethod
     def fold_channels(self, channels: Tensor) -> Tensor:
-        """Sum the last dimension [..., channels], an expert's channels, into its groups."""
+        """Sum the last dimension, an expert's channels [..., channels], over the channels of each of its groups."""
 
     def fold_rows(self, rows: Tensor) -> Tensor:
-        """Sum the last dimension [..., parts * channels], an expert's rows of the input projections, into channels."""
+        """Sum an expert's rows of the input projections, [..., parts * channels], into its channels [..., channels]."""
         leading = rows.shape[:-1]
         if self.interleaved:
             return rows.reshape(*leading, -1, self.parts).sum(-1)
         return rows.reshape(*leading, self.parts, -1).sum(-2)
 
     def weights(self) -> Iterator[tuple[str, int]]:
-        """The two three-dimensional parameters."""
+        """Yield the path and the number of elements of the two three-dimensional parameters."""
         for projection in self.projections:
             yield projection.name, projection.parameter.numel()
 
     def output_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The output projection's weights."""
+        """Yield the parameter that holds all experts' output projections, with its path in the block."""
         yield self.down.name, self.down.parameter
 
     def writing_by(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """Of every expert's output projection."""
+        """Context manager that replaces the experts' output projections by `weights`, one [O, I] per expert."""
         stacked = torch.stack(list(weights))
         return value_replaced(self.down.parameter, stacked.mT if self.down.transposed else stacked)
 
     def run_by(self, product: ExpertProduct) -> AbstractContextManager[None]:
-        """Inside the context the experts' module computes as `run` does."""
+        """Context manager in which the experts' module computes its output by `run` with this `product`."""
         return forward_replaced(self.module, partial(self.run, product))
 
     def run(self, product: ExpertProduct, hidden: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
-        """What the experts' module computes: [S, H], differentiable.
+        """Compute what the experts' module computes, [S, H]; differentiable.
 
         Args:
-            product: computes the two projections.
-            hidden: [S, H], the tokens.
-            chosen: [S, K] int64, the experts of each token.
-            routing: [S, K], their factors.
+            product: computes each of the two projections.
+            hidden: the tokens' hidden states [S, H].
+            chosen: the experts of each token, [S, K] int64.
+            routing: the factors by which these experts' outputs are multiplied, [S, K].
         """
         module: Any = self.module
         routed = _routed(chosen, routing, self.experts)
@@ -253,39 +255,39 @@ class ExpertsBlock(Block):
 
 @dataclass(frozen=True)
 class ExpertChannels(ExpertsBlock):
-    """The channels of a layer's experts: group e * channels + i is channel i of expert e."""
+    """The experts of a layer, pruned by channel: group e * channels + i is channel i of expert e."""
 
     @property
     def sets(self) -> int:
-        """One for each expert."""
+        """The number of experts: each expert's channels are a set."""
         return self.experts
 
     def groups_of(self, expert: int) -> slice:
-        """Its channels."""
+        """The slice of the expert's channels, each of which is a group."""
         return self.channels_of(expert)
 
     def fold_channels(self, channels: Tensor) -> Tensor:
-        """A group is a channel."""
+        """Return `channels` unchanged, because each channel is a group."""
         return channels
 
     def rows_of(self, channels: Tensor) -> Tensor:
-        """Rows of the input projections that belong to `channels` ([E, k] int64): [E, parts * k] int64."""
+        """Indices of the input projections' rows that belong to `channels` ([E, k] int64): [E, parts * k] int64."""
         if self.interleaved:
             return (channels[..., None] * self.parts + torch.arange(self.parts)).flatten(1)
         return torch.cat([channels + part * self.channels for part in range(self.parts)], 1)
 
     @torch.no_grad()
     def mask(self, kept: Tensor) -> None:
-        """Zero the output columns of the channels that are not kept."""
+        """Zero the output projections' columns that belong to channels not kept."""
         gone = (~kept).view(self.experts, self.channels).to(self.down.parameter.device)
         along = gone[:, :, None] if self.down.transposed else gone[:, None, :]
         self.down.parameter.masked_fill_(along, 0.0)
 
     def cuts(self, groups: Tensor) -> Iterator[Cut]:
-        """Rows of the input projections with their biases, and columns of the output projection, of each expert.
+        """Yield the cuts of all experts' input projection rows and biases, and of their output projection columns.
 
         Raises:
-            ValueError: the experts do not keep equally many channels each.
+            ValueError: the experts do not all keep the same number of channels, or they keep none.
         """
         kept = torch.bincount(groups // self.channels, minlength=self.experts)
         if int(kept.min()) != int(kept.max()) or not len(groups):
@@ -303,53 +305,53 @@ class ExpertChannels(ExpertsBlock):
 
 @dataclass(frozen=True)
 class WholeExperts(ExpertsBlock):
-    """A layer's experts as wholes: group e is expert e with its row of the router, and what else is its own there."""
+    """The experts of a layer, pruned whole: group e is expert e with its row and other entries in the router."""
 
     router: Router
 
     @property
     def sets(self) -> int:
-        """The groups that the router divides its experts into."""
+        """The number of sets into which the router divides the experts."""
         return self.router.sets
 
     @property
     def min_kept(self) -> int:
-        """Of each set, so many that every token still gets as many experts as before."""
+        """The number of experts that each set has to keep so that every token still gets as many experts as before."""
         return self.router.min_kept
 
     def groups_of(self, expert: int) -> slice:
-        """Itself."""
+        """The slice of one group: the expert itself."""
         return slice(expert, expert + 1)
 
     def reroutes(self, kept: Tensor) -> bool:
-        """Where an expert goes."""
+        """Whether any expert is removed, because its tokens are then sent to others."""
         return not bool(kept.all())
 
     def fold_channels(self, channels: Tensor) -> Tensor:
-        """All channels are one group's."""
+        """Sum over all channels, which belong to one group: [..., 1]."""
         return channels.sum(-1, keepdim=True)
 
     def weights(self) -> Iterator[tuple[str, int]]:
-        """The two three-dimensional parameters, and the router's."""
+        """Yield the path and number of elements of the two three-dimensional parameters and of the router's weight."""
         yield from super().weights()
         yield self.router.path, self.router.weight.numel()
 
     def output_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The output projection's weights and biases."""
+        """Yield the parameters that hold the output projections' weights and biases, with their paths in the block."""
         yield from super().output_parameters()
         if self.down.bias is not None:
             yield f"{self.down.name}_bias", self.down.bias
 
     @torch.no_grad()
     def mask(self, kept: Tensor) -> None:
-        """Zero what the experts that go write. Tokens are still sent to them; `masked` sends them elsewhere."""
+        """Zero what removed experts write. Tokens are still sent to them; `masked` sends them to other experts."""
         gone = ~kept.to(self.down.parameter.device)
         for _, parameter in self.output_parameters():
             parameter[gone] = 0.0
 
     @contextmanager
     def masked(self, kept: Tensor) -> Iterator[None]:
-        """Inside the context no token is sent to the experts that are not kept: their logits are -inf."""
+        """Context manager in which no token is sent to an expert that is not kept: its router logits are -inf."""
 
         def logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             found = F.linear(x, weight, bias)
@@ -362,10 +364,10 @@ class WholeExperts(ExpertsBlock):
             yield
 
     def cuts(self, groups: Tensor) -> Iterator[Cut]:
-        """Entries of everything that the experts and the router have by expert.
+        """Yield the cuts of everything in the experts' module and the router that has an entry for each expert.
 
         Raises:
-            ValueError: too few experts stay, or the router's sets do not keep equally many each.
+            ValueError: too few experts stay, or the router's sets do not all keep the same number.
         """
         size = self.groups // self.sets
         kept = torch.bincount(groups // size, minlength=self.sets)
@@ -383,21 +385,23 @@ class WholeExperts(ExpertsBlock):
 
 
 def plain_product(routed: Routed, projection: ExpertProjection, x: Tensor) -> Tensor:
-    """The product of an expert's projection, as it is."""
+    """Compute a projection of all experts without observing it; an `ExpertProduct`."""
     return projection.product(routed, x)
 
 
 def find_experts(layer: nn.Module, index: int, kind: Kind) -> ExpertsBlock | str:
-    """The routed experts of a decoder layer, or why there are none that can be pruned, for messages.
+    """Return the routed experts of a decoder layer, or the reason, for messages, why it has none that can be pruned.
+
+    kind: "expert_channels" or "experts".
 
     Raises:
-        UnsupportedArchitectureError: their weights are not floating-point parameters.
+        UnsupportedArchitectureError: the experts' weights are not floating-point parameters.
     """
     found = _experts_in(layer)
     if found is None:
         return NO_EXPERTS
     place, parent, module = found
-    # transformers before 5.20 has no norm after experts, and does not say so.
+    # Before 5.20, transformers has no norm after experts, and no attribute that says whether there is one.
     if not hasattr(module, "is_concatenated") or getattr(module, "has_post_expert_norm", False):
         return f"{place}.experts is of a form that is not known"
     parts = 2 if module.has_gate else 1
@@ -424,7 +428,7 @@ def find_experts(layer: nn.Module, index: int, kind: Kind) -> ExpertsBlock | str
 
 
 def find_shared_experts(layer: nn.Module, index: int, kind: Kind) -> LinearBlock | str:
-    """The MLP that all tokens pass beside the routed experts. Result and errors as `find_experts`."""
+    """Find the MLP of shared experts, which sees all tokens; result and errors are those of `find_experts`."""
     found = _experts_in(layer)
     if found is None:
         return NO_EXPERTS
@@ -438,7 +442,7 @@ def find_shared_experts(layer: nn.Module, index: int, kind: Kind) -> LinearBlock
     if isinstance(block, str) or down is None:
         return block if isinstance(block, str) else f"{place}.experts has no known set of projections"
     if hasattr(parent, "shared_expert_gate"):
-        # What it writes is multiplied by a factor of each token's own.
+        # The output of the shared experts is multiplied by a factor that differs from token to token.
         block = replace(block, adds=None)
     stated = name_in(module.config, SHARED_WIDTHS) is not None
     multiple = 0 if stated else block.groups // down.parameter.shape[down.columns]
@@ -446,14 +450,14 @@ def find_shared_experts(layer: nn.Module, index: int, kind: Kind) -> LinearBlock
 
 
 def has_experts(layer: nn.Module) -> bool:
-    """Whether a decoder layer has experts."""
+    """Whether a decoder layer has routed experts."""
     return _experts_in(layer) is not None
 
 
 class _RowsOfTokens(torch.autograd.Function):
-    """[R, H], each row's token of [S, H].
+    """Gathers the token of each row: `hidden` [S, H] to [R, H].
 
-    The gradients of a token's rows are added in fixed order; those of a tensor that is indexed are not.
+    The backward pass adds the gradients of a token's rows in a fixed order, which that of plain indexing does not.
     """
 
     @staticmethod
@@ -467,7 +471,7 @@ class _RowsOfTokens(torch.autograd.Function):
 
 
 def _sums_by_token(rows: Tensor, routed: Routed, tokens: int) -> Tensor:
-    """[S, H], the sum of each token's rows of [R, H], in the order of its experts; differentiable."""
+    """Sum the rows [R, H] of each token, in the order of its experts: [S, H]; differentiable."""
     if len(rows) == tokens * routed.chosen:
         placed = rows.index_select(0, routed.row_at)
     else:
@@ -476,7 +480,7 @@ def _sums_by_token(rows: Tensor, routed: Routed, tokens: int) -> Tensor:
 
 
 def _routed(chosen: Tensor, routing: Tensor, experts: int) -> Routed:
-    """chosen: [S, K] int64, numbers of experts, of which those from `experts` on are none; routing: [S, K]."""
+    """Sort the tokens by expert. chosen: [S, K] int64 indices, ignored from `experts` on; routing: [S, K], the factors."""
     flat = chosen.flatten()
     counts = torch.bincount(flat, minlength=experts)[:experts].tolist()
     rows = flat.argsort(stable=True)[: sum(counts)]
@@ -484,7 +488,7 @@ def _routed(chosen: Tensor, routing: Tensor, experts: int) -> Routed:
 
 
 def _experts_in(layer: nn.Module) -> tuple[str, nn.Module, Any] | None:
-    """Attribute of the module of a decoder layer that calls the experts' module, it, and the experts' module."""
+    """Return the attribute of the layer's module that calls the experts, that module, and the experts' module."""
     for place in _PLACES:
         parent = getattr(layer, place, None)
         module = getattr(parent, "experts", None)
@@ -494,7 +498,7 @@ def _experts_in(layer: nn.Module) -> tuple[str, nn.Module, Any] | None:
 
 
 def _projection(module: nn.Module, name: str, layer: int) -> ExpertProjection | None:
-    """The projection of that name; None where there is none."""
+    """Return the experts' projection stored in the three-dimensional parameter `name`; None if there is none."""
     parameter = getattr(module, name, None)
     if not isinstance(parameter, nn.Parameter) or parameter.ndim != 3:
         return None

@@ -1,4 +1,4 @@
-"""The router of a mixture of experts: which module chooses the experts of a token, and what it has by expert."""
+"""The router of a mixture of experts: the module that chooses each token's experts, and its entries for each expert."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -15,24 +15,25 @@ from gradprune.models.modes import forward_replaced
 
 _NAMES = ("gate", "router")
 CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
-"""What configurations call the number of experts that a token gets; the first that is there."""
+"""Names of the number of experts per token in configurations; the first name that a configuration has counts."""
 SETS, SETS_CHOSEN = ("n_group", "num_expert_group"), ("topk_group", "num_limited_groups")
-"""What they call the number of sets of experts, and of those that a token's are chosen from."""
+"""Names of the number of sets of experts, and of the number of sets that a token's experts are chosen from."""
 
 Logits = Callable[..., Tensor]
-"""Computes a router's logits [..., E], as `torch.nn.functional.linear` does of x [..., H], weight [E, H] and bias."""
+"""Computes a router's logits [..., E] from x [..., H], weight [E, H] and bias, like `torch.nn.functional.linear`."""
 
 
 @dataclass(frozen=True)
 class Router:
-    """What chooses the experts of each token.
+    """The router, which chooses the experts of each token.
 
-    path: of its weight in the block; weight: [E, H]. module: what computes with it.
-    by_expert: parameters and buffers with an entry for every expert: path in the block, and the dimension.
-    corrections: those of them that are added to scores before experts are chosen.
-    parameters: elements of the parameters among `by_expert`.
-    sets: the router first chooses among so many sets of neighbouring experts, where it is more than 1.
-    min_kept: experts of each set that have to stay for a token to get as many experts as before.
+    path: the path of its weight in the block. weight: [E, H]. module: the module that computes with the weight.
+    by_expert: the parameters and buffers with an entry for every expert: path in the block, and the dimension that
+        indexes experts.
+    corrections: the tensors among `by_expert` that are added to the scores before experts are chosen.
+    parameters: the number of elements of the parameters among `by_expert`.
+    sets: the number of sets of neighbouring experts; if it is more than 1, the router first chooses among the sets.
+    min_kept: the number of experts that each set has to keep for a token to get as many experts as before.
     """
 
     path: str
@@ -46,7 +47,7 @@ class Router:
 
     @contextmanager
     def logits_by(self, logits: Logits) -> Iterator[None]:
-        """Inside the context the router's logits are what `logits` computes."""
+        """Context manager in which the router's logits are computed by `logits`."""
         own = self.module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -58,7 +59,7 @@ class Router:
 
 
 class _LinearReplaced(TorchFunctionMode):
-    """Inside the context linear layers with that many outputs compute something else."""
+    """While active, replaces `torch.nn.functional.linear` for weights with `outputs` rows."""
 
     def __init__(self, outputs: int, replacement: Logits) -> None:
         super().__init__()
@@ -71,12 +72,12 @@ class _LinearReplaced(TorchFunctionMode):
 
 
 def find_router(parent: nn.Module, experts: Any, count: int) -> Router | str:
-    """The router of a module with `count` experts, or why there is none that can be cut, for messages.
+    """Return the router of a mixture of experts, or the reason, for messages, why there is none that can be cut.
 
     Args:
         parent: the module that routes tokens and calls the experts' module.
-        experts: the experts' module, which knows the configuration.
-        count: of experts.
+        experts: the experts' module, which holds the configuration.
+        count: the number of experts.
     """
     name = next((name for name in _NAMES if isinstance(getattr(parent, name, None), nn.Module)), None)
     if name is None:
@@ -92,7 +93,7 @@ def find_router(parent: nn.Module, experts: Any, count: int) -> Router | str:
     if chosen is None:
         return "its configuration does not state how many experts a token gets"
     sets, of_sets = stated(experts.config, SETS), stated(experts.config, SETS_CHOSEN) or 1
-    # Sets are compared by their two best experts.
+    # Sets are compared by their two best experts, so each needs at least two.
     min_kept = chosen if sets is None else max(2, -(-chosen // of_sets))
     return Router(
         path=f"{name}.{weights[0][0]}",
@@ -107,16 +108,16 @@ def find_router(parent: nn.Module, experts: Any, count: int) -> Router | str:
 
 
 def experts_of_token(config: Any) -> int | None:
-    """How many experts a token gets, where the configuration states it."""
+    """The number of experts per token; None if the configuration does not state it."""
     return stated(config, CHOSEN)
 
 
 def named_tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """The module's parameters and buffers."""
+    """Return the names and tensors of a module's parameters and buffers."""
     return itertools.chain(module.named_parameters(recurse=recurse), module.named_buffers(recurse=recurse))
 
 
 def stated(config: Any, names: tuple[str, ...]) -> int | None:
-    """The number that the configuration has under the first of the names that it knows; None where it knows none."""
+    """The number under the first of `names` that the configuration has; None if it has none of them."""
     name = name_in(config, names)
     return None if name is None else int(getattr(config, name))
