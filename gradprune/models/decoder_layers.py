@@ -8,7 +8,7 @@ from gradprune.errors import UnsupportedArchitectureError
 
 
 def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The longest `nn.ModuleList` whose entries are all of one class and hold parameters.
+    """Return the longest `nn.ModuleList` whose entries are all of one class and hold parameters.
 
     Lists nested in another list (a layer's experts) do not count. Among equally long lists the one with the most
     parameters wins: in an encoder-decoder model that is the decoder, because its layers have cross attention too.
@@ -26,7 +26,7 @@ def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def _outer_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
-    """The outermost lists with parameters in `module`, which may itself be one."""
+    """Yield the outermost lists with parameters in `module`, which may itself be such a list."""
     if isinstance(module, nn.ModuleList) and _size(module):
         yield module
         return

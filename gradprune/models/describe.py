@@ -1,4 +1,4 @@
-"""`describe`: the prunable blocks of a loaded model, of an architecture that is tested or passes the self-test."""
+"""`describe`: find the prunable blocks of a loaded model whose architecture is tested or passes the self-test."""
 
 import logging
 from collections.abc import Collection
@@ -24,12 +24,13 @@ def describe(model: PreTrainedModel, kinds: Collection[str] | None = None) -> Pr
 
     Args:
         model: a causal LM.
-        kinds: of blocks to find; by default all but whole experts, as far as the model has them.
+        kinds: the kinds of blocks to find, all of which the model must have; None finds every kind that it has except
+            whole experts.
 
     Raises:
         UnsupportedArchitectureError: the architecture is neither tested nor passes `self_test`, or a projection is not
             a plain floating-point linear layer (quantised weights, adapters).
-        ConfigError: the model has no block of one of the `kinds`, or one goes only with another.
+        ConfigError: the model has no block of one of the `kinds`, or one of them can only be pruned with another.
     """
     if kinds is None:
         return view_of(model, set(accepted_kinds(model.config, type(model))) & set(DEFAULT_KINDS))
@@ -51,23 +52,25 @@ def describe(model: PreTrainedModel, kinds: Collection[str] | None = None) -> Pr
 
 
 def whole_view(model: PreTrainedModel) -> PrunableModel:
-    """The blocks of all kinds; a layer's experts are there twice, by their channels and whole.
+    """Find the blocks of all accepted kinds; a layer's experts occur twice, by channel and whole.
 
     Raises:
-        UnsupportedArchitectureError: as `describe`.
+        UnsupportedArchitectureError: see `describe`.
     """
     return view_of(model, accepted_kinds(model.config, type(model)))
 
 
 def accepted_kinds(config: PreTrainedConfig, model_class: type | None = None) -> tuple[str, ...]:
-    """The kinds of blocks that are pruned in models of this configuration; says once what is left whole or was tested.
+    """Return the kinds of blocks that can be pruned in models of this configuration.
+
+    Logs, once per process, which kinds are left whole and why, or the result of the self-test.
 
     Args:
-        config: of the model, pruned before or not.
-        model_class: of the model; by default transformers' causal LM of that configuration.
+        config: the model's configuration, whether the model was pruned before or not.
+        model_class: the model's class; by default transformers' causal LM of this configuration.
 
     Raises:
-        UnsupportedArchitectureError: there is none; says what failed.
+        UnsupportedArchitectureError: no kind can be pruned; the message says what failed.
     """
     tested = tested_kinds(config)
     if tested:

@@ -480,7 +480,7 @@ def _sums_by_token(rows: Tensor, routed: Routed, tokens: int) -> Tensor:
 
 
 def _routed(chosen: Tensor, routing: Tensor, experts: int) -> Routed:
-    """Sort the tokens by expert. chosen: [S, K] int64 indices, ignored from `experts` on; routing: [S, K], the factors."""
+    """Sort tokens by expert. chosen: [S, K] int64; indices from `experts` on are ignored. routing: [S, K], factors."""
     flat = chosen.flatten()
     counts = torch.bincount(flat, minlength=experts)[:experts].tolist()
     rows = flat.argsort(stable=True)[: sum(counts)]

@@ -1,8 +1,8 @@
 """Find the blocks of a decoder layer from its modules: which projections they have, and which rows make up a group.
 
 A block reads the residual stream through input projections, whose *rows* belong to groups, and writes to it through
-one output projection, whose *columns* do. The names that transformers uses for them are listed here; whether an
-architecture computes with them what its names say is for `gradprune.models.self_test` to find out.
+one output projection, whose *columns* belong to groups. The names that transformers uses for them are listed here;
+`gradprune.models.self_test` checks that an architecture computes with them what their names suggest.
 """
 
 import inspect
@@ -17,8 +17,8 @@ from gradprune.models.blocks import InputLinear, LinearBlock, OutputLinear, Part
 from gradprune.models.kinds import Kind
 from gradprune.models.modeling_gradprune import output_of, place_of, weight_of
 
-# By kind, the sets of input projections: attribute, and the parts whose rows it stacks. "qkv" is one part: each KV
-# head's query, key and value rows are neighbours.
+# For each kind, the known sets of input projections: the attribute, and the parts whose rows are stacked in its weight.
+# "qkv" is one part because the query, key and value rows of each KV head are neighbours.
 _INPUTS: dict[str, tuple[dict[str, tuple[str, ...]], ...]] = {
     "attention": (
         {"q_proj": ("q",), "k_proj": ("k",), "v_proj": ("v",)},
@@ -37,14 +37,14 @@ _INPUTS: dict[str, tuple[dict[str, tuple[str, ...]], ...]] = {
         {"dense_h_to_4h": ("up",)},
     ),
 }
-# Writes what all heads' keys and values are made from, which is kept in their place.
+# The projection to a compressed form, from which all heads' keys and values are computed and which is cached instead.
 _COMPRESSING = "kv_a_proj_with_mqa"
-# Classes of linear layers that compute what nn.Linear does. Others quantise, or add to it.
+# Classes of linear layers that compute the same as nn.Linear. Others quantise the weight, or add to the result.
 _LINEAR = ("Linear", "FalconLinear", "Conv1D")
 
 
 def find_block(layer: nn.Module, index: int, kind: Kind) -> LinearBlock | str:
-    """The block of that kind in a decoder layer, or why there is none that can be pruned, for messages.
+    """Return the block of a kind in a decoder layer, or the reason, for messages, why it has none that can be pruned.
 
     Raises:
         UnsupportedArchitectureError: a projection is not a plain floating-point linear layer.
@@ -56,7 +56,7 @@ def find_block(layer: nn.Module, index: int, kind: Kind) -> LinearBlock | str:
 
 
 def block_at(layer: nn.Module, index: int, kind: Kind, place: str) -> LinearBlock | str:
-    """The block at a path in a decoder layer; attention, or formed as an MLP. Result and errors as `find_block`."""
+    """Return the block at a path in a decoder layer, attention or a form of MLP; see `find_block`."""
     module = layer.get_submodule(place)
     form = "attention" if kind.name == "attention" else "mlp"
     output, inputs = output_of(module, form), _inputs_of(module, form)
@@ -98,9 +98,9 @@ def block_at(layer: nn.Module, index: int, kind: Kind, place: str) -> LinearBloc
 
 
 def cached_width(layer: nn.Module) -> int:
-    """How many numbers a decoder layer keeps of each token while it writes text: of its keys and its values.
+    """How many numbers a decoder layer caches for each token in generation, keys and values together.
 
-    A layer without attention, or with one that carries a state instead, keeps none that grows with the text.
+    It is 0 for a layer without attention, or with a form of attention that carries a state of constant size instead.
     """
     place = place_of(layer, "attention")
     module = None if place is None else layer.get_submodule(place)
@@ -113,15 +113,17 @@ def cached_width(layer: nn.Module) -> int:
     rows = {name: int(weight_of(getattr(module, name)).shape[0]) for name in _inputs_of(module, "attention")}
     if "k_proj" in rows:
         return rows["k_proj"] + rows["v_proj"]
-    # Falcon keeps them repeated for every query head; and what is not known is taken to have as many as these.
+    # Falcon caches keys and values repeated for every query head; unknown forms of attention are assumed to do so, too.
     repeated = not rows or getattr(module, "new_decoder_architecture", False)
     return 2 * columns if repeated else sum(rows.values()) - columns
 
 
 @dataclass(frozen=True)
 class _GroupShape:
-    """groups: of the block. rows: of one group, by part of the input projections. heads: of queries; an MLP's channels.
-    head_dim: as in `LinearBlock`.
+    """The sizes of a block's groups.
+
+    groups: the number of groups. rows: by part of the input projections, the number of rows of one group. heads: the
+    number of query heads, or of an MLP's channels. head_dim: see `LinearBlock`.
     """
 
     groups: int
@@ -131,13 +133,13 @@ class _GroupShape:
 
 
 def _inputs_of(module: nn.Module, kind: str) -> dict[str, tuple[str, ...]]:
-    """The first set of input projections that is there as a whole; empty where none is."""
+    """Return the first known set of input projections that the module has completely; empty if there is none."""
     names = {name for name, _ in module.named_children()}
     return next((found for found in _INPUTS[kind] if found.keys() <= names), {})
 
 
 def _kv_groups(module: nn.Module, linears: dict[str, nn.Linear], output: nn.Linear) -> _GroupShape | str:
-    """A group is a KV head with its query heads."""
+    """Return the sizes of attention's groups, each a KV head with its query heads; or why it cannot be pruned."""
     width: Any = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
     if not isinstance(width, int):
         return "its heads have no stated width"
@@ -154,19 +156,19 @@ def _kv_groups(module: nn.Module, linears: dict[str, nn.Linear], output: nn.Line
     ratio = heads // kv_heads
     rows_of = {"q": ratio * width, "k": width, "v": width, "qkv": (ratio + 2) * width}
     if "q_proj" in linears:
-        # Some architectures stack a gate beside each head's query.
+        # In some architectures the rows of q_proj include a gate for each head, next to its query.
         rows_of["q"] = weight_of(linears["q_proj"]).shape[0] // kv_heads
     return _GroupShape(kv_heads, rows_of, heads, width)
 
 
 def _channels(_module: nn.Module, _linears: dict[str, nn.Linear], output: nn.Linear) -> _GroupShape | str:
-    """A group is one intermediate channel."""
+    """Return the sizes of an MLP's groups, each one intermediate channel."""
     channels = weight_of(output).shape[1]
     return _GroupShape(channels, {"gate": 1, "up": 1}, channels, 1)
 
 
 def _has_alibi(module: nn.Module) -> bool:
-    """Whether attention is given biases of its heads; where the configuration says so, if it says so."""
+    """Whether attention receives a bias for each head (alibi) and the configuration does not say that it is unused."""
     given = not {"alibi", "position_bias"}.isdisjoint(inspect.signature(type(module).forward).parameters)
     return given and bool(getattr(getattr(module, "config", None), "alibi", True))
 
@@ -188,7 +190,7 @@ def _input(name: str, linear: nn.Linear, parts: Sequence[str], shape: _GroupShap
 def _others(
     module: nn.Module, linears: dict[str, nn.Linear], shape: _GroupShape
 ) -> tuple[list[tuple[str, nn.Linear]], tuple[Rider, ...]] | str:
-    """What a block has beside its projections: gates on heads, and parameters with rows for every head; or why not."""
+    """Return a block's gates on heads and its parameters with rows for every head, or why it cannot be pruned."""
     gates: list[tuple[str, nn.Linear]] = []
     riders: list[Rider] = []
     for name, child in module.named_children():

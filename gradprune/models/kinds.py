@@ -1,4 +1,4 @@
-"""The kinds of prunable blocks, as data: all that other code needs to know about a kind."""
+"""The kinds of prunable blocks, as data: the properties by which other code tells one kind from another."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from typing import NamedTuple
 class Kind:
     """A kind of block.
 
-    name: in `groups.csv`, in JSON files and in the `skip` list of a pruned checkpoint's `per_layer_config`.
-    groups: what its groups are called in tables.
-    legend: the same in charts.
-    unit: what its groups are called in `summary.json`.
-    rounded: `round_to` applies to the number of groups a block keeps.
-    factor: the option that multiplies the scores of its groups; None where there is none.
-    optional: most models have no block of it, which goes without saying.
-    default: pruned unless `prune_kinds` says otherwise.
-    multiple: a block keeps a multiple of this many groups, if it has one.
+    name: its name in `groups.csv`, in JSON files and in the `skip` list of a pruned checkpoint's `per_layer_config`.
+    groups: the name of its groups in tables.
+    legend: its name in the legends of charts.
+    unit: the key of its number of groups in `summary.json`.
+    rounded: whether `round_to` applies to the number of groups that a block keeps.
+    factor: the option that multiplies the scores of its groups; None if there is none.
+    optional: whether most models have no block of this kind, so that its absence is not mentioned.
+    default: whether it is pruned unless `prune_kinds` says otherwise.
+    multiple: if a block's number of groups is a multiple of this, so is the number that it keeps.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Kind:
 KINDS: tuple[Kind, ...] = (
     Kind("attention", "KV groups", "attention (KV groups)", "groups", factor="attention_factor"),
     Kind("mlp", "MLP channels", "MLP (channels)", "channels", rounded=True),
-    # Grouped matrix products, by which experts are run, take rows of whole 16 bytes only.
+    # Experts are run by grouped matrix products, which require rows of a multiple of 16 bytes.
     Kind(
         "expert_channels",
         "expert channels",
@@ -54,20 +54,20 @@ KINDS: tuple[Kind, ...] = (
         optional=True,
     ),
 )
-"""In the order in which a decoder layer's blocks add to the residual stream; `GroupTable.kind` indexes it."""
+"""All kinds, in the order in which a layer's blocks add to the residual stream; `GroupTable.kind` indexes this."""
 
 KIND_NAMES: tuple[str, ...] = tuple(kind.name for kind in KINDS)
 DEFAULT_KINDS: tuple[str, ...] = tuple(kind.name for kind in KINDS if kind.default)
 
 
 def shown_kinds(names: Iterable[str]) -> tuple[Kind, ...]:
-    """What tables and files have columns for; names: of the kinds of which a model has blocks."""
+    """The kinds that tables and files show; names: the kinds of the model's blocks."""
     present = set(names)
     return tuple(kind for kind in KINDS if not kind.optional or kind.name in present)
 
 
 class BlockKey(NamedTuple):
-    """Which block: its decoder layer and its kind's name."""
+    """Identifies a block by the index of its decoder layer and the name of its kind."""
 
     layer: int
     kind: str

@@ -13,7 +13,7 @@ class GroupMasks(BlockTensors):
 
     @classmethod
     def of_layers(cls, **kinds: Iterable[Tensor]) -> "GroupMasks":
-        """From one mask per decoder layer for each kind, e.g. `of_layers(attention=heads, mlp=channels)`.
+        """Build from one mask per decoder layer for each kind, e.g. `of_layers(attention=heads, mlp=channels)`.
 
         A mask of length 0 stands for a block that does not exist.
 

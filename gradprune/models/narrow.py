@@ -1,4 +1,4 @@
-"""Cut groups out of a model in place, and make its class, configuration and attributes agree with what is left."""
+"""Cut groups out of a model in place, and make its class, configuration and attributes agree with the result."""
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,16 @@ from gradprune.models.widths import state_widths
 
 @torch.no_grad()
 def narrow(view: PrunableModel, masks: GroupMasks) -> None:
-    """Remove the groups that `masks` does not keep, layer by layer; a block that keeps none is dropped with its norms.
+    """Remove the groups that `masks` does not keep, layer by layer; drop a block that keeps none, with its norms.
 
     Blocks without a mask stay as they are. The view is stale afterwards.
+
+    Raises:
+        ValueError: a mask cannot be cut: no shared expert's channel stays, or experts would differ in width, or too few
+            stay.
     """
     kinds = {key.kind for key in (*(block.key for block in view.blocks), *view.dropped)}
-    # All before the first change, because masks of experts can be refused.
+    # All cuts are determined before the first change, because masks of experts can be refused.
     cuts = [(block, _cuts(block, masks[block])) for block in view.blocks if block in masks]
     for block, of_block in cuts:
         if of_block is None:
@@ -30,10 +34,10 @@ def narrow(view: PrunableModel, masks: GroupMasks) -> None:
 
 
 def _cuts(block: Block, kept: Tensor) -> list[Cut] | None:
-    """What remains of the block's parameters; None if the block goes. kept: [groups] bool.
+    """Return what remains of the block's parameters; None if the block is removed. kept: [groups] bool.
 
     Raises:
-        ValueError: it goes, but is part of another module that stays.
+        ValueError: the block would be removed, but is part of a module that stays.
     """
     if isinstance(block, LinearBlock) and not kept.any():
         if block.kind.optional:
@@ -43,7 +47,7 @@ def _cuts(block: Block, kept: Tensor) -> list[Cut] | None:
 
 
 def _select(view: PrunableModel, block: Block, cut: Cut) -> None:
-    """Keep only what `cut` says of a parameter or buffer of the block."""
+    """Replace a parameter or buffer of the block by the part of it that `cut` keeps."""
     owner, _, name = cut.path.rpartition(".")
     module = view.layers[block.layer].get_submodule(f"{block.path}.{owner}".removesuffix("."))
     old: Tensor = getattr(module, name)
@@ -56,5 +60,5 @@ def _select(view: PrunableModel, block: Block, cut: Cut) -> None:
 
 
 def parameter_like(old: Tensor, new: Tensor) -> nn.Parameter:
-    """`new` as a parameter that requires a gradient where `old` does."""
+    """Return `new` as a parameter that requires a gradient if `old` does."""
     return nn.Parameter(new, requires_grad=old.requires_grad)

@@ -1,4 +1,4 @@
-"""A model's blocks of given kinds, found without judging whether cutting them is right."""
+"""Find a model's blocks of given kinds, without checking that cutting them is correct for its architecture."""
 
 from collections.abc import Collection
 
@@ -17,10 +17,11 @@ _DROPPED = (DroppedAttention.__name__, DroppedMLP.__name__)
 
 
 def view_of(model: PreTrainedModel, kinds: Collection[str] = DEFAULT_KINDS) -> PrunableModel:
-    """The blocks of those kinds; layers that have none, or none that is known, are passed over.
+    """Find the blocks of the given kinds; layers that have no such block, or none in a known form, are skipped.
 
     Raises:
-        UnsupportedArchitectureError: a projection is not a plain floating-point linear layer.
+        UnsupportedArchitectureError: a projection is not a plain floating-point linear layer, or experts' weights are
+            not floating-point parameters.
     """
     layers = layers_of(model)
     blocks: list[Block] = []
@@ -40,7 +41,7 @@ def view_of(model: PreTrainedModel, kinds: Collection[str] = DEFAULT_KINDS) -> P
 
 
 def missing_kinds(model: PreTrainedModel) -> dict[str, str]:
-    """By kind, why the model has no block of it; kinds of which it has one are left out."""
+    """For each kind without a prunable block, the reason; a kind of experts that the model does not have is left out."""
     layers = layers_of(model)
     reasons = {}
     for kind in KINDS:
@@ -59,7 +60,7 @@ def _find(layer: nn.Module, index: int, kind: Kind) -> Block | str:
 
 
 def layers_path(model: PreTrainedModel) -> str:
-    """The name of the model's list of decoder layers, such as "model.layers"."""
+    """The path of the list of decoder layers in the model, such as "model.layers"."""
     layers = layers_of(model)
     path: str = next(name for name, module in model.named_modules() if module is layers)
     return path
@@ -69,7 +70,7 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The model's decoder layers.
 
     Raises:
-        UnsupportedArchitectureError: it has no list of as many modules as its configuration has layers.
+        UnsupportedArchitectureError: the model has no list with as many modules as its configuration states layers.
     """
     try:
         return decoder_layers(model, model.config)
