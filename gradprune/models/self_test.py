@@ -1,9 +1,10 @@
-"""The self-test of an architecture: is masking a group of a model the same as cutting it?
+"""The self-test of an architecture: does masking groups of a model give the same result as cutting them?
 
-On a tiny random model of the architecture's own configuration, for each kind of block: half of the groups, and one
-block whole, are masked (the output projection's columns are zeroed; to an expert that goes no token is sent) and cut.
-The logits must be equal, generation with a cache must agree, and a model built anew from the configuration that cutting
-wrote must load the weights and compute the same. What scales with a width, or is a norm over all heads, fails.
+A tiny random model is built from the architecture's own configuration. For each kind of block, half of the groups and
+one whole block are masked (the output projection's columns are zeroed; no token is sent to a removed expert) in one
+copy and cut in another. The logits must be equal, generation with a cache must agree, and a model built anew from the
+configuration that cutting wrote must load the weights and compute the same. An architecture fails if it scales
+something by a width, or has a norm over all heads.
 """
 
 import copy
@@ -33,24 +34,24 @@ from gradprune.models.shrink import shrunk, tiny_model, vision_left_empty
 from gradprune.models.sizes import vocabulary_of
 from gradprune.models.view import missing_kinds, view_of
 
-# The largest difference, relative to the logits' size. Some architectures compute parts in fp32; a wrong cut differs
-# by a tenth or more.
+# The largest accepted difference, relative to the largest logit. Some architectures compute parts in fp32; a wrong cut
+# differs by a tenth or more.
 _TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What the self-test of an architecture found.
+    """The result of the self-test of an architecture.
 
-    accepted: the kinds of blocks for which masked = cut.
-    refused: by kind, or "model" for all, what failed.
+    accepted: the kinds of blocks for which masking equals cutting.
+    refused: by kind of block, why it cannot be pruned; under "model", why nothing can.
     """
 
     accepted: tuple[str, ...]
     refused: dict[str, str]
 
     def sentence(self) -> str:
-        """The result in a line."""
+        """Return the result as one line of text."""
         whole = "; ".join(f"{kind}: {reason}" for kind, reason in self.refused.items())
         if not self.accepted:
             return f"the self-test refused it: {whole}"
@@ -59,10 +60,10 @@ class SelfTest:
 
 
 def self_test(config: PreTrainedConfig, model_class: type | None = None) -> SelfTest:
-    """Test the architecture of a configuration; a result is kept for the rest of the process.
+    """Test the architecture of a configuration; results are cached for the rest of the process.
 
     Args:
-        config: of any size, pruned before or not.
+        config: a configuration of any size, of a model that was pruned before or not.
         model_class: the causal LM's class; by default transformers' own for this configuration.
     """
     try:
@@ -75,7 +76,7 @@ def self_test(config: PreTrainedConfig, model_class: type | None = None) -> Self
 
 @dataclass(frozen=True, eq=False)
 class _Keyed:
-    """A configuration that is equal to another if they shrink to the same one."""
+    """A cache key: a configuration that equals another if both shrink to the same one, `key`, and the classes agree."""
 
     key: str
     config: PreTrainedConfig
@@ -111,7 +112,7 @@ def _tested(given: _Keyed) -> SelfTest:
 
 
 def _units(view: PrunableModel) -> list[list[str]]:
-    """The kinds of blocks, those together that a configuration can only state together."""
+    """Return the kinds of blocks, in lists of kinds that are tested together because one width is stated for them."""
     kinds = list(dict.fromkeys(block.kind.name for block in view.blocks))
     if not any(block.follows for block in view.linear_blocks):
         return [[kind] for kind in kinds]
@@ -121,7 +122,7 @@ def _units(view: PrunableModel) -> list[list[str]]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What transformers says of a configuration or a model inside the context is not shown, errors apart."""
+    """Context manager that hides all warnings, and the messages of transformers except errors."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -143,7 +144,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _by_experts(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The logits when experts compute as they do in calibration."""
+    """Compute the logits with experts run as they are in calibration, see `ExpertsBlock.run`."""
     with ExitStack() as stack:
         for block in view_of(model, KIND_NAMES).blocks:
             if isinstance(block, ExpertsBlock):
@@ -152,7 +153,7 @@ def _by_experts(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _check_loss(model: PreTrainedModel) -> None:
-    """Importances are gradients of `sample_losses`, which must be the loss of the model's own, causal logits."""
+    """Check that `sample_losses`, whose gradients give importances, is the loss of the model's own, causal logits."""
     ids = _ids(model)
     logits = _logits(model, ids)[:, :-1]
     other = torch.cat([ids[:, :-1], ids[:, -1:] - 1], 1)
@@ -171,7 +172,7 @@ def _check_loss(model: PreTrainedModel) -> None:
 
 
 def _fault(model: PreTrainedModel, kinds: Sequence[str]) -> str | None:
-    """What is wrong with cutting blocks of these kinds; None if nothing is."""
+    """Say what is wrong with cutting blocks of these kinds; None if nothing is wrong."""
     try:
         cut = copy.deepcopy(model)
         view = view_of(cut, kinds)
@@ -197,9 +198,9 @@ def _fault(model: PreTrainedModel, kinds: Sequence[str]) -> str | None:
 
 
 def _masks(view: PrunableModel) -> GroupMasks:
-    """Every block keeps every other group, or all if there is but one; the first block keeps none, if it can go.
+    """Return masks that keep every second group of each block, or its only group; the first block keeps none if it may.
 
-    Of two neighbouring experts one keeps the even channels, the other the odd ones.
+    If channels of experts are pruned, one of two neighbouring experts keeps the even channels, the other the odd ones.
     """
     masks = {}
     for block in view.blocks:
@@ -212,12 +213,12 @@ def _masks(view: PrunableModel) -> GroupMasks:
 
 @contextmanager
 def _masked(view: PrunableModel, masks: GroupMasks) -> Iterator[None]:
-    """Inside the context the model computes what it would without the groups that go."""
+    """Context manager in which the model computes what it would compute without the groups that are not kept."""
     with ExitStack() as stack:
         for block in view.blocks:
             stack.enter_context(block.masked(masks[block]))
             if block.norm is not None and not masks[block].any():
-                # A norm with a bias would still write.
+                # A norm with a bias would still add it to the residual stream.
                 with torch.no_grad():
                     for parameter in block.norm.parameters():
                         parameter.zero_()
@@ -231,11 +232,11 @@ def _differ(found: Tensor, expected: Tensor) -> bool:
 
 @torch.no_grad()
 def _by_steps(model: Any, ids: Tensor) -> Tensor:
-    """The last token's logits, all tokens before the last two in one step and these one at a time."""
+    """Compute the last token's logits with a cache: all tokens but two in one step, the last two one at a time."""
     out = model(input_ids=ids[:, :-2], use_cache=True)
     for step in (-2, -1):
         tokens = ids[:, step : ids.shape[1] + step + 1]
-        # `past_key_values` before transformers 5.24.
+        # Before transformers 5.24 the cache was called `past_key_values`.
         cache = {name: out[name] for name in ("cache", "past_key_values") if name in out}
         out = model(input_ids=tokens, use_cache=True, **cache)
     found: Tensor = out.logits[:, -1]
@@ -243,7 +244,7 @@ def _by_steps(model: Any, ids: Tensor) -> Tensor:
 
 
 def _rebuilt(model: PreTrainedModel) -> nn.Module:
-    """The model as its configuration says, with its weights."""
+    """Build a model anew from the configuration of `model`, with the same weights."""
     config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
     for name in ("_attn_implementation", "_experts_implementation"):
         chosen = {"": getattr(model.config, name), "text_config": getattr(text_config(model.config), name)}

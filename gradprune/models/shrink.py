@@ -1,4 +1,4 @@
-"""A tiny random model of a configuration: its structure, with a few layers and small widths."""
+"""A tiny random model with the structure of a configuration, but few layers and small widths."""
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
@@ -26,7 +26,7 @@ from gradprune.models.router import CHOSEN, SETS, SETS_CHOSEN
 _MOST_PARAMETERS = 4_000_000
 _HEADS, _HEAD_DIM = 6, 4
 _HIDDEN = _HEADS * _HEAD_DIM
-# What else configurations say that grows a model or counts in its widths. Values that are smaller already stay.
+# Upper bounds of other values in configurations that a model's size or its widths depend on.
 _SMALL: dict[str, int] = {
     "vocab_size": 61,
     "vocab_size_per_layer_input": 61,
@@ -60,13 +60,18 @@ _SMALL: dict[str, int] = {
 
 
 def tiny_model(config: PreTrainedConfig, model_class: type | None) -> PreTrainedModel:
-    """A random fp64 model in evaluation mode of the structure that `config` describes; the same one every time.
+    """Build a random fp64 model, in evaluation mode, with the structure that `config` describes; always the same one.
 
-    It has two layers of every type that the configuration lists, as far as there are. Of a vision-language model only
-    what text passes through has weights.
+    It has two layers of each type, or one if there is only one; see `_layers_kept`. In a vision-language model only
+    the modules that text passes through have weights.
+
+    Args:
+        config: the configuration, of any size.
+        model_class: the model's class; by default transformers' causal LM of this configuration.
 
     Raises:
-        Exception: whatever transformers raises where the shrunk configuration builds no model.
+        ValueError: the shrunk configuration still describes more than 4 million parameters.
+        Exception: anything that transformers raises if no model can be built from the shrunk configuration.
     """
     small = shrunk(config)
     stock: Any = model_class if model_class is not None else getattr(transformers, str(causal_lm(config.model_type)))
@@ -85,12 +90,12 @@ def tiny_model(config: PreTrainedConfig, model_class: type | None) -> PreTrained
 
 
 def vision_left_empty(config: PreTrainedConfig) -> AbstractContextManager[Any]:
-    """Inside the context a vision-language model is made without weights; another with them."""
+    """Context manager in which a vision-language model is built without weights, and any other model with weights."""
     return nullcontext() if text_config(config) is config else init_empty_weights()
 
 
 def _fill_text_part(model: Any) -> None:
-    """Give weights to the decoder and the head of a vision-language model that has none."""
+    """Give weights to the decoder and the head of a vision-language model that was built without weights."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     filled = type(decoder)._from_config(text_config(model.config), dtype=torch.float32)
     decoder.load_state_dict(filled.state_dict(), assign=True)
@@ -101,21 +106,21 @@ def _fill_text_part(model: Any) -> None:
 
 @torch.no_grad()
 def with_random_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in fp64 and evaluation mode, with weights drawn anew in place by torch's random generator."""
+    """Return the model in fp64 and evaluation mode, with new weights drawn in place from torch's random generator."""
     model = model.double().eval()
     for parameter in model.parameters():
         if parameter.is_meta:
             continue
-        # Norms' weights and what else is one-dimensional stay near what they are.
+        # One-dimensional parameters, such as the weights of norms, stay near their initial values.
         noise = torch.randn_like(parameter) * 0.2
         parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
     return model
 
 
 def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration with small numbers, as its stock class; structure and options are its own.
+    """Return the configuration with small sizes, as an object of its stock class; structure and options stay the same.
 
-    Of a vision-language model the decoder's part is made small.
+    For a vision-language model, only the decoder's part is made small.
     """
     dense = homogeneous(config)
     dense.__class__ = stock_class(type(dense))
@@ -123,12 +128,12 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
         dense.text_config = shrunk(text_config(dense))
         rope = getattr(dense.text_config, "rope_parameters", None)
         if isinstance(rope, dict) and "rope_theta" in rope:
-            # All of a head's angles to the first of an image's three coordinates: a text's are equal.
+            # All angles of a head follow the first of an image's three coordinates, which are equal in text.
             rope["mrope_section"] = [int(_HEAD_DIM * rope.get("partial_rotary_factor", 1.0)) // 2, 0, 0]
         for name in ("quantization_config", "auto_map", "dtype", "transformers_version"):
             dense.__dict__.pop(name, None)
         return dense
-    # By the common names, which attribute_map gives for an architecture's own.
+    # Values by their common names, to which attribute_map maps an architecture's own names.
     own_names = dense.attribute_map
     common = {own: name for name, own in own_names.items()}
     values = {common.get(name, name): value for name, value in dense.to_dict().items()}
@@ -149,7 +154,7 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     for name in ("quantization_config", "auto_map", "per_layer_config", "dtype", "transformers_version"):
         found.pop(name, None)
     made: PreTrainedConfig = type(dense).from_dict({own_names.get(name, name): value for name, value in found.items()})
-    # Grouped matrix products, the default for experts, are not made for fp64.
+    # Grouped matrix products, the default for experts, do not support fp64.
     made._experts_implementation = "eager"
     return made
 
@@ -162,7 +167,7 @@ def _kv_heads(values: dict[str, Any]) -> Any:
 
 
 def _layers_kept(values: dict[str, Any]) -> list[int]:
-    """Two layers of each type, as far as there are: the self-test drops one and narrows the other."""
+    """Return the first two layers of each of the first six types: the self-test drops one and narrows the other."""
     count = values.get("num_hidden_layers")
     if not isinstance(count, int):
         raise ValueError("its configuration states no num_hidden_layers")
@@ -174,7 +179,7 @@ def _layers_kept(values: dict[str, Any]) -> list[int]:
 
 
 def _with_layers(values: dict[str, Any], layers: list[int]) -> dict[str, Any]:
-    """The values, lists with an entry per layer cut down to those layers."""
+    """Return a copy of the values in which lists with one entry per layer have only the entries of `layers`."""
     count = values["num_hidden_layers"]
     return {
         name: [value[layer] for layer in layers] if isinstance(value, list) and len(value) == count else value
@@ -183,7 +188,7 @@ def _with_layers(values: dict[str, Any], layers: list[int]) -> dict[str, Any]:
 
 
 def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Rotary embeddings without the lists of factors that are fitted to a head's width."""
+    """Return settings of rotary embeddings without lists of factors, whose length depends on the width of a head."""
     if any(isinstance(value, dict) for value in rope.values()):
         return {name: _plain_rope(value) if isinstance(value, dict) else value for name, value in rope.items()}
     if not any(isinstance(value, list) for value in rope.values()):

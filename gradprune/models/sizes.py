@@ -1,4 +1,4 @@
-"""The sizes of a model that memory depends on, read from its modules, which need no weights."""
+"""The sizes of a model that memory use depends on, read from its modules, which need not have weights in memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,10 @@ from gradprune.models.view import layers_of, view_of
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """A routed expert: rows and columns of its output projection, how many a layer has, and how many a token sees."""
+    """The shape of a routed expert.
+
+    output: rows and columns of its output projection. number: experts per layer. seen: experts per token.
+    """
 
     output: tuple[int, int]
     number: int
@@ -26,16 +29,22 @@ class ExpertShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What memory depends on.
+    """The sizes of a model that memory use depends on.
 
-    layer_parameters: of each decoder layer. outside: parameters that are in no decoder layer, tied ones once.
-    hidden, vocabulary: widths. heads: of all query heads together, intermediate: of the MLP; of the widest layer.
-    outputs: of every output projection in order, its numbers of rows and columns. read_width: what the widest reads of
-    a token, of all its experts together. groups: of all blocks together.
-    has_experts: whether a layer has any, whose weights are put together from each expert's when a streamed layer is
-    read, and taken apart when it is saved. expert: one of the widest; None where none can be pruned.
-    cached: numbers of all keys and values of a token, in all layers.
-    itemsize: bytes of a weight.
+    layer_parameters: the number of parameters of each decoder layer.
+    outside: the number of parameters outside the decoder layers; tied parameters count once.
+    hidden, vocabulary: hidden size and vocabulary size.
+    heads, intermediate: the width of all query heads together, and of the MLP; both of the widest layer. If no MLP can
+        be pruned, `intermediate` is the width of the experts that a token sees.
+    outputs: rows and columns of the output projection of each block of linear layers, in order.
+    read_width: how many numbers the block that reads most reads at its output projections for each token; for experts,
+        at those of all experts that a token sees together.
+    groups: the number of groups of all blocks together.
+    has_experts: whether any layer has routed experts. Their weights are assembled from each expert's when a streamed
+        layer is read, and taken apart when it is saved.
+    expert: the widest routed expert; None if no experts can be pruned.
+    cached: how many numbers all layers cache for each token, keys and values together.
+    itemsize: bytes per weight.
     """
 
     layer_parameters: tuple[int, ...]
@@ -54,34 +63,35 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Number of parameters of the whole model."""
         return self.outside + sum(self.layer_parameters)
 
     @property
     def bytes(self) -> int:
-        """Of all weights."""
+        """Bytes of all weights."""
         return self.parameters * self.itemsize
 
     @property
     def layer_bytes(self) -> int:
-        """Of the largest decoder layer's weights."""
+        """Bytes of the largest decoder layer's weights."""
         return max(self.layer_parameters) * self.itemsize
 
     @property
     def output_bytes(self) -> int:
-        """Of all output projections' weights."""
+        """Bytes of the weights of all output projections in `outputs`."""
         return sum(rows * columns for rows, columns in self.outputs) * self.itemsize
 
 
 def model_shape(model: PreTrainedModel, itemsize: int | None = None) -> ModelShape:
-    """The shape of a model, which may be on the meta device or streamed.
+    """Return the sizes of a model, which may be on the meta device or streamed.
 
     Args:
-        model: a causal LM that has decoder layers.
-        itemsize: bytes of a weight; by default those of the model's dtype.
+        model: a causal LM with decoder layers.
+        itemsize: bytes per weight; by default those of the model's dtype.
 
     Raises:
-        UnsupportedArchitectureError: it has no list of decoder layers, or a projection is no plain linear layer.
+        UnsupportedArchitectureError: the model has no list of decoder layers, or a projection is not a plain
+            floating-point linear layer.
     """
     own = tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(model))
     outside = sum(parameter.numel() for parameter in model.parameters()) - sum(own)
@@ -93,7 +103,7 @@ def model_shape(model: PreTrainedModel, itemsize: int | None = None) -> ModelSha
         outside=outside,
         hidden=config.hidden_size,
         heads=_widest(blocks, "attention"),
-        # Where layers have experts, those that a token passes through.
+        # If layers have experts instead of an MLP, the width of all experts that a token passes through.
         intermediate=_widest(blocks, "mlp") or (experts_of_token(config) or 1) * (stated(config, EXPERT_WIDTHS) or 0),
         vocabulary=config.vocab_size,
         outputs=tuple((each.output.weight.shape[0], each.output.weight.shape[1]) for each in blocks),
@@ -107,19 +117,19 @@ def model_shape(model: PreTrainedModel, itemsize: int | None = None) -> ModelSha
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """Token ids are less than this."""
+    """The size of the model's vocabulary: token ids are less than this."""
     return int(text_config(model.config).vocab_size)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; on the CPU, that can be had without swapping."""
+    """Bytes that are free on a device; on the CPU, those that are available without swapping."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 
 def with_unit(size: int) -> str:
-    """Bytes, as "14.9 GiB" or "3.2 MiB"."""
+    """Format a number of bytes, such as "14.9 GiB" or "3.2 MiB"."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"
 
 

@@ -1,6 +1,6 @@
-"""Which models of the installed transformers can be pruned: tested, accepted by the self-test, or refused and why.
+"""Survey which models of the installed transformers are tested, pass the self-test, or are refused, and why.
 
-python -m gradprune.models.survey > docs/architectures.md
+To update the documentation: python -m gradprune.models.survey > docs/architectures.md
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,10 @@ Status = Literal["tested", "self-test", "refused"]
 
 @dataclass(frozen=True)
 class Support:
-    """What is known of one architecture.
+    """How well one architecture is supported.
 
-    pruned: the kinds of blocks that are pruned. whole: by kind, or "model" for all, why it is left whole or refused.
+    pruned: the kinds of blocks that can be pruned. whole: by kind, why it is left whole, or under "model" why the
+    architecture is refused.
     """
 
     architecture: str
@@ -31,19 +32,19 @@ class Support:
 
 
 def survey() -> Iterator[Support]:
-    """Every causal LM and vision-language model of the installed transformers, by its default configuration.
+    """Yield the support of every causal LM and vision-language model of the installed transformers, alphabetically.
 
-    Seconds to a minute in all.
+    The whole survey takes up to a minute.
     """
     for architecture in sorted(set().union(*CLASSES_BY_AUTO.values())):
         yield support(architecture)
 
 
 def support(architecture: str) -> Support:
-    """One architecture, a `config.model_type`, by its default configuration."""
+    """Return the support of an architecture, a `config.model_type`; if needed, its default configuration is tested."""
     if architecture in TESTED:
         complete = {"attention", "mlp"} <= set(TESTED[architecture])
-        # Some default configurations describe no model.
+        # The result for "model" is dropped, because some default configurations describe no valid model.
         found = {} if complete else _tested(architecture).refused
         whole = {kind: reason for kind, reason in found.items() if kind != "model"}
         whole |= LEFT_WHOLE.get(architecture, {})
@@ -56,13 +57,13 @@ def _tested(architecture: str) -> SelfTest:
     try:
         with quiet():
             config: Any = getattr(transformers, class_names(architecture)["AutoConfig"])()
-    except Exception as error:  # a configuration that needs values of its own, or a package
+    except Exception as error:  # a configuration that has required values, or needs a package
         return SelfTest((), {"model": f"it has no default configuration: {one_line(error)}"})
     return self_test(config)
 
 
 def markdown() -> str:
-    """`docs/architectures.md`."""
+    """Return the text of `docs/architectures.md`."""
     rows = list(survey())
     counts = {status: sum(row.status == status for row in rows) for status in ("tested", "self-test", "refused")}
     head = f"""# Architectures
@@ -83,7 +84,7 @@ without experts; the result is always a plain checkpoint.
 
 
 def cells(row: Support) -> tuple[str, str, str, str]:
-    """The row of a table."""
+    """Return the cells of a table row: architecture, status, pruned kinds, and why others are left whole."""
     whole = "; ".join(f"{kind}: {reason}" for kind, reason in row.whole.items())
     if len(whole) > _LONGEST:
         whole = whole[: _LONGEST - 3] + "..."

@@ -1,4 +1,4 @@
-"""The architectures that the test suite prunes, saves and reloads, with the kinds of blocks that it prunes there."""
+"""The architectures that the test suite prunes, saves and reloads, and the kinds of blocks that it prunes in each."""
 
 from transformers import PreTrainedConfig
 
@@ -56,7 +56,7 @@ TESTED: dict[str, tuple[str, ...]] = {
     "glm4_moe": (*_BOTH, *_EXPERTS, "shared_experts"),
     "qwen2_moe": (*_BOTH, *_EXPERTS, "shared_experts"),
 }
-"""By `config.model_type`. A kind that is not named is left whole."""
+"""The kinds of blocks that are pruned, by `config.model_type`; a kind that is not listed is left whole."""
 
 
 _NORM = {"attention": "its norms of queries and keys span all heads, and would change with every head that goes"}
@@ -66,13 +66,13 @@ LEFT_WHOLE: dict[str, dict[str, str]] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _LATENT),
     "bloom": {"attention": "its heads differ by a bias on distances (alibi), which depends on their number"},
 }
-"""Why a kind of block that they have is left whole."""
+"""By `config.model_type` and kind of block, why a kind that these architectures have is left whole."""
 
 
 def tested_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
-    """The kinds of blocks that are pruned in models of this configuration; empty where they are not tested.
+    """Return the kinds of blocks that are pruned in models of this configuration; empty if it is not a tested one.
 
-    The decoder of a vision-language model can be that of several architectures, which then has to be tested too.
+    Some vision-language models accept decoders of different architectures, so the decoder's must be tested as well.
     """
     decoder = text_config(config).model_type
     named = decoder != config.model_type and causal_lm(decoder) is not None
@@ -80,5 +80,5 @@ def tested_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 def tested_architectures() -> str:
-    """The tested `model_type`s, for messages."""
+    """Return the tested `model_type`s as a list for messages."""
     return ", ".join(sorted(TESTED))

@@ -41,7 +41,7 @@ def view_of(model: PreTrainedModel, kinds: Collection[str] = DEFAULT_KINDS) -> P
 
 
 def missing_kinds(model: PreTrainedModel) -> dict[str, str]:
-    """For each kind without a prunable block, the reason; a kind of experts that the model does not have is left out."""
+    """For each kind without a prunable block, the reason; kinds of experts that the model does not have are omitted."""
     layers = layers_of(model)
     reasons = {}
     for kind in KINDS:

@@ -1,7 +1,7 @@
-"""A model's configuration says how wide its blocks are: which widths it can say, and making it agree with the weights.
+"""The widths of blocks in a model's configuration: which ones it can state, and making it agree with the weights.
 
-Attention's widths are numbers of heads: KV heads, and query heads at the model's fixed ratio. An MLP's is its number of
-channels, and so is that of each expert; where experts go as wholes, their number is stated.
+The widths of attention are numbers of heads: KV heads, and query heads at the model's fixed ratio. The width of an MLP
+or of an expert is its number of channels. If whole experts are pruned, the configuration states their number.
 """
 
 import copy
@@ -31,15 +31,15 @@ from gradprune.models.modeling_gradprune import (
     width_name,
 )
 
-# What a module can hold that depends on its widths.
+# Types of the attributes of a module that can depend on its widths, and attributes that are never changed.
 _PLAIN = (bool, int, float, str, tuple, type(None))
 _UNTOUCHED = ("training", "layer_idx")
 
 
 def plain_widths(view: PrunableModel) -> dict[str, frozenset[int]]:
-    """By kind, the numbers of groups that all blocks' sets of a plain checkpoint of this architecture may have.
+    """By kind, the numbers of groups that each set of a block can have in a plain checkpoint of this architecture.
 
-    Kinds that accept any number are left out.
+    Kinds for which any number is possible are left out.
     """
     found = {
         block.kind.name: frozenset(range(block.min_kept, block.groups // block.sets + 1))
@@ -54,21 +54,21 @@ def plain_widths(view: PrunableModel) -> dict[str, frozenset[int]]:
 
 
 def _follows_width(view: PrunableModel, mlp: LinearBlock) -> bool:
-    """Whether a stock layer's MLP is as wide as the configuration says; some derive its width in their own way."""
+    """Whether a stock layer's MLP has the width in the configuration; some classes derive it in their own way."""
     dense = _stock_config(view.model)
     other = mlp.groups + 1
     try:
         with torch.device("meta"):
             built: Any = type(view.layers[mlp.layer])(_with(dense, {width_name(dense): other}), mlp.layer)
     except ValueError:
-        # As refused by the class, for another reason: its heads.
+        # The class refuses the configuration for another reason, its number of heads.
         return True
     output = getattr(built.get_submodule(mlp.path), mlp.output.path)
     return bool(weight_of(output).shape[1] == other)
 
 
 def _attention_widths(view: PrunableModel, first: LinearBlock) -> dict[str, frozenset[int]]:
-    """`plain_widths` of attention, of which `first` is a block."""
+    """Return the entry of `plain_widths` for attention, empty if any number is possible; first: an attention block."""
     dense = _stock_config(view.model)
     _state_head_dim(dense, first)
     layer = view.layers[first.layer]
@@ -82,12 +82,12 @@ def state_widths(view: PrunableModel, before: PrunableModel) -> None:
     """Make the model's class, its configuration and its layers' attributes agree with its weights.
 
     Args:
-        view: the model as its weights are now.
-        before: as its configuration says; what its attention heads have in common is read from here, because `view`
-            may have no attention block left.
+        view: the model with its current weights.
+        before: the model as its configuration still describes it. The properties that all attention blocks share are
+            read from here, because `view` may have no attention block left.
     """
     model = view.model
-    # Of a vision-language model: the whole configuration, and the decoder's part of it. Else they are one.
+    # In a vision-language model `config` is the decoder's part of the whole configuration; otherwise both are the same.
     whole, config = model.config, text_config(model.config)
     whole.__dict__.pop("auto_map", None)
     state_dtype(config)
@@ -108,17 +108,17 @@ def state_widths(view: PrunableModel, before: PrunableModel) -> None:
         stated = {block.layer for block in view.blocks if block.kind.name == "mlp"}
         stated |= {key.layer for key in view.dropped if key.kind == "mlp"}
         if hasattr(dense, width) and len(stated) == len(view.layers) and not _differs_in_width(view, before, dense):
-            # transformers releases that do not know per_layer_config would load the stock model, with random weights
-            # for the dropped blocks. A global width that fits no layer makes them refuse.
+            # transformers releases without per_layer_config would load the stock model, with random weights for the
+            # dropped blocks. A global width that fits no layer makes them refuse the checkpoint.
             setattr(config, width, 0)
         config.per_layer_config = _per_layer_config(view, attention)
-        # The same objects with the classes that know per-layer widths: saving and reloading then just work.
+        # The objects stay the same but get classes that support per-layer widths, so saving and reloading just work.
         stock_config = stock_class(type(whole))
         model.__class__ = pruned_class(stock_class(type(model)), stock_config)
         whole.__class__ = pruned_class(stock_config)
         whole.auto_map = auto_map(whole.model_type)
         if not _stock_can_read(config):
-            # For the stock class, with which AutoTokenizer reads config.json where remote code is off.
+            # For the stock class, with which AutoTokenizer reads config.json if remote code is not allowed.
             config.allow_global_per_layer_attribute_access = True
     _state_attributes(view)
 
@@ -129,32 +129,32 @@ def _dense(model: PreTrainedModel) -> Any:
 
 
 def _stock_config(model: PreTrainedModel) -> Any:
-    """As `_dense`, of the architecture's own class."""
+    """Return `_dense` with transformers' own configuration class of the architecture."""
     dense = _dense(model)
     dense.__class__ = stock_class(type(dense))
     return dense
 
 
 def _attention(view: PrunableModel) -> LinearBlock | None:
-    """An attention block, for what all of them have in common."""
+    """Return an attention block, for the properties that all of them share; None if there is none."""
     return next((block for block in view.of_kind("attention") if block is not None), None)
 
 
 def _width_of(block: Block) -> int:
-    """The number that a configuration states for a block: groups, or the channels of each expert."""
+    """The number that a configuration states for a block: its groups, or the channels of each of its experts."""
     return block.channels if isinstance(block, ExpertChannels) else block.groups
 
 
 def _state_head_dim(config: PreTrainedConfig, attention: LinearBlock | None) -> None:
-    """State the heads' width, which classes would otherwise compute from the number of heads."""
+    """Set `head_dim` in the configuration; otherwise classes would compute it from the number of heads."""
     if attention is not None and not isinstance(getattr(type(config), "head_dim", None), property):
         config.head_dim = attention.head_dim
 
 
 def _own_widths(config: PreTrainedConfig, groups: dict[str, int], attention: LinearBlock | None) -> dict[str, int]:
-    """What the configuration calls the widths of blocks, by the names of their kinds, and the values.
+    """Return the configuration's attributes, and their values, that state the given widths of blocks.
 
-    groups: of each block; of experts' channels, those of each expert.
+    groups: for each kind, the number of groups of a block; for "expert_channels", the number of channels per expert.
     """
     stated: dict[str, int] = {}
     if "attention" in groups and attention is not None:
@@ -173,7 +173,7 @@ def _own_widths(config: PreTrainedConfig, groups: dict[str, int], attention: Lin
 
 
 def _with(dense: PreTrainedConfig, widths: dict[str, int]) -> PreTrainedConfig:
-    """A copy of the configuration with other widths."""
+    """Return a copy of the configuration with these widths."""
     config = copy.copy(dense)
     for name, value in widths.items():
         setattr(config, name, value)
@@ -186,13 +186,13 @@ def _is_valid(config: Any) -> bool:
         return True
     try:
         config.validate()
-    except Exception:  # huggingface_hub's own class, which wraps a ValueError
+    except Exception:  # a class of huggingface_hub, which wraps a ValueError
         return False
     return True
 
 
 def _has_heads(layer: nn.Module, config: PreTrainedConfig, attention: LinearBlock, groups: int) -> bool:
-    """Whether a stock layer of a configuration has attention of that many groups; some make it as wide as the model."""
+    """Whether a stock layer of `config` has `groups` attention groups; some classes make it as wide as the model."""
     try:
         with torch.device("meta"):
             built: Any = type(layer)(config, attention.layer)
@@ -203,7 +203,7 @@ def _has_heads(layer: nn.Module, config: PreTrainedConfig, attention: LinearBloc
 
 
 def _plain_widths(view: PrunableModel, attention: LinearBlock | None) -> dict[str, int] | None:
-    """What the architecture's own configuration says if it can: no block is gone, all layers are alike."""
+    """Return what the stock configuration states for all widths; None if a block is removed or widths differ."""
     groups: dict[str, set[int]] = {}
     for block in view.blocks:
         groups.setdefault(block.kind.name, set()).add(_width_of(block))
@@ -216,7 +216,7 @@ def _plain_widths(view: PrunableModel, attention: LinearBlock | None) -> dict[st
 
 
 def _builds(view: PrunableModel, config: PreTrainedConfig) -> bool:
-    """Whether the stock layers of a configuration have the shapes of the model's."""
+    """Whether stock layers built from `config` have parameters of the same shapes as the model's layers."""
     for index, layer in enumerate(view.layers):
         try:
             with torch.device("meta"):
@@ -230,7 +230,7 @@ def _builds(view: PrunableModel, config: PreTrainedConfig) -> bool:
 
 
 def _differs_in_width(view: PrunableModel, before: PrunableModel, dense: PreTrainedConfig) -> bool:
-    """Whether a block that exists has other than the global width."""
+    """Whether an existing block has a width other than the global one in `dense`."""
     attention = _attention(before)
     return any(
         getattr(dense, name, None) != value
@@ -245,7 +245,7 @@ def _per_layer_config(view: PrunableModel, attention: LinearBlock | None) -> dic
     for layer in range(len(view.layers)):
         groups = {block.kind.name: _width_of(block) for block in view.of_layer(layer)}
         skip = [kind for kind in ("attention", "mlp") if (layer, kind) in view.dropped]
-        # A dropped attention block keeps one head in the cache, see DroppedAttention.
+        # A dropped attention block still caches one head, see DroppedAttention.
         widths = {**groups, **{kind: int(kind == "attention") for kind in skip}}
         own: dict[str, Any] = dict(_own_widths(dense, widths, attention))
         if skip:
@@ -259,20 +259,20 @@ def _stock_can_read(config: PreTrainedConfig) -> bool:
     """Whether the stock class accepts a configuration whose layers differ."""
     try:
         stock_class(type(config)).from_dict(config.to_dict())
-    except Exception:  # transformers' own classes, which earlier releases do not have
+    except Exception:  # classes of transformers that earlier releases do not have
         return False
     return True
 
 
 def _state_attributes(view: PrunableModel) -> None:
-    """Give each layer's modules the attributes that they would have, were they built at their own widths."""
+    """Give the modules of each layer the attributes that they would have if they were built at the layer's widths."""
     config = text_config(view.model.config)
     overrides = per_layer_overrides(config)
     dense = homogeneous(config) if overrides else config
     touched = {block.layer for block in view.blocks} | {key.layer for key in view.dropped}
     for index in sorted(touched):
         layer = view.layers[index]
-        # A width of 0 says that the block is gone; torch warns of linear layers without weights.
+        # A width of 0 marks a removed block; it is left out, because torch warns of linear layers without weights.
         own = {name: value for name, value in overrides.get(index, {}).items() if value != 0}
         with torch.device("meta"):
             built = build_layer(layer, dense, own, index)
@@ -281,7 +281,7 @@ def _state_attributes(view: PrunableModel) -> None:
 
 
 def _adopt(module: nn.Module, built: nn.Module, name: str) -> None:
-    """Take over the plain attributes of the module of that name in `built`, if it is of the same class."""
+    """Copy the plain attributes of the module `name` in `built` to `module`, if both are of the same class."""
     try:
         other = built.get_submodule(name)
     except AttributeError:
