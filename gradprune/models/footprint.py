@@ -211,7 +211,7 @@ class _Run:
         return self._stage("calibration", layers * kept + max(backward, self._logits(tokens)) + sums, 0, 1)
 
     def importance(self) -> Stage:
-        """Predict the memory of fp64 sums over weights and, for `obs`, of the streams, Gram matrices and one inverse."""
+        """Predict the memory of fp64 sums over weights and, for `obs`, of streams, Gram matrices and one inverse."""
         own = 16 * min(FOLDED, self._largest_output)
         if not self._second_pass:
             return self._stage("importance", own + self._sums + self._solved_before, 0, 1)
@@ -229,7 +229,7 @@ class _Run:
         return self._with_streams("importance", own, streams, 2, (-(-blocks // self.world) + 1) * self._stream(few))
 
     def repair(self) -> Stage:
-        """Predict the memory of all samples' streams, and of the inputs and moments of one block that keeps all groups."""
+        """Predict the memory of all samples' streams, and of the inputs and moments of a block that keeps all groups."""
         tokens = self._share(self.config.num_samples + self.config.held_out_samples)
         moments = max((self._moments(*each) for each in self.shape.outputs), default=0)
         streams = REPAIR_STREAMS
@@ -266,7 +266,7 @@ class _Run:
         return self._stage("distillation", own, 0, 1)
 
     def evaluation(self) -> Stage:
-        """Predict the memory of a batch's forward pass and, unless it is cut in place, of the pruned model as a copy."""
+        """Predict the memory of a batch's forward pass and, unless the model is cut in place, of the pruned copy."""
         tokens = self._batch
         windows = -(-(self.config.eval_samples or self.config.num_samples) // self.world)
         live = max(self._forward(tokens), self._logits(tokens))
@@ -344,7 +344,7 @@ class _Run:
 
     @property
     def _exchanged(self) -> int:
-        """Bytes of a Gram matrix in fp32, its sum over ranks, and a piece of each rank's, in a shared buffer and copied."""
+        """Bytes of a Gram matrix in fp32, its sum over ranks, and a piece of each rank's, which arrive in one buffer."""
         if self.world == 1:
             return 0
         gram = max((4 * columns**2 for _, columns in self._outputs), default=0)
@@ -376,7 +376,7 @@ class _Run:
         return tokens * self.shape.hidden * self.shape.itemsize
 
     def _in_memory(self, streams: int) -> int:
-        """How many of `streams` bytes are in memory: all, or 0 if they exceed the budget and are kept in files instead."""
+        """How many of `streams` bytes are in memory: all, or 0 if they exceed the budget and are in files instead."""
         return streams if streams <= bytes_of(self.config.stream_memory) else 0
 
     def _kept(self, tokens: int) -> int:
