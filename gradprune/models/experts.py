@@ -38,7 +38,7 @@ class Routed:
     places: [R] int64, the flat index of each row in [S, K], which holds for each of S tokens its K experts. Indices
         ascend within an expert.
     chosen: K, the number of experts per token.
-    gates: [R], the factor by which the expert's output is multiplied.
+    gates: [R], for each row the factor by which the expert's output is multiplied.
     counts: for each expert, its number of rows.
     """
 
@@ -457,7 +457,7 @@ def has_experts(layer: nn.Module) -> bool:
 class _RowsOfTokens(torch.autograd.Function):
     """Gathers the token of each row: `hidden` [S, H] to [R, H].
 
-    The backward pass adds the gradients of a token's rows in a fixed order, which that of plain indexing does not.
+    The backward pass adds the gradients of a token's rows in a fixed order, unlike that of plain indexing.
     """
 
     @staticmethod

@@ -229,7 +229,7 @@ class _Run:
         return self._with_streams("importance", own, streams, 2, (-(-blocks // self.world) + 1) * self._stream(few))
 
     def repair(self) -> Stage:
-        """Predict the memory of all samples' streams, and of the inputs and moments of a block that keeps all groups."""
+        """Predict the memory of all samples' streams, and of one block's inputs and moments if it keeps all groups."""
         tokens = self._share(self.config.num_samples + self.config.held_out_samples)
         moments = max((self._moments(*each) for each in self.shape.outputs), default=0)
         streams = REPAIR_STREAMS
@@ -344,7 +344,7 @@ class _Run:
 
     @property
     def _exchanged(self) -> int:
-        """Bytes of a Gram matrix in fp32, its sum over ranks, and a piece of each rank's, which arrive in one buffer."""
+        """Bytes of a Gram matrix in fp32, its sum over ranks, and a piece of each rank's, received in one buffer."""
         if self.world == 1:
             return 0
         gram = max((4 * columns**2 for _, columns in self._outputs), default=0)
