@@ -403,7 +403,7 @@ def find_experts(layer: nn.Module, index: int, kind: Kind) -> ExpertsBlock | str
     place, parent, module = found
     # Before 5.20, transformers has no norm after experts, and no attribute that says whether there is one.
     if not hasattr(module, "is_concatenated") or getattr(module, "has_post_expert_norm", False):
-        return f"{place}.experts is of a form that is not known"
+        return f"{place}.experts has an unknown form"
     parts = 2 if module.has_gate else 1
     gate_up = _projection(module, "gate_up_proj" if parts == 2 else "up_proj", index)
     down = _projection(module, "down_proj", index)

@@ -196,10 +196,10 @@ def _others(
     for name, child in module.named_children():
         if isinstance(child, nn.Linear) and type(child).__name__ in _LINEAR and name not in linears:
             if shape.head_dim == 1 or child.out_features not in (shape.heads, shape.heads * shape.head_dim):
-                return f"{name} is no known part of it"
+                return f"{name} is not a known part of the block"
             gates.append((name, child))
         elif name not in linears and list(child.parameters()) and not ("norm" in name or "act" in name):
-            return f"{name} is no known part of it"
+            return f"{name} is not a known part of the block"
     for path, parameter in module.named_parameters():
         owner = path.rpartition(".")[0]
         if owner in linears or owner in dict(gates) or not parameter.ndim:

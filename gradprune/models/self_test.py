@@ -166,9 +166,11 @@ def _check_loss(model: PreTrainedModel) -> None:
         with torch.no_grad():
             found = sample_losses(model, ids)
     except Exception as error:  # whatever an unknown architecture raises refuses it
-        raise ValueError(f"its logits cannot be had from the decoder's last hidden state: {one_line(error)}") from error
+        raise ValueError(
+            f"its logits cannot be computed from the decoder's last hidden state: {one_line(error)}"
+        ) from error
     if not torch.allclose(found.double(), expected, rtol=1e-4):
-        raise ValueError("its loss is not that of its head on the decoder's last hidden state")
+        raise ValueError("its loss differs from that of its head applied to the decoder's last hidden state")
 
 
 def _fault(model: PreTrainedModel, kinds: Sequence[str]) -> str | None:
@@ -183,15 +185,15 @@ def _fault(model: PreTrainedModel, kinds: Sequence[str]) -> str | None:
         with _masked(view_of(expected, kinds), masks):
             wanted, by_experts = _logits(expected, ids), _by_experts(expected, ids)
         if _differ(by_experts, wanted):
-            return "its experts compute something else than the expert-by-expert form of them"
+            return "its experts give another result than the same experts computed one by one"
         if not _differ(wanted, _logits(model, ids)):
             return "masking its groups changes nothing"
         if _differ(_logits(cut, ids), wanted):
-            return "masking a group is not cutting it: something depends on the block's width"
+            return "masking a group differs from cutting it: something depends on the block's width"
         if _differ(_by_steps(cut, ids), wanted[:, -1]):
-            return "with a cache it computes something else after cutting"
+            return "after cutting, generation with a cache gives another result"
         if _differ(_logits(_rebuilt(cut), ids), wanted):
-            return "a model built from the configuration of the cut one computes something else"
+            return "a model built from the configuration of the cut model gives another result"
     except Exception as error:  # whatever an unknown architecture raises refuses it
         return f"cutting it fails: {one_line(error)}"
     return None

@@ -34,7 +34,7 @@ class Support:
 def survey() -> Iterator[Support]:
     """Yield the support of every causal LM and vision-language model of the installed transformers, alphabetically.
 
-    The whole survey takes up to a minute.
+    The whole survey takes a minute or two.
     """
     for architecture in sorted(set().union(*CLASSES_BY_AUTO.values())):
         yield support(architecture)
@@ -69,13 +69,15 @@ def markdown() -> str:
     head = f"""# Architectures
 
 All causal LMs and vision-language models of transformers {transformers.__version__}, as `gradprune info
---architectures` lists them. *tested*: the test suite prunes, saves and reloads them. *self-test*: pruned where a tiny
-random model of the given configuration passes *masked = cut*, as that of the default configuration did here. *refused*:
-not pruned, with what failed. Of a vision-language model the decoder is pruned, by text; the rest stays as it is.
-Here {counts["tested"]} are tested, {counts["self-test"]} pass the self-test, {counts["refused"]} are refused.
-Of a mixture of experts, channels of the routed experts are pruned, equally many in every expert of every layer, or,
-with `--prune_kinds`, whole experts, equally many in every layer, beside attention, shared experts and MLPs of layers
-without experts; the result is always a plain checkpoint.
+--architectures` lists them. *tested*: the test suite prunes, saves and reloads them. *self-test*: they are pruned if a
+tiny random model of the given configuration passes the self-test (*masked = cut*), as the default configuration did
+here. *refused*: they are not pruned; the last column says what failed. Here {counts["tested"]} are tested,
+{counts["self-test"]} pass the self-test, {counts["refused"]} are refused.
+
+In a vision-language model only the decoder is pruned, by calibration on text. In a mixture of experts, the channels of
+the routed experts are pruned, the same number in every expert of every layer, or, with `--prune_kinds`, whole experts,
+the same number in every layer. Attention, shared experts and the MLPs of layers without experts are pruned as well, and
+the result is always a plain checkpoint.
 
 | architecture | status | pruned | left whole or refused because |
 |---|---|---|---|

@@ -59,7 +59,7 @@ TESTED: dict[str, tuple[str, ...]] = {
 """The kinds of blocks that are pruned, by `config.model_type`; a kind that is not listed is left whole."""
 
 
-_NORM = {"attention": "its norms of queries and keys span all heads, and would change with every head that goes"}
+_NORM = {"attention": "its norms of queries and keys span all heads, so removing a head would change them"}
 _LATENT = {"attention": "its heads share compressed keys and values"}
 LEFT_WHOLE: dict[str, dict[str, str]] = {
     **dict.fromkeys(("olmo2", "olmo3", "olmoe"), _NORM),

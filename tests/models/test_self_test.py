@@ -29,7 +29,7 @@ def test_an_architecture_that_scales_with_a_width_is_found_out(monkeypatch: pyte
     found = self_test(config)
     assert found.accepted == ("attention",)
     assert found.refused == {
-        "mlp": "masking a group is not cutting it: something depends on the block's width",
+        "mlp": "masking a group differs from cutting it: something depends on the block's width",
     }
 
 
@@ -53,8 +53,8 @@ def test_what_a_tested_architecture_leaves_whole_is_said_once(
             assert accepted_kinds(Olmo2Config()) == ("mlp",)
         assert accepted_kinds(LlamaConfig()) == ("attention", "mlp")
     assert caplog.messages == [
-        "architecture 'olmo2': attention is left whole: its norms of queries and keys span all heads, and would change "
-        "with every head that goes"
+        "architecture 'olmo2': attention is left whole: its norms of queries and keys span all heads, so removing a "
+        "head would change them"
     ]
 
 
