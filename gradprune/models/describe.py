@@ -16,7 +16,7 @@ from gradprune.models.view import view_of
 
 logger = logging.getLogger(__name__)
 
-_SAID: set[str] = set()
+_LOGGED: set[str] = set()
 
 
 def describe(model: PreTrainedModel, kinds: Collection[str] | None = None) -> PrunableModel:
@@ -75,7 +75,7 @@ def accepted_kinds(config: PreTrainedConfig, model_class: type | None = None) ->
     tested = tested_kinds(config)
     if tested:
         for kind, reason in LEFT_WHOLE.get(config.model_type, {}).items():
-            _say_once(f"architecture '{config.model_type}': {kind} is left whole: {reason}")
+            _log_once(f"architecture '{config.model_type}': {kind} is left whole: {reason}")
         return tested
     found = self_test(config, None if model_class is None else stock_class(model_class))
     line = f"architecture '{config.model_type}' is not on the tested list; {found.sentence()}"
@@ -83,11 +83,11 @@ def accepted_kinds(config: PreTrainedConfig, model_class: type | None = None) ->
         raise UnsupportedArchitectureError(
             f"base_model: {line}; tested are {tested_architectures()} (gradprune info --architectures lists all)"
         )
-    _say_once(line)
+    _log_once(line)
     return found.accepted
 
 
-def _say_once(line: str) -> None:
-    if line not in _SAID:
-        _SAID.add(line)
+def _log_once(line: str) -> None:
+    if line not in _LOGGED:
+        _LOGGED.add(line)
         logger.warning(line)

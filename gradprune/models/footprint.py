@@ -46,7 +46,7 @@ FOLDED = 1 << 24
 # The number of sums kept for each group, see `gradprune.calibration.accumulator`, and the bytes of each, in fp64.
 _SUMS_PER_GROUP, _FP64 = 8, 8
 # Passes over held-out samples that judge distillation: one before it, and usually one for each of two factors after it.
-_JUDGED = 3
+_JUDGING_PASSES = 3
 
 
 def samples_followed(samples: int, blocks: int) -> int:
@@ -195,7 +195,7 @@ class _Run:
         # The sums of all ranks are gathered and added.
         copies = 1 + self.world if self.world > 1 else 1
         sums = self._sums * copies + self._solved_before
-        kept, backward = self._kept(tokens), self._backward(tokens)
+        kept, backward = self._activations(tokens), self._backward(tokens)
         if self.config.reduction == "batch":
             # The gradients of all weights, both the sum over batches and those of the current batch.
             sums += 2 * sum(self.shape.layer_parameters) * max(4, self.shape.itemsize)
@@ -257,11 +257,11 @@ class _Run:
         backward = self._backward(tokens) + 12 * self._largest_output
         if self.streamed:
             streams = self._in_memory((layers + 1) * self._stream(tokens))
-            own = max(self._kept(tokens) + backward, self._logits(tokens))
-            reads = 2 * -(-samples // step) + _JUDGED
+            own = max(self._activations(tokens) + backward, self._logits(tokens))
+            reads = 2 * -(-samples // step) + _JUDGING_PASSES
             return self._stage("distillation", own, streams + taught, reads)
         weights = int((1.0 - self.config.pruning_ratio) * sum(self.shape.layer_parameters)) * self.shape.itemsize
-        kept = self._stream(tokens) if self.config.use_gradient_checkpointing else self._kept(tokens)
+        kept = self._stream(tokens) if self.config.use_gradient_checkpointing else self._activations(tokens)
         own = 2 * weights + taught + layers * kept + max(backward, self._logits(tokens))
         return self._stage("distillation", own, 0, 1)
 
@@ -379,7 +379,7 @@ class _Run:
         """How many of `streams` bytes are in memory: all, or 0 if they exceed the budget and are in files instead."""
         return streams if streams <= bytes_of(self.config.stream_memory) else 0
 
-    def _kept(self, tokens: int) -> int:
+    def _activations(self, tokens: int) -> int:
         """Bytes that autograd keeps of one layer for the backward pass.
 
         They are the norms' inputs (in fp32 at least) and outputs, queries, keys and values repeated for every query
@@ -390,7 +390,7 @@ class _Run:
         return tokens * (norms + shape.itemsize * (4 * shape.heads + 4 * shape.intermediate))
 
     def _backward(self, tokens: int) -> int:
-        """Bytes beside `_kept` at the peak of a backward pass: gradients of the MLP's product and of its factors."""
+        """Bytes beside `_activations` at a backward pass's peak: the gradients of the MLP's product and its factors."""
         return tokens * self.shape.itemsize * (2 * self.shape.hidden + 2 * self.shape.intermediate)
 
     def _forward(self, tokens: int) -> int:

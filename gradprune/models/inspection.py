@@ -66,7 +66,7 @@ def block_at(layer: nn.Module, index: int, kind: Kind, place: str) -> LinearBloc
     shape = _GROUP_SHAPES[form](module, linears, linears[output])
     if isinstance(shape, str):
         return f"{place}: {shape}"
-    rest = _others(module, linears, shape)
+    rest = _gates_and_riders(module, linears, shape)
     if isinstance(rest, str):
         return f"{place}: {rest}"
     gates, riders = rest
@@ -187,7 +187,7 @@ def _input(name: str, linear: nn.Linear, parts: Sequence[str], shape: _GroupShap
     return InputLinear(name, linear, tuple(found))
 
 
-def _others(
+def _gates_and_riders(
     module: nn.Module, linears: dict[str, nn.Linear], shape: _GroupShape
 ) -> tuple[list[tuple[str, nn.Linear]], tuple[Rider, ...]] | str:
     """Return a block's gates on heads and its parameters with rows for every head, or why it cannot be pruned."""

@@ -71,11 +71,11 @@ def self_test(config: PreTrainedConfig, model_class: type | None = None) -> Self
         key = json.dumps({"": type(small).__name__, **small.to_dict()}, sort_keys=True, default=str)
     except Exception as error:  # configurations raise almost anything for values that they do not expect
         return SelfTest((), {"model": f"its configuration cannot be made small: {one_line(error)}"})
-    return _tested(_Keyed(key, config, model_class))
+    return _tested(_CacheKey(key, config, model_class))
 
 
 @dataclass(frozen=True, eq=False)
-class _Keyed:
+class _CacheKey:
     """A cache key: a configuration that equals another if both shrink to the same one, `key`, and the classes agree."""
 
     key: str
@@ -83,14 +83,14 @@ class _Keyed:
     model_class: type | None
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Keyed) and (self.key, self.model_class) == (other.key, other.model_class)
+        return isinstance(other, _CacheKey) and (self.key, self.model_class) == (other.key, other.model_class)
 
     def __hash__(self) -> int:
         return hash(self.key)
 
 
 @functools.cache
-def _tested(given: _Keyed) -> SelfTest:
+def _tested(given: _CacheKey) -> SelfTest:
     if given.model_class is None and causal_lm(given.config.model_type) is None:
         return SelfTest((), {"model": "transformers has no causal LM of this model_type"})
     with quiet():

@@ -45,15 +45,15 @@ def support(architecture: str) -> Support:
     if architecture in TESTED:
         complete = {"attention", "mlp"} <= set(TESTED[architecture])
         # The result for "model" is dropped, because some default configurations describe no valid model.
-        found = {} if complete else _tested(architecture).refused
+        found = {} if complete else _self_tested(architecture).refused
         whole = {kind: reason for kind, reason in found.items() if kind != "model"}
         whole |= LEFT_WHOLE.get(architecture, {})
         return Support(architecture, "tested", TESTED[architecture], whole)
-    result = _tested(architecture)
+    result = _self_tested(architecture)
     return Support(architecture, "self-test" if result.accepted else "refused", result.accepted, result.refused)
 
 
-def _tested(architecture: str) -> SelfTest:
+def _self_tested(architecture: str) -> SelfTest:
     try:
         with quiet():
             config: Any = getattr(transformers, class_names(architecture)["AutoConfig"])()

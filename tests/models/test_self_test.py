@@ -47,7 +47,7 @@ def test_what_the_self_test_found_is_said_once(caplog: pytest.LogCaptureFixture)
 def test_what_a_tested_architecture_leaves_whole_is_said_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["gradprune.models.describe"], "_SAID", set())
+    monkeypatch.setattr(sys.modules["gradprune.models.describe"], "_LOGGED", set())
     with caplog.at_level(logging.WARNING, logger="gradprune"):
         for _ in range(2):
             assert accepted_kinds(Olmo2Config()) == ("mlp",)
