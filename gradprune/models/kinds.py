@@ -34,7 +34,7 @@ class Kind:
 KINDS: tuple[Kind, ...] = (
     Kind("attention", "KV groups", "attention (KV groups)", "groups", factor="attention_factor"),
     Kind("mlp", "MLP channels", "MLP (channels)", "channels", rounded=True),
-    # Experts are run by grouped matrix products, which require rows of a multiple of 16 bytes.
+    # Experts are run by grouped matrix products, which require rows whose size is a multiple of 16 bytes.
     Kind(
         "expert_channels",
         "expert channels",

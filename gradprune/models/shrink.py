@@ -133,7 +133,7 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
         for name in ("quantization_config", "auto_map", "dtype", "transformers_version"):
             dense.__dict__.pop(name, None)
         return dense
-    # Values by their common names, to which attribute_map maps an architecture's own names.
+    # Values by their common names; attribute_map maps these to an architecture's own names.
     own_names = dense.attribute_map
     common = {own: name for name, own in own_names.items()}
     values = {common.get(name, name): value for name, value in dense.to_dict().items()}

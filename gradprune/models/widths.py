@@ -203,7 +203,7 @@ def _has_heads(layer: nn.Module, config: PreTrainedConfig, attention: LinearBloc
 
 
 def _plain_widths(view: PrunableModel, attention: LinearBlock | None) -> dict[str, int] | None:
-    """Return what the stock configuration states for all widths; None if a block is removed or widths differ."""
+    """Return what the stock configuration states for all widths; None if it cannot, e.g. because widths differ."""
     groups: dict[str, set[int]] = {}
     for block in view.blocks:
         groups.setdefault(block.kind.name, set()).add(_width_of(block))
