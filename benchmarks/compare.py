@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.results import FOLDER, Record, latest, read
 
 THRESHOLD = 0.05
-# What is compared: (name, value of a record). Less is better in all of them.
+# The metrics that are compared: (name, function that reads its value from a record). Lower is better for all of them.
 _METRICS: tuple[tuple[str, Callable[[Record], float | None]], ...] = (
     ("ms", lambda found: found.ms_p50),
     ("peak bytes", lambda found: found.peak_memory),
@@ -32,7 +32,7 @@ class Change:
 
     @property
     def ratio(self) -> float:
-        """B / A; infinite where A is 0 and B is not."""
+        """B / A: 1 if both are 0, infinite if only A is."""
         if self.before == 0.0:
             return 1.0 if self.after == 0.0 else float("inf")
         return self.after / self.before
@@ -46,7 +46,7 @@ class Change:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print one line per metric, then the cases that only one side has."""
+    """Print one line per case and metric, then the cases that only one side has."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("a", metavar="A")
     parser.add_argument("b", metavar="B")
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compare(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
-    """Every metric that both sides have, from the latest run of each."""
+    """Return the change of every metric that both sides have, taking the latest run of each case."""
     sides = [_values(latest(side)) for side in (before, after)]
     return [Change(key, metric, value, sides[1][key, metric]) for (key, metric), value in sides[0].items()
             if (key, metric) in sides[1]]  # fmt: skip

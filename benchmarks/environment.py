@@ -1,4 +1,4 @@
-"""What a benchmark ran on: hardware, driver, versions, revision."""
+"""The environment that a benchmark ran in: hardware, driver, versions and revision of the code."""
 
 import hashlib
 import importlib.metadata
@@ -18,7 +18,7 @@ _SOURCES = ("gradprune/**/*.py", "kernels/**/*.py", "csrc/**/*.cpp", "csrc/**/*.
 
 @dataclass(frozen=True)
 class Environment:
-    """What a benchmark ran on.
+    """The environment that a benchmark ran in.
 
     hardware: name of the CPU or GPU. driver: version of the GPU driver, None on a CPU. threads: PyTorch's CPU threads.
     revision: see `revision`.
@@ -86,7 +86,7 @@ def revision() -> str:
         return named
     try:
         commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
-        # Benchmarks write results while they run, and texts do not change what is measured.
+        # Changed results and plots are what benchmarks write while they run, and Markdown changes nothing measured.
         changed = _output(
             "git",
             "-C",

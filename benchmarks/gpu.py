@@ -1,12 +1,12 @@
-"""All that a GPU machine is asked for, in one call of less than nine minutes and without a network: `make gpu`.
+"""Everything to run on a GPU machine, in one call of less than nine minutes and without a network: `make gpu`.
 
     python -m benchmarks.gpu [--quick] [--seconds 525] [--output FOLDER]
-    python -m benchmarks.gpu --large              # `make gpu-70b`: no tests, and the jobs of the 70B model alone
+    python -m benchmarks.gpu --large              # `make gpu-70b`: no tests, and only the jobs of the 70B model
     python -m benchmarks.gpu --device cpu --toy   # the same path at tiny sizes
 
-The package is built in place with what the machine has; then the tests that need a GPU run, and the benchmarks in the
-time that is left. What is missing on the machine is named, and what needs it is left out. The exit code is 1 where a
-test, a benchmark or the build failed; the others run all the same.
+The package is built in place with the tools that the machine has; then the tests that need a GPU run, and the
+benchmarks get the time that is left. Missing packages are reported, and the steps that need them are left out. The exit
+code is 1 if the build, a test or a benchmark failed; a failure does not keep the later steps from running.
 """
 
 import importlib.util
@@ -20,12 +20,13 @@ from benchmarks.options import parse, parser
 from benchmarks.processes import PATIENCE, run_within
 from benchmarks.progress import Deadline, say
 
-# Seconds: of the whole call, and the most that the build and the tests may take of them; the benchmarks get the rest.
+# Limits in seconds for the whole call and, within it, for the build and the tests; the benchmarks get the rest.
 SECONDS, BUILD, TESTS = 525.0, 150.0, 170.0
-# Of the tests' time, to show what failed and what was slow until they were interrupted: pytest-xdist waits for its
-# workers for ten seconds.
+# Seconds at the end of the tests' time in which pytest, once interrupted, reports what has failed and what was slow:
+# pytest-xdist waits ten seconds for its workers.
 _SHOWING = 15.0
-# Of the benchmarks' time, to pass an interrupt on to the one that runs; and before that, to end by themselves.
+# Seconds at the end of the benchmarks' time: _PASSING_ON to pass an interrupt on to the benchmark that is running, and
+# before that _RESERVE for the benchmarks to finish by themselves.
 _PASSING_ON, _RESERVE = PATIENCE + 2.0, 3.0
 _BUILD_NEEDS = ("pip", "scikit_build_core", "pybind11")
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.set_defaults(device="cuda")
     options = parse(made, arguments)
     deadline = Deadline(SECONDS if options.seconds is None else options.seconds)
-    # Programs that tests start elsewhere find the package by it where it could not be installed.
+    # PYTHONPATH lets programs that tests start in other folders find the package even if it could not be installed.
     environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     right = [_built(min(BUILD, deadline.left), environment)]
     if not options.large:
@@ -47,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def missing(modules: Sequence[str]) -> list[str]:
-    """Those of the modules that are not installed here."""
+    """Return the names of those modules that are not installed."""
     return [name for name in modules if importlib.util.find_spec(name) is None]
 
 
 def _built(seconds: float, environment: dict[str, str]) -> bool:
-    """Install in place, from what is here; where that cannot be, the kernels are linked to where they are looked for.
+    """Install the package in place, or else link the kernels into it; return False only if the build failed.
 
-    Without the extension the C++ and CUDA ops cannot run; all else does.
+    Without the compiled extension, the C++ and CUDA ops cannot run; everything else can.
     """
     absent = missing(_BUILD_NEEDS)
     if absent:
@@ -69,14 +70,14 @@ def _built(seconds: float, environment: dict[str, str]) -> bool:
 
 
 def _link_kernels() -> None:
-    """As an installation would: unless an earlier one has done it."""
+    """Make `gradprune.kernels` importable by a symbolic link, unless an installation already has."""
     link = ROOT / "gradprune" / "kernels"
     if missing(["gradprune.kernels"]) and not link.is_symlink():
         link.symlink_to(ROOT / "kernels")
 
 
 def _tested(seconds: float, options: Namespace, environment: dict[str, str]) -> bool:
-    """The tests marked gpu; one whose packages are missing is skipped, or an error of collection."""
+    """Run the tests marked gpu; a test whose packages are missing is skipped, or an error at collection."""
     if missing(["pytest"]):
         say("LEFT OUT: the tests, for they cannot run without pytest")
         return True
@@ -85,13 +86,13 @@ def _tested(seconds: float, options: Namespace, environment: dict[str, str]) -> 
         say("the tests run one after the other, for pytest-xdist is not here")
     else:
         command += ["--numprocesses", "8", "--dist", "worksteal"]
-    # Without a GPU all of them are skipped: one file is enough to see that.
+    # Toy runs usually have no GPU: all these tests are skipped then, and one file is enough to exercise this path.
     where = ["tests/kernels/test_sanitizer.py"] if options.toy else []
     return _succeeded("the tests", [*command, *where], seconds, environment, _SHOWING)
 
 
 def _measured(seconds: float, options: Namespace, environment: dict[str, str]) -> bool:
-    """A GPU's benchmarks, in the time that is left."""
+    """Run the benchmarks meant for a GPU, within `seconds`."""
     command = [sys.executable, "-m", "benchmarks.run", "--device", options.device, "--steps_of", "cuda"]
     command += ["--output", str(options.output)]
     flags = [f"--{name}" for name in ("quick", "toy", "large") if getattr(options, name)]

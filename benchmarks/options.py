@@ -11,7 +11,7 @@ from benchmarks.results import FOLDER
 
 
 def parser(description: str | None) -> ArgumentParser:
-    """A command line with the common options; each benchmark adds its own."""
+    """Return a command-line parser with the common options, to which each benchmark adds its own."""
     made = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     made.add_argument("--quick", action="store_true", help="fewer and smaller cases")
@@ -25,7 +25,7 @@ def parser(description: str | None) -> ArgumentParser:
 
 
 def parse(made: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
-    """Parse the options, --until as --seconds; exits with an error if --device cuda is asked for and there is none."""
+    """Parse the options, converting --until to --seconds; exit with an error for --device cuda without a GPU."""
     options = made.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         made.error("--device cuda: PyTorch finds no CUDA device here")
@@ -35,7 +35,7 @@ def parse(made: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
 
 
 def listed(convert: Callable[[str], object], of: Collection[str] = ()) -> Callable[[str], list[object]]:
-    """An argparse type for values separated by commas; of: what they may be, where not everything is."""
+    """Return an argparse type for values separated by commas; of: the values that are allowed, all if empty."""
 
     def parts(text: str) -> list[object]:
         try:
@@ -50,7 +50,7 @@ def listed(convert: Callable[[str], object], of: Collection[str] = ()) -> Callab
 
 
 def folder_of(pattern: str) -> Callable[[str], Path]:
-    """An argparse type for a folder that has such files."""
+    """Return an argparse type for a folder that contains a file matching `pattern`."""
 
     def folder(text: str) -> Path:
         if not any(Path(text).glob(pattern)):

@@ -1,4 +1,4 @@
-"""Plots of results as SVG files; the same records give the same bytes."""
+"""Plots of results as SVG files; the same records always give the same bytes."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,11 @@ _PEER_DASHES = ("--", "-.", ":", (0, (5, 1)), (0, (1, 3)), (0, (3, 1, 1, 1)))
 
 
 def kernel_plot(records: Sequence[Record], path: Path) -> None:
-    """Rate against size, one panel per dtype; floors are drawn as lines.
+    """Plot the rate of an op against its size, one panel per dtype; floors are drawn as lines.
 
     Args:
-        records: of one op on one machine.
-        path: of the SVG file.
+        records: the records of one op on one machine.
+        path: the SVG file to write.
     """
     dtypes = sorted({found.dtype for found in records})
     figure, axes = _figure(len(dtypes))
@@ -55,14 +55,14 @@ def kernel_plot(records: Sequence[Record], path: Path) -> None:
 
 
 def quality_plot(records: Sequence[Record], path: Path) -> None:
-    """Mean perplexity against parameters kept: one line per provider, one panel without H-GSP and one with it.
+    """Plot mean perplexity against parameters kept: one line per provider, a panel without and one with H-GSP.
 
-    Each method has its own colour, solid with repair and dotted without, with diamonds where it is distilled too and
-    squares where it prunes in several shots; peers are black, each with its own dashes.
+    Each method has its own colour. Its line is solid with repair and dotted without; its markers are diamonds if the
+    model is also distilled and squares if it is pruned in several shots. Peers are black, each with its own dashes.
 
     Args:
-        records: of one model.
-        path: of the SVG file.
+        records: the records of one model.
+        path: the SVG file to write.
     """
     panels = {"without H-GSP": "T=1", "with H-GSP (T=1)": "T=0"}
     if not any(found.provider.endswith("T=1") for found in records):
@@ -82,14 +82,14 @@ def quality_plot(records: Sequence[Record], path: Path) -> None:
 
 
 def size_plot(points: Mapping[str, Sequence[tuple[float, float]]], names: Mapping[str, str], path: Path) -> None:
-    """README.md's picture: perplexity against size, a line per provider.
+    """Draw README.md's picture: perplexity against size, one line per provider.
 
-    This project is coloured, solid with repair and dotted without; peers are black and dashed.
+    Lines of this project are coloured, solid with repair and dotted without; those of peers are black and dashed.
 
     Args:
-        points: by provider, (fraction of the parameters kept, perplexity), from the dense model down.
-        names: by provider, what it is called; the best come first.
-        path: of the SVG file.
+        points: for each provider, (fraction of the parameters kept, perplexity), beginning with the dense model.
+        names: for each provider to draw, its name in the legend, best first.
+        path: the SVG file to write.
     """
     figure, (axis,) = _figure(1, width=6.4)
     colors = iter((_OURS, *_OTHERS))
@@ -111,11 +111,11 @@ def size_plot(points: Mapping[str, Sequence[tuple[float, float]]], names: Mappin
 
 
 def growth_plot(records: Sequence[Record], path: Path) -> None:
-    """Time and peak memory against what grows, on logarithmic scales.
+    """Plot time and peak memory against the quantity that grows, on logarithmic scales.
 
     Args:
-        records: of one quantity that grows, on one machine.
-        path: of the SVG file.
+        records: the records of one growing quantity on one machine.
+        path: the SVG file to write.
     """
     figure, axes = _figure(2)
     for axis, (title, value_of) in zip(
@@ -146,7 +146,8 @@ def _quality_panel(axis: Axes, records: Sequence[Record], colors: Mapping[str, s
     dashes = cycle(_PEER_DASHES)
     for provider, by_ratio in sorted(values.items()):
         points = [tuple(map(fmean, zip(*pairs, strict=True))) for _, pairs in sorted(by_ratio.items())]
-        # A line from the dense model to the only one of several ratios would hide what lies between.
+        # A provider measured at only one of several ratios is a single point: a line from the dense model to it would
+        # pass over ratios at which it was not measured.
         alone = len(by_ratio) == 1 < len(ratios)
         points = [(1.0, dense[0]), *points] if dense and not alone else points
         x, y = zip(*points, strict=True)
@@ -161,26 +162,26 @@ def _quality_panel(axis: Axes, records: Sequence[Record], colors: Mapping[str, s
 
 
 def _size_axes(axis: Axes) -> None:
-    """Perplexity on a logarithmic scale with plain numbers; from the dense model on the left to the smallest."""
+    """Make the perplexity scale logarithmic with plain numbers, and let sizes fall from the dense model on the left."""
     axis.set(yscale="log")
     _plain_numbers(axis.yaxis)
     axis.invert_xaxis()
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5 of each decade, as people write these."""
+    """Put the ticks of a logarithmic axis at 1, 2 and 5 times powers of ten, written as plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(ScalarFormatter())
     axis.set_minor_formatter(NullFormatter())
 
 
 def _method(provider: str) -> str:
-    """The method of one of our providers: "taylor" in "gradprune taylor + least squares T=1"."""
+    """The method in the name of a provider of this project: "taylor" in "gradprune taylor + least squares T=1"."""
     return provider.split()[1]
 
 
 def _figure(panels: int, width: float = 4.2, *, share: bool = False) -> tuple[Figure, list[Axes]]:
-    """Panels side by side, each `width` inches wide; `share`: with the same vertical scale."""
+    """Return a figure of panels side by side, each `width` inches wide; `share` gives all the same vertical scale."""
     # A Figure made without pyplot has no global state and needs no display.
     figure = Figure(figsize=(width * panels, 3.4), layout="constrained")
     return figure, list(figure.subplots(1, panels, sharey=share, squeeze=False)[0])

@@ -1,4 +1,4 @@
-"""Programs that a benchmark starts, each within its time, and the memory of processes."""
+"""Running programs within a time limit, and reading the memory of processes."""
 
 import ctypes
 import os
@@ -9,24 +9,24 @@ from contextlib import suppress
 from pathlib import Path
 
 PATIENCE = 3.0
-"""Seconds that a program has to come to its end by itself, once it is interrupted."""
+"""Seconds that an interrupted program has to finish by itself before it is killed."""
 
 _LIBC = ctypes.CDLL(None)
-# Of <sys/prctl.h>: the signal that a process gets when the one that started it is gone.
+# From <sys/prctl.h>: the option of prctl that sets the signal a process gets when its parent dies.
 _PR_SET_PDEATHSIG = 1
 
 
 def run_within(
     command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None, patience: float = PATIENCE
 ) -> int | None:
-    """The exit code of a program, whose output is shown; None if it was not done in time and was ended.
+    """Run a program, showing its output; return its exit code, or None if it ran out of time and was stopped.
 
     Args:
         command: the program and its arguments.
-        seconds: after which it is ended, with all that it started.
-        environment: variables beside those of this process.
-        patience: the last of these seconds, at most half, before which it is interrupted: pytest then shows what
-            failed until then.
+        seconds: time limit, after which the program is killed with everything that it started.
+        environment: environment variables in addition to those of this process.
+        patience: seconds at the end of the time limit, at most half of it, that the program has after an interrupt:
+            pytest uses them to report what has failed so far.
     """
     patience = min(patience, seconds / 2)
     process = subprocess.Popen(
@@ -42,14 +42,14 @@ def run_within(
 
 
 def _begin() -> None:
-    """In the new process, before its program begins."""
+    """Prepare the new process, before its program starts."""
     end_with_parent()
-    # Where this process ignores interrupts, as one in the background of a shell does, the program would, too.
+    # If this process ignores interrupts, as a shell makes background processes do, the program would inherit that.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(process: subprocess.Popen[bytes], patience: float) -> None:
-    """Interrupt the whole process group, so that the program's workers end too; what is left of it is killed."""
+    """Interrupt the whole process group, so that the program's workers end too, and then kill what is left of it."""
     os.killpg(process.pid, signal.SIGINT)
     try:
         with suppress(subprocess.TimeoutExpired):
@@ -61,16 +61,16 @@ def _end(process: subprocess.Popen[bytes], patience: float) -> None:
 
 
 def end_with_parent() -> None:
-    """In a new process, before its program begins: it is killed when the one that started it is gone.
+    """Have this process killed when its parent dies; called in a new process, before its program starts.
 
-    That may have been killed itself, which then ends nothing; and a program with a session of its own is in no group
-    that is ended with it.
+    A parent that is killed cannot stop its children, and a program with a session of its own is in no process group
+    that is killed with the parent.
     """
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def memory_of(field: str, process: int | str = "self") -> int | None:
-    """Bytes, by a field of Linux's /proc/PID/status; None where the process is over, or there is no such field."""
+    """Bytes in a field of Linux's /proc/PID/status; None if the process has ended or the field does not exist."""
     try:
         lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -15,7 +15,7 @@ class Deadline:
     """The time by which a benchmark has to finish."""
 
     def __init__(self, seconds: float | None) -> None:
-        """`seconds` from now; None means no limit."""
+        """Set the deadline to `seconds` from now; None means no limit."""
         self._end = None if seconds is None else time.monotonic() + seconds
 
     @property

@@ -1,9 +1,9 @@
-"""Rebuild from benchmarks/results alone: benchmarks/README.md, the plots, and the sections that other texts show.
+"""Rebuild benchmarks/README.md, the plots and the result sections of other documents from benchmarks/results.
 
     python -m benchmarks.report [--results FOLDER] [--root FOLDER]
 
-The same results give the same bytes. Of each case the latest run is shown. The long tables stand in
-benchmarks/README.md only; README.md and the guide get the short ones of `benchmarks.summary`.
+The same results always give the same bytes. Each case is shown by its latest run. The long tables are only in
+benchmarks/README.md; README.md and the guide get the short ones of `benchmarks.summary`.
 """
 
 import re
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def report(records: Sequence[Record], plots_folder: Path) -> str:
-    """The text of benchmarks/README.md; writes its plots."""
+    """Return the text of benchmarks/README.md, and replace the plots in `plots_folder`."""
     for old in plots_folder.glob("*.svg"):
         old.unlink()
     parts = [_INTRODUCTION.read_text(encoding="utf-8")]
@@ -60,7 +60,7 @@ def replace_sections(file: Path, texts: Mapping[str, str]) -> None:
     """Put each text between the lines `<!-- results: NAME -->` and `<!-- end -->` of `file`.
 
     Raises:
-        ValueError: a section's beginning is not there exactly once, or has no end.
+        ValueError: the first line of a section does not occur exactly once, or no end follows it.
     """
     content = file.read_text(encoding="utf-8")
     for name, text in texts.items():
@@ -73,7 +73,7 @@ def replace_sections(file: Path, texts: Mapping[str, str]) -> None:
 
 
 def _by_hardware(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records by hardware; those that do not depend on it come last."""
+    """The records grouped by hardware; those that do not depend on it come last."""
     groups = tables.grouped(records, lambda found: found.hardware)
     return dict(sorted(groups.items(), key=lambda group: group[0] == ANY_HARDWARE))
 
@@ -184,7 +184,7 @@ _SECTIONS: dict[str, Callable[[Sequence[Record], Path], str]] = {
 
 
 def _plot(draw: Callable[[Sequence[Record], Path], None], records: Sequence[Record], folder: Path, name: str) -> str:
-    """Draw a plot; returns the Markdown that shows it."""
+    """Draw a plot, and return the Markdown that shows it."""
     hardware = records[0].hardware.removesuffix(ANY_HARDWARE)
     file = re.sub(r"[^a-z0-9]+", "-", f"{name} {hardware}".lower()).strip("-") + ".svg"
     draw(records, folder / file)

@@ -1,4 +1,4 @@
-"""Results: one JSON object per line, all of one schema; appended, never rewritten."""
+"""Results of benchmarks, stored as one JSON object per line in one schema; they are appended and never rewritten."""
 
 import json
 import os
@@ -29,7 +29,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 ANY_HARDWARE = "any hardware"
 _ANYWHERE = frozenset({"quality", "calibration_size", "distilled_text", "recovery", "vanishing", "experts", "compiled"})
 CONDITIONS = ("num_samples", "seq_len", "eval_windows", "max_questions")
-"""Fields of `Record.extra` that a perplexity or an accuracy depends on: different values share no table."""
+"""Fields of `Record.extra` that a perplexity or an accuracy depends on; no table mixes different values of them."""
 FOLDER = Path(__file__).resolve().parent / "results"
 
 
@@ -41,15 +41,16 @@ class InterpreterTimingError(Exception):
 class Record:
     """One provider's result in one case.
 
-    run: the run of a benchmark that it belongs to; ratios are taken within one run only.
-    name: the op or job. provider: who did it. shape: the size of the case, e.g. "4096x14336". dtype: e.g. "bf16".
-    ms_p20, ms_p50, ms_p80: milliseconds, percentiles of `repeats` measurements; None if nothing was timed. Of kind
-        "predicted" ms_p50 is no measurement but a prediction, and `hardware` what it is for.
-    bytes, flops: the least that the case needs. gb_per_s, tflops: these divided by the median time.
+    run: id of the benchmark run that it belongs to; ratios are taken within one run only.
+    name: the op or job. provider: the implementation or method that was measured. shape: the size of the case, e.g.
+        "4096x14336". dtype: e.g. "bf16".
+    ms_p20, ms_p50, ms_p80: milliseconds, percentiles of `repeats` measurements; None if nothing was timed. In the kind
+        "predicted", ms_p50 is a prediction instead of a measurement, and `hardware` the device that it is for.
+    bytes, flops: the minimum that the case requires. gb_per_s, tflops: these divided by the median time.
     percent_of_floor: the floor's median time divided by this one, times 100; the floor was timed in the same run.
     peak_memory: bytes on top of what was allocated before.
     error: why there is no timing: out of memory, a wrong result, a timeout, a missing package.
-    extra: fields of this benchmark alone.
+    extra: fields that only this benchmark has.
     """
 
     kind: Kind
@@ -76,14 +77,14 @@ class Record:
         """Check the kind.
 
         Raises:
-            ValueError: it is unknown.
+            ValueError: the kind is unknown.
         """
         if self.kind not in KINDS:
             raise ValueError(f"kind: '{self.kind}' is none of {', '.join(KINDS)}")
 
     @property
     def hardware(self) -> str:
-        """The hardware that the result depends on; a perplexity does not depend on any, nor what a compiler makes."""
+        """The hardware that the result depends on; `ANY_HARDWARE` for perplexities and compiled kernels."""
         return ANY_HARDWARE if self.kind in _ANYWHERE else self.environment.hardware
 
     @property
@@ -93,13 +94,13 @@ class Record:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """`work`, the provider and, where there are any, the seed and the conditions."""
+        """`work`, the provider and, if the record has them, the seed and the conditions."""
         named = [f"{name} {value}" for name in ("seed", *CONDITIONS) if (value := self.extra.get(name)) is not None]
         return (*self.work, self.provider, *named)
 
     @property
     def conditions(self) -> tuple[int | None, ...]:
-        """Of `CONDITIONS` each value, None where it does not matter or has no limit."""
+        """The value of each of `CONDITIONS`, None if it does not apply or is unlimited."""
         return tuple(self.extra.get(name) for name in CONDITIONS)
 
     def to_json(self) -> str:
@@ -109,10 +110,10 @@ class Record:
 
     @classmethod
     def from_json(cls, line: str) -> "Record":
-        """The record that one line holds.
+        """The record in one line of JSON.
 
         Raises:
-            ValueError: it is not a record of this schema.
+            ValueError: the line is not a record of this schema.
         """
         try:
             values = json.loads(line)
@@ -123,26 +124,26 @@ class Record:
 
 
 def record(kind: Kind, name: str, provider: str, shape: str, dtype: str, device: str, **values: Any) -> Record:
-    """A record of this run on this machine."""
+    """Make a record of this run on this machine."""
     return Record(kind, name, provider, shape, dtype, environment(device), run_id(), **values)
 
 
 def percent(ratio: float) -> str:
-    """As records and tables name a ratio, so that no two are named alike: 0.2 is "20%", 0.125 "12.5%"."""
+    """Format a ratio as records and tables name it, each ratio differently: 0.2 as "20%", 0.125 as "12.5%"."""
     return f"{100.0 * ratio:g}%"
 
 
 @cache
 def run_id() -> str:
-    """When this process began to measure, in UTC, and its process id, so that simultaneous runs differ."""
+    """The id of this run: when it began to measure, in UTC, and the process id, so that simultaneous runs differ."""
     return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{os.getpid()}"
 
 
 def append(found: Record, folder: Path) -> Path:
-    """Append a record to the file in `folder` of its hardware and kind; returns that file.
+    """Append a record to the file for its hardware and kind in `folder`, and return that file.
 
     Raises:
-        InterpreterTimingError: Triton was timed under its interpreter.
+        InterpreterTimingError: a Triton provider was timed under Triton's interpreter.
     """
     timed = found.ms_p50 is not None and found.kind != "predicted"
     if timed and "triton" in found.provider and os.environ.get("TRITON_INTERPRET") == "1":
@@ -171,10 +172,11 @@ def read(path: Path) -> list[Record]:
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """The records of each case's last run, in order.
+    """Return the records of each case's last run, in order.
 
-    Times are comparable only within a run. What depends on no hardware does not depend on the run, and a table of it
-    may be measured in several: there the last run counts per provider, seed and conditions.
+    Times are comparable only within a run, so a case is taken from one run as a whole. Results that depend on no
+    hardware are comparable across runs, and one table may be measured in several: for these, the last run is taken
+    separately for each provider, seed and set of conditions.
     """
     by_work: dict[tuple[str, ...], list[Record]] = {}
     for found in records:

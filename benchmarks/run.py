@@ -23,7 +23,7 @@ _GRACE, _RESERVE = 20.0, 6.0
 
 @dataclass(frozen=True)
 class Step:
-    """A benchmark: its module, and its share of the time on a CPU and on a GPU. With share 0 it does not run there."""
+    """A benchmark: its module, and its shares of the time on a CPU and on a GPU; a share of 0 leaves it out there."""
 
     module: str
     kind: Literal["kernel", "job", "quality", "inference"]
@@ -34,7 +34,7 @@ class Step:
 
 
 STEPS = (
-    # On a GPU what is most wanted comes first: what is not used of its time goes to the others.
+    # On a GPU the most important steps come first, because the time that a step leaves unused goes to the later ones.
     Step("benchmarks.jobs.whole", "job", 0.0, 0.46),
     Step("benchmarks.kernels.sweep", "kernel", 0.0, 0.13),
     Step("benchmarks.kernels.run", "kernel", 0.28, 0.15),
@@ -48,7 +48,7 @@ STEPS = (
     # The whole table takes hours and has its own command.
     Step("benchmarks.quality.methods", "quality", 0.11, 0.0, always_quick=True),
 )
-# A model of 70B parameters: whole, where a GPU holds it, and layer by layer within a small one's memory.
+# A model of 70B parameters: whole, if the GPU can hold it, and streamed within the memory of a small GPU.
 LARGE = (
     Step("benchmarks.jobs.calibration", "job", 0.4, 0.4, arguments=("--sizes", "70B")),
     Step("benchmarks.jobs.streamed", "job", 0.6, 0.6, arguments=("--num_samples", "8", "--seq_len", "2048")),

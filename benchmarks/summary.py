@@ -1,6 +1,6 @@
 """The few figures that README.md and the guide show: at most `MOST_ROWS` rows per table, each from a record.
 
-README.md shows only what anyone can measure again: random models, the demo model, and models made from it.
+README.md shows only what anyone can reproduce: results of random models, the demo model, and models made from it.
 """
 
 import re
@@ -17,10 +17,10 @@ from gradprune.config import DEFAULT_METHODS
 
 MOST_ROWS = 7
 PEER = "torch-pruning GroupTaylor"
-# Of the models that are measured, the first of these that has results is shown in README.md.
+# README.md shows the first of these models that has results.
 MODELS = ("demo, KV heads repeated", "demo")
 _DEFAULT = DEFAULT_METHODS[0]
-# The providers that README.md shows, best settings first, and what they are called there.
+# The providers that README.md shows, best settings first, with the names it gives them.
 QUALITY = {
     "gradprune search + least squares": "`gradprune search`",
     f"gradprune {_DEFAULT} + distillation T=0": f"`gradprune prune` (`{_DEFAULT}`, repaired, distilled)",
@@ -52,9 +52,10 @@ def claim(records: Sequence[Record]) -> str:
 
 
 def ops(records: Sequence[Record]) -> str:
-    """Per op one case, in one dtype: the best of ours compared with the floor, eager PyTorch and torch.compile.
+    """Table of one case per op: this project's fastest backend against the floor, eager PyTorch and torch.compile.
 
-    The largest case that torch.compile took part in; if there is none, the largest.
+    All cases are in one dtype, bf16 on a GPU and fp32 on a CPU. Each op is shown by the largest case for which
+    torch.compile was timed; if there is none, by the largest.
     """
     shown = _on_one_machine([found for found in records if found.kind == "kernel"])
     dtype = "bf16" if shown and shown[0].environment.device == "cuda" else "fp32"
@@ -82,7 +83,7 @@ def ops(records: Sequence[Record]) -> str:
 
 
 def calibration(records: Sequence[Record]) -> str:
-    """Everyone's time and memory compared with the best of ours, for the largest model that a peer took part in."""
+    """Table of all providers' time and memory, relative to this project's fastest, as chosen by `_calibration_job`."""
     job = _calibration_job(records)
     ours = _best_of_ours(job)
     if ours is None:
@@ -104,7 +105,7 @@ def calibration(records: Sequence[Record]) -> str:
 
 
 def quality(records: Sequence[Record]) -> str:
-    """Mean held-out perplexity of the chosen providers on one model that anyone can rebuild; the lowest in bold."""
+    """Table of mean held-out perplexity of `QUALITY` on one model that anyone can rebuild; the lowest is in bold."""
     of_model = of_shown_model(records)
     if not of_model:
         return _UNMEASURED
@@ -123,7 +124,7 @@ def quality(records: Sequence[Record]) -> str:
 
 
 def temperature(records: Sequence[Record]) -> str:
-    """Per method, in how many cases (model, ratio, conditions) H-GSP at T=1 gave a lower perplexity, with repair."""
+    """Table of how many cases (model, ratio, conditions) of each repaired method had lower perplexity with H-GSP."""
     repaired = [f for f in records if f.kind == "quality" and " + least squares T=" in f.provider]
     counts: dict[str, Counter[str]] = {}
     for (method, *_), group in tables.grouped(
@@ -131,7 +132,7 @@ def temperature(records: Sequence[Record]) -> str:
     ).items():
         values = {t: [f.extra["perplexity"] for f in group if f.provider.endswith(t)] for t in ("T=0", "T=1")}
         if all(values.values()):
-            # As the tables show them: a difference in the third digit is none.
+            # Rounded as the tables show them: a difference in the third decimal place counts as none.
             without, with_it = (round(fmean(of_one), 2) for of_one in values.values())
             outcome = "equal" if with_it == without else "lower" if with_it < without else "higher"
             counts.setdefault(method, Counter())[outcome] += 1
@@ -145,7 +146,7 @@ def temperature(records: Sequence[Record]) -> str:
 
 
 def scalings(records: Sequence[Record]) -> str:
-    """Perplexity by gradient scaling, on the healthy deep model and on the one with vanishing gradients."""
+    """Table of perplexity by gradient scaling, on the healthy deep model and on the one with vanishing gradients."""
     chosen = [found for found in records if found.kind == "vanishing" and found.name in _DEEP_MODELS]
     if not chosen:
         return _UNMEASURED
@@ -163,25 +164,25 @@ def scalings(records: Sequence[Record]) -> str:
 
 
 def calibration_size(records: Sequence[Record]) -> str:
-    """Excess log-perplexity by the number of calibration samples."""
+    """Table of excess log perplexity by the number of calibration samples."""
     chosen = [found for found in records if found.kind == "calibration_size"]
     return f"{tables.CALIBRATION_SIZE}\n\n{tables.calibration_size_table(chosen)}" if chosen else _UNMEASURED
 
 
 def experts(records: Sequence[Record]) -> str:
-    """Perplexity of a mixture of experts by repair."""
+    """Table of the perplexity of a mixture of experts by repair."""
     chosen = [found for found in records if found.kind == "experts" and found.name == "mixture"]
     return tables.experts_table(chosen) if chosen else _UNMEASURED
 
 
 def distilled_text(records: Sequence[Record]) -> str:
-    """What the text's share in distillation brings and costs."""
+    """Table of what the text's share in distillation gains and costs."""
     chosen = [found for found in records if found.kind == "distilled_text"]
     return f"{tables.DISTILLED_TEXT}\n\n{tables.distilled_text_table(chosen)}" if chosen else _UNMEASURED
 
 
 def recovery(records: Sequence[Record]) -> str:
-    """What recovery brings back of each model, and what it took."""
+    """A sentence and a table per model: how much recovery restores, and how much training that took."""
     recoveries = [found for found in records if found.kind == "recovery"]
     groups = tables.grouped(recoveries, lambda found: (found.work, found.conditions))
     parts = []
@@ -201,23 +202,23 @@ def recovery(records: Sequence[Record]) -> str:
 
 
 def of_shown_model(records: Sequence[Record]) -> list[Record]:
-    """The perplexities of the model that README.md shows."""
+    """Return the records of perplexity of the model that README.md shows, all measured under the same conditions."""
     measured = [found for found in records if found.kind == "quality" and "perplexity" in found.extra]
     by_model = tables.grouped(measured, lambda found: found.name)
     of_model = next((by_model[name] for name in MODELS if name in by_model), [])
     by_conditions = tables.grouped(of_model, lambda found: found.conditions).values()
-    # Different conditions are not compared; the last ones that were measured are shown.
+    # Results under different conditions are not comparable; those measured last are shown.
     return max(by_conditions, key=lambda group: max(found.run for found in group), default=[])
 
 
 def mean_perplexities(records: Sequence[Record]) -> dict[tuple[str, float], float]:
-    """By provider and ratio, the mean over seeds."""
+    """Mean perplexity over seeds, by provider and ratio."""
     groups = tables.grouped(records, lambda found: (found.provider, found.extra["ratio"]))
     return {key: fmean(found.extra["perplexity"] for found in seeds) for key, seeds in groups.items()}
 
 
 def mean_sizes(records: Sequence[Record]) -> dict[str, list[tuple[float, float]]]:
-    """By shown provider, (fraction of the parameters kept, perplexity) from the dense model down; means over seeds."""
+    """(fraction of the parameters kept, perplexity) by shown provider, the dense model first; means over seeds."""
     points: dict[str, list[tuple[float, float]]] = {}
     groups = tables.grouped(records, lambda found: (found.provider, found.extra["ratio"]))
     for (provider, _), seeds in sorted(groups.items()):
@@ -229,7 +230,7 @@ def mean_sizes(records: Sequence[Record]) -> dict[str, list[tuple[float, float]]
 
 
 def plan(_records: Sequence[Record]) -> str:
-    """What of large models fits GPUs; computed, not measured."""
+    """Table of how large models fit on GPUs; computed, not measured."""
     lead = (
         "By the plan, for 128 samples of 2048 tokens at batch size 1: the fastest way that fits each device, and its "
         "peak there; in the last columns, the host memory that a streamed run takes and how much it reads."
@@ -238,7 +239,7 @@ def plan(_records: Sequence[Record]) -> str:
 
 
 def streaming(records: Sequence[Record]) -> str:
-    """What streaming costs where the model would have fitted, and how calibration grows with what it is given."""
+    """What streaming costs for a model that would fit, how well the plan predicts, and how time and memory grow."""
     overhead, memory = (
         _on_one_machine([found for found in records if found.kind == "job" and found.name.startswith(name)])
         for name in ("overhead ", "memory ")
@@ -260,7 +261,7 @@ def _overhead(records: Sequence[Record]) -> str:
 
 
 def _predictions(records: Sequence[Record]) -> str:
-    """Of the plan, for shapes that its constants were set on and for the one that they were not."""
+    """Sentence on predicted / measured peaks, for the shapes that the plan's constants were set on and for another."""
     texts = []
     compared = [found for found in records if not found.extra["axis"] and found.peak_memory]
     held_out = f" layers of {HELD_OUT.hidden} and {HELD_OUT.intermediate},"
@@ -285,16 +286,16 @@ SECTIONS: dict[str, dict[str, Callable[[Sequence[Record]], str]]] = {
     "docs/serving.md": {"recovery": recovery},
     "docs/large-models.md": {"plan": plan, "streaming": streaming},
 }
-"""By file of the repository, its generated sections."""
+"""The generated sections of each file of the repository, by name, and the functions that write them."""
 
 
 def _in_words(shape: str) -> str:
-    """A record's shape, with the size of a calibration such as "4x128 tokens by 2" in words."""
+    """Spell out the size of a calibration in a record's shape, such as "4x128 tokens by 2"."""
     return re.sub(r"(\d+)x(\d+) tokens by (\d+)", r"\1 samples of \2 tokens, batch size \3", shape)
 
 
 def _calibration_job(records: Sequence[Record]) -> list[Record]:
-    """The calibration of the largest model that a peer took part in; if there is none, of the largest."""
+    """Records of calibrating the largest model that `PEER` was timed on; if there is none, the largest model."""
     shown = _on_one_machine([found for found in records if found.kind == "job" and found.name == "calibration"])
     jobs = [job for job in tables.grouped(shown, lambda found: found.work).values() if _best_of_ours(job)]
     return max(

@@ -35,9 +35,10 @@ _IN_WORDS = {
 
 
 def by_model(records: Iterable[Record], shown: Sequence[str] = ()) -> dict[str, list[Record]]:
-    """Qualities by the model's name, which says the conditions where a model was measured under several.
+    """Group quality records by the model's name, with the conditions appended if a model was measured under several.
 
-    Different conditions never share a table, but for those that it shows by itself.
+    Results under different conditions never share a table, except for the conditions in `shown`, which the table itself
+    shows.
     """
     names = [name for name in CONDITIONS if name not in shown]
     groups = grouped(records, lambda found: (found.name, tuple(map(found.extra.get, names))))
@@ -54,7 +55,7 @@ def by_model(records: Iterable[Record], shown: Sequence[str] = ()) -> dict[str, 
 
 
 def kernel_table(records: Sequence[Record]) -> str:
-    """One op: one row per case and provider."""
+    """Table of one op: one row per case and provider."""
     rows = []
     for found in records:
         rate = found.tflops if found.tflops is not None else found.gb_per_s
@@ -103,7 +104,7 @@ def above_activations(found: Record, group: Sequence[Record]) -> str:
 
 
 def of_last_runs(records: Iterable[Record]) -> list[Record]:
-    """Those of each name's last run: a line is fitted to points of one run, and one of other points may be earlier."""
+    """Return the records of each name's last run: lines are fitted to one run, and `latest` may mix several."""
     groups = grouped(records, lambda found: found.name).values()
     return [found for group in groups for found in group if found.run == max(other.run for other in group)]
 
@@ -143,7 +144,7 @@ def memory_table(records: Sequence[Record]) -> str:
 
 
 def memory_growth_table(records: Sequence[Record]) -> str:
-    """One row per growing quantity, stage and provider: the fitted exponents; empty where none was measured."""
+    """One row per growing quantity, stage and provider: the fitted exponents; empty if nothing was measured."""
     rows = [[*names, f"{time:.2f}", f"{memory:.2f}"] for *names, time, memory in exponents(records)]
     headings = ["grows", "stage", "provider", "exponent of processor time", "exponent of memory"]
     return table(headings, sorted(rows)) if rows else ""
@@ -172,7 +173,7 @@ STREAMED = (
 
 
 def streamed_table(records: Sequence[Record]) -> str:
-    """One row per provider: how it ended, and what it held."""
+    """One row per provider: how its run ended, and the peak of its host memory."""
     rows = [
         [
             f"{found.shape}, {found.dtype}",
@@ -192,7 +193,7 @@ STAGES = (
 
 
 def stages_table(records: Sequence[Record]) -> str:
-    """One row per method: its stages in the order in which they run, and all of them."""
+    """One row per method: its stages in the order in which they run, and their sum."""
     stages = list(dict.fromkeys(stage for found in records for stage in found.extra["ratios"]))
     shown = [stage for stage in stages if any(found.extra["ratios"].get(stage, 0.0) >= 0.005 for found in records)]
     rows = [
@@ -214,7 +215,7 @@ WHOLE = (
 
 
 def whole_table(records: Sequence[Record]) -> str:
-    """One row per stage of the whole job, and per calibration beside it."""
+    """One row per stage of the whole job, and per calibration that it is compared with."""
     rows = [
         [
             f"{found.shape}, {found.dtype}",
@@ -235,7 +236,7 @@ PREDICTED = (
 
 
 def predicted_table(predicted: Sequence[Record], measured: Sequence[Record]) -> str:
-    """One row per prediction, with what was measured in the same case, where it was."""
+    """One row per prediction, with the measured time of the same case if there is one."""
     of_case = {(found.name, found.shape, found.dtype, found.provider): found for found in measured}
     rows = []
     for found in predicted:
@@ -286,7 +287,7 @@ def profile_table(records: Sequence[Record]) -> str:
 
 
 def timing_table(records: Sequence[Record]) -> str:
-    """One row per record: the case, the step, its times."""
+    """One row per record: the job, the step and its times."""
     return table(
         ["job", "step", "p20 ms", "p50 ms", "p80 ms"],
         [[found.shape, found.provider, *_times(found)] for found in records],
@@ -294,11 +295,12 @@ def timing_table(records: Sequence[Record]) -> str:
 
 
 def quality_table(records: Sequence[Record]) -> str:
-    """One model: one row per provider, one column per ratio; the mean over seeds (lowest to highest).
+    """Table of one model: one row per provider, one column per ratio; the mean over seeds (lowest to highest).
 
-    What a provider keeps is told where that is more than others keep by a hundredth of the model.
+    The fraction of parameters that a provider keeps is shown if it exceeds the smallest at that ratio by more than a
+    hundredth of the model.
 
-    A second column per ratio at which zero-shot questions were asked has the mean accuracy over tasks, in percent.
+    Each ratio at which zero-shot questions were asked has a second column: the mean accuracy over tasks, in percent.
     """
     pruned = [found for found in records if found.provider != "dense"]
     ratios = sorted({found.extra["ratio"] for found in pruned})
@@ -314,7 +316,7 @@ def quality_table(records: Sequence[Record]) -> str:
 
 
 def dense_accuracy(records: Sequence[Record]) -> str:
-    """The dense model's mean zero-shot accuracy, to follow its perplexity; empty where no question was asked."""
+    """The dense model's mean zero-shot accuracy, to follow its perplexity; empty if no question was asked."""
     value = _accuracy([found for found in records if found.provider == "dense"])
     return "" if value == "-" else f", zero-shot {value} %"
 
@@ -326,7 +328,7 @@ RECOVERY = (
 
 
 def recovery_table(records: Sequence[Record]) -> str:
-    """One row per model and stage: perplexity, way back, mean accuracy over tasks and each task's, in percent."""
+    """One row per model and stage: perplexity, way back, and accuracy in percent, as mean over tasks and per task."""
     tasks = sorted({task for found in records for task in found.extra["accuracies"]})
     rows = []
     for group in grouped(records, lambda found: (found.work, found.conditions)).values():
@@ -343,7 +345,10 @@ def recovery_table(records: Sequence[Record]) -> str:
 
 
 def way_back(records: Sequence[Record]) -> float | None:
-    """Of one recovery's records: the part of the loss in nats that pruning cost and recovery restored."""
+    """Fraction of pruning's increase in log perplexity that recovery undid; None if there was no increase.
+
+    records: those of one recovery; None is also returned if a stage of it is missing.
+    """
     found = {record.provider: math.log(record.extra["perplexity"]) for record in records}
     if not found.keys() >= {"dense", "pruned", "recovered"} or found["pruned"] <= found["dense"]:
         return None
@@ -376,7 +381,7 @@ def ratio(value: float | None, base: float | None) -> str:
 
 
 def _times(found: Record) -> list[str]:
-    """The three percentiles, or the reason why there are none."""
+    """The three percentiles in milliseconds, or the reason why there are none."""
     if found.ms_p50 is None:
         return [(found.error or "not measured").replace("|", "/"), "", ""]
     return [f"{value:.3f}" if value < 100 else f"{value:.0f}" for value in (found.ms_p20, found.ms_p50, found.ms_p80)]
@@ -387,7 +392,7 @@ def _number(value: float | None, style: str, unit: float = 1.0) -> str:
 
 
 def _accuracy(records: Sequence[Record], of: str = "accuracies") -> str:
-    """Mean over tasks and seeds."""
+    """Mean accuracy over tasks and seeds in percent, "-" without any; of: the field of `extra` with the accuracies."""
     values = [fmean(accuracies.values()) for found in records if (accuracies := found.extra.get(of))]
     return f"{100 * fmean(values):.1f}" if values else "-"
 
@@ -400,7 +405,7 @@ def _spread(records: Sequence[Record]) -> str:
 
 
 def _more_kept(records: Sequence[Record], least: float) -> str:
-    """The parameters kept, where they are noticeably more than `least`: a fraction of the model."""
+    """The mean fraction of parameters kept, such as ", 85% kept"; empty if not above `least` by more than 0.01."""
     kept = fmean(found.extra["kept"] for found in records) if records else least
     return f", {kept:.0%} kept" if kept > least + 0.01 else ""
 
@@ -440,12 +445,12 @@ def distilled_text_table(records: Sequence[Record]) -> str:
 
     def row_of(found: Record) -> tuple[float, str, float | None, float | None, int | None]:
         extra = found.extra
-        # Records from before there was own text do not name its share.
+        # Records written before the option `own_text` existed do not name its share.
         own = extra.get("own_text", 0.0) if "share" in extra else None
         return extra["ratio"], found.provider, own, extra.get("share"), extra["max_questions"]
 
     def place_of(found: Record) -> tuple[float, bool, float]:
-        """Peers last."""
+        """Sort key: by ratio, then peers last, then by the share of own text."""
         ratio, _, own, _, _ = row_of(found)
         return ratio, own is None, own or 0.0
 

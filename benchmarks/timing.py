@@ -2,7 +2,7 @@
 
 In every repeat each provider has one turn, so that a busy machine slows all of them alike. Inputs are cold: on the CPU
 consecutive turns use different input sets, together larger than the last-level cache; on a GPU the L2 cache is
-overwritten before each turn, and CUDA events time the turn alone.
+overwritten before each turn, and CUDA events time only the turn.
 """
 
 import gc
@@ -17,14 +17,14 @@ import torch
 from benchmarks.environment import last_level_cache_bytes
 from benchmarks.progress import say
 
-# Seconds that the GPU spins before a turn, while the host enqueues the turn's kernels: at first, and at most. A turn
-# that takes the host longer is made again with a longer spin, so that the kernels' time is never that of Python.
+# Seconds that the GPU spins before a turn, while the host enqueues the turn's kernels: initially, and at most. If the
+# host takes longer than the spin, the turn is repeated with a longer one: the time is to be the kernels', not Python's.
 _SPIN, _LONGEST_SPIN = 1e-3, 60e-3
-# Of a spin that is timed, to learn how long one is.
+# Length of the spin that is timed to learn how many cycles a second has.
 _SPIN_CYCLES = 4_000_000
 _FLUSH_BYTES = 256 << 20
 _MIN_REPEATS = 3
-# Limits the sets for tiny inputs. These then fit in the cache, but there the fixed cost of a call dominates anyway.
+# Limit on the number of input sets. Tiny inputs then fit in the cache, but for them the fixed cost of a call dominates.
 _MOST_SETS = 256
 # How long the cores are kept busy before a turn on the CPU; see _preparation.
 _SETTLING_SECONDS = 0.01
@@ -34,9 +34,9 @@ _SETTLING_SECONDS = 0.01
 class Provider:
     """One implementation of an op.
 
-    run: called with the tensors of one input set; returns the result.
-    check: given a result and its inputs (always input set 0), says what is wrong with it; None if it is right.
-    floor: does not compute the result, but has the minimum cost of doing so (a copy, a plain GEMM).
+    run: function from the tensors of one input set to the result.
+    check: function from a result and its inputs (always input set 0) to what is wrong with it, None if it is right.
+    floor: whether it does not compute the result, but has the minimum cost of doing so (a copy, a plain GEMM).
     """
 
     name: str
@@ -57,18 +57,18 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Timing":
-        """The percentiles of measured times."""
+        """The timing with the percentiles of measured seconds."""
         quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
         p20, p50, p80 = (torch.tensor(seconds, dtype=torch.float64).quantile(quantiles) * 1e3).tolist()
         return cls(p20, p50, p80, len(seconds))
 
     @classmethod
     def failed(cls, error: str) -> "Timing":
-        """No timing, with the reason."""
+        """A timing without times, and the reason why there are none."""
         return cls(None, None, None, error=error)
 
     def values(self) -> dict[str, Any]:
-        """The fields of a record."""
+        """The timing as fields of a record."""
         return {
             "ms_p20": self.p20, "ms_p50": self.p50, "ms_p80": self.p80, "repeats": self.repeats, "error": self.error
         }  # fmt: skip
@@ -83,11 +83,11 @@ def measure(
     repeats: int,
     seconds: float,
 ) -> dict[str, Timing]:
-    """Check every provider, then time those with a right result by turns.
+    """Check every provider, then time those whose result is right, by turns.
 
     Args:
-        providers: with distinct names.
-        make_inputs: makes the input set of a number; the same number gives the same set.
+        providers: providers with distinct names.
+        make_inputs: function from a number to an input set; the same number gives the same set.
         input_bytes: size of one set, which determines how many sets keep the inputs cold.
         device: "cpu" or "cuda".
         repeats: largest number of turns per provider.
@@ -174,10 +174,10 @@ def _alternate(
 
 @contextmanager
 def _preparation(device: str) -> Iterator[Callable[[], object]]:
-    """What to call before each turn: on a GPU it overwrites the L2 cache, on a CPU all cores read unrelated memory.
+    """Yield what to call before each turn: on a GPU it overwrites the L2 cache, on a CPU it keeps all cores reading.
 
-    On a CPU this keeps after-effects of the previous turn out of the timing: dirty cache lines that are yet to be
-    written back, freed memory that is being returned to the system, threads that have gone to sleep.
+    Reading unrelated memory for a while keeps after-effects of the previous turn out of the timing: dirty cache lines
+    that are yet to be written back, freed memory that is being returned to the system, threads that have gone to sleep.
     """
     if device == "cuda":
         yield torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_
@@ -200,10 +200,10 @@ def _cpu_seconds(run: Callable[..., Any], inputs: tuple[Any, ...], prepare: Call
 
 
 class CudaClock:
-    """Seconds that a turn's kernels take, one right after the other, however long the host needs to enqueue them."""
+    """Clock of the seconds that a turn's kernels take back to back, however long the host needs to enqueue them."""
 
     def __init__(self) -> None:
-        """Times a spin, after another that wakes the device."""
+        """Time a spin, to learn the device's clock rate, after another spin that wakes the device."""
         torch.cuda._sleep(_SPIN_CYCLES)
         self._cycles_per_second = _SPIN_CYCLES / self._between(lambda: torch.cuda._sleep(_SPIN_CYCLES))
         self._spins: dict[Callable[..., Any], float] = {}
@@ -229,7 +229,7 @@ class CudaClock:
 
     @staticmethod
     def _between(enqueue: Callable[[], object]) -> float:
-        """Seconds on the device between two events, one before and one after what is enqueued."""
+        """Seconds on the device between an event recorded before `enqueue` and one recorded after it."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         enqueue()
