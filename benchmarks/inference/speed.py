@@ -2,8 +2,8 @@
 
     python -m benchmarks.inference.speed [--device cuda] [--quick]
 
-Random weights, 30 % removed by magnitude; the models are timed by turns. Prefill is one forward pass over a prompt;
-decoding is greedy generation with a KV cache, including its prompt.
+Weights are random, 30 % of them are removed by magnitude, and the models are timed by turns. Prefill is one forward
+pass over a prompt; decoding is greedy generation with a KV cache, including its prompt.
 """
 
 from argparse import Namespace
@@ -33,7 +33,7 @@ BATCHES = (1, 8)
 
 @dataclass(frozen=True)
 class Setting:
-    """The model, and the lengths of prompt and generation."""
+    """The model (layers: None for all of its size), the lengths of prompt and generation, and the number of turns."""
 
     size: str
     dtype: str
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def pruned(model: PreTrainedModel, round_to: int) -> PreTrainedModel:
-    """`model` without the fraction `RATIO` of its parameters, by magnitude; MLP widths are multiples of `round_to`."""
+    """Remove the fraction `RATIO` of a model's parameters, by magnitude; MLP widths are multiples of `round_to`."""
     evidence = ImportanceEngine(model, "magnitude").evidence()
     scoring, constraints = Scoring(importance_method="magnitude"), Constraints(round_to=round_to)
     return cut(model, choose(describe(model), evidence, scoring, constraints, RATIO).masks)
@@ -77,13 +77,13 @@ def decode_throughput(
     batch_size: int,
     repeats: int,
 ) -> dict[str, Throughput]:
-    """New tokens per second of greedy generation with a KV cache, prefill included; the models alternate.
+    """Measure new tokens per second of greedy generation with a KV cache, prefill included; the models alternate.
 
     Args:
-        models: by name, at least one.
+        models: models by name, at least one.
         prompt_len, batch_size: shape of the random prompts.
-        new_tokens: generated per prompt, ignoring end-of-text; prompt and new tokens must fit the context.
-        seed: of the random prompts.
+        new_tokens: tokens to generate per prompt, ignoring end-of-text; prompt and new tokens must fit the context.
+        seed: seed of the random prompts.
         repeats: timed generations of each model, after two untimed ones.
 
     Raises:
@@ -111,9 +111,9 @@ def _setting(options: Namespace) -> Setting:
 
 
 def _about(phase: str, batch: int, models: dict[str, PreTrainedModel], setting: Setting) -> float:
-    """Seconds that a phase takes of all models, by a turn of the dense one."""
+    """Estimate the seconds that a phase takes for all models, from a turn of the dense one."""
     rate = _rates(phase, batch, {"dense": models["dense"]}, replace(setting, repeats=1))["dense"].p50
-    # Two turns of each are not timed, and one more pass tells its memory.
+    # Besides the timed turns, each model has two untimed ones, and one more pass that measures its memory.
     return len(models) * (setting.repeats + 3) * batch * _tokens(phase, setting) / rate
 
 
@@ -132,7 +132,7 @@ def _rates(phase: str, batch: int, models: dict[str, PreTrainedModel], setting: 
 
 
 def _tokens(phase: str, setting: Setting) -> int:
-    """Of a prompt, those that a turn is counted by."""
+    """The number of tokens per prompt that throughput is computed from."""
     return setting.prompt if phase == "prefill" else setting.new_tokens
 
 
@@ -165,13 +165,13 @@ def _benchmark(
 
 
 def _milliseconds(rate: Throughput, tokens: int) -> dict[str, float]:
-    """Times from rates: the 80th percentile of the rate is the 20th of the time."""
+    """Convert rates to times: the 80th percentile of the rate gives the 20th of the time."""
     return {"ms_p20": 1e3 * tokens / rate.p80, "ms_p50": 1e3 * tokens / rate.p50, "ms_p80": 1e3 * tokens / rate.p20}
 
 
 @torch.inference_mode()
 def _peak_memory(model: PreTrainedModel, device: str, batch: int, tokens: int) -> int | None:
-    """Bytes that a forward pass with its KV cache needs besides the weights; None on a CPU."""
+    """Peak bytes that a forward pass with its KV cache needs in addition to the weights; None on a CPU."""
     if device != "cuda":
         return None
     held = torch.cuda.memory_allocated()

@@ -3,9 +3,9 @@
     python -m benchmarks.jobs.calibration [--sizes 3M,28M] [--device cuda] [--quick]
 
 Each provider first scores one batch, which is checked against the reference; then all take turns. Peak memory is what
-a provider's tensors need on top of the loaded model: on the CPU measured in a separate process, on a GPU by PyTorch's
-allocator. `forward` shows how much of it is activations. Jobs in which everyone recomputes activations leave out
-`forward` and the providers whose point is recomputation.
+a provider's tensors need on top of the loaded model: on the CPU it is measured in a separate process, on a GPU by
+PyTorch's allocator. `forward` shows how much of it is activations. Jobs in which every provider recomputes activations
+leave out `forward` and the providers that differ from others only by recomputation.
 """
 
 from argparse import Namespace
@@ -37,8 +37,9 @@ FLOOR, _GROUP_TAYLOR = "plain", "torch-pruning GroupTaylor"
 class Job:
     """A model, a load, and the number of turns per provider.
 
-    recompute: everyone recomputes activations. only: the providers that take part, unless --providers names others.
-    seconds: estimated duration; the job is skipped if less time is left. gigabytes: GPU memory it needs at least.
+    recompute: whether every provider recomputes activations. only: the providers that take part, all if empty, unless
+        --providers names others.
+    seconds: estimated duration; the job is skipped if less time is left. gigabytes: GiB of GPU memory that it requires.
     """
 
     size: str
@@ -73,7 +74,7 @@ GPU = [
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the device's jobs, or those of the sizes asked for."""
+    """Run the device's jobs, or only those of the given model sizes."""
     made = parser(__doc__)
     made.add_argument("--sizes", type=listed(str, SIZES), default=None, help="run only the jobs of these model sizes")
     made.add_argument(
@@ -128,7 +129,7 @@ def _takes_part(one: Calibrator, job: Job, options: Namespace) -> bool:
 
 
 def backends(device: str) -> tuple[str, ...]:
-    """The backends of this project that run here; not Triton on a CPU, where it would be its interpreter."""
+    """Return this project's backends that run on the device; not Triton on a CPU, where only its interpreter runs."""
     return tuple(
         backend
         for backend in get_args(ImportanceBackend)
@@ -139,13 +140,13 @@ def backends(device: str) -> tuple[str, ...]:
 
 
 def fastest_backend(device: str) -> str:
-    """Of these, the one that a run there should take."""
+    """Return the backend that a run on the device should use: the first available of triton, cpp and reference."""
     return next(backend for backend in ("triton", "cpp", "reference") if backend in backends(device))
 
 
 @contextmanager
 def _sessions(job: Job, everyone: Sequence[Calibrator], device: str) -> Iterator[dict[str, Session | Worker]]:
-    """Sessions by name: each in its own process on the CPU; on a GPU all in this process, sharing one model."""
+    """Yield sessions by name: each in its own process on the CPU; on a GPU all in this process, sharing one model."""
     sessions: dict[str, Session | Worker] = {}
     try:
         model = build(job.size, device, job.dtype) if device == "cuda" else None
@@ -168,7 +169,7 @@ def _check(
     deadline: Deadline,
     device: str,
 ) -> dict[str, str]:
-    """What is wrong with each provider that is not right; these are not timed."""
+    """Return what is wrong with each provider that failed or gave wrong scores; these providers are not timed."""
     expected = None if job.gigabytes > 100.0 else _expected(job, device)
     errors = {}
     for one in everyone:
@@ -199,7 +200,7 @@ def _expected(job: Job, device: str) -> dict[str, dict[str, Tensor]]:
 
 
 def _fault(found: dict[str, Tensor], expected: dict[str, Tensor], job: Job) -> str | None:
-    """What is wrong with scores: relative error in the 2-norm, with a wider tolerance for bf16 gradients."""
+    """Return what is wrong with scores or None, by relative error in the 2-norm; bf16 has a wider tolerance."""
     allowed = 1e-3 if job.dtype == "fp32" else 5e-2
     for method, have in found.items():
         want = expected[method]
@@ -215,7 +216,7 @@ def _fault(found: dict[str, Tensor], expected: dict[str, Tensor], job: Job) -> s
 def _alternate(
     job: Job, sessions: dict[str, Session | Worker], errors: dict[str, str], deadline: Deadline
 ) -> dict[str, list[Turn]]:
-    """Turns by provider. A provider that fails has no further turn, and its error is added to `errors`."""
+    """Take turns, and return them by provider. One that fails has no further turn; its error is added to `errors`."""
     turns: dict[str, list[Turn]] = {name: [] for name in sessions}
     for repeat in range(job.repeats):
         # A repeat takes about as long as the one before.
@@ -234,7 +235,7 @@ def _alternate(
 
 
 def _held_memory(job: Job, name: str, turns: Sequence[Turn], deadline: Deadline, device: str) -> int | None:
-    """Bytes of tensors at the peak; None without a turn, or without time for another one."""
+    """Peak bytes of a provider's tensors; None without a turn, or if the CPU's extra turn fails or has no time left."""
     if not turns or device != "cpu":
         return max((turn.peak_memory for turn in turns), default=None)
     # The new process builds the model first, and its memory mappings make it slower than the turns before.

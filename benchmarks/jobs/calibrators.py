@@ -1,4 +1,4 @@
-"""The providers of calibration: from a model and batches to every group's importance, as each project documents it.
+"""The providers of calibration, each of which scores every group from a model and batches as its project documents.
 
 All work on the same model and batches, with the same threads and dtype, each in its fastest documented way. This
 project and the plain pass run with the fused attention that transformers chooses; Torch-Pruning and `torch.func` run
@@ -26,14 +26,18 @@ from gradprune.models.modes import forward_replaced
 
 # Suffix of the providers that recompute activations even if the job does not make everyone do so.
 RECOMPUTING = " recomputing"
-# Suffix of the providers that collect no more than this method needs, which takes the passes that `obs` takes.
+# Suffix of the providers that collect only what NEEDED_METHOD needs; its passes are the same as those of `obs`.
 NEEDED = " needed evidence"
 NEEDED_METHOD: Method = "group_fisher"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """scores: [groups of the model] by method; empty if none are computed. seconds: of parts that are reported too."""
+    """The outcome of a calibration.
+
+    scores: [groups of the model] by method; empty if none are computed. seconds: times of parts of the job, which are
+        reported separately, by name.
+    """
 
     scores: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -44,7 +48,7 @@ class Calibrator:
     """A provider. run: the job, called with (model, batches, whether to recompute activations).
 
     reduction: the engine's reduction that its scores are checked against; "mlp": only the proportions of the MLP
-        channels within a layer are comparable; None: nothing is.
+        channels within a layer are comparable; None: the scores are not checked.
     attention: the attention implementation that it runs with.
     """
 
@@ -55,7 +59,7 @@ class Calibrator:
 
 
 def calibrators(backends: Sequence[str]) -> list[Calibrator]:
-    """All providers: this project with each backend, then what people would use instead."""
+    """Return all providers: this project with each backend, then what people would use instead."""
     kernels = [backend for backend in backends if backend != "reference"]
     return [
         *(Calibrator(f"gradprune {backend}", partial(_ours, backend), "sample") for backend in backends),
@@ -73,7 +77,7 @@ def calibrators(backends: Sequence[str]) -> list[Calibrator]:
 def engine_scores(
     model: PreTrainedModel, batches: Sequence[Tensor], backend: str, reduction: str, recompute: bool
 ) -> dict[str, Tensor]:
-    """This project's first- and second-order importances."""
+    """This project's first-order (`taylor`) and second-order (`fisher`) importances, by method."""
     with ImportanceEngine(
         model, "taylor", reduction=reduction, backend=backend, use_gradient_checkpointing=recompute
     ) as engine:
@@ -92,7 +96,7 @@ def _ours_recomputing(backend: str, model: PreTrainedModel, batches: Sequence[Te
 
 
 def _ours_needed(backend: str, model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -> Outcome:
-    """No weight's gradient is needed; `prune` takes those of its first batches, to diagnose."""
+    """Without any weight gradients, which the method does not need; `prune` takes some, for its diagnosis only."""
     with ImportanceEngine(
         model, NEEDED_METHOD, backend=backend, use_gradient_checkpointing=recompute, weight_gradient_steps=0
     ) as engine:
@@ -102,14 +106,14 @@ def _ours_needed(backend: str, model: PreTrainedModel, batches: Sequence[Tensor]
 
 
 def _forward(model: PreTrainedModel, batches: Sequence[Tensor], _recompute: bool) -> Outcome:
-    """The loss with its graph but no backward pass: the activations, which every gradient method has to hold."""
+    """Compute the loss with its graph, but no backward pass: this holds the activations of every gradient method."""
     for ids in batches:
         model(input_ids=ids, labels=ids, use_cache=False)
     return Outcome()
 
 
 def _plain(model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -> Outcome:
-    """Forward and `loss.backward()`: the least that any gradient method costs. Nothing is scored."""
+    """Run a forward pass and `loss.backward()`: the least that any gradient method costs. Nothing is scored."""
     with _recomputing(model, recompute):
         for ids in batches:
             model.zero_grad(set_to_none=True)
@@ -118,7 +122,7 @@ def _plain(model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -
 
 
 def _naive(model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -> Outcome:
-    """Keeps each batch's gradients whole and a buffer of g^2; eager scores, statistics by `.item()`."""
+    """Keep each batch's full gradients and a buffer of g^2; score in eager PyTorch, read statistics by `.item()`."""
     blocks = describe(model).blocks
     weights = [entry.linear.weight for block in blocks for entry in block.projections]
     squares = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
@@ -152,9 +156,9 @@ def _group_taylor(model: PreTrainedModel, batches: Sequence[Tensor], recompute: 
 
 
 def _group_hessian(model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -> Outcome:
-    """Torch-Pruning's per-sample second order, as its documentation has it: one backward pass a sample.
+    """Torch-Pruning's per-sample second order, as it documents it: one backward pass per sample.
 
-    Not checked: its accumulator keeps only the last sample, so its scores are not those of the whole batch.
+    The scores are not checked: the accumulator keeps only the last sample, so they are not those of the whole batch.
     """
     import torch_pruning
 
@@ -171,7 +175,10 @@ def _group_hessian(model: PreTrainedModel, batches: Sequence[Tensor], recompute:
 
 
 def _torch_pruning(model: PreTrainedModel, ids: Tensor, importance: Callable[..., Tensor]) -> Outcome:
-    """Build the dependency graph, then score every KV head and channel; the graph's time is also reported alone."""
+    """Build the dependency graph, then score every KV head and MLP channel; return the channels' scores.
+
+    The time that the graph takes is also reported separately.
+    """
     import torch_pruning
 
     start = time.perf_counter()
@@ -194,7 +201,7 @@ def _torch_pruning(model: PreTrainedModel, ids: Tensor, importance: Callable[...
 
 
 def _per_sample(model: PreTrainedModel, batches: Sequence[Tensor], _recompute: bool) -> Outcome:
-    """`torch.func.vmap(grad)`: the prunable weights' gradients of all samples at once, then the exact sums."""
+    """`torch.func.vmap(grad)`: the prunable weights' gradients of all of a batch's samples, then the exact sums."""
     blocks = describe(model).blocks
     prunable = {entry.linear.weight for block in blocks for entry in block.projections}
     weights = {name: value for name, value in model.named_parameters() if value in prunable}
@@ -220,7 +227,7 @@ def _add_samples(
     names: dict[Tensor, str],
     found: dict[str, Tensor],
 ) -> None:
-    """Add the scores of the samples' gradients; found: by weight name, [N, O, I]."""
+    """Add the samples' scores to `first` and `second`; found: the samples' gradients by weight name, [N, O, I]."""
     _add_folded(blocks, first, lambda weight: (weight * found[names[weight]]).abs().sum(0).float())
     _add_folded(blocks, second, lambda weight: 0.5 * (weight * found[names[weight]]).float().square().sum(0))
 
@@ -237,7 +244,7 @@ def _recomputing(model: PreTrainedModel, recompute: bool) -> AbstractContextMana
 
 @contextmanager
 def checkpointed(layers: nn.ModuleList) -> Iterator[None]:
-    """Each layer is recomputed in the backward pass by PyTorch's checkpoints, in evaluation mode, too."""
+    """While active, PyTorch's checkpointing recomputes each layer in the backward pass, also in evaluation mode."""
     with ExitStack() as stack:
         for layer in layers:
             # Dropout is off, so the random generator's state need not be saved for the recomputation.
@@ -261,7 +268,7 @@ def _zeros(blocks: Sequence[Block]) -> list[Tensor]:
 
 @torch.no_grad()
 def _add_folded(blocks: Sequence[Block], into: list[Tensor], elements: Callable[[Tensor], Tensor]) -> None:
-    """Add each group's sum of element scores; elements: from a weight [O, I] to its scores [O, I]."""
+    """Add each group's sum of element scores to `into`; elements: maps a weight [O, I] to its scores [O, I]."""
     for block, total in zip(blocks, into, strict=True):
         for entry in block.inputs:
             total += entry.fold_rows(elements(entry.linear.weight).sum(1), block.groups)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.jobs.growth [--quick] [--device cuda]
 
-Growth is given as an exponent, the slope of a straight line fitted to the logarithms: 1 is linear, 0 is constant. The
-smallest points are chosen well above the fixed cost of a call.
+Growth is given as an exponent, the slope of a straight line fitted to the logarithms: 1 is linear, 0 is constant. Even
+the smallest points are large enough that the fixed cost of a call hardly counts.
 """
 
 import math
@@ -26,16 +26,16 @@ from gradprune.evaluation.size import model_size
 
 @dataclass(frozen=True)
 class Series:
-    """What grows, and its points in ascending order: (model size, load)."""
+    """The quantity that grows (`axis`), and its points (model size, load) in ascending order."""
 
     axis: str
     points: tuple[tuple[str, Load], ...]
 
 
 def series_of(device: str, size: str) -> list[Series]:
-    """The series of a device; `size` is "full", "quick" or "toy".
+    """Return the series to measure on a device; `size` is "full", "quick" or "toy".
 
-    Points ascend because memory that a larger one freed would hide the peak of a smaller one.
+    Points ascend, because memory that a larger point freed would hide the peak of a smaller one.
     """
     if size == "toy":
         return [Series("samples", tuple(("toy", Load(count, 8, 1)) for count in (1, 2)))]
@@ -108,7 +108,7 @@ def _measure(series: Series, dtype: str, deadline: Deadline, options: Namespace)
 def _open(
     names: Sequence[str], backend: str, size: str, dtype: str, device: str
 ) -> tuple[dict[str, Session | Worker], int]:
-    """Sessions by name, and the model's number of parameters."""
+    """Open the sessions, and return them by name, with the model's number of parameters."""
     if device == "cpu":
         tasks = {name: Task(name, (backend,), size, dtype, False, torch.get_num_threads()) for name in names}
         return {name: Worker(task) for name, task in tasks.items()}, model_size(build(size)).parameters
@@ -126,7 +126,7 @@ def _close(sessions: dict[str, Session | Worker]) -> None:
 def _turns(
     sessions: dict[str, Session | Worker], load: Load, deadline: Deadline, repeats: int = 3
 ) -> dict[str, list[Turn]]:
-    """Turns by name, alternating, after one untimed batch each."""
+    """Take turns, alternating, after one untimed batch each, and return them by name."""
     turns: dict[str, list[Turn]] = {name: [] for name in sessions}
     for repeat in range(1 + repeats):
         for name, session in sessions.items():

@@ -1,12 +1,12 @@
-"""Compare the memory that `gradprune plan` predicts with what a run takes, and how memory grows.
+"""Compare the memory that `gradprune plan` predicts with the peak of a run, and measure how time and memory grow.
 
     python -m benchmarks.jobs.memory [--quick] [--axes layers,samples]
 
-Each case runs in a process of its own on random weights, or in several that share the work: `prune` by `obs`, with the
-model whole, whole with recomputed activations, and streamed. Of each stage the peak of resident memory that is no file
-cache (RssAnon, Linux only) is recorded, sampled every millisecond, on top of what the process held before the model was
-loaded; of several processes, the most. Every larger tensor has a memory mapping of its own, so that freed memory leaves
-the process at once.
+Each case is `prune` by `obs` on random weights, with the model whole, whole with recomputed activations, or streamed.
+It runs in a process of its own, or in several that share the work. What is recorded of each stage is the peak of
+resident memory without the file cache (RssAnon, Linux only), sampled every millisecond, on top of what the process held
+before the model was loaded; of several processes, the largest. Every larger tensor has a memory mapping of its own, so
+that freed memory leaves the process immediately.
 """
 
 import json
@@ -40,11 +40,11 @@ from gradprune.models.footprint import Footprint, footprint
 from gradprune.models.sizes import model_shape
 from gradprune.ranks import current, launched
 
-# As `benchmarks.jobs.session` does, in the environment of the process.
+# Gives larger allocations their own mappings, as `Task.mapped` of `benchmarks.jobs.session` does, by the environment.
 _MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
 _TIMEOUT = 300.0
 MODES = ("whole", "recomputing", "streamed")
-# The stages of a run, and the stages of the plan that hold the same.
+# The stages of a run, and for each the stage of the plan that holds the same.
 STAGES = {
     "calibration": "calibration",
     "importance": "importance",
@@ -57,7 +57,7 @@ STAGES = {
 class Case:
     """A run: the model's shape, the samples, and how the model is in memory.
 
-    experts: of each layer, of which a token sees two; 0 for plain MLPs.
+    experts: number of experts in each layer, of which every token is routed to two; 0 for plain MLPs.
     """
 
     mode: str = "whole"
@@ -75,7 +75,7 @@ class Case:
 
     @property
     def text(self) -> str:
-        """How results name it."""
+        """The name of the case in results."""
         several = f", {self.ranks} ranks" if self.ranks > 1 else ""
         experts = f"{self.experts} experts of " if self.experts else ""
         return (
@@ -101,7 +101,7 @@ class Case:
         )
 
     def model(self) -> PreTrainedModel:
-        """Of random weights."""
+        """The model, with random weights."""
         sizes: dict[str, Any] = {
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
@@ -119,26 +119,26 @@ class Case:
         return model.to(getattr(torch, self.dtype)).eval()
 
     def predicted(self) -> Footprint:
-        """What the plan says."""
+        """The plan's prediction for the case."""
         with torch.device("meta"):
             shape = model_shape(self.model())
         return footprint(shape, self.config(), streamed=self.mode == "streamed", world=self.ranks)
 
 
-# Weights, activations, Gram matrices or logits outweigh the rest. The plan's constants were set on these shapes,
+# Shapes where weights, activations, Gram matrices or logits outweigh the rest; the plan's constants were set on them.
 SHAPES = (
     Case(),
     Case(hidden=1024, intermediate=4096, layers=2, tokens=128),
     Case(hidden=512, intermediate=1408, layers=8, dtype="bfloat16", samples=4, tokens=128),
     Case(hidden=512, intermediate=768, experts=4, layers=3),
 )
-# and not on this one.
+# A shape that the plan's constants were not set on.
 HELD_OUT = Case(hidden=768, intermediate=2304, layers=6, vocabulary=16384, samples=6, tokens=192, batch=3)
 AXES = {"layers": (4, 8, 16), "tokens": (256, 512, 1024), "samples": (4, 8, 16), "ranks": (1, 2, 4)}
 
 
 def cases(quick: bool, toy: bool) -> Iterator[tuple[str, Case]]:
-    """The cases with the axis that each belongs to; "" is for none."""
+    """Yield each case with the axis that it belongs to, "" for none."""
     if toy:
         tiny = Case(hidden=128, intermediate=192, layers=2, vocabulary=128, samples=2, tokens=16, batch=1)
         yield from (("", replace(tiny, mode=mode)) for mode in MODES)
@@ -147,7 +147,7 @@ def cases(quick: bool, toy: bool) -> Iterator[tuple[str, Case]]:
     yield from (("", replace(shape, mode=mode)) for shape in shapes for mode in MODES)
     if quick:
         return
-    # Streams may take what those of one sample take in 16 layers, or of four in 4 layers.
+    # The limit fits the streams of one sample in 16 layers, or of four samples in 4 layers.
     at = Case(mode="streamed", samples=4, batch=1, stream_memory="10MiB")
     for axis, values in AXES.items():
         for mode in ("recomputing", "streamed"):
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def exponents(records: Sequence[Record]) -> Iterator[tuple[str, str, str, float, float]]:
-    """By axis, stage and provider, how processor time and peak memory of all stages but evaluation grow."""
+    """Yield (axis, stage, provider, exponent of processor time, exponent of peak memory), leaving out evaluation."""
     series: dict[tuple[str, str, str], list[tuple[int, float, float]]] = {}
     for found in records:
         axis, stage = found.extra["axis"], found.extra["stage"]
@@ -189,7 +189,7 @@ def exponents(records: Sequence[Record]) -> Iterator[tuple[str, str, str, float,
 
 
 def in_process(case: Case) -> dict[str, Any] | None:
-    """`measured` of a case, in a fresh process, or several of which the most counts; None where it fails."""
+    """Run `measured` in a fresh process per rank, and return the maxima over the processes; None if one fails."""
     command = [sys.executable, "-m", "benchmarks.jobs.memory", "--case", json.dumps(asdict(case))]
     started = [
         subprocess.Popen(
@@ -217,7 +217,7 @@ def in_process(case: Case) -> dict[str, Any] | None:
 
 
 def _places(ranks: int) -> list[dict[str, str]]:
-    """What a launcher tells each of the processes, in its environment."""
+    """Environment variables for each of the processes, as a launcher would set them."""
     if ranks == 1:
         return [{}]
     with socket.socket() as free:
@@ -228,7 +228,7 @@ def _places(ranks: int) -> list[dict[str, str]]:
 
 
 def measured(case: Case) -> dict[str, Any]:
-    """Peak bytes of each stage of a run, and its seconds of processor time."""
+    """Run a case, and return the peak bytes ("stages") and seconds of processor time ("seconds") of each stage."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     generator = torch.Generator().manual_seed(0)
@@ -246,9 +246,9 @@ def measured(case: Case) -> dict[str, Any]:
         small = replace(case, hidden=128, intermediate=128, layers=1, vocabulary=128, samples=1, tokens=8, batch=1)
         for name, each in (("small", small), ("model", case)):
             each.model().save_pretrained(Path(place, name))
-        # Only now, because transformers saves on the first rank alone.
+        # The ranks meet only now, because transformers would save the models on the first rank only.
         with launched():
-            # What is imported and allocated once for all is no part of a run.
+            # A small run first, so that what is imported or allocated only once is not measured.
             run(small, Path(place, "small"))
             with _peaks() as found:
                 run(case, Path(place, "model"))
@@ -257,7 +257,7 @@ def measured(case: Case) -> dict[str, Any]:
 
 @contextmanager
 def _peaks() -> Iterator[dict[str, Any]]:
-    """What the body's stages take: peak bytes on top of what is held on entry, and seconds of processor time."""
+    """Yield peak bytes on top of those held on entry, and seconds of processor time, by stage; filled by the body."""
     before, current = _resident(), [""]
     peaks: dict[str, int] = {}
     seconds: dict[str, float] = {}
@@ -267,7 +267,7 @@ def _peaks() -> Iterator[dict[str, Any]]:
         while not done.is_set():
             name = current[0]
             held = _resident() - before
-            # A stage that has just ended is not charged to the next one.
+            # A sample during which the stage changed is dropped, because it may belong to either stage.
             if name == current[0]:
                 peaks[name] = max(peaks.get(name, 0), held)
             time.sleep(0.001)
@@ -279,7 +279,7 @@ def _peaks() -> Iterator[dict[str, Any]]:
         start, current[0] = time.process_time(), name
 
     def leave(name: str) -> None:
-        # At least once, however short it was.
+        # Every stage is sampled at least once, however short it was.
         peaks[name] = max(peaks.get(name, 0), _resident() - before)
         seconds[name], current[0] = time.process_time() - start, ""
 
@@ -294,16 +294,16 @@ def _peaks() -> Iterator[dict[str, Any]]:
 
 
 def _resident() -> int:
-    """Bytes of this process that are no file's."""
+    """Bytes of resident memory of this process without the file cache."""
     held = memory_of("RssAnon")
     assert held is not None, "only Linux says how much memory is no file's"
     return held
 
 
 def _appended(axis: str, case: Case, found: dict[str, Any] | None, options: Namespace) -> Iterator[Record]:
-    """A record of each stage, once it is written."""
+    """Write a record of each stage, and yield it."""
     predicted = {stage.name: stage.host + stage.device for stage in case.predicted().stages}
-    # The same run may be a point of several quantities.
+    # The same case may be a point on several axes, so the axis is part of the shape.
     shape = f"{case.text}, growing {axis}" if axis else case.text
     for running, planned in STAGES.items():
         peak = None if found is None else found["stages"].get(running)
@@ -318,7 +318,7 @@ def _appended(axis: str, case: Case, found: dict[str, Any] | None, options: Name
         append(made, options.output)
         yield made
         if peak is not None:
-            # No ratio: a tiny run may find all it needs in memory that the process held before.
+            # No ratio is shown: a tiny run may find all the memory it needs in what the process held before.
             say(f"    {case.text}, {planned}: {peak / 2**20:.0f} MiB, predicted {predicted[planned] / 2**20:.0f} MiB")
 
 

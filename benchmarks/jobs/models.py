@@ -33,12 +33,12 @@ class Load:
 
     @property
     def text(self) -> str:
-        """How results name it."""
+        """The name of the load in results."""
         return f"{self.samples}x{self.tokens} tokens by {self.batch}"
 
 
 def llama_config(size: str) -> LlamaConfig:
-    """The configuration of a model of that size."""
+    """The configuration of a model of the given size, a key of `SIZES`."""
     shape, of_llama_3 = SIZES[size], size not in _VOCABULARY
     return LlamaConfig(
         vocab_size=_LLAMA_3_VOCABULARY if of_llama_3 else _VOCABULARY[size],
@@ -50,7 +50,7 @@ def llama_config(size: str) -> LlamaConfig:
 
 
 def build(size: str, device: str = "cpu", dtype: str = "fp32", layers: int | None = None) -> LlamaForCausalLM:
-    """A random model in evaluation mode, created on `device`; the same every time."""
+    """Build a random model in evaluation mode on `device`, the same every time; layers: None for those of the size."""
     config = llama_config(size)
     config.num_hidden_layers = layers or config.num_hidden_layers
     # transformers' own initialisation would draw every weight twice.

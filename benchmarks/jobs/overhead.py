@@ -1,11 +1,11 @@
-"""What streaming costs where the model would have fitted: calibration with streamed layers against the whole model.
+"""The cost of streaming a model that would fit: calibration with streamed layers against the whole model.
 
     python -m benchmarks.jobs.overhead [--base_model smollm2-135m] [--quick]
 
 Both recompute each layer's activations in the backward pass, on the same samples, by turns in one process on one
-thread. Other work on the machine slows both alike, so only the ratio of their processor times is recorded: the median
-over turns of two neighbours in time. The model is an fp32 checkpoint that has just been written, so its pages are in
-the file cache.
+thread. Other work on the machine slows both alike, so only the ratio of their processor times is recorded: in each turn
+the two run one right after the other, and the median over the turns is taken. The model is an fp32 checkpoint that has
+just been written, so its pages are in the file cache.
 """
 
 import tempfile
@@ -63,7 +63,7 @@ def _ratios(whole: PreTrainedModel, streamed: PreTrainedModel, method: Method, l
     batches = samples(whole, load)
     for model in (whole, streamed):
         _seconds(model, method, batches[:1])
-    # The second of two neighbours may find a busier machine: each is the first one in half of the turns.
+    # The second of the two may find a busier machine, so each goes first in half of the turns.
     found = []
     for turn in range(turns):
         pair = [_seconds(model, method, batches) for model in ((whole, streamed) if turn % 2 else (streamed, whole))]

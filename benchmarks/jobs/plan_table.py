@@ -1,4 +1,4 @@
-"""The table of docs/large-models.md: what of models of 8 to 405 billion parameters fits GPUs of three sizes."""
+"""The table in docs/large-models.md: how models of 8 to 405 billion parameters fit on GPUs of three sizes."""
 
 from dataclasses import replace
 from functools import cache
@@ -11,7 +11,7 @@ from gradprune import PruneConfig
 from gradprune.models.footprint import footprint
 from gradprune.models.sizes import ModelShape, model_shape, with_unit
 
-# By name: hidden size, MLP width, layers, query heads, vocabulary. All have eight KV heads.
+# By name: (hidden size, MLP width, layers, query heads, vocabulary). All have eight KV heads.
 _MODELS = {
     "Llama-3 8B": (4096, 14336, 32, 32, 128256),
     "Qwen2.5 32B": (5120, 27648, 64, 40, 152064),
@@ -20,7 +20,7 @@ _MODELS = {
 }
 _DEVICES = {"24 GB": 24 * 10**9, "80 GB": 80 * 10**9, "141 GB": 141 * 10**9}
 _CONFIG = PruneConfig(num_samples=128, seq_len=2048, batch_size=1, measure_speed=False, in_place=True)
-# What is left out where it does not fit.
+# What is given up, step by step, if nothing fits with the default options: text for the table, and options.
 _LESS: dict[str, dict[str, Any]] = {
     "": {},
     ", no repair": {"repair": "none"},
@@ -57,7 +57,7 @@ def _shape(name: str) -> ModelShape:
 
 
 def _fitting(shape: ModelShape, room: int) -> str:
-    """The fastest way to run that fits, and what it holds on the device."""
+    """The fastest way to run that fits in `room` bytes, with its peak on the device; "-" if none fits."""
     for less, without in _LESS.items():
         for way, streamed, recomputing in (
             ("whole", False, False),

@@ -1,10 +1,10 @@
-"""Where a step's time goes: the device's kernels by their total time, in one step of an engine.
+"""Where a step's time goes: the device's kernels by their total time in one step of the engine.
 
     python -m benchmarks.jobs.profile --device cuda [--quick]
 
-A model of few layers, so that the profiler's own cost stays small; with all evidence and with what the default method
-needs. Where Nsight Compute (`ncu`) is at hand, one launch of `linear_importance` is read in detail, into
-linear-importance-ncu.txt.
+The model has few layers, so that the profiler's own cost stays small. One step is profiled with all evidence, and one
+with only what the default method needs. If Nsight Compute (`ncu`) is installed, it measures one launch of
+`linear_importance` in detail, and its report is written to linear-importance-ncu.txt.
 """
 
 import shutil
@@ -29,7 +29,7 @@ from benchmarks.timing import Timing
 NAME = "profile"
 MOST_ROWS = 15
 NCU_FILE = "linear-importance-ncu.txt"
-# Seconds that Nsight Compute may take, which runs the kernel dozens of times, and that it needs at least.
+# Seconds that Nsight Compute, which runs the kernel dozens of times, may take, and below which it is not started.
 _NCU_SECONDS, _NCU_LEAST = 40.0, 10.0
 _NCU_SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
 _NCU_PROGRAM = """
@@ -45,7 +45,7 @@ torch.cuda.synchronize()
 
 @dataclass(frozen=True)
 class Job:
-    """A model of `size`'s widths with so many layers, and the step."""
+    """A model with the widths of `size` and the given number of layers, and the load that a step is taken from."""
 
     size: str
     layers: int
@@ -59,7 +59,7 @@ FULL = Job("8B", 4, Load(4, 2048, 4), "bf16")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read one kernel's counters, while no model takes time and memory; then profile a step of each kind."""
+    """Read one kernel's counters before a model is loaded, then profile a step with each kind of evidence."""
     options = parse(parser(__doc__), arguments)
     logging.set_verbosity_error()
     deadline = Deadline(options.seconds)
@@ -98,7 +98,7 @@ def _profile(job: Job, one: Calibrator, session: Session, options: Namespace) ->
 
 
 def _read_counters(options: Namespace, deadline: Deadline) -> None:
-    """Nsight Compute's sections on one launch of the kernel, as text; it may not be there, or not be allowed to."""
+    """Write Nsight Compute's report on one launch of the kernel, unless it is missing, not permitted or too slow."""
     ncu = shutil.which("ncu")
     if ncu is None or options.device != "cuda":
         say("LEFT OUT: the kernel's counters, for " + ("there is no GPU" if ncu else "ncu is not here"))
@@ -107,7 +107,7 @@ def _read_counters(options: Namespace, deadline: Deadline) -> None:
         say("LEFT OUT: the kernel's counters, for the time for this run was used up")
         return
     options.output.mkdir(parents=True, exist_ok=True)
-    # By its regular clocks: those that ncu would fix are none that the kernel runs at.
+    # At the regular clocks, because the kernel never runs at those that ncu would fix.
     command = [ncu, "--clock-control", "none", "--kernel-name", "regex:^_linear_importance_kernel"]
     for section in _NCU_SECTIONS:
         command += ["--section", section]

@@ -68,7 +68,7 @@ def calibrated(model: LlamaForCausalLM) -> ImportanceEngine:
 
 
 def job(model: LlamaForCausalLM, engine: ImportanceEngine, ratio: float) -> tuple[float, float, float]:
-    """Seconds of scoring, selecting and cutting; the cut model shares the tensors that are not cut."""
+    """Score, select and cut, and return the seconds of each; the cut model shares the tensors that are not cut."""
     start = time.perf_counter()
     view = describe(model)
     table = score_groups(view, engine.evidence(method=engine.method), Scoring(importance_method=engine.method))

@@ -1,4 +1,4 @@
-"""One provider with one model: its scores of a first batch, timed turns, peak memory.
+"""Sessions of one provider with one model: its scores of a first batch, timed turns, and peak memory.
 
 `Session` runs in this process. It is used on a GPU, where PyTorch's allocator counts memory and providers share a
 model. `Worker` runs a session in a separate process. It is used on the CPU, where peak memory can only be measured per
@@ -24,7 +24,7 @@ from benchmarks.jobs.models import Load, build, samples
 from benchmarks.processes import memory_of
 from benchmarks.timing import first_line, free, out_of_memory
 
-# Seconds that a worker may take to start, and for a turn.
+# Seconds that a worker may take to start, and those that it may take for a turn.
 TIMEOUT = 120.0
 # With Task.mapped, allocations of at least _MAPPED_BYTES get their own mapping; _M_MMAP_THRESHOLD is mallopt's
 # number for that parameter.
@@ -53,7 +53,8 @@ class Task:
 class Turn:
     """One calibration: its seconds, its peak memory in bytes on top of the loaded model, and seconds of its parts.
 
-    peak_memory: of tensors on a GPU; of the process on the CPU, with freed memory that the heap keeps (see `Task`).
+    peak_memory: on a GPU that of tensors; on the CPU that of the process, including freed memory that the heap keeps
+        (see `Task`).
     """
 
     seconds: float
@@ -69,7 +70,7 @@ class Session:
     """A provider in this process."""
 
     def __init__(self, calibrator: Calibrator, model: PreTrainedModel, recompute: bool) -> None:
-        """Between turns the model is unchanged, except for its attention implementation."""
+        """Take a model, which turns leave as it is except for its attention implementation."""
         self._calibrator = calibrator
         self._model = model
         self._recompute = recompute
@@ -93,7 +94,7 @@ class Session:
         cuda = self._model.device.type == "cuda"
         if cuda:
             free("cuda")
-            # So that no memory is asked of the driver while a turn is timed.
+            # A batch before the timed turn, so that no memory is requested from the driver during it.
             self._run(batches[:1])
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
@@ -143,11 +144,11 @@ class Worker:
             self._process.join(10.0)
 
     def scores(self, load: Load, timeout: float = TIMEOUT) -> dict[str, Tensor]:
-        """As `Session.scores`."""
+        """See `Session.scores`; raises `TurnError` also after `timeout` seconds."""
         return {name: torch.tensor(values) for name, values in self._ask("scores", load, timeout).items()}
 
     def turn(self, load: Load, timeout: float = TIMEOUT) -> Turn:
-        """As `Session.turn`."""
+        """See `Session.turn`; raises `TurnError` also after `timeout` seconds."""
         found: Turn = self._ask("turn", load, timeout)
         return found
 
@@ -223,7 +224,7 @@ def _peak_resident_bytes() -> int:
 
 
 def _reset_peak() -> None:
-    """Reset the peak if Linux permits it; otherwise the peak is that since the process started."""
+    """Reset the peak if Linux permits it; otherwise the peak remains the highest since the process started."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,4 +1,4 @@
-"""What the stages of a pruning run take, seen from outside."""
+"""Hooks around the stages of a pruning run, to measure the stages from outside."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from gradprune.progress import Clock
 
 @contextmanager
 def stages_watched(enter: Callable[[str], object], leave: Callable[[str], object]) -> Iterator[None]:
-    """Inside, `enter` is called before every stage of a run, and `leave` at its end, whose time the stage includes."""
+    """While active, `enter` is called before every stage of a run, and `leave` at its end, within the stage's time."""
     stage: Callable[..., Any] = Clock.stage
 
     @contextmanager

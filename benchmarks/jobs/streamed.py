@@ -1,16 +1,18 @@
-"""Prune a model that is larger than the memory allowed, layer by layer: a Llama-3 of random weights.
+"""Prune a model that is larger than the memory allowed, layer by layer: a Llama-3 with random weights.
 
     python -m benchmarks.jobs.streamed --folder /tmp/llama8b            # 16 GB on disk
     python -m benchmarks.jobs.streamed --folder /tmp/small --layers 2   # the same widths
-    python -m benchmarks.jobs.streamed --folder /tmp/llama8b --peers --budget 6   # what others do with 6 GiB
+    python -m benchmarks.jobs.streamed --folder /tmp/llama8b --peers --budget 6   # other tools, with 6 GiB
     python -m benchmarks.jobs.streamed --device cuda --size 70B         # within 24 GiB of the GPU's memory, enforced
 
 The checkpoint is written shard by shard and pruned by the command line in a process of its own, whose resident memory
 without the file cache (RssAnon in /proc/self/status, Linux only) is sampled ten times a second. On a GPU the process
-may not allocate more than `--budget`. Where the disk cannot hold the model and its result, it has fewer layers.
+may not allocate more than `--budget`. If the disk cannot hold the model and its pruned copy, the model gets fewer
+layers.
 
-With `--peers` others calibrate on the same model, loaded by transformers with its weights mapped from the files, each
-layer recomputed in the backward pass. Each is ended when it holds more than `--budget` beside what is mapped.
+With `--peers`, other tools calibrate on the same model instead, loaded by transformers with its weights mapped from the
+files, with each layer recomputed in the backward pass. A tool is stopped when it holds more than `--budget`, not
+counting what is mapped.
 """
 
 import json
@@ -38,14 +40,14 @@ from benchmarks.timing import Timing
 from gradprune.checkpoint.shards import write_safetensors
 
 NAME, OURS = "streamed", "gradprune streamed"
-# Samples and tokens of each, on a GPU.
+# The load of a run on a GPU: samples, and tokens per sample.
 LOAD = (8, 2048)
 SCALE = 0.02
-# Of the free disk, what the model and its pruned copy may take.
+# Fraction of the free disk space that the model and its pruned copy may take.
 _OF_DISK = 0.8
-# Seconds under which it is not begun.
+# By size, the least number of seconds left with which a run is started.
 _LEAST = {"toy": 0.0, "8B": 60.0, "70B": 120.0}
-# The command line, in a process whose share of the GPU's memory is bounded.
+# A program that runs gradprune's command line with a limited share of the GPU's memory.
 _BOUNDED = """
 import torch
 torch.cuda.set_per_process_memory_fraction({fraction})
@@ -66,7 +68,7 @@ peer.run(model.eval(), list(ids.split(1)), True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the model, prune it, and record what was measured."""
+    """Write the model, prune it or calibrate peers on it, and record what was measured."""
     made = parser(__doc__)
     made.add_argument("--size", choices=list(_LEAST), default=None, help="by default 8B, on a GPU 70B")
     made.add_argument("--folder", type=Path, default=None, help="of the model and the results, to keep them")
@@ -87,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _prune(options: Namespace, folder: Path) -> None:
-    """Prune a model in `folder`, which is written unless it is there."""
+    """Prune the model in `folder`, or calibrate peers on it; the model is first written if it is missing."""
     config = llama_config(options.size)
     config.tie_word_embeddings = False
     config.num_hidden_layers = options.layers or _layers_on(folder, config)
@@ -121,7 +123,7 @@ def _prune(options: Namespace, folder: Path) -> None:
 
 
 def _try_peers(options: Namespace, model: Path, layers: int) -> None:
-    """Calibrate with each of the others, within the budget."""
+    """Calibrate with each of `PEERS` within the budget, and record the outcome."""
     for name in PEERS:
         program = _PEER.format(name=name, folder=str(model), samples=options.num_samples, tokens=options.seq_len)
         found = measured([sys.executable, "-c", program], most=options.budget * 2**30)
@@ -136,7 +138,7 @@ def _try_peers(options: Namespace, model: Path, layers: int) -> None:
 
 
 def _program(options: Namespace) -> list[str]:
-    """The command line; on a GPU, in a process that may not allocate more than the budget."""
+    """The command that starts gradprune; on a GPU, such that it cannot allocate more than the budget."""
     if options.device != "cuda":
         return [sys.executable, "-m", "gradprune"]
     total = torch.cuda.get_device_properties(0).total_memory
@@ -144,7 +146,7 @@ def _program(options: Namespace) -> list[str]:
 
 
 def _layers_on(folder: Path, config: LlamaConfig) -> int:
-    """As many of the model's layers as the disk holds, with the pruned copy."""
+    """The number of the model's layers, at least 1, that the disk can hold together with the pruned copy."""
     folder.mkdir(parents=True, exist_ok=True)
     first, layer = (2 * sum(int(np.prod(shape)) for shape in shard.values()) for shard in _shapes(config, 1))
     room = _OF_DISK * shutil.disk_usage(folder).free / 2 - first
@@ -152,7 +154,7 @@ def _layers_on(folder: Path, config: LlamaConfig) -> int:
 
 
 def write_checkpoint(folder: Path, config: LlamaConfig, device: str) -> None:
-    """Write random bf16 weights, drawn on `device`, one decoder layer a file."""
+    """Write a checkpoint of random bf16 weights, drawn on `device`, with one decoder layer per file."""
     folder.mkdir(parents=True)
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = "bfloat16"
@@ -177,7 +179,7 @@ def write_checkpoint(folder: Path, config: LlamaConfig, device: str) -> None:
 
 
 def _shapes(config: LlamaConfig, layers: int) -> list[dict[str, tuple[int, ...]]]:
-    """The weights of each file: the embedding and the head, then a layer each."""
+    """Shapes of the weights in each file: first the embedding, last norm and head, then one layer per file."""
     hidden, channels = config.hidden_size, config.intermediate_size
     kv = hidden // config.num_attention_heads * config.num_key_value_heads
     first: dict[str, tuple[int, ...]] = {
@@ -200,9 +202,9 @@ def _shapes(config: LlamaConfig, layers: int) -> list[dict[str, tuple[int, ...]]
 
 
 def measured(command: list[str], most: float = math.inf) -> dict[str, Any]:
-    """Run a command; its seconds, exit code, last line on standard error, and the peak of its RssAnon in bytes.
+    """Run a command, and return its seconds, exit code, last line on standard error, and peak RssAnon in bytes.
 
-    most: bytes; it is killed when it holds more.
+    most: limit in bytes; the command is killed when it holds more.
     """
     start, peak = time.monotonic(), 0
     with tempfile.TemporaryFile() as errors:

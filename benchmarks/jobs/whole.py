@@ -1,12 +1,12 @@
-"""The whole job: `prune` of a random model by its default options, stage by stage, beside calibration alone by others.
+"""The whole job: `prune` of a random model with default options, stage by stage, compared with calibration by others.
 
     python -m benchmarks.jobs.whole --device cuda [--quick]
 
-First everyone calibrates on a few samples, once, after a batch to warm up: this project with what the default method
-needs and with all evidence, the plain pass, and the naive way. Then the model is pruned in place, with repair and both
-perplexities, on as many samples as there is time for. One that is too large to be distilled by default is distilled all
-the same, as a smaller one would be, but what that takes is no part of the sum. Everyone recomputes activations. Peak
-memory is on top of the loaded weights.
+First every provider calibrates once on a few samples, after a batch to warm up: this project with only what the default
+method needs and with all evidence, the plain pass, and the naive way. Then the model is pruned in place, with repair
+and with perplexity before and after, on as many samples as there is time for. A model that is too large to be distilled
+by default is distilled nevertheless, as a smaller one would be, but the sum over stages does not include that. Every
+provider recomputes activations. Peak memory is on top of the loaded weights.
 """
 
 import time
@@ -35,15 +35,16 @@ from gradprune.config import CURVATURE_SAMPLES
 from gradprune.evaluation.size import model_size
 
 NAME, OURS, DISTILLED = "whole", "gradprune by default", "distillation on request"
-# What a sample takes without a backward pass, for the importances and in the repair, in calibrations of a sample.
+# Time per sample of what needs no backward pass, the importances and the repair, in units of a sample's calibration.
 _OF_CALIBRATION = 1.5
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model, what everyone calibrates on, and what it is pruned with: at most `samples`, by `batch`.
+    """A model, the load that calibrations are compared on, and what the model is pruned with.
 
-    fixed: seconds that pruning takes for any number of samples.
+    samples: calibration samples of pruning, at most. batch: their batch size. held_out: held-out samples.
+    fixed: seconds that pruning takes regardless of the number of samples.
     """
 
     size: str
@@ -55,15 +56,15 @@ class Job:
     held_out: int = 32
 
     def load(self, samples: int) -> Load:
-        """What it is pruned with."""
+        """The load of pruning with the given number of samples."""
         return Load(samples, self.compared.tokens, self.batch)
 
     def distilled(self, samples: int) -> int:
-        """Of them, those that a small model is distilled on by default."""
+        """How many of the samples a small model is distilled on by default."""
         return PruneConfig(num_samples=samples, seq_len=self.compared.tokens).samples_distilled(parameters=0)
 
     def config(self, samples: int) -> PruneConfig:
-        """The options: as by default, but for what saves memory, and for distillation."""
+        """The options: the defaults, except for sizes, for what saves memory or time, and for distillation."""
         return PruneConfig(
             num_samples=samples, seq_len=self.compared.tokens, batch_size=self.batch, held_out_samples=self.held_out,
             eval_samples=self.batch, use_gradient_checkpointing=True, in_place=True, measure_speed=False,
@@ -73,7 +74,8 @@ class Job:
 
 TOY = Job("toy", "fp32", Load(4, 16, 2), samples=8, batch=2, fixed=0.0, held_out=2)
 QUICK = Job("1B", "bf16", Load(4, 512, 4), samples=16, batch=4, fixed=5.0, held_out=4)
-# By the predictions for an H200: 14 seconds for removal paths, 5 for distillation, most others for solutions in fp64.
+# Of the fixed seconds, an H200 is predicted to need 14 for removal paths, 5 for distillation, and most of the rest for
+# solves in fp64.
 FULL = Job("8B", "bf16", Load(16, 2048, 4), samples=128, batch=8, fixed=40.0)
 
 
@@ -96,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _compare(job: Job, model: LlamaForCausalLM, options: Namespace) -> float:
-    """Everyone calibrates; returns our seconds per sample, 0 where that is not known."""
+    """Calibrate with every provider; return the seconds per sample of the first that succeeds, 0 if none does."""
     ours = fastest_backend(options.device)
     everyone = {one.name: one for one in calibrators((ours,))}
     a_sample = 0.0
@@ -117,10 +119,10 @@ def _compare(job: Job, model: LlamaForCausalLM, options: Namespace) -> float:
 
 
 def _affordable(job: Job, a_sample: float, deadline: Deadline) -> int:
-    """The samples that there is time to prune with: all, a half, a quarter or an eighth of them; 0 for none."""
+    """Return how many samples there is time to prune with: all of the job's, 1/2, 1/4 or 1/8; 0 if not even that."""
 
     def seconds(samples: int) -> float:
-        # Some of them are calibrated on.
+        # Only the first CURVATURE_SAMPLES are calibrated on.
         return job.fixed + a_sample * (_OF_CALIBRATION * samples + min(samples, CURVATURE_SAMPLES))
 
     counts = (job.samples >> halvings for halvings in range(4))
@@ -128,7 +130,7 @@ def _affordable(job: Job, a_sample: float, deadline: Deadline) -> int:
 
 
 def _prune(job: Job, model: LlamaForCausalLM, samples: int, options: Namespace) -> None:
-    """Prune the model, and record every stage as it ends, for what follows may be killed; then their sum."""
+    """Prune the model; record every stage as it ends, because a later one may be killed, and then their sum."""
     load = job.load(samples)
     ids = _tokens(model.config.vocab_size, (samples + job.held_out + job.batch) * load.tokens)
     on_request = PruneConfig().samples_distilled(model_size(model).parameters) == 0
@@ -159,7 +161,7 @@ def _tokens(vocabulary: int, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage that has ended; peak: the most bytes of tensors on top of those before all stages, None on a CPU."""
+    """A stage that has ended; peak: peak bytes of tensors on top of those held before all stages, None on a CPU."""
 
     name: str
     seconds: float
@@ -168,7 +170,7 @@ class Stage:
 
 @contextmanager
 def _stages_measured(device: str, ended: Callable[[Stage], object]) -> Iterator[None]:
-    """Inside, `ended` is called with every stage of a run at its end."""
+    """While active, `ended` is called with every stage of a run as it ends."""
     cuda, start = device == "cuda", 0.0
     held = torch.cuda.memory_allocated() if cuda else 0
 
