@@ -25,7 +25,7 @@ from gradprune.run import Run
 from gradprune.scoring.choose import choose
 
 OURS, PEER = "gradprune prune", "FLAP"
-"""Ours by its defaults. Records of "gradprune obs + least squares" are of a time when obs did not look at reach."""
+"""OURS is `prune` with its defaults. Records of "gradprune obs + least squares" are older than obs's use of reach."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

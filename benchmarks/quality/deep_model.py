@@ -1,12 +1,13 @@
-"""A deep healthy Llama, trained on the embedded text, and one of the same function that pruning harms.
+"""A deep, healthy Llama trained on the embedded text, and a "suffering" one of the same function that pruning harms.
 
-The second is made from the first by two steps that change no output:
+The second is made from the first by two steps that do not change its output:
 
-- In the first layer every MLP channel is split into many equal ones that write a part each. Removing one costs next to
-  nothing, which is all that a gradient sees; removing all of them costs what the whole channel did.
-- In the first layers the gains of the norms are made smaller and the weights behind them larger. That makes all
-  gradients there thousands of times smaller and leaves every w g as it was: the ratio points at the layers, and is no
-  damage itself.
+- In the first layer every MLP channel is split into many equal ones, each of which writes a part of its output.
+  Removing one of them costs next to nothing, and a gradient sees no more than that; removing all of them costs as much
+  as removing the whole channel.
+- In the first layers the gains of the norms are made smaller and the weights that follow them larger. This makes the
+  gradients of all weights there thousands of times smaller, and leaves every product w g as it was: the gradient ratio
+  points at these layers, although the step by itself does no damage.
 """
 
 import copy
@@ -26,17 +27,17 @@ RECIPE = DemoTraining(
 SPLIT_LAYER = 0
 COPIES = 32
 SHRUNK_LAYERS = (0, 1, 2)
-SHRINK = 4000.0  # of the gradients
+SHRINK = 4000.0  # the gradients become smaller by this factor, or more
 
 
 def healthy_model(
     tokens: Tensor, vocab_size: int, eos_token_id: int, console: Console, recipe: DemoTraining = RECIPE
 ) -> LlamaForCausalLM:
-    """Train it; with the default recipe two minutes on one core.
+    """Train the healthy model; with the default recipe this takes two minutes on one core.
 
     Args:
-        tokens: [tokens] int64 of training text.
-        vocab_size, eos_token_id: the tokenizer's.
+        tokens: the training text, [tokens] int64.
+        vocab_size, eos_token_id: vocabulary size and end-of-text token of the tokenizer.
         console: where progress is shown.
         recipe: sizes and schedule; at least three layers.
     """
@@ -45,7 +46,7 @@ def healthy_model(
 
 @torch.no_grad()
 def suffering_model(healthy: LlamaForCausalLM) -> PreTrainedModel:
-    """The other one; computes the same, and its first layer is wider."""
+    """Make the model that pruning harms: it computes the same as `healthy`, and its first layer is wider."""
     model = with_split_channels(healthy, SPLIT_LAYER, COPIES)
     for index in SHRUNK_LAYERS:
         shrink_gradients(model.model.layers[index], SHRINK)
@@ -54,7 +55,7 @@ def suffering_model(healthy: LlamaForCausalLM) -> PreTrainedModel:
 
 @torch.no_grad()
 def shrink_gradients(layer: nn.Module, factor: float) -> None:
-    """Reparametrise a decoder layer: all its weights' gradients become smaller by `factor` or more; w g is the same."""
+    """Reparametrise a decoder layer: gradients of its linear weights shrink by `factor` or more; w g stays the same."""
     attention, mlp = layer.self_attn, layer.mlp
     layer.input_layernorm.weight /= factor**2
     attention.q_proj.weight *= factor**2
@@ -69,7 +70,7 @@ def shrink_gradients(layer: nn.Module, factor: float) -> None:
 
 @torch.no_grad()
 def with_split_channels(narrow: LlamaForCausalLM, split: int, copies: int) -> PreTrainedModel:
-    """The same function with each channel of layer `split` as `copies` equal ones that write a part each."""
+    """Make a model of the same function with each MLP channel of layer `split` divided into `copies` equal ones."""
     config = copy.deepcopy(narrow.config)
     width = config.intermediate_size
     config.intermediate_size = copies * width
@@ -81,7 +82,7 @@ def with_split_channels(narrow: LlamaForCausalLM, split: int, copies: int) -> Pr
         elif ".mlp." in name:
             state[name] = weight.repeat(copies, 1)
     model.load_state_dict(state)
-    # The other layers keep the first of the copies, which is the whole channel.
+    # Every other layer keeps only the first copy of each channel, which writes the channel's whole output.
     channels = torch.arange(copies * width)
     kept = tuple(channels < width * (copies if k == split else 1) for k in range(config.num_hidden_layers))
     heads = tuple(torch.ones(config.num_key_value_heads, dtype=torch.bool) for _ in kept)

@@ -1,13 +1,14 @@
-"""What the text's share in distillation brings on text of the calibration's kind, and what it costs on other text.
+"""What the text's share in distillation gains on text like the calibration text, and what it costs on other text.
 
     python -m benchmarks.quality.distilled_text [--shares 0,0.05,0.1,0.2] [--tasks FOLDER --max_questions N]
     python -m benchmarks.quality.distilled_text --own_text 0.5 --shares 0.1 [--tasks FOLDER --max_questions N]
     python -m benchmarks.quality.distilled_text --peers FLAP,Wanda-sp
 
-The second is of samples half of which the model writes itself, the third of peers instead. By default SmolLM2-135M,
-calibrated on WikiText-2; the other text is of stories. --base_model, --dataset, --eval_dataset and --other_dataset name
-others. Ratios are of the prunable parameters. Not part of `make bench`, because SmolLM2-135M takes half an hour;
---quick measures one ratio and two shares.
+The text's share is the weight of the next-token loss in distillation. The second command uses samples half of which the
+model writes itself; the third measures peers instead. By default the model is SmolLM2-135M, calibrated on WikiText-2,
+and the other text is stories; --base_model, --dataset, --eval_dataset and --other_dataset choose different ones. Ratios
+are of the prunable parameters. Not part of `make bench`, because SmolLM2-135M takes half an hour; --quick measures one
+ratio and two shares.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -48,7 +49,7 @@ from gradprune.surgery.distillation import distil_run, taught_samples
 
 
 class Measured(NamedTuple):
-    """A model's quality on text of the calibration's kind, with the tasks, and its perplexity on other text."""
+    """A model's quality on text like the calibration text, with zero-shot tasks, and its perplexity on other text."""
 
     same: Quality
     other: float
@@ -114,7 +115,7 @@ def _run(subject: Subject, options: Namespace) -> Run:
 
 
 def _chosen_by_peers(subject: Subject, options: Namespace) -> Iterator[tuple[str, float, PeerChoice]]:
-    """A peer, a ratio and what it chooses, on the samples that this project gets."""
+    """Yield each peer, each ratio and what the peer chooses for it, on the same samples that this project gets."""
     run = _run(subject, options)
     for name in taking_part(options.peers, run.view):
         for ratio in options.ratios:
@@ -122,7 +123,10 @@ def _chosen_by_peers(subject: Subject, options: Namespace) -> Iterator[tuple[str
 
 
 def _distilled(subject: Subject, options: Namespace) -> Iterator[tuple[float, float, PreTrainedModel]]:
-    """A ratio, a share and the model pruned by the defaults and distilled so; one calibration and a repair a ratio."""
+    """Yield each ratio, each share, and the model pruned with the defaults and distilled with that share.
+
+    All share one calibration, and the models of one ratio share one repair.
+    """
     run = _run(subject, options)
     view, config = run.view, run.config
     evidence = gather_evidence(run)
@@ -151,7 +155,7 @@ def _append(
     dense: Measured,
     options: Namespace,
 ) -> None:
-    """shares: of the text in distillation, and of samples that the model wrote; none of a peer's."""
+    """Record a result; shares: the text's share and the share of samples the model wrote, by name; empty for a peer."""
     extra = {
         "ratio": ratio,
         **shares,

@@ -1,9 +1,9 @@
-"""What re-solving experts brings, by how many calibration tokens they see.
+"""What re-solving the weights of experts gains, depending on how many calibration tokens the experts see.
 
     python -m benchmarks.quality.experts [--device cuda] [--quick]
 
-A mixture of experts is trained on the embedded text and pruned by channels and by whole experts, with every way to
-repair it. Not part of `make bench`, because training takes minutes; --quick trains less, under another name.
+A mixture of experts is trained on the embedded text, pruned by channels and by whole experts, and repaired in every
+way. Not part of `make bench`, because training takes minutes; --quick trains less, under another name.
 """
 
 import math
@@ -38,7 +38,7 @@ from gradprune.surgery.least_squares import BLEND, least_squares
 
 @dataclass(frozen=True)
 class RepairSetting:
-    """A way to repair: as `least_squares` takes them. solves: whether anything is re-solved."""
+    """A way to repair: arguments of `least_squares`. solves: whether anything is re-solved at all."""
 
     blend: float = BLEND
     tokens_per_channel: float = TOKENS_PER_CHANNEL
@@ -53,19 +53,20 @@ REPAIRS = {
     "any number of tokens": RepairSetting(tokens_per_channel=0.0),
     "2 tokens a channel": RepairSetting(tokens_per_channel=2.0),
 }
-# What is pruned, and how much of the parameters.
+# The kinds of groups that are pruned, and the fraction of the parameters that is removed.
 CASES = (("attention,expert_channels", 0.3), ("expert_channels", 0.35), ("experts", 0.3))
 _RECIPE = DemoTraining(
     steps=900, learning_rate=4e-3, warmup=20, hidden_size=96, intermediate_size=32, heads=6, kv_heads=3
 )
-# By option, what is measured: the model's name in the results, its recipe, numbers of calibration samples.
+# What is measured, by default, with --quick and with --toy: the model's name in the results, its recipe, and numbers of
+# calibration samples.
 _FULL = ("mixture", _RECIPE, (4, 16, 64))
 _QUICK = ("mixture, quick,", replace(_RECIPE, steps=60), (4, 16))
 _TOY = ("toy mixture", replace(_RECIPE, steps=4, layers=2, hidden_size=24, heads=2, kv_heads=1, seq_len=32), (4,))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train the model, then prune and repair it in all ways."""
+    """Train the model, then prune and repair it in every way."""
     made = parser(__doc__)
     made.add_argument("--eval_samples", type=int, default=64, help="windows that the perplexity is measured on")
     options = parse(made, arguments)
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def mixture(recipe: DemoTraining, vocab_size: int, eos_token_id: int) -> PreTrainedModel:
-    """A random mixture of 8 experts, of which a token sees 2, of the recipe's sizes."""
+    """Build a random mixture of 8 experts in the recipe's sizes; every token is routed to 2 of them."""
     config = Qwen3MoeConfig(
         vocab_size=vocab_size,
         hidden_size=recipe.hidden_size,
@@ -105,7 +106,7 @@ def mixture(recipe: DemoTraining, vocab_size: int, eos_token_id: int) -> PreTrai
         eos_token_id=eos_token_id,
         mlp_only_layers=[],
     )
-    # Loops over experts: grouped matrix products take some widths only.
+    # "eager" loops over the experts; grouped matrix products would accept only certain widths.
     config._experts_implementation = "eager"
     with seeded(recipe.seed):
         return Qwen3MoeForCausalLM(config)
@@ -114,7 +115,7 @@ def mixture(recipe: DemoTraining, vocab_size: int, eos_token_id: int) -> PreTrai
 def _measure(
     model: PreTrainedModel, tokens: Tensor, held_out: Tensor, numbers: Sequence[int], options: Namespace
 ) -> Iterator[dict[str, Any]]:
-    """By case, number of samples and repair, what a record's `extra` holds; tokens, held_out: [tokens] int64."""
+    """Yield a record's `extra` for each case, number of samples and repair; tokens, held_out: [tokens] int64."""
 
     def quality(of: PreTrainedModel) -> float:
         return perplexity(of, held_out, seq_len=128, batch_size=8, max_windows=options.eval_samples).value

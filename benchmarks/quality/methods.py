@@ -1,13 +1,13 @@
-"""Perplexity by importance method and ratio, with and without H-GSP and repair, and by Torch-Pruning's choice.
+"""Perplexity by importance method and ratio, with and without H-GSP and repair, and of peers.
 
     python -m benchmarks.quality.methods [--base_model MODEL --dataset TEXT --eval_dataset TEXT] [--eval_samples N]
     python -m benchmarks.quality.methods --models smollm2-135m --prunable [--tasks FOLDER]
 
-Without --base_model: stories260k where it lies beside the repository, and the demo model; each also with its KV heads
-repeated, which Torch-Pruning can trace. SmolLM2-135M takes part when it is named, on texts of WikiText-2. One
-calibration pass a seed serves every method; peers get the same samples, and remove no more parameters than this project
-may. The whole table with --search takes hours; --quick measures one ratio, seed and temperature of it, with the same
-samples.
+Without --base_model, the models are stories260k, if it is in the folder `shared` beside the repository, and the demo
+model; each also with its KV heads repeated, which Torch-Pruning can trace. SmolLM2-135M is measured if it is named, on
+texts of WikiText-2. One calibration per seed serves every method; peers get the same samples, and may remove no more
+parameters than this project. The whole table with --search takes hours; --quick measures one ratio, seed and
+temperature of it, with the same samples.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -53,7 +53,7 @@ from gradprune.shots import after_shots
 
 TORCH_PRUNING = "torch-pruning GroupTaylor"
 SEARCH = "gradprune search + least squares"
-# The models here have no experts, which are all that REAP scores.
+# Without "reap", which scores only experts, because the models here have none.
 DENSE_METHODS = tuple(method for method in METHODS if method != "reap")
 
 
@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     deadline = Deadline(options.seconds)
     for subject in subjects(options):
         if options.prunable:
-            # Ratios of different parameters never share a table, nor different numbers of samples.
+            # The name keeps ratios of the prunable and of all parameters, and different numbers of samples, in
+            # separate tables.
             about = f"ratios of its prunable parameters, {options.num_samples} samples"
             subject = replace(subject, name=f"{subject.name}, {about}")
         asked = _is_asked("dense", options)
@@ -120,7 +121,7 @@ def _with_defaults(options: Namespace) -> Namespace:
 
 
 def _providers(options: Namespace) -> list[str]:
-    """All that the other options let it measure."""
+    """Names of all providers that the other options select."""
     by_method = [name for each in options.temperatures for method in options.methods for name in _names(method, each)]
     asked = [_shots_name(options)] * (options.shots > 1) + [SEARCH] * options.search
     return ["dense", *by_method, *asked, TORCH_PRUNING, *options.peers]
@@ -128,9 +129,10 @@ def _providers(options: Namespace) -> list[str]:
 
 @dataclass(frozen=True)
 class ProviderChoice:
-    """A provider's selection: the pruned model, made when it is asked for.
+    """A provider's selection. model: function that makes the pruned model.
 
-    peer: of another project, which compensates in its own way; the model is then cut without that.
+    peer: the choice of one of `PEERS`, which compensates in its own way; `model` then lacks that compensation. None for
+        all other providers.
     """
 
     provider: str
@@ -140,7 +142,7 @@ class ProviderChoice:
 
 
 def _measure_seed(subject: Subject, seed: int, dense: Quality, deadline: Deadline, options: Namespace) -> bool:
-    """Every method, temperature and ratio from one calibration; False if time ran out on the way."""
+    """Measure every method, temperature and ratio from one calibration; return False if time ran out on the way."""
     model = subject.model
     config = PruneConfig(
         num_samples=options.num_samples,
@@ -148,7 +150,7 @@ def _measure_seed(subject: Subject, seed: int, dense: Quality, deadline: Deadlin
         seed=seed,
         held_out_samples=32,
     )
-    # The search compares on samples of its own.
+    # "auto" also draws the samples on which the search compares its candidates.
     drawn = replace(config, importance_method="auto") if options.search else config
     samples = draw_samples(model, None, drawn, subject.calibration, subject.evaluation)
     run = Run(describe(model), config, samples)
@@ -167,7 +169,7 @@ def _is_asked(provider: str, options: Namespace) -> bool:
 
 
 def pruned_quality(choice: ProviderChoice, subject: Subject, options: Namespace) -> Quality:
-    """Measure the subject's model pruned as chosen."""
+    """Measure the subject's model, pruned as chosen."""
     if choice.peer is None:
         return quality_of(choice.model(), subject, options)
     with applied(describe(subject.model), choice.peer):
@@ -177,7 +179,7 @@ def pruned_quality(choice: ProviderChoice, subject: Subject, options: Namespace)
 
 
 def _choices(run: Run, options: Namespace) -> Iterator[ProviderChoice]:
-    """Ratio by ratio, so that each is complete before the next."""
+    """Yield all providers' choices, ratio by ratio, so that each ratio is complete before the next."""
     run = replace(run, config=replace(run.config, search_minutes=60.0, **_evidence(options)))
     evidence = gather_evidence(run)
     traced = _torch_pruning(run) if _is_asked(TORCH_PRUNING, options) else None
@@ -197,7 +199,7 @@ def _choices(run: Run, options: Namespace) -> Iterator[ProviderChoice]:
 
 
 def _by_method(run: Run, evidence: Evidence, given: float, options: Namespace) -> Iterator[ProviderChoice]:
-    """By temperature and method, as the model is cut and repaired; by the default method distilled, too."""
+    """Yield, by temperature and method, the model as cut and as repaired, and with the default method as distilled."""
     for temperature in options.temperatures:
         for method in options.methods:
             scoring = Scoring(importance_method=method, temperature=temperature, tau=0.0)
@@ -208,13 +210,13 @@ def _by_method(run: Run, evidence: Evidence, given: float, options: Namespace) -
 
 
 def _names(method: str, temperature: float) -> list[str]:
-    """As tables name a method's model as it is cut, repaired, and, by the default method, distilled."""
+    """Names in tables for a method's model as cut, as repaired and, with the default method, as distilled."""
     after = ["", " + least squares", *([" + distillation"] if method == DEFAULT_METHODS[0] else [])]
     return [f"gradprune {method}{each} T={temperature:g}" for each in after]
 
 
 def _by_shots_and_search(run: Run, evidence: Evidence, given: float, options: Namespace) -> Iterator[ProviderChoice]:
-    """What takes minutes to choose, and so is chosen only where it is measured."""
+    """Yield the choices of several shots and of the search, which take minutes and are only made if asked for."""
     name = _shots_name(options)
     if options.shots > 1 and _is_asked(name, options):
         config = replace(run.config, importance_method="obs", shots=options.shots)
@@ -234,20 +236,23 @@ def _pruned(run: Run, evidence: Evidence, scoring: Scoring) -> Pruned:
 
 
 def peer_choice(name: str, run: Run, given: float, budget: int) -> ProviderChoice:
-    """What one of `PEERS` chooses on the run's samples, within `budget` parameters; given: the ratio as recorded."""
+    """Return the choice of one of `PEERS` on the run's samples, which removes at most `budget` parameters.
+
+    given: the ratio to record.
+    """
     found = PEERS[name](run.view, run.calibration, budget)
     return ProviderChoice(name, given, Pruned(run, found.masks).as_cut, found)
 
 
 def _evidence(options: Namespace) -> dict[str, Any]:
-    """Options of what calibration collects: for one method alone, what it needs."""
+    """Options for what calibration collects: for a single method only what it needs, otherwise everything."""
     if options.search or options.shots > 1 or len(options.methods) > 1:
         return {"importance_method": "auto"}
     return {"importance_method": options.methods[0], "temperature": max(options.temperatures)}
 
 
 def _torch_pruning(run: Run) -> dict[BlockKey, Tensor] | None:
-    """None where Torch-Pruning cannot trace the model, or is not installed; it is said which."""
+    """Torch-Pruning's scores; None, with the reason shown, if it cannot trace the model or is not installed."""
     fault = obstacle(run.view, uniform=True)
     if any(block.heads_per_group > 1 for block in run.view.linear_blocks):
         fault = "its graph of a model with grouped queries may not end"

@@ -1,4 +1,4 @@
-"""A run's model without the groups that were chosen: as it is cut, repaired, and distilled after that."""
+"""A run's model without the chosen groups: as cut, as repaired, and as distilled after the repair."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +14,7 @@ from gradprune.surgery.repair import REPAIRS, Repaired
 
 
 def repaired_copy(run: Run, masks: GroupMasks) -> tuple[PreTrainedModel, Repaired]:
-    """A cut copy of the run's model, repaired as by its options, and what the repair says."""
+    """Return a cut copy of the run's model, repaired by the run's options, and the report of the repair."""
     model = sharing_copy(run.view.model)
     repaired = REPAIRS[run.config.repair](replace(run, view=describe(model)), masks)
     return cut(model, masks, inplace=True), repaired
@@ -22,21 +22,21 @@ def repaired_copy(run: Run, masks: GroupMasks) -> tuple[PreTrainedModel, Repaire
 
 @dataclass(frozen=True)
 class Pruned:
-    """The three models of one choice, each made when it is asked for; the second and the third share the repair."""
+    """The three models of one choice, each made by its method; the repaired and the distilled one share the repair."""
 
     run: Run
     masks: GroupMasks
 
     def as_cut(self) -> PreTrainedModel:
-        """With the other weights as they were."""
+        """The cut model, with the remaining weights as they were."""
         return cut(self.run.view.model, self.masks)
 
     def repaired(self) -> PreTrainedModel:
-        """With the weights that stay re-solved."""
+        """The cut model, repaired by the run's options."""
         return self._repaired[0]
 
     def distilled(self) -> PreTrainedModel:
-        """Repaired, and then distilled where the run has the samples for it."""
+        """The repaired model, also distilled if the run has the samples for it."""
         model, repaired = self._repaired
         taught = taught_samples(self.run, repaired)
         if taught is None:

@@ -3,9 +3,10 @@
     python -m benchmarks.quality.recovery [--minutes M | --steps N] [--tasks FOLDER --max_questions N]
     python -m benchmarks.quality.recovery --base_model MODEL --dataset TEXT --eval_dataset TEXT [--pruned DIR]
 
-By default SmolLM2-135M, pruned by 30 % of its parameters with the defaults, repair included, and recovered with the
-defaults towards the dense model; its texts are two disjoint parts of WikiText-2 beside the repository. --pruned takes
-an earlier run's model instead of pruning. --steps repeats a record's training anywhere, --minutes goes by the clock.
+By default the model is SmolLM2-135M, pruned by 30 % of its parameters with the defaults, repair included, and recovered
+with the defaults towards the dense model; its texts are two disjoint parts of WikiText-2 in the folder `shared` beside
+the repository. --pruned recovers an earlier run's model instead of pruning. --steps makes the amount of training the
+same on every machine, so that a record can be reproduced; --minutes limits it by the clock.
 """
 
 import time

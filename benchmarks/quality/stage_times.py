@@ -1,11 +1,12 @@
-"""What a whole `prune` of a real model takes by its default options, stage by stage, in plain passes over its samples.
+"""The time of each stage of `prune` on a real model with default options, as a multiple of a plain pass.
 
     python -m benchmarks.quality.stage_times [--methods obs,group_fisher] [--num_samples N]
     python -m benchmarks.quality.stage_times --base_model MODEL --dataset TEXT --eval_dataset TEXT
 
-A plain pass takes the gradients of all weights on the same samples in the same batches. It is measured before and after
-each `prune`, in the same process, and a stage's ratio is to the mean of the two: other work on the machine slows all.
-Perplexity is measured on as many windows as there are samples; nothing is written, and no text is generated.
+A plain pass computes the gradients of all weights on the same samples in the same batches. It is measured before and
+after each `prune`, in the same process, and stages are compared with the mean of the two, because other work on the
+machine slows all of them. Perplexity is measured on as many windows as there are samples; nothing is written, and no
+text is generated.
 """
 
 import time
@@ -59,7 +60,7 @@ def _config(model: PreTrainedModel, method: str, options: Namespace) -> PruneCon
 
 
 def _measure(subject: Subject, config: PruneConfig, options: Namespace) -> None:
-    """Plain, prune, plain."""
+    """Time a plain pass, `prune` and another plain pass, and record the ratios of the stages."""
     samples = draw_samples(subject.model, None, config, subject.calibration, subject.evaluation)
     parts = list(batches(samples.calibration.to(subject.model.device), config.batch_size))
     _plain(subject.model, parts[:1])
@@ -72,7 +73,7 @@ def _measure(subject: Subject, config: PruneConfig, options: Namespace) -> None:
 
 
 def _plain(model: PreTrainedModel, parts: Sequence[Tensor]) -> float:
-    """Seconds of a forward and backward pass over batches, after which no gradient is kept."""
+    """Seconds of a forward and backward pass over all batches, which keeps no gradients."""
     start = time.perf_counter()
     for ids in parts:
         sample_losses(model, ids).sum().backward()

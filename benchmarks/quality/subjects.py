@@ -1,4 +1,4 @@
-"""What quality is measured on: models with their texts, and how a model is measured there."""
+"""What quality is measured on, models with their texts, and how it is measured."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ SHARED = ROOT.parent / "shared"
 
 
 def _shared_texts(name: str) -> tuple[str, str]:
-    """Calibration and evaluation text of that name, beside the repository."""
+    """Paths of the calibration and the evaluation text of a name, in the folder `shared` beside the repository."""
     calibration, evaluation = (str(SHARED / "text" / f"{name}_{part}.txt") for part in ("calibration", "eval"))
     return calibration, evaluation
 
@@ -50,7 +50,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Quality:
-    """What is measured of a model: accuracies in [0, 1] by task, and parameters."""
+    """The measured quality of a model. accuracies: by task, in [0, 1]. parameters: their number."""
 
     perplexity: float
     accuracies: dict[str, float]
@@ -58,14 +58,14 @@ class Quality:
 
 
 def add_model_options(made: ArgumentParser, base_model: str | None = None) -> None:
-    """The model to measure and its texts; base_model: what help says of the model."""
+    """Add the options for the model to measure and its texts; base_model: help of the option --base_model."""
     made.add_argument("--base_model", help=base_model)
     made.add_argument("--dataset", help="calibration text; results are recorded under its name, too")
     made.add_argument("--eval_dataset", help="text that perplexity is measured on; likewise")
 
 
 def add_task_options(made: ArgumentParser) -> None:
-    """What `quality_of` asks."""
+    """Add the options for the zero-shot questions that `quality_of` asks."""
     made.add_argument(
         "--tasks", type=folder_of("*.jsonl"), default=None, help="folder of .jsonl files with zero-shot questions"
     )
@@ -73,7 +73,7 @@ def add_task_options(made: ArgumentParser) -> None:
 
 
 def subjects(options: Namespace) -> Iterator[Subject]:
-    """What --base_model names; else each of --models that is here."""
+    """Yield the subject that --base_model names; without it, each of --models that is available."""
     if options.base_model is not None:
         yield chosen_subject(options)
         return
@@ -90,7 +90,7 @@ def subjects(options: Namespace) -> Iterator[Subject]:
 
 
 def chosen_subject(options: Namespace) -> Subject:
-    """What --base_model names; else SmolLM2-135M, or the demo model for --toy."""
+    """Load the subject that --base_model names; without it SmolLM2-135M, or the demo model for --toy."""
     if options.base_model is not None:
         return _load(Path(options.base_model).name, Source(options.base_model), options)
     if options.toy:
@@ -99,14 +99,14 @@ def chosen_subject(options: Namespace) -> Subject:
 
 
 class Source(NamedTuple):
-    """Where a model is, and its calibration and evaluation text; None is the embedded one."""
+    """The path or name of a model, and its calibration and evaluation texts; None stands for the embedded text."""
 
     base_model: str
     texts: tuple[str | None, str | None] = (None, None)
 
 
 def _sources(options: Namespace) -> dict[str, Source]:
-    """By model; those that are not there are left out."""
+    """The sources of all models that are available, by name."""
     sources: dict[str, Source] = {}
     if STORIES_MODEL.is_dir():
         sources["stories260k"] = Source(str(STORIES_MODEL), STORIES)
@@ -122,7 +122,7 @@ def _sources(options: Namespace) -> dict[str, Source]:
 
 
 def _load(name: str, source: Source, options: Namespace) -> Subject:
-    """Load a model with the texts that the options name, and of those that they do not with its own."""
+    """Load a model with the texts that the options name, and its own texts in place of any that they do not."""
     model, tokenizer = load_model(source.base_model, device=options.device)
     calibration = load_tokens(options.dataset or source.texts[0], tokenizer)
     evaluation = load_tokens(options.eval_dataset or source.texts[1], tokenizer, split="evaluation")
@@ -130,13 +130,13 @@ def _load(name: str, source: Source, options: Namespace) -> Subject:
 
 
 def _on_texts(options: Namespace) -> str:
-    """What follows a model's name where options name texts: results on different texts share no table."""
+    """Suffix of a model's name if options name texts, because results on different texts must not share a table."""
     named = {"on": options.dataset, "evaluated on": options.eval_dataset}
     return "".join(f", {how} {Path(text).name}" for how, text in named.items() if text is not None)
 
 
 def quality_of(model: PreTrainedModel, subject: Subject, options: Namespace) -> Quality:
-    """Measure a model on the subject's text, and on the tasks of the options where they name a folder."""
+    """Measure a model on the subject's evaluation text, and on the zero-shot tasks if the options name a folder."""
     value = perplexity(
         model, subject.evaluation, seq_len=options.seq_len, batch_size=8, max_windows=options.eval_samples
     ).value
@@ -146,5 +146,5 @@ def quality_of(model: PreTrainedModel, subject: Subject, options: Namespace) -> 
 
 
 def without_tasks(options: Namespace) -> Namespace:
-    """The options of `quality_of` that ask no zero-shot question."""
+    """A copy of the options with which `quality_of` asks no zero-shot questions."""
     return Namespace(**{**vars(options), "tasks": None})

@@ -1,4 +1,4 @@
-"""What scaling the gradients brings and costs: on a deep healthy model, and on one where pruning does harm.
+"""What scaling the gradients gains and costs, on a deep healthy model and on one that pruning harms.
 
     python -m benchmarks.quality.vanishing [--device cuda] [--quick]
 
@@ -37,14 +37,15 @@ from gradprune.vanishing.diagnosis import diagnose_gradients
 
 FIXES = ("none", "adaptive", "normalize", "depth:sqrt", "adaptive+depth:sqrt")
 METHOD = "taylor_2nd"
-# By option, what is measured: the model's name in the results, its recipe, calibration samples.
+# What is measured, by default, with --quick and with --toy: the model's name in the results, its recipe, and the number
+# of calibration samples.
 _FULL = ("deep", RECIPE, 32)
 _QUICK = ("deep, quick,", replace(RECIPE, steps=60, layers=8), 16)
 _TOY = ("toy", replace(RECIPE, steps=4, layers=3, hidden_size=32, intermediate_size=32, seq_len=32), 4)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train the models, then prune each in all ways."""
+    """Train the models, then prune each with every scaling and temperature."""
     made = parser(__doc__)
     made.add_argument("--ratio", type=float, default=0.5, help="of the parameters that are removed")
     made.add_argument("--eval_samples", type=int, default=64, help="windows that the perplexity is measured on")
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _measure(
     model: PreTrainedModel, tokens: Tensor, held_out: Tensor, config: PruneConfig, options: Namespace
 ) -> Iterator[dict[str, Any]]:
-    """By temperature and scaling, what a record's `extra` holds; tokens, held_out: [tokens] int64."""
+    """Yield a record's `extra` for each temperature and scaling; tokens, held_out: [tokens] int64."""
     samples = draw_samples(model, None, config, tokens, held_out)
     view = describe(model)
     evidence = gather_evidence(Run(view, config, samples))

@@ -1,4 +1,4 @@
-"""Other pruning methods, each written from its paper, to compare with on the same models and calibration samples."""
+"""Other pruning methods, each written from its paper, for comparison on the same models and calibration samples."""
 
 from collections.abc import Iterable, Iterator
 
@@ -16,11 +16,11 @@ PEERS: dict[str, Peer] = {
     "LLM-Pruner": llm_pruner,
     "layerwise OBS": layerwise_obs,
 }
-"""By the name under which they are reported."""
+"""The peers, by the names under which they are reported."""
 
 
 def taking_part(names: Iterable[str], view: PrunableModel) -> Iterator[str]:
-    """Those of `PEERS` that can prune the model; of each other it is said why it cannot."""
+    """Yield the names of those peers that can prune the model, and show for each other one why it cannot."""
     for name in names:
         fault = obstacle(view, uniform=PEERS[name] is not flap)
         if fault is None:

@@ -15,16 +15,16 @@ from gradprune.models.streams import Streams
 from gradprune.surgery.masking import mask_output, masked
 
 Decide = Callable[[Block, Tensor], Tensor]
-"""From a block and its output projection's inputs [tokens, I]: which groups it keeps, [groups] bool. It may change the
-projection's weights."""
+"""Function from a block and its output projection's inputs [tokens, I] to the groups that are kept, [groups] bool. It
+may change the projection's weights."""
 
 
 @dataclass(frozen=True)
 class PeerChoice:
     """What a peer keeps, and how it compensates for the rest.
 
-    weights: [O, I], output projections that the peer changed. biases: [O], what it adds to a block's output; the
-    architectures have no such bias, so the pruned model gains O parameters for each.
+    weights: the weights [O, I] of output projections that the peer changed, by block. biases: the vectors [O] that it
+    adds to blocks' outputs; the architectures have no such bias, so the pruned model gains O parameters for each.
     """
 
     masks: GroupMasks
@@ -33,14 +33,14 @@ class PeerChoice:
 
 
 Peer = Callable[[PrunableModel, Sequence[Tensor], int], PeerChoice]
-"""From a model, calibration ids [N, T] int64 in batches, and how many parameters may go at most. It leaves the model as
-it was."""
+"""Function from a model, batches of calibration ids ([N, T] int64 each), and the number of parameters that may be
+removed at most. It leaves the model as it was."""
 
 
 def obstacle(view: PrunableModel, uniform: bool) -> str | None:
     """Why a peer cannot prune the model, or None.
 
-    uniform: it takes as many groups from one layer as from another.
+    uniform: whether the peer removes the same number of groups from every layer.
     """
     shapes: dict[str, set[tuple[int, int]]] = {}
     for block in view.blocks:
@@ -54,7 +54,7 @@ def obstacle(view: PrunableModel, uniform: bool) -> str | None:
 
 @contextmanager
 def applied(view: PrunableModel, choice: PeerChoice) -> Iterator[None]:
-    """Inside the context the model computes what the peer's pruned model would."""
+    """While active, the model computes what the peer's pruned model would compute."""
     with ExitStack() as stack:
         stack.enter_context(outputs_restored(view))
         for block in view.blocks:
@@ -70,7 +70,7 @@ def applied(view: PrunableModel, choice: PeerChoice) -> Iterator[None]:
 
 
 def take_gradients(model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
-    """Add the gradients of the mean loss of all windows to `.grad`; batches: ids [N, T] int64, of any numbers."""
+    """Add the gradients of the mean loss of all windows to `.grad`; batches: ids [N, T] int64 each; N may differ."""
     windows = sum(len(ids) for ids in batches)
     for ids in batches:
         ids = ids.to(model.device)
@@ -80,7 +80,7 @@ def take_gradients(model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def in_order(view: PrunableModel, batches: Sequence[Tensor], decide: Decide) -> GroupMasks:
-    """Decide block by block, in the order the data passes them: each sees its input in the model as pruned so far.
+    """Decide block by block, in forward order: each sees its inputs in the model as pruned so far.
 
     The output projections keep what `decide` writes into them, with the pruned columns zeroed.
     """
@@ -101,14 +101,15 @@ def in_order(view: PrunableModel, batches: Sequence[Tensor], decide: Decide) -> 
 
 
 def outputs_restored(view: PrunableModel) -> AbstractContextManager[None]:
-    """On exit, the output projections are what they were on entry."""
+    """Context manager that restores the output projections on exit to what they were on entry."""
     return values_restored(parameter for block in view.blocks for _, parameter in block.output_parameters())
 
 
 def uniform_counts(view: PrunableModel, budget: int, layers: Sequence[int] | None = None) -> dict[str, int]:
-    """By kind, how many groups go from each of `layers` (None: all), `budget` parameters in all at most.
+    """Return by kind how many groups to remove from each of `layers` (None: all), at most `budget` parameters in total.
 
-    Heads are coarse: their share is rounded down, and channels make up for it. One group of each stays.
+    KV groups are coarse: their share is rounded down, and MLP channels make up for it. At least one group of each kind
+    stays in every layer.
     """
     count = len(view.layers if layers is None else layers)
     attention, mlp = (next(b for b in view.blocks if b.kind.name == kind) for kind in ("attention", "mlp"))
@@ -122,7 +123,7 @@ def uniform_counts(view: PrunableModel, budget: int, layers: Sequence[int] | Non
 def uniform_masks(
     view: PrunableModel, scores: Mapping[BlockKey, Tensor], budget: int, layers: Sequence[int] | None = None
 ) -> GroupMasks:
-    """Remove what scores lowest in each of `layers` (None: all), the same number in each; nothing elsewhere."""
+    """Remove the groups that score lowest in each of `layers` (None: all), the same number in each; none elsewhere."""
     lost = uniform_counts(view, budget, layers)
     kept = {
         block.key: without_lowest(
@@ -134,7 +135,7 @@ def uniform_masks(
 
 
 def global_masks(view: PrunableModel, scores: Mapping[BlockKey, Tensor], budget: int) -> GroupMasks:
-    """Remove what scores lowest in the whole model, as long as it fits into the budget."""
+    """Remove the groups that score lowest in the whole model, skipping those that no longer fit into the budget."""
     masks = GroupMasks(
         {block.key: torch.ones(block.groups, dtype=torch.bool) for block in view.blocks}, len(view.layers)
     )

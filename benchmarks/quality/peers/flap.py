@@ -2,8 +2,8 @@
 
 Column j of an output projection W scores Var_j * ||W_:j||^2, with Var_j the variance over calibration tokens of its
 input (the paper's WIFV). Within each block the columns' scores are standardised (mean 0, deviation 1), a head's are
-averaged over its columns, here over those of a KV head's query heads; then all groups are sorted at once. What the
-removed columns wrote on average is added as a bias: W_:Q mean(x_Q).
+averaged over its columns, here over those of a KV head's query heads; then the groups of all blocks are sorted
+together. What the removed columns wrote on average is added as a bias: W_:Q mean(x_Q).
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from gradprune.models import Block, BlockKey, PrunableModel
 
 
 def flap(view: PrunableModel, batches: Sequence[Tensor], budget: int) -> PeerChoice:
-    """Sorted over the whole model; inputs are those of the dense model."""
+    """Choose globally over the model, by scores on the inputs of the dense model, and compensate by biases."""
     scores: dict[BlockKey, Tensor] = {}
     means: dict[BlockKey, Tensor] = {}
 
@@ -42,11 +42,11 @@ def fluctuation(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def standardised(scores: Tensor) -> Tensor:
-    """[I] with mean 0 and standard deviation 1."""
+    """[I]: scores [I] shifted and scaled to mean 0 and standard deviation 1."""
     return (scores - scores.mean()) / scores.std()
 
 
 def removed_mean(block: Block, mean: Tensor, kept: Tensor) -> Tensor:
-    """[O] fp64: what the columns of the removed groups write for the mean input [I]."""
+    """[O] fp64: the output of the removed groups' columns for the mean input [I]; kept: [groups] bool."""
     gone = block.output.columns_of((~kept).nonzero().flatten()).to(mean.device)
     return block.output.weight.detach().double()[:, gone] @ mean[gone]

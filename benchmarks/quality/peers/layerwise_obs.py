@@ -1,12 +1,13 @@
 """Layerwise optimal brain surgeon at a uniform ratio, as ZipLM (arXiv:2302.04089) and SlimGPT (arXiv:2412.18110) do.
 
 A block's output projection W reads x; H = mean over tokens of x x^T, with a hundredth of its mean diagonal added to its
-diagonal, as SparseGPT and SlimGPT do. Greedily the group Q goes whose removal costs least once the columns that stay
-are re-solved, tr( W_Q ((H^-1)_QQ)^-1 W_Q^T ), and then
+diagonal, as SparseGPT and SlimGPT do. Greedily, the group Q is removed whose removal costs least once the remaining
+columns are re-solved, tr( W_Q ((H^-1)_QQ)^-1 W_Q^T ), and then
 
     W <- W - W_Q ((H^-1)_QQ)^-1 (H^-1)_Q:        H^-1 <- H^-1 - (H^-1)_:Q ((H^-1)_QQ)^-1 (H^-1)_Q:
 
-until the block has lost as many groups as every other. Blocks are pruned in order, and see the pruned model's inputs.
+until the block has lost as many groups as every other block of its kind. Blocks are pruned in order, and each sees its
+inputs in the model as pruned so far.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ _DAMPING = 0.01
 
 
 def layerwise_obs(view: PrunableModel, batches: Sequence[Tensor], budget: int) -> PeerChoice:
-    """Uniform, local to each block, with the weights that stay re-solved."""
+    """Choose within each block, the same number of groups in every layer, and re-solve the remaining weights."""
     lost = uniform_counts(view, budget)
     weights: dict[BlockKey, Tensor] = {}
 
@@ -37,7 +38,7 @@ def layerwise_obs(view: PrunableModel, batches: Sequence[Tensor], budget: int) -
 
 
 def damped(x: Tensor) -> Tensor:
-    """[I, I] fp64: H of inputs x [tokens, I]."""
+    """[I, I] fp64: H of the inputs x [tokens, I], damped."""
     hessian = x.double().T @ x.double() / len(x)
     hessian.diagonal().add_(_DAMPING * hessian.diagonal().mean())
     return hessian
@@ -63,7 +64,7 @@ def surgeon(weight: Tensor, hessian: Tensor, columns: int, count: int) -> tuple[
         across = torch.linalg.solve(inverse[span, span], inverse[span])
         w.addmm_(w[:, span].clone(), across, alpha=-1.0)
         inverse.addmm_(inverse[:, span].clone(), across, alpha=-1.0)
-        # Exactly zero, and invertible on its own, whatever rounding left.
+        # Clear what rounding left: the removed columns are exactly zero, and their block of the inverse is invertible.
         w[:, span] = 0.0
         inverse[span] = 0.0
         inverse[:, span] = 0.0
@@ -73,7 +74,7 @@ def surgeon(weight: Tensor, hessian: Tensor, columns: int, count: int) -> tuple[
 
 
 def _costs(weight: Tensor, inverse: Tensor, columns: int) -> Tensor:
-    """[groups] tr( W_Q ((H^-1)_QQ)^-1 W_Q^T ) of each group alone."""
+    """[groups]: tr( W_Q ((H^-1)_QQ)^-1 W_Q^T ), the cost of removing each group Q by itself."""
     groups = weight.shape[1] // columns
     at = torch.arange(groups * columns, device=weight.device).view(groups, columns)
     blocks = inverse[at[:, :, None], at[:, None, :]]

@@ -1,7 +1,7 @@
 """Torch-Pruning's choice of groups on a model that its graph can trace, as masks that this project cuts.
 
-Scores are those of its `GroupTaylorImportance` with its defaults; the lowest of every layer go, the same share in all
-layers, which is its default too (`global_pruning=False`): `choice.uniform_masks` selects so.
+Scores are those of its `GroupTaylorImportance` with its defaults. The lowest-scoring groups of each layer are removed,
+the same share in all layers, as `choice.uniform_masks` selects; this is also its default (`global_pruning=False`).
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from gradprune.models import BlockKey, describe
 
 
 def without_grouped_queries(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The same function with one KV head a query head, by repeating KV heads.
+    """Make a model of the same function with one KV head per query head, by repeating KV heads.
 
-    Torch-Pruning's graph of a model with two query heads a KV head does not end.
+    Torch-Pruning's tracing of a model with two query heads per KV head does not end.
     """
     dense = model.config
     config = LlamaConfig.from_dict({**dense.to_dict(), "num_key_value_heads": dense.num_attention_heads})
@@ -32,7 +32,7 @@ def without_grouped_queries(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def torch_pruning_scores(model: PreTrainedModel, batches: Sequence[Tensor]) -> dict[BlockKey, Tensor]:
-    """By block, [groups]: its importances of the heads and of the MLP channels.
+    """Return Torch-Pruning's importances of the KV heads and of the MLP channels, [groups] by block.
 
     Raises:
         ImportError: torch-pruning is not installed.

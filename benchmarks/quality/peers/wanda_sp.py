@@ -1,8 +1,8 @@
 """Wanda-sp: structured Wanda (Sun et al. 2023, arXiv:2306.11695), as FLAP's authors compare with it (arXiv:2312.11983).
 
-A group scores the sum of |W_ij| * ||x_j||_2 over its columns of the output projection, x_j being that column's input
-over all calibration tokens. The lowest of each block go, the same number in every layer; inputs are those of the model
-as pruned so far, block by block. No compensation.
+A group's score is the sum of |W_ij| * ||x_j||_2 over its columns of the output projection, x_j being that column's
+input over all calibration tokens. The lowest-scoring groups of each block are removed, the same number in every layer.
+Blocks are pruned in order, and each sees its inputs in the model as pruned so far. There is no compensation.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from gradprune.models import Block, PrunableModel
 
 
 def wanda_sp(view: PrunableModel, batches: Sequence[Tensor], budget: int) -> PeerChoice:
-    """Uniform, local to each block."""
+    """Choose within each block, the same number of groups in every layer."""
     lost = uniform_counts(view, budget)
 
     def decide(block: Block, x: Tensor) -> Tensor:
