@@ -194,8 +194,9 @@ def recovery(records: Sequence[Record]) -> str:
         parts.append(
             f"{recovered.name} with {recovered.shape}, repaired: {extra['steps']} steps, {extra['tokens']:,} tokens "
             f"and {extra['processor_seconds'] / 60:.0f} minutes of processor time ({recovered.environment.hardware}) "
-            f"bring log perplexity {share:.0%} of the way back (`python -m benchmarks.quality.recovery`; measured on "
-            f"{extra['eval_windows'] or 'all'} windows and {extra['max_questions'] or 'all'} questions per task):\n\n"
+            f"bring log perplexity {share:.0%} of the way back to the dense model's (`python -m "
+            f"benchmarks.quality.recovery`; measured on {extra['eval_windows'] or 'all'} windows and "
+            f"{extra['max_questions'] or 'all'} questions per task):\n\n"
             f"{tables.recovery_table(group)}"
         )
     return "\n\n".join(parts) or _UNMEASURED
@@ -232,8 +233,9 @@ def mean_sizes(records: Sequence[Record]) -> dict[str, list[tuple[float, float]]
 def plan(_records: Sequence[Record]) -> str:
     """Table of how large models fit on GPUs; computed, not measured."""
     lead = (
-        "By the plan, for 128 samples of 2048 tokens at batch size 1: the fastest way that fits each device, and its "
-        "peak there; in the last columns, the host memory that a streamed run takes and how much it reads."
+        "As `gradprune plan` predicts for 128 samples of 2048 tokens at batch size 1: the fastest way to run that fits "
+        "each device, and its peak memory there; in the last columns, the host memory that a streamed run needs and "
+        "the amount of data that it reads."
     )
     return f"{lead}\n\n{tables.table(*plan_table.rows())}"
 
@@ -255,8 +257,8 @@ def _overhead(records: Sequence[Record]) -> str:
     least, most = (pick(found.extra["ratio"] for found in records) for pick in (min, max))
     return (
         f"Calibrating {records[0].shape.split(',')[0]}, which fits in memory, takes {least:.2f} to {most:.2f} times as "
-        "much processor time streamed as whole with `--use_gradient_checkpointing` (`python -m "
-        "benchmarks.jobs.overhead`)."
+        "much processor time with streamed layers as with the whole model and `--use_gradient_checkpointing` (`python "
+        "-m benchmarks.jobs.overhead`)."
     )
 
 
@@ -265,7 +267,7 @@ def _predictions(records: Sequence[Record]) -> str:
     texts = []
     compared = [found for found in records if not found.extra["axis"] and found.peak_memory]
     held_out = f" layers of {HELD_OUT.hidden} and {HELD_OUT.intermediate},"
-    for known, which in ((True, "the shapes that its constants were set on"), (False, "one on which they were not")):
+    for known, which in ((True, "the shapes that its constants were set on"), (False, "one that they were not set on")):
         chosen = [found for found in compared if known != (held_out in found.shape)]
         ratios = [found.extra["predicted"] / (found.peak_memory or 1) for found in chosen]
         if ratios:
@@ -274,9 +276,9 @@ def _predictions(records: Sequence[Record]) -> str:
 
 
 _GROWTH = (
-    "How processor time and peak memory of calibration, importance by `obs` and repair grow, as exponents (1 is "
-    "linear, 0 constant), for a small Llama with one sample a batch; streamed, with 10 MiB for streams; of several "
-    "ranks, the one that takes most (`python -m benchmarks.jobs.memory`):"
+    "How the processor time and peak memory of calibration, of importance by `obs` and of repair grow, as exponents "
+    "(1 is linear, 0 constant), for a small Llama at batch size 1. Streamed runs have 10 MiB for streams; of several "
+    "ranks, the largest value counts (`python -m benchmarks.jobs.memory`):"
 )
 
 SECTIONS: dict[str, dict[str, Callable[[Sequence[Record]], str]]] = {

@@ -123,7 +123,7 @@ def growth_table(records: Sequence[Record]) -> str:
 
 
 MEMORY = (
-    "Peak memory that is no file cache, on top of what the process held before the model was loaded, and what "
+    "Peak memory without the file cache, on top of what the process held before the model was loaded, and what "
     "`gradprune plan` predicts from the configuration."
 )
 
@@ -152,7 +152,7 @@ def memory_growth_table(records: Sequence[Record]) -> str:
 
 OVERHEAD = (
     "Calibration with streamed layers against the whole model with `--use_gradient_checkpointing`: the ratio of their "
-    "processor times on one thread, by turns."
+    "processor times on one thread, measured by turns."
 )
 
 
@@ -167,8 +167,9 @@ def overhead_table(records: Sequence[Record]) -> str:
 
 
 STREAMED = (
-    "A model larger than the memory allowed: `prune` with streamed layers and without repair, and the calibration "
-    "alone of others, each ended where it holds more than it may. Memory that is no file cache; on a GPU the host's."
+    "A model larger than the memory allowed: `prune` with streamed layers and without repair, and only the calibration "
+    "of other tools, each of which is stopped when it holds more than allowed. Peaks are of the host's memory without "
+    "the file cache, also on a GPU."
 )
 
 
@@ -187,8 +188,9 @@ def streamed_table(records: Sequence[Record]) -> str:
 
 
 STAGES = (
-    "`prune` of a real model by default, removing a fifth of its prunable parameters: the time of each stage as a "
-    "multiple of a plain forward and backward pass over the calibration samples, with perplexity on as many windows."
+    "`prune` of a real model with default options, removing a fifth of its prunable parameters: the time of each stage "
+    "as a multiple of a plain forward and backward pass over the calibration samples. Perplexity is measured on as "
+    "many windows as there are samples."
 )
 
 
@@ -209,8 +211,8 @@ def stages_table(records: Sequence[Record]) -> str:
 
 
 WHOLE = (
-    "`prune` by default, stage by stage, and calibration alone by others on fewer samples of the same length. The time "
-    "of a sample is that of the stage divided by the samples that are calibrated on."
+    "`prune` with default options, stage by stage, and only calibration, by this project and by others, on fewer "
+    "samples of the same length. The time per sample is the time of the row divided by its number of samples."
 )
 
 
@@ -230,8 +232,8 @@ def whole_table(records: Sequence[Record]) -> str:
 
 
 PREDICTED = (
-    "Predicted, not measured: from operations and bytes that are counted without a GPU, and assumed rates "
-    "(`benchmarks/predicted/roofline.py`); good to a quarter at best."
+    "Predicted, not measured: from operations and bytes that are counted without a GPU, and from assumed rates "
+    "(`benchmarks/predicted/roofline.py`); accurate to within a quarter at best."
 )
 
 
@@ -255,9 +257,10 @@ def predicted_table(predicted: Sequence[Record], measured: Sequence[Record]) -> 
 
 
 COMPILED = (
-    "What compilers make of the Triton kernels, without a device: per thread registers and bytes of stack, per block "
-    "bytes of shared memory, blocks that a multiprocessor holds at once, and per element instructions of a loop's step "
-    "and of what follows the last product. The tests hold budgets on these (`tests/helpers/kernel_gates.py`)."
+    "What compilers make of the Triton kernels, without a device: registers and bytes of stack per thread, bytes of "
+    "shared memory per block, blocks that a multiprocessor can hold at the same time, and instructions per element, in "
+    "a step of the loop and in the epilogue after the last product. The tests enforce budgets for these "
+    "(`tests/helpers/kernel_gates.py`)."
 )
 
 
@@ -322,8 +325,8 @@ def dense_accuracy(records: Sequence[Record]) -> str:
 
 
 RECOVERY = (
-    "A pruned model, repaired, before and after `gradprune recover` (`python -m benchmarks.quality.recovery`). Way "
-    "back: how far log perplexity came from the pruned model's towards the dense one's."
+    "A pruned and repaired model before and after `gradprune recover` (`python -m benchmarks.quality.recovery`). Way "
+    "back: the fraction of pruning's increase in log perplexity that recovery undid."
 )
 
 
@@ -411,8 +414,8 @@ def _more_kept(records: Sequence[Record], least: float) -> str:
 
 
 CALIBRATION_SIZE = (
-    "Excess, ln(perplexity / dense perplexity), by the number of calibration samples of 128 tokens, the same for all; "
-    "removed: in % of the prunable parameters (`python -m benchmarks.quality.calibration_size`)."
+    "Excess, ln(perplexity / dense perplexity), by the number of calibration samples of 128 tokens, which are the same "
+    "for all providers. Removed: in % of the prunable parameters (`python -m benchmarks.quality.calibration_size`)."
 )
 
 
@@ -435,7 +438,7 @@ def _excess(found: Record, text: str = "") -> float:
 DISTILLED_TEXT = (
     "Excess, ln(perplexity / dense perplexity), on text like the calibration text and on other text, and mean "
     "zero-shot accuracy, by the share of samples that the model wrote itself (own text) and by the weight of the "
-    "next-token loss in distillation (the text's share), and of peers; removed: in % of the prunable parameters "
+    "next-token loss in distillation (the text's share), compared with peers. Removed: in % of the prunable parameters "
     "(`python -m benchmarks.quality.distilled_text`)."
 )
 
@@ -477,8 +480,9 @@ def distilled_text_table(records: Sequence[Record]) -> str:
 
 
 EXPERTS = (
-    "Held-out perplexity of a small mixture of experts, dense and pruned, by its repair; what is pruned and how much "
-    "of the parameters, on how many calibration samples of 128 tokens (`benchmarks/quality/experts.py`)."
+    "Held-out perplexity of a small mixture of experts, dense and pruned, by repair. Rows name what is pruned, how "
+    "much of the parameters is removed, and the number of calibration samples of 128 tokens "
+    "(`benchmarks/quality/experts.py`)."
 )
 
 
