@@ -34,7 +34,7 @@ _BUILD_NEEDS = ("pip", "scikit_build_core", "pybind11")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build, test and measure. Returns 1 if something failed, else 0."""
     made = parser(__doc__)
-    made.add_argument("--large", action="store_true", help="measure the jobs of the 70B model, and nothing else")
+    made.add_argument("--large", action="store_true", help="run only the jobs of the 70B model, and no tests")
     made.set_defaults(device="cuda")
     options = parse(made, arguments)
     deadline = Deadline(SECONDS if options.seconds is None else options.seconds)
@@ -59,7 +59,7 @@ def _built(seconds: float, environment: dict[str, str]) -> bool:
     """
     absent = missing(_BUILD_NEEDS)
     if absent:
-        say(f"LEFT OUT: the C++ and CUDA ops, for they cannot be built without {', '.join(absent)}")
+        say(f"LEFT OUT: the C++ and CUDA ops, which cannot be built without {', '.join(absent)}")
         _link_kernels()
         return True
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
@@ -79,11 +79,11 @@ def _link_kernels() -> None:
 def _tested(seconds: float, options: Namespace, environment: dict[str, str]) -> bool:
     """Run the tests marked gpu; a test whose packages are missing is skipped, or an error at collection."""
     if missing(["pytest"]):
-        say("LEFT OUT: the tests, for they cannot run without pytest")
+        say("LEFT OUT: the tests, which cannot run without pytest")
         return True
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--continue-on-collection-errors", "--durations", "10"]
     if missing(["xdist"]):
-        say("the tests run one after the other, for pytest-xdist is not here")
+        say("the tests run one after the other, because pytest-xdist is not installed")
     else:
         command += ["--numprocesses", "8", "--dist", "worksteal"]
     # Toy runs usually have no GPU: all these tests are skipped then, and one file is enough to exercise this path.

@@ -18,7 +18,7 @@ def parser(description: str | None) -> ArgumentParser:
     made.add_argument("--toy", action="store_true", help="tiny cases, to test the benchmark itself")
     made.add_argument("--seconds", type=float, default=None, help="time limit; the rest is recorded as skipped")
     made.add_argument(
-        "--until", type=float, default=None, help="the same as a moment of time.monotonic(): what came before counts"
+        "--until", type=float, default=None, help="the time limit as a value of time.monotonic(), instead of --seconds"
     )
     made.add_argument("--output", type=Path, default=FOLDER, help="folder to append the results to")
     return made
@@ -41,7 +41,7 @@ def listed(convert: Callable[[str], object], of: Collection[str] = ()) -> Callab
         try:
             found = [convert(part) for part in text.split(",")]
         except ValueError as error:
-            raise ArgumentTypeError(f"'{text}' is not of numbers separated by commas") from error
+            raise ArgumentTypeError(f"'{text}' is not a list of numbers separated by commas") from error
         if unknown := [value for value in found if of and value not in of]:
             raise ArgumentTypeError(f"'{unknown[0]}' is none of {', '.join(of)}")
         return found
@@ -54,7 +54,7 @@ def folder_of(pattern: str) -> Callable[[str], Path]:
 
     def folder(text: str) -> Path:
         if not any(Path(text).glob(pattern)):
-            raise ArgumentTypeError(f"'{text}' is no folder with {pattern} in it")
+            raise ArgumentTypeError(f"'{text}' is not a folder with {pattern} in it")
         return Path(text)
 
     return folder

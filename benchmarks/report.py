@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the report."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=FOLDER)
-    parser.add_argument("--root", type=Path, default=ROOT, help="the repository, whose texts and plots are renewed")
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, help="the repository whose documents and plots are rewritten"
+    )
     options = parser.parse_args(arguments)
     records = latest(read(options.results))
     folder = options.root / "benchmarks"

@@ -58,7 +58,7 @@ LARGE = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the steps. Returns 1 if one of them failed, else 0."""
     made = parser(__doc__)
-    made.add_argument("--large", action="store_true", help="instead of all others, the jobs of the 70B model")
+    made.add_argument("--large", action="store_true", help="run only the jobs of the 70B model")
     made.add_argument("--steps_of", choices=["cpu", "cuda"], help="the device whose steps are run; by default --device")
     options = parse(made, arguments)
     default = _DEFAULT_SECONDS[options.device, options.quick]

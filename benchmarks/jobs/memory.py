@@ -157,8 +157,12 @@ def cases(quick: bool, toy: bool) -> Iterator[tuple[str, Case]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure each case, and print prediction, measurement and the fitted exponents."""
     made = parser(__doc__)
-    made.add_argument("--axes", type=listed(str, AXES), help=f"only these of {', '.join(AXES)}, and no other cases")
-    made.add_argument("--case", type=json.loads, help="for the process of one case: its fields as JSON")
+    made.add_argument(
+        "--axes", type=listed(str, AXES), help=f"measure only these of {', '.join(AXES)}, and no other cases"
+    )
+    made.add_argument(
+        "--case", type=json.loads, help="fields of a case as JSON: measure it in this process (used internally)"
+    )
     options = parse(made, arguments)
     if options.case is not None:
         print(json.dumps(measured(Case(**options.case))))
@@ -296,7 +300,7 @@ def _peaks() -> Iterator[dict[str, Any]]:
 def _resident() -> int:
     """Bytes of resident memory of this process without the file cache."""
     held = memory_of("RssAnon")
-    assert held is not None, "only Linux says how much memory is no file's"
+    assert held is not None, "only Linux reports memory without the file cache"
     return held
 
 

@@ -34,8 +34,8 @@ LOADS = (Load(4, 128, 4), Load(16, 128, 4))
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure each case, and print its ratio."""
     made = parser(__doc__)
-    made.add_argument("--base_model", default="smollm2-135m", help="a checkpoint, or a model that a package brings")
-    made.add_argument("--turns", type=int, default=5, help="of each side")
+    made.add_argument("--base_model", default="smollm2-135m", help="a checkpoint, or a model that a package contains")
+    made.add_argument("--turns", type=int, default=5, help="number of turns")
     options = parse(made, arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -101,10 +101,10 @@ def _read_counters(options: Namespace, deadline: Deadline) -> None:
     """Write Nsight Compute's report on one launch of the kernel, unless it is missing, not permitted or too slow."""
     ncu = shutil.which("ncu")
     if ncu is None or options.device != "cuda":
-        say("LEFT OUT: the kernel's counters, for " + ("there is no GPU" if ncu else "ncu is not here"))
+        say("LEFT OUT: the kernel's counters, because " + ("there is no GPU" if ncu else "ncu is not installed"))
         return
     if not deadline.allows(_NCU_LEAST):
-        say("LEFT OUT: the kernel's counters, for the time for this run was used up")
+        say("LEFT OUT: the kernel's counters, because the time for this run was used up")
         return
     options.output.mkdir(parents=True, exist_ok=True)
     # At the regular clocks, because the kernel never runs at those that ncu would fix.
@@ -114,7 +114,9 @@ def _read_counters(options: Namespace, deadline: Deadline) -> None:
     command += ["--log-file", str(options.output / NCU_FILE), sys.executable, "-c", _NCU_PROGRAM]
     code = run_within(command, min(_NCU_SECONDS, deadline.left))
     if code != 0:
-        say(f"LEFT OUT: the kernel's counters, for ncu {'took too long' if code is None else f'failed with {code}'}")
+        say(
+            f"LEFT OUT: the kernel's counters, because ncu {'took too long' if code is None else f'failed with {code}'}"
+        )
 
 
 if __name__ == "__main__":

@@ -70,14 +70,16 @@ peer.run(model.eval(), list(ids.split(1)), True)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the model, prune it or calibrate peers on it, and record what was measured."""
     made = parser(__doc__)
-    made.add_argument("--size", choices=list(_LEAST), default=None, help="by default 8B, on a GPU 70B")
-    made.add_argument("--folder", type=Path, default=None, help="of the model and the results, to keep them")
-    made.add_argument("--layers", type=int, default=None, help="by default as many as the disk holds")
+    made.add_argument("--size", choices=list(_LEAST), default=None, help="size of the Llama; default 8B, on a GPU 70B")
+    made.add_argument(
+        "--folder", type=Path, default=None, help="where to keep the model and the results; default a temporary one"
+    )
+    made.add_argument("--layers", type=int, default=None, help="number of layers; default as many as the disk can hold")
     made.add_argument("--num_samples", type=int, default=2)
     made.add_argument("--seq_len", type=int, default=64)
     made.add_argument("--repair", default="none")
     made.add_argument("--budget", type=float, default=24.0, help="GiB of the GPU's memory; with --peers, of the host's")
-    made.add_argument("--peers", action="store_true", help="calibrate with others instead of pruning")
+    made.add_argument("--peers", action="store_true", help="calibrate with other tools instead of pruning")
     options = parse(made, arguments)
     options.size = "toy" if options.toy else options.size or ("70B" if options.device == "cuda" else "8B")
     deadline = Deadline(options.seconds)

@@ -83,9 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> ArgumentParser:
     made = parser(__doc__)
     add_model_options(made, f"default {SMOLLM2}")
-    made.add_argument("--other_dataset", help="default stories beside the repository")
-    made.add_argument("--shares", type=listed(float), default=None, help="of the text in what distillation teaches")
-    made.add_argument("--own_text", type=float, default=0.0, help="of the samples, the share the model writes itself")
+    made.add_argument("--other_dataset", help="other text to measure on; default stories in ../shared")
+    made.add_argument(
+        "--shares", type=listed(float), default=None, help="weights of the next-token loss in distillation"
+    )
+    made.add_argument("--own_text", type=float, default=0.0, help="share of the samples that the model writes itself")
     made.add_argument("--peers", type=listed(str, PEERS), default=(), help=f"measure these instead: {', '.join(PEERS)}")
     made.add_argument("--ratios", type=listed(float), default=None)
     made.add_argument("--num_samples", type=int, default=None)

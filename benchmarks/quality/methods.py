@@ -96,15 +96,17 @@ def _parser() -> ArgumentParser:
         "--methods", type=listed(str, METHODS), default=DENSE_METHODS, help="importance methods to measure"
     )
     made.add_argument("--peers", type=listed(str, PEERS), default=tuple(PEERS), help="peers to measure")
-    made.add_argument("--providers", type=listed(str), default=None, help="of all these alone, as tables name them")
+    made.add_argument("--providers", type=listed(str), default=None, help="measure only these, named as in tables")
     made.add_argument("--ratios", type=listed(float), default=None)
     made.add_argument("--prunable", action="store_true", help="ratios are of the prunable parameters, not of all")
     made.add_argument("--seeds", type=listed(int), default=None)
     made.add_argument("--temperatures", type=listed(float), default=None)
     made.add_argument("--num_samples", type=int, default=None)
     made.add_argument("--seq_len", type=int, default=128)
-    made.add_argument("--shots", type=int, default=1, help="above 1: obs in so many shots, too")
-    made.add_argument("--search", action="store_true", help="search too, which takes minutes a ratio and seed")
+    made.add_argument("--shots", type=int, default=1, help="above 1: also measure obs in that many shots")
+    made.add_argument(
+        "--search", action="store_true", help="also measure the search, which takes minutes per ratio and seed"
+    )
     made.add_argument("--eval_samples", type=int, default=64, help="windows to measure; 0 measures the whole text")
     add_task_options(made)
     return made

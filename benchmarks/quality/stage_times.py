@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--methods", type=listed(str, METHODS), default=(DEFAULT_METHODS[0],), help="importance methods to measure"
     )
     made.add_argument("--prunable", type=float, default=0.2, help="fraction of the prunable parameters to remove")
-    made.add_argument("--num_samples", type=int, default=None, help="default as by the options")
+    made.add_argument("--num_samples", type=int, default=None, help="default that of `gradprune prune`")
     options = parse(made, arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

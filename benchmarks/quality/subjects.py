@@ -60,8 +60,8 @@ class Quality:
 def add_model_options(made: ArgumentParser, base_model: str | None = None) -> None:
     """Add the options for the model to measure and its texts; base_model: help of the option --base_model."""
     made.add_argument("--base_model", help=base_model)
-    made.add_argument("--dataset", help="calibration text; results are recorded under its name, too")
-    made.add_argument("--eval_dataset", help="text that perplexity is measured on; likewise")
+    made.add_argument("--dataset", help="calibration text; its name becomes part of the model's in results")
+    made.add_argument("--eval_dataset", help="text that perplexity is measured on; named likewise in results")
 
 
 def add_task_options(made: ArgumentParser) -> None:

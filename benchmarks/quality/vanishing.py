@@ -47,7 +47,7 @@ _TOY = ("toy", replace(RECIPE, steps=4, layers=3, hidden_size=32, intermediate_s
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train the models, then prune each with every scaling and temperature."""
     made = parser(__doc__)
-    made.add_argument("--ratio", type=float, default=0.5, help="of the parameters that are removed")
+    made.add_argument("--ratio", type=float, default=0.5, help="fraction of all parameters to remove")
     made.add_argument("--eval_samples", type=int, default=64, help="windows that the perplexity is measured on")
     options = parse(made, arguments)
     deadline = Deadline(options.seconds)

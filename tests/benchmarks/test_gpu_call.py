@@ -97,8 +97,8 @@ def test_what_a_bare_machine_lacks_is_left_out_with_the_reason(
     assert gpu.main(["--device", "cpu"]) == 0
     assert [machine.what(command) for command, *_ in machine.started] == ["benchmarks.run"]
     said = capsys.readouterr().err
-    assert "LEFT OUT: the C++ and CUDA ops, for they cannot be built without scikit_build_core" in said
-    assert "LEFT OUT: the tests, for they cannot run without pytest" in said
+    assert "LEFT OUT: the C++ and CUDA ops, which cannot be built without scikit_build_core" in said
+    assert "LEFT OUT: the tests, which cannot run without pytest" in said
 
 
 @pytest.mark.parametrize("absent", [(), ("xdist",)])

@@ -46,9 +46,9 @@ def obstacle(view: PrunableModel, uniform: bool) -> str | None:
     for block in view.blocks:
         shapes.setdefault(block.kind.name, set()).add((block.groups, block.cost))
     if set(shapes) != {"attention", "mlp"}:
-        return f"it prunes attention and mlp, and the model's blocks are {', '.join(shapes)}"
+        return f"it prunes attention and mlp blocks, but the model's blocks are {', '.join(shapes)}"
     if uniform and (len(view.blocks) != 2 * len(view.layers) or any(len(of_kind) > 1 for of_kind in shapes.values())):
-        return "it takes as many groups from one layer as from another, and the model's layers differ"
+        return "it removes the same number of groups from every layer, but the model's layers differ"
     return None
 
 
