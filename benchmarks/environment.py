@@ -38,7 +38,7 @@ class Environment:
 
 @cache
 def environment(device: str) -> Environment:
-    """The environment of benchmarks on `device`, "cpu" or "cuda"."""
+    """Return the environment of benchmarks on `device`, "cpu" or "cuda"."""
     import gradprune
 
     return Environment(
@@ -86,7 +86,7 @@ def revision() -> str:
         return named
     try:
         commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
-        # Changed results and plots are what benchmarks write while they run, and Markdown changes nothing measured.
+        # Left out: results and plots, because benchmarks themselves write them, and Markdown, which is not measured.
         changed = _output(
             "git",
             "-C",

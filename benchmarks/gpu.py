@@ -32,7 +32,7 @@ _BUILD_NEEDS = ("pip", "scikit_build_core", "pybind11")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Build, test and measure. Returns 1 if something failed, else 0."""
+    """Build, test and measure; return 1 if something failed, else 0."""
     made = parser(__doc__)
     made.add_argument("--large", action="store_true", help="run only the jobs of the 70B model, and no tests")
     made.set_defaults(device="cuda")

@@ -159,7 +159,7 @@ def append(found: Record, folder: Path) -> Path:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file, or of all `.jsonl` files in a folder, in the order in which they were written.
+    """Read the records of a file, or of all `.jsonl` files in a folder, file by file in the order of their lines.
 
     Raises:
         ValueError: a line is not a record; the message names the file and the line.

@@ -56,7 +56,7 @@ LARGE = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the steps. Returns 1 if one of them failed, else 0."""
+    """Run the steps; return 1 if one of them failed, else 0."""
     made = parser(__doc__)
     made.add_argument("--large", action="store_true", help="run only the jobs of the 70B model")
     made.add_argument("--steps_of", choices=["cpu", "cuda"], help="the device whose steps are run; by default --device")
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(step: Step, seconds: float, deadline: Deadline, options: Namespace) -> bool:
-    """Run one step; returns whether it succeeded or was skipped."""
+    """Run one step, and return whether it succeeded or was skipped."""
     if seconds <= 0.0:
         _record_failure(step, "skipped: the time for this run was used up", options)
         return True

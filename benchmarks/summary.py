@@ -83,7 +83,7 @@ def ops(records: Sequence[Record]) -> str:
 
 
 def calibration(records: Sequence[Record]) -> str:
-    """Table of all providers' time and memory, relative to this project's fastest, as chosen by `_calibration_job`."""
+    """Table of all providers' time and memory in the job of `_calibration_job`, relative to this project's fastest."""
     job = _calibration_job(records)
     ours = _best_of_ours(job)
     if ours is None:

@@ -16,13 +16,13 @@ BEYOND_ACTIVATIONS = "memory beyond activations, % of weights"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table: the first column is aligned left, the others right."""
+    """Return a Markdown table; the first column is aligned left, the others right."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def grouped(records: Iterable[Record], key: Callable[[Record], Key]) -> dict[Key, list[Record]]:
-    """Records grouped by a key, in the order in which the keys first appear."""
+    """Group records by a key, in the order in which the keys first appear."""
     groups: dict[Key, list[Record]] = defaultdict(list)
     for found in records:
         groups[key(found)].append(found)

@@ -24,7 +24,7 @@ from gradprune.config import Method
 from gradprune.models import Block, describe
 from gradprune.models.modes import forward_replaced
 
-# Suffix of the providers that recompute activations even if the job does not make everyone do so.
+# Suffix of the providers that recompute activations even if the job does not make every provider do so.
 RECOMPUTING = " recomputing"
 # Suffix of the providers that collect only what NEEDED_METHOD needs; its passes are the same as those of `obs`.
 NEEDED = " needed evidence"
@@ -96,7 +96,7 @@ def _ours_recomputing(backend: str, model: PreTrainedModel, batches: Sequence[Te
 
 
 def _ours_needed(backend: str, model: PreTrainedModel, batches: Sequence[Tensor], recompute: bool) -> Outcome:
-    """Without any weight gradients, which the method does not need; `prune` takes some, for its diagnosis only."""
+    """Score without any weight gradients, which the method does not need; `prune` takes some only for its diagnosis."""
     with ImportanceEngine(
         model, NEEDED_METHOD, backend=backend, use_gradient_checkpointing=recompute, weight_gradient_steps=0
     ) as engine:
@@ -280,5 +280,5 @@ def _means(first: list[Tensor], second: list[Tensor], count: int) -> dict[str, T
 
 
 def _column(scores: Scores) -> Tensor:
-    """All scores in one vector [groups], in the order of the model's blocks."""
+    """Concatenate all scores to one vector [groups], in the order of the model's blocks."""
     return torch.cat([scores.importance[key] for key in scores.importance])

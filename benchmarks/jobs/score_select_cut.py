@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def calibrated(model: LlamaForCausalLM) -> ImportanceEngine:
-    """An engine after one batch."""
+    """Return an engine that has calibrated on one batch."""
     with ImportanceEngine(model, "taylor_2nd") as engine:
         engine.step(samples(model, Load(2, 64, 2))[0])
     return engine

@@ -77,7 +77,7 @@ class Session:
         self._held = _resident_bytes()
 
     def scores(self, load: Load, _timeout: float = TIMEOUT) -> dict[str, Tensor]:
-        """Scores of the load's first batch; this is the warm-up too. There is no time limit within this process.
+        """Return the scores of the load's first batch; this also warms up. Within this process there is no time limit.
 
         Raises:
             TurnError: the provider failed.
@@ -85,7 +85,7 @@ class Session:
         return self._run(samples(self._model, load)[:1]).scores
 
     def turn(self, load: Load, _timeout: float = TIMEOUT) -> Turn:
-        """One whole calibration.
+        """Run and measure one whole calibration.
 
         Raises:
             TurnError: the provider failed.
@@ -108,7 +108,7 @@ class Session:
         return Turn(seconds, max(peak, 0), outcome.seconds)
 
     def close(self) -> None:
-        """Nothing to close; `Worker` has the same interface."""
+        """Do nothing; the method exists because `Worker`, with the same interface, has to be closed."""
 
     def _run(self, batches: list[Tensor]) -> Outcome:
         self._model.set_attn_implementation(self._calibrator.attention)

@@ -20,7 +20,7 @@ PEERS: dict[str, Peer] = {
 
 
 def taking_part(names: Iterable[str], view: PrunableModel) -> Iterator[str]:
-    """Yield the names of those peers that can prune the model, and show for each other one why it cannot."""
+    """Yield the names of those peers that can prune the model, and report why each of the others cannot."""
     for name in names:
         fault = obstacle(view, uniform=PEERS[name] is not flap)
         if fault is None:

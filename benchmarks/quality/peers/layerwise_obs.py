@@ -48,11 +48,13 @@ def surgeon(weight: Tensor, hessian: Tensor, columns: int, count: int) -> tuple[
     """Remove `count` groups of `columns` consecutive columns each.
 
     Args:
-        weight: [O, I] floating point.
-        hessian: [I, I] fp64, positive definite.
+        weight: the output projection, [O, I] floating point.
+        hessian: H of its inputs, [I, I] fp64, positive definite.
+        columns: number of columns of each group.
+        count: number of groups to remove.
 
     Returns:
-        [O, I] fp64, the weights with the removed columns zero, and [groups] bool, what is kept.
+        The weights with the removed columns zero, [O, I] fp64, and the groups that are kept, [groups] bool.
     """
     w, inverse = weight.detach().double().clone(), torch.linalg.inv(hessian)
     kept = torch.ones(w.shape[1] // columns, dtype=torch.bool)
