@@ -40,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = Deadline(SECONDS if options.seconds is None else options.seconds)
     # PYTHONPATH lets programs that tests start in other folders find the package even if it could not be installed.
     environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    right = [_built(min(BUILD, deadline.left), environment)]
+    succeeded = [_built(min(BUILD, deadline.left), environment)]
     if not options.large:
-        right.append(_tested(min(TESTS, deadline.left), options, environment))
-    right.append(_measured(deadline.left, options, environment))
-    return 0 if all(right) else 1
+        succeeded.append(_tested(min(TESTS, deadline.left), options, environment))
+    succeeded.append(_measured(deadline.left, options, environment))
+    return 0 if all(succeeded) else 1
 
 
 def missing(modules: Sequence[str]) -> list[str]:

@@ -148,12 +148,12 @@ def _quality_panel(axis: Axes, records: Sequence[Record], colors: Mapping[str, s
         points = [tuple(map(fmean, zip(*pairs, strict=True))) for _, pairs in sorted(by_ratio.items())]
         # A provider measured at only one of several ratios is a single point: a line from the dense model to it would
         # pass over ratios at which it was not measured.
-        alone = len(by_ratio) == 1 < len(ratios)
-        points = [(1.0, dense[0]), *points] if dense and not alone else points
+        single = len(by_ratio) == 1 < len(ratios)
+        points = [(1.0, dense[0]), *points] if dense and not single else points
         x, y = zip(*points, strict=True)
         ours, repaired = provider.startswith("gradprune"), " + " in provider
         marker = "D" if "distillation" in provider else "s" if "shots" in provider else "o"
-        style = marker + ("-" if repaired else ":") if ours else "x" * alone
+        style = marker + ("-" if repaired else ":") if ours else "x" * single
         color = colors[_method(provider)] if ours else "black"
         label = provider.removeprefix("gradprune ").split(" T=")[0]
         (line,) = axis.plot(x, y, style, color=color, label=label, markersize=3)

@@ -43,15 +43,15 @@ def by_model(records: Iterable[Record], shown: Sequence[str] = ()) -> dict[str, 
     names = [name for name in CONDITIONS if name not in shown]
     groups = grouped(records, lambda found: (found.name, tuple(map(found.extra.get, names))))
     values = {model: list(zip(*(of for other, of in groups if other == model), strict=True)) for model, _ in groups}
-    told = {}
+    named = {}
     for (model, of_group), group in groups.items():
         differing = (
             f"{'all' if value is None else value} {_IN_WORDS[name]}"
             for name, value, others in zip(names, of_group, values[model], strict=True)
             if len(set(others)) > 1
         )
-        told[", ".join([model, *differing])] = group
-    return told
+        named[", ".join([model, *differing])] = group
+    return named
 
 
 def kernel_table(records: Sequence[Record]) -> str:

@@ -202,18 +202,18 @@ def in_process(case: Case) -> dict[str, Any] | None:
         for place in _places(case.ranks)
     ]
     try:
-        said = [process.communicate(timeout=_TIMEOUT) for process in started]
+        outputs = [process.communicate(timeout=_TIMEOUT) for process in started]
     except subprocess.TimeoutExpired as error:
         say(f"    {case.text}: {error}")
         return None
     finally:
         for process in started:
             process.kill()
-    failed = [errors.splitlines() for process, (_, errors) in zip(started, said, strict=True) if process.returncode]
+    failed = [errors.splitlines() for process, (_, errors) in zip(started, outputs, strict=True) if process.returncode]
     if failed:
         say(f"    {case.text}: {(failed[0] or ['it failed'])[-1]}")
         return None
-    found = [json.loads(out.splitlines()[-1]) for out, _ in said]
+    found = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
     return {
         what: {stage: max(each[what][stage] for each in found) for stage in of_first}
         for what, of_first in found[0].items()

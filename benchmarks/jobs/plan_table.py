@@ -21,7 +21,7 @@ _MODELS = {
 _DEVICES = {"24 GB": 24 * 10**9, "80 GB": 80 * 10**9, "141 GB": 141 * 10**9}
 _CONFIG = PruneConfig(num_samples=128, seq_len=2048, batch_size=1, measure_speed=False, in_place=True)
 # What is given up, step by step, if nothing fits with the default options: text for the table, and options.
-_LESS: dict[str, dict[str, Any]] = {
+_FALLBACKS: dict[str, dict[str, Any]] = {
     "": {},
     ", no repair": {"repair": "none"},
     ", no repair, group_fisher": {"repair": "none", "importance_method": "group_fisher"},
@@ -58,14 +58,14 @@ def _shape(name: str) -> ModelShape:
 
 def _fitting(shape: ModelShape, room: int) -> str:
     """The fastest way to run that fits in `room` bytes, with its peak on the device; "-" if none fits."""
-    for less, without in _LESS.items():
+    for given_up, changes in _FALLBACKS.items():
         for way, streamed, recomputing in (
             ("whole", False, False),
             ("recomputing", False, True),
             ("streamed", True, True),
         ):
-            config = replace(_CONFIG, **without, use_gradient_checkpointing=recomputing)
+            config = replace(_CONFIG, **changes, use_gradient_checkpointing=recomputing)
             found = footprint(shape, config, streamed=streamed, accelerated=True)
             if found.fits(room):
-                return f"{way}{less}: {with_unit(found.device)}"
+                return f"{way}{given_up}: {with_unit(found.device)}"
     return "-"

@@ -44,9 +44,9 @@ NAME, OURS = "streamed", "gradprune streamed"
 LOAD = (8, 2048)
 SCALE = 0.02
 # Fraction of the free disk space that the model and its pruned copy may take.
-_OF_DISK = 0.8
+_DISK_FRACTION = 0.8
 # By size, the least number of seconds left with which a run is started.
-_LEAST = {"toy": 0.0, "8B": 60.0, "70B": 120.0}
+_MIN_SECONDS = {"toy": 0.0, "8B": 60.0, "70B": 120.0}
 # A program that runs gradprune's command line with a limited share of the GPU's memory.
 _BOUNDED = """
 import torch
@@ -70,7 +70,9 @@ peer.run(model.eval(), list(ids.split(1)), True)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the model, prune it or calibrate peers on it, and record what was measured."""
     made = parser(__doc__)
-    made.add_argument("--size", choices=list(_LEAST), default=None, help="size of the Llama; default 8B, on a GPU 70B")
+    made.add_argument(
+        "--size", choices=list(_MIN_SECONDS), default=None, help="size of the Llama; default 8B, on a GPU 70B"
+    )
     made.add_argument(
         "--folder", type=Path, default=None, help="where to keep the model and the results; default a temporary one"
     )
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(made, arguments)
     options.size = "toy" if options.toy else options.size or ("70B" if options.device == "cuda" else "8B")
     deadline = Deadline(options.seconds)
-    if not deadline.allows(_LEAST[options.size]):
+    if not deadline.allows(_MIN_SECONDS[options.size]):
         _append(options, 0, Timing.failed("skipped: the time for this run was used up"))
         return
     with tempfile.TemporaryDirectory() as passing:
@@ -151,7 +153,7 @@ def _layers_on(folder: Path, config: LlamaConfig) -> int:
     """The number of the model's layers, at least 1, that the disk can hold together with the pruned copy."""
     folder.mkdir(parents=True, exist_ok=True)
     first, layer = (2 * sum(int(np.prod(shape)) for shape in shard.values()) for shard in _shapes(config, 1))
-    room = _OF_DISK * shutil.disk_usage(folder).free / 2 - first
+    room = _DISK_FRACTION * shutil.disk_usage(folder).free / 2 - first
     return max(1, min(config.num_hidden_layers, int(room / layer)))
 
 
@@ -218,8 +220,8 @@ def measured(command: list[str], most: float = math.inf) -> dict[str, Any]:
             time.sleep(0.1)
         seconds = time.monotonic() - start
         errors.seek(0)
-        said = errors.read().decode(errors="replace").strip().splitlines() or [""]
-    return {"seconds": seconds, "exit_code": process.returncode, "peak_bytes": peak, "last_words": said[-1][:200]}
+        lines = errors.read().decode(errors="replace").strip().splitlines() or [""]
+    return {"seconds": seconds, "exit_code": process.returncode, "peak_bytes": peak, "last_words": lines[-1][:200]}
 
 
 def _append(options: Namespace, layers: int, timing: Timing, provider: str = OURS, **extra: object) -> None:

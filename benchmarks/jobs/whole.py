@@ -36,7 +36,7 @@ from gradprune.evaluation.size import model_size
 
 NAME, OURS, DISTILLED = "whole", "gradprune by default", "distillation on request"
 # Time per sample of what needs no backward pass, the importances and the repair, in units of a sample's calibration.
-_OF_CALIBRATION = 1.5
+_FORWARD_COST = 1.5
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     job = TOY if options.toy else QUICK if options.quick else FULL
     say(f"the whole job on the {job.size} Llama, {job.dtype} on {options.device}")
     model = build(job.size, options.device, job.dtype)
-    a_sample = _compare(job, model, options)
-    samples = _affordable(job, a_sample, deadline)
+    seconds_per_sample = _compare(job, model, options)
+    samples = _affordable(job, seconds_per_sample, deadline)
     if samples:
         _prune(job, model, samples, options)
     else:
         left = f"{max(deadline.left, 0.0):.0f} s are left"
-        error = f"skipped: {left}, and it takes {job.fixed:.0f} s and more than {a_sample:.1f} s a sample"
+        error = f"skipped: {left}, and it takes {job.fixed:.0f} s and more than {seconds_per_sample:.1f} s a sample"
         _append(job, job.load(job.samples), OURS, Timing.failed(error), None, options)
 
 
@@ -101,7 +101,7 @@ def _compare(job: Job, model: LlamaForCausalLM, options: Namespace) -> float:
     """Calibrate with every provider; return the seconds per sample of the first that succeeds, 0 if none does."""
     ours = fastest_backend(options.device)
     everyone = {one.name: one for one in calibrators((ours,))}
-    a_sample = 0.0
+    seconds_per_sample = 0.0
     for name in (f"gradprune {ours}{NEEDED}", f"gradprune {ours}", "plain", "naive"):
         session, peak = Session(everyone[name], model, recompute=True), None
         try:
@@ -112,18 +112,18 @@ def _compare(job: Job, model: LlamaForCausalLM, options: Namespace) -> float:
         else:
             # On a CPU the peak would be that of the process.
             timing, peak = Timing.of([turn.seconds]), turn.peak_memory if options.device == "cuda" else None
-            a_sample = a_sample or turn.seconds / job.compared.samples
+            seconds_per_sample = seconds_per_sample or turn.seconds / job.compared.samples
         _append(job, job.compared, f"calibration, {name}", timing, peak, options)
     free(options.device)
-    return a_sample
+    return seconds_per_sample
 
 
-def _affordable(job: Job, a_sample: float, deadline: Deadline) -> int:
+def _affordable(job: Job, seconds_per_sample: float, deadline: Deadline) -> int:
     """Return how many samples there is time to prune with: all of the job's, 1/2, 1/4 or 1/8; 0 if not even that."""
 
     def seconds(samples: int) -> float:
         # Only the first CURVATURE_SAMPLES are calibrated on.
-        return job.fixed + a_sample * (_OF_CALIBRATION * samples + min(samples, CURVATURE_SAMPLES))
+        return job.fixed + seconds_per_sample * (_FORWARD_COST * samples + min(samples, CURVATURE_SAMPLES))
 
     counts = (job.samples >> halvings for halvings in range(4))
     return next((n for n in counts if n and deadline.allows(seconds(n))), 0)
@@ -137,10 +137,10 @@ def _prune(job: Job, model: LlamaForCausalLM, samples: int, options: Namespace) 
     summed: list[Stage] = []
 
     def ended(stage: Stage) -> None:
-        apart = on_request and stage.name == "distillation"
-        if not apart:
+        left_out = on_request and stage.name == "distillation"
+        if not left_out:
             summed.append(stage)
-        provider = DISTILLED if apart else f"stage {stage.name}"
+        provider = DISTILLED if left_out else f"stage {stage.name}"
         _append(job, load, provider, Timing.of([stage.seconds]), stage.peak, options)
 
     try:

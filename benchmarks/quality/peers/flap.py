@@ -48,5 +48,5 @@ def standardised(scores: Tensor) -> Tensor:
 
 def removed_mean(block: Block, mean: Tensor, kept: Tensor) -> Tensor:
     """[O] fp64: the output of the removed groups' columns for the mean input [I]; kept: [groups] bool."""
-    gone = block.output.columns_of((~kept).nonzero().flatten()).to(mean.device)
-    return block.output.weight.detach().double()[:, gone] @ mean[gone]
+    removed = block.output.columns_of((~kept).nonzero().flatten()).to(mean.device)
+    return block.output.weight.detach().double()[:, removed] @ mean[removed]
