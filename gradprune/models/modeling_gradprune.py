@@ -4,16 +4,16 @@ This file is saved beside the weights of a pruned checkpoint and needs only torc
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-AutoConfig and AutoModel work in the same way. Every causal LM of transformers has its classes here: `PrunedXConfig`,
-`PrunedXModel`, `PrunedXForCausalLM` extend transformers' `X...` and are made when they are first asked for. So has
-every vision-language model, which AutoModelForImageTextToText loads too: the layers of its decoder differ, and its
-`text_config` says how.
+AutoConfig and AutoModel work in the same way. For every causal LM of transformers this module has the classes
+`PrunedXConfig`, `PrunedXModel` and `PrunedXForCausalLM`, which extend transformers' `X...` and are created on first
+use. The same holds for vision-language models, which AutoModelForImageTextToText loads, too: the layers of the decoder
+differ in width, and the model's `text_config` says how.
 
 `config.json` uses transformers' `per_layer_config`, which maps a layer's index to the values that differ from the
-model's global ones: `num_key_value_heads`; `num_attention_heads` (where it is left out, `num_key_value_heads` times the
-model's ratio); the MLP's `intermediate_size`, or what the architecture calls it; the experts'
-`moe_intermediate_size`, where they have a width of their own, and their number; and `skip`, the names of the blocks
-("attention", "mlp") that are gone, past which the residual stream is unchanged.
+model's global ones: `num_key_value_heads`; `num_attention_heads` (if left out, `num_key_value_heads` times the model's
+ratio); the MLP's `intermediate_size`, under the architecture's own name for it; the experts' `moe_intermediate_size`,
+if they have a width of their own, and their number; and `skip`, the names of the removed blocks ("attention", "mlp"),
+which leave the residual stream unchanged.
 """
 
 import copy
@@ -38,35 +38,35 @@ PLACES: dict[str, tuple[str, ...]] = {
     "attention": ("self_attn", "self_attention", "attention", "attn"),
     "mlp": ("mlp", "feed_forward", "ffn", "mlp_block"),
 }
-"""By kind of block, the attributes of a decoder layer that hold it."""
+"""For each kind of block, the names of the decoder layer's attribute that may hold it."""
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "attention": ("o_proj", "out_proj", "dense", "c_proj"),
     "mlp": ("down_proj", "c_proj", "fc2", "fc_out", "w2", "dense_4h_to_h"),
 }
-"""By kind of block, what its output projection is called."""
+"""For each kind of block, the names that its output projection may have."""
 KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 WIDTHS = ("intermediate_size", "ffn_hidden_size", "n_inner")
-"""What configurations call an MLP's number of channels; where they do not say it, `per_layer_config` has the first."""
+"""Configurations' names for an MLP's number of channels; if one has none, `per_layer_config` uses the first name."""
 EXPERT_WIDTHS = ("moe_intermediate_size", *WIDTHS)
-"""What they call that of each expert; the first that is there."""
+"""Configurations' names for the number of channels of each expert; the first one present counts."""
 SHARED_WIDTHS = (
     "shared_expert_intermediate_size",
     "moe_shared_expert_intermediate_size",
     "shared_intermediate_size",
 )
-"""What they call that of shared experts, where it is stated apart; elsewhere it is a multiple of the routed ones'."""
+"""Configurations' names for the shared experts' number of channels; without one, it is a multiple of EXPERT_WIDTHS."""
 EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
-"""What they call the number of routed experts; the first that is there."""
+"""Configurations' names for the number of routed experts; the first one present counts."""
 
 CLASSES_BY_AUTO: dict[str, Any] = {
     "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
-"""By auto class of transformers, its classes of models that predict tokens by `model_type`; a vision-language model
-counts as a whole."""
+"""For each auto class of transformers, its classes of models that predict tokens, by `model_type`. A vision-language
+model is represented by the class of the whole model, not by that of its decoder."""
 
-# A layer's norms: before attention and after it, before the MLP and after it. They go with their block. Where blocks
-# share a norm, or the norms are others, they stay.
+# A layer's norms: before attention, after attention, before the MLP, after the MLP. A norm is removed with its block.
+# If the blocks share a norm, or a layer's norms match none of these rows, they stay.
 _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
     ("input_layernorm", None, "post_attention_layernorm", None),
     ("attention_layernorm", None, "feedforward_layernorm", None),
@@ -86,14 +86,14 @@ _OF = "_of_"
 
 
 class PerLayerHeads:
-    """Mixin for a stock `...Config` class: states both numbers of heads of every layer in `per_layer_config`.
+    """Mixin for a stock `...Config` class that adds the number of query heads to each layer of `per_layer_config`.
 
-    Stock classes check the global number of query heads, which transformers refuses to tell where layers differ; so
-    they are given the global values alone to check.
+    Stock classes check the global number of query heads, but transformers refuses to return it if layers differ in it.
+    So the checks run on a copy of the configuration that has only the global values.
     """
 
     def __post_init__(self, per_layer_config: Any = None, **kwargs: Any) -> None:
-        """As the stock class; per_layer_config: {layer index: {name: value}}."""
+        """Initialise the stock configuration and set `per_layer_config`: {layer index: {name: value}}."""
         super().__post_init__(**kwargs)
         if per_layer_config:
             self.per_layer_config = {
@@ -101,7 +101,7 @@ class PerLayerHeads:
             }
 
     def validate(self) -> None:
-        """The stock class's checks of the global values."""
+        """Run the stock class's checks on the global values."""
         dense = homogeneous(self)
         dense.__class__ = stock_class(type(self))
         if hasattr(dense, "validate"):
@@ -109,13 +109,13 @@ class PerLayerHeads:
 
 
 class DroppedAttention(nn.Module):
-    """An attention block that is gone: adds nothing to the residual stream.
+    """Stands in for a removed attention block: adds nothing to the residual stream.
 
-    It still caches one head, never read, because a cache asks its first layers how many tokens it holds.
+    It still caches one head, which is never read, because a cache asks its first layers how many tokens it holds.
     """
 
     def __init__(self, head_dim: int, layer_idx: int, adds_itself: bool = False) -> None:
-        """head_dim: width of the cached head; layer_idx: the layer's index in the cache; `adds_itself`: see below."""
+        """head_dim: width of the cached head; layer_idx: the layer's index in a cache; adds_itself: `adds_residual`."""
         super().__init__()
         self.head_dim = head_dim
         self.layer_idx = layer_idx
@@ -131,20 +131,20 @@ class DroppedAttention(nn.Module):
         cache_position: Any = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states: [B, T, H]; returns what `nothing_added` does, and no attention weights.
+        """Return the result of `nothing_added` for hidden_states, [B, T, H], and no attention weights.
 
-        Older transformers releases name the cache `past_key_values`, some architectures `layer_past`.
+        The cache is called `past_key_values` in older transformers releases and `layer_past` in some architectures.
         """
         cache = next((given for given in (cache, past_key_values, layer_past) if given is not None), None)
         if cache is not None:
-            # Ones, because older static caches count the tokens whose key is not zero.
+            # Keys are ones, because older static caches count the tokens whose key is not zero.
             ones = hidden_states.new_ones(hidden_states.shape[0], 1, hidden_states.shape[1], self.head_dim)
             cache.update(ones, ones, self.layer_idx, {"cache_position": cache_position})
         return nothing_added(self.adds_itself, hidden_states, *args), None
 
 
 class DroppedMLP(nn.Module):
-    """An MLP block that is gone: adds nothing to the residual stream."""
+    """Stands in for a removed MLP block: adds nothing to the residual stream."""
 
     def __init__(self, adds_itself: bool = False) -> None:
         """adds_itself: see `adds_residual`."""
@@ -152,17 +152,17 @@ class DroppedMLP(nn.Module):
         self.adds_itself = adds_itself
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **_: Any) -> torch.Tensor:
-        """hidden_states: [B, T, H]; returns what `nothing_added` does."""
+        """Return the result of `nothing_added` for hidden_states, [B, T, H]."""
         return nothing_added(self.adds_itself, hidden_states, *args)
 
 
 def adds_residual(block: nn.Module) -> bool:
-    """Whether a block is given the residual stream, its second argument, and returns it with its output added."""
+    """Whether a block takes the residual stream as its second argument and returns it with its output added."""
     return list(inspect.signature(type(block).forward).parameters)[2:3] == ["residual"]
 
 
 def nothing_added(adds_itself: bool, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
-    """[B, T, H], zeros; of a block that adds to the residual stream itself, the stream that it is given."""
+    """Return zeros [B, T, H], or for a block that itself adds to the residual stream, the stream, args[0]."""
     stream: torch.Tensor = args[0] if adds_itself else torch.zeros_like(hidden_states)
     return stream
 
@@ -171,7 +171,7 @@ class PerLayerWidths:
     """Mixin for a stock `...Model` or `...ForCausalLM` class: builds each decoder layer at its own widths."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        """config: the architecture's own, with `per_layer_config`."""
+        """config: the architecture's configuration, with `per_layer_config`."""
         dense = homogeneous(config)
         text = text_config(dense)
         overrides = per_layer_overrides(config)
@@ -192,12 +192,12 @@ class PerLayerWidths:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: transformers would not convert stored weights, such as each expert's, for a class of custom code."""
+        """Return False: for custom code, transformers would not convert stored weights, such as separate experts'."""
         return False
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        # The stock method reads the source file of the class it is called on, so it is called on the stock class.
+        # The stock method reads the source file of the class that it is called on, which has to be the stock class.
         return bool(stock_class(cls)._can_set_attn_implementation())
 
     @classmethod
@@ -205,14 +205,14 @@ class PerLayerWidths:
         return bool(stock_class(cls)._can_set_experts_implementation())
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """The stock method, applied to the layers' own configurations too."""
+        """Call the stock method, and apply its effect to the layers' own configurations, too."""
         super().set_attn_implementation(*args, **kwargs)
         for module in decoder_layers(self, self.config).modules():
             if hasattr(module, "config"):
                 module.config._attn_implementation = text_config(self.config)._attn_implementation
 
     def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """The stock method, applied to the layers' own configurations too."""
+        """Call the stock method, and apply its effect to the layers' own configurations, too."""
         super().set_experts_implementation(*args, **kwargs)
         for module in decoder_layers(self, self.config).modules():
             if hasattr(module, "config"):
@@ -220,7 +220,7 @@ class PerLayerWidths:
 
 
 def __getattr__(name: str) -> Any:
-    """The class `Pruned...` of that name."""
+    """Return the class `Pruned...` of that name, which is created on first use."""
     own, _, config = name.removeprefix("Pruned").partition(_OF)
     stock = getattr(transformers, own, None) if name.startswith("Pruned") else None
     if not isinstance(stock, type):
@@ -229,10 +229,11 @@ def __getattr__(name: str) -> Any:
 
 
 def pruned_class(stock: Any, config: type | None = None) -> Any:
-    """The class that extends a stock class by per-layer widths: `PrunedLlamaForCausalLM` of `LlamaForCausalLM`.
+    """Return the class that adds per-layer widths to a stock one: `PrunedLlamaForCausalLM` to `LlamaForCausalLM`.
 
-    config: the stock class of a model's configuration, by default its own. Some architectures borrow the model's class
-        of another: InternLM3's is `PrunedLlamaForCausalLM_of_InternLM3Config`, since transformers compares the two.
+    config: the stock class of the model's configuration; by default the `config_class` of `stock`. Some architectures
+        borrow another's model class: InternLM3's is `PrunedLlamaForCausalLM_of_InternLM3Config`, because transformers
+        compares a model class's `config_class` with the configuration.
     """
     name = f"Pruned{stock.__name__}"
     if config is not None and config.__name__ != stock.config_class.__name__:
@@ -248,14 +249,15 @@ def pruned_class(stock: Any, config: type | None = None) -> Any:
     else:
         auto = next((auto for auto, names in CLASSES_BY_AUTO.items() if stock.__name__ in names.values()), "AutoModel")
         made.config_class = pruned_class(config or stock.config_class)
-    # Saving an object of a registered class writes this file, and its class into the configuration's auto_map.
+    # When an object of a registered class is saved, transformers also writes this file, and puts the class into the
+    # configuration's auto_map.
     made.register_for_auto_class(auto)
     globals()[name] = made
     return made
 
 
 def class_names(model_type: str) -> dict[str, str]:
-    """Which class of transformers each of its auto classes takes for an architecture; empty if it predicts no token."""
+    """The class that each auto class of transformers loads an architecture as; empty if it predicts no tokens."""
     auto = auto_class_name(model_type)
     if auto is None:
         return {}
@@ -268,17 +270,17 @@ def class_names(model_type: str) -> dict[str, str]:
 
 
 def auto_class_name(model_type: str) -> str | None:
-    """Transformers' auto class for an architecture's models that predict tokens, as a whole; None if it has none."""
+    """Name of the auto class for an architecture's whole models that predict tokens; None if there is none."""
     return next((auto for auto, names in CLASSES_BY_AUTO.items() if model_type in names), None)
 
 
 def causal_lm(model_type: str) -> Any:
-    """The name of the class that `auto_class_name` takes; None if it has none."""
+    """Name of the class of an architecture's whole models that predict tokens; None if there is none."""
     return class_names(model_type).get(str(auto_class_name(model_type)))
 
 
 def auto_class(model_type: str, auto: str | None) -> Any:
-    """The class of this file that one of transformers' auto classes takes for an architecture; None if none."""
+    """The class of this file that the auto class named `auto` loads an architecture as; None if there is none."""
     names = class_names(model_type)
     if auto not in names:
         return None
@@ -287,26 +289,26 @@ def auto_class(model_type: str, auto: str | None) -> Any:
 
 
 def auto_map(model_type: str) -> dict[str, str]:
-    """`config.auto_map` of a pruned checkpoint: which class of this file each of transformers' auto classes takes."""
+    """`config.auto_map` of a pruned checkpoint: for each auto class, the class of this file that it is to load."""
     classes = {auto: auto_class(model_type, auto) for auto in class_names(model_type)}
     classes["AutoModelForCausalLM"] = auto_class(model_type, auto_class_name(model_type))
     return {auto: f"modeling_gradprune.{of.__name__}" for auto, of in classes.items() if of is not None}
 
 
 def text_config(config: Any) -> Any:
-    """The part of a vision-language model's configuration that describes its decoder; of others, all of it."""
+    """The decoder's part of a vision-language model's configuration; of any other configuration, all of it."""
     inner = getattr(config, "text_config", None)
     return inner if isinstance(inner, PreTrainedConfig) else config
 
 
 def per_layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
-    """`per_layer_config` by layer index, in transformers releases that do not know the attribute too."""
+    """`per_layer_config` by layer index, also with transformers releases that do not know the attribute."""
     stated = text_config(config).to_dict().get("per_layer_config") or {}
     return {int(index): overrides for index, overrides in stated.items()}
 
 
 def check_overrides(layers: dict[int, dict[str, Any]]) -> None:
-    """Refuse overrides that `PerLayerWidths` does not apply: ignoring them would load a different model."""
+    """Refuse overrides that `PerLayerWidths` does not apply, because ignoring them would load a different model."""
     known = {*KV_HEADS, "num_attention_heads", *EXPERT_WIDTHS, *SHARED_WIDTHS, *EXPERTS, "skip"}
     for index, overrides in layers.items():
         if unknown := sorted(set(overrides) - known) or sorted(set(overrides.get("skip", ())) - set(PLACES)):
@@ -317,7 +319,7 @@ def check_overrides(layers: dict[int, dict[str, Any]]) -> None:
 
 
 def stock_class(pruned: type) -> Any:
-    """The architecture's own class, which `pruned` is or extends by per-layer widths."""
+    """The architecture's own class: `pruned` itself, or the class to which it adds per-layer widths."""
     return next((base for base in pruned.__mro__ if base.__module__.startswith("transformers.models.")), pruned)
 
 
@@ -332,35 +334,35 @@ def homogeneous(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def state_dtype(config: PreTrainedConfig) -> None:
-    """Put the dtype in the place of its name, as `save_pretrained` leaves it: some layers make parameters by it."""
+    """Replace the dtype's name, which `save_pretrained` leaves, by the dtype: some layers create parameters in it."""
     if isinstance(config.dtype, str):
         config.dtype = getattr(torch, config.dtype)
 
 
 def name_in(config: PreTrainedConfig, names: tuple[str, ...]) -> str | None:
-    """The first of the names that the configuration has."""
+    """The first of the names under which the configuration has a number; None if it has none."""
     return next((name for name in names if isinstance(getattr(config, name, None), int)), None)
 
 
 def kv_heads_name(config: PreTrainedConfig) -> str | None:
-    """What the configuration calls the number of KV heads; None where it states none, or one that has no effect."""
+    """The configuration's name for the number of KV heads; None if it states none, or one that has no effect."""
     unread = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
     return None if unread else name_in(config, KV_HEADS)
 
 
 def width_name(config: PreTrainedConfig) -> str:
-    """What the configuration calls an MLP's number of channels, which it may leave open, or not know."""
+    """The configuration's name for an MLP's number of channels; its value may be None, or the attribute missing."""
     return name_in(config, WIDTHS) or next((name for name in WIDTHS if hasattr(config, name)), WIDTHS[0])
 
 
 def heads_per_group(dense: PreTrainedConfig) -> int:
-    """Query heads of one KV head; 1 where the architecture has as many of both and states one number."""
+    """Query heads per KV head; 1 if the architecture has equally many of both and states a single number."""
     name = kv_heads_name(dense)
     return 1 if name is None else dense.num_attention_heads // getattr(dense, name)
 
 
 def with_query_heads(dense: PreTrainedConfig, overrides: Any) -> Any:
-    """Overrides of one layer in which the number of KV heads has the number of query heads beside it."""
+    """Return one layer's overrides; if they state the number of KV heads, with the number of query heads added."""
     if not isinstance(overrides, dict):
         return overrides
     name = next((name for name in KV_HEADS if name in overrides), None)
@@ -370,7 +372,7 @@ def with_query_heads(dense: PreTrainedConfig, overrides: Any) -> Any:
 
 
 def resolve_layer_config(dense: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedConfig:
-    """The homogeneous configuration of one layer."""
+    """The configuration to build one layer from: the model's global values, updated by the layer's overrides."""
     if not overrides:
         return dense
     config = copy.copy(dense)
@@ -381,7 +383,7 @@ def resolve_layer_config(dense: PreTrainedConfig, overrides: dict[str, Any]) -> 
 
 
 def decoder_layers(model: Any, config: PreTrainedConfig) -> nn.ModuleList:
-    """The model's decoder layers: its decoder's first list of as many modules as the configuration has layers."""
+    """The model's decoder layers: the decoder's first module list that has `num_hidden_layers` entries."""
     text = text_config(config)
     decoder = model if text is config else model.get_decoder()
     lists = (entry for entry in decoder.modules() if isinstance(entry, nn.ModuleList))
@@ -390,7 +392,7 @@ def decoder_layers(model: Any, config: PreTrainedConfig) -> nn.ModuleList:
 
 @contextmanager
 def _zero_widths() -> Iterator[None]:
-    """Blocks that are gone are made with width 0 before they are dropped, without PyTorch's warning of that."""
+    """Silence PyTorch's warning about zero-element tensors: removed blocks are built with width 0, then dropped."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors is a no-op")
         yield
@@ -398,13 +400,13 @@ def _zero_widths() -> Iterator[None]:
 
 @_zero_widths()
 def build_layer(stock: Any, dense: PreTrainedConfig, overrides: dict[str, Any], index: int) -> Any:
-    """A new decoder layer of `stock`'s class at its own widths.
+    """Build a new decoder layer of `stock`'s class at its own widths.
 
     Args:
-        stock: any decoder layer of the class.
-        dense: the model's global values.
-        overrides: those of this layer that differ.
-        index: the layer's.
+        stock: any decoder layer of that class.
+        dense: the configuration with the model's global values.
+        overrides: the layer's values that differ from the global ones.
+        index: the layer's index.
     """
     config = resolve_layer_config(dense, overrides)
     try:
@@ -421,7 +423,7 @@ def build_layer(stock: Any, dense: PreTrainedConfig, overrides: dict[str, Any], 
 
 
 def with_channels(layer: Any, overrides: dict[str, Any]) -> Any:
-    """The layer, its MLP made as wide as `overrides` say where its class makes it as wide as it likes."""
+    """Return the layer, with its MLP resized to the width in `overrides` if its class has built it at another width."""
     place = place_of(layer, "mlp")
     width = next((overrides[name] for name in WIDTHS if name in overrides), None)
     block = None if place is None else getattr(layer, place)
@@ -439,7 +441,7 @@ def with_channels(layer: Any, overrides: dict[str, Any]) -> Any:
 
 
 def is_linear(module: Any) -> bool:
-    """Whether a module is a linear layer; a `Conv1D` is one too, whose weight is stored transposed."""
+    """Whether a module is a linear layer; `Conv1D`, whose weight is stored transposed, counts as one."""
     return isinstance(module, nn.Linear) or stored_transposed(module)
 
 
@@ -449,12 +451,12 @@ def stored_transposed(linear: nn.Module) -> bool:
 
 
 def weight_of(linear: Any) -> Any:
-    """[O, I], a linear layer's weight, or a view of it."""
+    """A linear layer's weight, [O, I]; a view if it is stored transposed."""
     return linear.weight.T if stored_transposed(linear) else linear.weight
 
 
 def resize(linear: Any, rows: int, columns: int) -> None:
-    """Give a linear layer a new weight [rows, columns] and a new bias, without values."""
+    """Give a linear layer a new weight [rows, columns] and, if it has a bias, a new bias [rows], both uninitialised."""
     shape = (columns, rows) if stored_transposed(linear) else (rows, columns)
     linear.weight = nn.Parameter(linear.weight.new_empty(shape))
     if linear.bias is not None:
@@ -463,7 +465,7 @@ def resize(linear: Any, rows: int, columns: int) -> None:
 
 
 def state_features(linear: Any) -> None:
-    """Make a linear layer's attributes agree with its weight."""
+    """Make a linear layer's attributes for its numbers of inputs and outputs agree with its weight."""
     names = ("nf", "nx") if stored_transposed(linear) else ("out_features", "in_features")
     for name, size in zip(names, weight_of(linear).shape, strict=True):
         setattr(linear, name, size)
@@ -475,7 +477,7 @@ def head_dim(dense: PreTrainedConfig) -> int:
 
 
 def _heads_fit(layer: nn.Module, config: PreTrainedConfig, dense: PreTrainedConfig) -> bool:
-    """Whether the attention block, if it has heads to count, has heads of the model's width."""
+    """Whether the layer's attention heads have the model's head width; True if it has no heads that can be counted."""
     place = place_of(layer, "attention")
     output = None if place is None else output_of(getattr(layer, place), "attention")
     linear = None if output is None else getattr(getattr(layer, place), output)
@@ -485,9 +487,16 @@ def _heads_fit(layer: nn.Module, config: PreTrainedConfig, dense: PreTrainedConf
 
 
 def _narrow_attention(stock: Any, config: PreTrainedConfig, width: int, index: int) -> nn.Module:
-    """An attention block of a class that takes the head's width for the hidden size divided by the number of heads.
+    """Build an attention block whose class computes the heads' width as hidden size / number of heads.
 
-    It is built for a hidden size that gives its heads their width; then its projections get the model's.
+    It is built for a hidden size that gives its heads this width; then its projections are resized to the model's
+    hidden size.
+
+    Args:
+        stock: any decoder layer of the class.
+        config: the layer's configuration.
+        width: of a head.
+        index: the layer's index.
     """
     narrow = copy.copy(config)
     narrow.hidden_size = config.num_attention_heads * width
@@ -505,17 +514,17 @@ def _narrow_attention(stock: Any, config: PreTrainedConfig, width: int, index: i
 
 
 def place_of(layer: nn.Module, kind: str) -> Any:
-    """The attribute of a decoder layer that holds its block of that kind, None if it has none."""
+    """Name of the decoder layer's attribute that holds its block of that kind; None if it has none."""
     return next((name for name in PLACES.get(kind, ()) if isinstance(getattr(layer, name, None), nn.Module)), None)
 
 
 def output_of(block: nn.Module, kind: str) -> Any:
-    """The attribute of a block that holds its output projection, None if it has none."""
+    """Name of the block's attribute that holds its output projection; None if it has none."""
     return next((name for name in OUTPUTS[kind] if isinstance(getattr(block, name, None), nn.Module)), None)
 
 
 def norms_of(layer: nn.Module, kind: str) -> tuple[str | None, str | None]:
-    """The norm before the layer's block of that kind and the one after it; None where there is none of its own."""
+    """Names of the norms before and after the layer's block of that kind; None for each that is not the block's own."""
     if getattr(layer, "apply_residual_connection_post_layernorm", False):
         return None, None
     own = {name for name, _ in layer.named_children() if "norm" in name or name.startswith("ln_")}
@@ -524,7 +533,7 @@ def norms_of(layer: nn.Module, kind: str) -> tuple[str | None, str | None]:
 
 
 def drop_block(layer: nn.Module, kind: str) -> None:
-    """Remove a decoder layer's block of that kind (a key of `PLACES`) and its norms."""
+    """Replace a decoder layer's block of that kind (a key of `PLACES`) by one that adds nothing; remove its norms."""
     place = place_of(layer, kind)
     stock = getattr(layer, place)
     if kind == "attention":

@@ -5,7 +5,7 @@ only mlx and mlx-lm:
 
     mlx_lm.load(folder, trust_remote_code=True)
 
-It builds mlx-lm's own model of the architecture, and then gives each layer of `per_layer_config` its widths.
+It builds mlx-lm's own model of the architecture and then gives each layer in `per_layer_config` its own widths.
 """
 
 import importlib
@@ -14,14 +14,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-# By `model_type`, the module of mlx-lm.
+# The module of mlx-lm that implements each `model_type`.
 MODULES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3"}
 
 
 class DroppedAttention(nn.Module):
-    """An attention block that is gone: adds nothing to the residual stream.
+    """Stands in for a removed attention block: adds nothing to the residual stream.
 
-    It still caches one head, never read, because a cache is asked how many tokens it holds.
+    It still caches one head, which is never read, because mlx-lm asks the cache how many tokens it holds.
     """
 
     def __init__(self, head_dim: int) -> None:
@@ -30,7 +30,7 @@ class DroppedAttention(nn.Module):
         self.head_dim = head_dim
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        """x: [B, T, H]; returns zeros like it."""
+        """Return zeros of the shape of x, [B, T, H]."""
         if cache is not None:
             zeros = mx.zeros((x.shape[0], 1, x.shape[1], self.head_dim), x.dtype)
             cache.update_and_fetch(zeros, zeros)
@@ -38,10 +38,10 @@ class DroppedAttention(nn.Module):
 
 
 class DroppedMLP(nn.Module):
-    """An MLP block that is gone: adds nothing to the residual stream."""
+    """Stands in for a removed MLP block: adds nothing to the residual stream."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x: [B, T, H]; returns zeros like it."""
+        """Return zeros of the shape of x, [B, T, H]."""
         return mx.zeros_like(x)
 
 
@@ -49,17 +49,17 @@ class ModelArgs:
     """The content of `config.json`."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        """config: as a mapping."""
+        """config: the content of `config.json` as a mapping."""
         self.config = config
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ModelArgs":
-        """As mlx-lm calls it."""
+        """Return the arguments for a configuration; mlx-lm creates them by this method."""
         return cls(config)
 
 
 def Model(args: ModelArgs) -> nn.Module:
-    """The model, with random weights."""
+    """Build the model, with random weights."""
     layers = {int(index): own for index, own in args.config["per_layer_config"].items()}
     config = _homogeneous(args.config)
     module = importlib.import_module(f"mlx_lm.models.{MODULES[config['model_type']]}")
@@ -80,7 +80,7 @@ def Model(args: ModelArgs) -> nn.Module:
 
 
 def _homogeneous(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a model whose layers all have the global widths, as mlx-lm's modules read it."""
+    """The configuration, in the form that mlx-lm's modules read, of a model whose layers all have the global widths."""
     rope = config.get("rope_parameters") or {}
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -92,7 +92,7 @@ def _homogeneous(config: dict[str, Any]) -> dict[str, Any]:
     given = {
         **config,
         "head_dim": head_dim,
-        # A global width that fits no layer may be 0.
+        # The stored global width is 0 if it fits no layer, but mlx-lm has to build the layers before they are resized.
         "intermediate_size": max(1, config["intermediate_size"]),
         "rope_theta": config.get("rope_theta") or rope["rope_theta"],
     }
@@ -102,7 +102,7 @@ def _homogeneous(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set_heads(attention: Any, groups: int, config: dict[str, Any]) -> None:
-    """Give an attention block that many KV heads, and their query heads."""
+    """Give an attention block `groups` KV heads and their query heads."""
     hidden, head_dim = config["hidden_size"], config["head_dim"]
     queries = groups * (attention.n_heads // attention.n_kv_heads)
     attention.n_heads, attention.n_kv_heads = queries, groups
@@ -114,7 +114,7 @@ def _set_heads(attention: Any, groups: int, config: dict[str, Any]) -> None:
 
 
 def _set_channels(mlp: Any, channels: int, hidden: int) -> None:
-    """Give an MLP block that many channels."""
+    """Give an MLP block `channels` channels."""
     for name, rows in {"gate_proj": channels, "up_proj": channels, "gate_up_proj": 2 * channels}.items():
         if name in mlp:
             mlp[name] = _linear(mlp[name], hidden, rows)
