@@ -1,7 +1,7 @@
-"""Losses of batches: batch by batch where the model is whole, layer by layer for many batches where it is streamed.
+"""Losses of batches: batch by batch if the model is whole, layer by layer for many batches if it is streamed.
 
-A streamed model's batches advance together, so that each layer is read once for all of them. What is computed for a
-batch, and in which order, is the same either way.
+A streamed model's batches advance together, so that each layer is read once for all of them. Either way, the same
+operations are computed for a batch in the same order.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,12 +25,12 @@ def losses(
     batches: Sequence[Tensor],
     watched: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Tensor]:
-    """[N] each sample's loss, batch by batch, on the model's device, in nats per token; not differentiable.
+    """Yield the samples' losses of each batch, [N] on the model's device, in nats per token; not differentiable.
 
     Args:
         model: a causal LM, whole or streamed.
-        batches: [N, T] int64 each.
-        watched: a context in which all layers run, once for each batch, and are not called otherwise.
+        batches: token ids, [N, T] int64 each.
+        watched: makes a context manager in which the layers run; in it, each layer is called exactly once per batch.
     """
     if residency_of(model) is None:
         for batch in batches:
@@ -39,7 +39,7 @@ def losses(
             yield found
         return
     view = describe(model)
-    # Two streams of each sample at a time: before a layer, and after it.
+    # Each batch has two streams in memory at a time: before and after a layer.
     for wave in waves(view, batches, kept=2):
         streams = Streams(view, wave, 2 * stream_bytes(view, wave))
         current = streams.take_first()
@@ -52,25 +52,26 @@ def losses(
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, batches: Sequence[Tensor]) -> float:
-    """Mean of l_n over the samples of all batches [N, T], in nats per token."""
+    """Mean of the loss l_n over the samples of all batches [N, T], in nats per token."""
     return losses_of(model, batches).mean().item()
 
 
 @torch.no_grad()
 def losses_of(model: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
-    """[samples] fp64 on the CPU: l_n of each sample of all batches [N, T], in nats per token."""
+    """The loss l_n of each sample of all batches [N, T], in nats per token: [samples] fp64 on the CPU."""
     return torch.cat(list(losses(model, batches))).double().cpu()
 
 
 def waves(view: PrunableModel, batches: Sequence[Tensor], kept: int) -> Iterator[list[Tensor]]:
-    """Consecutive batches that pass through a model's layers together.
+    """Yield lists of consecutive batches that pass through a model's layers together.
 
-    One by one where the model is whole; where it is streamed, as many as have their streams within its budget.
+    A list has one batch if the model is whole, and as many as have room for their streams in its budget if it is
+    streamed, but at least one.
 
     Args:
         view: the model.
-        batches: [N, T] int64 each.
-        kept: residual streams [N, T, H] of each batch that are in memory at once.
+        batches: token ids, [N, T] int64 each.
+        kept: the number of residual streams [N, T, H] of each batch that are in memory at the same time.
     """
     residency = view.residency
     budget = 0 if residency is None else residency.budget
@@ -91,8 +92,8 @@ def waves(view: PrunableModel, batches: Sequence[Tensor], kept: int) -> Iterator
 class Variant:
     """The model with some layers changed.
 
-    at: the context in which a layer runs; what it changes about the layer it undoes on exit.
-    layers: those that it changes, at least one.
+    at: makes, from a layer's index, the context manager in which this layer runs; it undoes its changes on exit.
+    layers: the indices of the changed layers, at least one.
     """
 
     at: Callable[[int], AbstractContextManager[None]]
@@ -101,10 +102,10 @@ class Variant:
 
 @torch.no_grad()
 def variant_losses(view: PrunableModel, batches: Sequence[Tensor], variants: Sequence[Variant]) -> Iterator[Tensor]:
-    """For each variant, [samples] fp64 on the CPU: each sample's loss, in nats per token.
+    """Yield, for each variant, each sample's loss in nats per token: [samples] fp64 on the CPU.
 
-    Where the model is streamed, many variants pass through a layer while it is in memory, and each leaves the common
-    stream at the first layer that it changes.
+    If the model is streamed, many variants pass through a layer while it is in memory, and a variant shares the
+    unchanged model's stream up to the first layer that it changes.
     """
     if view.residency is None:
         for variant in variants:
@@ -147,21 +148,23 @@ def backward_by_layers(
 ) -> list[Tensor]:
     """Backpropagate the sum of each batch's losses through a streamed model; each weight is read twice.
 
-    The gradients are `loss_scale` times as large.
+    All gradients are multiplied by `loss_scale`.
 
-    What a whole model computes that recomputes its layers in the backward pass: forward without gradients, keeping the
-    stream before every layer in the host's memory; then, from the last layer to the first, forward again and backward.
+    The computation is that of a whole model that recomputes its layers in the backward pass: forward without gradients,
+    keeping the stream before every layer in the host's memory; then, from the last layer to the first, forward again
+    and backward.
 
     Args:
         view: the model, whose parameters are frozen.
-        batches: [N, T] int64 each, on the model's device.
-        recomputation: what a layer that is run again leaves out.
-        passed: called with the layer after each batch's backward pass through it, while its weights are in memory.
-        losses: of a batch, by its number, given the stream [N, T, H] after the last layer; differentiable in it. By
-            default each sample's.
+        batches: token ids, [N, T] int64 each, on the model's device.
+        recomputation: knows which products need not be recomputed.
+        passed: called with the layer's index after each batch's backward pass through it, while the layer's weights are
+            in memory.
+        losses: computes a batch's losses from the streams, the batch's index and its stream [N, T, H] after the last
+            layer, in which they are differentiable. By default, the loss of each sample.
 
     Returns:
-        Per batch, its losses.
+        The losses of each batch, detached.
     """
     streams = Streams(view, batches, (len(view.layers) + 1) * stream_bytes(view, batches))
     before: list[list[Tensor]] = [[stream.detach() for stream in streams.take_first()]]
@@ -192,9 +195,10 @@ def _backward_of_layer(
     stream: Tensor,
     gradient: Tensor,
 ) -> Tensor:
-    """The gradient [N, T, H] of what enters a layer, given that of what leaves it.
+    """Return the gradient with respect to a layer's input, [N, T, H], given the gradient with respect to its output.
 
-    Nothing of the graph is alive afterwards: it would keep the layer's weights in memory while the next are read.
+    It is a function of its own so that the graph is freed on return: the graph would keep the layer's weights in memory
+    while the next layer's are read.
     """
     entered = stream.to(view.device).requires_grad_()
     with recomputation.of(view.layers[layer]):

@@ -2,11 +2,11 @@
 
 The embedding, the last norm and the head stay on the device. A decoder layer's parameters are placeholders on the meta
 device until the layer runs: then its weights are read from their safetensors files, which are mapped and not read
-whole, and they are let go when another layer is needed. While one layer computes on an accelerator, the next one is
-read. Whoever runs the layers in order for many samples reads each weight once for all of them.
+whole, and they are freed when another layer is needed. While one layer computes on an accelerator, the next one is
+read. A caller that runs the layers in order for many samples reads each weight once for all of them.
 
-Everything else sees an ordinary model: it can be run, described, cut and saved. Cutting and re-solved weights change
-where a weight comes from, see `Source`; no weight of the files is ever written to.
+To all other code it is an ordinary model: it can be run, described, cut and saved. Cutting and re-solving change where
+a weight comes from, see `Source`; the files are never written to.
 """
 
 import shutil
@@ -32,14 +32,14 @@ class Source(Protocol):
     """Where a weight comes from."""
 
     def read(self) -> Tensor:
-        """The weight on the CPU; it may share memory with a mapped file."""
+        """Return the weight on the CPU; it may share memory with a mapped file."""
 
 
 class WeightFile:
     """A safetensors file, mapped into memory."""
 
     def __init__(self, path: Path) -> None:
-        """path: of the file, which stays open."""
+        """path: the file's path; from its first use on the file stays open."""
         self.path = path
 
     @cached_property
@@ -47,41 +47,43 @@ class WeightFile:
         return safe_open(self.path, framework="pt")
 
     def shape(self, name: str) -> list[int]:
-        """Of a tensor in it."""
+        """The shape of the tensor of that name, which is not read."""
         return list(self._file.get_slice(name).get_shape())
 
     def names(self) -> list[str]:
-        """Of all tensors in it."""
+        """The names of all tensors in the file."""
         return list(self._file.keys())
 
     def tensor(self, name: str) -> Tensor:
-        """[...] on the CPU, a view of the file."""
+        """The tensor of that name on the CPU, a view of the mapped file."""
         found: Tensor = self._file.get_tensor(name)
         return found
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight as it is in a file."""
+    """A weight as it is stored in a file."""
 
     file: WeightFile
     name: str
 
     @property
     def shape(self) -> list[int]:
-        """Of the weight, which is not read."""
+        """The weight's shape; the weight is not read."""
         return self.file.shape(self.name)
 
     def read(self) -> Tensor:
-        """As the file has it."""
+        """Return the weight, a view of the mapped file."""
         return self.file.tensor(self.name)
 
 
 @dataclass(frozen=True)
 class Selected:
-    """A weight of which only some is left along a dimension: of all its entries alike, or of each its own.
+    """The part of a weight that is left after cutting along one dimension.
 
-    index: [k] int64, or [E, k] where each entry of the first dimension keeps its own.
+    whole: the weight before the cut.
+    dim: the dimension that is cut.
+    index: the indices kept, [k] int64; or [E, k] if each entry of the first dimension keeps different ones.
     """
 
     whole: Source
@@ -89,12 +91,12 @@ class Selected:
     index: Tensor
 
     def read(self) -> Tensor:
-        """A copy of what is left."""
+        """Return a copy of the part that is left."""
         return selected(self.whole.read(), self.dim, self.index)
 
 
 def selected(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
-    """A new tensor with what is kept of `tensor`; arguments as of `Selected`."""
+    """Return a new tensor with the part of `tensor` that is kept; for `dim` and `index` see `Selected`."""
     index = index.to(tensor.device)
     if index.ndim == 1:
         return tensor.index_select(dim, index)
@@ -103,9 +105,9 @@ def selected(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Between:
-    """A weight on the line through two others: `factor` times the way from the first to the second.
+    """A weight between two others: the point at `factor` of the way from `start` (0) to `end` (1).
 
-    dtype: that of the weight in the model.
+    dtype: the weight's dtype in the model.
     """
 
     start: Source
@@ -114,26 +116,26 @@ class Between:
     dtype: torch.dtype
 
     def read(self) -> Tensor:
-        """A new tensor."""
+        """Return the weight as a new tensor."""
         return on_the_way(self.start.read().to(self.dtype), self.end.read().to(self.dtype), self.factor)
 
 
 def on_the_way(start: Tensor, end: Tensor, factor: float) -> Tensor:
-    """`factor` times the way from one tensor to the other of its shape and type.
+    """Return the tensor at `factor` of the way from `start` to `end`, which have the same shape and dtype.
 
-    Where the factor is a power of two, its product is exact, and the result the same bits on any device.
+    If the factor is a power of two, the product with it is exact, so that the result has the same bits on any device.
     """
     return torch.add(start, end - start, alpha=factor)
 
 
 class Spilled:
-    """A tensor in a file without a name, mapped into memory: it goes with this object, or with the process."""
+    """A tensor in an unnamed file, mapped into memory; the file is freed with this object or at the process's end."""
 
     def __init__(self, tensor: Tensor, folder: Path) -> None:
         """Write `tensor` into a new file in `folder`.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         numbers = tensor.detach().cpu().contiguous()
         with tempfile.NamedTemporaryFile(dir=folder) as file:
@@ -143,16 +145,17 @@ class Spilled:
         self._tensor = found.view(numbers.shape)
 
     def read(self) -> Tensor:
-        """The tensor, on the CPU."""
+        """Return the tensor, on the CPU."""
         return self._tensor
 
 
 class _Scratch:
-    """A folder of this process alone among the system's temporary files, which is deleted with this object."""
+    """A folder for this process only, in the system's folder for temporary files; it is deleted with this object."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="gradprune-"))
-        # `TemporaryDirectory` warns where nobody closed it. Models are not closed: they go when nothing refers to them.
+        # `TemporaryDirectory` would warn that nobody has closed it, because models are not closed: they are freed when
+        # nothing refers to them any more.
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
@@ -160,15 +163,15 @@ _RESIDENCIES: "weakref.WeakKeyDictionary[PreTrainedModel, Residency]" = weakref.
 
 
 def residency_of(model: PreTrainedModel) -> "Residency | None":
-    """How the layers of a streamed model come and go; None for a model that is whole in memory."""
+    """The object that loads and frees a streamed model's layers; None for a model that is whole in memory."""
     return _RESIDENCIES.get(model)
 
 
 class Residency:
-    """The decoder layers of one model, of which at most one is in memory, and the next one while it is read.
+    """Loads and frees the decoder layers of one model: at most one is in memory, besides the one being read ahead.
 
-    sources: by the parameter's name in the model, where the weights of the decoder layers come from.
-    budget: bytes that the residual streams of the samples under way may take.
+    sources: where the decoder layers' weights come from, by the parameters' names in the model.
+    budget: the bytes that the residual streams of the samples being processed may take.
     """
 
     def __init__(
@@ -180,12 +183,14 @@ class Residency:
         budget: int,
         prefetch: bool | None = None,
     ) -> None:
-        """layers_path: of the decoder layers in the model.
+        """Set up a residency, which controls no model before `attach`.
 
         Args:
-            layers_path, sources, budget: as above.
-            device: of the weights in memory.
-            prefetch: read the next layer while one computes; by default on accelerators, where it costs no time.
+            layers_path: path of the decoder layers in the model.
+            sources, budget: see the class.
+            device: where weights are loaded to.
+            prefetch: whether to read the next layer while one computes; None: only on accelerators, where this costs no
+                time.
         """
         self.sources, self.budget, self.device = sources, budget, device
         self._path = layers_path
@@ -198,11 +203,11 @@ class Residency:
         self._scratch: _Scratch | None = None
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> "Residency":
-        """A copied model gets its own by `copy_for`."""
+        """Return this object itself, because a copied model gets a residency of its own by `copy_for`."""
         return self
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Make each decoder layer of `model`, whose parameters are on the meta device, load itself when it runs."""
+        """Make `model`'s decoder layers, whose parameters are on the meta device, load their weights when they run."""
         layers = model.get_submodule(self._path)
         assert isinstance(layers, nn.ModuleList)
         self._layers = weakref.ref(layers)
@@ -211,7 +216,7 @@ class Residency:
         _RESIDENCIES[model] = self
 
     def copy_for(self, model: PreTrainedModel) -> "Residency":
-        """The same weights for a copy of the model."""
+        """Return a residency for a copy of the model, with the same sources of weights."""
         copied = Residency(
             self._path,
             dict(self.sources),
@@ -225,9 +230,9 @@ class Residency:
 
     @contextmanager
     def resident(self, layer: int, then: int | None = None) -> Iterator[None]:
-        """Inside the context the weights of `layer` are in memory; `then` is the layer that will be needed next.
+        """Context manager in which the weights of `layer` are in memory; `then` is the layer needed next, if any.
 
-        Afterwards they stay until another layer is needed, or `release`.
+        Afterwards they stay in memory until another layer is needed or `release` is called.
         """
         if self._held != layer:
             assert not self._users, f"layer {self._held} is in use"
@@ -241,7 +246,7 @@ class Residency:
             self._users -= 1
 
     def release(self) -> None:
-        """Let go of all layers."""
+        """Free the weights of all layers."""
         self._drop_ahead()
         if self._held is not None:
             for name, parameter in list(self._modules[self._held].named_parameters()):
@@ -249,19 +254,22 @@ class Residency:
         self._held = None
 
     def read(self, name: str) -> Tensor:
-        """One weight by its name in the model, on the CPU and in the model's dtype."""
+        """Return the weight of that name in the model, on the CPU and in the model's dtype."""
         return self.sources[name].read().to(self._dtype(name))
 
     def replace(self, layer: int, name: str) -> None:
-        """The parameter of that name in `layer`, which is in memory, takes the place of the one in the files."""
+        """Write a parameter of `layer`, which is in memory, to disk, and from now on read it from there.
+
+        name: the parameter's name in the layer.
+        """
         self.sources[self._name(layer, name)] = self.spill(self._modules[layer].get_parameter(name))
 
     def weights(self, names: Sequence[tuple[int, str]]) -> dict[str, Source]:
-        """Where weights, each of a layer and by its name in it, come from now, by their names in the model."""
+        """The current sources of weights, by their names in the model; each is given as (layer, name in the layer)."""
         return {full: self.sources[full] for full in (self._name(*each) for each in names)}
 
     def go_between(self, start: Mapping[str, Source], end: Mapping[str, Source], factor: float) -> None:
-        """From now on weights come from `factor` times the way from one source to the other."""
+        """From now on, read weights at `factor` of the way from their sources in `start` to those in `end`."""
         self.release()
         for name, source in start.items():
             if factor in (0.0, 1.0):
@@ -270,12 +278,12 @@ class Residency:
                 self.sources[name] = Between(source, end[name], factor, self._dtype(name))
 
     def cut(self, layer: int, name: str, dim: int, index: Tensor) -> None:
-        """From now on only `index` is there of a parameter along `dim`, see `Selected`."""
+        """From now on, read only the part of a layer's parameter that is kept, see `Selected`."""
         full = self._name(layer, name)
         self.sources[full] = Selected(self.sources[full], dim, index)
 
     def spill(self, tensor: Tensor) -> Spilled:
-        """A copy of a weight in a scratch file, which goes away with what is returned.
+        """Copy a weight to a scratch file, which is freed with the returned object.
 
         Raises:
             GradPruneError: the disk is full, or there is no folder for temporary files.
@@ -283,15 +291,15 @@ class Residency:
         return self._spilled(tensor, "stream_layers: changed weights cannot")
 
     def mapped(self, tensor: Tensor) -> Tensor:
-        """A copy on the CPU in a scratch file, mapped into memory, which the system writes out if it must.
+        """Return a copy on the CPU, in a mapped scratch file, which the system can write out if memory is short.
 
         Raises:
-            GradPruneError: as `spill`.
+            GradPruneError: see `spill`.
         """
         return self._spilled(tensor, f"stream_memory: what does not fit in {self.budget / 2**20:.0f} MiB cannot").read()
 
     def _spilled(self, tensor: Tensor, what: str) -> Spilled:
-        """Raises `what` followed by where and why, where it cannot be written."""
+        """Copy a tensor to a scratch file, or raise GradPruneError: `what`, followed by where and why it failed."""
         try:
             return Spilled(tensor, self.scratch)
         except OSError as error:
@@ -302,7 +310,7 @@ class Residency:
 
     @property
     def scratch(self) -> Path:
-        """A folder for this process alone, in the system's folder for temporary files."""
+        """A folder for this process only, in the system's folder for temporary files; created on first use."""
         if self._scratch is None:
             self._scratch = _Scratch()
         return self._scratch.folder
@@ -317,30 +325,31 @@ class Residency:
         return f"{self._path}.{layer}.{name}"
 
     def _run(self, layer: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """The layer's forward pass, with its weights in memory."""
+        """Run the layer's forward pass with its weights in memory, reading the next layer ahead."""
         with self.resident(layer, then=layer + 1):
             return forward(*args, **kwargs)
 
     def _load(self, layer: int) -> None:
-        """Make `layer` the one that is in memory."""
+        """Load the weights of `layer`, and free those of the layer in memory."""
         if self._ahead is not None and self._ahead[0] == layer:
             ahead, self._ahead = self._ahead[1], None
             self._replace_held(layer, ahead.result())
         else:
-            self.release()  # before anything is read, so that there are never two
+            self.release()  # before anything is read, so that two layers are never in memory
             self._replace_held(layer, self._fetch(layer))
 
     def _replace_held(self, layer: int, weights: dict[str, Tensor]) -> None:
         self.release()
         for name, weight in weights.items():
             if weight.is_cuda:
-                # It was allocated on the reader's stream: its memory is free again only after the work queued here.
+                # The weight was allocated on the CUDA stream that copies: its memory must not be reused before the work
+                # queued on the current stream is done.
                 weight.record_stream(torch.cuda.current_stream(self.device))
             self._set(layer, name, weight)
         self._held = layer
 
     def _fetch(self, layer: int) -> dict[str, Tensor]:
-        """The weights of a layer on the device, by name within the layer."""
+        """Read the weights of a layer, by name within the layer, to the device."""
         names = [name for name, _ in self._modules[layer].named_parameters()]
         with torch.inference_mode(False), torch.no_grad():
             if self.device.type != "cuda":
@@ -353,16 +362,16 @@ class Residency:
 
     @cached_property
     def _copying(self) -> torch.cuda.Stream:
-        """The stream that layers come by: one, because PyTorch keeps freed memory for the stream it was taken on."""
+        """The one CUDA stream that copies layers: PyTorch reuses freed memory only for the stream that allocated it."""
         return torch.cuda.Stream(self.device)
 
     def _copied(self, layer: int, name: str) -> Tensor:
-        """A copy in memory of its own: a mapped file's may lie where matrix products round differently."""
+        """Copy a weight to memory of its own: at a mapped file's addresses, matrix products may round differently."""
         full = self._name(layer, name)
         return self.sources[full].read().to(self.device, self._dtype(full), copy=True)
 
     def _dtype(self, name: str) -> torch.dtype:
-        """Of a parameter in memory, by its name in the model; its placeholder has it, too."""
+        """The dtype of a parameter, by its name in the model; a placeholder on the meta device has it, too."""
         layer, _, own = name.removeprefix(f"{self._path}.").partition(".")
         return self._modules[int(layer)].get_parameter(own).dtype
 

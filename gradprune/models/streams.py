@@ -1,12 +1,13 @@
 """Residual streams: run a model layer by layer and block by block, with replaced block outputs.
 
-A decoder layer adds what its blocks write to the stream. Here a block is run up to its output projection, whose input
-is then known for all batches; its output is computed from that with the caller's weights, and the rest of the layer
-runs with this output. So every module runs once per layer, and no weight of the model is touched.
+A decoder layer adds its blocks' outputs to the stream. Here a block is run up to its output projection, so that the
+projection's input is known for all batches; the caller computes the block's output from this input with weights of its
+own, and the rest of the layer runs with that output. So every module runs once per layer, and no weight of the model is
+changed.
 
-Where the model is streamed (see `gradprune.models.residency`) or spread over devices, what is between its layers is
-kept in the host's memory, and one batch of it at a time is on the layer's device. What would take more than a streamed
-model's budget is kept in mapped files.
+If the model is streamed (see `gradprune.models.residency`) or spread over devices, the streams between its layers are
+kept in the host's memory, and only one batch at a time is on the layer's device. If they would exceed a streamed
+model's budget, they are kept in mapped files.
 """
 
 import inspect
@@ -28,30 +29,31 @@ _Item = TypeVar("_Item")
 
 
 class _StoppedError(Exception):
-    """Ends a forward pass where nothing after it is needed."""
+    """Ends a forward pass early, because nothing after this point is needed."""
 
 
 def stream_bytes(view: PrunableModel, batches: Sequence[Tensor]) -> int:
-    """Bytes of one residual stream [N, T, H] of every batch [N, T]."""
+    """Total bytes of one residual stream [N, T, H] per batch [N, T]."""
     hidden: int = text_config(view.model.config).hidden_size
     return sum(batch.numel() for batch in batches) * hidden * view.model.dtype.itemsize
 
 
 def read_bytes(view: PrunableModel, batches: Sequence[Tensor]) -> int:
-    """Bytes of what the widest output projection reads, [N, T, I] of every batch [N, T]."""
+    """Total bytes of the widest output projection's input, [N, T, I] per batch [N, T]."""
     widest = max((block.read_width for block in view.blocks), default=0)
     return sum(batch.numel() for batch in batches) * widest * view.model.dtype.itemsize
 
 
 class Streams:
-    """The arguments that a model's layers receive for some batches; the caller keeps the streams."""
+    """Runs single layers on some batches: holds the arguments that the layers receive; the caller keeps the streams."""
 
     def __init__(self, view: PrunableModel, batches: Sequence[Tensor], kept: int = 0) -> None:
         """Record the arguments that the layers receive for batches of ids, without running them.
 
         Args:
-            view, batches: the model, and [N, T] int64 each.
-            kept: the bytes that the caller keeps at once of all that it is given, at most.
+            view: the model.
+            batches: token ids, [N, T] int64 each.
+            kept: at most how many bytes of the tensors that it gets from here the caller keeps at the same time.
         """
         self._view = view
         self._home = torch.device("cpu") if view.spread or view.residency is not None else view.device
@@ -61,29 +63,29 @@ class Streams:
         self._returned = self._count_returned(self._batches[0][:1]) if self._batches else {}
         recorded = [self._record(batch) for batch in self._batches]
         self._first = [self.keep(stream) for stream, _ in recorded]
-        # What transformers passes to each layer beside the stream: masks, positions.
+        # What transformers passes to each layer in addition to the stream, such as masks and positions.
         self._arguments = [arguments for _, arguments in recorded]
 
     def take_first(self) -> list[Tensor]:
-        """Per batch, [N, T, H], what enters the first layer; once, for nothing here holds on to it."""
+        """Return the first layer's input [N, T, H] per batch; only once, because this object then lets go of it."""
         first, self._first = self._first, []
         return first
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """A tensor of a batch where those of all batches have room."""
+        """Return a tensor of one batch, moved to where such tensors of all batches have room."""
         return tensor.to(self._home) if self._files is None else self._files.mapped(tensor)
 
     def run_layer(
         self, layer: int, batch: int, stream: Tensor, written: Mapping[nn.Module, Tensor] | None = None
     ) -> Tensor:
-        """The stream [N, T, H] after a layer; the modules in `written` are not run, and write what is given."""
+        """Return the stream [N, T, H] after a layer; modules in `written` are not run, but return the given tensors."""
         return self.keep(self.run_layer_on_device(layer, batch, stream.to(self._view.device_of(layer)), written))
 
     def run_layer_on_device(
         self, layer: int, batch: int, stream: Tensor, written: Mapping[nn.Module, Tensor] | None = None
     ) -> Tensor:
-        """`run_layer` of a stream that is on the device already; the result is there, too, and differentiable."""
-        # Copies, because some layers add to what one of their blocks returned in place.
+        """See `run_layer`; the stream is on the layer's device already, and the result is there and differentiable."""
+        # Copies, because some layers add in place to the tensor that one of their blocks has returned.
         answers = {module: value.clone() for module, value in (written or {}).items()}
         with self._answering(answers, self._view.device_of(layer)):
             output = self._view.layers[layer](stream, **self._arguments[batch][layer])
@@ -91,7 +93,7 @@ class Streams:
         return after
 
     def layer_and_written(self, layer: int, batch: int, stream: Tensor) -> tuple[Tensor, dict[nn.Module, Tensor]]:
-        """The stream after a layer as it is, and what each of its blocks wrote, by the block's module."""
+        """Run a whole layer; return the stream after it, and what each of its blocks wrote, by the block's module."""
         written: dict[nn.Module, Tensor] = {}
 
         def keep(module: nn.Module, _args: Any, output: Any) -> None:
@@ -108,12 +110,14 @@ class Streams:
         linear: Mapping[LinearBlock, Callable[[Tensor], object]],
         experts: Mapping[ExpertsBlock, Callable[[tuple[Routed, Tensor]], object]],
     ) -> Tensor:
-        """The stream after a layer as it is, whose blocks' output projections show what they read.
+        """Run a whole layer, show what its blocks' output projections read, and return the stream after it.
 
         Args:
-            layer, batch, stream: as of `run_layer`.
-            linear: what is called with [N, T, I], on the layer's device.
-            experts: what is called with the tokens that a layer's experts see and [R, C], which are kept.
+            layer, batch, stream: see `run_layer`.
+            linear: for each block, a function called with its output projection's input [N, T, I], on the layer's
+                device.
+            experts: for each block of experts, a function called with the routing of the tokens and the output
+                projections' inputs [R, C]; both are where `keep` puts them.
         """
         with ExitStack() as stack:
             for block, seen in linear.items():
@@ -124,9 +128,9 @@ class Streams:
             return self.run_layer(layer, batch, stream)
 
     def output_input(self, block: LinearBlock, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
-        """[N, T, I] what a block's output projection reads, when the modules in `written` write what is given.
+        """Return a block's output projection's input [N, T, I], on the layer's device.
 
-        It is on the layer's device.
+        The modules in `written` are not run, but return the given tensors.
         """
         reached: list[Tensor] = []
 
@@ -142,7 +146,7 @@ class Streams:
         raise AssertionError(f"layer {block.layer} does not run its {block.output.path}")
 
     def block_output(self, block: Block, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]) -> Tensor:
-        """What a block's module returns when the modules in `written` write what is given."""
+        """Return the output of a block's module; modules in `written` are not run, but return the given tensors."""
         reached: list[Tensor] = []
 
         def stop(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -156,9 +160,9 @@ class Streams:
     def expert_inputs(
         self, block: ExpertsBlock, batch: int, stream: Tensor, written: dict[nn.Module, Tensor]
     ) -> tuple[Routed, Tensor, Tensor]:
-        """Which tokens a layer's experts see, [R, C] what their output projections read, and what their module writes.
+        """Return which tokens a layer's experts see, their output projections' inputs [R, C] and their module's output.
 
-        Arguments as of `output_input`.
+        For the arguments see `output_input`.
         """
         seen: list[tuple[Routed, Tensor]] = []
         with block.run_by(self._showing(block, seen.append)):
@@ -166,7 +170,7 @@ class Streams:
         return *seen[0], wrote
 
     def _showing(self, block: ExpertsBlock, seen: Callable[[tuple[Routed, Tensor]], object]) -> ExpertProduct:
-        """Compute experts' projections, and show what those to the output read, kept."""
+        """Return a function that computes experts' projections and calls `seen` with the output projections' inputs."""
 
         def product(routed: Routed, projection: ExpertProjection, x: Tensor) -> Tensor:
             if projection is block.down:
@@ -177,19 +181,19 @@ class Streams:
         return product
 
     def losses_of(self, streams: Sequence[Tensor]) -> Tensor:
-        """[samples] fp64 on the CPU: each sample's loss in nats per token, given the last layer's streams."""
+        """Each sample's loss in nats per token, [samples] fp64 on the CPU, given the streams after the last layer."""
         found = [self.losses(batch, stream.to(self._view.device)) for batch, stream in enumerate(streams)]
         return torch.cat(found).double().cpu()
 
     def losses(self, batch: int, stream: Tensor) -> Tensor:
-        """[N] each sample's loss, given the stream after the last layer, on the device; differentiable."""
+        """Each sample's loss, [N], given the stream after the last layer, on the device; differentiable."""
         with self._answering(dict.fromkeys(self._view.layers, stream), self._view.device):
             return sample_losses(self._view.model, self._batches[batch])
 
     def last_hidden(self, batch: int, stream: Tensor) -> Tensor:
-        """[N, T, H] the decoder's last hidden states, which the head reads, given the stream after the last layer.
+        """The decoder's last hidden states [N, T, H], which the head reads, given the stream after the last layer.
 
-        On the device; differentiable.
+        They are on the device and differentiable.
         """
         with self._answering(dict.fromkeys(self._view.layers, stream), self._view.device):
             decoder = self._view.model.get_decoder()
@@ -197,7 +201,7 @@ class Streams:
         return found
 
     def _count_returned(self, ids: Tensor) -> dict[type[nn.Module], int]:
-        """Number of values that each class of blocks' modules and of layers returns; 0 for a bare tensor."""
+        """For each class of layers and of blocks' modules, the length of the tuple it returns; 0 for a bare tensor."""
         modules = [*(block.module for block in self._view.blocks), *self._view.layers]
         wanted = {type(module) for module in modules}
         counts: dict[type[nn.Module], int] = {}
@@ -212,7 +216,7 @@ class Streams:
         return counts
 
     def _record(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """The first layer's input, and each layer's keyword arguments; no layer is run."""
+        """Return the first layer's input and each layer's keyword arguments, without running any layer."""
         entered: list[Tensor] = []
         arguments: list[dict[str, Any]] = []
 
@@ -230,7 +234,7 @@ class Streams:
 
     @contextmanager
     def _answering(self, given: dict[nn.Module, Tensor], device: torch.device) -> Iterator[None]:
-        """Make modules return the given tensors, on `device`, without running."""
+        """Context manager in which modules return the given tensors, on `device`, without running."""
         with ExitStack() as stack:
             for module, value in given.items():
                 answer = self._answer(module, value.to(device))
@@ -243,7 +247,7 @@ class Streams:
 
 
 def drained(items: list[_Item]) -> Iterator[_Item]:
-    """Each in turn, out of the list, so that it is freed with its last use."""
+    """Yield each item after taking it out of the list, so that it is freed after its last use."""
     items.reverse()
     while items:
         yield items.pop()
