@@ -1,4 +1,4 @@
-"""Models as blocks: what is prunable in them."""
+"""Models seen as blocks of prunable groups."""
 
 from gradprune.models.blocks import Block, LinearBlock, PrunableModel
 from gradprune.models.describe import accepted_kinds, describe, whole_view

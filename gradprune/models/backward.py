@@ -1,4 +1,4 @@
-"""How a backward pass is run: without autocast, attention adding in fixed order, float16 within its range."""
+"""How a backward pass is run: without autocast, with attention adding in fixed order, with float16 kept in range."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,27 +14,27 @@ _FLOAT16_SCALE = 2.0**12
 
 
 def loss_scale(dtype: torch.dtype) -> float:
-    """What a model's loss is multiplied by before the backward pass, and what is found is divided by: a power of two.
+    """The power of two that a loss is multiplied by before the backward pass, and the results divided by after it.
 
-    float16 has no numbers below 6e-8, and few digits below 6e-5, where gradients of a mean over hundreds of tokens
-    are; other types need no scale (Micikevicius et al. 2018, arXiv:1710.03740). It is the same for every batch, so that
-    no result depends on what was computed before, and nothing waits for a GPU to tell whether it fits.
+    float16 has no numbers below 6e-8, and few digits below 6e-5, the range of gradients of a mean over hundreds of
+    tokens; other types need no scale, 1 (Micikevicius et al. 2018, arXiv:1710.03740). It is the same for every batch,
+    so that no result depends on earlier batches, and nothing waits for a GPU to report whether the scale fits.
     """
     return _FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
 def backpropagated(losses: Tensor, dtype: torch.dtype) -> Tensor:
-    """[], the sum of samples' losses [N] of a model of `dtype`, scaled for its backward pass."""
+    """The scalar to backpropagate: the sum of samples' losses [N], scaled for a model of `dtype`."""
     total, scale = losses.sum(), loss_scale(dtype)
     return total if scale == 1.0 else total * scale
 
 
 @contextmanager
 def without_autocast(device: torch.device) -> Iterator[None]:
-    """Gradients are computed in the types of the forward pass.
+    """Turn autocast off for a backward pass, so that gradients are computed in the forward pass's types.
 
-    The threads of a backward pass on a GPU take over that autocast is on, but not the type it was given: they would
-    convert bfloat16 gradients to float16, autocast's default.
+    The threads of a backward pass on a GPU inherit that autocast is on, but not its type: they would convert bfloat16
+    gradients to float16, autocast's default.
     """
     with torch.autocast(device.type, enabled=False):
         yield
@@ -42,13 +42,14 @@ def without_autocast(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def deterministic_attention() -> Iterator[None]:
-    """The backward pass of PyTorch's fused attention adds in fixed order: the same inputs give the same bits.
+    """Make the backward pass of PyTorch's fused attention add in fixed order: the same inputs give the same bits.
 
-    On GPUs it does so only where deterministic algorithms are asked for, which for a whole model would refuse products
-    too. So they are asked for while a fused attention's gradient is computed, and nowhere else; and cuDNN's attention,
-    which has no such algorithm, is not chosen. Its products are exact in the backward pass, as they are in the forward
-    pass inside `rounded_products`. The context has to be open in both; on exit the settings are as they were, whatever
-    happened. Several may be open, and close in any order.
+    On GPUs PyTorch does so only while it is set to deterministic algorithms, a setting with which it would also refuse
+    some of a model's matrix products. So this is set only while a fused attention's gradient is computed; and cuDNN's
+    attention, which has no deterministic algorithm, is not used. The factors of attention's products are not rounded in
+    the backward pass, nor does `rounded_products` round them in the forward pass. The context has to be open in both
+    passes; on exit the settings are restored, after an exception, too. Several contexts may be open at the same time,
+    and may be closed in any order.
     """
     settings = _settings()
     _FIXED_ORDER.open()
@@ -56,12 +57,12 @@ def deterministic_attention() -> Iterator[None]:
         yield
     finally:
         _FIXED_ORDER.close()
-        # A backward pass that raised inside an attention did not come to its end.
+        # If a backward pass raised an exception inside attention, `end` has not restored them.
         _set(settings)
 
 
 class _FixedOrder:
-    """What is in the place of PyTorch's fused attention for as long as a context is open."""
+    """Replaces PyTorch's fused attention by one that adds in fixed order while any context is open; counts contexts."""
 
     def __init__(self) -> None:
         self._contexts = 0
@@ -90,7 +91,7 @@ def _in_fixed_order(attention: Callable[..., Any]) -> Callable[..., Any]:
     def begin(_gradients: Any) -> None:
         nonlocal before
         before = _settings()
-        # Where a program set products by device, nothing could restore them.
+        # If a program has set the precision of products by device (None), it could not be restored, so it is left.
         _set((*_DETERMINISTIC, before[-1] and "highest"))
 
     def end(_inputs: Any, _outputs: Any) -> None:
@@ -108,14 +109,15 @@ def _in_fixed_order(attention: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fused_attention(output: Tensor) -> torch.autograd.graph.Node | None:
-    """The node of fused attention that `output` comes from; only views of its result lie between. None if none does."""
+    """The fused attention's node in the graph of `output`, which is a view of its result; None if there is none."""
     node = output.grad_fn
     while node is not None and "ScaledDotProduct" not in node.name():
         node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
     return node
 
 
-# Whether algorithms are to be deterministic, whether others only warn, whether new memory is filled; products.
+# Whether algorithms have to be deterministic, whether others only cause a warning, whether new memory is filled, and
+# the precision of products, see `products`.
 _Settings = tuple[bool, bool, bool, str | None]
 _DETERMINISTIC = (True, False, False)
 

@@ -11,15 +11,16 @@ from transformers import PreTrainedModel
 
 from gradprune.models.residency import residency_of
 
-# What differs between two copies of one model: where it was read from, by which release, and what generation does.
+# Entries of the configuration that may differ between copies of the same model: they say where it was read from, by
+# which release, and what generation does.
 _INCIDENTAL = ("_name_or_path", "transformers_version", "architectures", "auto_map", "use_cache", "output_attentions")
-_CHUNK = 1 << 24  # elements that are on the host at once
+_CHUNK = 1 << 24  # elements that are copied to the host at a time
 
 
 def model_digest(model: PreTrainedModel) -> str:
     """SHA-256 in hexadecimal of all weights and buffers, with names, shapes and dtypes, and of the configuration.
 
-    One pass over the weights: one tensor per thread, since hashing runs outside Python's lock.
+    The weights are read once, each thread hashing one tensor at a time, because hashing runs outside Python's lock.
     """
     config = {name: value for name, value in model.config.to_dict().items() if name not in _INCIDENTAL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())

@@ -1,4 +1,4 @@
-"""How far a model's predictions are from its teacher's, and from the text: in memory of a few logits."""
+"""How far a model's predictions are from its teacher's, and from the text; only few logits are in memory at a time."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,16 +16,17 @@ from gradprune.models.loss import Head, logits_of, times, tokens_at_once
 def divergence(
     student: PreTrainedModel, hidden: Tensor, teacher_hidden: Tensor, teacher_head: Head | None = None
 ) -> Tensor:
-    """Mean over tokens of KL(teacher || student), the distillation of Hinton et al. (2015) at temperature 1.
+    """Mean over tokens of KL(teacher || student), the distillation loss of Hinton et al. (2015) at temperature 1.
 
-    Both heads run over chunks of tokens, so that all logits never exist at once. If the student's is a linear layer,
-    each runs once, and gradients are computed in the forward pass; otherwise the backward pass recomputes both.
+    Both heads run over chunks of tokens, so that all logits never exist at the same time. If the student's head is a
+    linear layer, each head runs once, and gradients are computed in the forward pass; otherwise the backward pass runs
+    both heads again.
 
     Args:
         student: a causal LM.
-        hidden: [K, H], its decoder's last hidden states.
-        teacher_hidden: [K, H of the teacher], the teacher's; no gradient reaches them.
-        teacher_head: the teacher's head; by default the student's own.
+        hidden: [K, H], the last hidden states of the student's decoder.
+        teacher_hidden: [K, H of the teacher], the last hidden states of the teacher's decoder; they get no gradient.
+        teacher_head: the teacher's head; None: the student's.
 
     Returns:
         A scalar in nats per token, fp32 (fp64 for fp64 models); differentiable in `hidden` and the student's head.
@@ -36,27 +37,30 @@ def divergence(
 def divergence_with_text(
     student: PreTrainedModel, hidden: Tensor, teacher_hidden: Tensor, text: Tensor, share: float
 ) -> tuple[Tensor, Tensor]:
-    """(1 - share) KL(teacher || student) + share NLL of the text, Hinton et al.'s weighted average; and the KL alone.
+    """Weighted average of divergence and next-token loss (Hinton et al. 2015), and the divergence by itself.
+
+    The average is (1 - share) KL(teacher || student) + share NLL(text).
 
     Args:
-        student, hidden, teacher_hidden: as of `divergence`; the teacher has the student's head.
-        text: [K] int64, the token that follows each.
-        share: of the text, from 0 to 1.
+        student, hidden, teacher_hidden: see `divergence`; the teacher has the student's head.
+        text: [K] int64, the token that follows each hidden state's token.
+        share: weight of the text, from 0 to 1.
 
     Returns:
-        Two scalars as of `divergence`, means over tokens; the second is not differentiable.
+        The average and KL(teacher || student), both means over tokens; for units and dtype see `divergence`. The second
+        is not differentiable.
     """
     return _means(student, hidden, teacher_hidden, logits_of(student), text, share)
 
 
 @torch.no_grad()
 def divergences(model: PreTrainedModel, hidden: Tensor, changed: Sequence[Tensor]) -> list[float]:
-    """Of each of several hidden states, the mean over tokens of KL(the model's own || changed), in nats per token.
+    """Mean over tokens of KL(unchanged || changed), in nats per token, for each of several changes of hidden states.
 
     Args:
-        model: a causal LM.
-        hidden: [K, H], its decoder's last hidden states.
-        changed: [K, H] each.
+        model: a causal LM, whose head makes all the predictions.
+        hidden: [K, H], the last hidden states of its decoder.
+        changed: the changed hidden states, [K, H] each.
     """
     head, weight = logits_of(model), model.get_output_embeddings().weight
     chunk = tokens_at_once(weight.shape[0], cuda=weight.is_cuda)
@@ -79,7 +83,7 @@ def _means(
     text: Tensor | None,
     share: float,
 ) -> tuple[Tensor, Tensor]:
-    """See `divergence_with_text`; without `text`, both are the divergence."""
+    """See `divergence_with_text`; if `text` is None, both results are the divergence."""
     head = logits_of(student)
     weight = student.get_output_embeddings().weight
     hidden, text = hidden.to(weight.device), None if text is None else text.to(weight.device)
@@ -101,7 +105,7 @@ def _means(
 def _sums(
     student_head: Head, teacher_head: Head, hidden: Tensor, teacher_hidden: Tensor, text: Tensor | None, share: float
 ) -> tuple[Tensor, Tensor]:
-    """As `_means`, the sums over tokens, given hidden states [K, H] of both."""
+    """See `_means`: the sums over tokens instead, for both models' hidden states [K, H]."""
     with torch.no_grad():
         expected = F.log_softmax(_exact(teacher_head(teacher_hidden)), dim=-1)
     found = F.log_softmax(_exact(student_head(hidden)), dim=-1)
@@ -112,9 +116,9 @@ def _sums(
 
 
 class _LinearHeadSums(torch.autograd.Function):
-    """`_sums` of a student whose head is logits = W h + b, with its gradients computed in the forward pass.
+    """`_sums` for a student whose head is logits = W h + b, with its gradients computed in the forward pass.
 
-    With p the teacher's probabilities, q the student's, and s the share of the text, whose token is y,
+    With p the teacher's probabilities, q the student's, s the weight of the text, and y the text's token, the loss has
     d / d logits = q - (1 - s) p - s 1_y. So d / d h = (d / d logits) W, and summed over tokens
     d / d W = (d / d logits)^T h and d / d b = d / d logits.
     """

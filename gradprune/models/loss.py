@@ -1,4 +1,4 @@
-"""Each sample's own loss; the gradient of their sum is the sum of the samples' own gradients."""
+"""The loss of each sample by itself; the gradient of the losses' sum is the sum of the samples' gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,31 +14,33 @@ from gradprune.accumulation import accumulation_dtype
 from gradprune.models.modeling_gradprune import text_config
 from gradprune.models.modes import forward_replaced
 
-# The head runs in chunks of tokens: at most so many logits are live at once, but a chunk is never below MIN_TOKENS, so
-# that each read of the head's weight is amortised. On a CPU they stay in its cache (4 MiB in fp32); a GPU has memory
-# for more (512 MiB), and fewer chunks are fewer launches.
+# The head runs in chunks of tokens, so that no more than LOGITS (on a GPU CUDA_LOGITS) logits are in memory at the same
+# time; but a chunk has at least MIN_TOKENS tokens, so that each read of the head's weight is amortised. On a CPU a
+# chunk's logits stay in its cache (4 MiB in fp32); a GPU has memory for more (512 MiB), and fewer chunks are fewer
+# launches.
 LOGITS, CUDA_LOGITS, MIN_TOKENS = 2**20, 2**27, 256
 
 Head = Callable[[Tensor], Tensor]
-"""From hidden states [K, H], the decoder's last ones, to logits [K, vocabulary]."""
+"""A function from the decoder's last hidden states [K, H] to logits [K, vocabulary]."""
 
-# Configurations with one of these do more to their logits than a linear layer does.
+# If a configuration sets one of these, the model's head is more than a linear layer.
 _CHANGES_LOGITS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 
-# Never read: the decoder, which would, is answered for.
+# Input for a model whose decoder is replaced: only the decoder would read it.
 _NO_IDS = torch.zeros(1, 1, dtype=torch.int64)
 
 
 def sample_losses(model: PreTrainedModel, input_ids: Tensor, chunk: int | None = None) -> Tensor:
-    """l_n, the mean next-token negative log-likelihood of each sample; differentiable.
+    """The loss l_n of each sample, its mean next-token negative log-likelihood; differentiable.
 
-    The head runs over chunks of tokens, so that all logits never exist at once. If it is frozen, the gradient of its
-    input is computed in the forward pass; otherwise the backward pass recomputes each chunk's logits.
+    The head runs over chunks of tokens, so that all logits never exist at the same time. If it is frozen, the gradient
+    with respect to its input is computed in the forward pass; otherwise the backward pass recomputes each chunk's
+    logits.
 
     Args:
-        model: a causal LM whose logits are its output embedding of the decoder's last hidden state.
+        model: a causal LM; for its head see `logits_of`.
         input_ids: [N, T] int64 on the model's device, T >= 2.
-        chunk: tokens per chunk; by default as many as have 2^20 logits (on a GPU 2^27), at least 256.
+        chunk: tokens per chunk; by default as many as have 2^20 logits (on a GPU 2^27), but at least 256.
 
     Returns:
         [N] nats per token; fp32, or fp64 for an fp64 model.
@@ -64,15 +66,15 @@ def sample_losses(model: PreTrainedModel, input_ids: Tensor, chunk: int | None =
 
 
 def tokens_at_once(vocabulary: int, *, cuda: bool) -> int:
-    """Tokens of a chunk that a head runs on, see above."""
+    """Tokens per chunk for a head with this vocabulary, see `LOGITS`."""
     return max(MIN_TOKENS, (CUDA_LOGITS if cuda else LOGITS) // vocabulary)
 
 
 def logits_of(model: PreTrainedModel) -> Head:
-    """The model's head: its last linear layer, where that is all.
+    """The model's head: its last linear layer, if the head is nothing more.
 
-    Where an architecture does something else to its logits (a scale, a soft cap), it is the model's own forward pass
-    around the decoder.
+    If the architecture changes its logits further (by a scale or a soft cap), it is a function that runs the model's
+    own forward pass with the given hidden states as the decoder's output.
     """
     configs = (model.config, text_config(model.config))
     if all(getattr(config, name, None) is None for config in configs for name in _CHANGES_LOGITS):
@@ -90,25 +92,25 @@ def logits_of(model: PreTrainedModel) -> Head:
 
 
 def token_nll(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    """[K] negative log-likelihood of targets [K] given hidden states [K, H]."""
+    """Negative log-likelihood, [K], of targets [K] given hidden states [K, H]."""
     logits = head(hidden)
     logits = logits.to(accumulation_dtype(logits))
     return F.cross_entropy(logits, targets.to(logits.device), reduction="none")
 
 
 def times(dy: Tensor, weight: Tensor) -> Tensor:
-    """[..., I] dy W of dy [..., O] and W [O, I], of one dtype."""
+    """Return dy W, [..., I], for dy [..., O] and W [O, I] of the same dtype."""
     if dy.device.type != "cpu" or dy.dtype not in (torch.bfloat16, torch.float16):
         return dy @ weight
-    # Without half-precision units W^T times a matrix is 80 times faster than a matrix times W.
+    # On CPUs without half-precision units, W^T times a matrix is 80 times faster than a matrix times W.
     return (weight.T @ dy.flatten(0, -2).T.contiguous()).T.reshape(*dy.shape[:-1], weight.shape[1])
 
 
 class _FrozenHeadNll(torch.autograd.Function):
-    """`token_nll` that computes its input's gradient in the forward pass.
+    """`token_nll` of a frozen linear head, with its input's gradient computed in the forward pass.
 
-    A token's loss depends on its own hidden state only, so the backward pass needs just d nll / d hidden, [K, H],
-    instead of the logits [K, vocabulary]. With p = softmax(logits): d nll / d logits = p, minus 1 at the target.
+    A token's loss depends on its own hidden state only, so the backward pass needs only d nll / d hidden, [K, H],
+    instead of the logits [K, vocabulary]. With p = softmax(logits), d nll / d logits = p, minus 1 at the target.
     """
 
     @staticmethod
@@ -120,7 +122,7 @@ class _FrozenHeadNll(torch.autograd.Function):
             exact = accumulation_dtype(logits)
             log_p = F.log_softmax(logits, dim=1, dtype=exact)
             nll.append(-log_p.gather(1, t))
-            # Over the largest tensors, without another one between.
+            # The largest tensors are overwritten, so that no further tensor of their size is allocated.
             d_logits = torch.exp(log_p, out=log_p if log_p.dtype == logits.dtype else logits)
             d_logits.scatter_(1, t, torch.expm1(-nll[-1]).to(logits.dtype))
             into.copy_(times(d_logits, head.weight.to(logits.dtype)))

@@ -14,7 +14,7 @@ _CPU = torch.device("cpu")
 
 @contextmanager
 def evaluation_mode(*models: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, without dropout; on exit every module has its previous mode."""
+    """Put models into evaluation mode, without dropout; on exit every module has its previous mode again."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -27,9 +27,9 @@ def evaluation_mode(*models: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """The settings that a checkpoint recommends for chats, such as a temperature or a penalty, are left aside.
+    """Ignore the generation settings that a checkpoint recommends for chats, such as a temperature or a penalty.
 
-    Also the tokens with which its texts end.
+    The tokens that would end a generated text are ignored, too.
     """
     recommended = model.generation_config
     model.generation_config = GenerationConfig()
@@ -41,7 +41,7 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient; on exit those that did require one again."""
+    """Freeze all parameters; on exit, the parameters that required a gradient before do so again."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -54,7 +54,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def values_restored(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """On exit, parameters and buffers, which are in memory, have the values they had."""
+    """Restore, on exit, the values that parameters and buffers, which are in memory, have now."""
     saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield
@@ -66,7 +66,7 @@ def values_restored(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def value_replaced(parameter: nn.Parameter, value: Tensor) -> Iterator[None]:
-    """A parameter, which is in memory, is `value`, of the same shape; its own memory is left alone."""
+    """Make a parameter, which is in memory, refer to `value`, of its shape; its own memory is not written to."""
     before = parameter.data
     parameter.data = value
     try:
@@ -77,20 +77,21 @@ def value_replaced(parameter: nn.Parameter, value: Tensor) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int, device: torch.device = _CPU) -> Iterator[None]:
-    """Inside, PyTorch draws from `seed` on, on the CPU and where `device` is a GPU on all GPUs.
+    """Seed PyTorch's random generators: the CPU's and, if `device` is a GPU, those of all GPUs.
 
-    Outside, the caller's random numbers are as they would have been.
+    On exit, the generators' states are restored, so that the caller's random numbers do not change.
     """
     gpus = range(torch.cuda.device_count()) if device.type == "cuda" else ()
     with torch.random.fork_rng(gpus):
-        # `torch.manual_seed` seeds GPUs, too, whose states are not restored where the work is the CPU's.
+        # If the work is done on the CPU, the GPUs' states are not restored, so `torch.manual_seed`, which would seed
+        # them, too, is not used.
         (torch.manual_seed if gpus else torch.default_generator.manual_seed)(seed)
         yield
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """CPU work inside gets the same bits at any number of threads."""
+    """Run PyTorch's CPU work on one thread, so that the result has the same bits at any number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -101,7 +102,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def hooks_removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """On exit, the hooks of these handles, which are there already, are gone."""
+    """Remove, on exit, the hooks of these handles, which are registered already."""
     try:
         yield
     finally:
@@ -111,8 +112,8 @@ def hooks_removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`module` runs `forward` instead of its own."""
-    # An instance attribute hides the class's forward; deleting it brings that back.
+    """Make `module` run `forward` instead of its own forward method."""
+    # An instance attribute hides the class's method until it is deleted.
     replaced = module.__dict__.get("forward")
     module.forward = forward
     try:

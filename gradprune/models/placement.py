@@ -1,6 +1,6 @@
-"""Placement: a model's device; or several, where each layer is whole on one of them.
+"""Placement: the device of a model, or the several devices that it is spread over, with each layer whole on one.
 
-accelerate's hooks take the residual stream from one to the next; see `device_map` in `gradprune.checkpoint.load`.
+accelerate's hooks move the residual stream from device to device; see `device_map` in `gradprune.checkpoint.load`.
 """
 
 import torch
@@ -12,10 +12,10 @@ from gradprune.models.view import layers_of
 
 
 def device_of_name(name: str) -> torch.device:
-    """The device; "auto" is CUDA if available, else the CPU.
+    """Return the device of that name; "auto" is CUDA if available, else the CPU.
 
     Raises:
-        ConfigError: no weights can be put there.
+        ConfigError: the device cannot hold weights.
     """
     found = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -28,10 +28,10 @@ def device_of_name(name: str) -> torch.device:
 
 
 def check_placement(model: PreTrainedModel) -> None:
-    """Refuse weights that are on no device, and decoder layers that are on more than one.
+    """Check that all weights are on a device, and each decoder layer on a single one; a streamed model always passes.
 
     Raises:
-        ConfigError: naming the first.
+        ConfigError: a weight or a layer is not; the first one is named.
     """
     if residency_of(model) is not None:
         return

@@ -1,7 +1,7 @@
-"""fp32 matrix products whose factors are rounded first, for estimates whose own error is larger.
+"""fp32 matrix products whose factors are rounded first, for estimates whose own error is larger than the rounding's.
 
-CPUs with AMX or AVX512-BF16 multiply bfloat16 several times as fast as fp32, and GPUs TF32; sums stay in fp32. Where a
-machine has no such units nothing is rounded, and other types are never touched.
+CPUs with AMX or AVX512-BF16 multiply bfloat16 several times as fast as fp32, and so do GPUs with TF32; the sums stay in
+fp32. On a machine without such units nothing is rounded, and products of other types never are.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 @contextmanager
 def rounded_products() -> Iterator[None]:
-    """Inside, factors of fp32 matrix products are rounded, but for those of attention.
+    """Context manager in which the factors of fp32 matrix products are rounded, except in attention.
 
-    PyTorch's fused attention on a CPU multiplies small tiles, and becomes several times as slow by rounding them.
+    PyTorch's fused attention on a CPU multiplies small tiles; rounding their factors makes it several times as slow.
     """
     attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _products("highest")(attention)
@@ -27,7 +27,7 @@ def rounded_products() -> Iterator[None]:
 
 
 def products() -> str | None:
-    """How products of fp32 factors are computed, one of PyTorch's names; None where a program set it by device."""
+    """PyTorch's name for the precision of fp32 matrix products; None if a program has set it by device."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -35,7 +35,7 @@ def products() -> str | None:
 
 
 def set_products(precision: str | None) -> None:
-    """As they were, by `products`, or otherwise; None changes nothing."""
+    """Set the precision of fp32 matrix products, for example to a result of `products`; None changes nothing."""
     if precision is not None:
         torch.set_float32_matmul_precision(precision)
 

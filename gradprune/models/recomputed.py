@@ -1,8 +1,8 @@
-"""Decoder layers that are computed again in the backward pass, without what no gradient needs.
+"""Decoder layers that are recomputed in the backward pass, leaving out products that no gradient needs.
 
-The forward pass of a layer keeps its input and builds no graph; the backward pass runs the layer again, with its graph,
-and goes back through that. PyTorch's own checkpoints build the graph of both runs, and every tensor that is kept passes
-through Python; neither is needed where no weight has a gradient.
+The forward pass of a layer keeps its input and builds no graph; the backward pass runs the layer again, builds its
+graph and backpropagates through it. PyTorch's own activation checkpointing builds the graph in both runs, and every
+saved tensor passes through Python; neither is needed if no weight has a gradient.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,24 +21,25 @@ Product = Callable[[Tensor], Tensor]
 
 
 class Recomputation:
-    """Which products are left out when a layer is computed again.
+    """Knows which products can be left out when a layer is recomputed.
 
-    The output of a layer's last linear layer usually enters only sums, whose backward pass needs no values: it need not
-    be computed again. That is so where autograd keeps nothing after it when the layer is first recomputed.
+    The output of a decoder layer's last linear layer usually enters only sums, whose backward pass needs no values: so
+    it need not be recomputed. This is so if autograd saves nothing after it when the layer is recomputed for the first
+    time.
     """
 
     def __init__(self) -> None:
-        """Nothing is known of any layer."""
-        # By linear layer whose output nothing reads, the output's dtype and width.
+        """Start without knowing any layer."""
+        # For each linear layer whose output no backward pass reads, the output's dtype and width.
         self._unread: dict[nn.Module, tuple[torch.dtype, int]] = {}
         self._known: set[nn.Module] = set()
         self._again = False
-        # The last product so far, where autograd has kept nothing since.
+        # The last product computed, as long as autograd has saved nothing after it; at most one.
         self._last: list[tuple[nn.Module, Tensor]] = []
 
     @contextmanager
     def of(self, layer: nn.Module) -> Iterator[None]:
-        """Inside the context `layer` is computed again, for gradients alone."""
+        """Context manager in which `layer` is recomputed, for the sake of gradients only."""
         self._again = True
         self._last.clear()
         try:
@@ -55,11 +56,11 @@ class Recomputation:
             self._last.clear()
 
     def product(self, linear: nn.Module, product: Product) -> Product:
-        """What computes a linear layer's output: `product`, or what only takes its memory where nothing reads it."""
+        """Return `product`, or, if no gradient reads the linear layer's output, a function that leaves it unfilled."""
         return partial(self._unfilled, linear) if self._again and linear in self._unread else product
 
     def computed(self, linear: nn.Module, output: Tensor) -> None:
-        """A linear layer's output has been computed, and what autograd needs for its gradient is kept."""
+        """Note that a linear layer's output has been computed and autograd has saved what its gradient needs."""
         if self._again:
             self._last[:] = [(linear, output.detach())]
 
@@ -74,10 +75,10 @@ class Recomputation:
 
 @contextmanager
 def recomputed(layers: nn.ModuleList, recomputation: Recomputation) -> Iterator[None]:
-    """Inside the context layers are computed again in the backward pass; until then their input is kept, no more.
+    """Context manager in which layers are recomputed in the backward pass; until then only their inputs are kept.
 
-    Only what enters a layer gets a gradient: parameters are frozen. Works in evaluation mode, where transformers' own
-    switch does nothing.
+    Only a layer's inputs get gradients, because parameters are frozen. It works in evaluation mode, too, where
+    transformers' own gradient checkpointing does nothing.
     """
     with ExitStack() as stack:
         for layer in layers:
@@ -96,7 +97,7 @@ def _forward(
 
 
 class _Recomputed(torch.autograd.Function):
-    """A layer of its arguments' leaves, which lie in them as `spec` says."""
+    """A layer as a function of the leaves of its arguments, whose nesting `spec` describes."""
 
     @staticmethod
     def forward(
@@ -134,7 +135,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _autocast_as_here(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A context with the autocast that is on here: a backward pass has none, see `without_autocast`."""
+    """Make a context manager with the current autocast, which the backward pass turns off, see `without_autocast`."""
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext
     return partial(torch.autocast, device.type, torch.get_autocast_dtype(device.type))

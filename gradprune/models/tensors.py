@@ -1,4 +1,4 @@
-"""`BlockTensors`: one tensor over the groups of each block."""
+"""`BlockTensors`: for each block, one tensor with a value per group."""
 
 from collections.abc import Iterator, Mapping
 
@@ -10,18 +10,18 @@ from gradprune.models.kinds import BlockKey
 
 
 class BlockTensors:
-    """A tensor [groups] for each existing block, all of one dtype and on the CPU.
+    """A tensor [groups] for each existing block; all are on the CPU and of the same dtype.
 
-    tensors[block] or tensors[key] is a block's tensor. To read layer by layer: `tensors.attention`, `tensors.mlp`.
+    tensors[block] or tensors[key] is a block's tensor; `tensors.attention` and `tensors.mlp` are lists by layer.
     """
 
     def __init__(self, tensors: Mapping[BlockKey, Tensor], layers: int) -> None:
-        """tensors: by block. layers: decoder layers of the model."""
+        """tensors: [groups] for each existing block. layers: the model's number of decoder layers."""
         self._tensors = dict(tensors)
         self.layers = layers
 
     def __getitem__(self, block: Block | BlockKey) -> Tensor:
-        """[groups], the block's tensor."""
+        """The block's tensor, [groups]."""
         return self._tensors[_key(block)]
 
     def __contains__(self, block: Block | BlockKey) -> bool:
@@ -29,17 +29,17 @@ class BlockTensors:
         return _key(block) in self._tensors
 
     def __iter__(self) -> Iterator[BlockKey]:
-        """The existing blocks."""
+        """Iterate over the keys of the existing blocks."""
         return iter(self._tensors)
 
     @property
     def attention(self) -> list[Tensor]:
-        """Per decoder layer, [n_kv_groups]; of length 0 where there is no attention block."""
+        """For each decoder layer, [n_kv_groups]; of length 0 if it has no attention block."""
         return self._of_kind("attention")
 
     @property
     def mlp(self) -> list[Tensor]:
-        """Per decoder layer, [n_channels]; of length 0 where there is no MLP block."""
+        """For each decoder layer, [n_channels]; of length 0 if it has no MLP block."""
         return self._of_kind("mlp")
 
     def _of_kind(self, kind: str) -> list[Tensor]:
