@@ -1,1 +1,1 @@
-"""Masks to a smaller model: masking, repairing (re-solving) the remaining weights, cutting."""
+"""From masks to a smaller model: masking, repairing (re-solving) the remaining weights, cutting, distilling."""

@@ -1,4 +1,4 @@
-"""Surgery: cut the pruned groups out of the weights, and write the new widths into the configuration."""
+"""Cut the pruned groups out of the weights, and write the new widths into the configuration."""
 
 import copy
 from types import FunctionType
@@ -18,24 +18,24 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
     """Remove the groups that `masks` does not keep.
 
     The result computes what `model` would if those groups' columns of the output projections were zero. A block that
-    keeps nothing is removed together with its norm, which leaves the residual stream unchanged.
+    keeps no group is removed together with its norm; the residual stream then passes it unchanged.
 
     Args:
-        model: a supported causal LM, pruned before or not.
-        masks: what each block keeps; blocks of a kind that they do not name stay as they are.
+        model: a supported causal LM, which may have been pruned before.
+        masks: the groups that each block keeps; blocks of a kind that the masks do not contain stay as they are.
         inplace: cut `model` itself, layer by layer. Otherwise `model` is unchanged, and the result is a new model
             that shares memory with it for every tensor that was not cut.
 
     A streamed model's weights are cut when they are read.
 
     Returns:
-        The cut model: of its original class where all layers have the same widths, else of the class in
-        `modeling_gradprune`, with `per_layer_config` in its configuration.
+        The cut model: of its original class if the architecture's configuration can state the widths, which have to be
+        the same in all layers; else of the class in `modeling_gradprune`, with `per_layer_config` in its configuration.
 
     Raises:
         ValueError: a mask's length is not its block's number of groups, or a block has no mask.
-        UnsupportedArchitectureError: not the architecture's own causal LM class, or one that gradprune made of it; or
-            it cannot be copied, see `check_copyable`.
+        UnsupportedArchitectureError: the model's class is neither the architecture's own causal LM class nor the class
+            that gradprune derives from it; or the model cannot be copied, see `check_copyable`.
     """
     view = whole_view(model)
     check_class(model)
@@ -50,10 +50,11 @@ def cut(model: PreTrainedModel, masks: GroupMasks, *, inplace: bool = False) -> 
 
 
 def check_class(model: PreTrainedModel) -> None:
-    """Refuse a class that cutting would replace by another, losing what it adds: a classifier's head, say.
+    """Refuse a class that cutting would replace by another, losing what it adds, such as a classifier's head.
 
     Raises:
-        UnsupportedArchitectureError: naming the class, and the one to load it as; or it is no model of transformers.
+        UnsupportedArchitectureError: it is such a class, or no model of transformers; the message names the class, and
+            for a model of transformers the class to load it as.
     """
     if not hasattr(getattr(model, "config", None), "model_type"):
         raise UnsupportedArchitectureError(
@@ -61,19 +62,20 @@ def check_class(model: PreTrainedModel) -> None:
         )
     name = causal_lm(model.config.model_type)
     stock = stock_class(type(model))
-    # A model loaded with trust_remote_code has a class of gradprune's name, defined by the file beside its weights.
+    # A model loaded with trust_remote_code has a class that is named as gradprune's, but defined by the file beside its
+    # weights; so names are compared.
     if stock.__name__ != name or not (type(model) is stock or type(model).__name__.startswith(f"Pruned{name}")):
         raise UnsupportedArchitectureError(f"model: a {type(model).__name__} cannot be cut; load it as {name}")
 
 
 def check_copyable(model: PreTrainedModel) -> None:
-    """Refuse modules whose forward someone has replaced: a copy would run the function on the modules that it is for.
+    """Refuse modules whose forward has been replaced by a function: a copy would run it on the original's modules.
 
     Raises:
-        UnsupportedArchitectureError: naming the first.
+        UnsupportedArchitectureError: there is such a module; the first one is named.
     """
     for name, module in model.named_modules():
-        # Methods, and partials such as accelerate's hooks, are copied with their module.
+        # Methods, and partial functions such as accelerate's hooks, are copied together with their module.
         if isinstance(module.__dict__.get("forward"), FunctionType):
             raise UnsupportedArchitectureError(
                 f"model: the forward of {name or 'the whole model'} is replaced by a function, which a copy would run "
@@ -83,12 +85,12 @@ def check_copyable(model: PreTrainedModel) -> None:
 
 
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """New modules and parameters on the same memory, or the same files, where the model is streamed.
+    """Copy modules and parameters, but share the weights' memory, or the weights' files if the model is streamed.
 
-    The two models' dtypes and gradients are independent; a weight is until it is changed in place.
+    The two models' dtypes and gradients are independent. A weight that is changed in place changes in both.
 
     Raises:
-        UnsupportedArchitectureError: as `check_copyable`.
+        UnsupportedArchitectureError: see `check_copyable`.
     """
     check_copyable(model)
     residency = residency_of(model)

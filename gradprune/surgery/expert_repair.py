@@ -1,13 +1,14 @@
-"""Repair of routed experts: each one's output projection is re-solved on the tokens that are sent to it.
+"""Repair of routed experts: each expert's output projection is re-solved on the tokens that are sent to it.
 
-For a token s that the router sends to it with factor g_s, expert j writes g_s W_j z_s, with z_s [C] its channels. Its
-problem is that of `gradprune.surgery.least_squares` with x = g_s z_s and the target
+For a token s that the router sends to expert j with factor g_s, the expert writes g_s W_j z_s, where z_s [C] are the
+values of its channels. Its problem is that of `gradprune.surgery.least_squares` with x = g_s z_s and the target
 
     t = g_s W_j z_s + g_s^2 / (sum of squared factors of s's experts) d_s.
 
-d_s is what the layer's experts lack at s before any is re-solved: blend (z - W x) as there; where whole experts are
-gone and their tokens see others, also what the dense experts would write for this input less what they do now. An
-expert's own bias stays. An expert that sees fewer tokens than `TOKENS_PER_CHANNEL` asks for is left as it is.
+d_s is what the layer's experts lack at s before any is re-solved: blend (z - W x), as defined there. If whole experts
+are removed, so that their tokens see other experts, d_s also has the difference between what the dense experts would
+write for this input and what the remaining ones write. An expert's bias does not change. An expert that sees fewer
+tokens than `TOKENS_PER_CHANNEL` requires is left as it is.
 """
 
 from collections.abc import Sequence
@@ -26,17 +27,17 @@ from gradprune.ranks import Ranks
 from gradprune.surgery.moments import Fit, Moments, MomentSums, fit
 
 TOKENS_PER_CHANNEL = 0.5
-"""Calibration tokens that an expert has to see for each channel that it keeps; with fewer the ridge decides.
+"""Calibration tokens that an expert has to see per kept channel to be re-solved; fewer would leave it to the ridge.
 
-Measured on a trained mixture of 8 experts, from 0 to 2 the perplexity is the same but for the third digit."""
+On a trained mixture of 8 experts, values from 0 to 2 give perplexities that differ only in the third digit."""
 
 
 @dataclass(frozen=True)
 class ExpertReads:
-    """What a layer's experts read for the tokens of a batch; between calls it is kept where streams are.
+    """What a layer's experts read for the tokens of a batch; the tensors are kept where the streams are.
 
-    routed: which tokens they see. inputs: [R, C], what their output projections read.
-    lacking: [S, O], d_s for each token; None where nothing is lacking.
+    routed: which tokens each expert sees. inputs: [R, C], the inputs of the experts' output projections.
+    lacking: [S, O], d_s for each token; None if nothing is lacking.
     """
 
     routed: Routed
@@ -44,7 +45,7 @@ class ExpertReads:
     lacking: Tensor | None
 
     def problem(self, expert: int, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """An expert's x [r, C] and t [r, O], on the device of its weight [O, C]; None where t is W x."""
+        """An expert's x [r, C] and t [r, O], on the device of its weight W [O, C]; None in place of t if t = W x."""
         rows = self.routed.spans[expert]
         dtype = accumulation_dtype(weight)
         factors = self.routed.gates[rows].to(weight.device, dtype)[:, None]
@@ -57,11 +58,12 @@ class ExpertReads:
 
     @cached_property
     def _squares(self) -> Tensor:
-        """[S], the sum of squared factors of each token's experts; 1 where there are none."""
+        """The sum of squared factors of each token's experts, [S]; 1 if that is 0, as for a token without experts."""
         assert self.lacking is not None
         gates = self.routed.gates.to(accumulation_dtype(self.lacking)).square()
         squares = gates.new_zeros(len(self.lacking))
-        # Expert by expert, each of which sees a token once: added at once the order would be left to a GPU.
+        # Expert by expert, because each sees a token only once: in a single addition over all rows, a GPU would add a
+        # token's factors in any order.
         for rows in self.routed.spans:
             squares[self.routed.tokens[rows]] += gates[rows]
         return squares.masked_fill_(squares == 0.0, 1.0)
@@ -76,13 +78,16 @@ def expert_reads(
     wanted: Sequence[Tensor] | None,
     blend: float,
 ) -> list[ExpertReads]:
-    """Per batch, what a layer's experts, which are in memory, read and lack.
+    """Return, per batch, what a layer's experts, which are in memory, read and lack.
 
     Args:
-        streams, before, written: the batches, the stream before the layer, and what modules before the experts write.
-        block, kept: the experts, and what is kept of them: [groups] bool.
-        wanted: per batch, z, what they would have to write; None where it is what they would write whole.
-        blend: how much of the way there they are to go.
+        streams: runs the layers on the batches.
+        block: the experts.
+        kept: [groups] bool, the groups that they keep.
+        before: per batch, the residual stream before the layer.
+        written: per batch, what the layer's earlier blocks write, by their modules.
+        wanted: per batch, z, what the experts would have to write; None: what they write without pruning.
+        blend: how far the target goes from what the unpruned experts write (0) to z (1).
     """
     rerouted = block.reroutes(kept)
     with block.masked(kept) if rerouted else nullcontext():
@@ -100,10 +105,10 @@ def expert_reads(
 
 @dataclass(frozen=True)
 class ExpertsSolver:
-    """How a layer's experts are re-solved.
+    """Re-solves the experts of a layer.
 
-    block, kept: the experts, and what is kept of them: [groups] bool. aimed: whether any batch lacks something.
-    ranks: the processes that divide the batches. ridges: as of `least_squares`.
+    block: the experts. kept: [groups] bool, the groups that they keep. aimed: whether the batches have `lacking`.
+    ranks: the processes that divide the batches. ridges: see `least_squares`.
     """
 
     block: ExpertsBlock
@@ -115,16 +120,16 @@ class ExpertsSolver:
     def solve(
         self, fitted: Sequence[ExpertReads], judging: Sequence[ExpertReads], tokens_per_channel: float
     ) -> tuple[float, float, float] | None:
-        """Re-solve in place what each expert keeps of its output projection; what goes stays as it is.
+        """Re-solve in place the columns that each expert keeps of its output projection; the others do not change.
 
         Args:
             fitted: the batches that problems are solved on.
-            judging: those that choose the ridge.
-            tokens_per_channel: an expert that sees fewer among `fitted` is left as it is.
+            judging: the batches that choose the ridge.
+            tokens_per_channel: an expert that sees fewer tokens of `fitted` per kept channel is left as it is.
 
         Returns:
-            The median of the ridges, and the error before and after of all experts that were solved for, as of
-            `BlockRepair`; None if none was.
+            The median of the ridges, and the error before and after over all experts that were solved for, see
+            `BlockRepair`; None if no expert was.
         """
         counts = torch.zeros(self.block.experts, dtype=torch.int64)
         for of in fitted:
@@ -145,7 +150,7 @@ class ExpertsSolver:
     def _solve_one(
         self, expert: int, channels: Tensor, fitted: Sequence[ExpertReads], judging: Sequence[ExpertReads]
     ) -> tuple[Fit, float]:
-        """The solution, and ||t||^2 of the tokens that choose the ridge. channels: [K] int64, those that it keeps."""
+        """Solve for an expert's kept channels ([K] int64); also return sum ||t||^2 over the tokens of `judging`."""
         weight = self.block.down.weight(expert)
         columns = channels.to(weight.device)
         solved, judge = (

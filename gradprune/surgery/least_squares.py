@@ -1,18 +1,19 @@
-"""Repair of the weights that stay: re-solve what blocks write to the residual stream.
+"""Least-squares repair: re-solve the output projections with which the remaining weights write to the residual stream.
 
-A block with output projection W [O, I] keeps the columns K. With x its input in the model as pruned and repaired so far
-(blocks are solved in the order the data passes them), G = sum over calibration tokens of x x^T, and t the target,
+A block with output projection W [O, I] keeps the columns K. Let x be the projection's input in the model as pruned and
+repaired so far (blocks are solved in the order in which the data passes them), G the sum of x x^T over calibration
+tokens, and t the target. Then
 
     W'_K = argmin sum ||t - W' x_K||^2 + ridge ||W' - W_K||^2 = W_K + (E_K - W_K G_KK) (G_KK + ridge 1)^-1,
 
-where E_K = sum t x_K^T. The target lies between what the whole block would write for this input and z, what brings the
-residual stream after it to where the dense model has it:
+with E_K = sum t x_K^T. The target is between what the whole block would write for this input and z, the output with
+which the residual stream after the block would be that of the dense model:
 
     t = W x + blend (z - W x),  z = (stream before, dense) - (stream before, repaired) + W x_dense.
 
-blend 0 keeps to each block by itself; a blend above 0 also compensates for the errors of earlier blocks, in blocks that
-keep all, too. ridge is relative to the mean of G_KK's diagonal. No bias is added and no shape changes. (Least-squares
-reconstruction of a pruned layer's output: He et al. 2017, arXiv:1707.06168.)
+With blend 0 each block is solved by itself; a blend above 0 also compensates for the errors of earlier blocks, even in
+blocks that keep all their groups. ridge is relative to the mean of G_KK's diagonal. No bias is added, and no shape
+changes. (Least-squares reconstruction of a pruned layer's output: He et al. 2017, arXiv:1707.06168.)
 """
 
 from collections.abc import Callable, Sequence
@@ -35,20 +36,22 @@ from gradprune.surgery.masking import mask_output, masked_outputs
 from gradprune.surgery.moments import MomentSums, fit
 
 BLEND = 0.5
-"""Measured on SmolLM2-135M at 20 and 50 %, with the choices of two methods: 0 was never better on held-out text, and
+"""Measured on SmolLM2-135M, pruned by 20 and 50 % by two methods: a blend of 0 was never better on held-out text, and
 0.06 nats worse at 50 %."""
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Ascending candidates, relative to the mean diagonal; each problem takes the one with the least error on held-out
-samples, found by going down from the middle: in all of 276 cases on SmolLM2-135M the error had a single minimum."""
+"""Candidates, ascending, relative to the mean diagonal. Each problem uses the one with the smallest error on held-out
+samples, searched from the middle while the error falls: in all of 276 cases on SmolLM2-135M the error had a single
+minimum."""
 
 
 @dataclass(frozen=True)
 class BlockRepair:
-    """What was done to one block.
+    """What the repair did to one block.
 
-    ridge: of experts, the median of theirs.
-    error_before, error: ||t - W_K x_K||^2 / ||t||^2 of the weights as they were and as they are, on the held-out
-    samples (on the calibration samples where there are none); of all experts that were solved for together.
+    kind, layer: name the block.
+    ridge: the ridge chosen; for experts, the median of their ridges.
+    error_before, error: ||t - W_K x_K||^2 / ||t||^2 with the weights before and after the repair, on the held-out
+        samples (on the calibration samples if there are none); for experts, over all that were solved for.
     """
 
     kind: str
@@ -59,11 +62,11 @@ class BlockRepair:
 
 
 class Repaired(NamedTuple):
-    """What a repair did.
+    """The outcome of a repair.
 
     blocks: one entry for every block that was solved for.
-    dense: per batch of the calibration and then of the held-out samples (of this rank's), the dense model's residual
-        stream [N, T, H] after its last layer; empty where the repair did not follow it.
+    dense: per batch of this rank's calibration samples, then of its held-out samples, the dense model's residual stream
+        [N, T, H] after its last layer; empty if the repair did not compute it.
     """
 
     blocks: list[BlockRepair]
@@ -87,26 +90,26 @@ def least_squares(
 
     Args:
         view: the model, not cut.
-        masks: what each block keeps. A block that keeps nothing is silenced.
-        samples: batches of calibration ids, [N, T] int64 each.
-        held_out: other batches, to choose among `ridges`; without them, each ridge is chosen on `samples`.
-        blend: from 0 to 1, see above; with 0 only pruned blocks are solved for.
-        ridges: candidates, one at least, ascending.
-        tokens_per_channel: an expert that sees fewer tokens for each channel that it keeps is left as it is.
-        ranks: the processes that divide `samples` and `held_out`, which all of them give; each solves every block from
-            the sums of all.
+        masks: the groups that each block keeps. The output of a block that keeps none is zeroed.
+        samples: batches of calibration samples' token ids, [N, T] int64 each.
+        held_out: batches of held-out samples, which choose among `ridges`; if empty, `samples` choose.
+        blend: from 0 to 1, see the module's docstring; with 0 only pruned blocks are solved for.
+        ridges: candidates, at least one, ascending.
+        tokens_per_channel: an expert that sees fewer tokens per kept channel is left as it is.
+        ranks: the processes that divide the batches of `samples` and `held_out`; every rank passes all batches, and
+            solves every block from the sums over all ranks.
         advance: called after each block.
 
     Returns:
-        Of a block for which no solution was better on the held-out samples, the kept weights stay as they were, and
-        the two errors are equal.
+        What was done to each block, and the dense model's streams. If no solution for a block was better on the
+        held-out samples, its kept weights are unchanged, and the two errors are equal.
 
-    G and E are accumulated in fp32 (fp64 for fp64 models), those of one block at a time, and solved in fp64; where G
-    does not factor, with ten times the ridge. Weights are rounded once, to their own dtype. Experts: see
-    `gradprune.surgery.expert_repair`. Deterministic.
+    G and E are accumulated in fp32 (fp64 for fp64 models), for one block at a time, and solved in fp64; if G cannot be
+    factored, the ridge is multiplied by ten. Weights are rounded once, to their own dtype. For experts see
+    `gradprune.surgery.expert_repair`. The result is deterministic.
 
     Raises:
-        NonFiniteError: an input of a block is NaN or infinite.
+        NonFiniteError: an input or a target of a block is NaN or infinite.
     """
     own, judged = ranks.share(samples), ranks.share(held_out)
     batches = [*own, *judged]
@@ -123,13 +126,14 @@ def least_squares(
 
 @dataclass
 class _Repair:
-    """The repaired model's stream and the dense model's, [N, T, H] per batch, which advance layer by layer.
+    """A repair in progress: the repaired and the dense model's streams, [N, T, H] per batch, advance layer by layer.
 
-    judged_from: the batches from this one on choose the ridge, those before it problems are solved on; None where all
-        do both.
-    differs: whether a block before the current one lost something.
-    ridge_of: by kind, the ridge of the latest block: the next one's is mostly near it.
-    dense: not followed where the blend does not ask for it, nor before the streams differ.
+    judged_from: index of the first batch that chooses ridges; problems are solved on the batches before it. None if all
+        batches are used for both.
+    dense: the dense model's streams; the same as `repaired` with blend 0, and until a block has been pruned.
+    differs: whether the current block or an earlier one has been pruned.
+    ridge_of: by kind, the ridge of the latest block, where the search for the next one's starts.
+    repairs: what was done to the blocks so far.
     """
 
     view: PrunableModel
@@ -154,7 +158,7 @@ class _Repair:
         if self.blend and not untouched:
             before, self.dense = list(self.dense), []
             lead = _Lead(self.streams, layer, before, self.repaired)
-        # Per batch, what the layer's blocks so far write.
+        # Per batch, what the layer's blocks passed so far write, by their modules.
         written: list[dict[nn.Module, Tensor]] = [{} for _ in self.repaired]
         for block in () if untouched else blocks:
             self._pass_block(block, written, lead)
@@ -167,7 +171,7 @@ class _Repair:
             advance()
 
     def _pass_block(self, block: Block, written: list[dict[nn.Module, Tensor]], lead: "_Lead | None") -> None:
-        """Repair a block, and run it: add what it writes to `written`."""
+        """Repair a block and run it; add what it writes to `written`."""
         kept = self.masks[block]
         self.differs |= not kept.all()
         wanted = None if lead is None else lead.wanted(block)
@@ -187,7 +191,7 @@ class _Repair:
     def _pass_linear(
         self, block: LinearBlock, written: list[dict[nn.Module, Tensor]], wanted: list[Tensor] | None
     ) -> list[Tensor]:
-        """Solve for the kept columns of a block's output projection, and run it: what it writes per batch."""
+        """Solve for the kept columns of a block's output projection, run it, and return what it writes per batch."""
         kept, output = self.masks[block], block.output
         device, bias = output.linear.weight.device, output.linear.bias
         columns = output.columns_of(kept.nonzero().flatten()).to(device)
@@ -210,7 +214,7 @@ class _Repair:
         return [self.streams.keep(F.linear(x.to(device), weight, bias)) for x in drained(read)]
 
     def _solve(self, block: LinearBlock, columns: Tensor, sums: Sequence[MomentSums]) -> None:
-        """Solve for `columns`, [K] int64, of an output projection, and zero the others."""
+        """Solve for the given columns ([K] int64) of a block's output projection, and zero the others."""
         weight = block.output.weight
         name = f"layer {block.layer}'s {block.output.path}"
         problems = [each.total(self.ranks, name).of_output(weight, columns, self.blend) for each in sums]
@@ -225,7 +229,7 @@ class _Repair:
     def _pass_experts(
         self, block: ExpertsBlock, written: list[dict[nn.Module, Tensor]], wanted: list[Tensor] | None
     ) -> list[Tensor]:
-        """Repair a layer's experts, and run them: what they write per batch."""
+        """Repair a layer's experts, run them, and return what they write per batch."""
         kept = self.masks[block]
         if self.differs and (wanted is not None or not kept.all()):
             reads = expert_reads(self.streams, block, kept, self.repaired, written, wanted, self.blend)
@@ -235,28 +239,28 @@ class _Repair:
                 found = solver.solve(reads[: self.judged_from], reads[self.judged_from :], self.tokens_per_channel)
             if found is not None:
                 self.repairs.append(BlockRepair(block.kind.name, block.layer, *found))
-        # First, because whole experts that go are masked in another way than they are silenced.
+        # The experts run before pruned ones are zeroed, because masking whole experts also reroutes their tokens.
         writes = masked_outputs(self.streams, block, kept, self.repaired, written)
         self._silence(block, kept)
         return writes
 
     def _silence(self, block: Block, kept: Tensor) -> None:
-        """Zero what the pruned groups write, without a repair."""
+        """Zero what a block's pruned groups write, in memory of its own, without re-solving anything."""
         if not kept.all():
             with self.view.rewriting(block, [path for path, _ in block.output_parameters()]):
                 mask_output(block, kept)
 
 
 class _Lead:
-    """How far the dense stream is ahead of the repaired one within a layer, per batch; what blocks write counts.
+    """The difference, per batch, of the dense and the repaired stream within a layer, before the current block.
 
     after: per batch, the dense stream after the layer.
     """
 
     def __init__(self, streams: Streams, layer: int, dense: list[Tensor], repaired: Sequence[Tensor]) -> None:
-        """Pass the dense stream through the layer, out of the list."""
+        """Pass the dense streams, which are taken out of their list, through the layer; begin at its first block."""
         self._streams = streams
-        # From `wanted` to `advance` of a block, `_ahead` is what that block would have to write.
+        # From a block's `wanted` to its `advance`, `_ahead` is what the block would have to write.
         self._ahead: list[Tensor] = []
         self._written: list[dict[nn.Module, Tensor]] = []
         self.after: list[Tensor] = []
@@ -267,9 +271,10 @@ class _Lead:
             self.after.append(after)
 
     def wanted(self, block: Block) -> list[Tensor]:
-        """Per batch, [N, T, O] what a block would have to write to bring the stream to the dense one.
+        """Per batch, the output [N, T, O] with which a block would make the repaired stream equal to the dense one.
 
-        Behind a norm no multiple of it is added to the stream: there it is what the dense block writes before the norm.
+        If no fixed multiple of the output is added to the stream, because a norm or a gate follows the block, it is the
+        dense block's output instead, and `advance` does nothing.
         """
         own = [written.pop(block.module) for written in self._written]
         if block.adds is None:
@@ -279,6 +284,6 @@ class _Lead:
         return list(self._ahead)
 
     def advance(self, block: Block, batch: int, write: Tensor) -> None:
-        """Go past a block, which now writes that."""
+        """Move past a block, for one batch, given what the block writes now."""
         if block.adds is not None:
             self._ahead[batch] = self._streams.keep(block.adds * (self._ahead[batch].view_as(write) - write))

@@ -1,4 +1,4 @@
-"""Masking: make a model compute what it would without some groups, without cutting it; exactly reversible.
+"""Masking: make a model compute, reversibly and without cutting it, what it would compute without some groups.
 
 Zeroing a group's columns of the output projection has the same effect as cutting the group.
 """
@@ -14,14 +14,14 @@ from gradprune.models.streams import Streams
 
 
 def masks_by_block(view: PrunableModel, masks: GroupMasks) -> Iterator[tuple[Block, Tensor]]:
-    """Every existing block, in order, with the groups it keeps: [groups] bool."""
+    """Yield every existing block, in order, with its mask of kept groups, [groups] bool."""
     for block in view.blocks:
         yield block, masks[block]
 
 
 @contextmanager
 def masked(view: PrunableModel, masks: GroupMasks) -> Iterator[None]:
-    """Inside the context the model, which is whole in memory, computes what the cut one would."""
+    """Context manager in which the model, which is whole in memory, computes what the cut model would."""
     with ExitStack() as stack:
         for layer in range(len(view.layers)):
             stack.enter_context(masked_layer(view, masks, layer))
@@ -30,7 +30,7 @@ def masked(view: PrunableModel, masks: GroupMasks) -> Iterator[None]:
 
 @contextmanager
 def masked_layer(view: PrunableModel, masks: GroupMasks, layer: int) -> Iterator[None]:
-    """Inside the context a decoder layer, whose weights are in memory, computes what the cut one would."""
+    """Context manager in which a decoder layer, whose weights are in memory, computes what the cut layer would."""
     with ExitStack() as stack:
         for block in view.of_layer(layer):
             if not masks[block].all():
@@ -45,17 +45,20 @@ def masked_outputs(
     before: Sequence[Tensor],
     written: Sequence[dict[nn.Module, Tensor]],
 ) -> list[Tensor]:
-    """What a block, whose weights are in memory, writes with its pruned groups masked.
+    """Return, per batch, what a block, whose weights are in memory, writes with its pruned groups masked.
 
     Args:
-        streams, before, written: the batches, the stream before the layer, and what modules before the block write.
-        block, kept: the block, and what it keeps: [groups] bool.
+        streams: runs the layers on the batches.
+        block: the block.
+        kept: [groups] bool, the groups that it keeps.
+        before: per batch, the residual stream before the layer.
+        written: per batch, what the layer's earlier blocks write, by their modules.
     """
     with nullcontext() if kept.all() else block.masked(kept):
         return [streams.block_output(block, batch, stream, written[batch]) for batch, stream in enumerate(before)]
 
 
 def mask_output(block: Block, kept: Tensor) -> None:
-    """Zero what the pruned groups write; also the bias if no group is kept, as cutting drops the block."""
+    """Zero what the pruned groups write, and the bias, too, if no group is kept: cutting then drops the block."""
     if not kept.all():
         block.mask(kept)

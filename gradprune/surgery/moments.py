@@ -1,4 +1,4 @@
-"""Sums over tokens, and the matrix that fits them best: the arithmetic of the repair."""
+"""The arithmetic of the repair: sums over tokens, and the weights that fit them best by least squares."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ _MOST_RIDGE = 1e4
 
 
 class MomentSums:
-    """`Moments` that batches are added to, on the device of what reads, in fp32 (fp64 for fp64 weights)."""
+    """Accumulates `Moments` batch by batch, on the projection's device, in fp32 (fp64 for fp64 weights)."""
 
     def __init__(self, weight: Tensor, *, aimed: bool) -> None:
-        """Of no token so far; weight: [O, I], of what reads; aimed: whether anything is wanted."""
+        """weight: the projection's, [O, I]; aimed: whether there is a wanted output z."""
         dtype = accumulation_dtype(weight)
         self._gram = GramSum(weight)
         self._cross = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
@@ -28,7 +28,7 @@ class MomentSums:
         self._aimed = aimed
 
     def add(self, x: Tensor, z: Tensor | None) -> None:
-        """Add a batch of what is read, [..., I], and of what is wanted, [..., O]."""
+        """Add a batch: the projection's inputs x, [..., I], and wanted outputs z, [..., O]; None if there are none."""
         rows = self._gram.add(x)
         if z is not None:
             z = z.to(rows.device).flatten(0, -2)
@@ -37,14 +37,14 @@ class MomentSums:
             self._square += _dot(z, z)
 
     def total(self, ranks: Ranks, name: str) -> "Moments":
-        """Over the tokens of all ranks, which divide the batches; the last call.
+        """Return the sums over the tokens of all ranks. To be called last, because it frees this rank's sums.
 
         Args:
-            ranks: all of which call this.
-            name: of what reads, for the error.
+            ranks: the processes that divide the batches; all of them make this call.
+            name: the projection's, for error messages.
 
         Raises:
-            NonFiniteError: what is read or wanted is NaN or infinite.
+            NonFiniteError: an input or a wanted output is NaN or infinite.
         """
         gram = self._gram.total(ranks, "repair", name)
         cross, square = self._cross, self._square
@@ -57,9 +57,9 @@ class MomentSums:
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over tokens of what is read, x [I], and of what is wanted, z [O].
+    """Sums over tokens of products of a projection's input, x [I], and its wanted output, z [O].
 
-    gram: [I, I], x x^T. cross: [O, I], z x^T. square: [], ||z||^2. The last two are zero if nothing is wanted.
+    gram: [I, I], x x^T. cross: [O, I], z x^T. square: [], ||z||^2. The last two are zero if there is no wanted output.
     """
 
     gram: Tensor
@@ -67,11 +67,11 @@ class Moments:
     square: Tensor
 
     def of_output(self, weight: Tensor, columns: Tensor, blend: float) -> "Problem":
-        """The problem of the kept columns ([K] int64) of a weight [O, I], for the target W x + blend (z - W x)."""
+        """The problem for the kept columns ([K] int64) of a weight W [O, I], with the target W x + blend (z - W x)."""
         lost = _others(columns, weight.shape[1])
         start, cut = weight[:, columns].double(), weight[:, lost].double()
         gram, cross = self.gram[columns[:, None], columns], self.cross.double()
-        # W G of the kept columns, by what the kept and the lost ones read.
+        # The kept columns of W G, as the parts that the kept and the lost columns of W contribute.
         of_kept, of_lost = start @ gram.double(), cut @ self.gram[lost[:, None], columns].double()
         own = _dot(of_kept, start) + 2.0 * _dot(of_lost, start)
         own += _dot(cut @ self.gram[lost[:, None], lost].double(), cut)
@@ -87,8 +87,9 @@ class Moments:
 
 @dataclass(frozen=True)
 class Problem:
-    """Find the change D [O, K] of a weight W with the least sum over tokens of ||t - (W + D) x||^2.
+    """The problem to find the change D of a weight W, both [O, K], that minimises the sum of ||t - (W + D) x||^2.
 
+    All its fields are sums over tokens, too.
     gram: [K, K], x x^T, in the dtype it was summed in, which is precise enough for the error. missing: [O, K] fp64,
     (t - W x) x^T. square: [] fp64, ||t||^2. rest: [] fp64, ||t - W x||^2.
     """
@@ -100,21 +101,25 @@ class Problem:
 
     @cached_property
     def unit(self) -> Tensor:
-        """What ridges are relative to."""
+        """The mean of the Gram matrix's diagonal, which ridges are relative to."""
         return self.gram.diagonal().double().mean().clamp_min(torch.finfo(torch.float64).tiny)
 
     @property
     def error_before(self) -> float:
-        """sum ||t - W x||^2 / sum ||t||^2."""
+        """The relative error of the unchanged weight, sum ||t - W x||^2 / sum ||t||^2."""
         return self._relative(self.rest)
 
     def error(self, change: Tensor) -> float:
-        """sum ||t - (W + D) x||^2 / sum ||t||^2 of D, [O, K] fp64."""
+        """The relative error with a change D, [O, K] fp64: sum ||t - (W + D) x||^2 / sum ||t||^2."""
         written = (change.to(self.gram.dtype) @ self.gram).double()
         return self._relative(self.rest - 2.0 * _dot(change, self.missing) + _dot(written, change))
 
     def solution(self, ridge: float) -> Tensor:
-        """D = (t x^T - W x x^T) (x x^T + ridge)^-1, [O, K] fp64; with ten times the ridge where it does not factor."""
+        """Return D = (sum (t - W x) x^T) (sum x x^T + ridge)^-1, [O, K] fp64; `ridge` is relative to `unit`.
+
+        If the second matrix cannot be factored, the ridge is multiplied by ten until it can; above a relative ridge of
+        1e4, D is zero.
+        """
         while ridge <= _MOST_RIDGE:
             shifted = self.gram.to(torch.float64, copy=True)
             shifted.diagonal().add_(ridge * self.unit)
@@ -130,7 +135,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Fit:
-    """A change of a weight, [O, K] fp64, the ridge that it was found with, and the errors with it and before it."""
+    """A solution: a change of a weight, [O, K] fp64, the ridge it was found with, and the errors before and with it."""
 
     change: Tensor
     ridge: float
@@ -138,16 +143,21 @@ class Fit:
     error: float
 
     def write(self, weight: Tensor, columns: Tensor) -> None:
-        """Change these columns, [K] int64, of a weight [O, I], where it is better than the weight as it was."""
+        """Add the change to these columns ([K] int64) of a weight [O, I], unless that makes the error no smaller."""
         if self.error < self.error_before:
             weight[:, columns] = (weight[:, columns].double() + self.change).to(weight.dtype)
 
 
 def fit(problem: Problem, judge: Problem, ridges: Sequence[float], first: float | None = None) -> Fit:
-    """Solve a problem with the ridge that has the least error in another problem, over other tokens.
+    """Solve a problem with the ridge whose solution has the smallest error in another problem, over other tokens.
 
-    The error is taken to have a single minimum: from `first`, or the middle of `ridges`, ascending, it is followed to
-    where it falls.
+    The error as a function of the ridge is assumed to have a single minimum, so that not all ridges are tried.
+
+    Args:
+        problem: the problem to solve.
+        judge: the problem whose error chooses the ridge.
+        ridges: candidates, ascending.
+        first: the candidate to start from; None: the middle one.
     """
     before = judge.error_before
 
@@ -165,11 +175,16 @@ _Found = TypeVar("_Found")
 def first_minimum(
     candidates: Sequence[float], first: int, attempt: Callable[[float], _Found], error: Callable[[_Found], float]
 ) -> _Found:
-    """What was found at the first minimum of the error, towards the front; towards the back if it rises there at once.
+    """Search from candidate `first` towards the front while the error falls; if it does not, towards the back.
 
     Args:
-        candidates: in order; `first` is the index of the one to begin with.
-        attempt, error: what is found with a candidate, and its error.
+        candidates: in the order of the search; each is tried at most once.
+        first: the index of the candidate to start from.
+        attempt: computes a result from a candidate.
+        error: computes the error of a result.
+
+    Returns:
+        The result with the smallest error found.
     """
     best = attempt(candidates[first])
     for direction in (reversed(candidates[:first]), candidates[first + 1 :]):
@@ -185,11 +200,11 @@ def first_minimum(
 
 
 def _others(columns: Tensor, width: int) -> Tensor:
-    """[width - K], ascending, all columns but these [K]; without waiting for a device."""
+    """All columns except these [K], ascending: [width - K] int64; computed without waiting for the device."""
     kept = torch.zeros(width, dtype=torch.uint8, device=columns.device).index_fill_(0, columns, 1)
     return kept.argsort(stable=True)[: width - len(columns)]
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """[] the sum of products, to the same bits at any number of threads: no sum is split between threads."""
+    """The scalar sum of products, with the same bits at any number of threads: no sum is split between threads."""
     return (left * right).sum(0).sum()

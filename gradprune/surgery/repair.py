@@ -1,8 +1,8 @@
 """The repairs: ways to re-solve the remaining weights before the pruned ones are cut.
 
-A repair is a function of the run and of what each block keeps. It changes `run.view`'s model in place, gives every
-weight that it changes memory of its own, and says what it did to each block. A caller that still needs the dense model
-passes a `sharing_copy`.
+A repair is a function of the run and of the groups that each block keeps. It changes the model of `run.view` in place,
+gives every weight that it changes memory of its own, and returns what it did to each block. A caller that still needs
+the dense model passes a `sharing_copy`.
 """
 
 from collections.abc import Callable
@@ -29,19 +29,19 @@ def no_repair(_run: Run, _masks: GroupMasks) -> Repaired:
 def solve_least_squares(run: Run, masks: GroupMasks) -> Repaired:
     """Re-solve the output projections of blocks by least squares, see `gradprune.surgery.least_squares`.
 
-    Products of fp32 factors are rounded where that is faster: on SmolLM2-135M, 20 and 50 % of whose prunable parameters
-    go, excess log-perplexity changes by less than 0.0002.
+    Factors of fp32 products are rounded where that is faster: on SmolLM2-135M, pruned by 20 and by 50 % of its prunable
+    parameters, this changes the excess log-perplexity by less than 0.0002.
     """
     with progress(run.console, "Repairing", len(run.view.blocks), "blocks") as advance, rounded_products():
         return least_squares(run.view, masks, run.calibration, run.held_out, ranks=run.ranks, advance=advance)
 
 
 def repair_warning(columns: int, config: PruneConfig) -> str | None:
-    """That the calibration samples hardly determine the weights that were solved for; None where they do.
+    """Return a warning if the calibration samples hardly determine the weights that were solved for, else None.
 
     Args:
-        columns: of the widest output projection that stays.
-        config: with the samples and the repair of the run.
+        columns: the number of columns that the widest output projection keeps.
+        config: the run's, of which the samples and the repair are read.
     """
     tokens = config.num_samples * config.seq_len
     if config.repair == "none" or tokens >= _TOKENS_PER_COLUMN * columns:
