@@ -1,27 +1,27 @@
-"""Distillation: a cut model's weights move towards the dense model's predictions, all blocks at once.
+"""Distillation: train all prunable weights of a cut model together, towards the dense model's predictions.
 
-Least squares repairs a block by itself, and cannot know what matters to the model's output. Here every four samples,
-fewer where they are long, give one step down the gradient G of
+Least squares repairs each block by itself, and cannot know what matters to the model's output. Here every four samples,
+or fewer if they are long, give one step down the gradient G of
 
     (1 - text) KL(dense || cut) + text NLL(samples),
 
-a mean over tokens, in every prunable weight W [O, I]:
+a mean over tokens, for every prunable weight W [O, I]:
 
     W <- W - rate * decay * sqrt(D / I) * rms(W) * G / sqrt(r c^T / mean(r)),
     r_o = mean over i of G_oi^2,  c_i = mean over o of G_oi^2,
 
 with D = KL(dense || cut) before the step, and `decay` falling from 1 to 0 over the steps. The last denominator is
-Adafactor's estimate of the gradients' size (Shazeer and Stern 2018, arXiv:1804.04235), of this one step: nothing is
-carried from step to step, and a gradient lives until its own weight has moved, in the backward pass. So the memory is
-that of a pass that takes gradients, and not that of an optimizer.
+Adafactor's estimate of the gradients' size (Shazeer and Stern 2018, arXiv:1804.04235), from this step only: no state is
+carried from step to step, and each gradient is freed during the backward pass, as soon as its weight has moved. So the
+memory is that of a backward pass, without an optimizer's.
 
-A gradient without its size does not tell how far it is to the minimum. Near it the divergence grows with the square of
-the distance: hence sqrt(D). With 1 / sqrt(I), what a weight writes changes by as much at any width (Yang et al. 2022,
-arXiv:2203.03466). So one rate serves models of 260 thousand and of 135 million parameters, a tenth of which or half was
-pruned.
+A gradient divided by its size does not show how far away the minimum is. Near the minimum, the divergence grows with
+the square of the distance: hence the factor sqrt(D). The factor 1 / sqrt(I) makes a weight's output change by the same
+amount at any width (Yang et al. 2022, arXiv:2203.03466). So one rate serves models of 260 thousand and of 135 million
+parameters, of which a tenth or a half was pruned.
 
-The dense model's predictions come from the residual streams that the repair has followed anyway. A streamed model takes
-the same steps layer by layer: each reads its weights twice and writes them once.
+The dense model's predictions come from its last residual streams, which the repair has computed anyway. A streamed
+model takes the same steps layer by layer: each step reads the weights twice and writes them once.
 """
 
 import logging
@@ -59,20 +59,21 @@ from gradprune.surgery.moments import first_minimum
 logger = logging.getLogger(__name__)
 
 RATE = 0.1
-"""The first step's change, relative to a weight's size, where it has one input and the divergence is 1 nat a token."""
+"""The first step's change relative to a weight's size, if it has one input and the divergence is 1 nat per token."""
 FACTORS = (1.0, 0.5, 0.25)
-"""How much of all steps' change is made, descending; held-out samples choose. They might choose more than all of it:
-they are of one kind of text, and other text would be predicted worse."""
+"""Candidates, descending, for how much of all steps' total change is kept; held-out samples choose. Factors above 1 are
+not offered: the samples, being of one kind of text, might choose them, and other text would be predicted worse."""
 
 _JUDGED_TOGETHER = 8
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """What it brought.
+    """The outcome of a distillation.
 
-    samples: that gave the gradients. text: the share of their own tokens. factor: how much of the change was made; 0
-    where none of it made the loss less. before, after: the cut model's loss on held-out samples, in nats per token.
+    samples: the number of samples trained on. text: the weight of the next-token loss. factor: how much of the change
+    was kept; 0 if no factor reduced the loss. before, after: the cut model's loss on held-out samples, in nats per
+    token.
     """
 
     samples: int
@@ -95,20 +96,20 @@ def distil(
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> Distillation:
-    """Train the weights of the blocks of linear layers, in place, in memory of their own; experts stay as they are.
+    """Train the weights of blocks of linear layers in place, in memory of their own; routed experts do not change.
 
     Args:
-        view: the cut model. Where it is streamed, its moved weights are written to disk, layer by layer.
-        samples: [N, T] int64, calibration ids, which give a step for every `distill_step(T)`, in this order.
-        held_out: [M, T] int64, others, on which the result is judged; one at least.
+        view: the cut model. If it is streamed, its changed weights are written to disk, layer by layer.
+        samples: [N, T] int64, token ids of calibration samples; each `distill_step(T)` of them give a step, in order.
+        held_out: [M, T] int64, token ids of the held-out samples that the result is judged on; at least one.
         dense: [N, T, H], the dense model's residual stream after its last layer, for `samples`.
-        text, rate: see above.
-        factors: see `FACTORS`; from the first they are followed to where the loss falls.
-        recompute: keep of each layer its input alone, and compute it again in the backward pass.
-        seed: of the rounding to bfloat16, which is up or down with the probability that keeps the mean.
+        text, rate: see the module's docstring.
+        factors: see `FACTORS`; they are tried in order for as long as the loss falls.
+        recompute: whether to keep only each layer's input, and recompute the layer in the backward pass.
+        seed: for rounding to bfloat16, up or down at random with the exact value as the mean.
         advance: called after each step.
 
-    Deterministic.
+    The result is deterministic.
     """
     together = distill_step(samples.shape[1])
     batches = samples.split(together)
@@ -142,9 +143,10 @@ class Taught(NamedTuple):
 
 
 def taught_samples(run: Run, repaired: Repaired) -> Taught | None:
-    """What a run's model is to learn from; None where it is not to, or where it lacks what it needs.
+    """What a run's model is to be distilled from; None if it is not to be distilled, or cannot be.
 
-    With several ranks each gets the same samples, and takes the same steps.
+    Without linear blocks or held-out samples it cannot be. With several ranks, every rank gets the same samples and
+    takes the same steps.
     """
     count = min(run.config.samples_distilled(run.view.parameters), len(run.samples.calibration))
     if not count or not run.view.linear_blocks:
@@ -155,16 +157,16 @@ def taught_samples(run: Run, repaired: Repaired) -> Taught | None:
             "--num_samples"
         )
         return None
-    # The first batches of all ranks', of which each rank has the first of its own.
+    # How many of this rank's batches are among the first batches of all ranks, which hold the samples.
     own = len(run.ranks.share(run.calibration[: -(-count // run.config.batch_size)]))
     dense = torch.cat(run.ranks.joined(repaired.dense[:own]))[:count]
     return Taught(run.samples.calibration[:count], run.samples.held_out[:DISTILL_JUDGED], dense)
 
 
 def distil_run(run: Run, model: PreTrainedModel, taught: Taught) -> Distillation:
-    """`distil` a run's cut model, with progress; blocks of kinds that were not to be pruned stay as they are.
+    """`distil` a run's cut model, showing progress; blocks of kinds that were not to be pruned do not change.
 
-    Products of fp32 factors are rounded where that is faster: other samples change a gradient far more.
+    Factors of fp32 products are rounded where that is faster: the choice of samples changes a gradient far more.
     """
     kinds = {block.kind.name for block in run.view.blocks}
     view = describe(model)
@@ -182,7 +184,7 @@ def distil_run(run: Run, model: PreTrainedModel, taught: Taught) -> Distillation
 
 
 class _Trained:
-    """A model whose prunable weights move in its backward pass."""
+    """A model whose prunable weights are changed during its backward pass."""
 
     def __init__(
         self, view: PrunableModel, batches: Sequence[Tensor], dense: Sequence[Tensor], text: float, seed: int
@@ -201,7 +203,7 @@ class _Trained:
         self.weights = _InMemory(view) if view.residency is None else _OnDisk(view, view.residency)
 
     def observed(self, *, recompute: bool) -> ExitStack:
-        """A context in which a backward pass moves the weights."""
+        """Enter the contexts in which a backward pass changes the weights; the result closes them."""
         observers: dict[nn.Linear, Observer] = {entry.linear: partial(self._move, entry) for entry in self._entries}
         with ExitStack() as stack:
             stack.enter_context(deterministic_attention())
@@ -212,7 +214,7 @@ class _Trained:
             return stack.pop_all()
 
     def step(self, batch: int, rate: float) -> None:
-        """One batch forward and backward."""
+        """Take a step at this rate: run one batch forward and backward."""
         self._rate = rate
         with torch.enable_grad():
             if isinstance(self.weights, _OnDisk):
@@ -234,10 +236,10 @@ class _Trained:
         backward_by_layers(self._view, [self._batches[batch]], self._recomputation, passed, loss)
 
     def _loss(self, batch: int, hidden: Tensor) -> Tensor:
-        """What a step descends, given the decoder's last hidden states [N, T, H], a mean over tokens.
+        """The loss of a step, a mean over tokens, given the decoder's last hidden states [N, T, H].
 
-        Of its gradients the size does not matter, as long as it is within the range of their type: in float16 a sum
-        over tokens is not. No token follows a sample's last one, which is left out.
+        The size of its gradients does not matter as long as it is within the range of their type; in float16, the
+        gradients of a sum over tokens would not be. A sample's last token, which no token follows, is left out.
         """
         with torch.no_grad():
             teacher_hidden = self._streams.last_hidden(batch, self._dense[batch].to(self._view.device))
@@ -249,7 +251,7 @@ class _Trained:
 
     @torch.no_grad()
     def _move(self, entry: Projection, x: Tensor, dy: Tensor, _dx: Tensor) -> None:
-        """An observer of a linear layer."""
+        """Observe a linear layer's backward pass: compute its weight's gradient, and take the step of this weight."""
         weight = entry.weight
         gradient = torch.zeros(weight.shape, dtype=accumulation_dtype(weight), device=weight.device)
         add_product(gradient, dy.flatten(0, -2), x.flatten(0, -2))
@@ -269,12 +271,12 @@ class _InMemory:
                 pass
 
     def arrive(self) -> None:
-        """The weights as they are now are where a factor of 1 leads."""
+        """Take the current weights as those of factor 1."""
         self._end = [parameter.data for parameter, _ in self._start]
 
     @torch.no_grad()
     def go(self, factor: float) -> None:
-        """The weights that a factor leads to."""
+        """Set the weights at `factor` of the way from those before the steps (0) to those after them (1)."""
         for (parameter, start), end in zip(self._start, self._end, strict=True):
             if factor in (0.0, 1.0):
                 parameter.data = end if factor else start
@@ -283,7 +285,7 @@ class _InMemory:
 
 
 class _OnDisk:
-    """The prunable weights of a streamed model; methods as of `_InMemory`."""
+    """The prunable weights of a streamed model; for the methods see `_InMemory`."""
 
     def __init__(self, view: PrunableModel, residency: Residency) -> None:
         self._residency = residency
@@ -296,7 +298,7 @@ class _OnDisk:
         self._end = self._start
 
     def write_down(self, layer: int) -> None:
-        """The weights of a layer, which is in memory, have moved."""
+        """Write the changed weights of a layer, which is in memory, to disk."""
         for of_layer, name in self._names:
             if of_layer == layer:
                 self._residency.replace(layer, name)
@@ -309,19 +311,20 @@ class _OnDisk:
 
 
 def descend(weight: Tensor, gradient: Tensor, rate: float, generator: torch.Generator | None) -> None:
-    """A step of a weight down its gradient, in place, as above; rounded once, to bfloat16 up or down at random.
+    """Take a step of a weight down its gradient, in place, by the formula in the module's docstring.
 
-    So small changes add up where each is less than the distance to the next number.
+    The result is rounded once; to bfloat16 it is rounded up or down at random, so that small changes add up even if
+    each is less than the distance to the next number.
 
     Args:
         weight: [O, I] floating point.
         gradient: [O, I] fp32 or fp64, of any size; overwritten.
-        rate: the change, relative to the weight's size.
-        generator: on their device; for bfloat16.
+        rate: rate * decay * sqrt(D / I) of the formula, the change relative to the weight's size.
+        generator: a random generator on the weight's device; needed for bfloat16 only.
     """
     square = gradient.square()
     rows, columns = square.mean(1), square.mean(0)
-    # Where all of a row's or a column's gradients are zero, so is the change.
+    # If all gradients of a row or a column are zero, the clamp makes the change zero, too, and not NaN.
     tiny = torch.finfo(gradient.dtype).tiny
     size = weight.to(gradient.dtype).square().mean(1).mean().sqrt()
     gradient.mul_(rows.clamp_min(tiny).rsqrt()[:, None])
@@ -331,7 +334,8 @@ def descend(weight: Tensor, gradient: Tensor, rate: float, generator: torch.Gene
         return
     exact = weight.to(gradient.dtype).addcmul_(gradient, of_columns[None], value=-1.0)
     if weight.dtype == torch.bfloat16:
-        # bfloat16 is the upper half of fp32; a random lower half carries as often as that one is large.
+        # bfloat16 is the upper half of fp32's bits. Adding a random lower half carries into the upper half with a
+        # probability proportional to the number's own lower half.
         noise = torch.randint(0, 2**16, exact.shape, generator=generator, dtype=torch.int32, device=exact.device)
         exact = (exact.view(torch.int32) + noise).bitwise_and_(-(2**16)).view(torch.float32)
     weight.copy_(exact)
