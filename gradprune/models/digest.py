@@ -1,4 +1,4 @@
-"""A digest of a model: what it computes, in 64 characters."""
+"""A digest of a model: 64 characters that identify what it computes."""
 
 import hashlib
 import json

@@ -12,8 +12,8 @@ a mean over tokens, for every prunable weight W [O, I]:
 
 with D = KL(dense || cut) before the step, and `decay` falling from 1 to 0 over the steps. The last denominator is
 Adafactor's estimate of the gradients' size (Shazeer and Stern 2018, arXiv:1804.04235), from this step only: no state is
-carried from step to step, and each gradient is freed during the backward pass, as soon as its weight has moved. So the
-memory is that of a backward pass, without an optimizer's.
+carried from step to step, and each gradient is freed during the backward pass, as soon as its weight has moved. So no
+more memory is needed than for a backward pass.
 
 A gradient divided by its size does not show how far away the minimum is. Near the minimum, the divergence grows with
 the square of the distance: hence the factor sqrt(D). The factor 1 / sqrt(I) makes a weight's output change by the same

@@ -6,9 +6,9 @@ values of its channels. Its problem is that of `gradprune.surgery.least_squares`
     t = g_s W_j z_s + g_s^2 / (sum of squared factors of s's experts) d_s.
 
 d_s is what the layer's experts lack at s before any is re-solved: blend (z - W x), as defined there. If whole experts
-are removed, so that their tokens see other experts, d_s also has the difference between what the dense experts would
-write for this input and what the remaining ones write. An expert's bias does not change. An expert that sees fewer
-tokens than `TOKENS_PER_CHANNEL` requires is left as it is.
+are removed, so that their tokens see other experts, it also includes the difference between what the dense experts
+would write for this input and what the remaining ones write. An expert's bias does not change. An expert that sees
+fewer tokens than `TOKENS_PER_CHANNEL` requires is left as it is.
 """
 
 from collections.abc import Sequence

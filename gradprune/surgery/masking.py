@@ -1,4 +1,4 @@
-"""Masking: make a model compute, reversibly and without cutting it, what it would compute without some groups.
+"""Masking: make an uncut model compute what it would without some groups; this can be undone exactly.
 
 Zeroing a group's columns of the output projection has the same effect as cutting the group.
 """
