@@ -127,9 +127,11 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad(), ctx.autocast(), ctx.again():
             output = ctx.run(*args, **kwargs)
         outputs = output if isinstance(output, tuple) else (output,)
-        pairs = [(one, found) for one, found in zip(outputs, gradients, strict=True) if found is not None]
+        used = [(value, gradient) for value, gradient in zip(outputs, gradients, strict=True) if gradient is not None]
         found = iter(
-            torch.autograd.grad([one for one, _ in pairs], entered, [of for _, of in pairs], allow_unused=True)
+            torch.autograd.grad(
+                [value for value, _ in used], entered, [gradient for _, gradient in used], allow_unused=True
+            )
         )
         return None, None, None, *(next(found) if needs else None for needs in needed)
 

@@ -64,7 +64,7 @@ FACTORS = (1.0, 0.5, 0.25)
 """Candidates, descending, for how much of all steps' total change is kept; held-out samples choose. Factors above 1 are
 not offered: the samples, being of one kind of text, might choose them, and other text would be predicted worse."""
 
-_JUDGED_TOGETHER = 8
+_HELD_OUT_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,11 @@ def distil(
     """
     together = distill_step(samples.shape[1])
     batches = samples.split(together)
-    judged = [batch.to(view.device) for batch in held_out.split(_JUDGED_TOGETHER)]
+    judged = [batch.to(view.device) for batch in held_out.split(_HELD_OUT_BATCH)]
     trained = _Trained(view, batches, dense.split(together), text, seed)
 
     def attempt(factor: float) -> tuple[float, float]:
-        trained.weights.go(factor)
+        trained.weights.move_to(factor)
         return mean_loss(view.model, judged), factor
 
     with evaluation_mode(view.model):
@@ -126,11 +126,11 @@ def distil(
             for step in range(len(batches)):
                 trained.step(step, rate * (1.0 - step / len(batches)))
                 advance()
-        trained.weights.arrive()
+        trained.weights.mark_end()
         after, factor = first_minimum(factors, 0, attempt, itemgetter(0))
         if not after < before:
             after, factor = before, 0.0
-        trained.weights.go(factor)
+        trained.weights.move_to(factor)
     return Distillation(len(samples), text, factor, before, after)
 
 
@@ -218,7 +218,7 @@ class _Trained:
         self._rate = rate
         with torch.enable_grad():
             if isinstance(self.weights, _OnDisk):
-                self._run_by_layers(batch, self.weights.write_down)
+                self._run_by_layers(batch, self.weights.save_layer)
             else:
                 self._run_whole(batch)
 
@@ -270,12 +270,12 @@ class _InMemory:
             with view.rewriting(block, [f"{entry.path}.weight" for entry in block.projections]):
                 pass
 
-    def arrive(self) -> None:
+    def mark_end(self) -> None:
         """Take the current weights as those of factor 1."""
         self._end = [parameter.data for parameter, _ in self._start]
 
     @torch.no_grad()
-    def go(self, factor: float) -> None:
+    def move_to(self, factor: float) -> None:
         """Set the weights at `factor` of the way from those before the steps (0) to those after them (1)."""
         for (parameter, start), end in zip(self._start, self._end, strict=True):
             if factor in (0.0, 1.0):
@@ -297,16 +297,16 @@ class _OnDisk:
         self._start = residency.weights(self._names)
         self._end = self._start
 
-    def write_down(self, layer: int) -> None:
+    def save_layer(self, layer: int) -> None:
         """Write the changed weights of a layer, which is in memory, to disk."""
         for of_layer, name in self._names:
             if of_layer == layer:
                 self._residency.replace(layer, name)
 
-    def arrive(self) -> None:
+    def mark_end(self) -> None:
         self._end = self._residency.weights(self._names)
 
-    def go(self, factor: float) -> None:
+    def move_to(self, factor: float) -> None:
         self._residency.go_between(self._start, self._end, factor)
 
 

@@ -132,8 +132,8 @@ class ExpertsSolver:
             `BlockRepair`; None if no expert was.
         """
         counts = torch.zeros(self.block.experts, dtype=torch.int64)
-        for of in fitted:
-            counts += torch.tensor(of.routed.counts)
+        for batch in fitted:
+            counts += torch.tensor(batch.routed.counts)
         seen = self.ranks.sum(counts).tolist()
         found = []
         for expert in range(self.block.experts):
@@ -143,9 +143,9 @@ class ExpertsSolver:
         if not found:
             return None
         total = sum(square for _, square in found) or 1.0
-        before = sum(one.error_before * square for one, square in found) / total
-        after = sum(min(one.error, one.error_before) * square for one, square in found) / total
-        return median(one.ridge for one, _ in found), before, after
+        before = sum(solved.error_before * square for solved, square in found) / total
+        after = sum(min(solved.error, solved.error_before) * square for solved, square in found) / total
+        return median(solved.ridge for solved, _ in found), before, after
 
     def _solve_one(
         self, expert: int, channels: Tensor, fitted: Sequence[ExpertReads], judging: Sequence[ExpertReads]
@@ -154,7 +154,8 @@ class ExpertsSolver:
         weight = self.block.down.weight(expert)
         columns = channels.to(weight.device)
         solved, judge = (
-            self._moments(of, expert, weight).of_output(weight, columns, float(self.aimed)) for of in (fitted, judging)
+            self._moments(reads, expert, weight).of_output(weight, columns, float(self.aimed))
+            for reads in (fitted, judging)
         )
         best = fit(solved, judge, self.ridges)
         best.write(weight, columns)
@@ -162,6 +163,6 @@ class ExpertsSolver:
 
     def _moments(self, reads: Sequence[ExpertReads], expert: int, weight: Tensor) -> Moments:
         sums = MomentSums(weight, aimed=self.aimed)
-        for of in reads:
-            sums.add(*of.problem(expert, weight))
+        for batch in reads:
+            sums.add(*batch.problem(expert, weight))
         return sums.total(self.ranks, f"layer {self.block.layer}'s {self.block.down.name} of expert {expert}")

@@ -154,27 +154,27 @@ class _Repair:
         """Repair the blocks of a layer, which is in memory, in order of execution."""
         blocks = self.view.of_layer(layer)
         untouched = not self.differs and all(self.masks[block].all() for block in blocks)
-        lead = None
+        gap = None
         if self.blend and not untouched:
             before, self.dense = list(self.dense), []
-            lead = _Lead(self.streams, layer, before, self.repaired)
+            gap = _StreamGap(self.streams, layer, before, self.repaired)
         # Per batch, what the layer's blocks passed so far write, by their modules.
         written: list[dict[nn.Module, Tensor]] = [{} for _ in self.repaired]
         for block in () if untouched else blocks:
-            self._pass_block(block, written, lead)
+            self._pass_block(block, written, gap)
         self.repaired = [
             self.streams.run_layer(layer, batch, stream, writes)
             for batch, (stream, writes) in enumerate(zip(drained(self.repaired), drained(written), strict=True))
         ]
-        self.dense = self.repaired if lead is None else lead.after
+        self.dense = self.repaired if gap is None else gap.after
         for _ in blocks:
             advance()
 
-    def _pass_block(self, block: Block, written: list[dict[nn.Module, Tensor]], lead: "_Lead | None") -> None:
+    def _pass_block(self, block: Block, written: list[dict[nn.Module, Tensor]], gap: "_StreamGap | None") -> None:
         """Repair a block and run it; add what it writes to `written`."""
         kept = self.masks[block]
         self.differs |= not kept.all()
-        wanted = None if lead is None else lead.wanted(block)
+        wanted = None if gap is None else gap.wanted(block)
         if isinstance(block, ExpertsBlock):
             writes = self._pass_experts(block, written, wanted)
         elif not kept.any():
@@ -185,8 +185,8 @@ class _Repair:
             writes = self._pass_linear(block, written, wanted)
         for batch, write in enumerate(writes):
             written[batch][block.module] = write
-            if lead is not None:
-                lead.advance(block, batch, write)
+            if gap is not None:
+                gap.advance(block, batch, write)
 
     def _pass_linear(
         self, block: LinearBlock, written: list[dict[nn.Module, Tensor]], wanted: list[Tensor] | None
@@ -251,7 +251,7 @@ class _Repair:
                 mask_output(block, kept)
 
 
-class _Lead:
+class _StreamGap:
     """The difference, per batch, of the dense and the repaired stream within a layer, before the current block.
 
     after: per batch, the dense stream after the layer.
@@ -260,13 +260,13 @@ class _Lead:
     def __init__(self, streams: Streams, layer: int, dense: list[Tensor], repaired: Sequence[Tensor]) -> None:
         """Pass the dense streams, which are taken out of their list, through the layer; begin at its first block."""
         self._streams = streams
-        # From a block's `wanted` to its `advance`, `_ahead` is what the block would have to write.
-        self._ahead: list[Tensor] = []
+        # Between a block's `wanted` and its `advance`, this holds what the block would have to write.
+        self._gaps: list[Tensor] = []
         self._written: list[dict[nn.Module, Tensor]] = []
         self.after: list[Tensor] = []
         for batch, stream in enumerate(drained(dense)):
             after, written = streams.layer_and_written(layer, batch, stream)
-            self._ahead.append(streams.keep(stream - repaired[batch]))
+            self._gaps.append(streams.keep(stream - repaired[batch]))
             self._written.append(written)
             self.after.append(after)
 
@@ -280,10 +280,10 @@ class _Lead:
         if block.adds is None:
             return own
         for batch, write in enumerate(drained(own)):
-            self._ahead[batch] = self._streams.keep(self._ahead[batch].view_as(write) / block.adds + write)
-        return list(self._ahead)
+            self._gaps[batch] = self._streams.keep(self._gaps[batch].view_as(write) / block.adds + write)
+        return list(self._gaps)
 
     def advance(self, block: Block, batch: int, write: Tensor) -> None:
         """Move past a block, for one batch, given what the block writes now."""
         if block.adds is not None:
-            self._ahead[batch] = self._streams.keep(block.adds * (self._ahead[batch].view_as(write) - write))
+            self._gaps[batch] = self._streams.keep(block.adds * (self._gaps[batch].view_as(write) - write))

@@ -13,7 +13,7 @@ from gradprune.calibration.cholesky import cholesky, solve
 from gradprune.calibration.gram import GramSum, add_product, require_finite
 from gradprune.ranks import Ranks
 
-_MOST_RIDGE = 1e4
+_MAX_RIDGE = 1e4
 
 
 class MomentSums:
@@ -120,7 +120,7 @@ class Problem:
         If the second matrix cannot be factored, the ridge is multiplied by ten until it can; above a relative ridge of
         1e4, D is zero.
         """
-        while ridge <= _MOST_RIDGE:
+        while ridge <= _MAX_RIDGE:
             shifted = self.gram.to(torch.float64, copy=True)
             shifted.diagonal().add_(ridge * self.unit)
             factor = cholesky(shifted, overwrite=True)
