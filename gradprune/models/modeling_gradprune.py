@@ -313,8 +313,8 @@ def check_overrides(layers: dict[int, dict[str, Any]]) -> None:
     for index, overrides in layers.items():
         if unknown := sorted(set(overrides) - known) or sorted(set(overrides.get("skip", ())) - set(PLACES)):
             raise ValueError(
-                f"per_layer_config: layer {index} has {unknown}; known are {sorted(known)} "
-                f"and skip's {', '.join(PLACES)}"
+                f"per_layer_config: layer {index} has {unknown}; known are {sorted(known)}, "
+                f"and in skip {', '.join(PLACES)}"
             )
 
 

@@ -86,7 +86,7 @@ def _homogeneous(config: dict[str, Any]) -> dict[str, Any]:
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     if config["model_type"] in ("qwen2", "phi3") and head_dim * heads != config["hidden_size"]:
         raise ValueError(
-            f"config.json: mlx-lm computes this architecture only where num_attention_heads ({heads}) times head_dim "
+            f"config.json: mlx-lm computes this architecture only if num_attention_heads ({heads}) times head_dim "
             f"({head_dim}) is hidden_size ({config['hidden_size']})"
         )
     given = {

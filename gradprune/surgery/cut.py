@@ -58,7 +58,7 @@ def check_class(model: PreTrainedModel) -> None:
     """
     if not hasattr(getattr(model, "config", None), "model_type"):
         raise UnsupportedArchitectureError(
-            f"model: is a {type(model).__name__}; a causal LM of transformers is needed, e.g. of gradprune.load_model"
+            f"model: is a {type(model).__name__}; a causal LM of transformers is needed, e.g. from gradprune.load_model"
         )
     name = causal_lm(model.config.model_type)
     stock = stock_class(type(model))

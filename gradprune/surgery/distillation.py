@@ -153,8 +153,8 @@ def taught_samples(run: Run, repaired: Repaired) -> Taught | None:
         return None
     if not len(run.samples.held_out):
         logger.warning(
-            "the text leaves no held-out samples to judge distillation on, so there is none; give more text, or fewer "
-            "--num_samples"
+            "the text leaves no held-out samples to judge distillation on, so the model is not distilled; give more "
+            "text, or fewer --num_samples"
         )
         return None
     # How many of this rank's batches are among the first batches of all ranks, which hold the samples.
