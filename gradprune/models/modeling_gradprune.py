@@ -54,7 +54,7 @@ SHARED_WIDTHS = (
     "moe_shared_expert_intermediate_size",
     "shared_intermediate_size",
 )
-"""Configurations' names for the shared experts' number of channels; without one, it is a multiple of EXPERT_WIDTHS."""
+"""Configurations' names for the shared experts' number of channels; without one, it is a multiple of a routed one's."""
 EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 """Configurations' names for the number of routed experts; the first one present counts."""
 
@@ -115,7 +115,7 @@ class DroppedAttention(nn.Module):
     """
 
     def __init__(self, head_dim: int, layer_idx: int, adds_itself: bool = False) -> None:
-        """head_dim: width of the cached head; layer_idx: the layer's index in a cache; adds_itself: `adds_residual`."""
+        """head_dim: width of the cached head; layer_idx: index in the cache; adds_itself: see `adds_residual`."""
         super().__init__()
         self.head_dim = head_dim
         self.layer_idx = layer_idx
@@ -162,7 +162,7 @@ def adds_residual(block: nn.Module) -> bool:
 
 
 def nothing_added(adds_itself: bool, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
-    """Return zeros [B, T, H], or for a block that itself adds to the residual stream, the stream, args[0]."""
+    """Return zeros [B, T, H]; for a block that itself adds to the residual stream, the unchanged stream, args[0]."""
     stream: torch.Tensor = args[0] if adds_itself else torch.zeros_like(hidden_states)
     return stream
 

@@ -56,7 +56,7 @@ class Recomputation:
             self._last.clear()
 
     def product(self, linear: nn.Module, product: Product) -> Product:
-        """Return `product`, or, if no gradient reads the linear layer's output, a function that leaves it unfilled."""
+        """Return `product`, or, if no gradient reads the linear layer's output, a function that returns it unfilled."""
         return partial(self._unfilled, linear) if self._again and linear in self._unread else product
 
     def computed(self, linear: nn.Module, output: Tensor) -> None:

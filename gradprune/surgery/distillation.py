@@ -135,7 +135,7 @@ def distil(
 
 
 class Taught(NamedTuple):
-    """Arguments of `distil`."""
+    """What a model is distilled from; for the fields see the arguments of `distil`."""
 
     samples: Tensor
     held_out: Tensor

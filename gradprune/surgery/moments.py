@@ -143,7 +143,7 @@ class Fit:
     error: float
 
     def write(self, weight: Tensor, columns: Tensor) -> None:
-        """Add the change to these columns ([K] int64) of a weight [O, I], unless that makes the error no smaller."""
+        """Add the change to these columns ([K] int64) of a weight [O, I], if that makes the error smaller."""
         if self.error < self.error_before:
             weight[:, columns] = (weight[:, columns].double() + self.change).to(weight.dtype)
 
