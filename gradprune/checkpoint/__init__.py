@@ -1,1 +1,1 @@
-"""Checkpoints: loaded from safetensors or GGUF files, written as safetensors, whole or not at all."""
+"""Checkpoints: loaded from safetensors or GGUF files, written as safetensors files, completely or not at all."""

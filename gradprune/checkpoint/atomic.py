@@ -1,8 +1,8 @@
-"""Hold a folder's name for the duration of a run: no other run writes there, and replacing it loses nothing.
+"""Reserve a folder's name for the duration of a run, so that no other run writes there and replacing it loses nothing.
 
-A run that will write `results/x` holds the lock `results/.x.lock` from before it loads anything, writes into
-`results/.x.partial-*`, and exchanges the two at the end. A killed run leaves these two behind; the next run of that
-name takes over, removes them and says so.
+A run that will write `results/x` takes the lock `results/.x.lock` before it loads anything, writes into
+`results/.x.partial-*`, and at the end exchanges this folder with `results/x`. A killed run leaves the lock and the
+partial folder behind; the next run of that name takes over the lock, removes the folder and logs a warning.
 """
 
 import errno
@@ -24,23 +24,23 @@ from gradprune.errors import CheckpointError, counted
 
 logger = logging.getLogger(__name__)
 
-# Claims of the enclosing `with` blocks, so that a job may claim a name that its command already holds. New threads
-# start with none.
+# The claims of the enclosing `with` blocks, by absolute path, so that a job may claim a name that its command already
+# holds. A new thread starts without claims.
 _held: ContextVar[Mapping[Path, "Claim"] | None] = ContextVar("_held", default=None)
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a model that may be replaced by another."""
+    """Whether a folder is a checkpoint, which may be replaced by another checkpoint."""
     return (folder / "config.json").is_file()
 
 
 def is_results(folder: Path) -> bool:
-    """Whether a folder is what a pruning run left, of one ratio or of several."""
+    """Whether a folder holds the results of a run, at one pruning ratio or at several."""
     return (folder / "run.json").is_file() or any(folder.glob("*/run.json"))
 
 
 class Claim:
-    """A claimed name; made by `claimed`."""
+    """A folder's name that this run holds; created by `claimed`."""
 
     def __init__(
         self,
@@ -60,11 +60,11 @@ class Claim:
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
-        """Yield an empty hidden folder that takes the name when the body ends, and is deleted if it fails.
+        """Yield an empty hidden folder that is given the claimed name when the body ends, or deleted if the body fails.
 
         Raises:
-            CheckpointError: something could not be written, or something else has taken the name meanwhile; then the
-                new content is kept beside it, and the message says where.
+            CheckpointError: something could not be written; or the name was taken during the run by something that may
+                not be replaced. In this case the new content is kept beside it, and the message says where.
         """
         partial = self._beside(f"partial-{secrets.token_hex(8)}")
         try:
@@ -77,7 +77,10 @@ class Claim:
             shutil.rmtree(partial, ignore_errors=True)
 
     def check(self, free_bytes: int) -> None:
-        """Raise for anything known in advance that would prevent writing the results.
+        """Check that the results can be written, as far as this is known in advance, or raise.
+
+        Args:
+            free_bytes: about how many bytes will be written.
 
         Raises:
             CheckpointError: see `claimed`.
@@ -98,7 +101,7 @@ class Claim:
             )
 
     def take_over(self) -> int:
-        """Remove what a killed run left; returns the number of files and folders removed."""
+        """Restore a folder that a killed run had moved aside, remove what the run left, and return how many folders."""
         if self._aside.exists() and not self.directory.exists():
             self._aside.rename(self.directory)
         left = [path for path in self.directory.parent.iterdir() if path.name.startswith(f".{self.directory.name}.")]
@@ -114,7 +117,7 @@ class Claim:
         return path.name.startswith(f".{self.directory.name}.partial-")
 
     def check_name(self) -> None:
-        """Raise if the name is taken by what may not be replaced.
+        """Check that the name is free or taken by something that may be replaced, or raise.
 
         Raises:
             CheckpointError: see `claimed`.
@@ -147,9 +150,9 @@ class Claim:
         self._check_not_read(directory.resolve())
 
     def _check_not_read(self, replaced: Path) -> None:
-        """Refuse to replace anything the run reads, even through a link."""
+        """Refuse to replace a folder that holds a file the run reads, even through a link."""
         for option, read in ((option, Path(name)) for option, value in self._reads.items() for name in _names(value)):
-            # If it cannot be listed, the run cannot read it either.
+            # A folder that cannot be listed cannot be read by the run either.
             with suppress(OSError):
                 for path in [read, *(read.iterdir() if read.is_dir() else [])]:
                     if path.resolve().is_relative_to(replaced):
@@ -172,7 +175,7 @@ class Claim:
         exchange(partial, self.directory, self._aside)
 
     def _keep(self, partial: Path) -> Path:
-        """Give the finished content the first free name of its own."""
+        """Rename the finished content to the first free name of "NAME-2", "NAME-3", ..., and return its path."""
         number = 2
         while True:
             kept = self.directory.with_name(f"{self.directory.name}-{number}")
@@ -184,11 +187,11 @@ class Claim:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Turn OS errors into one line that names the option and the path."""
+        """Context manager that turns OS and safetensors errors into one line that names the option and the path."""
         try:
             yield
         except OSError as error:
-            # Of a copy, the second name is that of the file that is written.
+            # The error of a copy has two names; the second is the destination.
             path = error.filename2 or error.filename or self.directory
             raise CheckpointError(f"{self._argument}: '{path}' cannot be written: {error.strerror or error}") from error
         except SafetensorError as error:
@@ -208,21 +211,21 @@ def claimed(
     free_bytes: int = 0,
     patience: float = 0.0,
 ) -> Iterator[Claim]:
-    """Hold the name `directory` while the body runs. A claim of the same name within it is the same claim.
+    """Hold the name `directory` while the body runs; claiming it again inside the body yields the same claim.
 
     Args:
         directory: the folder to be written.
-        overwrite: whether an existing one may be replaced.
+        overwrite: whether an existing folder may be replaced.
         argument: the option that the path came from, for messages.
-        replaces: which existing folders may be replaced; an empty one always may.
-        reads: by option, what the run reads and what is never replaced: a file or a folder, or several separated by
-            commas, with weights or without.
-        free_bytes: about how much will be written.
-        patience: seconds to wait for another run that is writing it.
+        replaces: predicate of the existing folders that may be replaced; an empty folder always may.
+        reads: what the run reads, by option; a folder that holds any of it is never replaced. A value is a file or a
+            folder, or several separated by commas, each with or without a weight.
+        free_bytes: about how many bytes will be written.
+        patience: seconds to wait if another run is writing the folder.
 
     Raises:
-        CheckpointError: the name is taken, by a folder that may not be replaced or by another run that is writing it;
-            or a folder cannot be made there; or there is too little room.
+        CheckpointError: the name is taken by something that may not be replaced, or by another run that is writing the
+            folder; no folder can be created there; or the file system has too little space left.
     """
     held = _held.get() or {}
     path = directory.absolute()
@@ -245,7 +248,7 @@ def claimed(
         finally:
             lock.release()
     finally:
-        # A run that fails leaves no empty folders.
+        # A run that fails must leave no empty folders; those that have content are not removed by `rmdir`.
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
@@ -260,13 +263,14 @@ def atomic_directory(
     replaces: Callable[[Path], bool] = is_results,
     patience: float = 0.0,
 ) -> Iterator[Path]:
-    """Yield a hidden folder beside `directory` that takes its name when the body ends; deleted if it fails.
+    """Yield a hidden folder beside `directory` that is given its name when the body ends, or deleted if the body fails.
 
     Args:
-        directory, overwrite, argument, replaces, patience: as for `claimed`, which may hold the name already.
+        directory, overwrite, argument, replaces, patience: see `claimed`. If an enclosing `claimed` holds the name
+            already, that claim is used and its options apply.
 
     Raises:
-        CheckpointError: as for `claimed` and `Claim.writing`.
+        CheckpointError: see `claimed` and `Claim.writing`.
     """
     claim = claimed(directory, overwrite=overwrite, argument=argument, replaces=replaces, patience=patience)
     with claim as held, held.writing() as folder:
@@ -274,13 +278,13 @@ def atomic_directory(
 
 
 def _names(value: str) -> list[str]:
-    """All that may be a name in a value such as "a.txt:0.7,b.jsonl:0.3": without what looks like a weight, and with."""
+    """List every possible file name in a value such as "a.txt:0.7,b.jsonl:0.3", both with and without the weight."""
     parts = [part.strip() for part in value.split(",")]
     return [name for name in (*(part.rpartition(":")[0] for part in parts), *parts, value) if name]
 
 
 def _make_folders(folder: Path, argument: str) -> list[Path]:
-    """Make `folder` and those above it; returns the new ones, the lowest first."""
+    """Create `folder` and its missing parents; return the folders created, the deepest first."""
     missing = []
     while not os.path.lexists(folder):
         missing.append(folder)
@@ -334,8 +338,9 @@ def _say_taken_over(claim: Claim, lock: FileLock) -> None:
 
 
 def _follow_umask(folder: Path) -> None:
-    """Give files the permissions that the umask allows: safetensors writes them for the owner alone."""
-    # The folder was made with all permissions, so that its mode tells the umask without setting it.
+    """Give files the permissions that the umask allows, because safetensors makes them readable only by the owner."""
+    # The folder was created with default permissions, so its mode shows the umask. The system offers no call that only
+    # reads the umask.
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():

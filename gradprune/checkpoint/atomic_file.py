@@ -1,4 +1,4 @@
-"""One file that appears whole or not at all."""
+"""Write a file so that it appears completely or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -8,20 +8,20 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(path: Path, partial: str) -> Iterator[Path]:
-    """Yield an empty hidden file beside `path` that takes its name when the body ends; deleted if the body fails.
+    """Yield an empty hidden file beside `path` that is given its name when the body ends, or deleted if the body fails.
 
     Args:
-        path: of the file to be written; an existing one is replaced. Its permissions follow the umask.
-        partial: the hidden file's name. A killed process leaves it behind: the next one that gives the same name writes
-            over it, while several that write at once need different names.
+        path: path of the file to be written; an existing file is replaced. The permissions follow the umask.
+        partial: name of the hidden file. A killed process leaves the hidden file behind, and the next process that
+            uses the same name overwrites it; processes that write at the same time need different names.
 
     Raises:
-        OSError: it cannot be written, which names `path`; an existing file is unchanged.
+        OSError: the file cannot be written; the error names `path`, and an existing file is unchanged.
     """
     new = path.with_name(partial)
     try:
         with new.open("wb") as file:
-            # What writes the body may set permissions of its own, as safetensors does.
+            # The library that writes the content may set permissions of its own, as safetensors does.
             mode = os.fstat(file.fileno()).st_mode & 0o777
         yield new
         new.chmod(mode)
@@ -33,6 +33,6 @@ def atomic_file(path: Path, partial: str) -> Iterator[Path]:
             error.filename = str(path)
         raise
     finally:
-        # Where it could not be made, it cannot always be looked for either.
+        # `lexists` rather than `unlink(missing_ok=True)`: if the file could not be created, `unlink` may raise as well.
         if os.path.lexists(new):
             new.unlink()

@@ -1,4 +1,4 @@
-"""The head of a model card: the YAML that `README.md` of a checkpoint begins with."""
+"""The head of a model card: the YAML metadata at the beginning of a checkpoint's `README.md`."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,11 @@ from huggingface_hub import metadata_load
 
 CARD = "README.md"
 TAG = "gradprune"
-"""The tag by which a checkpoint of gradprune's is known."""
+"""The tag that marks a checkpoint as written by gradprune."""
 
 
 def card_head(folder: Path) -> dict[str, Any]:
-    """What the head says; empty where there is no card, or none that can be read."""
+    """Read the metadata of a folder's model card; empty if there is no card or it cannot be read."""
     try:
         head = metadata_load(folder / CARD)
     except (OSError, ValueError, yaml.YAMLError):

@@ -1,4 +1,4 @@
-"""Checks on a checkpoint's files before transformers reads them: only safetensors of floating-point weights."""
+"""Checks, before transformers reads a checkpoint, that its files are safetensors with floating-point weights."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,12 @@ _FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 def check_index(base_model: str | Path, *, argument: str, local_files_only: bool) -> None:
-    """Refuse an index of weights that names anything but safetensors files beside it.
+    """Refuse a weights index that names anything other than safetensors files in its own folder.
 
-    transformers opens whatever an index names: a pickle, or a file outside the folder.
+    transformers opens whatever an index names, even a pickle or a file outside the folder.
 
     Raises:
-        CheckpointError: naming the entry.
+        CheckpointError: the index cannot be read, or names another file or one that is missing; the message says which.
     """
     folder = Path(base_model)
     if folder.is_dir():
@@ -40,11 +40,11 @@ def check_index(base_model: str | Path, *, argument: str, local_files_only: bool
 
 
 def check_floating(folder: Path, *, argument: str) -> None:
-    """Refuse weights stored as whole numbers or in 8 bits: cast to a float, they are not what was trained.
+    """Refuse weights stored as integers or in 8 bits, because casting them to a float does not restore the weights.
 
     Raises:
-        UnsupportedArchitectureError: naming the first.
-        CheckpointError: a file is damaged.
+        UnsupportedArchitectureError: there are such weights; the message names the first.
+        CheckpointError: a file is missing or damaged.
     """
     for path in weight_files(folder, argument):
         try:
@@ -61,7 +61,7 @@ def check_floating(folder: Path, *, argument: str) -> None:
 
 
 def weight_files(folder: Path, argument: str) -> list[Path]:
-    """The files that transformers reads: one, unless there are only an index and its shards."""
+    """The weight files that transformers reads: the single file if it exists or there is no index, else the shards."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
         return [folder / SAFE_WEIGHTS_NAME]
@@ -69,7 +69,7 @@ def weight_files(folder: Path, argument: str) -> list[Path]:
 
 
 def _shards(index: Path, argument: str) -> list[str]:
-    """The file names in an index, each once; each a safetensors file beside it."""
+    """The distinct file names in an index, after checking that each is a safetensors file in the same folder."""
     try:
         names = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

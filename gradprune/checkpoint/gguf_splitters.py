@@ -1,4 +1,4 @@
-"""How llama.cpp splits text before byte-level BPE: by code of its own, which a GGUF file chooses by name."""
+"""llama.cpp's pre-tokenizers, which split text before byte-level BPE and which a GGUF file selects by name."""
 
 from pathlib import Path
 
@@ -21,14 +21,14 @@ SPLITTERS = {
     (_CONTRACTIONS + r"\p{N}" + _REST,): "qwen2",
     (_TEKKEN,): "tekken",
 }
-"""The name by the steps: "bytes" is `ByteLevel`'s own splitting (use_regex), "digits" takes digits one by one, all else
-is the pattern of a `Split`."""
+"""llama.cpp's name of a pre-tokenizer, by its steps: "bytes" is the splitting of `ByteLevel` itself (use_regex),
+"digits" splits off each digit, and any other step is the pattern of a `Split`."""
 
 
 def split_as_the_file_says(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
-    """Give a tokenizer that was read from a GGUF file the file's splitting, which transformers does not read.
+    """Give a tokenizer that transformers read from a GGUF file the file's pre-tokenizer, which transformers ignores.
 
-    A file whose splitting is not in `SPLITTERS`, or that has no byte-level BPE, keeps what transformers made of it.
+    If the file has no byte-level BPE or its pre-tokenizer is not in `SPLITTERS`, the tokenizer is left unchanged.
     """
     from gguf import GGUFReader
 

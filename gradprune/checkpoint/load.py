@@ -1,4 +1,4 @@
-"""Load dense and pruned models, from safetensors or a GGUF file; nothing is unpickled."""
+"""Load dense and pruned models from safetensors files or a GGUF file, without ever unpickling anything."""
 
 import logging
 from collections.abc import Callable, Collection, Iterator
@@ -41,10 +41,11 @@ from gradprune.models.sizes import ModelShape, free_memory, model_shape, with_un
 
 logger = logging.getLogger(__name__)
 
-# Bytes; PyTorch allocates at multiples of it.
+# Alignment of PyTorch's own allocations on the CPU, in bytes.
 _ALIGNMENT = 64
 
-# A folder with one of these has a tokenizer. From a tokenizer_config.json alone, transformers makes up an empty one.
+# A folder with one of these files has a tokenizer. If there is only a tokenizer_config.json, transformers would make up
+# an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 
 
@@ -62,30 +63,33 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a dense or pruned causal LM and its tokenizer.
 
-    A pruned checkpoint is loaded by gradprune's own classes; none of the code beside its weights runs.
+    A checkpoint whose layers differ is loaded by gradprune's own classes, without running the code in its folder.
 
     Args:
         base_model: a folder, an id on the Hugging Face hub, or a GGUF file, see `gguf_source.find_gguf`.
-        dtype: of the weights, e.g. "bfloat16"; "auto" keeps the checkpoint's, and is float32 for a GGUF file.
-        device: where to put the model; "auto" is CUDA if available.
-        device_map: divide the layers over several devices instead: as in the options. accelerate moves what passes
-            between them.
-        trust_remote_code: run code that the checkpoint brings.
+        dtype: dtype of the weights, e.g. "bfloat16"; "auto" keeps the checkpoint's, or is float32 for a GGUF file.
+        device: the device that the model is put on; "auto" is CUDA if available.
+        device_map: how to divide the layers among several devices, as in the option of that name; None puts the whole
+            model on `device`. accelerate moves the activations from device to device.
+        trust_remote_code: whether code that comes with the checkpoint may be run.
         stream_layers: "on" leaves the decoder layers' weights in their files until they are needed, see
-            `gradprune.models.residency`; "auto" does where `job` would hold more than what is free on the device.
-        stream_memory: for the residual streams of a streamed model's samples, e.g. "4GiB".
-        job: what the model is for; by default a run of `prune` with its default options.
+            `gradprune.models.residency`; "auto" does so if `job` would need more memory than is free on the device.
+        stream_memory: memory for the residual streams of the samples of a streamed model, e.g. "4GiB".
+        job: what the model will be used for, which decides how much memory is needed; by default a run of `prune` with
+            its default options.
         argument: the option that `base_model` came from, for messages.
 
     Returns:
-        The model in evaluation mode, and its tokenizer, None where the checkpoint has none.
+        The model in evaluation mode, and its tokenizer or None if the checkpoint has none.
 
     Raises:
-        CheckpointError: missing, truncated or incomplete; has no safetensors; its tokenizer cannot be read.
-        ConfigError: an argument is none that the option of its name takes; stream_layers is "on" for a GGUF file; a
-            GGUF file or stream_layers "on" with a device_map; the devices do not hold the model, or are not there; a
-            device_map divides a layer.
-        UnsupportedArchitectureError: before any weight is read.
+        CheckpointError: the checkpoint is missing, truncated or incomplete, or has no safetensors files; or its
+            tokenizer cannot be read.
+        ConfigError: an argument is not a value that the option of its name accepts; stream_layers is "on" or a
+            device_map is given for a GGUF file; a device does not exist; the devices of the device_map do not hold the
+            model, or it divides a layer.
+        UnsupportedArchitectureError: the model cannot be pruned, or its weights are quantised; raised before any weight
+            is read.
     """
     named: str = OPTIONS["dtype"].accepted(str(dtype).removeprefix("torch."))
     for option, value in (
@@ -125,21 +129,21 @@ def load_model(
 
 
 def _pruning(stream_memory: str) -> Job:
-    """A run of `prune` with its default options."""
+    """A run of `prune` with the default options, except for `stream_memory`."""
     return Job(PruneConfig(stream_memory=stream_memory))
 
 
 def load_pruned(
     directory: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """Load the model of a results folder's `model/`, of any width per layer.
+    """Load the model in the folder `model/` of a results folder; the widths of its layers may differ.
 
     Args:
         directory: the folder with `config.json` and the weights, in one or several safetensors files.
-        dtype, device: as in `load_model`.
+        dtype, device: see `load_model`.
 
     Raises:
-        GradPruneError: as `load_model`.
+        GradPruneError: see `load_model`.
     """
     return load_model(directory, dtype=dtype, device=device, argument="directory")[0]
 
@@ -147,12 +151,12 @@ def load_pruned(
 def _load_gguf(
     file: Path, dtype: str, device: torch.device, argument: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The dequantised model of a GGUF file and its tokenizer."""
-    # Raises before any weight is read.
+    """Load the model of a GGUF file, dequantised, and its tokenizer."""
+    # Called only for its checks, so that an unsupported model is refused before any weight is read.
     _gguf_config(file, argument)
     source = {"gguf_file": file.name, "local_files_only": True}
     try:
-        # transformers' annotation of from_pretrained does not know output_loading_info's pair.
+        # The type annotation of from_pretrained ignores that output_loading_info makes it return a pair.
         model_class: Any = AutoModelForCausalLM
         with _no_bar_of_the_reader():
             model, found = model_class.from_pretrained(
@@ -168,7 +172,7 @@ def _load_gguf(
 
 
 def _gguf_config(file: Path, argument: str) -> PreTrainedConfig:
-    """The configuration of a GGUF file's model, which can be pruned."""
+    """Read the configuration of a GGUF file's model and check that it can be pruned."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     except Exception as error:
@@ -178,14 +182,14 @@ def _gguf_config(file: Path, argument: str) -> PreTrainedConfig:
 
 
 def _no_gguf(file: Path, error: Exception, argument: str) -> CheckpointError:
-    """For what transformers' readers raise for a damaged file, which is almost anything."""
+    """The error for a damaged GGUF file, in place of almost any error that transformers' readers raise for one."""
     return CheckpointError(f"{argument}: '{file}' cannot be read as a GGUF model: {one_line(error)}")
 
 
 @contextmanager
 def _no_bar_of_the_reader() -> Iterator[None]:
-    """transformers' reader shows a bar of its own, whatever its switch for bars says."""
-    # Imported here, because nothing else needs it.
+    """Context manager that hides the progress bar of transformers' GGUF reader, which ignores the global switch."""
+    # Imported here because it is needed only for GGUF files.
     from transformers import modeling_gguf_pytorch_utils
 
     reader: Any = modeling_gguf_pytorch_utils
@@ -217,7 +221,7 @@ def _check_supported(base_model: str | Path, config: PreTrainedConfig, argument:
 
 
 def _check_folder(base_model: str | Path, argument: str) -> None:
-    """Refuse a path that is no checkpoint folder, before anything asks the hub for it."""
+    """Refuse a path that is not a checkpoint folder before it is looked up on the hub as an id."""
     path = Path(base_model)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -231,7 +235,7 @@ def _check_folder(base_model: str | Path, argument: str) -> None:
 
 
 def _only_cached(base_model: str | Path) -> bool:
-    """Whether to skip the hub: it is not needed, or it is unreachable, which its client is slow to notice."""
+    """Whether to skip the hub: the checkpoint is a folder, or the hub, whose client is slow to fail, is unreachable."""
     return Path(base_model).is_dir() or hub_fault() is not None
 
 
@@ -239,7 +243,7 @@ def _load_config(base_model: str | Path, source: dict[str, bool], argument: str)
     try:
         config: PreTrainedConfig = _config_class(base_model, source).from_pretrained(base_model, **source)
         per_layer_overrides(config)
-    except Exception as error:  # a damaged config.json makes transformers raise almost anything
+    except Exception as error:  # transformers can raise almost anything for a damaged config.json
         if not Path(base_model).is_dir() and source["local_files_only"]:
             raise CheckpointError(
                 f"{argument}: there is no folder '{base_model}', nor a model of that id in the hub's cache, and the "
@@ -253,7 +257,7 @@ def _load_config(base_model: str | Path, source: dict[str, bool], argument: str)
 
 
 def _config_class(base_model: str | Path, source: dict[str, bool]) -> Any:
-    """What reads the configuration: gradprune's own class where layers differ, because not every stock one can."""
+    """The class that reads the configuration: gradprune's own if layers differ, as some stock ones cannot read it."""
     stated, _ = PreTrainedConfig.get_config_dict(base_model, local_files_only=source["local_files_only"])
     differ = any(part.get("per_layer_config") for part in (stated, stated.get("text_config") or {}))
     pruned = auto_class(str(stated.get("model_type")), "AutoConfig") if differ else None
@@ -268,7 +272,7 @@ def _mapped(
     argument: str,
     device_map: str,
 ) -> PreTrainedModel:
-    """The model on the devices of a map."""
+    """Load the model onto the devices of a device map."""
     try:
         places = device_map_of(device_map)
         for place in places.values() if isinstance(places, dict) else ():
@@ -292,21 +296,22 @@ def _load_weights(
     options: dict[str, Any] = {"local_files_only": source["local_files_only"]} if pruned else dict(source)
     options |= placed
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
-    # Mismatches are collected and refused below: transformers' own error does not say which weight.
+    # Mismatched shapes are collected here and refused below, because transformers' own error does not name the weight.
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, found = model_class.from_pretrained(base_model, config=config, **options)
-    except Exception as error:  # as for the configuration, whose values are first used here
+    except Exception as error:  # almost anything, as in `_load_config`: the configuration's values are first used here
         raise _unreadable(base_model, error, argument) from error
     _check_complete(base_model, found, argument)
     return model
 
 
 def _aligned(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with weights where PyTorch puts its own: matrix products on CPUs round by a matrix's address.
+    """Copy CPU weights that are not aligned as PyTorch aligns its own, because rounding depends on alignment.
 
-    Weights that transformers leaves in the mapped file lie wherever the file has them: the same weights in other files
-    would give other results. They are copied one by one, and the pages of the file go as others come.
+    On CPUs, the rounding of a matrix product depends on the alignment of the matrix in memory. transformers leaves
+    weights in the mapped file at arbitrary offsets, so the same weights in a different file would give different
+    results. They are copied one by one, so that pages of the file can be evicted as the copies are allocated.
     """
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
@@ -322,28 +327,28 @@ def _empty(
     source: dict[str, bool],
     argument: str,
 ) -> EmptyModel:
-    """The model without weights, beside the files that hold them."""
+    """Build the model without weights and find its weights in the files of `folder`."""
     try:
         return EmptyModel(folder, config, _maker(config, source), dtype, argument)
     except GradPruneError:
         raise
-    except Exception as error:  # as in `_load_weights`
+    except Exception as error:  # almost anything, as in `_load_weights`
         raise _unreadable(base_model, error, argument) from error
 
 
 def _must_stream(model: PreTrainedModel, job: Job, device: torch.device) -> bool:
-    """Whether a job is too large for the device with the whole model, which is empty; says so if it is."""
+    """Whether the job with the whole model would exceed the device's free memory; logs a warning if so."""
     return not _fits(model_shape(model), job, device)
 
 
 def _streamed(
     empty: EmptyModel, base_model: str | Path, argument: str, *, device: torch.device, budget: int
 ) -> PreTrainedModel:
-    """The model without its decoder layers' weights."""
+    """Load the weights of an empty model except for the decoder layers', which stay in their files."""
     _check_complete(base_model, empty.found, argument)
     try:
         return empty.streamed(device, budget)
-    except Exception as error:  # as in `_load_weights`
+    except Exception as error:  # almost anything, as in `_load_weights`
         raise _unreadable(base_model, error, argument) from error
 
 
@@ -355,19 +360,21 @@ def load_shape(
     seq_len: int = 1,
     kinds: Collection[str] | None = None,
 ) -> ModelShape:
-    """The sizes of a checkpoint's model, from its configuration alone.
+    """Return the sizes of a checkpoint's model, reading only its configuration.
 
     Args:
         base_model: a folder with config.json, an id on the Hugging Face hub, or a GGUF file, see
             `gguf_source.find_gguf`.
-        dtype: of the weights; "auto" is what the configuration says, or float32.
-        trust_remote_code: run code that the checkpoint brings.
-        seq_len, kinds: tokens of a sample and kinds of groups that a run asks of the model; by default the least.
+        dtype: dtype of the weights; "auto" is the one that the configuration states, or float32 if it states none.
+        trust_remote_code: whether code that comes with the checkpoint may be run.
+        seq_len, kinds: the tokens per sample and the kinds of groups that a run requires of the model. By
+            default, one token and whatever kinds the model has.
 
     Raises:
         CheckpointError: the configuration is missing or damaged.
-        UnsupportedArchitectureError: it is none that can be pruned.
-        CalibrationError, ConfigError: it has a shorter context, or has no such kind.
+        UnsupportedArchitectureError: the model cannot be pruned.
+        CalibrationError: the model's context is shorter than `seq_len`.
+        ConfigError: the model has no groups of one of the `kinds`.
     """
     file = find_gguf(base_model)
     source = {"trust_remote_code": trust_remote_code}
@@ -393,20 +400,20 @@ def load_shape(
 
 
 def _maker(config: PreTrainedConfig, source: dict[str, bool]) -> Callable[..., Any]:
-    """What makes a model of the configuration: gradprune's own class where layers differ."""
+    """The callable that builds a model from the configuration, of gradprune's own class if layers differ."""
     if per_layer_overrides(config):
         return partial(_model_class(config)._from_config)
     return partial(_model_class(config).from_config, trust_remote_code=source["trust_remote_code"])
 
 
 def _model_class(config: PreTrainedConfig) -> Any:
-    """What loads a model of the configuration: gradprune's own class where layers differ, else one of transformers'."""
+    """The class that loads the model: gradprune's own if layers differ, else an auto class of transformers."""
     auto = str(auto_class_name(config.model_type))
     return auto_class(config.model_type, auto) if per_layer_overrides(config) else getattr(transformers, auto)
 
 
 def _fits(shape: ModelShape, job: Job, device: torch.device) -> bool:
-    """Whether a job fits what is free on the device with the whole model; says so if it does not."""
+    """Whether the job with the whole model fits into the device's free memory; logs a warning if not."""
     whole, streamed = (job.footprint(shape, streamed=how, device=device) for how in (False, True))
     free = free_memory(device)
     if whole.fits(free):
@@ -420,11 +427,11 @@ def _fits(shape: ModelShape, job: Job, device: torch.device) -> bool:
 
 
 def _checked_folder(base_model: str | Path, config: PreTrainedConfig, source: dict[str, bool], argument: str) -> Path:
-    """The folder with a checkpoint's files, downloaded if need be.
+    """Return the folder with a checkpoint's files, downloaded if necessary, after checking the weight files.
 
     Raises:
-        CheckpointError, UnsupportedArchitectureError: transformers would read other files than safetensors, or there
-            are none; they hold whole numbers.
+        CheckpointError: there are no intact safetensors files, or transformers would read other files.
+        UnsupportedArchitectureError: weights are stored as integers or in 8 bits.
     """
     if getattr(config, "transformers_weights", None) is not None:
         raise CheckpointError(
@@ -448,7 +455,7 @@ def _unreadable(base_model: str | Path, error: Exception, argument: str) -> Chec
 
 
 def _check_complete(base_model: str | Path, found: dict[str, Any], argument: str) -> None:
-    """Refuse weights that transformers would have made up or left out with no more than a warning."""
+    """Refuse missing, mismatched or unused weights, which transformers makes up or ignores with only a warning."""
     if mismatched := sorted(found["mismatched_keys"]):
         name, stored, expected = mismatched[0]
         raise CheckpointError(

@@ -1,7 +1,7 @@
-"""A lock file that one process holds and that a crash leaves recognisable.
+"""A lock file that one process holds and that can be recognised as abandoned if the process crashes.
 
-The file is locked by the file system (`flock`). Where it has no locks, the file itself is the lock: one `link`, which
-fails where the name is taken, makes it appear with its owner in it.
+The file is locked by the file system (`flock`). On a file system without locks, the existence of the file is the lock:
+a single `link`, which fails if the name is taken, creates it with its owner's record already in it.
 """
 
 import errno
@@ -21,22 +21,22 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock: process `pid` on machine `host`, since `started` (local time)."""
+    """The holder of a lock: process `pid` on machine `host`, since `started` (local time)."""
 
     pid: int
     host: str
     started: str
 
     def __str__(self) -> str:
-        """For messages."""
+        """Describe the owner for messages."""
         return f"process {self.pid} on {self.host}, since {self.started}"
 
 
 class LockHeldError(Exception):
-    """The lock is held; `owner` is None while its holder has not written who it is."""
+    """The lock is held; `owner` is None if its holder is unknown, for example because its record is not written yet."""
 
     def __init__(self, owner: Owner | None) -> None:
-        """owner: who holds it."""
+        """owner: the holder, or None if it is unknown."""
         super().__init__(str(owner))
         self.owner = owner
 
@@ -44,15 +44,15 @@ class LockHeldError(Exception):
 class FileLock:
     """An exclusive lock on `path`, which is deleted on release.
 
-    abandoned: the owner whose lock was taken over, because it ended without releasing it; None if there was none.
+    abandoned: the previous owner if it ended without releasing the lock, which was then taken over; else None.
     """
 
     def __init__(self, path: Path) -> None:
-        """Take the lock at once.
+        """Take the lock without waiting.
 
         Raises:
-            LockHeldError: another process, or another lock of this one, holds it.
-            OSError: the file cannot be made.
+            LockHeldError: another process, or another `FileLock` of this process, holds the lock.
+            OSError: the file cannot be created or written.
         """
         self._path = path
         me = Owner(os.getpid(), socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S"))
@@ -71,8 +71,9 @@ class FileLock:
             raise
 
     def release(self) -> None:
-        """Delete the file, and let go."""
-        # In this order: whoever waits for it finds another file, or none, under its name and tries again.
+        """Delete the file, then unlock it."""
+        # In this order, because a process that locks the file afterwards sees that the name no longer refers to it and
+        # tries again.
         with suppress(OSError):
             self._path.unlink()
         if self._descriptor is not None:
@@ -91,7 +92,7 @@ def _has_locks(folder: Path) -> bool:
 
 
 def _locked(path: Path) -> int:
-    """The descriptor of the locked file that has this name now."""
+    """Open or create the file, lock it, and return its descriptor if `path` still refers to it; else try again."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -109,10 +110,10 @@ def _locked(path: Path) -> int:
 
 
 def _link(path: Path, record: bytes) -> Owner | None:
-    """Make the file with `record` in it; returns the owner that it was taken over from, if there was one.
+    """Create the lock file with `record` in it; return the owner whose abandoned file it replaces, None without one.
 
     Raises:
-        LockHeldError: it is there, and its owner lives or is on another machine, which cannot be asked.
+        LockHeldError: the file exists, and its owner is alive or on another machine, where that cannot be checked.
     """
     mine = _beside(path)
     mine.write_bytes(record)
@@ -129,7 +130,11 @@ def _link(path: Path, record: bytes) -> Owner | None:
 
 
 def _remove_abandoned(path: Path) -> Owner | None:
-    """Remove the file of an owner that has ended; returns that owner, None where the file has gone by itself."""
+    """Remove the lock file of an owner that has ended and return that owner, or None if the file no longer exists.
+
+    Raises:
+        LockHeldError: see `_link`.
+    """
     try:
         owner = _owner(path.read_bytes())
     except FileNotFoundError:
@@ -141,7 +146,7 @@ def _remove_abandoned(path: Path) -> Owner | None:
         path.rename(taken)
     except FileNotFoundError:
         return None
-    # Between reading and renaming, another run may have taken the lock: then it gets its file back.
+    # Another run may have taken the lock between the reading and the renaming; its file is then put back.
     if _read_owner(taken) != owner:
         with suppress(FileExistsError):
             os.link(taken, path)

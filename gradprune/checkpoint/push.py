@@ -1,4 +1,4 @@
-"""Sharing a pruned checkpoint on the Hugging Face hub."""
+"""Upload a pruned checkpoint to the Hugging Face hub."""
 
 from pathlib import Path
 from typing import Any
@@ -9,23 +9,25 @@ from gradprune.errors import CheckpointError, one_line
 from gradprune.hub import hub_fault
 
 PLACE = "path/to/this/folder"
-"""What a card calls the checkpoint's folder; on the hub it is the repository's name."""
+"""The placeholder for the checkpoint's folder in a model card; the upload replaces it with the repository's name."""
 
 
 def push_checkpoint(folder: str | Path, repo: str, *, private: bool = False, api: Any = None) -> str:
-    """Upload a checkpoint, with its model card, in one commit; the repository is made where there is none.
+    """Upload a checkpoint with its model card in one commit; the repository is created if it does not exist.
 
     Args:
-        folder: a checkpoint that gradprune wrote, as `results/NAME/model`.
-        repo: "user/name", or "name" for one's own.
-        private: whether a new repository is private; an existing one stays as it is.
-        api: an `huggingface_hub.HfApi`, with another token or hub than the usual one.
+        folder: a checkpoint that gradprune wrote, such as `results/NAME/model`.
+        repo: "user/name", or "name" for a repository of the logged-in user.
+        private: whether a new repository is private; an existing repository keeps its visibility.
+        api: a `huggingface_hub.HfApi` for another token or hub than the default; None uses the default.
 
     Returns:
-        The repository's address.
+        The repository's URL.
 
     Raises:
-        CheckpointError: the folder is not a checkpoint of gradprune's; or the hub cannot be reached, or refuses.
+        CheckpointError: gradprune did not write the folder, or it has no model card; or the hub cannot be reached or
+            refuses the upload.
+        UnsupportedArchitectureError: weights are stored as integers or in 8 bits.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -41,14 +43,14 @@ def push_checkpoint(folder: str | Path, repo: str, *, private: bool = False, api
         operations = [CommitOperationAdd(name, path) for name, path in content.items()]
         operations.append(CommitOperationAdd(CARD, card.encode()))
         api.create_commit(made.repo_id, operations, commit_message="A checkpoint pruned by gradprune")
-    # The client raises its own errors, those of its HTTP library, and ValueErrors for names.
+    # The client raises errors of its own, errors of its HTTP library, and ValueErrors for invalid names.
     except Exception as error:
         raise CheckpointError(f"repo: '{repo}' cannot be written: {one_line(error)}") from error
     return str(made)
 
 
 def _files(folder: Path) -> list[Path]:
-    """The checkpoint's files, in order; refuses another kind of folder."""
+    """List the checkpoint's files, sorted by path; raise if gradprune did not write the folder."""
     if TAG not in card_head(folder).get("tags", ()) or not (folder / "config.json").is_file():
         raise CheckpointError(
             f"model: '{folder}' is no checkpoint of gradprune's with its model card ({CARD}); name the folder model/ "

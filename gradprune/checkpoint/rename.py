@@ -1,7 +1,7 @@
-"""Renames that never lose what already has the name: exchange two folders, or take a name only while it is free.
+"""Renames that never destroy an existing file or folder: exchange two folders, or take a name only if it is free.
 
-Linux does both atomically (`renameat2`, Linux 3.15) on most file systems. Elsewhere the exchange is two renames that
-are undone if anything, an interrupt too, comes between them.
+Linux does both atomically (`renameat2`, since Linux 3.15) on most file systems. Elsewhere the exchange consists of
+several renames, and the first is undone if the second fails or is interrupted.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ from pathlib import Path
 
 _AT_FDCWD = -100
 _NOREPLACE, _EXCHANGE = 1, 2
-# The errors of a kernel or file system without these flags.
+# The errors of a kernel or file system that does not support these flags.
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
@@ -19,7 +19,7 @@ def rename_to_free(source: Path, target: Path) -> None:
     """Give `source` the name `target`.
 
     Raises:
-        FileExistsError: something has that name, be it an empty folder or a dangling link; it is left alone.
+        FileExistsError: something has that name, even an empty folder or a dangling link; it is left unchanged.
         OSError: the rename failed.
     """
     if _renameat2(source, target, _NOREPLACE):
@@ -35,15 +35,15 @@ def rename_to_free(source: Path, target: Path) -> None:
 
 
 def exchange(new: Path, old: Path, aside: Path) -> None:
-    """Swap the contents of the two names.
+    """Exchange the names of two folders.
 
     Args:
-        new, old: two existing folders of one file system.
-        aside: a free name beside them for `old`, used only where the file system cannot exchange. A process killed
-            in between leaves `old`'s content there.
+        new, old: two existing folders on the same file system.
+        aside: a free name beside them, to which `old` is renamed if the file system cannot exchange names. A process
+            that is killed in between leaves the content of `old` there.
 
     Raises:
-        OSError: the exchange failed, and both are as they were.
+        OSError: the exchange failed; both folders are unchanged.
     """
     if _renameat2(new, old, _EXCHANGE):
         return
@@ -58,7 +58,11 @@ def exchange(new: Path, old: Path, aside: Path) -> None:
 
 
 def _renameat2(source: Path, target: Path, flag: int) -> bool:
-    """Whether the system could do it; False where it knows no such rename."""
+    """Rename with a flag of `renameat2` and return True; return False if the system does not support the flag.
+
+    Raises:
+        OSError: the rename failed.
+    """
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is None:
         return False

@@ -1,4 +1,4 @@
-"""The results folder of a run, from before its model is loaded until it is written."""
+"""The results folder of a run: its name is held from before the model is loaded until the results are written."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,16 +19,16 @@ _ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 def claimed_results(
     config: PruneConfig, ratios: Sequence[float] = (), reads: Mapping[str, str | None] | None = None
 ) -> Iterator[Path | None]:
-    """Hold the name of the results folder while the body runs; yields it, None where none is asked for.
+    """Hold the name of the results folder while the body runs; yield its path, or None if no `output_name` is given.
 
     Args:
-        config: with the options of the output, and what the run reads.
-        ratios: several, each of which gets a folder in it; by default the one of `config`.
-        reads: by option, what the run reads; by default what `config` names.
+        config: the options, including those of the output and the names of what the run reads.
+        ratios: the pruning ratios if the run has several, each with its own subfolder; by default the one of `config`.
+        reads: what the run reads, by option; None means what `config` names.
 
     Raises:
         CheckpointError: the folder cannot be written, or may not be replaced; see `claimed`.
-        ConfigError: two of the ratios have one name.
+        ConfigError: two ratios have the same folder name.
     """
     if config.output_name is None:
         yield None
@@ -50,9 +50,9 @@ def claimed_results(
 
 
 def model_name(checkpoint: str | Path) -> str:
-    """What people call a checkpoint: its folder's name, or that of the results folder whose `model` it is.
+    """Return a short name for a checkpoint: its folder's name or, for `results/NAME/model`, the results folder's name.
 
-    Of several ratios it is that of all and the ratio: "base-0.1".
+    For a run with several ratios, it is the name of the results folder and the ratio, such as "base-0.1".
     """
     path = Path(checkpoint).absolute()
     run = path.parent
@@ -62,10 +62,10 @@ def model_name(checkpoint: str | Path) -> str:
 
 
 def ratio_names(ratios: Sequence[float]) -> list[str]:
-    """The names of the ratios' folders.
+    """Return the name of each ratio's subfolder.
 
     Raises:
-        ConfigError: two ratios have the same.
+        ConfigError: two ratios have the same name.
     """
     names = [f"{ratio:g}" for ratio in ratios]
     for ratio, name in zip(ratios, names, strict=True):
@@ -81,17 +81,17 @@ def weight_bytes_on_disk(checkpoint: str | Path) -> int | None:
 
 
 def _bytes_as(dtype: str, checkpoint: str | Path) -> int | None:
-    """Bytes that a checkpoint folder's weights take in another dtype, as far as its files tell; None as above."""
+    """Bytes of a checkpoint folder's weights in `dtype`, or on disk if unknown; None without safetensors files."""
     stored = weight_bytes_on_disk(checkpoint)
     if stored is None or dtype not in _ELEMENT_BYTES:
         return stored
     try:
         return _ELEMENT_BYTES[dtype] * sum(map(_elements, Path(checkpoint).glob("*.safetensors")))
     except (OSError, SafetensorError):
-        return stored  # a damaged file is told when it is loaded
+        return stored  # a damaged file is reported when it is loaded
 
 
 def _elements(file: Path) -> int:
-    """Number of elements of all tensors; only the header is read, and no framework is imported for it."""
+    """Count the elements of all tensors in a file; only the header is read, and without importing torch."""
     with safe_open(file, framework="np") as content:
         return sum(math.prod(content.get_slice(name).get_shape()) for name in content.keys())  # noqa: SIM118 (no mapping)

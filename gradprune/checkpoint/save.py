@@ -1,4 +1,4 @@
-"""Saving: a Hugging Face checkpoint, whole or not at all."""
+"""Save a Hugging Face checkpoint so that it appears completely or not at all."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ from gradprune.models.modeling_gradprune import per_layer_overrides, text_config
 from gradprune.models.residency import residency_of
 
 MAX_SHARD_SIZE: str = OPTIONS["max_shard_size"].default
-# Never imported here, where MLX need not be installed.
+# The file is only copied and never imported here, because MLX need not be installed.
 MLX_FILE = "modeling_mlx.py"
 MLX_SOURCE = Path(gradprune.models.__file__).with_name(MLX_FILE)
 _PROCESSOR = (
@@ -28,7 +28,7 @@ _PROCESSOR = (
     "chat_template.json",
 )
 MLX_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-"""Model types of which mlx-lm has what the file builds on."""
+"""Model types for which mlx-lm has the classes that `modeling_mlx.py` builds on."""
 
 
 def save_checkpoint(
@@ -45,13 +45,14 @@ def save_checkpoint(
     The folder appears whole or not at all, and has the same bytes every time.
 
     Args:
-        model, tokenizer: what to write.
-        directory: where to.
-        overwrite: replace a checkpoint that is there.
-        max_shard_size: of a weights file, such as "5GB"; weights that take more are divided into several.
+        model: the model, dense or pruned, streamed or not.
+        tokenizer: its tokenizer; None writes none.
+        directory: the folder to write.
+        overwrite: whether an existing checkpoint may be replaced.
+        max_shard_size: maximum size of a weights file, such as "5GB"; larger weights are divided into several files.
 
     Raises:
-        CheckpointError: it exists and `overwrite` is False, or it is no checkpoint; or it cannot be written.
+        CheckpointError: the folder exists and `overwrite` is False or it is not a checkpoint; or it cannot be written.
     """
     with atomic_directory(Path(directory), overwrite=overwrite, argument="directory", replaces=is_checkpoint) as folder:
         write_checkpoint(model, tokenizer, folder, max_shard_size)
@@ -60,14 +61,14 @@ def save_checkpoint(
 def write_checkpoint(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, max_shard_size: str
 ) -> None:
-    """Write the same into `folder`, which itself will appear whole or not at all."""
+    """Write the content of a checkpoint into `folder`, which the caller gives its final name; see `save_checkpoint`."""
     model.config.__dict__.pop("model_file", None)
     in_mlx = model.config.model_type in MLX_TYPES and bool(per_layer_overrides(model.config))
     if in_mlx:
-        # The key by which mlx-lm finds it.
+        # The key by which mlx-lm finds the modelling file.
         model.config.model_file = MLX_FILE
     if per_layer_overrides(model.config):
-        # Loading renames weights only for transformers' own classes: here they keep the names that the model has.
+        # Only transformers' own classes rename weights when loading, so these are saved under the names in the model.
         model.__dict__.pop("_weight_conversions", None)
     residency = residency_of(model)
     if residency is None:
@@ -83,7 +84,7 @@ def write_checkpoint(
 
 
 def _copy_processor(source: str, folder: Path) -> None:
-    """Copy what turns images into a vision-language model's input, as far as `source`, a folder or an id, has it."""
+    """Copy the processor's files of a vision-language model that `source`, a folder or id, has and `folder` lacks."""
     for name in _PROCESSOR if source else ():
         found = cached_file(
             source,

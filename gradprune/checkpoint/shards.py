@@ -1,6 +1,6 @@
-"""Weights into safetensors files, one tensor after the other: no file is ever whole in memory.
+"""Write weights into safetensors files tensor by tensor, so that no file is ever in memory as a whole.
 
-The bytes are those that `model.save_pretrained` writes.
+The bytes are the same as those that `model.save_pretrained` writes.
 """
 
 import json
@@ -21,29 +21,30 @@ _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 
 
 def save_streamed(model: PreTrainedModel, residency: Residency, folder: Path, *, max_shard_size: int) -> None:
-    """Write what `model.save_pretrained` would if the model were whole in memory.
+    """Write the files that `model.save_pretrained` would write if the whole model were in memory.
 
     Args:
-        model: a streamed model, and its residency.
-        residency: see above.
-        folder: to write into.
-        max_shard_size: bytes of a file; as in `save_pretrained`.
+        model: a streamed model.
+        residency: its residency, which reads the decoder layers' weights.
+        folder: an existing folder to write into.
+        max_shard_size: maximum bytes of a weights file, as in `save_pretrained`.
 
     Raises:
         OSError: a file cannot be written.
     """
     residency.release()
-    # Tied weights once, under their first name, as transformers saves them.
+    # Tied weights are saved once, under their first name, as transformers does.
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     tensors = {name: own[name].detach() for name in model.state_dict() if name in own}
-    # The files may have others in their place, whose order decides what goes into which file.
+    # The files may hold other tensors in place of the model's, e.g. one per expert. Their order decides which file each
+    # is written to.
     saved: dict[str, Tensor] = revert_weight_conversion(model, tensors)
     alone = {name: revert_weight_conversion(model, {name: tensor}) for name, tensor in tensors.items()}
     source_of = {made: name for name, of_one in alone.items() for made in of_one}
-    # Everything but the weights.
+    # This writes everything except for the weights.
     model.save_pretrained(folder, state_dict={})
     (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
-    # As transformers does, but for its way to tell storages apart, which does not work without memory.
+    # As in transformers, except that its way to tell storages apart does not work for tensors on the meta device.
     shards = split_state_dict_into_shards_factory(
         saved,
         get_storage_size=get_torch_storage_size,
@@ -52,7 +53,7 @@ def save_streamed(model: PreTrainedModel, residency: Residency, folder: Path, *,
         max_shard_size=max_shard_size,
     )
 
-    # The experts' weights come by turns from the two parameters of their layer.
+    # The experts' weights come alternately from the two parameters of their layer, so both stay in the cache.
     @lru_cache(maxsize=2)
     def read_source(name: str) -> dict[str, Tensor]:
         tensor = residency.read(name) if name in residency.sources else tensors[name].cpu()
@@ -65,7 +66,7 @@ def save_streamed(model: PreTrainedModel, residency: Residency, folder: Path, *,
     for name, members in shards.filename_to_tensors.items():
         write_safetensors(folder / name, {member: saved[member] for member in members}, read)
     if shards.is_sharded:
-        # As transformers writes it.
+        # The same content and format as transformers writes.
         metadata = {"total_parameters": model.num_parameters(), **shards.metadata}
         index = {"metadata": metadata, "weight_map": shards.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -76,14 +77,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], read: Callable[
     """Write a safetensors file, byte for byte as `safetensors.torch.save_file` does with transformers' metadata.
 
     Args:
-        path: of the file, which is replaced.
-        tensors: by name; only their shapes and dtypes are read, so that they may be on the meta device.
-        read: gives the tensor of that name on the CPU; called once for each, in the order in which they are written.
+        path: path of the file; an existing file is replaced.
+        tensors: the tensors by name; only their shapes and dtypes are used, so they may be on the meta device.
+        read: returns the tensor of a given name on the CPU; called once per tensor, in the order of writing.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
-    # The library's order: wider types first, which keeps all aligned; then by name.
+    # The order of safetensors: by decreasing element size, which keeps all tensors aligned, then by name.
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,4 +1,4 @@
-"""Load a checkpoint without its decoder layers, which are read when they are needed; see `models/residency.py`."""
+"""Load a checkpoint except for its decoder layers, which are read when they are needed; see `models/residency.py`."""
 
 import copy
 from collections import defaultdict
@@ -27,12 +27,12 @@ from gradprune.checkpoint.files import weight_files
 from gradprune.models.residency import Residency, Source, Stored, WeightFile
 from gradprune.models.view import layers_path
 
-# Buffers that old checkpoints hold and transformers computes.
+# The end of the names of buffers that old checkpoints contain although transformers computes them.
 _COMPUTED = "rotary_emb.inv_freq"
 
 
 def local_folder(base_model: str | Path, *, local_files_only: bool) -> Path:
-    """The folder with a checkpoint's files, which are downloaded if need be.
+    """Return the folder with a checkpoint's files, which are downloaded if necessary.
 
     Raises:
         OSError: there are no safetensors files, or they cannot be downloaded.
@@ -48,10 +48,10 @@ def local_folder(base_model: str | Path, *, local_files_only: bool) -> Path:
 
 
 def empty_model(config: PreTrainedConfig, make: Callable[..., Any], dtype: torch.dtype) -> PreTrainedModel:
-    """The model that `make` makes of its configuration and `dtype`, on the meta device but for its buffers."""
+    """Build a model by `make` from `config` and `dtype`, with parameters on the meta device and buffers in memory."""
     with init_empty_weights():
         model: PreTrainedModel = make(config, dtype=dtype)
-    # Each parameter went to the meta device by itself.
+    # Moving each parameter to the meta device separately has untied the tied weights.
     model.tie_weights()
     model.eval().requires_grad_(requires_grad=False)
     return model
@@ -59,10 +59,11 @@ def empty_model(config: PreTrainedConfig, make: Callable[..., Any], dtype: torch
 
 @dataclass(frozen=True)
 class Converted:
-    """A weight that the model makes of others in the files: a layer's experts, say, of each expert's.
+    """A weight that is combined from several weights in the files, such as a layer's experts from the single experts.
 
-    converter: transformers', which stays as it is. name: of the weight in the model.
-    parts: what it is made of, each with the pattern that its name matches, in transformers' order.
+    converter: transformers' converter, which is copied for each use and never changed.
+    config: the model's configuration. name: name of the weight in the model.
+    parts: the weights in the files, in transformers' order, each with the source pattern that its name matches.
     """
 
     converter: WeightConverter
@@ -72,18 +73,18 @@ class Converted:
 
     @property
     def shape(self) -> list[int]:
-        """Of the weight, of which nothing is read."""
+        """Shape of the combined weight; no weight is read."""
         return list(self._made(lambda stored: torch.empty(stored.shape, device="meta")).shape)
 
     def read(self) -> Tensor:
-        """What the converter makes."""
+        """Read the parts and combine them; the weight is on the CPU."""
         return self._made(Stored.read)
 
     def _made(self, read: Callable[[Stored], Tensor]) -> Tensor:
-        # It gathers tensors in itself.
+        # A copy, because a converter collects the tensors in itself.
         converter = copy.deepcopy(self.converter)
         for pattern, stored in self.parts:
-            # It takes functions, too, which its annotation does not know.
+            # A function that returns the tensor is accepted too, although the annotation does not say so.
             converter.add_tensor(self.name, stored.name, pattern, partial(read, stored))  # type: ignore[arg-type]
         found = converter.convert(self.name, config=self.config)[self.name]
         tensor: Tensor = found[0] if isinstance(found, list) else found
@@ -91,9 +92,10 @@ class Converted:
 
 
 class EmptyModel:
-    """A model without weights beside the files that hold them.
+    """A model without weights, together with the places of its weights in the checkpoint's files.
 
-    model: on the meta device but for its buffers. found: as transformers' `output_loading_info`, what does not fit.
+    model: the model, with parameters on the meta device and buffers in memory. dtype: resolved dtype of its weights.
+    found: the weights that are missing, unexpected or of another shape, as in transformers' `output_loading_info`.
     """
 
     def __init__(
@@ -102,13 +104,14 @@ class EmptyModel:
         """Build the model and look for its weights.
 
         Args:
-            folder: of the checkpoint.
+            folder: the checkpoint's folder.
             config: its configuration.
-            make: makes the model from `config` and `dtype`.
-            dtype: as an option.
+            make: builds the model from `config` and the resolved `dtype`.
+            dtype: the option's value: the name of a dtype, or "auto".
             argument: the option that named the folder, for messages.
 
         Raises:
+            CheckpointError: the index of weights cannot be read or names other files than safetensors.
             SafetensorError, OSError: a file is damaged.
         """
         stored = stored_weights(folder, argument)
@@ -121,7 +124,14 @@ class EmptyModel:
         self.found = self._compared()
 
     def streamed(self, device: torch.device, budget: int) -> PreTrainedModel:
-        """The model, with the weights that are in no decoder layer on `device`; call it if `found` is in order."""
+        """Load all weights outside the decoder layers onto `device` and make the layers load themselves.
+
+        Call this only if `found` reports nothing missing or mismatched.
+
+        Args:
+            device: the device on which the model runs.
+            budget: bytes for the residual streams, see `Residency`.
+        """
         model, layers = self.model, layers_path(self.model)
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             if name in self._sources and not name.startswith(f"{layers}."):
@@ -131,7 +141,7 @@ class EmptyModel:
         for name, stated in model.named_buffers():
             if name in self._sources:
                 stated.copy_(self._sources[name].read())
-        # What is missing is tied to what is there.
+        # A weight that the files lack is tied to one that they have.
         model.tie_weights(missing_keys=self._missing(), recompute_mapping=False)
         for module in model.modules():
             for own, buffer in module._buffers.items():
@@ -161,15 +171,15 @@ class EmptyModel:
 
 
 def stored_weights(folder: Path, argument: str) -> dict[str, Stored]:
-    """By name, where a checkpoint folder has its weights; only the files' headers are read."""
+    """Return where each weight of a checkpoint folder is stored, by name; only the files' headers are read."""
     files = [WeightFile(path) for path in weight_files(folder, argument)]
     return {name: Stored(file, name) for file in files for name in file.names()}
 
 
 def _by_names_of(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, Stored | Converted]:
-    """The weights by the names that the model has them by, which are not always the files'.
+    """Return the stored weights by their names in the model, which may differ from those in the files.
 
-    The model is told which of transformers' conversions were needed, and is saved with the files' names again.
+    Records in the model which of transformers' conversions were used, so that saving restores the files' names.
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
@@ -191,7 +201,7 @@ def _by_names_of(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[s
 
 
 def _with_planned_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model, whose weights are on the meta device, with those in fp32 that transformers keeps so."""
+    """Cast to fp32 the meta-device weights and the buffers that transformers keeps in fp32, and return the model."""
     plan = model._get_dtype_plan(dtype)
     if plan:
         pattern, _, by_group = build_glob_alternation(list(plan))
@@ -202,7 +212,12 @@ def _with_planned_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> PreTrain
 
 
 def resolved_dtype(config: PreTrainedConfig, dtype: str, sources: Mapping[str, Stored]) -> torch.dtype:
-    """As transformers does: what is asked for, what the configuration says, or the first weight's; else float32."""
+    """Resolve the `dtype` option as transformers does.
+
+    Returns:
+        The dtype asked for. For "auto", the one that the configuration states, else that of the first floating-point
+        weight in `sources`, else float32.
+    """
     asked = config.dtype if dtype == "auto" else dtype
     if asked is None:
         stored = (source.read().dtype for source in sources.values())
