@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached: checked once and briefly, as its clients retry for half a minute."""
+"""A quick check whether the Hugging Face hub can be reached, because its clients retry for half a minute."""
 
 from threading import Thread
 
@@ -10,11 +10,11 @@ _TIMEOUT = 5.0  # seconds
 
 
 def hub_fault() -> str | None:
-    """Why the hub cannot be reached, in a few words; None if it can."""
+    """Return why the hub cannot be reached, in a few words, or None if it can be reached."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     found: list[str | None] = []
-    # In a separate thread, because name resolution has no timeout.
+    # The request runs in a thread of its own, because name resolution has no timeout.
     asking = Thread(target=lambda: found.append(_ask()), daemon=True)
     asking.start()
     asking.join(_TIMEOUT)
@@ -24,7 +24,7 @@ def hub_fault() -> str | None:
 def _ask() -> str | None:
     try:
         get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)
-    # The client, and with it its exceptions, differs from release to release.
+    # Releases of huggingface_hub differ in their HTTP client and hence in its exceptions.
     except Exception as error:
         return f"{constants.ENDPOINT} cannot be reached: {one_line(error)}"
     return None

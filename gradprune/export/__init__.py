@@ -1,1 +1,1 @@
-"""MODEL -> ANOTHER PROGRAM'S FILE. GGUF, and what `--serve` writes."""
+"""MODEL -> ANOTHER PROGRAM'S FILE. Export to GGUF, and what `--serve` checks and writes."""

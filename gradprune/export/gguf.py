@@ -1,4 +1,4 @@
-"""GGUF files, which llama.cpp and programs built on it load. The `gguf` library writes them."""
+"""Export to GGUF, the file format of llama.cpp and programs built on it. The `gguf` library writes the files."""
 
 import errno
 import os
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 Outtype = Literal["f32", "f16", "bf16", "q8_0"]
 
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-# Values per block of a q8_0 row.
+# Number of values in a block of q8_0, the unit that each row of a matrix is divided into.
 _BLOCK = 32
-# What every GGUF file begins with.
+# The first bytes of every GGUF file.
 _MAGIC = b"GGUF"
 
 
@@ -42,21 +42,22 @@ def export_gguf(
 ) -> None:
     """Write a dense or pruned causal LM and its tokenizer as one GGUF file.
 
-    Models whose layers all have the original architecture's shape keep that architecture's name. Others are written as
-    `deci` or `openelm`, which llama.cpp builds layer by layer. Only one converted tensor is in memory at a time.
+    If all layers have the same widths and llama.cpp's implementation of the original architecture allows them, the file
+    names that architecture. Otherwise it is written as `deci` or `openelm`, for which llama.cpp builds each layer with
+    its own widths. Only one converted tensor is in memory at a time.
 
     Args:
-        model: a supported causal LM, any width per layer.
-        tokenizer: byte-level BPE with a pre-tokenizer that llama.cpp knows, or sentencepiece BPE.
-        output: the file to write; it appears whole or not at all, with the same bytes every time.
-        outtype: type of the matrices; vectors are always f32. With q8_0, MLPs are widened to whole blocks of 32
-            channels by zeros, which changes nothing they compute; a matrix whose rows are still not whole blocks is
-            stored as f16.
-        overwrite: replace an existing GGUF file.
+        model: a supported causal LM, whose layers may have any widths.
+        tokenizer: byte-level BPE with a pre-tokenizer that llama.cpp has, or sentencepiece BPE.
+        output: the file to write; it appears completely or not at all, and has the same bytes every time.
+        outtype: type of the matrices; vectors are always f32. With q8_0, zero channels are added to MLPs up to a
+            multiple of 32, a whole number of blocks, which does not change what they compute; a matrix whose rows are
+            still not whole blocks is stored as f16.
+        overwrite: whether an existing GGUF file may be replaced.
 
     Raises:
-        ExportError: as `check_export`; llama.cpp cannot represent the model or its tokenizer; a weight is beyond f16's
-            range.
+        ExportError: see `check_export`; or llama.cpp cannot represent the model or its tokenizer; or a weight is not
+            finite or exceeds the range of f16.
     """
     check_export(output, outtype, overwrite=overwrite, model=model.name_or_path)
     gguf, tokenizer = _library(), _needed(tokenizer)
@@ -72,11 +73,11 @@ def export_gguf(
 
 
 def check_export(output: str | Path, outtype: str, *, overwrite: bool, model: str | None) -> None:
-    """Refuse what no file can come of, before the model is loaded.
+    """Refuse an export that is bound to fail, before the model is loaded.
 
     Args:
-        output, outtype, overwrite: as for `export_gguf`.
-        model: path of the model that is read, if it has one; a GGUF file is not written over itself.
+        output, outtype, overwrite: see `export_gguf`.
+        model: the model's path, or None if it has none; a GGUF file that is the model itself is never replaced.
 
     Raises:
         ExportError: `output` may not be replaced or cannot be written; `outtype` is unknown; the gguf library is not
@@ -92,7 +93,7 @@ def check_export(output: str | Path, outtype: str, *, overwrite: bool, model: st
             pass
         else:
             _check_replaced(path, overwrite, model)
-        # Where folders are missing, the one that the first of them is made in.
+        # The nearest existing parent, in which missing folders would be created.
         folder = next(above for above in path.absolute().parents if os.path.lexists(above))
         with TemporaryFile(dir=folder):
             pass
@@ -102,7 +103,7 @@ def check_export(output: str | Path, outtype: str, *, overwrite: bool, model: st
 
 
 def _check_replaced(path: Path, overwrite: bool, model: str | None) -> None:
-    """Refuse to replace what is at `path`, unless it is a GGUF file other than the model and may be overwritten."""
+    """Refuse to replace `path` unless it is a GGUF file, is not the model itself, and `overwrite` is True."""
     if path.is_dir():
         raise ExportError(f"output: '{path}' is a folder; name a file")
     if not _is_gguf(path):
@@ -121,18 +122,18 @@ def _is_gguf(path: Path) -> bool:
 
 
 def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, alike: bool) -> None:
-    """Refuse a model that `export_gguf` would refuse once it is pruned.
+    """Refuse, before pruning, a model that `export_gguf` would refuse after it.
 
     Args:
-        model, tokenizer: before pruning.
-        alike: whether its layers will all have the same widths.
+        model, tokenizer: the model and its tokenizer before pruning.
+        alike: whether all layers will have the same widths.
 
     Raises:
-        ExportError: with the reason.
+        ExportError: the pruned model cannot be written; the message gives the reason.
     """
     gguf = _library()
     check_config(model.config, alike=alike)
-    # Without a file: it only collects.
+    # A writer without a file only collects values, so only the checks of `add_tokenizer` take effect.
     add_tokenizer(gguf.GGUFWriter(None, "llama"), _needed(tokenizer), model.config)
 
 
@@ -143,7 +144,7 @@ def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBas
 
 
 def _library() -> Any:
-    """The `gguf` library, imported when it is needed."""
+    """Import the optional `gguf` library and return it, or raise an `ExportError` that names the extra to install."""
     try:
         import gguf
     except ImportError as error:
@@ -153,18 +154,18 @@ def _library() -> Any:
 
 @contextmanager
 def _written(output: str | Path) -> Iterator[Path]:
-    """Yield a hidden file that takes the name `output` when the body ends; deleted if the body fails."""
+    """Yield a hidden file that is given the name `output` when the body ends, or deleted if the body fails."""
     path = Path(output)
     with _told(output):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Short, so that every name that the file system allows is possible.
+        # A short name independent of `output`, so that `output` may be as long as the file system allows.
         with atomic_file(path, f".gguf.{secrets.token_hex(8)}") as partial:
             yield partial
 
 
 @contextmanager
 def _told(output: str | Path) -> Iterator[None]:
-    """Turn OS errors into one line that names the option."""
+    """Context manager that turns OS errors into one line that names the option and the path."""
     try:
         yield
     except OSError as error:
@@ -172,13 +173,13 @@ def _told(output: str | Path) -> Iterator[None]:
 
 
 def _write(writer: "GGUFWriter", laid_out: GGUFModel, outtype: str) -> None:
-    """The header, then each tensor, converted only when its turn comes."""
+    """Write the header, then convert and write one tensor after the other."""
     from gguf import quant_shape_to_byte_shape
 
     types = [_stored_type(tensor, outtype) for tensor in laid_out.tensors]
     for tensor, stored in zip(laid_out.tensors, types, strict=True):
         shape = quant_shape_to_byte_shape(tensor.shape, stored)
-        # For types that numpy lacks, the library expects the shape in bytes.
+        # The library expects the shape in bytes for types that numpy lacks, with uint8 as the dtype.
         writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=stored)
     try:
         writer.write_header_to_file()
@@ -191,13 +192,14 @@ def _write(writer: "GGUFWriter", laid_out: GGUFModel, outtype: str) -> None:
 
 
 class _Bytes(np.ndarray[Any, Any]):
-    """An array that writes itself so that a full disk is told.
+    """A byte array whose `tofile` reports a full disk properly.
 
-    The error of numpy's own `tofile` has no reason, and there is none where only the last bytes did not fit.
+    The error of numpy's own `tofile` does not give the reason, and there is no error at all if only the last bytes do
+    not fit.
     """
 
     def tofile(self, fid: Any, /, sep: str = "", format: str = "%s") -> None:
-        """Write the bytes to an open file, which raises the system's error."""
+        """Write the bytes with the file's own `write`, which raises the system's error; ignore `sep` and `format`."""
         fid.write(self.data)
 
 
@@ -212,7 +214,11 @@ def _stored_type(tensor: GGUFTensor, outtype: str) -> "GGMLQuantizationType":
 
 
 def _converted(tensor: GGUFTensor, stored: "GGMLQuantizationType") -> NDArray[Any]:
-    """The tensor's bytes in the stored type."""
+    """Compute the tensor's values and return their bytes in the stored type.
+
+    Raises:
+        ExportError: a value is not finite, or exceeds the range of f16.
+    """
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 

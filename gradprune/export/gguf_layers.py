@@ -1,4 +1,4 @@
-"""Decoder layers' weights by projection: fused projections split, widths padded, removed blocks replaced by zeros."""
+"""Decoder layers' weights by projection: splits fused projections, pads widths, and fills removed blocks with zeros."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,19 +10,21 @@ from torch import Tensor, nn
 from gradprune.models import LinearBlock, PrunableModel
 from gradprune.models.modeling_gradprune import norms_of
 
-# By name, e.g. "q.weight", "down.bias", "attn_norm.weight": the shape, and what makes the tensor when it is written.
+# A weight is its shape and the function that computes its tensor when it is written. `Weights` holds weights by name,
+# e.g. "q.weight", "down.bias", "attn_norm.weight".
 Weight = tuple[tuple[int, ...], Callable[[], Tensor]]
 Weights = dict[str, Weight]
 
-# Channels of the zero MLP that stands for a removed one: a multiple of every type's block but k-quants'.
+# Channels of the zero MLP that replaces a removed one: a multiple of the block size of every type except for k-quants.
 _ZERO_CHANNELS = 32
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer; a removed block has no weights and 0 heads or channels.
+    """The widths and weights of one decoder layer; a removed block has no weights and 0 heads or channels.
 
-    weights: of projections q, k, v, o, gate, up, down, and of attn_norm, ffn_norm, q_norm, k_norm.
+    heads, kv_heads: number of query heads and of KV heads. channels: number of MLP channels.
+    weights: weights of the projections q, k, v, o, gate, up, down and of attn_norm, ffn_norm, q_norm, k_norm.
     """
 
     heads: int
@@ -31,7 +33,7 @@ class Layer:
     weights: Weights
 
     def with_attention(self, hidden: int, head_dim: int, *, qk_norm: bool) -> "Layer":
-        """This layer; where its attention is removed, with one head of zeros, which adds nothing either."""
+        """Return this layer; if its attention is removed, with one head of zero weights, whose output is zero."""
         if self.heads:
             return self
         zeros = {f"{name}.weight": _zeros(head_dim, hidden) for name in ("q", "k", "v")}
@@ -42,7 +44,7 @@ class Layer:
         return replace(self, heads=1, kv_heads=1, weights={**norms, **zeros, **self.weights})
 
     def with_mlp(self, hidden: int) -> "Layer":
-        """This layer; where its MLP is removed, with one of zeros: deci skips the rest of a layer that has none."""
+        """Return this layer; if its MLP is removed, with a zero MLP, as deci skips the rest of a layer without one."""
         if self.channels:
             return self
         zeros = {f"{name}.weight": _zeros(_ZERO_CHANNELS, hidden) for name in ("gate", "up")}
@@ -53,7 +55,7 @@ class Layer:
 
 
 def read_layers(view: PrunableModel, width_multiple: int) -> list[Layer]:
-    """The model's layers as they are, MLPs widened by channels of zeros to a multiple of `width_multiple`."""
+    """Return the model's layers, with zero channels added to MLPs up to a multiple of `width_multiple`."""
     layers = []
     for layer, attention, mlp in zip(view.layers, view.of_kind("attention"), view.of_kind("mlp"), strict=True):
         weights: Weights = {}
@@ -81,7 +83,7 @@ def _norm_before(layer: nn.Module, kind: str) -> str:
 
 
 def _split(block: LinearBlock, output: str) -> Weights:
-    """A block's weights and biases by projection; its output projection is called `output`."""
+    """Return a block's weights and biases by projection; the output projection gets the name `output`."""
     found: Weights = {}
     for entry in block.inputs:
         for part in entry.parts:
@@ -98,7 +100,7 @@ def _linear(name: str, linear: nn.Linear, rows: slice) -> Weights:
 
 
 def _widened(weights: Weights, padding: int) -> Weights:
-    """An MLP's weights with `padding` more channels, of zeros."""
+    """Return an MLP's weights with `padding` zero channels appended."""
     return {
         name: weight
         if not padding or name == "down.bias"
@@ -111,7 +113,7 @@ def _padded(weight: Weight, dim: int, padding: int) -> Weight:
     shape, values = weight
     longer = list(shape)
     longer[dim] += padding
-    # F.pad counts dimensions from the last, two numbers each.
+    # F.pad takes two numbers per dimension, starting with the last dimension.
     spans = [0, padding] if dim == -1 else [0, 0] * (len(shape) - 1) + [0, padding]
     return tuple(longer), lambda: F.pad(values(), spans)
 

@@ -1,4 +1,4 @@
-"""A model as GGUF lays it out: which of llama.cpp's architectures it is, its hyperparameters, its tensors."""
+"""The content of a GGUF file: the architecture of llama.cpp to use, the hyperparameters and the tensors."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """One tensor of the file.
+    """One tensor of a GGUF file.
 
-    name: llama.cpp's. shape: rows first, as in PyTorch. values: makes the tensor when it is written.
+    name: llama.cpp's name. shape: rows first, as in PyTorch. values: computes the tensor when it is written.
     """
 
     name: str
@@ -31,12 +31,12 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one of llama.cpp's architectures takes a decoder layer.
+    """How one of llama.cpp's architectures expects the weights of a decoder layer.
 
-    per_layer: it builds each layer at that layer's widths; others build all at layer 0's.
-    interleaved: its rotary embedding turns neighbouring rows of q and k, not rows half a head apart.
-    fused_qkv, fused_gate_up: these projections are one matrix.
-    square: query heads times head_dim must be the hidden size.
+    per_layer: each layer has its own widths; otherwise all layers have one set of widths.
+    interleaved: the rotary embedding rotates pairs of neighbouring rows of q and k, not rows half a head apart.
+    fused_qkv, fused_gate_up: these projections are stored as one matrix.
+    square: the number of query heads times head_dim must equal the hidden size.
     """
 
     per_layer: bool = False
@@ -54,7 +54,7 @@ LAYOUTS = {
     "deci": Layout(per_layer=True, interleaved=True),
     "openelm": Layout(per_layer=True, fused_qkv=True),
 }
-# By `config.model_type`: the architecture for uniform layers, and the one whose layers may differ.
+# By `config.model_type`: the architecture for layers of equal widths, and the one for layers that differ.
 ARCHITECTURES = {
     "llama": ("llama", "deci"),
     "mistral": ("llama", "deci"),
@@ -66,7 +66,7 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class GGUFModel:
-    """What goes into the file, in its order."""
+    """The content of a GGUF file without the tokenizer; the tensors are in the file's order."""
 
     architecture: str
     config: PreTrainedConfig
@@ -75,7 +75,7 @@ class GGUFModel:
     tensors: list[GGUFTensor]
 
     def add_keys(self, writer: "GGUFWriter") -> None:
-        """Add the hyperparameters; those of layers that may differ are arrays."""
+        """Add the hyperparameters; widths are arrays, by layer, if the architecture's layers may differ."""
         from gguf import RopeScalingType
 
         config, rope = self.config, _rope(self.config)
@@ -100,18 +100,18 @@ class GGUFModel:
 
 
 def lay_out(model: PreTrainedModel, *, width_multiple: int = 1) -> GGUFModel:
-    """Choose the architecture and name the tensors.
+    """Choose llama.cpp's architecture for a model and lay out its tensors.
 
     Args:
         model: a supported causal LM, pruned or not.
-        width_multiple: MLPs are widened by channels of zeros to a multiple of this.
+        width_multiple: zero channels are added to each MLP up to a multiple of this number.
 
     Raises:
-        ExportError: llama.cpp has no architecture that computes the same.
+        ExportError: llama.cpp has no architecture that computes the same as the model.
     """
     view, config = describe(model), model.config
     check_config(config, alike=True)
-    # A removed attention block still records its head_dim.
+    # head_dim is also available if the attention of layer 0 is removed.
     attention: Any = view.layers[0].get_submodule(place_of(view.layers[0], "attention"))
     head_dim = int(attention.head_dim)
     layers = read_layers(view, width_multiple)
@@ -139,21 +139,21 @@ def _rope(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _context(config: PreTrainedConfig) -> int:
-    """Tokens of context. llama.cpp's attention has no window here: it computes the same as far as a window reaches."""
+    """Tokens of context: at most a sliding window, since llama.cpp's attention has none here and is equal only within it."""
     window = getattr(config, "sliding_window", None)
     longest = int(config.max_position_embeddings)
     return longest if window is None else min(longest, int(window))
 
 
 def check_config(config: PreTrainedConfig, *, alike: bool) -> None:
-    """Refuse what none of the architectures computes.
+    """Refuse a model that none of llama.cpp's architectures computes.
 
     Args:
-        config: of the model.
-        alike: whether its layers all have the same widths, and all their blocks.
+        config: the model's configuration.
+        alike: whether all layers have the same widths and no block is removed.
 
     Raises:
-        ExportError: with the reason.
+        ExportError: the model cannot be represented; the message gives the reason.
     """
     if config.model_type not in ARCHITECTURES:
         raise ExportError(
@@ -183,7 +183,7 @@ def check_config(config: PreTrainedConfig, *, alike: bool) -> None:
 
 
 def _architecture(config: PreTrainedConfig, layers: list[Layer], head_dim: int) -> str:
-    """The plain architecture where it fits, else the one that takes layers of different widths."""
+    """Return the architecture for layers of equal widths if it fits, else the one for layers that differ."""
     plain, per_layer = ARCHITECTURES[config.model_type]
     shapes = {(layer.heads, layer.kv_heads, layer.channels) for layer in layers}
     heads, _, channels = next(iter(shapes))
@@ -195,7 +195,7 @@ def _architecture(config: PreTrainedConfig, layers: list[Layer], head_dim: int) 
 
 
 def _outer_tensors(model: PreTrainedModel, head_dim: int) -> Iterator[GGUFTensor]:
-    """Embedding, last norm, head, and the factors of llama3's rotary embedding."""
+    """Yield the embedding, the last norm, the head unless it is tied, and any factors of llama3's rotary embedding."""
     body: Any = model.get_decoder()
     yield _tensor("token_embd.weight", body.embed_tokens.weight)
     yield _tensor("output_norm.weight", body.norm.weight)
@@ -212,7 +212,7 @@ def _tensor(name: str, values: Tensor) -> GGUFTensor:
 
 
 def _layer_tensors(index: int, layer: Layer, layout: Layout, head_dim: int) -> Iterator[GGUFTensor]:
-    """The layer's tensors under llama.cpp's names."""
+    """Yield the layer's tensors in the given layout, under llama.cpp's names."""
     weights = layer.weights
     if layout.interleaved:
         weights = {n: _interleaved(v, head_dim) if n.startswith(("q.", "k.")) else v for n, v in weights.items()}
@@ -242,7 +242,7 @@ _NAMES = {
 
 
 def _fused(weights: Weights, names: tuple[str, ...], fused: str) -> Weights:
-    """Weights in which the projections `names`, of the same kinds (weight, bias) each, are one, `fused`."""
+    """Return `weights` with the projections `names` stacked, weights and biases alike, into one called `fused`."""
     found = {key: value for key, value in weights.items() if key.partition(".")[0] not in names}
     for kind in ("weight", "bias"):
         parts = [weights[key] for name in names if (key := f"{name}.{kind}") in weights]
@@ -257,6 +257,6 @@ def _stacked(parts: list[Weight]) -> Weight:
 
 
 def _interleaved(weight: Weight, head_dim: int) -> Weight:
-    """Rows of each head in the order 0, head_dim/2, 1, head_dim/2 + 1, ..."""
+    """Reorder the rows of each head to 0, head_dim/2, 1, head_dim/2 + 1, ..."""
     shape, values = weight
     return shape, lambda: values().reshape(-1, 2, head_dim // 2, *shape[1:]).transpose(1, 2).reshape(shape)

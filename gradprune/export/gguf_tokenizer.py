@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer in GGUF's terms: byte-level BPE ("gpt2") or sentencepiece BPE ("llama")."""
+"""Convert a Hugging Face tokenizer to GGUF: byte-level BPE ("gpt2") or sentencepiece BPE ("llama")."""
 
 import json
 from collections.abc import Iterator
@@ -19,12 +19,13 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase, conf
     """Add the tokenizer's vocabulary, merges, special tokens and chat template.
 
     Args:
-        writer: of the file.
-        tokenizer: the model's.
-        config: of the model, whose vocabulary may be larger than the tokenizer's: the rest becomes unused tokens.
+        writer: writer of the GGUF file.
+        tokenizer: the model's tokenizer.
+        config: the model's configuration. Its vocabulary may be larger than the tokenizer's; the remaining ids become
+            unused tokens.
 
     Raises:
-        ExportError: llama.cpp cannot reproduce its tokenization.
+        ExportError: llama.cpp cannot reproduce the tokenization.
     """
     state = _state(tokenizer)
     model, vocab_size = state["model"], int(config.vocab_size)
@@ -48,7 +49,7 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase, conf
 
 
 def _state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The content of tokenizer.json."""
+    """Return the tokenizer's state in the format of tokenizer.json."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ExportError(f"model: its tokenizer, a {type(tokenizer).__name__}, has no tokenizer.json to convert")
@@ -59,9 +60,9 @@ def _state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def _add_sentencepiece(
     writer: "GGUFWriter", state: dict[str, Any], merges: list[tuple[str, ...]], texts: list[str]
 ) -> None:
-    """Add what BPE needs whose spaces are U+2581 and whose unknown characters are bytes."""
+    """Add the keys of sentencepiece BPE, which writes spaces as U+2581 and unknown characters as byte tokens."""
     prefix = _space_prefix(state)
-    # llama.cpp joins the neighbours whose union scores highest; merges are tried in their order.
+    # llama.cpp merges the neighbouring tokens whose union has the highest score, so scores fall with the merges' order.
     rank: dict[str, int] = {}
     for index, merge in enumerate(merges):
         rank.setdefault("".join(merge), index)
@@ -72,8 +73,8 @@ def _add_sentencepiece(
 
 
 def _add_byte_level(writer: "GGUFWriter", state: dict[str, Any], merges: list[tuple[str, ...]]) -> None:
-    """Add what BPE needs over bytes that are written as printable characters."""
-    # Without merges every byte is a token, however the text is split.
+    """Add the keys of byte-level BPE, which writes each byte as a printable character."""
+    # Without merges, every byte is a token however the text is split, so any pre-tokenizer will do.
     pre = SPLITTERS.get(_splitting(state)) if merges else "gpt-2"
     if pre is None:
         raise ExportError(
@@ -84,12 +85,12 @@ def _add_byte_level(writer: "GGUFWriter", state: dict[str, Any], merges: list[tu
         raise ExportError(f"model: llama.cpp does not normalize text as its tokenizer does ({state['normalizer']})")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    # llama.cpp refuses an empty list; U+2581 is none of the characters that bytes are written as.
+    # llama.cpp refuses an empty list of merges. U+2581 never occurs in the text, because no byte is written as it.
     writer.add_token_merges([" ".join(merge) for merge in merges or [(_SPACE, _SPACE)]])
 
 
 def _tokens(state: dict[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Iterator[tuple[str, int]]:
-    """Text and GGUF type of every id of the model."""
+    """Yield the text and the GGUF token type of every id in the model's vocabulary, in order."""
     from gguf import TokenType
 
     by_id = {index: text for text, index in tokenizer.get_vocab().items()}
@@ -113,7 +114,7 @@ def _is_byte(text: str) -> bool:
 
 
 def _space_prefix(state: dict[str, Any]) -> bool:
-    """Whether a space is put before the text; refuses any normalisation other than spaces to U+2581."""
+    """Whether the tokenizer prepends a space; raise if it changes text other than by replacing spaces with U+2581."""
     steps = [*_flat(state["normalizer"], "normalizers"), *_flat(state["pre_tokenizer"], "pretokenizers")]
     prefix = replaced = False
     for step in steps:
@@ -131,7 +132,7 @@ def _space_prefix(state: dict[str, Any]) -> bool:
 
 
 def _splitting(state: dict[str, Any]) -> tuple[str, ...]:
-    """The pre-tokenizer in terms of `SPLITTERS`; steps not listed there become "unknown"."""
+    """Return the pre-tokenizer's steps in the terms of `SPLITTERS`; steps that it cannot express become "unknown"."""
     words = []
     for step in _flat(state["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
@@ -146,7 +147,7 @@ def _splitting(state: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _flat(step: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
-    """The steps of a sequence, a single one, or none."""
+    """Return the steps of a sequence, or a single step, or no steps for None, as a list."""
     if step is None:
         return []
     return list(step[inside]) if step["type"] == "Sequence" else [step]
@@ -168,7 +169,7 @@ def _add_special_tokens(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase
 
 
 def _around(whole: list[int], bare: list[int]) -> tuple[list[int], list[int]]:
-    """The tokens before and after those of the text."""
+    """Return the tokens of `whole` before and after those of `bare`; all of `whole` and none if it is not found."""
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
             return whole[:start], whole[start + len(bare) :]

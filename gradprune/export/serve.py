@@ -1,4 +1,4 @@
-"""`--serve`: what a runtime asks of the result beyond the selection's limits, checked before anything is calibrated."""
+"""`--serve`: check, before calibration, what a runtime requires beyond the selection's limits, and write its file."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ GGUF_FILE = "model.gguf"
 
 
 def check_serve(view: PrunableModel, tokenizer: PreTrainedTokenizerBase | None, constraints: Constraints) -> None:
-    """Refuse a model that the runtime cannot serve once it is pruned.
+    """Refuse, before pruning, a model that the runtime named by `--serve` could not serve after it.
 
     Raises:
-        ExportError: with the reason.
+        ExportError: the pruned model cannot be served; the message gives the reason.
     """
     if constraints.serve == "vllm":
         _check_attention(view)
@@ -33,7 +33,7 @@ def check_serve(view: PrunableModel, tokenizer: PreTrainedTokenizerBase | None, 
 def write_served(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, constraints: Constraints, folder: Path
 ) -> None:
-    """Write what the runtime loads beside the checkpoint: `model.gguf` in `folder` for gguf, nothing for the others."""
+    """Write the runtime's own file into `folder`, beside the checkpoint: `model.gguf` for gguf, none for the others."""
     if constraints.serve == "gguf":
         export_gguf(model, tokenizer, folder / GGUF_FILE, outtype=_outtype(model))
 
@@ -48,7 +48,7 @@ def _check_attention(view: PrunableModel) -> None:
 
 
 def _check_divisible(view: PrunableModel, devices: int) -> None:
-    """Blocks that lose nothing keep their width, so that it must fit, too."""
+    """Check that `devices` divides each block's width, which a block that loses nothing keeps, or raise."""
     for block in view.blocks:
         width = block.groups // block.sets
         if width % devices:
@@ -59,7 +59,7 @@ def _check_divisible(view: PrunableModel, devices: int) -> None:
 
 
 def _outtype(model: PreTrainedModel) -> Outtype:
-    """16 bits that hold all weights."""
+    """The 16-bit type that holds all weights: bf16 for bf16 models or weights beyond the range of f16, else f16."""
     if model.dtype == torch.bfloat16:
         return "bf16"
     most = torch.finfo(torch.float16).max
