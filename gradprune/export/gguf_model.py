@@ -139,7 +139,7 @@ def _rope(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _context(config: PreTrainedConfig) -> int:
-    """Tokens of context: at most a sliding window, since llama.cpp's attention has none here and is equal only within it."""
+    """Tokens of context: at most the sliding window, because llama.cpp's attention here differs beyond one."""
     window = getattr(config, "sliding_window", None)
     longest = int(config.max_position_embeddings)
     return longest if window is None else min(longest, int(window))
