@@ -1,1 +1,1 @@
-"""Text to windows: datasets, tokenising, sampling."""
+"""Text to windows of tokens: datasets, tokenisation and sampling."""

@@ -1,4 +1,4 @@
-"""What the ranks of a job must have in common, or their sums would mix different runs."""
+"""Check that all ranks of a job have the same options and inputs, or their sums would mix different runs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,7 +10,8 @@ from gradprune.models.digest import model_digest, tensors_digest
 from gradprune.ranks import Ranks
 from gradprune.version import __version__
 
-# A rank's own: where it finds its files, and how it computes the same numbers. What files hold is compared apart.
+# The options that may differ between ranks: where a rank finds its files, and how it computes the same numbers. The
+# content of the files is compared by `check_same_inputs`.
 _OWN = {
     *options_of(Output),
     *("base_model", "dataset", "eval_dataset", "tasks", "prompts", "evidence_file"),
@@ -19,10 +20,14 @@ _OWN = {
 
 
 def check_same_options(ranks: Ranks, configs: Sequence[PruneConfig]) -> None:
-    """Raise unless all ranks have the same release and options, but for those that are each rank's own.
+    """Check that all ranks have the same release and options, except for those that may differ, or raise.
+
+    Args:
+        ranks: the processes of the job.
+        configs: this rank's options, of one or several runs.
 
     Raises:
-        ConfigError: naming the first that differs.
+        ConfigError: something differs; the message names the first option.
     """
     names = [name for name in options_of(PruneConfig) if name not in _OWN]
     options = {name: [getattr(config, name) for config in configs] for name in names}
@@ -30,19 +35,25 @@ def check_same_options(ranks: Ranks, configs: Sequence[PruneConfig]) -> None:
 
 
 def _joint(values: list[object]) -> object:
-    """One value where all are the same, or all of them."""
+    """Return the common value if all values are equal, else the list."""
     return values[0] if values.count(values[0]) == len(values) else values
 
 
 def check_same_inputs(
     ranks: Ranks, model: PreTrainedModel, read: Mapping[str, Iterable[Tensor]], *, argument: str = "base_model"
 ) -> None:
-    """Raise unless all ranks have the same model and, by the option that names its file, the same of what was read.
+    """Check that all ranks have the same model and have read the same inputs, or raise.
 
-    One pass over the model's weights where there are several ranks. argument: the option that names the model.
+    With several ranks, this reads all of the model's weights once; with a single rank, it does nothing.
+
+    Args:
+        ranks: the processes of the job.
+        model: this rank's model.
+        read: the tensors that this rank has read, by the option that names their file.
+        argument: the option that names the model.
 
     Raises:
-        ConfigError: naming the first that differs.
+        ConfigError: something differs; the message names the first option.
     """
     if ranks.world == 1:
         return

@@ -18,7 +18,8 @@ _MIN_TRAIN, _MIN_HELD_OUT = 200_000, 8_000
 _HELD_OUT_EVERY = 20
 # Any remainder works; this one gives a good mix of held-out documents, none of which dominates.
 _HELD_OUT_REMAINDER = 11
-# Characters: lines at least this long rarely repeat by chance, so a shared one means copied text.
+# Minimum number of characters of a telling line: lines this long rarely repeat by chance, so a shared one means copied
+# text.
 _TELLING_LINE = 40
 # Vendored code, and modules that are mostly large tables with almost no text.
 _SKIPPED_MODULES = frozenset({"encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "turtledemo"})
@@ -27,9 +28,9 @@ _SKIPPED_FOLDERS = frozenset({"test", "tests"})
 
 @dataclass(frozen=True)
 class EmbeddedText:
-    """Two texts that share no document, no passage and no line of 40 characters or more.
+    """The training and held-out texts, which share no document, no passage and no line of 40 characters or more.
 
-    train: about 19 of 20 documents, 1.8 million characters under Python 3.11.
+    train: about 19 of every 20 documents; 1.8 million characters with Python 3.11.
     held_out: the other documents, without the passages that repeat text from `train`.
     """
 
@@ -47,7 +48,7 @@ class Document:
 
 @cache
 def embedded_text() -> EmbeddedText:
-    """Collect the embedded text, the same every time on the same Python installation.
+    """Collect the embedded text; the result is always the same for one Python installation.
 
     Raises:
         CalibrationError: this installation carries too little documentation (it may have been stripped).
@@ -64,11 +65,11 @@ def embedded_text() -> EmbeddedText:
 
 
 def split_documents(documents: Iterable[Document]) -> EmbeddedText:
-    """Drop repeated passages and split into training and held-out text.
+    """Drop repeated passages and split the documents into training and held-out text.
 
     Args:
-        documents: in a fixed order. A document is assigned by its name alone, so adding or removing other documents
-            does not move it.
+        documents: the documents, in a fixed order. A document is assigned only by its name, so adding or removing
+            other documents does not move it.
     """
     seen: set[str] = set()
     train: list[list[str]] = []
@@ -102,7 +103,7 @@ def _language_reference() -> Iterator[Document]:
 
 
 def _docstrings(library: Path) -> Iterator[Document]:
-    """One document per source file of the standard library, sorted by name; nothing is imported."""
+    """Yield one document per source file of the standard library, sorted by path, without importing anything."""
     for path in sorted(library.rglob("*.py")):
         relative = path.relative_to(library)
         module = relative.parts[0].removesuffix(".py")
@@ -120,7 +121,7 @@ def _docstrings(library: Path) -> Iterator[Document]:
 
 
 def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """The module, classes and functions in source order; expressions, most of the tree, are skipped."""
+    """Yield the module, classes and functions in source order; skip expressions, which are most of the tree."""
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()

@@ -1,4 +1,4 @@
-"""Several datasets in one: their names and weights, and one stream of tokens with these shares."""
+"""Mixtures of datasets: parse their names and weights, and mix their tokens in these shares into one stream."""
 
 import math
 import os
@@ -11,27 +11,28 @@ from gradprune.data.windows import HELD_OUT
 
 
 def split_names(dataset: str) -> list[tuple[str, float]]:
-    """The datasets that `dataset` names, each with its weight: "a.txt:0.7,b.jsonl:0.3"; a weight left out is 1.
+    """Split a value such as "a.txt:0.7,b.jsonl:0.3" into the datasets' names and weights; a missing weight is 1.
 
-    Without a comma, and where a file has that very name, it names one dataset.
+    A value without a comma, or one that is the name of an existing file, is the name of a single dataset.
 
     Raises:
-        ValueError: a weight is not a finite number above 0, or a name is empty; says which.
+        ValueError: a weight is not a finite number above 0, or a name is empty; the message says which.
     """
-    if "," not in dataset or os.path.isfile(dataset):  # noqa: PTH113 - Path's raises where a name is too long
+    if "," not in dataset or os.path.isfile(dataset):  # noqa: PTH113 - Path.is_file raises for names that are too long
         return [(dataset, 1.0)]
     return [_name_and_weight(part.strip()) for part in dataset.split(",")]
 
 
 def mixed(streams: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """One stream in which each dataset has its share of the tokens.
+    """Mix the tokens of several datasets into one stream, each with its share.
 
-    Each dataset gives its first tokens, as many as its share allows before the first of them runs out. The last
-    tenth of each one's tokens comes at the end of the stream, so that what is held out there is of all of them.
+    The stream takes each dataset's first tokens and is as long as the shares allow before one of the datasets runs out.
+    The last tenth of each dataset's part is at the end of the stream, so that the tokens held out there come from all
+    datasets.
 
     Args:
-        streams: [tokens] int64 each, not empty.
-        weights: of each, above 0; they need not add up to 1.
+        streams: the datasets' tokens, [tokens] int64 each, not empty.
+        weights: weight of each dataset, above 0; they need not add up to 1.
 
     Returns:
         [tokens] int64.

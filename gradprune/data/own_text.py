@@ -1,7 +1,7 @@
-"""Text that the model writes itself: samples of all that it has learned, where the dataset is of one kind.
+"""Calibration text that the model writes itself, to cover what it has learned if the dataset is of only one kind.
 
-Tokens are drawn from the model's own distribution, one after the other at temperature 1, from its beginning-of-text
-token on (for quantization and pruning: Williams et al. 2024, arXiv:2410.17170; Liu et al. 2023, arXiv:2305.17888).
+After the beginning-of-text token, each token is drawn from the model's own distribution at temperature 1. Such text is
+used for quantization and pruning by Williams et al. 2024, arXiv:2410.17170, and Liu et al. 2023, arXiv:2305.17888.
 """
 
 from collections.abc import Callable
@@ -29,20 +29,25 @@ def own_samples(
     ranks: Ranks = ALONE,
     advance: Callable[[int], None] = lambda _samples: None,
 ) -> Tensor:
-    """[count, seq_len] int64 on the CPU: what the model writes.
+    """Let the model write samples, starting each with its beginning-of-text token.
+
+    A text that ends before `seq_len` tokens is followed by another one in the same sample, as in training.
 
     Args:
-        model: a causal LM, whole in memory.
-        count, seq_len: number of samples, at least 1, and tokens of each, its beginning-of-text token included.
-        batch_size: samples that are written at once.
-        seed: of the drawn tokens; each batch has its own, so that ranks can divide them.
+        model: a causal LM, not streamed.
+        count, seq_len: number of samples, at least 1, and tokens per sample, including the beginning-of-text token.
+        batch_size: number of samples that are written at the same time.
+        seed: seed of the drawn tokens. Each batch gets a seed of its own derived from it, so that ranks can divide the
+            batches.
         ranks: the processes that divide the batches.
-        advance: called with the number of samples after each batch.
+        advance: called after each batch with its number of samples, and at the end with the number that other ranks
+            wrote.
 
-    A text that ends before `seq_len` tokens is followed by the next one, as where a model is trained.
+    Returns:
+        [count, seq_len] int64 on the CPU, all ranks' samples.
 
     Raises:
-        CalibrationError: the model is streamed, or names no token to begin with.
+        CalibrationError: the model is streamed, or its configuration names no token to begin a text with.
     """
     if residency_of(model) is not None:
         raise CalibrationError(
@@ -53,7 +58,7 @@ def own_samples(
     own = []
     with evaluation_mode(model), plain_generation(model):
         for number, batch in ranks.share(list(enumerate(batches(begun, batch_size)))):
-            # Not seed + number: other seeds would write most of the same batches.
+            # Not seed + number, because a run with the next seed would then write mostly the same batches.
             of_batch = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
             own.append(_written(model, batch, seq_len, of_batch))
             advance(len(batch))
@@ -62,7 +67,7 @@ def own_samples(
 
 
 def _first_token(model: PreTrainedModel) -> int:
-    """Where texts begin; models that were trained without such a token separate texts by one that ends them."""
+    """The token that begins a text: beginning-of-text or, for models trained without one, the end-of-text token."""
     config: PreTrainedConfig = text_config(model.config)
     for name in ("bos_token_id", "eos_token_id"):
         found = getattr(config, name, None)
@@ -75,7 +80,7 @@ def _first_token(model: PreTrainedModel) -> int:
 
 
 def _written(model: PreTrainedModel, begun: Tensor, length: int, seed: int) -> Tensor:
-    """[N, length] on the CPU, of the ids [N, 1] that begin."""
+    """Continue the first tokens [N, 1] to texts [N, length] int64, on the CPU."""
     begun = begun.to(model.device)
     with seeded(seed, begun.device):
         found: Tensor = model.generate(  # type: ignore[operator]

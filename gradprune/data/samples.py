@@ -1,4 +1,4 @@
-"""A run's data: calibration samples, held-out samples to choose settings on, and evaluation text."""
+"""A run's data: calibration samples, held-out samples, search samples and evaluation text."""
 
 from dataclasses import dataclass
 
@@ -17,20 +17,20 @@ from gradprune.progress import QUIET, progress
 from gradprune.ranks import ALONE, Ranks
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
-# A standard error needs two.
+# The fewest search samples; the standard error of a mean needs two.
 _FEWEST_SEARCHED = 2
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Token ids of a run. Calibration, held-out and search samples never overlap.
+    """The token ids, int64, that a run uses. Calibration, held-out and search samples never overlap.
 
-    calibration: [num_samples, seq_len]. held_out: [at most held_out_samples, seq_len], for the repair to choose its
-        settings on. searched: [at most search_samples, seq_len], for the search to compare candidates on. Each is
-        empty where nothing is run on it. Of the first two, a share of `own_text` is what the model writes itself,
-        evenly spread.
+    calibration: [num_samples, seq_len]. held_out: [at most held_out_samples, seq_len], on which the repair chooses its
+        settings. searched: [at most search_samples, seq_len], on which the search compares candidates. Each is empty
+        if nothing is run on it. The share `own_text` of the calibration and of the held-out samples is written by the
+        model itself and evenly spread among the others.
     evaluation: [tokens], for perplexity.
-    overlap: the fraction of the evaluation tokens that occur in the calibration text; 0 if they are held out.
+    overlap: estimated fraction of the evaluation tokens that occur in the calibration text.
     """
 
     calibration: Tensor
@@ -51,14 +51,21 @@ def draw_samples(
     console: Console = QUIET,
     ranks: Ranks = ALONE,
 ) -> Samples:
-    """Draw the samples of a run from the given tokens or, where None, from the datasets of `config`.
+    """Draw the samples of a run.
 
-    calibrated: windows that an earlier run drew in the same way and calibrated on: held-out samples are others, too.
-    console: where progress is shown while the model writes. ranks: the processes that divide that.
+    Args:
+        model, tokenizer: the model and its tokenizer, if it has one.
+        config: the options.
+        calibration, evaluation: [tokens] int64, or a smaller signed integer type or uint8, which is converted; None
+            reads the dataset that `config` names, see `calibration_and_evaluation`.
+        calibrated: number of windows, drawn in the same way, that an earlier run calibrated on. They are used neither
+            as held-out nor as search samples.
+        console: where progress is shown while the model writes samples.
+        ranks: the processes that divide the writing.
 
     Raises:
-        CalibrationError: text is missing or too short, or has ids that the model does not know; or the model cannot
-            write.
+        CalibrationError: text is missing or too short, or has ids outside the model's vocabulary; or the model cannot
+            write samples, see `own_samples`.
     """
     evaluated = "eval_dataset" if evaluation is None else "evaluation"
     calibration, evaluation = (
@@ -92,25 +99,36 @@ def draw_samples(
 
 
 def _sizes_of_text(available: int, config: PruneConfig, drawn: int, held_out: int, calibrated: int) -> list[int]:
-    """Windows of the text: to calibrate on, those that an earlier run calibrated on, to hold out, and to search on.
+    """Divide the windows of the text, in drawing order, among their uses.
 
-    available: of all. drawn, held_out: that are to be. calibrated: the first so many, by an earlier run.
+    Args:
+        available: number of windows of the text.
+        config: the options.
+        drawn, held_out: number of windows wanted as calibration and held-out samples.
+        calibrated: number of windows, the first ones, that an earlier run calibrated on.
+
+    Returns:
+        Four numbers of windows: to calibrate on, to skip because the earlier run calibrated on them, to hold out, and
+        to search on.
+
+    Raises:
+        CalibrationError: the search is left fewer than two windows.
     """
     passed = max(0, min(calibrated, available) - drawn)
-    # Held-out samples come from the windows that calibration leaves over.
+    # Held-out and search samples come from the windows that calibration leaves.
     spare = max(0, available - drawn - passed)
     searches = config.importance_method == "auto"
     if searches and spare < _FEWEST_SEARCHED:
         raise CalibrationError(
             f"num_samples: {config.num_samples} samples leave no text to search on; give more text, or fewer samples"
         )
-    # Of too little text, the search gets two thirds.
+    # If the text is too short for both, the search gets two thirds of the rest.
     held_out = min(held_out, spare // 3 if searches else spare)
     return [drawn, passed, held_out, min(config.search_samples, spare - held_out) if searches else 0]
 
 
 def _checked(argument: str, tokens: Tensor, vocab_size: int) -> Tensor:
-    """`tokens` as int64; raises unless they are one stream of ids within the model's vocabulary."""
+    """Check that `tokens` are one stream of ids within the vocabulary and return them as int64, or raise."""
     if not isinstance(tokens, Tensor):
         raise CalibrationError(f"{argument}: is a {type(tokens).__name__}; a torch tensor, [tokens] int64, is needed")
     if tokens.ndim != 1 or tokens.dtype not in _INTEGERS:
@@ -132,9 +150,13 @@ def calibration_and_evaluation(
     evaluation: Tensor | None,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Calibration and evaluation tokens, as given or from the datasets.
+    """Return calibration and evaluation tokens, [tokens] int64 each, as given or read from the datasets of `config`.
 
-    If only calibration text is given, its end is held out for evaluation.
+    If only calibration text is given, as tokens or as a dataset, its end is held out for evaluation. If no text is
+    given, both come from the embedded text.
+
+    Raises:
+        CalibrationError: a dataset cannot be read, or is too short to hold out its end.
     """
     held_out_in_file = evaluation is None and config.eval_dataset is None
     if evaluation is None and (config.eval_dataset is not None or (calibration is None and config.dataset is None)):

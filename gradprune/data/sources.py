@@ -1,4 +1,4 @@
-"""Calibration and evaluation data: load a named dataset or a file as one stream of token ids."""
+"""Load calibration or evaluation data, from a named dataset or a file, as one stream of token ids."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -23,11 +23,11 @@ Split = Literal["calibration", "evaluation"]
 
 @dataclass(frozen=True)
 class _HubSource:
-    """Where to find a named dataset on the hub; no dataset runs code of its own.
+    """Where a named dataset is on the hub and how it is read; none of the datasets runs code of its own.
 
-    arguments: for `datasets.load_dataset`. splits: further arguments, per split. field: the text column.
+    arguments: arguments of `datasets.load_dataset`. splits: further arguments, by split. field: the text column's name.
     joint: the separator between rows, as in the literature; None means the tokenizer's end-of-text token.
-    rows: read at most this many; None reads all.
+    rows: maximum number of rows to read; None reads all.
     """
 
     arguments: dict[str, Any]
@@ -51,7 +51,7 @@ _HUB = {
         field="sentence",
         joint=" ",
     ),
-    # Streamed: one shard has 356,000 documents, far more than are ever sampled.
+    # Streamed, because one shard has 356,000 documents, far more than are ever sampled.
     "c4": _HubSource(
         arguments={"path": "allenai/c4", "streaming": True},
         splits={
@@ -79,18 +79,20 @@ def load_tokens(
     """Read a dataset as one stream of token ids.
 
     Args:
-        dataset: a .txt file (UTF-8), a .jsonl file (field `text`, or `messages` of a chat, which the tokenizer's
-            template puts into words), a .npy file of token ids, one of wikitext2, ptb and c4 (needs the `data` extra
-            and the hub), several of these with weights (see `gradprune.data.mixture`), or None for the embedded text.
-        tokenizer: the model's; needed for everything but .npy.
-        split: which split of a named dataset or the embedded text; a file has only one.
-        vocab_size: of the model; all ids must be below it. For a .npy file it defaults to the tokenizer's.
+        dataset: a .txt file (UTF-8); a .jsonl file (field `text`, or a chat in the field `messages`, which is written
+            out by the tokenizer's chat template); a .npy file of token ids; wikitext2, ptb or c4 (which need the
+            `data` extra and the hub); several of these with weights (see `gradprune.data.mixture`); or None for the
+            embedded text.
+        tokenizer: the model's tokenizer; required for everything except for .npy files.
+        split: which split of a named dataset or of the embedded text to read; a file has only one.
+        vocab_size: vocabulary size of the model, which all ids must be below. If it is None, ids of a .npy file are
+            checked against the tokenizer's size and others are not checked.
         argument: the option that `dataset` came from, for error messages.
 
     Returns:
         [tokens] int64. Documents of a .jsonl file and of c4 are separated by the end-of-text token (by a blank line if
-        the tokenizer has none), rows of wikitext2 by a blank line, rows of ptb by a space. Of c4, the first 10,000
-        documents of one shard are read.
+        the tokenizer has none), rows of wikitext2 by a blank line, rows of ptb by a space. Only the first 10,000
+        documents of one shard of c4 are read.
 
     Raises:
         CalibrationError: the dataset is unknown, missing, empty, malformed, or cannot be fetched; or the tokenizer
@@ -108,10 +110,13 @@ def load_tokens(
 
 
 def check_dataset(dataset: str | None, argument: str = "dataset") -> None:
-    """Raise for what can be told of a dataset before a model is loaded; arguments as for `load_tokens`.
+    """Check a dataset as far as this is possible before a model is loaded, or raise.
+
+    Args:
+        dataset, argument: see `load_tokens`.
 
     Raises:
-        CalibrationError: its name is unknown, or the file is missing.
+        CalibrationError: a name is unknown, a file is missing, or a weight is invalid.
     """
     if dataset is None:
         return
@@ -123,7 +128,7 @@ def check_dataset(dataset: str | None, argument: str = "dataset") -> None:
 
 
 class _Fault(Exception):
-    """A problem with a dataset; `check_dataset` and `load_tokens` add the name of the option it came from."""
+    """A problem with a dataset, to whose message `check_dataset` and `load_tokens` add the name of the option."""
 
 
 def _split_names(dataset: str) -> list[tuple[str, float]]:
@@ -203,7 +208,7 @@ def _jsonl_text(line: bytes, where: str, tokenizer: PreTrainedTokenizerBase) -> 
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _Fault(f"{where} is not UTF-8 text: {error}") from error
-    # Malformed JSON, but also numbers that are too long and nesting that is too deep for Python.
+    # These are malformed JSON, numbers that are too long for Python, and nesting that is too deep for it.
     except (ValueError, RecursionError) as error:
         raise _Fault(f"{where} is not JSON: {error}") from error
     text = record.get("text") if isinstance(record, dict) else None
@@ -213,21 +218,21 @@ def _jsonl_text(line: bytes, where: str, tokenizer: PreTrainedTokenizerBase) -> 
         raise _Fault(f"{where} has no string field 'text' and no chat in a field 'messages'")
     try:
         text.encode()
-    # JSON can escape a lone surrogate, which tokenizers reject.
+    # An escape in JSON can denote a lone surrogate, which tokenizers reject.
     except UnicodeEncodeError as error:
         raise _Fault(f"{where} has a lone surrogate in its field 'text': {error}") from error
     return text
 
 
 def _chat_text(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A chat in the words of the tokenizer's template, its special tokens included."""
+    """Return a chat as text, written out by the tokenizer's chat template with its special tokens."""
     if not tokenizer.chat_template:
         raise _Fault(f"{where} is a chat, but the tokenizer has no chat template; give a field 'text' instead")
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise _Fault(f"{where} has 'messages' that are not a list of objects with the strings 'role' and 'content'")
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    # A template raises what it likes, e.g. where roles do not alternate.
+    # A template can raise any exception, e.g. if roles do not alternate.
     except Exception as error:
         raise _Fault(f"{where} is a chat that the tokenizer's template refuses: {one_line(error)}") from error
 
@@ -243,7 +248,7 @@ def _load_hub(dataset: str, split: Split) -> list[str]:
         raise _Fault(
             f"'{dataset}' needs the data extra (pip install 'gradprune[data]'); or give a .txt file"
         ) from error
-    # In offline mode `datasets` reads its cache at once; without it, an unreachable hub costs 30 s or more of retries.
+    # In offline mode `datasets` reads its cache immediately; otherwise it retries an unreachable hub for 30 s or more.
     if not datasets.config.HF_HUB_OFFLINE and (fault := hub_fault()) is not None:
         raise _Fault(
             f"'{dataset}' needs the hub, but {fault}; set HF_HUB_OFFLINE=1 where it is cached, or give a .txt file"
@@ -252,13 +257,13 @@ def _load_hub(dataset: str, split: Split) -> list[str]:
     try:
         rows = datasets.load_dataset(**source.arguments, **source.splits[split])
         return [row[source.field] for row in islice(rows, source.rows)]
-    # Which dependency's exception signals "no network" changes from release to release.
+    # The exception that signals a missing network comes from a dependency that changes from release to release.
     except Exception as error:
         raise _Fault(f"'{dataset}' cannot be read from the hub: {one_line(error)}; or give a .txt file") from error
 
 
 def _check_known(dataset: str) -> None:
-    """Raise unless it is on the hub, or a file of a type that is read."""
+    """Check that `dataset` is a named dataset or an existing file of a supported type, or raise."""
     if dataset in _HUB:
         return
     path = Path(dataset)

@@ -19,7 +19,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Tensor:
-    """Token ids [tokens] int64, documents separated by the end-of-text token, or by a blank line if there is none."""
+    """Token ids [tokens] int64 of documents separated by the end-of-text token, or by a blank line if there is none."""
     separator = tokenizer.eos_token
     if not separator:
         return encode(tokenizer, "\n\n".join(documents))
@@ -44,7 +44,7 @@ def _encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> Ten
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a text after a newline; if none is near, before a space; failing that, anywhere."""
+    """Cut a text into pieces: after a newline if one is near, else before a space, else anywhere."""
     start = 0
     while start < len(text):
         limit = start + 2 * _PIECE

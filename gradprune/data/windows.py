@@ -12,12 +12,12 @@ from gradprune.models.modeling_gradprune import text_config
 HELD_OUT = 0.1
 """The fraction of a stream's tokens, at its end, that is held out for evaluation."""
 
-# Overlap is looked for in pieces of this many tokens, too many to match by chance; and in about how many.
+# The tokens of a piece that overlap is searched with, too many to match by chance, and about how many pieces are tried.
 _PIECE_TOKENS, _PIECES = 64, 16
 
 
 def split_held_out(tokens: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Split a stream into calibration tokens and held-out tokens: the held-out part is the end of the stream.
+    """Split a stream into calibration tokens and, at its end, held-out tokens.
 
     Args:
         tokens: [tokens] int64.
@@ -39,10 +39,10 @@ def split_held_out(tokens: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
 
 
 def check_evaluation(tokens: Tensor, seq_len: int, argument: str) -> None:
-    """Raise unless evaluation text, [tokens], has a window of `seq_len`; the argument's name is for the error.
+    """Check that evaluation text, [tokens], has at least one window of `seq_len` tokens, or raise.
 
     Raises:
-        CalibrationError: it is too short.
+        CalibrationError: the text is too short; the message begins with `argument`, the option that it came from.
     """
     if len(tokens) < seq_len:
         raise CalibrationError(
@@ -63,7 +63,7 @@ def sample_windows(tokens: Tensor, *, num_samples: int, seq_len: int, seed: int)
         [num_samples, seq_len] int64.
 
     Raises:
-        CalibrationError: too little text; the message says how much there is, how much is needed and how many
+        CalibrationError: the text is too short; the message says how much there is, how much is needed and how many
             windows fit.
     """
     for name, value in (("num_samples", num_samples), ("seq_len", seq_len)):
@@ -85,7 +85,7 @@ def sample_windows(tokens: Tensor, *, num_samples: int, seq_len: int, seed: int)
 
 
 def spread(first: Tensor, second: Tensor) -> Tensor:
-    """[A + B, T] of [A, T] and [B, T]: both in their order, and evenly spread among each other."""
+    """Interleave [A, T] and [B, T] evenly into [A + B, T]; the rows of each keep their order."""
     places = [(torch.arange(len(each), dtype=torch.float64) + 0.5) / max(1, len(each)) for each in (first, second)]
     return torch.cat([first, second])[torch.cat(places).argsort(stable=True)]
 
@@ -114,14 +114,14 @@ def _occurs(piece: bytes, text: bytes) -> bool:
 
 
 def batches(windows: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """Split windows [N, T] into consecutive batches [<= batch_size, T]; no windows are no batches."""
-    # `split` makes one empty piece of nothing.
+    """Split windows [N, T] into consecutive batches [<= batch_size, T]; without windows, yield no batches."""
+    # `split` would return one empty batch.
     if len(windows):
         yield from windows.split(batch_size)
 
 
 def check_context(config: PreTrainedConfig, seq_len: int) -> None:
-    """Raise if a sequence is longer than the model's context.
+    """Check that sequences of `seq_len` tokens fit into the model's context, or raise.
 
     Raises:
         CalibrationError: `seq_len` exceeds the context; the message gives both.
