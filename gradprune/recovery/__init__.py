@@ -1,1 +1,1 @@
-"""SMALLER MODEL -> BETTER SMALLER MODEL. Training a pruned model on text, or towards its dense teacher."""
+"""SMALLER MODEL -> BETTER SMALLER MODEL. Training a pruned model on text, or to predict like its dense teacher."""

@@ -1,4 +1,4 @@
-"""The whole job of `gradprune recover`: measure, train, measure again, write a checkpoint."""
+"""The whole job of `gradprune recover`: measure perplexity, train, measure again and write a checkpoint."""
 
 from dataclasses import asdict
 from functools import partial
@@ -38,19 +38,21 @@ def recover_checkpoint(
     An interrupted job leaves a hidden folder beside the results folder, from which the same command resumes.
 
     Args:
-        model, tokenizer: the pruned checkpoint; the model is trained in place. teacher: the dense model, or None.
-        config: of the training.
-        places: datasets, batch size and number of windows for perplexity, output folder and whether it may be
-            replaced; its other options are not read.
+        model, tokenizer: the pruned model, which is trained in place, and its tokenizer.
+        teacher: the dense model, needed for loss "kd", or None.
+        config: the options of the training.
+        places: the other options, of which these are used: the datasets, the batch size and number of windows for
+            perplexity, the model's path, and the output folder and whether it may be replaced.
         console: where progress is shown.
 
     Returns:
-        The content of `summary.json`: parameters, perplexity before and after on text used neither for training
-        nor for choosing weights, method and loss, steps done and their tokens, the step that was kept, and held-out
-        loss by step.
+        The content of `summary.json`: the number of parameters, the perplexity before and after on text that is used
+        neither for training nor for choosing weights, the method and loss, the number of steps and of their tokens, the
+        step whose weights were kept, and the held-out loss by step.
 
     Raises:
-        GradPruneError: as `recover`, or the output folder exists.
+        GradPruneError: see `recover`; or text is missing or too short; or the output folder may not be replaced or
+            cannot be written.
     """
     text, held_out = calibration_and_evaluation(tokenizer, places, None, None, vocabulary_of(model))
     measured = partial(
@@ -76,12 +78,12 @@ def recover_checkpoint(
 
 
 def state_folder(output: Path) -> Path:
-    """Where the state of an unfinished recovery into `output` is kept."""
+    """Return the hidden folder that keeps the state of an unfinished recovery into `output`."""
     return output.with_name(f".{output.name}.recovery")
 
 
 def _summary(found: Recovery, config: RecoveryConfig, before: float, after: float) -> dict[str, Any]:
-    """The content of `summary.json`; before, after: perplexities."""
+    """Return the content of `summary.json`; before, after: perplexities."""
     return {
         "parameters": model_size(found.model).parameters,
         "perplexity": {"before": before, "after": after},
@@ -102,7 +104,7 @@ def _write(
     places: PruneConfig,
     teacher: str | None,
 ) -> None:
-    """The checkpoint with its card, and what was measured; teacher: its name."""
+    """Write the checkpoint with its model card, and `summary.json`; teacher: the teacher's name, if there is one."""
     save_checkpoint(model, tokenizer, folder / "model")
     write_recovered_card(folder / "model", model.config, places.base_model, summary, teacher)
     (folder / "analysis").mkdir()
@@ -110,7 +112,7 @@ def _write(
 
 
 def _recorded(config: RecoveryConfig, places: PruneConfig, teacher: str | None) -> dict[str, Any]:
-    """The options of the command, by their names; teacher: its name."""
+    """Return the options of the command, by name; teacher: the teacher's name, if there is one."""
     names = ("dataset", "eval_dataset", "eval_samples", "output_dir", "output_name")
     named = {name: getattr(places, name) for name in names}
     return {"model": places.base_model, "teacher": teacher, **named, **asdict(config)}

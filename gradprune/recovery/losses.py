@@ -1,4 +1,4 @@
-"""What recovery minimises: the distance from the teacher's predictions, or the text's own loss."""
+"""The distillation loss of a recovery: the divergence from the teacher's predictions."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def distillation_loss(student: PreTrainedModel, teacher: PreTrainedModel, input_
     """Mean over tokens of KL(teacher || student), see `gradprune.models.divergence`.
 
     Args:
-        student, teacher: causal LMs of the same vocabulary; no gradient reaches the teacher.
+        student, teacher: causal LMs with the same vocabulary; no gradient reaches the teacher.
         input_ids: [N, T] int64.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Recovery: train a pruned model for a while, keep the best weights, merge what was added."""
+"""Recovery: train a pruned model for some time, keep the best weights, and merge any low-rank updates."""
 
 import logging
 import math
@@ -32,7 +32,8 @@ from gradprune.recovery.state import Progress, Tensors, digest, load_state, save
 
 logger = logging.getLogger(__name__)
 
-# Windows at the end of the text on which the best weights are chosen, and steps of linear warm-up.
+# The largest number of held-out windows, at the end of the text, on which the best weights are chosen, and the number
+# of steps of linear warm-up.
 _CHOSEN_ON, _WARM_UP = 32, 10
 
 
@@ -40,9 +41,9 @@ _CHOSEN_ON, _WARM_UP = 32, 10
 class Recovery:
     """The result of a recovery.
 
-    model: the recovered model, of the class, the widths and the dtype it had.
-    steps: done in all; best_step: the one whose weights were kept, 0 where training did not help.
-    history: (step, held-out loss in nats per token), the first before any step.
+    model: the recovered model, with unchanged class, widths and dtype.
+    steps: number of steps done. best_step: the step whose weights were kept, 0 if training did not help.
+    history: (step, held-out loss in nats per token) of every check, the first before any step.
     """
 
     model: PreTrainedModel
@@ -62,23 +63,23 @@ def recover(
 ) -> Recovery:
     """Train `model`, in place, with AdamW, a linear warm-up and a cosine decay to zero.
 
-    The last windows of the text are not trained on: the weights that predict them best are kept. With the same options
-    and the same number of steps the result has the same bytes, interrupted and resumed or not; on a GPU not that of a
-    mixture of experts, whose layers add in no fixed order there.
+    The last windows of the text are held out from training, and the weights that predict them best are kept. The same
+    options and the same number of steps give the same bytes, whether the run is interrupted and resumed or not. The
+    exception is a mixture of experts on a GPU, where its layers add in no fixed order.
 
     Args:
-        model: pruned, or any supported causal LM.
-        teacher: the dense model, for loss "kd"; its vocabulary is the model's.
+        model: a pruned model, or any supported causal LM.
+        teacher: the dense model, needed for loss "kd"; it must have the model's vocabulary size.
         tokens: [tokens] int64, the text to train on.
-        config: the options.
-        state: folder that an interrupted run is resumed from; it is written at every check and deleted at the end, and
-            where the loss diverges.
+        config: the options; None means the defaults.
+        state: the folder from which an interrupted run is resumed. It is written at every check after the first, and
+            deleted at the end or if the loss diverges. None keeps no state.
         console: where progress is shown.
 
     Raises:
-        RecoveryError: no teacher, or one of another vocabulary; PEFT is not installed; `state` is another run's
-            or damaged.
-        CalibrationError: too little text, or samples longer than the context.
+        RecoveryError: there is no teacher, or its vocabulary has another size; PEFT is not installed, or the model has
+            nothing that "lora" trains; `state` is another run's or damaged.
+        CalibrationError: the text is too short, or the samples are longer than the model's context.
         NonFiniteError: the loss of a step is NaN or infinite.
     """
     config = config or RecoveryConfig()
@@ -93,7 +94,7 @@ def recover(
             trainer = _Trainer(model, loss_of, train, chosen_on, config, run, state, console)
             found = trainer.train()
     except NonFiniteError:
-        # Resumed, it would end the same.
+        # A resumed run would end in the same way.
         _remove(state)
         raise
     finally:
@@ -120,7 +121,7 @@ def _loss(
 
 
 def _split(model: PreTrainedModel, tokens: Tensor, config: RecoveryConfig) -> tuple[Tensor, Tensor]:
-    """Windows to train on, and those to choose on: the last tenth, at most 32."""
+    """Return the windows to train on, and the last tenth, but at most 32, which are held out to choose weights on."""
     check_context(model.config, config.seq_len)
     count = len(tokens) // config.seq_len
     if count < 2:
@@ -134,9 +135,9 @@ def _split(model: PreTrainedModel, tokens: Tensor, config: RecoveryConfig) -> tu
 
 
 def _prepare(model: PreTrainedModel, config: RecoveryConfig) -> Callable[[], None]:
-    """Make the parameters that are trained trainable, and no others; returns what merges them into the model."""
+    """Make exactly the parameters to be trained require gradients; return the function that merges low-rank updates."""
     for parameter in model.parameters():
-        # A pruned model shares memory with the dense one, which is to stay as it is.
+        # A pruned model may share memory with the dense model, which must not change.
         parameter.data = parameter.detach().clone()
     if config.method == "full":
         # Updates are often smaller than the resolution of 16-bit weights.
@@ -156,7 +157,7 @@ def _prepare(model: PreTrainedModel, config: RecoveryConfig) -> Callable[[], Non
         )
     lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
     with warnings.catch_warnings():
-        # PEFT calls it by the name that newer releases of transformers deprecate.
+        # PEFT uses a name that newer releases of transformers deprecate.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         wrapped: Any = get_peft_model(model, lora)
     return lambda: wrapped.merge_and_unload()
@@ -167,7 +168,7 @@ def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 class _Trainer:
-    """The loop. Which samples a step takes and its learning rate depend on the step's number alone."""
+    """The training loop. A step's samples and learning rate depend only on its number, for given options."""
 
     def __init__(
         self,
@@ -195,7 +196,7 @@ class _Trainer:
             self._set_moments(moments)
 
     def train(self) -> Progress:
-        """Train to the end; the model then has the best weights."""
+        """Train to the last step, give the model the best weights, and return the progress."""
         now = self.progress
         interval = -(-now.total // self.config.checks)
         with progress(self.console, "Recovering", now.total, "steps", done=now.step) as advance:
@@ -212,7 +213,7 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.peak_rate * _schedule(step, self.progress.total)
         self.model.train()
-        # Of dropout: a step that is resumed draws what it would have drawn.
+        # Seeded by step, so that dropout draws the same numbers in a resumed run.
         with seeded(self.config.seed + step, self.model.device):
             loss = self.loss_of(self._batch(step))
         if not torch.isfinite(loss):
@@ -224,7 +225,7 @@ class _Trainer:
         self.progress.step += 1
 
     def _batch(self, step: int) -> Tensor:
-        """The step's samples: every epoch goes over all windows in an order of its own."""
+        """Return the step's samples, [N, seq_len] on the model's device; every epoch has a random order of its own."""
         size = min(self.config.batch_size, len(self.windows))
         per_epoch = len(self.windows) // size
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step // per_epoch)
@@ -233,7 +234,7 @@ class _Trainer:
         return self.windows[order[start : start + size]].to(self.model.device)
 
     def _check(self) -> None:
-        """Measure held-out loss, keep the best weights, save the state."""
+        """Measure the held-out loss, keep a copy of the weights if they are the best so far, and save the state."""
         self.model.eval()
         loss = mean_loss(self.model, list(batches(self.chosen_on, self.config.batch_size)))
         now = self.progress
@@ -245,7 +246,7 @@ class _Trainer:
             save_state(self.state, now, dict(self.trained), self.best, self._moments())
 
     def _planned_steps(self) -> int:
-        """Steps that fit into the time limit, checks included; timed on the second of two passes."""
+        """Number of steps, at least 1, that fit into the time limit with their checks; the second of two passes is timed."""
         for _ in range(2):
             start = time.perf_counter()
             self.model.train()
@@ -280,13 +281,14 @@ class _Trainer:
             number: {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             for number, name in enumerate(self.trained)
         }
-        # The optimizer knows which of them it wants on its parameter's device: a fused one the step, too.
+        # `load_state_dict` puts each tensor on the device that the optimizer needs; a fused one needs the step on the
+        # parameter's device, too.
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
 
 def _steps_within(seconds: float, step: float, check: float, checks: int) -> int:
-    """How many steps fit, if one takes `step` seconds, and held-out loss, `checks` times at most, `check` each."""
-    # Fewer steps than checks are checked one by one.
+    """Number of steps of `step` seconds that fit into `seconds` with at most `checks` checks of `check` seconds."""
+    # If there are fewer steps than checks, each step is followed by a check.
     return int(max((seconds - checks * check) / step, seconds / (step + check)))
 
 

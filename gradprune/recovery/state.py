@@ -1,4 +1,4 @@
-"""The state from which an interrupted recovery resumes: sealed safetensors files, nothing pickled."""
+"""The state from which an interrupted recovery resumes, in sealed safetensors files without any pickle."""
 
 import hashlib
 import json
@@ -17,16 +17,17 @@ from gradprune.models.digest import model_digest, tensors_digest
 
 Tensors = dict[str, Tensor]
 
-# Each has a file of its own, with the progress in it.
+# Each part of the state is a file of its own, which also records the progress.
 _PARTS = ("weights", "best", "moments")
 
 
 @dataclass
 class Progress:
-    """Progress of a recovery.
+    """The progress of a recovery.
 
-    run: digest of its options and of the model it started from. total: steps planned; step: steps done.
-    best: smallest held-out loss so far, in nats per token, of `best_step`. history: (step, loss) of every check.
+    run: the run's digest, see `digest`. total: number of steps planned. step: number of steps done.
+    best: smallest held-out loss so far, in nats per token, which was measured after `best_step` steps.
+    history: (step, held-out loss) of every check.
     """
 
     run: str
@@ -38,7 +39,7 @@ class Progress:
 
 
 def digest(options: dict[str, Any], model: PreTrainedModel, teacher: PreTrainedModel | None, tokens: Tensor) -> str:
-    """Names a run: equal for equal options, start, teacher and text."""
+    """Identify a run by a digest of its options, initial model, teacher and text."""
     found = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
     for each in (model, *([] if teacher is None else [teacher])):
         found.update(model_digest(each).encode())
@@ -47,14 +48,17 @@ def digest(options: dict[str, Any], model: PreTrainedModel, teacher: PreTrainedM
 
 
 def save_state(folder: Path, progress: Progress, weights: Tensors, best: Tensors, moments: Tensors) -> None:
-    """Replace the state atomically: a kill leaves either the previous state or this one.
+    """Replace the state atomically: if the process is killed, either the previous state or this one remains.
 
     Args:
-        folder: of the state. progress: how far. weights, best: of the trained parameters. moments: the optimizer's.
+        folder: the folder of the state.
+        progress: the progress so far.
+        weights, best: the current and the best values of the trained parameters, by name.
+        moments: the optimizer's state, by parameter and key.
     """
     with atomic_directory(folder, overwrite=True, argument="output_name", replaces=_is_state) as partial:
         for name, tensors in zip(_PARTS, (weights, best, moments), strict=True):
-            # Copied, because parameters may share memory, which the format does not take.
+            # Copies, because parameters may share memory, which safetensors does not allow.
             copies = {key: value.detach().cpu().clone() for key, value in tensors.items()}
             write_sealed(_file(partial, name), copies, asdict(progress))
 
@@ -68,10 +72,14 @@ def _file(folder: Path, part: str) -> Path:
 
 
 def load_state(folder: Path, run: str) -> tuple[Progress, Tensors, Tensors, Tensors] | None:
-    """What `save_state` saved of this run; None if there is none.
+    """Load the progress, weights, best weights and moments that `save_state` saved for this run; None without a state.
+
+    Args:
+        folder: the folder of the state.
+        run: the run's digest.
 
     Raises:
-        RecoveryError: what is there is another run's, or damaged.
+        RecoveryError: the state is another run's or damaged.
     """
     if not folder.is_dir():
         return None
