@@ -101,7 +101,7 @@ class Claim:
             )
 
     def take_over(self) -> int:
-        """Restore a folder that a killed run had moved aside, remove what the run left, and return how many folders."""
+        """Restore a folder that a killed run moved aside, and remove what it left; return how many were removed."""
         if self._aside.exists() and not self.directory.exists():
             self._aside.rename(self.directory)
         left = [path for path in self.directory.parent.iterdir() if path.name.startswith(f".{self.directory.name}.")]

@@ -1,4 +1,4 @@
-"""Decoder layers' weights by projection: splits fused projections, pads widths, and fills removed blocks with zeros."""
+"""Decoder layers' weights by projection, with fused projections split, MLPs padded and removed blocks made zero."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -111,7 +111,7 @@ def lay_out(model: PreTrainedModel, *, width_multiple: int = 1) -> GGUFModel:
     """
     view, config = describe(model), model.config
     check_config(config, alike=True)
-    # head_dim is also available if the attention of layer 0 is removed.
+    # A removed attention block still records its head_dim.
     attention: Any = view.layers[0].get_submodule(place_of(view.layers[0], "attention"))
     head_dim = int(attention.head_dim)
     layers = read_layers(view, width_multiple)
@@ -139,7 +139,7 @@ def _rope(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _context(config: PreTrainedConfig) -> int:
-    """Tokens of context: at most the sliding window, because llama.cpp's attention here differs beyond one."""
+    """Tokens of context, at most the sliding window: llama.cpp's attention has none here, and differs beyond it."""
     window = getattr(config, "sliding_window", None)
     longest = int(config.max_position_embeddings)
     return longest if window is None else min(longest, int(window))

@@ -48,7 +48,7 @@ def _check_attention(view: PrunableModel) -> None:
 
 
 def _check_divisible(view: PrunableModel, devices: int) -> None:
-    """Check that `devices` divides each block's width, which a block that loses nothing keeps, or raise."""
+    """Check that `devices` divides the width of every block, since a block that loses nothing keeps it, or raise."""
     for block in view.blocks:
         width = block.groups // block.sets
         if width % devices:

@@ -65,7 +65,7 @@ def recover(
 
     The last windows of the text are held out from training, and the weights that predict them best are kept. The same
     options and the same number of steps give the same bytes, whether the run is interrupted and resumed or not. The
-    exception is a mixture of experts on a GPU, where its layers add in no fixed order.
+    exception is a mixture of experts on a GPU, whose layers add in no fixed order there.
 
     Args:
         model: a pruned model, or any supported causal LM.
@@ -246,7 +246,7 @@ class _Trainer:
             save_state(self.state, now, dict(self.trained), self.best, self._moments())
 
     def _planned_steps(self) -> int:
-        """Number of steps, at least 1, that fit into the time limit with their checks; the second of two passes is timed."""
+        """Number of steps, at least 1, that fit into the time limit with checks; the second of two passes is timed."""
         for _ in range(2):
             start = time.perf_counter()
             self.model.train()
