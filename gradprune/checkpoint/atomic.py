@@ -144,7 +144,7 @@ class Claim:
             )
         if any(directory.iterdir()) and not self._replaces(directory):
             raise CheckpointError(
-                f"{argument}: '{directory}' is not what a run of gradprune left, and is never overwritten; "
+                f"{argument}: '{directory}' was not written by a run of gradprune, and is never overwritten; "
                 "choose another name"
             )
         self._check_not_read(directory.resolve())

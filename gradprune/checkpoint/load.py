@@ -419,8 +419,8 @@ def _fits(shape: ModelShape, job: Job, device: torch.device) -> bool:
     if whole.fits(free):
         return True
     logger.warning(
-        "with the whole model, %s would hold %s, and %s are free on %s: decoder layers are streamed "
-        "(stream_layers auto), which holds %s",
+        "with the whole model, %s would need %s of memory, but %s are free on %s: decoder layers are streamed "
+        "(stream_layers auto), which needs %s",
         *(whole.largest.name, with_unit(whole.peak), with_unit(free), device, with_unit(streamed.peak)),
     )
     return False

@@ -53,8 +53,8 @@ def _files(folder: Path) -> list[Path]:
     """List the checkpoint's files, sorted by path; raise if gradprune did not write the folder."""
     if TAG not in card_head(folder).get("tags", ()) or not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"model: '{folder}' is no checkpoint of gradprune's with its model card ({CARD}); name the folder model/ "
-            "of a results folder"
+            f"model: '{folder}' is not a checkpoint that gradprune wrote with a model card ({CARD}); name the folder "
+            "model/ of a results folder"
         )
     check_floating(folder, argument="model")
     return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))

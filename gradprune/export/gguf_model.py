@@ -157,7 +157,7 @@ def check_config(config: PreTrainedConfig, *, alike: bool) -> None:
     """
     if config.model_type not in ARCHITECTURES:
         raise ExportError(
-            f"format: gradprune writes no gguf file of the architecture '{config.model_type}'; those it does are "
+            f"format: gradprune writes no gguf file of the architecture '{config.model_type}', only of "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
     rope = _rope(config)
@@ -167,7 +167,9 @@ def check_config(config: PreTrainedConfig, *, alike: bool) -> None:
             f"not '{rope['rope_type']}' (rope_parameters in config.json)"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ExportError("format: llama.cpp turns whole heads here; partial_rotary_factor in config.json is not 1")
+        raise ExportError(
+            "format: llama.cpp rotates whole heads here, but partial_rotary_factor in config.json is not 1"
+        )
     if config.hidden_act != "silu":
         raise ExportError(f"format: llama.cpp computes silu in these models' MLPs, not '{config.hidden_act}'")
     if config.model_type == "qwen3" and config.attention_bias:

@@ -78,7 +78,7 @@ def _add_byte_level(writer: "GGUFWriter", state: dict[str, Any], merges: list[tu
     pre = SPLITTERS.get(_splitting(state)) if merges else "gpt-2"
     if pre is None:
         raise ExportError(
-            "model: its tokenizer splits text in a way that no pre-tokenizer of llama.cpp which gradprune knows does "
+            "model: its tokenizer splits text differently from all of llama.cpp's pre-tokenizers that gradprune knows "
             f"({json.dumps(state['pre_tokenizer'])[:200]})"
         )
     if state["normalizer"] not in (None, {"type": "NFC"}):
@@ -163,7 +163,9 @@ def _add_special_tokens(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase
     before, after = _around(whole, bare)
     allowed = [token for token in (tokenizer.bos_token_id,) if token is not None]
     if before not in ([], allowed) or after not in ([], [tokenizer.eos_token_id]):
-        raise ExportError(f"model: its tokenizer puts {before} and {after} around a text; llama.cpp puts bos and eos")
+        raise ExportError(
+            f"model: its tokenizer adds {before} before and {after} after a text; llama.cpp adds bos and eos"
+        )
     writer.add_add_bos_token(bool(before))
     writer.add_add_eos_token(bool(after))
 

@@ -126,8 +126,8 @@ def _split(model: PreTrainedModel, tokens: Tensor, config: RecoveryConfig) -> tu
     count = len(tokens) // config.seq_len
     if count < 2:
         raise CalibrationError(
-            f"dataset: {len(tokens)} tokens are not two windows of {config.seq_len}, one to train on and one to choose "
-            "on; give more text, or a smaller seq_len"
+            f"dataset: {len(tokens)} tokens are fewer than two windows of {config.seq_len}, one to train on and one "
+            "to choose weights on; give more text, or a smaller seq_len"
         )
     windows = tokens[: count * config.seq_len].view(count, config.seq_len)
     kept = min(_CHOSEN_ON, max(1, count // 10))
@@ -153,7 +153,7 @@ def _prepare(model: PreTrainedModel, config: RecoveryConfig) -> Callable[[], Non
     names = sorted({entry.path for block in describe(model).linear_blocks for entry in block.projections})
     if not names:
         raise RecoveryError(
-            "method: 'lora' trains attention and MLPs, and of this model experts are pruned; take 'full'"
+            "method: 'lora' trains attention and MLPs, but only experts can be pruned in this model; choose 'full'"
         )
     lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
     with warnings.catch_warnings():
@@ -259,7 +259,7 @@ class _Trainer:
         check = time.perf_counter() - start
         if (steps := _steps_within(60.0 * self.config.minutes, step, check, self.config.checks)) < 1:
             logger.warning(
-                "minutes: %g is less than one step and its check take, %.2g minutes; one step is trained",
+                "minutes: %g is less than the %.2g that one step and its check take; one step is trained",
                 self.config.minutes, (step + check) / 60.0,
             )  # fmt: skip
         return max(1, steps)

@@ -93,8 +93,8 @@ def load_state(folder: Path, run: str) -> tuple[Progress, Tensors, Tensors, Tens
     stated = parts[0][1]
     if stated["run"] != run:
         raise RecoveryError(
-            f"output_name: '{folder}' holds an interrupted recovery with other options, models or text; give those to "
-            "go on with it, or delete the folder"
+            f"output_name: '{folder}' holds an interrupted recovery with other options, models or text; give the "
+            "same ones to resume it, or delete the folder"
         )
     stated["history"] = [(step, loss) for step, loss in stated["history"]]
     weights, best, moments = (tensors for tensors, _ in parts)

@@ -284,7 +284,7 @@ def test_a_damaged_lock_file_is_taken_over(tmp_path: Path, content: bytes) -> No
 def test_what_is_no_results_folder_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "precious").write_text("years")
-    with pytest.raises(CheckpointError, match="is not what a run of gradprune left, and is never overwritten"):
+    with pytest.raises(CheckpointError, match="was not written by a run of gradprune, and is never overwritten"):
         write(tmp_path / "x")
     assert names(tmp_path / "x") == ["precious"]
     results(tmp_path / "several" / "0.1")

@@ -60,7 +60,7 @@ def test_another_folder_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "dense" / "README.md").write_text("---\ntags: [mine]\n---\n")
     for folder in (tmp_path / "dense", tmp_path / "nowhere", checkpoint.parent):
         hub = Hub()
-        with pytest.raises(CheckpointError, match=r"model: .* is no checkpoint of gradprune's"):
+        with pytest.raises(CheckpointError, match=r"model: .* is not a checkpoint that gradprune wrote"):
             push_checkpoint(folder, "me/small", api=hub)
         assert not hub.files
 
