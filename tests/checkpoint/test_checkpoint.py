@@ -458,7 +458,7 @@ def test_an_existing_folder_is_kept_unless_asked(tmp_path: Path) -> None:
     (tmp_path / "x" / "mine").write_text("precious")
     with pytest.raises(CheckpointError, match=r"directory: .* exists"):
         save_checkpoint(tiny_model(), None, tmp_path / "x")
-    with pytest.raises(CheckpointError, match=r"directory: .* is not what a run of gradprune left"):
+    with pytest.raises(CheckpointError, match=r"directory: .* was not written by a run of gradprune"):
         save_checkpoint(tiny_model(), None, tmp_path / "x", overwrite=True)
     assert (tmp_path / "x" / "mine").read_text() == "precious"
 
