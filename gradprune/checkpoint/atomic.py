@@ -68,7 +68,7 @@ class Claim:
         """
         partial = self._beside(f"partial-{secrets.token_hex(8)}")
         try:
-            with self._told():
+            with self._as_checkpoint_error():
                 partial.mkdir()
                 yield partial
                 _follow_umask(partial)
@@ -86,7 +86,7 @@ class Claim:
             CheckpointError: see `claimed`.
         """
         self.check_name()
-        with self._told():
+        with self._as_checkpoint_error():
             trial = self._beside(f"partial-{secrets.token_hex(8)}")
             try:
                 trial.mkdir()
@@ -122,7 +122,7 @@ class Claim:
         Raises:
             CheckpointError: see `claimed`.
         """
-        with self._told():
+        with self._as_checkpoint_error():
             self._check_name()
 
     def _check_name(self) -> None:
@@ -186,7 +186,7 @@ class Claim:
                 number += 1
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _as_checkpoint_error(self) -> Iterator[None]:
         """Context manager that turns OS and safetensors errors into one line that names the option and the path."""
         try:
             yield
@@ -238,7 +238,7 @@ def claimed(
     try:
         lock = _lock(directory, argument, patience)
         try:
-            _say_taken_over(claim, lock)
+            _warn_if_taken_over(claim, lock)
             claim.check(free_bytes)
             token = _held.set({**held, path: claim})
             try:
@@ -327,7 +327,7 @@ def _lock(directory: Path, argument: str, patience: float) -> FileLock:
         ) from error
 
 
-def _say_taken_over(claim: Claim, lock: FileLock) -> None:
+def _warn_if_taken_over(claim: Claim, lock: FileLock) -> None:
     left = claim.take_over()
     if lock.abandoned is not None or left:
         who = "a run" if lock.abandoned is None else f"a run ({lock.abandoned})"

@@ -158,14 +158,14 @@ def _load_gguf(
     try:
         # The type annotation of from_pretrained ignores that output_loading_info makes it return a pair.
         model_class: Any = AutoModelForCausalLM
-        with _no_bar_of_the_reader():
+        with _hidden_reader_bar():
             model, found = model_class.from_pretrained(
                 file.parent, **source, dtype=getattr(torch, dtype), output_loading_info=True
             )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
         split_as_the_file_says(tokenizer, file)
     except Exception as error:
-        raise _no_gguf(file, error, argument) from error
+        raise _gguf_error(file, error, argument) from error
     _check_complete(file, found, argument)
     plain: Any = plain_copy(model)
     return plain.to(device).eval(), tokenizer
@@ -176,18 +176,18 @@ def _gguf_config(file: Path, argument: str) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     except Exception as error:
-        raise _no_gguf(file, error, argument) from error
+        raise _gguf_error(file, error, argument) from error
     _check_supported(file, config, argument)
     return config
 
 
-def _no_gguf(file: Path, error: Exception, argument: str) -> CheckpointError:
+def _gguf_error(file: Path, error: Exception, argument: str) -> CheckpointError:
     """The error for a damaged GGUF file, in place of almost any error that transformers' readers raise for one."""
     return CheckpointError(f"{argument}: '{file}' cannot be read as a GGUF model: {one_line(error)}")
 
 
 @contextmanager
-def _no_bar_of_the_reader() -> Iterator[None]:
+def _hidden_reader_bar() -> Iterator[None]:
     """Context manager that hides the progress bar of transformers' GGUF reader, which ignores the global switch."""
     # Imported here because it is needed only for GGUF files.
     from transformers import modeling_gguf_pytorch_utils

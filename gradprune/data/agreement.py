@@ -31,10 +31,10 @@ def check_same_options(ranks: Ranks, configs: Sequence[PruneConfig]) -> None:
     """
     names = [name for name in options_of(PruneConfig) if name not in _OWN]
     options = {name: [getattr(config, name) for config in configs] for name in names}
-    ranks.check_same({"gradprune": __version__, **{name: _joint(values) for name, values in options.items()}})
+    ranks.check_same({"gradprune": __version__, **{name: _one_or_all(values) for name, values in options.items()}})
 
 
-def _joint(values: list[object]) -> object:
+def _one_or_all(values: list[object]) -> object:
     """Return the common value if all values are equal, else the list."""
     return values[0] if values.count(values[0]) == len(values) else values
 

@@ -60,7 +60,7 @@ def own_samples(
         for number, batch in ranks.share(list(enumerate(batches(begun, batch_size)))):
             # Not seed + number, because a run with the next seed would then write mostly the same batches.
             of_batch = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
-            own.append(_written(model, batch, seq_len, of_batch))
+            own.append(_continued(model, batch, seq_len, of_batch))
             advance(len(batch))
     advance(count - sum(map(len, own)))
     return torch.cat(ranks.joined(own))
@@ -79,7 +79,7 @@ def _first_token(model: PreTrainedModel) -> int:
     )
 
 
-def _written(model: PreTrainedModel, begun: Tensor, length: int, seed: int) -> Tensor:
+def _continued(model: PreTrainedModel, begun: Tensor, length: int, seed: int) -> Tensor:
     """Continue the first tokens [N, 1] to texts [N, length] int64, on the CPU."""
     begun = begun.to(model.device)
     with seeded(seed, begun.device):

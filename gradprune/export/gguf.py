@@ -60,9 +60,9 @@ def export_gguf(
             finite or exceeds the range of f16.
     """
     check_export(output, outtype, overwrite=overwrite, model=model.name_or_path)
-    gguf, tokenizer = _library(), _needed(tokenizer)
+    gguf, tokenizer = _library(), _required(tokenizer)
     laid_out = lay_out(model, width_multiple=_BLOCK if outtype == "q8_0" else 1)
-    with _written(output) as path:
+    with _output_file(output) as path:
         writer = gguf.GGUFWriter(path, laid_out.architecture)
         writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[outtype]])
         if outtype == "q8_0":
@@ -84,7 +84,7 @@ def check_export(output: str | Path, outtype: str, *, overwrite: bool, model: st
             installed.
     """
     path = Path(output)
-    with _told(output):
+    with _as_export_error(output):
         if not str(output):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         try:
@@ -134,10 +134,10 @@ def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     gguf = _library()
     check_config(model.config, alike=alike)
     # A writer without a file only collects values, so only the checks of `add_tokenizer` take effect.
-    add_tokenizer(gguf.GGUFWriter(None, "llama"), _needed(tokenizer), model.config)
+    add_tokenizer(gguf.GGUFWriter(None, "llama"), _required(tokenizer), model.config)
 
 
-def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+def _required(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         raise ExportError("model: it has no tokenizer, which llama.cpp needs; add the tokenizer's files")
     return tokenizer
@@ -153,10 +153,10 @@ def _library() -> Any:
 
 
 @contextmanager
-def _written(output: str | Path) -> Iterator[Path]:
+def _output_file(output: str | Path) -> Iterator[Path]:
     """Yield a hidden file that is given the name `output` when the body ends, or deleted if the body fails."""
     path = Path(output)
-    with _told(output):
+    with _as_export_error(output):
         path.parent.mkdir(parents=True, exist_ok=True)
         # A short name independent of `output`, so that `output` may be as long as the file system allows.
         with atomic_file(path, f".gguf.{secrets.token_hex(8)}") as partial:
@@ -164,7 +164,7 @@ def _written(output: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _told(output: str | Path) -> Iterator[None]:
+def _as_export_error(output: str | Path) -> Iterator[None]:
     """Context manager that turns OS errors into one line that names the option and the path."""
     try:
         yield
