@@ -257,7 +257,7 @@ def _load_config(base_model: str | Path, source: dict[str, bool], argument: str)
 
 
 def _config_class(base_model: str | Path, source: dict[str, bool]) -> Any:
-    """The class that reads the configuration: gradprune's own if layers differ, as some stock ones cannot read it."""
+    """The class that reads the configuration: gradprune's own if layers differ, which some stock ones cannot read."""
     stated, _ = PreTrainedConfig.get_config_dict(base_model, local_files_only=source["local_files_only"])
     differ = any(part.get("per_layer_config") for part in (stated, stated.get("text_config") or {}))
     pruned = auto_class(str(stated.get("model_type")), "AutoConfig") if differ else None

@@ -39,10 +39,10 @@ def save_checkpoint(
     overwrite: bool = False,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
-    """Write a Hugging Face checkpoint: weights as safetensors, configuration, tokenizer, modelling files
-    for transformers and MLX if needed, and the processor's files of a vision-language model.
+    """Write a Hugging Face checkpoint, which appears completely or not at all and has the same bytes every time.
 
-    The folder appears whole or not at all, and has the same bytes every time.
+    It consists of the weights as safetensors files, the configuration, the tokenizer, the modelling files for
+    transformers and MLX if needed, and the processor's files of a vision-language model.
 
     Args:
         model: the model, dense or pruned, streamed or not.
