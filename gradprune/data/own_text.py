@@ -52,7 +52,7 @@ def own_samples(
     if residency_of(model) is not None:
         raise CalibrationError(
             "own_text: a streamed model would be read once for every token; load it whole (stream_layers off), or "
-            "write the text by an inference engine and give it as dataset"
+            "write the text with an inference engine and give it as dataset"
         )
     begun = torch.full((count, 1), _first_token(model))
     own = []
