@@ -1,1 +1,1 @@
-"""Evidence to masks: which groups are pruned. No model is run."""
+"""Choice of the groups to prune: from calibration evidence to masks, without running the model."""

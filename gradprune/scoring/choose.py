@@ -1,4 +1,4 @@
-"""The choice of the groups that go: score, select, mask. No model is run."""
+"""Choice of the groups to prune: score all groups, select the lowest, return masks. The model is not run."""
 
 from dataclasses import dataclass, replace
 
@@ -17,9 +17,9 @@ from gradprune.scoring.table import GroupTable, empty_table
 
 @dataclass(frozen=True)
 class Choice:
-    """Every group with its score, and whether it goes.
+    """The outcome of a selection: every group with its score, and whether it is pruned.
 
-    pruned: [len(table)] bool.
+    table: one row per group. pruned: [len(table)] bool, True for a group to remove.
     """
 
     table: GroupTable
@@ -27,20 +27,21 @@ class Choice:
 
     @property
     def masks(self) -> GroupMasks:
-        """What each block keeps."""
+        """The masks of the groups that each block keeps."""
         return self.table.masks(self.pruned)
 
 
 def score_groups(view: PrunableModel, evidence: Evidence, scoring: Scoring) -> GroupTable:
-    """The table of all groups, with importances after gradient scaling, priors and scores.
+    """Return the table of all groups with their importances (after gradient scaling), priors and scores.
 
     Args:
         view: the model's prunable view.
-        evidence: of a calibration pass over it, with the priors that `scoring` needs.
-        scoring: how; a method is named, "auto" has been decided.
+        evidence: the result of a calibration pass over that model, with the priors that `scoring` needs.
+        scoring: how to score; `method` names a method, since "auto" has been resolved before.
 
     Raises:
-        ConfigError: the evidence is of batches whose gradients were scaled in another way.
+        ConfigError: `scoring.gradient_fix` cannot be applied to this evidence: its batches were scaled by another fix,
+            or weight gradients were taken of only some samples.
     """
     importance = evidence.importance(scoring.method, scoring.gradient_fix)
     table = replace(empty_table(view), importance=importance.double().numpy())
@@ -49,17 +50,18 @@ def score_groups(view: PrunableModel, evidence: Evidence, scoring: Scoring) -> G
 
 
 def choose(view: PrunableModel, evidence: Evidence, scoring: Scoring, constraints: Constraints, ratio: float) -> Choice:
-    """Score all groups by `scoring` and take the lowest until `ratio` of the model's parameters is gone.
+    """Score all groups and select the lowest-scored ones until they hold `ratio` of the model's parameters.
 
     Args:
-        view: the model.
-        evidence: of a calibration pass over it, with the priors that `scoring` needs.
-        scoring, constraints: how groups are scored, and what limits the selection.
+        view: the model's prunable view.
+        evidence: the result of a calibration pass over that model, with the priors that `scoring` needs.
+        scoring: how groups are scored.
+        constraints: what limits the selection.
         ratio: fraction of the model's parameters to remove, in (0, 1).
 
     Raises:
         SelectionError: the ratio cannot be reached under the constraints.
-        ConfigError: as `score_groups` and `select`.
+        ConfigError: see `score_groups` and `select`.
     """
     table = score_groups(view, evidence, scoring)
     return Choice(table, select(table, ratio, view.parameters, constraints))

@@ -1,7 +1,7 @@
 """H-GSP, hierarchical global structural pruning: modulate group scores by how much their block or layer matters.
 
 score(group) = importance / cost * M with M = B^T and B = ln(1 + max(prior, 0)); T is the temperature, and
-importance / cost may have been normalised before. The prior is the layer's where the layer's importance is below tau
+importance / cost may have been normalised before. The prior is the layer's if the layer's importance is below tau
 (layer-dominant), else the block's (block-dominant). At T = 0, M = 1 and no prior is needed.
 """
 
@@ -14,14 +14,14 @@ from gradprune.scoring.table import GroupTable
 
 
 def modulate(table: GroupTable, temperature: float, tau: float | None, priors: Priors | None) -> GroupTable:
-    """The table with `prior` filled in and `score` modulated.
+    """Return the table with `prior` filled in and `score` multiplied by M; at T = 0, the table as it is.
 
     Args:
-        table: with scores of at least 0, e.g. importance / cost.
+        table: the groups with scores of at least 0, such as importance / cost.
         temperature: T >= 0.
-        tau: gate on the layer's importance; 0 makes every group block-dominant, inf layer-dominant, None takes
-            the 25th percentile of the layer importances.
-        priors: needed where T > 0, ignored at T = 0.
+        tau: gate on the layer's importance; 0 makes every group block-dominant, inf makes every group layer-dominant,
+            and None stands for the 25th percentile of the layer importances.
+        priors: importances of blocks and layers; required if T > 0, ignored at T = 0.
     """
     if temperature == 0.0:
         return table

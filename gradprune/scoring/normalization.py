@@ -1,13 +1,13 @@
 """Score normalisation: make the scores of different layers comparable, as an alternative to scaling gradients.
 
-A score is a group's importance per parameter. Within each layer (block), with x its scores:
+A score is a group's importance per parameter. Each layer (or each block) is normalised by itself; with x its scores:
 
 - `none`: x;
 - `log`: ln(1 + x / mean);
 - `sqrt`: sqrt(x / mean);
 - `minmax`: (x - min) / (max - min);
-- `zscore`: (x - mean) / std, then shifted by the model-wide minimum, because H-GSP multiplies scores and needs them
-  non-negative.
+- `zscore`: (x - mean) / std; then the smallest value of the whole model is subtracted everywhere, because H-GSP
+  multiplies scores and needs them non-negative.
 
 Before that, scores may be clipped at a percentile p of their layer (block) and at 100 - p, so that single outliers do
 not set the scale. A layer (block) whose scores are all equal gets 0 from `minmax` and `zscore`; one whose mean is 0
@@ -27,11 +27,11 @@ Values = NDArray[np.float64]
 
 
 def normalized_scores(table: GroupTable, scoring: Scoring) -> Values:
-    """[len(table)] fp64: importance per parameter, clipped and normalised; never negative.
+    """Return every group's importance per parameter, clipped and normalised: [len(table)] fp64, never negative.
 
     Args:
-        table: with importances.
-        scoring: how; KV groups are multiplied by its `attention_factor` at the end.
+        table: the groups with their importances.
+        scoring: how to clip and normalise; at the end, scores of KV groups are multiplied by its `attention_factor`.
     """
     scores: Values = table.importance / table.cost
     unit = table.layer if scoring.normalize_per == "layer" else table.layer * len(KINDS) + table.kind

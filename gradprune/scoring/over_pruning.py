@@ -1,4 +1,4 @@
-"""Over-pruning: the fraction of its groups that each block loses, and a warning where some lose nearly all."""
+"""Over-pruning: the fraction of its groups that each block loses, and a warning if some blocks lose nearly all."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,16 +7,16 @@ from gradprune.config import PruneConfig
 from gradprune.models import BlockKey, shown_kinds
 from gradprune.models.masks import GroupMasks
 
-# A block is over-pruned that loses more than _MOST while another loses less than _LEAST.
+# A block is over-pruned if it loses more than the fraction _MOST while another block loses less than _LEAST.
 _MOST, _LEAST = 0.9, 0.1
 
 
 @dataclass(frozen=True)
 class LayerPruning:
-    """What a decoder layer loses.
+    """The fractions of its groups that a decoder layer loses.
 
-    pruned: by the names of the kinds, the fraction of the block's groups that were removed; None where the layer has
-        no such block.
+    pruned: by name of the kind of block, the fraction of the block's groups that were removed; None if the layer has no
+        such block.
     """
 
     layer: int
@@ -24,8 +24,8 @@ class LayerPruning:
 
 
 def pruning_distribution(masks: GroupMasks) -> list[LayerPruning]:
-    """What each layer loses."""
-    # Of counts, so that a tenth of the groups is exactly what the literal 0.1 is.
+    """Return the fractions of its groups that each layer loses."""
+    # Divide integer counts, so that the fraction for a tenth of the groups equals the literal 0.1 exactly.
     lost = {key: int((~masks[key]).sum()) / len(masks[key]) for key in masks}
     kinds = shown_kinds(key.kind for key in masks)
     return [
@@ -35,7 +35,7 @@ def pruning_distribution(masks: GroupMasks) -> list[LayerPruning]:
 
 
 def over_pruned(distribution: list[LayerPruning]) -> list[str]:
-    """The blocks that lose over 90 % while another loses under 10 %, as "layer 3 mlp (99%)"."""
+    """Return the blocks that lose over 90 % while another loses under 10 %, as texts such as "layer 3 mlp (99%)"."""
     blocks = [
         (f"layer {layer.layer} {kind}", fraction)
         for layer in distribution
@@ -48,7 +48,7 @@ def over_pruned(distribution: list[LayerPruning]) -> list[str]:
 
 
 def pruning_warning(distribution: list[LayerPruning], config: PruneConfig) -> str | None:
-    """Names over-pruned blocks and what to try next; None where there are none."""
+    """Return a warning that names the over-pruned blocks and what to try next; None if no block is over-pruned."""
     blocks = over_pruned(distribution)
     if not blocks:
         return None
@@ -56,7 +56,7 @@ def pruning_warning(distribution: list[LayerPruning], config: PruneConfig) -> st
 
 
 def to_json(distribution: list[LayerPruning]) -> list[dict[str, Any]]:
-    """For `analysis/gradients.json`."""
+    """Return the distribution as it is stored in `analysis/gradients.json`."""
     return [
         {"layer": layer.layer, **{f"{kind}_pruned": fraction for kind, fraction in layer.pruned.items()}}
         for layer in distribution
@@ -64,7 +64,7 @@ def to_json(distribution: list[LayerPruning]) -> list[dict[str, Any]]:
 
 
 def _next_step(config: PruneConfig) -> str:
-    """What measured better (`benchmarks/README.md`): no H-GSP, bounded gradient scales, repair, search; then limits."""
+    """Advise what `benchmarks/README.md` found better: no H-GSP, bounded scales, repair; else search or limits."""
     if config.temperature != 0.0:
         return "Try --temperature 0: H-GSP takes most from the blocks whose prior is low."
     if "normalize" in config.gradient_fix:

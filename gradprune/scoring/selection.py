@@ -1,12 +1,12 @@
 """Global selection: which groups to prune so that the model shrinks by the requested ratio.
 
-Groups are sorted by score, ascending and stable (ties by layer, kind, index), and taken while their summed cost
-stays within the budget; one that no longer fits is skipped and smaller ones are still tried.
+Groups are sorted by ascending score (ties are broken by layer, kind and index) and taken while their summed cost stays
+within the budget; a group that no longer fits is skipped, and smaller ones are still tried.
 
-Under `round_to`, `uniform` and `serve`, groups are pruned in chunks: the lowest-scored channels of a block that bring
-its width down to the next multiple, or the groups of the same rank in every layer that has them. A chunk's score is
-the mean of its groups' scores. The experts of a layer count as layers of their own. The chunks of one block (under
-`uniform`: of one kind) form a chain and are taken in order.
+Under `round_to`, `uniform` and `serve`, groups are pruned in chunks. A chunk consists of the lowest-scored channels of
+a block that bring its width down to the next multiple, or of the groups of the same ranks (by score within their
+block) in every layer that has them; there, each expert counts as a layer of its own. A chunk's score is the mean of its
+groups' scores. The chunks of one block (under `uniform`: of one kind) form a chain and are taken in order.
 """
 
 import math
@@ -25,11 +25,12 @@ _ROUNDED = {kind.name for kind in KINDS if kind.rounded}
 
 @dataclass(frozen=True)
 class _Chunks:
-    """Which groups are pruned together.
+    """The division of the groups into chunks, each of which is pruned whole or not at all.
 
-    of_group: [len(table)] int64, the chunk of each group, -1 if it may not be pruned; numbered by (layer, kind, rank).
-    chain: per chunk, the chain it belongs to.
-    layers: per chunk, those that its groups are in, each with as many of them.
+    of_group: [len(table)] int64, the chunk of each group, or -1 if the group may not be pruned; chunks are numbered by
+        (layer, kind, rank).
+    chain: the number of each chunk's chain.
+    layers: the layers that each chunk's groups are in; they share its cost equally.
     """
 
     of_group: NDArray[np.int64]
@@ -46,19 +47,20 @@ def select(
     """Choose the groups to prune.
 
     Args:
-        table: the groups with their scores.
+        table: all groups with their scores.
         ratio: fraction of `parameters` to remove.
-        parameters: parameters of the whole model, tied ones counted once.
+        parameters: number of parameters of the whole model; tied ones count once.
         constraints: what limits the choice.
 
     Returns:
-        [len(table)] bool, True for a group to prune. Their summed cost stays within ratio * parameters, unless layers
-        that fall below `epsilon` are removed whole.
+        [len(table)] bool, True for a group to prune. The summed cost of these groups stays within ratio * parameters,
+        unless layers that fall below `epsilon` are removed whole.
 
     Raises:
-        SelectionError: the ratio cannot be reached under the constraints; says what can. Or `epsilon` would leave
-            no layer.
-        ConfigError: `uniform` on a model whose layers differ; an option that a mixture of experts does not have.
+        SelectionError: the ratio cannot be reached under the constraints (the message says which ratio can), no block
+            is left to prune, or `epsilon` would leave no layer.
+        ConfigError: `uniform` is set for a model whose layers differ in width, or an option is set that cannot be used
+            with a mixture of experts.
     """
     if not len(table):
         raise SelectionError("model: no block is left in it that could be pruned")
@@ -93,27 +95,28 @@ def check_reachable(
     parameters: int,
     constraints: Constraints,
 ) -> None:
-    """Raise what `select` would for this ratio whatever the scores are, before any is known."""
+    """Raise the errors of `select` that do not depend on the scores, before calibration has computed any."""
     _with_experts(table, constraints)
-    # Which layers fall below it, only the scores tell.
+    # Which layers fall below epsilon depends on the scores.
     select(table, ratio, parameters, replace(constraints, epsilon=0.0))
 
 
 def least_cost(table: GroupTable, constraints: Constraints) -> int:
-    """The fewest parameters that can go: of a group, or of those that go together."""
+    """Return the fewest parameters that can be removed: those of one group, or of one chunk of groups."""
     chunks = _chunks(table, _with_experts(table, constraints))
-    # Chunks of a chain go in order.
+    # Only the first chunk of a chain can be pruned by itself.
     _, first = np.unique(chunks.chain, return_index=True)
     return int(_sum_by_chunk(table.cost, chunks)[first].min())
 
 
 def _with_experts(table: GroupTable, constraints: Constraints) -> Constraints:
-    """The constraints as they hold for the model: experts keep the same number and width in all layers.
+    """Return the constraints, made uniform if the model is a mixture of experts.
 
-    So everything else keeps the same width in all layers, too.
+    All layers of a mixture keep the same number of experts, of the same width, and so the same widths of everything
+    else, too.
 
     Raises:
-        ConfigError: options that do not go with that.
+        ConfigError: another option contradicts that.
     """
     if not _has_experts(table):
         return constraints
@@ -139,7 +142,7 @@ def _take(
 ) -> NDArray[np.bool_]:
     scores = _sum_by_chunk(table.score, chunks) / _sum_by_chunk(np.ones(len(table)), chunks)
     taken = np.zeros(len(costs), np.bool_)
-    # Plain Python numbers: a model has up to a million groups, and indexing NumPy scalars would dominate.
+    # Plain Python numbers: with up to a million groups, indexing NumPy arrays would dominate the time.
     cost_of, room, left = costs.tolist(), limits.tolist(), budget
     broken_chains: set[int] = set()
     for chunk in np.argsort(scores, kind="stable").tolist():
@@ -182,7 +185,7 @@ def _chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
         number = np.arange(width)
         if step > 1 or kept:
             ranks = _ranks(table.score[rows])
-            # The first chunk is the remainder, after which the width is a multiple.
+            # The first chunk takes the remainder, after which the width is a multiple of `step`.
             number = np.where(ranks < width - kept, (ranks + -width % step) // step, -1)
         of_group[rows] = np.where(number < 0, -1, len(chain) + number)
         count = int(number.max()) + 1
@@ -192,11 +195,11 @@ def _chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
 
 
 def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
-    """Chunks of the same ranks in every layer (and expert) that has groups of a kind, of which at least one stays."""
+    """Divide groups into chunks of the same ranks in every layer and expert that has their kind; one chunk stays."""
     of_group = np.full(len(table), -1, np.int64)
     chain: list[int] = []
     of_chunk: list[tuple[int, ...]] = []
-    # Of channels of experts: the ranks at which chunks end, and the first chunk.
+    # For channels of experts: the ranks at which their chunks end, and the number of their first chunk.
     led = np.empty(0, np.int64), 0
     for number_of_kind, kind in enumerate(KINDS):
         if layers := table.removed.get(kind.name):
@@ -212,7 +215,7 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
         if kind.name in table.follows:
             _follow(table, of_group, blocks, led[0] * table.follows[kind.name], led[1])
             continue
-        # Layers that never had the kind, such as convolutions beside attention, change nothing.
+        # Layers that never had this kind of block, such as convolutions among attention layers, do not matter.
         if len(widths) != 1:
             raise ConfigError(
                 f"uniform: the layers of this model already differ in their {kind.name} widths: {widths}; layers of "
@@ -233,39 +236,39 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
 def _follow(
     table: GroupTable, of_group: NDArray[np.int64], blocks: list[slice], ends: NDArray[np.int64], first: int
 ) -> None:
-    """Divide the groups of `blocks` by their ranks into chunks that end at `ends`, numbered from `first`."""
+    """Assign the groups of each block, by rank, to chunks that end at ranks `ends` and are numbered from `first`."""
     for rows in blocks:
         number = np.searchsorted(ends, _ranks(table.score[rows]), side="right")
         of_group[rows] = np.where(number < len(ends), first + number, -1)
 
 
 def _parts(rows: slice, count: int) -> list[slice]:
-    """Consecutive rows divided into `count` parts of equal size."""
+    """Divide consecutive rows into `count` parts of equal size."""
     size = (rows.stop - rows.start) // count
     return [slice(start, start + size) for start in range(rows.start, rows.stop, size)]
 
 
 def _step(kind: str, constraints: Constraints) -> int:
-    """A block of that kind keeps a multiple of this many groups."""
+    """Return the number of groups that a block of this kind must keep a multiple of."""
     return constraints.multiple(rounded=kind in _ROUNDED)
 
 
 def _ranks(scores: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Position of each score in ascending order, stable."""
+    """Return the position of each score in ascending order; ties keep their order."""
     ranks = np.empty(len(scores), np.int64)
     ranks[np.argsort(scores, kind="stable")] = np.arange(len(scores))
     return ranks
 
 
 def _limits(table: GroupTable, constraints: Constraints) -> NDArray[np.float64]:
-    """Parameters that may go, per layer."""
+    """Return the number of parameters that each layer may lose under `max_layer_ratio`."""
     of_layer = np.bincount(table.layer, table.cost, table.layers)
     limits: NDArray[np.float64] = constraints.max_layer_ratio * of_layer.astype(np.float64)
     return limits
 
 
 def _drop_thin_layers(table: GroupTable, pruned: NDArray[np.bool_], epsilon: float) -> None:
-    """Remove whole each layer whose mean over its blocks of the fraction kept is below epsilon."""
+    """Mark all groups of a layer as pruned if its blocks keep, on average, less than the fraction `epsilon`."""
     kept: dict[int, list[float]] = {}
     for key, rows in table.blocks():
         kept.setdefault(key.layer, []).append((~pruned[rows]).mean())

@@ -1,4 +1,4 @@
-"""`GroupTable`: every prunable group of a model as columns, in the order (layer, kind, index)."""
+"""`GroupTable`: all prunable groups of a model, stored column by column in the order (layer, kind, index)."""
 
 import csv
 from collections import Counter
@@ -21,16 +21,18 @@ class GroupTable:
     """One row per group; all columns have the same length.
 
     layer, index: int64. kind: int64, index into `KINDS`. cost: int64, parameters removed with the group.
-    importance: float64, as the engine gives it.
-    prior: float64, the H-GSP prior of the group's block or layer; NaN at temperature 0, which uses none.
-    score: float64, importance / cost * modulation: what selection sorts by.
+    importance: float64, as the engine computed it.
+    prior: float64, the H-GSP prior of the group's block or layer; NaN at temperature 0, which uses no priors.
+    score: float64, importance / cost (normalised if asked for) * modulation; selection sorts by it.
     layers: number of decoder layers of the model.
-    plain_widths: by kind, the numbers of groups that each set of a plain checkpoint of the model's architecture may
-        keep; a kind that is not there accepts any.
-    sets: by kind, into how many parts a block's groups divide that must keep equally many, see `Block.sets`; kinds
-        that have one part are left out.
-    follows: by kind, how many of its groups go with one of each expert's channels; kinds that go alone are left out.
-    removed: by kind, the number of layers whose block an earlier pruning removed; kinds without any are left out.
+    plain_widths: by kind, the numbers of groups that a set of a block may have in a plain checkpoint of the model's
+        architecture; a kind that is missing here may have any number.
+    sets: by kind, the number of parts of a block's groups that must keep equally many groups each, see `Block.sets`;
+        kinds with one part are left out.
+    follows: by kind, the number of its groups that are removed with each channel of the routed experts (for shared
+        experts whose width the configuration states as that multiple); kinds that are pruned independently are left
+        out.
+    removed: by kind, the number of layers whose block an earlier pruning removed; kinds that lost none are left out.
     """
 
     layer: NDArray[np.int64]
@@ -51,7 +53,7 @@ class GroupTable:
         return len(self.layer)
 
     def blocks(self) -> list[tuple[BlockKey, slice]]:
-        """Each block with its rows, which are consecutive."""
+        """Return each block with the slice of its rows, which are consecutive."""
         numbers, starts, counts = np.unique(self.layer * len(KINDS) + self.kind, return_index=True, return_counts=True)
         return [
             (BlockKey(number // len(KINDS), KIND_NAMES[number % len(KINDS)]), slice(start, start + count))
@@ -59,11 +61,11 @@ class GroupTable:
         ]
 
     def masks(self, pruned: NDArray[np.bool_]) -> GroupMasks:
-        """What each block keeps when the groups of `pruned` ([len] bool) are removed."""
+        """Return the masks of what each block keeps if the groups marked in `pruned` ([len(self)] bool) are removed."""
         return GroupMasks({key: torch.from_numpy(~pruned[rows]) for key, rows in self.blocks()}, self.layers)
 
     def write_csv(self, path: Path, pruned: NDArray[np.bool_]) -> None:
-        """Write `layer,kind,index,importance,cost,prior,score,pruned`; numbers round-trip, no prior is empty."""
+        """Write `layer,kind,index,importance,cost,prior,score,pruned`; floats round-trip; a NaN prior is left empty."""
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["layer", "kind", "index", "importance", "cost", "prior", "score", "pruned"])
@@ -81,7 +83,7 @@ class GroupTable:
 
 
 def empty_table(view: PrunableModel) -> GroupTable:
-    """The table of a model's groups before calibration: importances and scores are zero."""
+    """Return the table of a model's groups before calibration: importances and scores are 0, priors NaN."""
     sizes = [block.groups for block in view.blocks]
     empty = np.zeros(sum(sizes))
     return GroupTable(

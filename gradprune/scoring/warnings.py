@@ -1,4 +1,4 @@
-"""What a selection did that was not asked for, or that its numbers could not decide."""
+"""Warnings about a selection that differs from what was asked for, or that the scores could not decide."""
 
 from collections.abc import Iterator
 
@@ -9,20 +9,20 @@ from gradprune.config import PruneConfig
 from gradprune.scoring.selection import least_cost
 from gradprune.scoring.table import GroupTable
 
-# Of the ratio asked for, more than this fraction beyond it is said.
+# The relative excess over the requested ratio above which a warning is given.
 _TOLERANCE = 1e-9
 
 
 def selection_warnings(
     table: GroupTable, pruned: NDArray[np.bool_], parameters: int, config: PruneConfig
 ) -> Iterator[str]:
-    """One sentence or two for each.
+    """Yield a warning of one or two sentences for each problem of a selection.
 
     Args:
         table: every group with its score.
-        pruned: [len(table)] bool, True for those that went.
-        parameters: of the whole model.
-        config: with the ratio and the constraints.
+        pruned: [len(table)] bool, True for a pruned group.
+        parameters: number of parameters of the whole model.
+        config: the options of the run, with the requested ratio and the constraints.
     """
     ratio = int(table.cost[pruned].sum()) / parameters
     if ratio > config.pruning_ratio * (1.0 + _TOLERANCE):
