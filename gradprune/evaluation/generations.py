@@ -12,15 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gradprune.errors import EvaluationError, one_line
 from gradprune.models.modes import evaluation_mode, plain_generation
 
-# Prompts that are drawn from the evaluation text, their tokens, and the tokens that follow.
+# The number of prompts drawn from the evaluation text, the tokens of each, and the most tokens written after each.
 _PROMPTS, _LENGTH, _NEW = 3, 24, 32
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a text file that are not empty.
+    """Read the prompts of a text file: its lines that are not empty.
 
     Raises:
-        EvaluationError: the file cannot be read, or has none.
+        EvaluationError: the file cannot be read, or all its lines are empty.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -33,9 +33,9 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def drawn_prompts(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> list[str]:
-    """Pieces of a text, evenly spaced, of whole words where it has spaces.
+    """Cut up to three evenly spaced prompts out of a text, made of whole words if the text has spaces.
 
-    tokens: [tokens] int64.
+    tokens: [tokens] int64, the text.
     """
     starts = sorted({number * len(tokens) // _PROMPTS for number in range(_PROMPTS)})
     texts = [str(tokenizer.decode(tokens[start : start + _LENGTH], skip_special_tokens=True)) for start in starts]
@@ -43,7 +43,7 @@ def drawn_prompts(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> list[st
 
 
 def _whole_words(text: str) -> str:
-    """The text without what is before its first and after its last space, if there is something between them."""
+    """Strip what precedes the first and follows the last space; return the text itself if nothing lies between."""
     between = re.search(r"\s(\S.*\S)\s", text, flags=re.DOTALL)
     return between[1] if between else text
 
@@ -52,10 +52,10 @@ def _whole_words(text: str) -> str:
 def continuations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
 ) -> tuple[str, ...]:
-    """What the model writes after each prompt, at most 32 tokens, always the likeliest next one.
+    """Write at most 32 tokens after each prompt, greedily: always the likeliest next token.
 
-    Nothing else that the checkpoint recommends for generation holds, but where a text ends. The end of a prompt that
-    leaves no room in the model's context is taken.
+    The checkpoint's generation settings are ignored, except for the tokens that end a text. A prompt too long for the
+    model's context is shortened to its last tokens.
     """
     context = int(getattr(model.config, "max_position_embeddings", None) or _LENGTH + _NEW)
     new = max(1, min(_NEW, context // 2))

@@ -19,9 +19,10 @@ from gradprune.ranks import ALONE, Ranks
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood, over `tokens` predicted tokens in `windows` windows.
+    """A measured perplexity: exp of the mean negative log-likelihood.
 
-    value: the perplexity, inf if it is too large for a float. nll: mean negative log-likelihood in nats, finite.
+    value: the perplexity; inf if it is too large for a float. nll: mean negative log-likelihood in nats, finite.
+    tokens: number of predicted tokens. windows: number of windows.
     """
 
     value: float
@@ -42,9 +43,9 @@ def perplexity(
     console: Console = QUIET,
     ranks: Ranks = ALONE,
 ) -> Perplexity:
-    """exp(total negative log-likelihood / predicted tokens), over consecutive windows that do not overlap.
+    """Measure exp(total negative log-likelihood / predicted tokens) over consecutive, non-overlapping windows.
 
-    If at least two tokens remain, they form a shorter last window. The total is accumulated in fp64.
+    If at least two tokens remain after the last whole window, they form a shorter one. Accumulates in fp64.
 
     Args:
         model: a causal LM; measured in evaluation mode, and left in the mode it was in.
@@ -52,9 +53,9 @@ def perplexity(
         seq_len: tokens per window, of which all but the first are predicted.
         batch_size: windows per forward pass; affects only memory and speed.
         max_windows: measure at most this many whole windows, spread evenly over the text; None measures all of it.
-        argument: what `tokens` is called in errors.
+        argument: name of the option that `tokens` come from, for error messages.
         console: where progress is shown.
-        ranks: the processes that divide the windows; the result is the same to the bit.
+        ranks: the processes that share the work by dividing the windows; the result has the same bits as without them.
 
     Raises:
         CalibrationError: the text is shorter than one window, `seq_len` is below 2, or `max_windows` is below 1.
@@ -77,7 +78,7 @@ def perplexity(
 def _windows(
     tokens: Tensor, seq_len: int, batch_size: int, max_windows: int | None, argument: str
 ) -> tuple[list[int], list[Tensor]]:
-    """Indices of the windows to measure, and the windows in batches; the shorter last window, if any, comes last."""
+    """Return the indices of the windows to measure, and the windows in batches; a shorter last window comes last."""
     for name, value, least in (("seq_len", seq_len, 2), ("max_windows", max_windows, 1)):
         if value is not None and value < least:
             raise CalibrationError(f"{name}: {value} is not at least {least}")
@@ -94,7 +95,7 @@ def _windows(
 
 
 def _finite(found: Tensor, windows: list[int]) -> list[float]:
-    """Copy the losses [N] of the first N of `windows` (indices) to the host; raise if one is not finite."""
+    """Copy losses [N] of the first N of `windows` (their indices) to the host; raise if one is not finite."""
     values: list[float] = found.tolist()
     for window, value in zip(windows, values, strict=False):
         if not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""Perplexity by the named protocols of the literature, so that published figures and ours are comparable."""
+"""Perplexity by named protocols of the literature, so that gradprune's figures compare with published ones."""
 
 from typing import Literal, get_args
 
@@ -24,10 +24,10 @@ _WINDOW: dict[str, int] = {"wikitext2-128": 128, "wikitext2-2048": 2048}
 
 
 def protocol_window(protocol: Protocol | str) -> int:
-    """Tokens per window of a protocol.
+    """Return the tokens per window of a protocol.
 
     Raises:
-        ConfigError: it is unknown.
+        ConfigError: the protocol is unknown.
     """
     if protocol not in _WINDOW:
         raise ConfigError(f"protocol: '{protocol}' is unknown; choose one of {', '.join(get_args(Protocol))}")
@@ -52,10 +52,10 @@ def protocol_perplexity(
 
     Args:
         model, tokenizer: a causal LM and its tokenizer.
-        protocol: its name ends in the window length.
-        dataset: a local file with that text, if the hub cannot be reached; `wikitext2` by default.
-        max_windows: measure on at most this many, which is no longer the protocol; None measures on all.
-        batch_size, console, ranks: as for `perplexity`.
+        protocol: name of the protocol; it ends in the window length.
+        dataset: a local file with that text, for when the hub cannot be reached; None loads `wikitext2`.
+        max_windows: measure on at most this many windows, which departs from the protocol; None measures on all.
+        batch_size, console, ranks: see `perplexity`.
 
     Raises:
         ConfigError: the protocol is unknown, or the ranks differ in model or text.

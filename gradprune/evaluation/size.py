@@ -7,14 +7,14 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class ModelSize:
-    """parameters: tied ones count once. bytes: memory of the parameters, without buffers."""
+    """parameters: number of parameters, tied ones counted once. bytes: their memory, without buffers."""
 
     parameters: int
     bytes: int
 
 
 def model_size(model: PreTrainedModel) -> ModelSize:
-    """Parameters and bytes of a model's unique tensors."""
+    """Count the parameters and bytes of a model's unique parameter tensors."""
     parameters = list(model.parameters())
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in parameters),

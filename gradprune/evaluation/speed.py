@@ -1,4 +1,4 @@
-"""Tokens per second; the models under comparison take turns."""
+"""Throughput in tokens per second; models that are compared take turns, so that machine load affects all equally."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ _WARM_UP = 2
 
 @dataclass(frozen=True)
 class Throughput:
-    """Tokens per second: the 20th percentile (slow), the median and the 80th percentile (fast) of the repeats."""
+    """Tokens per second: the 20th percentile (slow), the median and the 80th percentile (fast) over the repeats."""
 
     p20: float
     p50: float
@@ -29,13 +29,13 @@ class Throughput:
 def throughput(
     models: Mapping[str, PreTrainedModel], *, seq_len: int, seed: int, batch_size: int = 4, repeats: int = 15
 ) -> dict[str, Throughput]:
-    """Tokens per second of forward passes without a KV cache; models alternate, so machine load affects all equally.
+    """Measure tokens per second of forward passes without a KV cache; the models take turns.
 
     Args:
-        models: by name, at least one.
+        models: the models by name, at least one.
         seq_len, batch_size: shape of the random input.
-        seed: of the random input.
-        repeats: timed passes of each model, after two untimed ones.
+        seed: seed of the random input.
+        repeats: number of timed passes of each model; two untimed ones come first.
 
     Raises:
         ConfigError: `repeats` is less than 1.
@@ -45,7 +45,7 @@ def throughput(
 
 
 def random_ids(models: Mapping[str, PreTrainedModel], samples: int, tokens: int, seed: int) -> Tensor:
-    """Random ids [samples, tokens] int64, within every model's vocabulary."""
+    """Draw random token ids [samples, tokens] int64 that are in every model's vocabulary."""
     vocabulary = min(vocabulary_of(model) for model in models.values())
     return torch.randint(vocabulary, (samples, tokens), generator=torch.Generator().manual_seed(seed))
 
@@ -53,9 +53,9 @@ def random_ids(models: Mapping[str, PreTrainedModel], samples: int, tokens: int,
 def alternate(
     models: Mapping[str, PreTrainedModel], run: Callable[[PreTrainedModel], object], tokens: int, repeats: int
 ) -> dict[str, Throughput]:
-    """Tokens per second of each model; one call of `run` processes `tokens`. Models take turns within each repeat.
+    """Measure each model's tokens per second, where one call of `run` processes `tokens` tokens.
 
-    Two untimed repeats come first.
+    The models take turns within each repeat. Two untimed repeats come first.
 
     Raises:
         ConfigError: `repeats` is less than 1.

@@ -24,12 +24,12 @@ from gradprune.progress import QUIET, progress
 
 @dataclass(frozen=True)
 class TaskAccuracy:
-    """Zero-shot accuracy on one task, with standard errors over its questions; None where there is one question.
+    """Zero-shot accuracy on one task, with standard errors over its questions (None if there is only one question).
 
     accuracy: the fraction of questions whose right answer has the largest log-likelihood.
     per_byte: the same with each log-likelihood divided by the continuation's length in bytes, so that long answers are
-        not penalised. For lm-eval tasks it is `acc_norm`, which divides by characters. None if the continuations are
-        equal within every question.
+        not penalised. For lm-eval tasks it is `acc_norm`, which divides by characters. None if all choices of a
+        question have the same continuation, in every question.
     """
 
     task: str
@@ -72,14 +72,15 @@ def evaluate_tasks(
 
     Args:
         model: a causal LM; measured in evaluation mode, and left in the mode it was in.
-        tokenizer: its tokenizer.
+        tokenizer: the model's tokenizer.
         tasks: paths of JSONL files (see `read_questions`), or names of lm-eval tasks (these need the `eval` extra).
         batch_size: contexts per forward pass; affects only memory and speed.
         max_questions: ask at most this many per task, spread evenly over a JSONL file; None asks all.
         console: where progress is shown.
 
     Raises:
-        EvaluationError: no tokenizer; a file is missing or malformed; lm-eval is not installed or does not know a name.
+        EvaluationError: there is no tokenizer, a file is missing or malformed, `max_questions` is below 1, or lm-eval
+            is not installed, does not know a name or cannot run a task.
     """
     read = read_tasks(tasks, tokenizer)
     return ask_tasks(model, read, batch_size=batch_size, max_questions=max_questions, console=console)
@@ -87,10 +88,10 @@ def evaluate_tasks(
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks that can be asked, of any number of models that share a tokenizer.
+    """Tasks that are ready to be asked, of any number of models that share a tokenizer.
 
-    names: as they were given. files: the questions of those that are JSONL files. lm_eval: what runs the others by
-    their names, from lm-eval; None where there are none.
+    names: the tasks as they were given. files: the questions of those tasks that are JSONL files, by path. lm_eval:
+    lm-eval's function that runs the other tasks by name; None if there are no others.
     """
 
     names: tuple[str, ...]
@@ -100,12 +101,12 @@ class Tasks:
 
     @property
     def named(self) -> list[str]:
-        """Those that are lm-eval's."""
+        """The names of the tasks that lm-eval runs."""
         return [name for name in self.names if name not in self.files]
 
 
 def read_tasks(tasks: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> Tasks:
-    """Everything about the tasks that can fail before a question is asked; arguments and errors as `evaluate_tasks`."""
+    """Read and check tasks, so that mistakes surface before a question is asked. See `evaluate_tasks` for arguments."""
     if not all(task.strip() for task in tasks):
         raise EvaluationError(
             f"tasks: '{','.join(tasks)}' has an empty name in it; give names or .jsonl files, one comma between two"
@@ -125,7 +126,7 @@ def ask_tasks(
     max_questions: int | None = None,
     console: Console = QUIET,
 ) -> tuple[TaskAccuracy, ...]:
-    """`evaluate_tasks` on tasks that have been read."""
+    """Do as `evaluate_tasks` does, for tasks that `read_tasks` has read."""
     if max_questions is not None and max_questions < 1:
         raise EvaluationError(f"max_questions: {max_questions} is not at least 1")
     measured = _by_lm_eval(model, tasks, batch_size, max_questions)
@@ -138,14 +139,14 @@ def ask_tasks(
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Read questions, one JSON object per line.
+    """Read questions from a JSONL file, one JSON object per line.
 
-    Either `{"context": str, "choices": [str, ...], "answer": int}`: the right choice continues the context, after a
-    space. Or `{"contexts": [str, ...], "continuation": str, "answer": int}`: the continuation follows the right
-    context.
+    An object is either `{"context": str, "choices": [str, ...], "answer": int}`, where the right choice continues the
+    context after a space, or `{"contexts": [str, ...], "continuation": str, "answer": int}`, where the continuation
+    follows the right context. `answer` is a 0-based index.
 
     Raises:
-        EvaluationError: the file is missing or empty, or a line is malformed; the message gives its number.
+        EvaluationError: the file is missing or empty, or a line is malformed; the message gives the line's number.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -188,17 +189,18 @@ def answer_questions(
     batch_size: int = 8,
     console: Console = QUIET,
 ) -> TaskAccuracy:
-    """Ask a model questions; arguments as for `evaluate_tasks`.
+    """Measure a model's accuracy on questions; `name` is what the task is called, other arguments as `evaluate_tasks`.
 
-    A context and its continuation are tokenised together, as lm-eval does, so a token may span the boundary. All
-    continuations of one context share a single pass over it, where the model lets each attend only to the context and
-    to itself.
+    A context and its continuation are tokenised together, as lm-eval does, so a token may span the boundary. If the
+    model's attention can be masked so that each continuation sees only the context and itself, all continuations of a
+    context share a single pass over it.
     """
     rows = [row for index, question in enumerate(questions) for row in _rows(tokenizer, index, question, model.config)]
     shared = _follows_masks(model, max((row.length for row in rows), default=0))
     if not shared:
         rows = [alone for row in rows for alone in row.apart()]
-    rows.sort(key=lambda row: (-row.length, row.question))  # longest first: if memory is short, it fails at once
+    # The longest come first, so that a lack of memory shows in the first batch.
+    rows.sort(key=lambda row: (-row.length, row.question))
     likelihoods: list[dict[int, float]] = [{} for _ in questions]
     shown = progress(console, f"Asking {name}", len(rows), "contexts")
     with torch.inference_mode(), evaluation_mode(model), shown as advance:
@@ -235,16 +237,16 @@ class _Row:
         return len(self.context) + sum(len(ids) for ids in self.continuations)
 
     def apart(self) -> "Iterator[_Row]":
-        """A row for each continuation."""
+        """Yield a separate row for each continuation."""
         for answer, continuation in zip(self.answers, self.continuations, strict=True):
             yield _Row(self.question, [answer], self.context, [continuation])
 
 
 def _follows_masks(model: PreTrainedModel, length: int) -> bool:
-    """Whether a mask and positions decide what each token of a row of that length sees.
+    """Whether an attention mask and position ids fully decide what each token in a row of `length` tokens sees.
 
-    They do not where layers carry a state from token to token, or where the model measures distances in the row itself.
-    And a mask replaces the model's own, so a window must not be shorter than the row.
+    They do not if layers carry a state from token to token, or if the model takes distances from the tokens' places in
+    the row (ALiBi). And because the mask replaces the model's own, sliding windows must not be shorter than the row.
     """
     config: Any = text_config(model.config)
     kinds = set(getattr(config, "layer_types", None) or ("full_attention", "sliding_attention"))
@@ -268,7 +270,7 @@ def _rows(tokenizer: PreTrainedTokenizerBase, index: int, question: Question, co
 def _encode(
     tokenizer: PreTrainedTokenizerBase, context: str, continuations: list[str]
 ) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the context, and those that each continuation (after a space) adds to it."""
+    """Return the context's token ids, and for each continuation (after a space) the token ids that it adds."""
     # Trailing spaces of the context move to the continuation: tokenizers merge them into the following word.
     text = context.rstrip(" ")
     gap = context[len(text) :] or " "
@@ -286,7 +288,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _log_likelihoods(model: PreTrainedModel, rows: Sequence[_Row], shared: bool) -> list[list[float]]:
-    """Log-likelihood of each row's continuations, in nats; shared: they are several, which must not see each other."""
+    """Return the log-likelihoods of each row's continuations, in nats; shared: mask continuations from each other."""
     longest = max(row.length for row in rows)
     packed = [_pack(row, longest) for row in rows]
     device, arguments = model.device, {}
@@ -310,9 +312,9 @@ def _log_likelihoods(model: PreTrainedModel, rows: Sequence[_Row], shared: bool)
 class _Packed:
     """A row as one sequence of T tokens: the context, then its continuations one after another, then padding.
 
-    ids, positions: [T] int64; each continuation's positions continue the context's. seen: [T, T] bool, what each token
-    attends to. targets: [K] int64, indices of all continuation tokens. predictors: [K] int64, indices of the tokens
-    that predict them.
+    ids, positions: [T] int64; each continuation's positions continue those of the context. seen: [T, T] bool, the
+    tokens (columns) that each token (row) attends to. targets: [K] int64, indices of all continuation tokens.
+    predictors: [K] int64, indices of the tokens from which the targets are predicted.
     """
 
     ids: Tensor
@@ -342,23 +344,23 @@ def _pack(row: _Row, length: int) -> _Packed:
 
 
 def percent(rate: float, stderr: float | None) -> str:
-    """An accuracy for people, with its standard error where it has one."""
+    """Format an accuracy in percent for readers, with its standard error if there is one."""
     return f"{100 * rate:.1f} %" if stderr is None else f"{100 * rate:.1f} ± {100 * stderr:.1f} %"
 
 
 def _largest(values: list[float]) -> int:
-    """Index of the largest value; the first one on ties."""
+    """Return the index of the largest value, the first of several equal ones."""
     return max(range(len(values)), key=values.__getitem__)
 
 
 def _rate(right: list[bool]) -> tuple[float, float | None]:
-    """The mean, and its standard error sqrt(p (1 - p) / (n - 1)); one question has none."""
+    """Return the mean p and its standard error sqrt(p (1 - p) / (n - 1)), which is None for a single question."""
     p, n = sum(right) / len(right), len(right)
     return p, math.sqrt(p * (1.0 - p) / (n - 1)) if n > 1 else None
 
 
 def _spread(questions: Sequence[Question], count: int) -> list[Question]:
-    """At most `count` questions, evenly spaced."""
+    """Select at most `count` evenly spaced questions."""
     count = min(count, len(questions))
     return [questions[index * len(questions) // count] for index in range(count)]
 
@@ -366,7 +368,7 @@ def _spread(questions: Sequence[Question], count: int) -> list[Question]:
 def _by_lm_eval(
     model: PreTrainedModel, tasks: Tasks, batch_size: int, max_questions: int | None
 ) -> dict[str, TaskAccuracy]:
-    """Run those of the tasks that are lm-eval's, which fetches their questions from the hub."""
+    """Run the tasks that belong to lm-eval, which fetches their questions from the hub."""
     if tasks.lm_eval is None:
         return {}
     from lm_eval.models.huggingface import HFLM
@@ -382,7 +384,7 @@ def _by_lm_eval(
 
 
 def _lm_eval(names: Sequence[str]) -> Callable[..., dict[str, Any]]:
-    """lm-eval's `simple_evaluate` with its `TaskManager`; raises if lm-eval is missing or does not know a name."""
+    """Return lm-eval's `simple_evaluate`, bound to its `TaskManager`; raise if lm-eval is missing or lacks a name."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -415,5 +417,5 @@ def _from_lm_eval(name: str, found: dict[str, Any]) -> TaskAccuracy:
 
 
 def _stderr(found: Any) -> float | None:
-    """A standard error as lm-eval gives it: "N/A" where there is one question."""
+    """Convert a standard error as lm-eval gives it; it is "N/A", here None, if there is only one question."""
     return float(found) if isinstance(found, (int, float)) and math.isfinite(found) else None
