@@ -1,1 +1,1 @@
-"""Vanishing gradients: diagnosis across layers, and scaling that evens them out."""
+"""Vanishing gradients: diagnosis across layers, and scaling that makes layers' gradients comparable."""

@@ -12,8 +12,9 @@ from gradprune.vanishing.statistics import LayerGradients
 class GradientAnalysis:
     """The layers' gradients, as measured during calibration.
 
-    gradients: statistics over `num_samples` samples, before any scaling. steps: of each of the first batches.
-    requested: the fix asked for. scaling: what it did; None if no fix was asked for.
+    gradients: the layers' statistics over `num_samples` samples, before any scaling. steps: the same for each of the
+        first batches.
+    requested: name of the requested fix. scaling: what the fix did; None if no fix was requested.
     seq_len, num_samples, reduction: settings of the calibration.
     """
 
@@ -36,7 +37,7 @@ class GradientAnalysis:
         return self.before if self.scaling is None else diagnose_gradients(self.scaling.after)
 
     def scaling_text(self) -> str | None:
-        """One line on what was scaled, with a warning if it was not needed; None if no fix was asked for."""
+        """Describe in one line what was scaled, with a warning if it was not needed; None if no fix was requested."""
         if self.scaling is None:
             return None
         fix = self.scaling.fix
@@ -48,7 +49,7 @@ class GradientAnalysis:
         return text
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Return the analysis as a JSON-serialisable dict."""
         return {
             "seq_len": self.seq_len,
             "num_samples": self.num_samples,

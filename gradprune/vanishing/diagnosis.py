@@ -19,9 +19,9 @@ _ADVICE: dict[Verdict, str] = {
 class Diagnosis:
     """The gradient statistics of a model's layers, with a verdict.
 
-    ratio: largest layer mean of |g| over the smallest; infinite if one is 0.
+    ratio: largest layer mean of |g| divided by the smallest; infinite if a layer's mean is 0.
     verdict: "normal" below 100, "mild" from 100 to 1000, "severe" above.
-    vanishing: layers whose mean is less than 1/100 of the largest.
+    vanishing: indices of the layers whose mean is less than 1/100 of the largest.
     """
 
     layers: list[LayerGradients]
@@ -30,22 +30,22 @@ class Diagnosis:
     vanishing: list[int]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable; the content of `analysis/gradients.json`."""
+        """Return the diagnosis as a JSON-serialisable dict, as `analysis/gradients.json` contains it."""
         return {**asdict(self), "recommendation": self.recommendation}
 
     @property
     def recommendation(self) -> str:
-        """What to do about the verdict, in a few words."""
+        """What to do in view of the verdict, in a few words."""
         return _ADVICE[self.verdict]
 
     def mark(self, layer: LayerGradients) -> str:
-        """The layer's problem: "frozen", "vanishing (zero)" or "vanishing"; empty if it has none."""
+        """Name the layer's problem: "frozen", "vanishing (zero)" or "vanishing"; an empty string if it has none."""
         if layer.mean == 0.0:
             return "frozen" if layer.frozen else "vanishing (zero)"
         return "vanishing" if layer.layer in self.vanishing else ""
 
     def marked_layers(self) -> str:
-        """The marked layers as ranges, such as "vanishing 0-3, 7; frozen 9"; "none" if no layer is marked."""
+        """List the marked layers as ranges, such as "vanishing 0-3, 7; frozen 9"; "none" if no layer is marked."""
         by_mark: dict[str, list[int]] = {}
         for layer in self.layers:
             if mark := self.mark(layer):
@@ -53,7 +53,7 @@ class Diagnosis:
         return "; ".join(f"{mark} {_ranges(indices)}" for mark, indices in by_mark.items()) or "none"
 
     def verdict_text(self) -> str:
-        """One line: ratio, verdict, recommendation, and the layers without any gradient."""
+        """Return one line with the ratio, the verdict, the recommendation and the layers without any gradient."""
         text = f"Gradient ratio {self.ratio:.1f}: {self.verdict}; {self.recommendation}."
         dead = [str(layer.layer) for layer in self.layers if layer.mean == 0.0]
         return text + (f" Without any gradient: layer {', '.join(dead)}." if dead else "")
@@ -85,5 +85,5 @@ def _ranges(indices: list[int]) -> str:
 
 
 def stablest(diagnoses: dict[int, Diagnosis]) -> int:
-    """The sequence length with the smallest ratio; the shortest one on ties."""
+    """Return the sequence length with the smallest ratio; ties are broken by the shorter length."""
     return min(diagnoses, key=lambda seq_len: (diagnoses[seq_len].ratio, seq_len))

@@ -13,16 +13,17 @@ from gradprune.vanishing.statistics import LayerGradients, layer_gradients
 
 
 def gradients_of_model(model: nn.Module, backend: GradientBackend = "auto") -> list[LayerGradients]:
-    """Statistics of each decoder layer over all its parameters that have a `.grad`: weights, biases and norms.
+    """Compute statistics of each decoder layer over all its parameters with a `.grad`: weights, biases and norms.
 
     Weights are named after their module ("self_attn.q_proj"), as in the engine's statistics; other parameters have
-    their own name ("self_attn.q_proj.bias"). A layer without any `.grad` has mean 0 and no names; a layer without
-    parameters is left out. `backend` computes the statistics, in fp32 (fp64 for fp64 gradients). Deterministic.
+    their own name ("self_attn.q_proj.bias"). A layer without any `.grad` has mean 0 and empty
+    `parameter_norms`; a layer without parameters is left out. `backend` names the backend that computes the statistics,
+    in fp32 (fp64 for fp64 gradients). Deterministic.
 
     Raises:
         GradPruneError: no parameter of any decoder layer has a `.grad`.
         NonFiniteError: a gradient is NaN or infinite, or its sum of squares overflows; the message names the parameter.
-        UnsupportedArchitectureError: no decoder layers found.
+        UnsupportedArchitectureError: the model has no decoder layers that can be recognised.
     """
     layers = find_decoder_layers(model)
     gradients = {index: _gradients_of_layer(layer) for index, layer in enumerate(layers) if [*layer.parameters()]}
@@ -31,7 +32,7 @@ def gradients_of_model(model: nn.Module, backend: GradientBackend = "auto") -> l
             f"gradients: none of the {len(layers)} decoder layers has a .grad; call loss.backward() first, "
             "and read the gradients before optimizer.zero_grad()"
         )
-    # One call for the gradients of all layers.
+    # A single call reads the gradients of all layers, which saves launches.
     found = iter(grad_stats([gradient for own in gradients.values() for gradient in own.values()], backend).to_list())
     return [_layer_gradients(index, own, {name: next(found) for name in own}) for index, own in gradients.items()]
 

@@ -1,7 +1,8 @@
 """Fixes for vanishing gradients, applied in place to `.grad` after `loss.backward()`, for your own training loops.
 
-The formulas are those of `gradprune.vanishing.scaling`, with n_p the norm of the gradient at hand. Only parameters of
-decoder layers are touched; the layers are found in any model, pruned by gradprune or not (`find_decoder_layers`).
+The formulas are those of `gradprune.vanishing.scaling`, where n_p is the norm of the gradient in `.grad`. Only
+parameters of decoder layers are scaled; the layers are found in any model, pruned by gradprune or not
+(`find_decoder_layers`).
 """
 
 from collections.abc import Callable
@@ -18,10 +19,10 @@ from gradprune.vanishing.scaling import LayerNorms, adaptive_scales, depth_scale
 
 @dataclass(frozen=True)
 class ScaledGradients:
-    """What was done to a model's gradients.
+    """A record of how a model's gradients were scaled.
 
-    norms: per decoder layer, n_p by parameter name, before scaling. scales: per decoder layer, the factor its gradients
-        were multiplied by; 1 if it has none.
+    norms: for each decoder layer, n_p by parameter name, before scaling.
+    scales: for each decoder layer, the factor that its gradients were multiplied by; 1 if the layer has no gradients.
     """
 
     norms: list[dict[str, float]]
@@ -32,13 +33,13 @@ def adaptive_gradient_scaling(model: nn.Module, backend: GradientBackend = "auto
     """Multiply layer l's gradients by clip(median of all n_p / mean n_p of layer l, 0.1, 10), in place.
 
     Args:
-        model: after `loss.backward()`; parameters without a `.grad` are left alone.
-        backend: computes the norms and the scaling.
+        model: the model after `loss.backward()`; parameters without a `.grad` are left alone.
+        backend: the backend that computes the norms and scales the gradients.
 
     Raises:
-        GradPruneError: no parameter of a decoder layer has a `.grad`: call `loss.backward()` first.
+        GradPruneError: no parameter of a decoder layer has a `.grad`; call `loss.backward()` first.
         NonFiniteError: a gradient is NaN or infinite, or its sum of squares overflows; the message names the parameter.
-        UnsupportedArchitectureError: no decoder layers found.
+        UnsupportedArchitectureError: the model has no decoder layers that can be recognised.
     """
     return _scale(model, adaptive_scales, backend)
 
@@ -46,7 +47,7 @@ def adaptive_gradient_scaling(model: nn.Module, backend: GradientBackend = "auto
 def normalize_gradients_per_layer(model: nn.Module, backend: GradientBackend = "auto") -> ScaledGradients:
     """Multiply layer l's gradients by 1 / mean n_p of layer l, in place.
 
-    Arguments and errors as for `adaptive_gradient_scaling`.
+    See `adaptive_gradient_scaling` for arguments and errors.
     """
     return _scale(model, normalize_scales, backend)
 
@@ -57,12 +58,12 @@ def weight_gradients_by_depth(
     """Multiply the gradients of layer l of L by a weight of at most 1.5, larger for earlier layers, in place.
 
     Args:
-        model, backend: as for `adaptive_gradient_scaling`.
+        model, backend: see `adaptive_gradient_scaling`.
         strategy: "linear", (L - l) / L + 0.5; "sqrt", sqrt((L - l) / L) + 0.5; or "log",
             log(L - l + 1) / log(L + 1) + 0.5.
 
     Raises:
-        ConfigError: unknown strategy; no gradient was changed. Others as for `adaptive_gradient_scaling`.
+        ConfigError: the strategy is unknown; no gradient was changed. See also `adaptive_gradient_scaling`.
     """
     return _scale(model, lambda norms: depth_scales(strategy, norms), backend)
 

@@ -2,11 +2,12 @@
 
 n_p is the L2 norm of parameter p's gradient, m_l the mean of n_p over layer l's parameters. For layers l = 0..L-1:
 
-- `adaptive`: clip(median of n_p over all parameters / m_l, 0.1, 10); the upper median.
+- `adaptive`: clip(median of n_p over all parameters / m_l, 0.1, 10), where the median is the upper one.
 - `normalize`: 1 / m_l.
 - `depth:linear`: (L - l) / L + 0.5; `depth:sqrt`: sqrt((L - l) / L) + 0.5;
   `depth:log`: log(L - l + 1) / log(L + 1) + 0.5.
-- a chain such as `adaptive+depth:sqrt`: the product of the scales, each computed on the gradients scaled so far.
+- a chain such as `adaptive+depth:sqrt`: the product of its parts' scales, each computed on the gradients as scaled by
+  the parts before it.
 
 A layer with m_l = 0 keeps scale 1. A scale s multiplies |w g| by s and w^2 g^2 by s^2.
 """
@@ -22,7 +23,7 @@ from gradprune.vanishing.diagnosis import Verdict, diagnose_gradients
 from gradprune.vanishing.statistics import LayerGradients
 
 LayerNorms = Sequence[Sequence[float]]
-"""Per decoder layer, n_p of each of its parameters."""
+"""For each decoder layer, n_p of each of its parameters."""
 
 _CLIP = (0.1, 10.0)
 
@@ -37,9 +38,9 @@ _FIX_OF_VERDICT: dict[Verdict, str] = {"normal": "none", "mild": "adaptive", "se
 
 @dataclass(frozen=True)
 class GradientScaling:
-    """What a fix did.
+    """The effect of a fix on the layers' gradients.
 
-    fix: what was applied; "auto" is resolved, to "none" if no fix was needed.
+    fix: the fix that was applied; "auto" has been resolved, to "none" if no fix was needed.
     scales: one per decoder layer; with `reduction="batch"`, which scales each batch, the mean over the batches.
     after: the layers' gradient statistics after the fix.
     """
@@ -50,14 +51,14 @@ class GradientScaling:
 
 
 def layer_scales(fix: str, norms: LayerNorms) -> list[float]:
-    """One scale per layer for the fix "none", one of `gradprune.config.GRADIENT_FIXES`, or a chain of them.
+    """Compute one scale per layer.
 
     Args:
-        fix: name of the fix.
-        norms: per layer, n_p of its parameters; a layer without any keeps scale 1.
+        fix: "none", one of `gradprune.config.GRADIENT_FIXES`, or a chain of these joined by "+".
+        norms: for each layer, n_p of its parameters; a layer without any keeps scale 1.
 
     Raises:
-        ConfigError: unknown fix.
+        ConfigError: the fix is unknown.
     """
     scales = [1.0] * len(norms)
     if fix == "none":
@@ -70,7 +71,7 @@ def layer_scales(fix: str, norms: LayerNorms) -> list[float]:
 
 
 def adaptive_scales(norms: LayerNorms) -> list[float]:
-    """clip(median of n_p over all parameters / m_l, 0.1, 10)."""
+    """Compute clip(median of n_p over all parameters / m_l, 0.1, 10) for each layer l."""
     everything = [norm for layer in norms for norm in layer]
     if not everything:
         return [1.0] * len(norms)
@@ -79,15 +80,15 @@ def adaptive_scales(norms: LayerNorms) -> list[float]:
 
 
 def normalize_scales(norms: LayerNorms) -> list[float]:
-    """1 / m_l."""
+    """Compute 1 / m_l for each layer l."""
     return [1.0 / mean if mean > 0.0 else 1.0 for mean in map(_mean, norms)]
 
 
 def depth_scales(strategy: str, norms: LayerNorms) -> list[float]:
-    """Larger for earlier layers, by "linear", "sqrt" or "log" of the depth.
+    """Compute scales that are larger for earlier layers, with strategy "linear", "sqrt" or "log".
 
     Raises:
-        ConfigError: unknown strategy.
+        ConfigError: the strategy is unknown.
     """
     if strategy not in _DEPTH_WEIGHTS:
         raise ConfigError(f"strategy: '{strategy}' is unknown; choose one of {', '.join(_DEPTH_WEIGHTS)}")
@@ -105,17 +106,17 @@ def _step_scales(part: str, norms: LayerNorms) -> list[float]:
 
 
 def _mean(norms: Sequence[float]) -> float:
-    """m_l; 0 for a layer without gradients."""
+    """Return m_l, or 0 for a layer without gradients."""
     return math.fsum(norms) / len(norms) if norms else 0.0
 
 
 def resolve_fix(fix: str, gradients: list[LayerGradients]) -> str:
-    """`fix` itself, or what the diagnosis of `gradients` recommends if it is "auto"."""
+    """Return `fix` itself, or, if it is "auto", the fix that the diagnosis of `gradients` recommends."""
     return _FIX_OF_VERDICT[diagnose_gradients(gradients).verdict] if fix == "auto" else fix
 
 
 def scales_of(fix: str, gradients: list[LayerGradients], layers: int) -> list[float]:
-    """One scale per decoder layer of the model; layers that are not in `gradients` keep scale 1."""
+    """Compute one scale for each of the model's `layers` decoder layers; layers not in `gradients` keep scale 1."""
     norms: list[list[float]] = [[] for _ in range(layers)]
     for layer in gradients:
         norms[layer.layer] = list(layer.parameter_norms.values())

@@ -8,12 +8,13 @@ from gradprune.ops.vectors import GradientStatistics
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """The gradients of one decoder layer's prunable weights, over all samples (`batch`: over all batches).
+    """Gradient statistics of a decoder layer's prunable weights, over all samples (reduction `batch`: all batches).
 
-    mean, std: of |g| over the layer's elements and the samples (population std).
-    norm: L2 norm, sqrt of the mean over samples of the sum of g^2.
-    maximum, minimum: of |g|.
-    parameter_norms: n_p = sqrt(mean over samples of ||g||^2) by weight name, e.g. "self_attn.q_proj".
+    layer: index of the layer.
+    mean, std: mean and population standard deviation of |g| over the layer's elements and the samples.
+    norm: L2 norm, the square root of the mean over samples of the sum of g^2.
+    maximum, minimum: the largest and the smallest |g|.
+    parameter_norms: n_p = sqrt(mean over samples of ||g||^2) by weight name, such as "self_attn.q_proj".
     """
 
     layer: int
@@ -25,7 +26,7 @@ class LayerGradients:
     parameter_norms: dict[str, float]
 
     def scaled(self, scale: float) -> "LayerGradients":
-        """The statistics of the same gradients times `scale` > 0."""
+        """Return the statistics of the same gradients multiplied by `scale` > 0."""
         return LayerGradients(
             layer=self.layer,
             mean=scale * self.mean,
@@ -38,19 +39,19 @@ class LayerGradients:
 
     @property
     def frozen(self) -> bool:
-        """No parameter of the layer has a gradient."""
+        """Whether no parameter of the layer has a gradient."""
         return not self.parameter_norms
 
 
 def layer_gradients(
     layer: int, statistics: dict[str, GradientStatistics[float]], elements: dict[str, int], count: int
 ) -> LayerGradients:
-    """Combine a layer's per-weight statistics.
+    """Combine the statistics of a layer's weights into statistics of the layer.
 
     Args:
         layer: index of the decoder layer.
-        statistics: per weight, over `count` gradients.
-        elements: per weight, its number of elements.
+        statistics: by weight name, the statistics summed over `count` gradients.
+        elements: by weight name, the weight's number of elements.
         count: number of gradients (samples or batches) in the sums.
     """
     total = sum(elements.values()) * count
@@ -68,15 +69,15 @@ def layer_gradients(
 
 
 def gradient_ratio(layers: list[LayerGradients]) -> float:
-    """Largest layer mean divided by the smallest; infinite if a layer's mean is 0."""
+    """Return the largest layer mean divided by the smallest; infinite if a layer's mean is 0."""
     means = [layer.mean for layer in layers]
     return max(means) / min(means) if min(means) > 0.0 else math.inf
 
 
 def pool_steps(steps: list[list[LayerGradients]]) -> list[LayerGradients]:
-    """One entry per layer over several steps (at least one) of equal weight, as if each step were a sample.
+    """Pool the statistics of several steps (at least one) with equal weights, as if each step were a sample.
 
-    A layer or parameter that some steps lack is pooled over those that have it.
+    Return one entry per layer. A layer or parameter that some steps lack is pooled over the steps that have it.
     """
     indices = sorted({layer.layer for step in steps for layer in step})
     return [_pool_layer([layer for step in steps for layer in step if layer.layer == index]) for index in indices]
@@ -84,7 +85,7 @@ def pool_steps(steps: list[list[LayerGradients]]) -> list[LayerGradients]:
 
 def _pool_layer(layers: list[LayerGradients]) -> LayerGradients:
     mean = math.fsum(layer.mean for layer in layers) / len(layers)
-    # Law of total variance: the mean of the steps' variances and the variance of their means.
+    # Law of total variance: the mean of the steps' variances plus the variance of their means.
     variance = math.fsum(layer.std**2 + (layer.mean - mean) ** 2 for layer in layers) / len(layers)
     names = dict.fromkeys(name for layer in layers for name in layer.parameter_norms)
     norms = {name: [layer.parameter_norms[name] for layer in layers if name in layer.parameter_norms] for name in names}
