@@ -1,10 +1,14 @@
-"""The C++ extension. Memory is given by address (`Tensor.data_ptr()`); callers keep it alive."""
+"""The C++ extension. Memory is passed as addresses (`Tensor.data_ptr()`), and callers keep it alive."""
 
 from collections.abc import Sequence
 from typing import TypedDict
 
 class BuildInfo(TypedDict):
-    """isa: what "auto" uses here. isas: available here. openmp, cuda: built in. compiler: its version."""
+    """What this build contains and what of it this CPU can run.
+
+    isa: the instruction set that "auto" uses on this CPU. isas: those that this build has and this CPU supports.
+    openmp, cuda: whether the build includes them. compiler: the compiler's version.
+    """
 
     isa: str
     isas: list[str]
@@ -18,7 +22,7 @@ FLOAT16: int
 FLOAT64: int
 
 STATISTICS: list[str]
-"""Names of the five statistics, in the order in which the ops write them."""
+"""The names of the five statistics, in the order in which the ops write them."""
 
 def taylor_score(
     w: tuple[int, int, int],
@@ -30,9 +34,10 @@ def taylor_score(
     threads: int,
     isa: str = "auto",
 ) -> None:
-    """w, g: (address, row stride in elements, type). side: rows, columns or both.
+    """Compute sums of a weight times its gradient, and the gradient's statistics.
 
-    outputs: 5 addresses, in the order of `ImportanceVectors`; 0 for the side not asked for.
+    w, g: (address, row stride in elements, type code). side: "rows", "columns" or "both".
+    outputs: addresses of row_abs, row_square, column_abs, column_square and statistics; 0 for a side not computed.
     """
 
 def linear_importance(
@@ -45,7 +50,11 @@ def linear_importance(
     threads: int,
     isa: str = "auto",
 ) -> None:
-    """x, dy: (address, strides between samples and tokens, type). sizes: samples, tokens, rows, columns."""
+    """Compute `taylor_score` of each sample's weight gradient, summed over samples.
+
+    x, dy: (address, sample stride, token stride, type code), strides in elements.
+    sizes: numbers of samples, tokens, rows and columns. w, side, outputs: see `taylor_score`.
+    """
 
 def grouped_linear_importance(
     x: tuple[int, int, int, int],
@@ -59,10 +68,12 @@ def grouped_linear_importance(
     threads: int,
     isa: str = "auto",
 ) -> None:
-    """x, dy: as `linear_importance`'s, of all tokens as one sample. w: the first expert's weight.
+    """Compute `linear_importance` of each expert's weight on the expert's tokens.
 
-    offsets: where the tokens of each expert begin by sample, and the end. sizes: experts, samples, rows, columns.
-    outputs: the first expert's, of sums [experts, 2, length] and statistics [experts, 5].
+    x, dy: see `linear_importance`; all tokens are passed as one sample. w: the first expert's weight.
+    offsets: for each expert, the token at which each sample begins; then the end of the last.
+    sizes: numbers of experts, samples, rows and columns.
+    outputs: the first expert's addresses in sums [experts, 2, length] and statistics [experts, 5].
     """
 
 def mask_gradient(
@@ -73,9 +84,10 @@ def mask_gradient(
     threads: int,
     isa: str = "auto",
 ) -> None:
-    """x, dx: as `linear_importance`'s x, of one type. sizes: samples, tokens, columns.
+    """Compute the sums over tokens of x dx and of x^2, for each sample.
 
-    outputs: addresses of [samples, columns] each: the sums over tokens of x dx, and of x^2.
+    x, dx: see x of `linear_importance`; both have the same type. sizes: numbers of samples, tokens and columns.
+    outputs: addresses of [samples, columns] each, for the sums of x dx and of x^2.
     """
 
 def cheapest_removals(
@@ -86,29 +98,38 @@ def cheapest_removals(
     outputs: tuple[int, int],
     isa: str = "auto",
 ) -> None:
-    """inverse, gram: (address, row stride) of fp64 matrices [columns, columns].
+    """Remove the cheapest column `count` times.
 
-    outputs: addresses of which columns go, [count] int64, and of what each costs, [count] fp64.
+    inverse, gram: (address, row stride) of fp64 matrices [columns, columns].
+    outputs: addresses of the removed columns, [count] int64, and of their costs, [count] fp64.
     """
 
 def grad_stats(gradients: Sequence[tuple[int, int, int]], out: int, threads: int, isa: str = "auto") -> None:
-    """gradients: (address, elements, type) each. out: address of [K, 5] fp64."""
+    """Write the statistics of K gradients, each given as (address, elements, type code), to `out`: [K, 5] fp64."""
 
 def scale_gradients(
     gradients: Sequence[tuple[int, int, int]], scales: Sequence[float], threads: int, isa: str = "auto"
 ) -> None:
-    """gradients: (address, elements, type) each, scaled in place."""
+    """Scale gradients, each given as (address, elements, type code), in place."""
 
 def grad_stats_cuda(
     chunks: tuple[int, int], first_chunks: int, gradients: int, of_chunks: int, out: int, stream: int
 ) -> None:
-    """Only where `build_info()["cuda"]`. chunks: (address, rows) of a table on the device; see `gradprune.ops.cuda`."""
+    """Write the statistics of gradients on the current device to `out`; exists only if `build_info()["cuda"]`.
+
+    chunks: (address, number of rows) of the table that `gradprune.ops.cuda.chunk_rows` describes. first_chunks: address
+    of [gradients + 1] int64. gradients: their number. of_chunks: address of scratch memory [rows, 5] fp64. out: address
+    of [gradients, 5] fp64. All of them are on the device, and the work is queued on `stream`.
+    """
 
 def scale_gradients_cuda(chunks: tuple[int, int], scales: int, stream: int) -> None:
-    """Only where `build_info()["cuda"]`. chunks as above; scales: address of [gradients] fp64 on the device."""
+    """Scale gradients on the current device in place; exists only if `build_info()["cuda"]`.
+
+    chunks, stream: see `grad_stats_cuda`. scales: address of [gradients] fp64 on the device.
+    """
 
 def cuda_fault() -> str | None:
-    """Only where `build_info()["cuda"]`. Why the CUDA kernels cannot run on the current device, or None."""
+    """Return why CUDA kernels cannot run on the current device, or None; exists only if `build_info()["cuda"]`."""
 
 def build_info() -> BuildInfo:
-    """What this build has, and what of it this CPU can run."""
+    """Return what this build contains, and what of it this CPU can run."""

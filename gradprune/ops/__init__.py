@@ -1,6 +1,6 @@
-"""The ops: from weights, gradients and activations to a few vectors, by whichever backend runs here.
+"""The ops, which reduce weights, gradients and activations to a few vectors, on any backend that runs here.
 
-from gradprune.ops import linear_importance, taylor_score
+Usage: `from gradprune.ops import linear_importance, taylor_score`.
 """
 
 from gradprune.ops.dispatch import (

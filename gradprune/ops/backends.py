@@ -1,4 +1,4 @@
-"""Which backends can run here, and why others cannot."""
+"""Checks of which backends can run here, each with the reason if one cannot."""
 
 import importlib
 import importlib.util
@@ -6,18 +6,18 @@ import os
 
 
 def reference_fault(_device: str) -> None:
-    """None: plain PyTorch runs on every device."""
+    """Return None, because plain PyTorch runs on every device."""
 
 
 def cpp_fault(device: str) -> str | None:
-    """Why the C++ kernels cannot run on `device`, or None if they can."""
+    """Return why the C++ kernels cannot run on `device`, or None if they can."""
     if device != "cpu":
         return "the C++ kernels work on CPU tensors"
     return _extension_fault()
 
 
 def triton_fault(device: str) -> str | None:
-    """Why the Triton kernels cannot run on `device`, or None if they can."""
+    """Return why the Triton kernels cannot run on `device`, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'gradprune[triton]')"
     if importlib.util.find_spec("gradprune.kernels") is None:
@@ -28,7 +28,7 @@ def triton_fault(device: str) -> str | None:
 
 
 def cuda_fault(device: str) -> str | None:
-    """Why the CUDA kernels cannot run on `device` (on a GPU: on the current one), or None if they can."""
+    """Return why the CUDA kernels cannot run on `device` ("cuda" means the current GPU), or None if they can."""
     if device != "cuda":
         return "the CUDA kernels work on CUDA tensors"
     fault = _extension_fault()

@@ -1,4 +1,4 @@
-"""The importance and gradient ops in C++, for CPU tensors."""
+"""The importance and gradient ops as C++ kernels of the extension, for CPU tensors."""
 
 from collections.abc import Sequence
 
@@ -28,22 +28,23 @@ from gradprune.ops.vectors import (
 
 
 def taylor_score_cpp(w: Tensor, g: Tensor, side: Side = "both", isa: str = "auto") -> ImportanceVectors:
-    """Row and column sums of |w g| and w^2 g^2, and the statistics of g, from one read of each.
+    """Compute row and column sums of |w g| and w^2 g^2, and the statistics of g, reading each matrix once.
 
     Args:
         w: [O, I] CPU tensor, fp32, bf16, fp16 or fp64, the weight.
-        g: [O, I] CPU tensor, any of these types, its gradient. If exactly one of w and g is fp64, it is converted to
-            fp32 first. A tensor whose rows are not contiguous is copied.
+        g: [O, I] CPU tensor of any of these types, the gradient of w. If exactly one of w and g is fp64, it is
+            converted to fp32 first. A tensor whose rows are not contiguous is copied.
         side: which sums to compute.
-        isa: instruction set, "auto" or one of `_C.build_info()["isas"]`. Results differ between them by rounding.
+        isa: instruction set, "auto" or one of `_C.build_info()["isas"]`. Their results differ by rounding.
 
-    Sums of at most 120 rows and 4096 columns in fp32, over those in fp64 (all fp64 where both are fp64).
-    Deterministic: the same bits for any number of threads, and for each side alone as for both. The calling thread
-    keeps the memory of the tiles' sums for its next call: at most 1/60 of W in fp32.
+    Within tiles of at most 120 rows and 4096 columns sums are accumulated in fp32, and across tiles in fp64 (fp64
+    throughout if both tensors are fp64). Deterministic: the bits depend neither on the number of threads nor on whether
+    one side or both are computed. The calling thread keeps the memory for the tiles' sums for its next call: at most
+    1/60 of the size of w in fp32.
 
     Raises:
         BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
-        ValueError: a tensor is not a floating-point CPU matrix, or the shapes differ; names it.
+        ValueError: a tensor is not a floating-point CPU matrix, or the shapes differ; the message names the tensor.
     """
     w, g = check_tensor("w", w), check_tensor("g", g)
     if w.ndim != 2:
@@ -65,23 +66,24 @@ def taylor_score_cpp(w: Tensor, g: Tensor, side: Side = "both", isa: str = "auto
 def linear_importance_cpp(
     x: Tensor, dy: Tensor, w: Tensor, side: Side = "both", isa: str = "auto"
 ) -> ImportanceVectors:
-    """`taylor_score` of each sample's weight gradient g_n = dy_n^T x_n of a linear layer, summed over samples.
+    """Compute `taylor_score` of each sample's weight gradient g_n = dy_n^T x_n, and sum the results over samples.
 
     Args:
         x: [N, T, I] CPU tensor, fp32, bf16, fp16 or fp64, the layer's input.
-        dy: [N, T, O] CPU tensor, any of these types, the gradient of each sample's loss with respect to the output.
-        w: [O, I] CPU tensor, any of these types, the weight. Unless all three are fp64, fp64 ones are converted to
-            fp32 first. A tensor whose last dimension is not contiguous is copied.
+        dy: [N, T, O] CPU tensor of any of these types, the gradient of each sample's loss with respect to the output.
+        w: [O, I] CPU tensor of any of these types, the weight. Unless all three tensors are fp64, any fp64 tensor is
+            converted to fp32 first. A tensor whose last dimension is not contiguous is copied.
         side: which sums to compute.
-        isa: as for `taylor_score_cpp`.
+        isa: see `taylor_score_cpp`.
 
-    The gradient is formed in fp32 (fp64 where all are fp64), a tile at a time, and scored in the cache of the core
-    that computed it. Memory: one sample's x and dy once more. Sums over tiles and samples are in fp64.
-    Deterministic: the same bits for any number of threads, and for each side alone as for both.
+    The gradient is computed in fp32 (fp64 if all tensors are fp64), one tile at a time, and scored while the tile is in
+    the cache of the core that computed it. Takes the memory of a copy of one sample's x and dy. Sums over tiles and
+    samples are accumulated in fp64. Deterministic: the bits depend neither on the number of threads nor on whether one
+    side or both are computed.
 
     Raises:
         BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
-        ValueError: a tensor is not a floating-point CPU tensor, or the shapes do not fit; names it.
+        ValueError: a tensor is not a floating-point CPU tensor, or the shapes do not fit; the message names the tensor.
     """
     x, dy, w = check_tensor("x", x), check_tensor("dy", dy), check_tensor("w", w)
     _check_linear_shapes(x, dy, w)
@@ -100,17 +102,18 @@ def linear_importance_cpp(
 def grouped_linear_importance_cpp(
     x: Tensor, dy: Tensor, w: Tensor, offsets: Tensor, side: Side = "both", isa: str = "auto"
 ) -> GroupedVectors:
-    """`linear_importance` of each expert's weight, on the tokens that it sees: a ragged batch of samples.
+    """Compute `linear_importance` of each expert's weight on the tokens that the expert sees, a ragged batch.
 
     Args:
-        x: [R, I] CPU tensor, fp32, bf16, fp16 or fp64, the inputs, expert by expert and sample by sample.
-        dy: [R, O] CPU tensor, any of these types, the gradient of each sample's loss with respect to the outputs.
-        w: [E, O, I] CPU tensor, any of these types, the weights. Types and strides as for `linear_importance_cpp`.
-        offsets: [E * N + 1] int64, where each sample's rows of each expert begin, and the end.
+        x: [R, I] CPU tensor, fp32, bf16, fp16 or fp64, the inputs, ordered by expert and then by sample.
+        dy: [R, O] CPU tensor of any of these types, the gradient of each sample's loss with respect to the outputs.
+        w: [E, O, I] CPU tensor of any of these types, the weights. Types and strides are treated as by
+            `linear_importance_cpp`.
+        offsets: [E * N + 1] int64, the row at which each sample's rows of each expert begin, and the end of the last.
         side: which sums to compute.
-        isa: as for `taylor_score_cpp`.
+        isa: see `taylor_score_cpp`.
 
-    One call for all experts. Sums and determinism as for `linear_importance_cpp`.
+    One call serves all experts. Accumulates as `linear_importance_cpp` does, and is as deterministic.
 
     Raises:
         BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
@@ -142,20 +145,21 @@ def grouped_linear_importance_cpp(
 
 
 def mask_gradient_cpp(x: Tensor, dx: Tensor, isa: str = "auto") -> MaskGradient:
-    """The gradient of a mask on each input column of a linear layer and the input's sum of squares, by sample.
+    """Compute each sample's gradient of a mask on a linear layer's input columns, and the input's sums of squares.
 
     Args:
         x: [N, T, I] CPU tensor, fp32, bf16, fp16 or fp64, the layer's input.
-        dx: [N, T, I] CPU tensor, any of these types, the gradient of each sample's loss with respect to it. Where types
-            differ, both are converted to fp32 first. A tensor whose last dimension is not contiguous is copied.
-        isa: as for `taylor_score_cpp`.
+        dx: [N, T, I] CPU tensor of any of these types, the gradient of each sample's loss with respect to x. If the
+            types differ, both are converted to fp32 first. A tensor whose last dimension is not contiguous is copied.
+        isa: see `taylor_score_cpp`.
 
-    Sums of at most 128 tokens in fp32, over those in fp64 (all fp64 where both are fp64). Deterministic: the same bits
-    for any number of threads.
+    Up to 128 tokens are summed in fp32, and these sums in fp64 (fp64 throughout if both tensors are fp64).
+    Deterministic: the bits do not depend on the number of threads.
 
     Raises:
         BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
-        ValueError: a tensor is not a floating-point CPU tensor [N, T, I], or the shapes differ; names it.
+        ValueError: a tensor is not a floating-point CPU tensor [N, T, I], or the shapes differ; the message names the
+            tensor.
     """
     x, dx = check_tensor("x", x), check_tensor("dx", dx)
     for name, tensor in (("x", x), ("dx", dx)):
@@ -177,21 +181,22 @@ def mask_gradient_cpp(x: Tensor, dx: Tensor, isa: str = "auto") -> MaskGradient:
 
 
 def cheapest_removals_cpp(inverse: Tensor, gram: Tensor, columns: int, count: int, isa: str = "auto") -> Removals:
-    """The groups that go when the cheapest one is removed `count` times.
+    """Remove the cheapest group of columns `count` times, see `gradprune.ops.removals`.
 
     Args:
         inverse: [k * c, k * c] fp64 CPU tensor, A^-1, positive definite.
         gram: [k * c, k * c] fp64 CPU tensor, M. A matrix whose rows are not contiguous is copied.
-        columns: c, of each group. Groups of several columns are few and go by matrix products, as the reference.
-        count: 0 to k.
-        isa: as for `taylor_score_cpp`.
+        columns: c, the number of columns of each group. If it is above 1, the reference runs instead: such groups are
+            few, and it removes them by matrix products.
+        count: number of groups to remove, 0 to k.
+        isa: see `taylor_score_cpp`.
 
-    One thread. Deterministic; of equal costs the lower index goes first. The calling thread keeps 16 * count * k bytes
-    for its next call.
+    Uses one thread. Deterministic; ties are broken by the lower index. The calling thread keeps about 16 * count * k
+    bytes for its next call.
 
     Raises:
         BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
-        ValueError: the arguments do not fit; names the argument.
+        ValueError: the arguments do not fit; the message names the argument.
     """
     groups = check_removals(inverse, gram, columns, count)
     inverse, gram = check_tensor("inverse", inverse), check_tensor("gram", gram)
@@ -209,7 +214,7 @@ def cheapest_removals_cpp(inverse: Tensor, gram: Tensor, columns: int, count: in
 
 
 def _outputs(w: Tensor, dtype: torch.dtype, side: Side) -> tuple[ImportanceVectors, list[int]]:
-    """Vectors of a weight [O, I] for the extension to write, and their addresses; 0 for the side not asked for."""
+    """Allocate the results for a weight [O, I]; return them and their addresses, 0 for a side that is not computed."""
     rows, columns = (
         w.new_empty((2, length), dtype=dtype) if asked else None
         for length, asked in zip(w.shape, sides(side), strict=True)
@@ -238,7 +243,7 @@ def _check_linear_shapes(x: Tensor, dy: Tensor, w: Tensor) -> None:
 
 
 def _readable(x: Tensor, dy: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
-    """The tensors as the extension reads them, copied where they have to be, and the dtype of the results."""
+    """Return tensors that the extension can read, copies where needed, and the dtype of the results."""
     dtype = accumulation_dtype(x, dy, w)
     if dtype == torch.float32:
         x, dy, w = (t.to(dtype) if t.dtype == torch.float64 else t for t in (x, dy, w))
@@ -246,29 +251,30 @@ def _readable(x: Tensor, dy: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor,
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
-    """`tensor` itself if its last dimension is contiguous, else a copy."""
+    """Return `tensor` itself if its last dimension is contiguous, else a copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
 def grad_stats_cpp(grads: Sequence[Tensor], isa: str = "auto") -> GradientStatistics[Tensor]:
-    """Statistics of each gradient, all of them in one call that reads every element once.
+    """Compute the statistics of each gradient, in one call that reads every element once.
 
     Args:
-        grads: K CPU tensors of any shape and strides, fp32, bf16, fp16 or fp64. One with gaps in its memory is copied.
+        grads: K CPU tensors of any shape and strides, fp32, bf16, fp16 or fp64. A tensor with gaps in its memory is
+            copied.
         isa: instruction set, "auto" or one of `_C.build_info()["isas"]`.
 
     Returns:
-        Each field [K] fp64. Sums of 4096 elements in fp32 (fp64 for fp64), over those in fp64. The same bits for any
-        number of threads.
+        Statistics with fields [K] fp64. Each run of 4096 elements is summed in fp32 (fp64 for fp64 gradients), and
+        these sums in fp64. The bits do not depend on the number of threads.
 
     Raises:
         BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
-        ValueError: a gradient is not a floating-point CPU tensor; names it.
+        ValueError: a gradient is not a floating-point CPU tensor; the message names it.
     """
     require_extension(isa)
     from gradprune import _C
 
-    # A local variable keeps the copies alive until the call returns.
+    # This local variable keeps the copies alive until the call returns.
     grads = dense(check_grads(grads))
     out = torch.empty(len(grads), 5, dtype=torch.float64)
     _C.grad_stats(_table(grads), out.data_ptr(), torch.get_num_threads(), isa)
@@ -276,20 +282,20 @@ def grad_stats_cpp(grads: Sequence[Tensor], isa: str = "auto") -> GradientStatis
 
 
 def scale_gradients_cpp(grads: Sequence[Tensor], scales: Sequence[float], isa: str = "auto") -> None:
-    """grads[k] <- grads[k] * scales[k], in place, all of them in one call.
+    """Multiply grads[k] by scales[k] in place, for all k in one call.
 
     Args:
-        grads: K CPU tensors of any shape and strides, fp32, bf16, fp16 or fp64, that share no memory. One with gaps in
-            its memory is scaled in a copy and copied back.
+        grads: K CPU tensors of any shape and strides, fp32, bf16, fp16 or fp64, that share no memory. A tensor with
+            gaps in its memory is scaled in a copy and copied back.
         scales: K numbers. A gradient whose scale is 1 is not touched.
         isa: instruction set, "auto" or one of `_C.build_info()["isas"]`.
 
-    The product is formed in fp32 with the scale in fp32 (fp64 for fp64), then rounded to nearest even: the same bits
-    as `grad.mul_(scale)`, for any number of threads.
+    The product is computed in fp32 with the scale in fp32 (both fp64 for fp64 gradients), then rounded to nearest even.
+    This gives the same bits as `grad.mul_(scale)`, for any number of threads.
 
     Raises:
         BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
-        ValueError: a gradient is not a floating-point CPU tensor, or overlaps itself, or the lengths differ.
+        ValueError: a gradient is not a floating-point CPU tensor or overlaps itself, or the lengths differ.
     """
     require_extension(isa)
     from gradprune import _C

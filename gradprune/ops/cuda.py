@@ -1,4 +1,4 @@
-"""The gradient ops in CUDA, for CUDA tensors: every gradient of a model in one launch, without waiting for the GPU."""
+"""The gradient ops as CUDA kernels: one launch for all gradients of a model, without waiting for the GPU."""
 
 from collections.abc import Sequence
 
@@ -10,25 +10,28 @@ from gradprune.ops.backends import cuda_fault
 from gradprune.ops.extension import check_grads, check_scaling, dense, dtype_code, finish_scaling
 from gradprune.ops.vectors import GradientStatistics
 
-# Each thread block works on one chunk: long enough that its reduction costs little beside its loads, short enough that
-# the last blocks do not run alone for long. Chunks fix the order of summation, so every GPU has the same length.
+# The length of the chunk that each thread block works on: long enough that the block's reduction costs little beside
+# its loads, and short enough that the last blocks do not run alone for long. The chunks determine the order of
+# summation, so their length is the same on every GPU.
 CHUNK_ELEMENTS = 32768
 
 
 def grad_stats_cuda(grads: Sequence[Tensor]) -> GradientStatistics[Tensor]:
-    """Statistics of each gradient: one launch reads every element once, a second combines.
+    """Compute the statistics of each gradient: one launch reads every element once, a second one combines chunks.
 
     Args:
-        grads: K tensors of any shape and strides on one CUDA device, fp32, bf16, fp16 or fp64. One with gaps in its
-            memory is copied.
+        grads: K tensors of any shape and strides on one CUDA device, fp32, bf16, fp16 or fp64. A tensor with gaps
+            in its memory is copied.
 
     Returns:
-        Each field [K] fp64 on that device, without waiting for it. Sums of 128 elements in fp32 (fp64 for fp64), over
-        those in fp64. Deterministic: the same bits at any alignment and on any GPU.
+        Statistics with fields [K] fp64 on that device, which may not be computed yet. Each thread sums 128 elements in
+        fp32 (fp64 for fp64 gradients), and these sums are added in fp64. Deterministic: the same bits at any alignment
+        and on any GPU.
 
     Raises:
         BackendUnavailableError: the extension is not built with CUDA, or cannot run on this GPU.
-        ValueError: a gradient is not a floating-point CUDA tensor, or is not on the first one's device; names it.
+        ValueError: a gradient is not a floating-point CUDA tensor, or is not on the device of the first gradient; the
+            message names it.
     """
     _require_cuda()
     from gradprune import _C
@@ -51,20 +54,20 @@ def grad_stats_cuda(grads: Sequence[Tensor]) -> GradientStatistics[Tensor]:
 
 
 def scale_gradients_cuda(grads: Sequence[Tensor], scales: Sequence[float]) -> None:
-    """grads[k] <- grads[k] * scales[k], in place, all of them in one launch, without waiting for the GPU.
+    """Multiply grads[k] by scales[k] in place, for all k in one launch, without waiting for the GPU.
 
     Args:
         grads: K tensors of any shape and strides on one CUDA device, fp32, bf16, fp16 or fp64, that share no memory.
-            One with gaps in its memory is scaled in a copy and copied back.
+            A tensor with gaps in its memory is scaled in a copy and copied back.
         scales: K numbers. A gradient whose scale is 1 is not touched.
 
-    The product is formed in fp32 with the scale in fp32 (fp64 for fp64), then rounded to nearest even: the same bits
-    as `grad.mul_(scale)`.
+    The product is computed in fp32 with the scale in fp32 (both fp64 for fp64 gradients), then rounded to nearest even.
+    This gives the same bits as `grad.mul_(scale)`.
 
     Raises:
         BackendUnavailableError: the extension is not built with CUDA, or cannot run on this GPU.
-        ValueError: a gradient is not a floating-point CUDA tensor, is not on the first one's device, or overlaps
-            itself, or the lengths differ.
+        ValueError: a gradient is not a floating-point CUDA tensor, is not on the device of the first gradient or
+            overlaps itself, or the lengths differ.
     """
     _require_cuda()
     from gradprune import _C
@@ -76,7 +79,7 @@ def scale_gradients_cuda(grads: Sequence[Tensor], scales: Sequence[float]) -> No
     with torch.cuda.device(device):
         scaled = dense(checked)
         rows, _ = chunk_rows(scaled)
-        # fp64 is reinterpreted as int64, so that one copy transfers everything.
+        # The fp64 scales are reinterpreted as int64, so that one copy transfers the table and the scales.
         factors = torch.tensor([float(scale) for scale in scales], dtype=torch.float64).view(torch.int64)
         chunks, device_scales = _to_device(rows, factors, device)
         _C.scale_gradients_cuda(
@@ -86,11 +89,11 @@ def scale_gradients_cuda(grads: Sequence[Tensor], scales: Sequence[float]) -> No
 
 
 def chunk_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The table of chunks that the kernels work through.
+    """Build the table of chunks that the kernels work through.
 
     Returns:
-        [chunks, 4] int64 of address, number of elements, element type code, index of the tensor; and [K + 1] int64,
-        the row at which each tensor's chunks begin, and the number of rows.
+        The table, [chunks, 4] int64: each chunk's address, number of elements, element type code and tensor index. And
+        [K + 1] int64: the row at which each tensor's chunks begin, and the number of rows.
     """
     codes = {dtype: dtype_code(dtype) for dtype in {tensor.dtype for tensor in tensors}}
     columns = [(t.data_ptr(), t.numel(), codes[t.dtype], t.element_size()) for t in tensors]
@@ -104,7 +107,7 @@ def chunk_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _to_device(rows: Tensor, numbers: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Both int64 tensors on `device`, flat, by one copy on the current stream from pinned memory.
+    """Copy two int64 tensors to `device` at once, from pinned memory on the current stream; return them flat.
 
     PyTorch reuses pinned memory only after the copies that read it have finished.
     """

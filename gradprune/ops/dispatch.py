@@ -1,7 +1,7 @@
-"""The ops, and for each family of ops the backends that can compute them.
+"""The ops as users call them, and for each family of ops the backends that can compute them.
 
-An op's name fixes the maths; `backend` fixes only who computes it. A backend asked for by name is used or refused;
-only "auto" falls back to another one, and logs why once.
+An op's name determines the result, and `backend` only how it is computed. A backend that is requested by name is used
+or refused; only "auto" falls back to another one, and logs the reason once.
 """
 
 import logging
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 class ImportanceOps:
     """One backend's importance ops.
 
-    linear_importance_uncounted: `linear_importance`, but non-finite elements of a gradient need not be counted: they
-        may make the sums among the statistics non-finite instead. Counting them costs one more launch per weight.
+    linear_importance_uncounted: like `linear_importance`, but instead of being counted, non-finite elements of a
+        gradient may make the sums among the statistics non-finite. Counting them costs one more launch per weight.
     """
 
     backend: str
@@ -57,16 +57,16 @@ class GradientOps:
 
 
 def taylor_score(w: Tensor, g: Tensor, side: Side = "both", backend: ImportanceBackend = "auto") -> ImportanceVectors:
-    """Row and column sums of |w g| and w^2 g^2, and the statistics of g, from one read of each.
+    """Compute row and column sums of |w g| and w^2 g^2, and the statistics of g, reading each matrix once.
 
     Args:
         w: [O, I] floating point, the weight.
-        g: [O, I] floating point, its gradient.
-        side: which sums to compute: "rows", "columns" or "both". The others are None in the result.
-        backend: who computes it; "auto" takes the fastest that runs on w's device.
+        g: [O, I] floating point, the gradient of w.
+        side: which sums to compute: "rows", "columns" or "both". In the result, sums not computed are None.
+        backend: which backend computes; "auto" uses the fastest that runs on w's device.
 
     Raises:
-        BackendUnavailableError: the backend asked for cannot run here.
+        BackendUnavailableError: the requested backend cannot run here.
         ValueError: the shapes differ, `side` is unknown, or the backend cannot read a tensor.
     """
     return select_ops(backend, w.device.type).taylor_score(w, g, side)
@@ -75,17 +75,17 @@ def taylor_score(w: Tensor, g: Tensor, side: Side = "both", backend: ImportanceB
 def linear_importance(
     x: Tensor, dy: Tensor, w: Tensor, side: Side = "both", backend: ImportanceBackend = "auto"
 ) -> ImportanceVectors:
-    """`taylor_score` of every sample's weight gradient dy_n^T x_n, summed over samples; no gradient is kept.
+    """Compute `taylor_score` of every sample's weight gradient dy_n^T x_n, summed over samples; no gradient is kept.
 
     Args:
         x: [N, T, I] floating point, the linear layer's input.
         dy: [N, T, O] floating point, the gradient of each sample's loss with respect to the layer's output.
         w: [O, I] floating point, the weight.
-        side: which sums to compute: "rows", "columns" or "both". The others are None in the result.
-        backend: who computes it; "auto" takes the fastest that runs on w's device.
+        side: which sums to compute: "rows", "columns" or "both". In the result, sums not computed are None.
+        backend: which backend computes; "auto" uses the fastest that runs on w's device.
 
     Raises:
-        BackendUnavailableError: the backend asked for cannot run here.
+        BackendUnavailableError: the requested backend cannot run here.
         ValueError: the shapes do not fit, `side` is unknown, or the backend cannot read a tensor.
     """
     return select_ops(backend, w.device.type).linear_importance(x, dy, w, side)
@@ -94,35 +94,35 @@ def linear_importance(
 def grouped_linear_importance(
     x: Tensor, dy: Tensor, w: Tensor, offsets: Tensor, side: Side = "both", backend: ImportanceBackend = "auto"
 ) -> GroupedVectors:
-    """`linear_importance` of each expert's weight, on the tokens that it sees: a ragged batch of samples.
+    """Compute `linear_importance` of each expert's weight on the tokens that the expert sees, a ragged batch.
 
     Args:
-        x: [R, I] floating point, the inputs, a row for each token and expert of its own: expert by expert, and of an
-            expert sample by sample.
+        x: [R, I] floating point, the inputs, one row for each pair of a token and an expert that sees it, ordered by
+            expert and then by sample.
         dy: [R, O] floating point, the gradient of each sample's loss with respect to the outputs.
         w: [E, O, I] floating point, the weights.
-        offsets: [E * N + 1] int64 on x's device, ascending: sample n's rows of expert e are those from
-            offsets[e * N + n] on, up to the next. The gradient of a sample without rows is zero.
-        side: which sums to compute: "rows", "columns" or "both". The others are None in the result.
-        backend: who computes it; "auto" takes the fastest that runs on w's device.
+        offsets: [E * N + 1] int64 on x's device, ascending: the rows of expert e and sample n begin at
+            offsets[e * N + n] and end before the next offset. The gradient of a sample without rows is zero.
+        side: which sums to compute: "rows", "columns" or "both". In the result, sums not computed are None.
+        backend: which backend computes; "auto" uses the fastest that runs on w's device.
 
     Raises:
-        BackendUnavailableError: the backend asked for cannot run here.
+        BackendUnavailableError: the requested backend cannot run here.
         ValueError: the shapes do not fit, `side` is unknown, or the backend cannot read a tensor.
     """
     return select_ops(backend, w.device.type).grouped_linear_importance(x, dy, w, offsets, side)
 
 
 def mask_gradient(x: Tensor, dx: Tensor, backend: ImportanceBackend = "auto") -> MaskGradient:
-    """The gradient of a mask on each input column of a linear layer and the input's sum of squares, by sample.
+    """Compute each sample's gradient of a mask on a linear layer's input columns, and the input's sums of squares.
 
     Args:
         x: [N, T, I] floating point, the layer's input.
-        dx: [N, T, I] floating point, the gradient of each sample's loss with respect to it.
-        backend: who computes it; "auto" takes the fastest that runs on x's device.
+        dx: [N, T, I] floating point, the gradient of each sample's loss with respect to x.
+        backend: which backend computes; "auto" uses the fastest that runs on x's device.
 
     Raises:
-        BackendUnavailableError: the backend asked for cannot run here.
+        BackendUnavailableError: the requested backend cannot run here.
         ValueError: the shapes differ, or the backend cannot read a tensor.
     """
     return select_ops(backend, x.device.type).mask_gradient(x, dx)
@@ -131,51 +131,51 @@ def mask_gradient(x: Tensor, dx: Tensor, backend: ImportanceBackend = "auto") ->
 def cheapest_removals(
     inverse: Tensor, gram: Tensor, columns: int, count: int, backend: ImportanceBackend = "auto"
 ) -> Removals:
-    """The groups of a weight's columns that go when the one that costs least squares least is removed `count` times.
+    """Remove groups of a weight's columns one by one, each time the group whose removal costs least squares least.
 
     Args:
         inverse: [k * c, k * c] fp64, the inverse of the inputs' Gram matrix, positive definite.
-        gram: [k * c, k * c] fp64, W^T W of the weight.
-        columns: c, of each group; group j has the columns j * c to (j + 1) * c.
-        count: 0 to k.
-        backend: who computes it; "auto" takes the fastest that runs on the matrices' device.
+        gram: [k * c, k * c] fp64, W^T W of the weight W.
+        columns: c, the number of columns of each group; group j consists of columns j * c to (j + 1) * c - 1.
+        count: number of groups to remove, 0 to k.
+        backend: which backend computes; "auto" uses the fastest that runs on the matrices' device.
 
-    Of equal costs the lower index goes first.
+    Ties are broken by the lower index.
 
     Raises:
-        BackendUnavailableError: the backend asked for cannot run here.
-        ValueError: the arguments do not fit; names the argument.
+        BackendUnavailableError: the requested backend cannot run here.
+        ValueError: the arguments do not fit; the message names the argument.
     """
     return select_ops(backend, inverse.device.type).cheapest_removals(inverse, gram, columns, count)
 
 
 def grad_stats(grads: Sequence[Tensor], backend: GradientBackend = "auto") -> GradientStatistics[Tensor]:
-    """Statistics of each gradient, from one read of all of them.
+    """Compute the statistics of each gradient, reading every element once.
 
     Args:
         grads: K floating-point tensors of any shape on one device.
-        backend: who computes it; "auto" takes the fastest that runs on the gradients' device.
+        backend: which backend computes; "auto" uses the fastest that runs on the gradients' device.
 
     Returns:
-        Each field [K] fp64, on the gradients' device.
+        Statistics with fields [K] fp64, on the gradients' device.
 
     Raises:
-        BackendUnavailableError: the backend asked for cannot run here.
+        BackendUnavailableError: the requested backend cannot run here.
         ValueError: the gradients are not on one device, or the backend cannot read one of them.
     """
     return select_gradient_ops(backend, _device(grads, backend)).grad_stats(grads)
 
 
 def scale_gradients(grads: Sequence[Tensor], scales: Sequence[float], backend: GradientBackend = "auto") -> None:
-    """grads[k] <- grads[k] * scales[k], in place; a gradient whose scale is 1 is not touched.
+    """Multiply grads[k] by scales[k] in place; a gradient whose scale is 1 is not touched.
 
     Args:
-        grads: K floating-point tensors of any shape on one device, that share no memory.
+        grads: K floating-point tensors of any shape on one device that share no memory.
         scales: K numbers.
-        backend: who computes it; "auto" takes the fastest that runs on the gradients' device.
+        backend: which backend computes; "auto" uses the fastest that runs on the gradients' device.
 
     Raises:
-        BackendUnavailableError: the backend asked for cannot run here.
+        BackendUnavailableError: the requested backend cannot run here.
         ValueError: the lengths differ, the gradients are not on one device, or the backend cannot scale one of them.
     """
     select_gradient_ops(backend, _device(grads, backend)).scale_gradients(grads, scales)
@@ -183,12 +183,12 @@ def scale_gradients(grads: Sequence[Tensor], scales: Sequence[float], backend: G
 
 @cache
 def select_ops(backend: ImportanceBackend, device: str, dtype: torch.dtype | None = None) -> ImportanceOps:
-    """The importance ops of `backend` for tensors on a `device` of type "cpu", "cuda", ...
+    """Return the importance ops of `backend` for tensors on a `device` of type "cpu", "cuda", ...
 
-    dtype: of the weights that all of them are for. There are no Triton kernels for fp64.
+    dtype: the dtype of the weights; None if it is not known. There are no Triton kernels for fp64.
 
     Raises:
-        BackendUnavailableError: the backend asked for cannot run here; with the reason.
+        BackendUnavailableError: the requested backend cannot run here; the message gives the reason.
     """
     chosen = _IMPORTANCE.select(backend, device)
     if dtype != torch.float64 or chosen.backend != "triton":
@@ -202,22 +202,22 @@ def select_ops(backend: ImportanceBackend, device: str, dtype: torch.dtype | Non
 
 @cache
 def select_gradient_ops(backend: GradientBackend, device: str) -> GradientOps:
-    """The gradient ops of `backend`. Arguments and errors as `select_ops`."""
+    """Return the gradient ops of `backend`; see `select_ops` for arguments and errors."""
     return _GRADIENT.select(backend, device)
 
 
 def importance_ops_fault(backend: ImportanceBackend, device: str) -> str | None:
-    """Why `backend` cannot run the importance ops on `device`, or None if it can."""
+    """Return why `backend` cannot run the importance ops on `device`, or None if it can."""
     return _IMPORTANCE.fault(backend, device)
 
 
 def gradient_ops_fault(backend: GradientBackend, device: str) -> str | None:
-    """Why `backend` cannot run the gradient ops on `device`, or None if it can."""
+    """Return why `backend` cannot run the gradient ops on `device`, or None if it can."""
     return _GRADIENT.fault(backend, device)
 
 
 def _device(grads: Sequence[Tensor], backend: GradientBackend) -> str:
-    """The type of the gradients' device; if there are none, one that `backend` works on."""
+    """Return the type of the gradients' device; if there are no gradients, a type that `backend` works on."""
     devices = {grad.device for grad in grads}
     if len(devices) > 1:
         raise ValueError(f"grads: are on {', '.join(sorted(map(str, devices)))}; one call, one device")
@@ -229,10 +229,11 @@ Ops = TypeVar("Ops")
 
 @dataclass(frozen=True)
 class _Family(Generic[Ops]):
-    """A family of ops.
+    """A family of ops and its backends.
 
-    name: for messages. preferred: what "auto" takes on a GPU; elsewhere it takes "cpp".
-    backends: by name, why it cannot run on a type of device (None if it can), and what loads its ops.
+    name: name of the family in messages. preferred: the backend that "auto" uses on a GPU; elsewhere it uses "cpp".
+    backends: by name of the backend, a function that returns why it cannot run on a type of device (None if it can),
+        and a function that loads its ops.
     """
 
     name: str
@@ -246,7 +247,7 @@ class _Family(Generic[Ops]):
         return fault(device)
 
     def select(self, backend: str, device: str) -> Ops:
-        """Only "auto" falls back, to the reference, and logs why."""
+        """Return the backend's ops; only "auto" falls back to the reference, and logs why."""
         chosen = backend if backend != "auto" else self.preferred if device == "cuda" else "cpp"
         fault = self.fault(chosen, device)
         if fault is not None:

@@ -1,4 +1,4 @@
-"""The extension `gradprune._C`: finding it, and what the C++ and CUDA ops check and convert before they call it."""
+"""Access to the extension `gradprune._C`, and the checks and conversions of arguments for the C++ and CUDA ops."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -13,10 +13,10 @@ ISAS = ("auto", "scalar", "avx2", "avx512")
 
 @cache
 def require_extension(isa: str = "auto") -> None:
-    """Check that `from gradprune import _C` works and that it can run `isa`.
+    """Check that the extension can be imported and that this CPU can run `isa`, or raise.
 
     Raises:
-        BackendUnavailableError: it is not built, or the CPU lacks `isa`.
+        BackendUnavailableError: the extension is not built, or the CPU lacks `isa`.
         ValueError: `isa` is not the name of an instruction set.
     """
     try:
@@ -35,7 +35,7 @@ def require_extension(isa: str = "auto") -> None:
 
 @cache
 def dtype_code(dtype: torch.dtype) -> int:
-    """The extension's code of an element type that `check_tensor` lets through."""
+    """Return the extension's code for an element type that `check_tensor` accepts."""
     from gradprune import _C
 
     codes: dict[torch.dtype, int] = {
@@ -48,10 +48,10 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 
 def check_tensor(name: str, tensor: Tensor, device: str = "cpu") -> Tensor:
-    """`tensor`, detached, if the extension's ops for `device` can read it.
+    """Return `tensor`, detached, if the extension's ops for `device` can read it.
 
     Raises:
-        ValueError: it is not a strided tensor of fp32, bf16, fp16 or fp64 on `device`; names the argument.
+        ValueError: it is not a strided tensor of fp32, bf16, fp16 or fp64 on `device`; the message calls it `name`.
     """
     if tensor.device.type != device or tensor.layout != torch.strided:
         ops, where = ("CUDA", "CUDA") if device == "cuda" else ("C++", "CPU")
@@ -64,21 +64,21 @@ def check_tensor(name: str, tensor: Tensor, device: str = "cpu") -> Tensor:
 
 
 def check_grads(grads: Sequence[Tensor], device: str = "cpu") -> list[Tensor]:
-    """`check_tensor` of each gradient."""
+    """Return the gradients, detached; see `check_tensor` for errors."""
     return [check_tensor(f"grads[{k}]", grad, device) for k, grad in enumerate(grads)]
 
 
 def check_scaling(grads: Sequence[Tensor], scales: Sequence[float], device: str = "cpu") -> list[Tensor]:
-    """`check_tensor` of each gradient, to be scaled in place.
+    """Return the gradients, detached, if they can be scaled in place.
 
     Raises:
-        ValueError: as `check_tensor`; or a gradient overlaps itself, or the lengths differ.
+        ValueError: a gradient overlaps itself or the lengths differ; see also `check_tensor`.
     """
     if len(grads) != len(scales):
         raise ValueError(f"scales: has {len(scales)} entries for {len(grads)} gradients; one for each is needed")
     checked = check_grads(grads, device)
     for k, grad in enumerate(checked):
-        # First, because it is quick and nearly always true.
+        # Contiguity is tested first, because that test is quick and nearly always true.
         if not grad.is_contiguous() and any(
             stride == 0 and size > 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)
         ):
@@ -97,7 +97,7 @@ def finish_scaling(grads: Sequence[Tensor], scaled: Sequence[Tensor], scales: Se
 
 
 def dense(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor itself if its memory has no gaps, in whatever order its dimensions are stored; else a copy."""
+    """Return each tensor itself if its memory has no gaps (in any order of its dimensions), else a contiguous copy."""
     return [tensor if _is_dense(tensor) else tensor.contiguous() for tensor in tensors]
 
 

@@ -1,4 +1,4 @@
-"""The oracle: each op in plain PyTorch, as its formula reads. Runs on any device, in fp64 too.
+"""The oracle: each op in plain PyTorch, written as its formula. Runs on any device, also in fp64.
 
 Sources: the first-order Taylor score |w g| is Molchanov et al. 2019 (arXiv:1906.10771); the diagonal
 empirical Fisher in place of the Hessian is Theis et al. 2018 (arXiv:1801.05787).
@@ -25,14 +25,14 @@ _SIDES: tuple[Literal["rows", "columns"], ...] = ("rows", "columns")
 
 
 def taylor_score_reference(w: Tensor, g: Tensor, side: Side = "both") -> ImportanceVectors:
-    """Row and column sums of |w g| and w^2 g^2, and the statistics of g.
+    """Compute row and column sums of |w g| and w^2 g^2, and the statistics of g.
 
     Args:
         w: [O, I] floating point, the weight.
         g: [O, I] floating point, the gradient of one sample's (or batch's) loss.
         side: which sums to compute.
 
-    Accumulates in fp32, in fp64 where both are fp64. Deterministic.
+    Accumulates in fp32 (fp64 if both are fp64). Deterministic.
     """
     rows, columns = sides(side)
     dtype = accumulation_dtype(w, g)
@@ -47,15 +47,15 @@ def taylor_score_reference(w: Tensor, g: Tensor, side: Side = "both") -> Importa
 
 
 def linear_importance_reference(x: Tensor, dy: Tensor, w: Tensor, side: Side = "both") -> ImportanceVectors:
-    """`taylor_score` of each sample's weight gradient g_n = dy_n^T x_n of a linear layer, summed over samples.
+    """Compute `taylor_score` of each sample's weight gradient g_n = dy_n^T x_n, and sum the results over samples.
 
     Args:
-        x: [N, T, I] floating point, the layer's input, of at least one sample.
+        x: [N, T, I] floating point, the layer's input; N is at least 1.
         dy: [N, T, O] floating point, the gradient of each sample's loss with respect to the layer's output.
         w: [O, I] floating point, the weight.
         side: which sums to compute.
 
-    The gradient is formed in fp32 (fp64 where all are fp64), one sample at a time. Deterministic.
+    The gradient is computed in fp32 (fp64 if all are fp64), one sample at a time. Deterministic.
     """
     dtype = accumulation_dtype(x, dy, w)
     w = w.to(dtype)
@@ -65,21 +65,21 @@ def linear_importance_reference(x: Tensor, dy: Tensor, w: Tensor, side: Side = "
 def grouped_linear_importance_reference(
     x: Tensor, dy: Tensor, w: Tensor, offsets: Tensor, side: Side = "both"
 ) -> GroupedVectors:
-    """`linear_importance` of each expert's weight, on the tokens that it sees: a ragged batch of samples.
+    """Compute `linear_importance` of each expert's weight on the tokens that the expert sees, a ragged batch.
 
-    With r the rows of expert e and sample n, g_en = sum over r of dy_r x_r^T, and the result for e is the sum over n of
-    `taylor_score(w_e, g_en)`.
+    The gradient of expert e and sample n is g_en = sum over their rows r of dy_r x_r^T, and the result for expert e is
+    the sum over n of `taylor_score(w_e, g_en)`.
 
     Args:
-        x: [R, I] floating point, the inputs, a row for each token and expert of its own: expert by expert, and of an
-            expert sample by sample.
+        x: [R, I] floating point, the inputs, one row for each pair of a token and an expert that sees it, ordered by
+            expert and then by sample.
         dy: [R, O] floating point, the gradient of each sample's loss with respect to the outputs.
         w: [E, O, I] floating point, the weights.
-        offsets: [E * N + 1] int64, ascending: sample n's rows of expert e are those from offsets[e * N + n] on, up to
-            the next. The gradient of a sample without rows is zero, and counts in the statistics.
+        offsets: [E * N + 1] int64, ascending: the rows of expert e and sample n begin at offsets[e * N + n] and end
+            before the next offset. The gradient of a sample without rows is zero, and counts in the statistics.
         side: which sums to compute.
 
-    The gradient is formed in fp32 (fp64 where all are fp64), one sample at a time. Deterministic.
+    The gradient is computed in fp32 (fp64 if all are fp64), one sample at a time. Deterministic.
     """
     samples = check_grouped(x, dy, w, offsets)
     ends = offsets.tolist()
@@ -96,14 +96,14 @@ def grouped_linear_importance_reference(
 
 
 def mask_gradient_reference(x: Tensor, dx: Tensor) -> MaskGradient:
-    """The gradient of a mask on each input column of a linear layer and the input's sum of squares, by sample.
+    """Compute each sample's gradient of a mask on a linear layer's input columns, and the input's sums of squares.
 
     Args:
         x: [N, T, I] floating point, the layer's input.
-        dx: [N, T, I] floating point, the gradient of each sample's loss with respect to it.
+        dx: [N, T, I] floating point, the gradient of each sample's loss with respect to x.
 
-    The mask's squared gradient as a group's importance is Liu et al. 2021 (arXiv:2108.00708); the input's second moment
-    is Wanda's, Sun et al. 2023 (arXiv:2306.11695). Accumulates in fp32, in fp64 where both are fp64. Deterministic.
+    Liu et al. 2021 (arXiv:2108.00708) use the mask's squared gradient as a group's importance; Wanda, Sun et al. 2023
+    (arXiv:2306.11695), uses the input's second moment. Accumulates in fp32 (fp64 if both are fp64). Deterministic.
     """
     dtype = accumulation_dtype(x, dx)
     x, dx = x.to(dtype), dx.to(dtype)
@@ -111,7 +111,7 @@ def mask_gradient_reference(x: Tensor, dx: Tensor) -> MaskGradient:
 
 
 def sum_vectors(scores: Sequence[ImportanceVectors]) -> ImportanceVectors:
-    """The vectors of several gradients of one weight (at least one, all of one side), summed; statistics merged."""
+    """Sum the vectors of one or more gradients of one weight, all with the same sides, and merge their statistics."""
 
     def total(found: list[Tensor | None]) -> Tensor | None:
         asked = [sums for sums in found if sums is not None]
@@ -126,7 +126,7 @@ def sum_vectors(scores: Sequence[ImportanceVectors]) -> ImportanceVectors:
 
 
 def gradient_statistics(g: Tensor) -> GradientStatistics[Tensor]:
-    """Statistics of a gradient of any shape. fp32, fp64 where g is fp64. Deterministic."""
+    """Compute the statistics of a gradient of any shape, in fp32 (fp64 if g is fp64). Deterministic."""
     g = g.to(accumulation_dtype(g)).reshape(-1)
     finite = g.isfinite()
     absolute = torch.where(finite, g.abs(), 0.0)
@@ -136,9 +136,9 @@ def gradient_statistics(g: Tensor) -> GradientStatistics[Tensor]:
 
 
 def grad_stats_reference(grads: Sequence[Tensor]) -> GradientStatistics[Tensor]:
-    """Statistics of K gradients of any shapes, each field [K] fp64.
+    """Compute the statistics of K gradients of any shapes, each field [K] fp64.
 
-    Accumulates in fp32, in fp64 where g is fp64. Deterministic.
+    Accumulates in fp32 (fp64 for fp64 gradients). Deterministic.
     """
     if not grads:
         return GradientStatistics.unpack(torch.empty(0, 5, dtype=torch.float64))
@@ -146,9 +146,9 @@ def grad_stats_reference(grads: Sequence[Tensor]) -> GradientStatistics[Tensor]:
 
 
 def scale_gradients_reference(grads: Sequence[Tensor], scales: Sequence[float]) -> None:
-    """grads[k] <- grads[k] * scales[k], in place; a gradient whose scale is 1 is not touched.
+    """Multiply grads[k] by scales[k] in place; a gradient whose scale is 1 is not touched.
 
-    The product in fp32 (fp64 for fp64), rounded to nearest even.
+    The product is computed in fp32 (fp64 for fp64 gradients) and rounded to nearest even.
 
     Raises:
         ValueError: the lengths differ.

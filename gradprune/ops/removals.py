@@ -1,13 +1,14 @@
-"""The oracle of `cheapest_removals`: groups of columns that are removed one by one, each time the cheapest.
+"""The oracle of `cheapest_removals`, which removes groups of columns one by one, each time the cheapest group.
 
 With A^-1 the inverse of a Gram matrix, M = W^T W, and Q a group's columns, removing the group and letting least squares
-make up for it costs tr( (A^-1_QQ)^-1 M_QQ ) (optimal brain surgeon: Hassibi and Stork 1992; see
-`gradprune.calibration.obs`). With A^-1_QQ = L L^T and s = L^-1 A^-1_Q: the group's removal changes both to
+compensate for it costs tr( (A^-1_QQ)^-1 M_QQ ) (optimal brain surgeon: Hassibi and Stork 1992; see
+`gradprune.calibration.obs`). Let A^-1_QQ = L L^T and s = L^-1 A^-1[Q, :]. Removing the group updates both matrices:
 
-    A^-1 <- A^-1 - s^T s,    M <- M - s^T d - d^T s,    d = L^-1 M_Q: - (L^-1 M_QQ L^-T) s / 2.
+    A^-1 <- A^-1 - s^T s,    M <- M - s^T d - d^T s,    d = L^-1 M[Q, :] - (L^-1 M_QQ L^-T) s / 2.
 
-Only the diagonal blocks are kept up to date; of the rest, a group's rows are computed when it goes. Removing n of k
-groups of c columns reads about n^2 k c^2 numbers twice.
+Only the diagonal blocks of the matrices are kept up to date; a group's other entries are computed when the group is
+removed, from s and d of the groups removed before. Removing n of k groups of c columns reads about n^2 k c^2 numbers
+twice.
 """
 
 from typing import NamedTuple
@@ -17,17 +18,21 @@ from torch import Tensor
 
 
 class Removals(NamedTuple):
-    """Which groups go, [count] int64, the first to go first; and what each costs once those before it are gone."""
+    """Which groups are removed and at what cost.
+
+    taken: [count] int64, the removed groups in order of removal. costs: [count] fp64, the cost of each removal, given
+    those before it.
+    """
 
     taken: Tensor
     costs: Tensor
 
 
 def check_removals(inverse: Tensor, gram: Tensor, columns: int, count: int) -> int:
-    """The number of groups of arguments of `cheapest_removals`.
+    """Check the arguments of `cheapest_removals` and return the number of groups k.
 
     Raises:
-        ValueError: they do not fit; names the argument.
+        ValueError: the arguments do not fit; the message names the argument.
     """
     for name, matrix in (("inverse", inverse), ("gram", gram)):
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape != inverse.shape:
@@ -43,13 +48,16 @@ def check_removals(inverse: Tensor, gram: Tensor, columns: int, count: int) -> i
 
 
 def diagonal_blocks(matrix: Tensor, columns: int) -> Tensor:
-    """[k, c, c], a copy of the blocks of `columns` on the diagonal of a matrix [k * c, k * c]."""
+    """Copy the diagonal blocks [k, c, c] of a matrix [k * c, k * c], where c = `columns`."""
     blocks: Tensor = matrix.unflatten(1, (-1, columns)).unflatten(0, (-1, columns))
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
 
 
 def costs_alone(inverse: Tensor, gram: Tensor) -> Tensor:
-    """[k] tr( (A^-1_jj)^-1 M_jj ) of the groups' blocks of A^-1 and of M = W^T W, [k, c, c] each."""
+    """Compute each group j's cost [k] if it alone is removed: tr( (A^-1_jj)^-1 M_jj ).
+
+    inverse, gram: [k, c, c] each, the groups' diagonal blocks of A^-1 and of M = W^T W.
+    """
     if gram.shape[1] == 1:
         products = gram / inverse
     else:
@@ -58,23 +66,23 @@ def costs_alone(inverse: Tensor, gram: Tensor) -> Tensor:
 
 
 def cheapest_removals_reference(inverse: Tensor, gram: Tensor, columns: int, count: int) -> Removals:
-    """The groups that go when the cheapest one is removed `count` times.
+    """Remove the cheapest group of columns `count` times.
 
     Args:
         inverse: [k * c, k * c] fp64, A^-1, positive definite.
         gram: [k * c, k * c] fp64, M.
-        columns: c, of each group; group j has the columns j * c to (j + 1) * c.
-        count: 0 to k.
+        columns: c, the number of columns of each group; group j consists of columns j * c to (j + 1) * c - 1.
+        count: number of groups to remove, 0 to k.
 
-    Of equal costs the lower index goes first. Deterministic.
+    Deterministic; ties are broken by the lower index.
 
     Raises:
-        ValueError: the arguments do not fit; names the argument.
+        ValueError: the arguments do not fit; the message names the argument.
     """
     groups = check_removals(inverse, gram, columns, count)
     inverse_blocks, gram_blocks = (diagonal_blocks(each, columns) for each in (inverse, gram))
     gone = torch.zeros(groups, dtype=torch.bool, device=gram.device)
-    # Rows of the groups that are gone.
+    # The rows s and d of the groups removed so far.
     s, d = (gram.new_empty(count * columns, len(gram)) for _ in range(2))
     taken, costs = [], []
     for step in range(count):
@@ -99,7 +107,10 @@ def cheapest_removals_reference(inverse: Tensor, gram: Tensor, columns: int, cou
 def _rows(
     inverse: Tensor, gram: Tensor, corner: Tensor, at: Tensor, s_before: Tensor, d_before: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """s and d, [c, k * c] each, of the group whose columns are `at`; corner: A^-1_QQ as it is now."""
+    """Compute s and d, [c, k * c] each, of the group with columns `at`.
+
+    corner: A^-1_QQ as updated so far. s_before, d_before: the rows s and d of the groups removed before.
+    """
     s_at, d_at = s_before[:, at].T, d_before[:, at].T
     inverse_rows = inverse[at].addmm_(s_at, s_before, alpha=-1.0)
     gram_rows = gram[at].addmm_(s_at, d_before, alpha=-1.0).addmm_(d_at, s_before, alpha=-1.0)

@@ -1,4 +1,4 @@
-"""The importance ops by Triton kernels, for CUDA tensors (for CPU tensors under Triton's interpreter)."""
+"""The importance ops as Triton kernels, for CUDA tensors (or for CPU tensors under Triton's interpreter)."""
 
 import torch
 from torch import Tensor
@@ -23,17 +23,18 @@ _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def taylor_score_triton(w: Tensor, g: Tensor, side: Side = "both") -> ImportanceVectors:
-    """Row and column sums of |w g| and w^2 g^2, and the statistics of g, from one read of each.
+    """Compute row and column sums of |w g| and w^2 g^2, and the statistics of g, reading each matrix once.
 
     Args:
-        w: [O, I] fp32, bf16 or fp16, the weight; copied where its inner stride is not 1.
-        g: [O, I] the same, its gradient.
+        w: [O, I] fp32, bf16 or fp16, the weight; copied if its inner stride is not 1.
+        g: [O, I] of the same types, the gradient of w; copied if its inner stride is not 1.
         side: which sums to compute.
 
-    Accumulates in fp32 and in fixed order: the same bits every time.
+    Deterministic: accumulates in fp32, in a fixed order.
 
     Raises:
-        ValueError: not a matrix, shapes that differ, or an unsupported dtype; names the argument.
+        ValueError: an argument is not a matrix, the shapes differ, or a dtype is unsupported; the message names the
+            argument.
     """
     for name, tensor in (("w", w), ("g", g)):
         if tensor.ndim != 2 or tensor.shape != w.shape:
@@ -45,22 +46,22 @@ def taylor_score_triton(w: Tensor, g: Tensor, side: Side = "both") -> Importance
 def linear_importance_triton(
     x: Tensor, dy: Tensor, w: Tensor, side: Side = "both", counted: bool = True
 ) -> ImportanceVectors:
-    """`taylor_score` of each sample's weight gradient g_n = dy_n^T x_n of a linear layer, summed over samples.
+    """Compute `taylor_score` of each sample's weight gradient g_n = dy_n^T x_n, and sum the results over samples.
 
     Args:
         x: [N, T, I] fp32, bf16 or fp16, the layer's input.
-        dy: [N, T, O] any of these types, the gradient of each sample's loss with respect to the layer's output. If its
-            dtype differs from x's, both are converted to the wider one (bf16 and fp16: to fp32).
-        w: [O, I] any of these types, the weight.
+        dy: [N, T, O] of any of these types, the gradient of each sample's loss with respect to the layer's output. If
+            its dtype differs from that of x, both are converted to the wider one (bf16 and fp16: to fp32).
+        w: [O, I] of any of these types, the weight.
         side: which sums to compute; "both" computes the gradient twice.
-        counted: count non-finite elements, and leave them out of the other statistics; otherwise these are not finite
-            where there are any.
+        counted: whether to count the non-finite elements of gradients and leave them out of the other statistics; if
+            False, their number is given as 0, and they make the sums among the statistics non-finite.
 
     One kernel multiplies and scores; a gradient is never written to memory. A tensor whose inner stride is not 1 is
-    copied. Accumulates in fp32 and in fixed order: the same bits every time.
+    copied. Deterministic: accumulates in fp32, in a fixed order.
 
     Raises:
-        ValueError: shapes that do not fit, or an unsupported dtype; names the argument.
+        ValueError: the shapes do not fit, or a dtype is unsupported; the message names the argument.
     """
     if (x.ndim, dy.ndim, w.ndim) != (3, 3, 2) or not {x.dtype, dy.dtype, w.dtype} <= _DTYPES:
         _refuse(x, dy, w)
@@ -79,7 +80,7 @@ def linear_importance_triton(
 
 
 def _refuse(x: Tensor, dy: Tensor, w: Tensor) -> None:
-    """Raise for the argument of `linear_importance_triton` that has the wrong dimensions or type."""
+    """Raise an error that names the argument of `linear_importance_triton` with the wrong dimensions or dtype."""
     for name, tensor, ndim in (("x", x, 3), ("dy", dy, 3), ("w", w, 2)):
         if tensor.ndim != ndim:
             raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; x is [N, T, I], dy [N, T, O] and w [O, I]")
@@ -89,22 +90,22 @@ def _refuse(x: Tensor, dy: Tensor, w: Tensor) -> None:
 def grouped_linear_importance_triton(
     x: Tensor, dy: Tensor, w: Tensor, offsets: Tensor, side: Side = "both"
 ) -> GroupedVectors:
-    """`linear_importance` of each expert's weight, on the tokens that it sees: a ragged batch of samples.
+    """Compute `linear_importance` of each expert's weight on the tokens that the expert sees, a ragged batch.
 
     Args:
-        x: [R, I] fp32, bf16 or fp16, the inputs, expert by expert and sample by sample.
-        dy: [R, O] any of these types, the gradient of each sample's loss with respect to the outputs; dtypes that
-            differ are treated as in `linear_importance_triton`.
-        w: [E, O, I] any of these types, the weights.
-        offsets: [E * N + 1] int64 on their device, where each sample's rows of each expert begin, and the end; copied
-            where its stride is not 1.
+        x: [R, I] fp32, bf16 or fp16, the inputs, ordered by expert and then by sample.
+        dy: [R, O] of any of these types, the gradient of each sample's loss with respect to the outputs; if its dtype
+            differs from that of x, both are converted as by `linear_importance_triton`.
+        w: [E, O, I] of any of these types, the weights.
+        offsets: [E * N + 1] int64 on the same device, the row at which each sample's rows of each expert begin, and the
+            end of the last; copied if its stride is not 1.
         side: which sums to compute; "both" computes the gradients twice.
 
-    One launch for all experts and a side; a gradient is never written to memory. A tensor whose inner stride is not 1
-    is copied. Accumulates in fp32 and in fixed order: the same bits every time.
+    One launch per side serves all experts; a gradient is never written to memory. A tensor whose inner stride is not 1
+    is copied. Deterministic: accumulates in fp32, in a fixed order.
 
     Raises:
-        ValueError: shapes that do not fit, or an unsupported dtype; names the argument.
+        ValueError: the shapes do not fit, or a dtype is unsupported; the message names the argument.
     """
     check_grouped(x, dy, w, offsets)
     for name, tensor in (("x", x), ("dy", dy), ("w", w)):
@@ -119,16 +120,16 @@ def grouped_linear_importance_triton(
 
 
 def mask_gradient_triton(x: Tensor, dx: Tensor) -> MaskGradient:
-    """The gradient of a mask on each input column of a linear layer and the input's sum of squares, by sample.
+    """Compute each sample's gradient of a mask on a linear layer's input columns, and the input's sums of squares.
 
     Args:
-        x: [N, T, I] fp32, bf16 or fp16, the layer's input; copied where its inner stride is not 1.
-        dx: [N, T, I] the same, the gradient of each sample's loss with respect to it.
+        x: [N, T, I] fp32, bf16 or fp16, the layer's input; copied if its inner stride is not 1.
+        dx: [N, T, I] of the same types, the gradient of each sample's loss with respect to x; copied likewise.
 
-    One kernel reads both once. Accumulates in fp32 and in fixed order: the same bits every time.
+    One kernel reads both tensors once. Deterministic: accumulates in fp32, in a fixed order.
 
     Raises:
-        ValueError: shapes that differ or are not [N, T, I], or an unsupported dtype; names the argument.
+        ValueError: the shapes differ or are not [N, T, I], or a dtype is unsupported; the message names the argument.
     """
     for name, tensor in (("x", x), ("dx", dx)):
         if tensor.ndim != 3 or tensor.shape != x.shape:
@@ -138,38 +139,38 @@ def mask_gradient_triton(x: Tensor, dx: Tensor) -> MaskGradient:
 
 
 def cheapest_removals_triton(inverse: Tensor, gram: Tensor, columns: int, count: int) -> Removals:
-    """The groups that go when the cheapest one is removed `count` times.
+    """Remove the cheapest group of columns `count` times, see `gradprune.ops.removals`.
 
     Args:
-        inverse: [k * c, k * c] fp64, A^-1, positive definite; copied where its inner stride is not 1, or where its rows
-            lie further apart than 32 bits count.
-        gram: [k * c, k * c] the same, M.
-        columns: c, of each group. Groups of several columns are few and go by matrix products, as the reference; so do
-            more than 1024 columns.
-        count: 0 to k.
+        inverse: [k * c, k * c] fp64, A^-1, positive definite; copied if its inner stride is not 1, or if its rows are
+            so far apart that element offsets exceed 32 bits.
+        gram: [k * c, k * c] fp64, M; copied likewise.
+        columns: c, the number of columns of each group. If it is above 1, the reference runs instead: such groups are
+            few, and it removes them by matrix products. The reference also runs for more than 1024 columns in all.
+        count: number of groups to remove, 0 to k.
 
-    One launch for all removals. In fixed order: the same bits every time; of equal costs the lower index goes first.
+    One launch makes all removals. Deterministic; ties are broken by the lower index.
 
     Raises:
-        ValueError: the arguments do not fit; names the argument.
+        ValueError: the arguments do not fit; the message names the argument.
     """
     check_removals(inverse, gram, columns, count)
     if columns > 1 or len(inverse) > removals_kernel.MOST_COLUMNS:
         return cheapest_removals_reference(inverse, gram, columns, count)
-    # The kernel counts elements in 32 bits: in 64 it would spill registers.
+    # The kernel computes element offsets in 32 bits, because with 64 bits it would spill registers.
     near = [matrix if matrix.stride(0) * len(matrix) < 2**31 else matrix.contiguous() for matrix in (inverse, gram)]
     return Removals(*removals_kernel.cheapest_removals_triton(*map(_unit_inner_stride, near), count))
 
 
 def vectors(rows: tuple[Tensor, Tensor] | None, columns: tuple[Tensor, Tensor] | None) -> ImportanceVectors:
-    """From a kernel's results for each side: sums [2, O] or [2, I], of |w g| and w^2 g^2, and statistics [5]."""
+    """Assemble a kernel's results per side: sums [2, O] or [2, I] of |w g| and w^2 g^2, and statistics [5]."""
     return ImportanceVectors(*_sides(rows, columns))
 
 
 def _sides(
     rows: tuple[Tensor, Tensor] | None, columns: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor | None, Tensor | None, GradientStatistics[Tensor]]:
-    """Both sides' sums, and the statistics, which either side's results end with."""
+    """Return both sides' sums, and the statistics, which each side's results contain."""
     either = rows or columns
     assert either is not None
     return rows and rows[0], columns and columns[0], GradientStatistics.unpack(either[1])
