@@ -1,4 +1,4 @@
-"""The built-in default: text that comes with every Python installation, and a small model trained on it."""
+"""The built-in default model and text: a small model, trained on text that comes with every Python installation."""
 
 from gradprune.data.embedded import EmbeddedText, embedded_text
 from gradprune.demo.model import byte_tokenizer, demo_model_path, unigram_perplexity

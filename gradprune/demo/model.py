@@ -1,4 +1,4 @@
-"""The demo model in the user's cache folder: trained on first use and written atomically."""
+"""The demo model in the user's cache folder, which is trained on first use and written atomically."""
 
 import hashlib
 import json
@@ -32,25 +32,25 @@ from gradprune.evaluation.perplexity import perplexity
 # Part of the cache folder's name: increment it whenever the recipe or the text changes.
 RECIPE = 3
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
-# The 256 bytes and the two special tokens.
+# 256 byte tokens and the two special tokens.
 VOCABULARY = 258
-# Seconds to wait for another process that is writing the same folder.
+# How many seconds to wait for another process that is writing the same folder.
 _PATIENCE = 60.0
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json")
 
 
 def demo_model_path(console: Console | None = None, *, training: DemoTraining | None = None) -> Path:
-    """The folder of the demo model; trains it first if the cache has no complete copy.
+    """Return the folder of the demo model, after training it if the cache has no complete copy.
 
     The cache is `$GRADPRUNE_CACHE`, else `$XDG_CACHE_HOME/gradprune`, else `~/.cache/gradprune`. The folder is a
     Hugging Face checkpoint with its tokenizer; `training.json` records how it was trained and its perplexity.
 
     Args:
-        console: where progress is shown; standard error by default.
-        training: a recipe other than the default, cached separately.
+        console: where progress is shown; None for standard error.
+        training: another recipe, whose model is cached separately; None for the default recipe.
 
     Raises:
-        CalibrationError: this Python installation carries too little text.
+        CalibrationError: this Python installation contains too little text.
         CheckpointError: the cache folder cannot be written.
     """
     recipe = training or DemoTraining()
@@ -66,10 +66,10 @@ def demo_model_path(console: Console | None = None, *, training: DemoTraining | 
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: 256 bytes and two special tokens, end of text and padding; round-trips any text."""
+    """Build a byte-level tokenizer that round-trips any text: 256 bytes, and special tokens for end and padding."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    # There are no merges, so no need to split the text into words first.
+    # There are no merges, so the text need not be split into words first.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
@@ -81,11 +81,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def unigram_perplexity(train_ids: Tensor, held_out_ids: Tensor, vocab_size: int = VOCABULARY) -> float:
-    """Perplexity of the held-out tokens under the training tokens' frequencies, with add-one smoothing.
+    """Compute the held-out tokens' perplexity under the training tokens' frequencies, with add-one smoothing.
 
     Args:
         train_ids, held_out_ids: [tokens] int64.
-        vocab_size: number of distinct tokens.
+        vocab_size: size of the vocabulary.
     """
     counts = torch.bincount(train_ids, minlength=vocab_size).double() + 1.0
     return math.exp(-(counts / counts.sum()).log()[held_out_ids].mean().item())
@@ -114,7 +114,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _check_writable(cache: Path) -> None:
-    """Raise if the cache cannot be written: before training rather than after it."""
+    """Raise if the cache cannot be written, so that the error comes before training rather than after it."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
@@ -127,7 +127,7 @@ def _check_writable(cache: Path) -> None:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Disable transformers' own progress bars, which ignore our console."""
+    """Context manager that disables transformers' own progress bars, which ignore our console."""
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -167,7 +167,7 @@ def _make(folder: Path, recipe: DemoTraining, console: Console) -> None:
             "python": platform.python_version(),
         },
     }
-    # Safe to overwrite: an existing folder is incomplete, or the same model that another process has just written.
+    # Overwriting is safe: an existing folder is incomplete, or it is the same model, just written by another process.
     with atomic_directory(
         folder, overwrite=True, argument="GRADPRUNE_CACHE", replaces=lambda _: True, patience=_PATIENCE
     ) as partial:

@@ -1,6 +1,6 @@
-"""Training of the demo model: a byte-level Llama of 400 thousand parameters, in a minute or two on a CPU.
+"""Training of the demo model, a byte-level Llama of 400 thousand parameters, in a minute or two on a CPU.
 
-It is small for its text, so that no channel is idle: pruning costs something, and methods differ.
+The model is so small for its text that no channel is idle. So pruning raises the loss, and methods differ.
 """
 
 import math
@@ -19,7 +19,7 @@ from gradprune.errors import CalibrationError, NonFiniteError
 from gradprune.models.loss import sample_losses
 from gradprune.models.modes import one_thread, seeded
 
-# Five are enough for singular values of at least 1 % of the Frobenius norm.
+# Five iterations suffice for singular values of at least 1 % of the Frobenius norm.
 _NEWTON_SCHULZ_ITERATIONS = 5
 
 
@@ -27,12 +27,13 @@ _NEWTON_SCHULZ_ITERATIONS = 5
 class DemoTraining:
     """The recipe of the demo model; the defaults are what `gradprune demo` uses.
 
-    steps, batch_size, seq_len: number of optimiser steps; windows per step; tokens per window.
+    steps: number of optimiser steps. batch_size: windows per step. seq_len: tokens per window.
     learning_rate: peak rate of AdamW, for the embedding and the norms. matrix_learning_rate: peak rate of Muon, for
         the matrices of the decoder layers.
     warmup: steps of linear warm-up; a cosine decay to zero follows.
-    weight_decay: for the matrices only.
-    evaluation_windows: measure the held-out perplexity on at most this many windows of `seq_len` tokens.
+    weight_decay: decoupled weight decay of the matrices only.
+    seed: seed of the initial weights and of the windows drawn.
+    evaluation_windows: the most windows of `seq_len` tokens on which the held-out perplexity is measured.
     """
 
     steps: int = 480
@@ -57,19 +58,19 @@ def train_model(
 ) -> LlamaForCausalLM:
     """Train a Llama with tied embeddings from scratch.
 
-    The same recipe and tokens give bit-identical weights on the same kind of machine: training uses one thread.
+    The same recipe and tokens give bit-identical weights on the same kind of machine, because training uses one thread.
 
     Args:
         recipe: sizes and schedule.
-        tokens: [tokens] int64 of training text.
-        vocab_size, eos_token_id: the tokenizer's.
+        tokens: [tokens] int64, the training text.
+        vocab_size, eos_token_id: properties of the tokenizer.
         console: where progress is shown.
 
     Returns:
         The model on the CPU, in fp32 and evaluation mode.
 
     Raises:
-        CalibrationError: the text has no more tokens than one window.
+        CalibrationError: the text is not longer than one window.
         NonFiniteError: the loss diverged.
     """
     model = random_model(recipe, vocab_size, eos_token_id)
@@ -78,7 +79,7 @@ def train_model(
 
 
 def fit(model: PreTrainedModel, recipe: DemoTraining, tokens: Tensor, console: Console) -> None:
-    """Train the parameters of `model` that require a gradient; arguments and errors as for `train_model`."""
+    """Train the parameters of `model` that require gradients; see `train_model` for arguments and errors."""
     if len(tokens) <= recipe.seq_len:
         raise CalibrationError(f"seq_len: {recipe.seq_len} is not below the {len(tokens)} tokens of training text")
     model.train()
@@ -89,7 +90,7 @@ def fit(model: PreTrainedModel, recipe: DemoTraining, tokens: Tensor, console: C
     others = [parameter for parameter in trained if id(parameter) not in chosen]
     muon = Muon(matrices, weight_decay=recipe.weight_decay)
     adam = torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    # At this size a second thread gains little, and costs ten times as much when its core is busy.
+    # At this size a second thread gains little, and training takes ten times as long if the second core is busy.
     with one_thread(), _bar(console, recipe.steps) as show:
         for step, windows in enumerate(_windows(recipe, tokens)):
             loss = sample_losses(model, windows).mean()
@@ -108,17 +109,17 @@ def fit(model: PreTrainedModel, recipe: DemoTraining, tokens: Tensor, console: C
 class Muon:
     """Muon, momentum with orthogonalised updates for matrices: W -= lr * sqrt(max(1, O/I)) * orthogonal(momentum).
 
-    Needs about a third as many steps as AdamW at this size. Jordan et al., "Muon: An optimizer for hidden layers in
-    neural networks", 2024.
+    At this size it needs about a third of the steps that AdamW needs. Jordan et al., "Muon: An optimizer for hidden
+    layers in neural networks", 2024.
     """
 
     def __init__(self, matrices: Iterable[nn.Parameter], *, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         """Start with zero momentum for each of `matrices`.
 
         Args:
-            matrices: parameters `[O, I]`, with their gradients in `.grad` at each step.
-            momentum: Nesterov momentum.
-            weight_decay: decoupled, as in AdamW.
+            matrices: parameters `[O, I]`, whose gradients are in `.grad` at each step.
+            momentum: coefficient of Nesterov momentum.
+            weight_decay: decoupled weight decay, as in AdamW.
         """
         self._state = [(matrix, torch.zeros_like(matrix)) for matrix in matrices]
         self._momentum = momentum
@@ -139,11 +140,12 @@ class Muon:
 def orthogonal(matrix: Tensor) -> Tensor:
     """Approximate U V^T of the singular value decomposition U S V^T, by a quintic Newton-Schulz iteration.
 
-    X <- (a + b X X^T + c (X X^T)^2) X. The factors are accumulated on the small Gram matrix, which halves the cost for
-    the MLP's matrices. The coefficients raise small singular values fast, into about [0.7, 1.2] rather than to 1.
+    The iteration is X <- (a + b X X^T + c (X X^T)^2) X. Its factors are accumulated on the small Gram matrix, which
+    is cheaper for matrices at least twice as long as wide. The coefficients raise small singular values fast, into
+    about [0.7, 1.2] rather than to 1.
 
     Args:
-        matrix: [O, I].
+        matrix: [O, I], the matrix U S V^T.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if tall else matrix
@@ -160,14 +162,14 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def warmup_cosine(step: int, warmup: int, steps: int) -> float:
-    """Learning-rate factor at a step (0-based): linear warm-up over `warmup` steps, then cosine decay to 0."""
+    """Return the learning-rate factor at a 0-based step: linear warm-up over `warmup` steps, then cosine decay to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
 def random_model(recipe: DemoTraining, vocab_size: int, eos_token_id: int) -> LlamaForCausalLM:
-    """A randomly initialised Llama of the recipe's sizes."""
+    """Create a randomly initialised Llama of the recipe's sizes."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=recipe.hidden_size,
@@ -185,7 +187,7 @@ def random_model(recipe: DemoTraining, vocab_size: int, eos_token_id: int) -> Ll
 
 
 def _windows(recipe: DemoTraining, tokens: Tensor) -> Iterator[Tensor]:
-    """Per step, windows [batch_size, seq_len] drawn with replacement."""
+    """Yield the windows [batch_size, seq_len] of each step, drawn with replacement."""
     generator = torch.Generator().manual_seed(recipe.seed)
     within = torch.arange(recipe.seq_len)
     for _ in range(recipe.steps):
@@ -195,7 +197,7 @@ def _windows(recipe: DemoTraining, tokens: Tensor) -> Iterator[Tensor]:
 
 @contextmanager
 def _bar(console: Console, steps: int) -> Iterator[Callable[[float], None]]:
-    """A progress bar; yields `show(loss)`, to be called after each step."""
+    """Context manager that shows a progress bar and yields `show(loss)`, to be called after each step."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
