@@ -1,4 +1,4 @@
-"""The model card: `README.md` beside the weights, which the Hugging Face hub shows and reads."""
+"""The model card: the file `README.md` beside the weights, which the Hugging Face hub displays and parses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,16 +30,17 @@ from gradprune.report.rows import (
 )
 from gradprune.version import __version__
 
-# Speed differs from run to run, and a checkpoint has the same bytes every time.
+# Rows left out of the card: speed differs from run to run, but a checkpoint must have the same bytes every time.
 _NOT_SHOWN = ("tokens per second",)
 _LICENSE = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True)
 class _Base:
-    """The dense model.
+    """The dense model that a checkpoint derives from.
 
-    name: for people. hub_id: None where it is not known. license: entries of the card's head.
+    name: its name for readers. hub_id: its name on the hub; None if it is not known. license: the license entries of
+    its card's head.
     """
 
     name: str
@@ -48,11 +49,11 @@ class _Base:
 
 
 def write_card(folder: Path, model: PreTrainedConfig, config: PruneConfig, summary: dict[str, Any]) -> None:
-    """Write the card of a pruned checkpoint. No path of this machine is in it.
+    """Write the card of a pruned checkpoint. It contains no path of this machine.
 
     Args:
-        folder: with the checkpoint.
-        model: its configuration.
+        folder: the checkpoint's folder.
+        model: the checkpoint's configuration.
         config: the options of the run.
         summary: the content of `analysis/summary.json`.
     """
@@ -80,14 +81,15 @@ def write_card(folder: Path, model: PreTrainedConfig, config: PruneConfig, summa
 def write_recovered_card(
     folder: Path, model: PreTrainedConfig, source: str | None, summary: dict[str, Any], teacher: str | None = None
 ) -> None:
-    """Write the card of a checkpoint that was trained: the card it had before, and what training did.
+    """Write the card of a checkpoint trained by `gradprune recover`: its earlier card and a section on the training.
 
     Args:
-        folder: with the trained checkpoint.
-        model: its configuration.
-        source: names the checkpoint before; without a card of gradprune's, the new one is short.
+        folder: the trained checkpoint's folder.
+        model: the trained checkpoint's configuration.
+        source: the checkpoint before training, None if it is not known; if it has no card by gradprune, a short card is
+            written.
         summary: the content of the recovery's `analysis/summary.json`.
-        teacher: names the model that it learned from, if that is known.
+        teacher: the model that the checkpoint learned from; None if it is not known.
     """
     head = card_head(Path(source)) if source is not None else {}
     if TAG in head.get("tags", ()):
@@ -121,7 +123,7 @@ def _base(base_model: str | None, model: PreTrainedConfig) -> _Base:
     folder = Path(base_model)
     if folder.is_dir():
         head = card_head(folder)
-        # A model that is pruned once more is still derived from the same one.
+        # A model that is pruned again still derives from the same dense model.
         hub_id = head.get("base_model") if TAG in head.get("tags", ()) else None
         return _Base(_name(base_model), hub_id if isinstance(hub_id, str) else None, _license(head))
     if find_gguf(base_model) is not None:
@@ -138,7 +140,7 @@ def _base(base_model: str | None, model: PreTrainedConfig) -> _Base:
 
 
 def _name(checkpoint: str) -> str:
-    """What people call a folder, a GGUF file, or a model of the hub."""
+    """Return a name for readers of a checkpoint folder, a GGUF file or a model on the hub."""
     path = Path(checkpoint)
     if path.is_dir():
         return model_name(path)
@@ -161,7 +163,7 @@ def _how(base: _Base, config: PruneConfig, summary: dict[str, Any]) -> str:
 
 
 def _shown(base: _Base, config: PruneConfig) -> PruneConfig:
-    """The options without folders of this machine."""
+    """Return the options without paths of this machine, for the command that the card shows."""
     shown: dict[str, Any] = {
         name: OPTIONS[name].default for name in ("output_dir", "output_name", "overwrite", "resume")
     }
@@ -183,7 +185,7 @@ def _measured(summary: dict[str, Any]) -> str:
 
 
 def _loading(model: PreTrainedConfig) -> str:
-    """How to load the checkpoint in each runtime."""
+    """Describe how to load the checkpoint in each runtime."""
     layers = per_layer_overrides(model)
     if not layers:
         return f"A plain `{model.model_type}` checkpoint: whatever loads the dense model loads it.\n\n{_python(model)}"
@@ -206,7 +208,7 @@ def _loading(model: PreTrainedConfig) -> str:
 
 
 def _exportable(model: PreTrainedConfig) -> bool:
-    """Whether `gradprune export` writes such a model, whose layers differ."""
+    """Whether `gradprune export` can write a model of this architecture whose layers differ in width."""
     try:
         check_config(model, alike=False)
     except ExportError:
@@ -215,12 +217,12 @@ def _exportable(model: PreTrainedConfig) -> bool:
 
 
 def _layers(numbers: Sequence[int]) -> str:
-    """The subject of a sentence, with "has" or "have"."""
+    """Name the layers as the subject of a sentence, with "has" or "have"."""
     return f"layer {numbers[0]} has" if len(numbers) == 1 else f"layers {', '.join(map(str, numbers))} have"
 
 
 def _task(model: PreTrainedConfig) -> str:
-    """What the hub calls what a model does."""
+    """Return the hub's name for the task that the model performs."""
     reads_images = auto_class_name(model.model_type) == "AutoModelForImageTextToText"
     return "image-text-to-text" if reads_images else "text-generation"
 

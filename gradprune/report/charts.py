@@ -1,4 +1,4 @@
-"""Charts of the HTML report."""
+"""The charts of the HTML reports, as SVG."""
 
 import io
 from typing import Any
@@ -14,9 +14,9 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
 
 def kept_chart(layers: list[dict[str, Any]]) -> str:
-    """An SVG bar chart: the fraction of groups kept in each block, by layer.
+    """Draw an SVG bar chart of the fraction of groups that each block keeps, by layer.
 
-    layers: as in `summary.json`.
+    layers: the entry "layers" of `summary.json`.
     """
     figure = Figure(figsize=(min(max(6.0, 0.35 * len(layers)), 16.0), 3.2), layout="constrained")
     axes = figure.add_subplot()
@@ -30,13 +30,13 @@ def kept_chart(layers: list[dict[str, Any]]) -> str:
         axes.bar(positions, kept, width, label=kind.legend, color=color)
     axes.set(xlabel="decoder layer", ylabel="fraction kept", ylim=(0.0, 1.0), xlim=(-0.6, len(layers) - 0.4))
     axes.xaxis.set_major_locator(layer_ticks(0, len(layers) - 1))
-    # More columns than two would not fit the narrowest figure.
+    # More than two columns would not fit into the narrowest figure.
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return svg(figure)
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an SVG element; the same figure gives the same bytes."""
+    """Convert a figure to an SVG element; the same figure gives the same bytes."""
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": "gradprune"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -1,4 +1,4 @@
-"""The results folder: which files a run writes, and where."""
+"""The results folder: which files a run writes, and what they contain."""
 
 import platform
 from dataclasses import asdict, replace
@@ -28,7 +28,7 @@ from gradprune.version import __version__
 
 
 def summarize(result: PruneResult) -> dict[str, Any]:
-    """The content of `analysis/summary.json`."""
+    """Return the content of `analysis/summary.json`."""
     taught = result.distillation
     pairs = {
         "parameters": (result.before.parameters, result.after.parameters),
@@ -66,7 +66,7 @@ def summarize(result: PruneResult) -> dict[str, Any]:
 
 
 def _layer_summary(masks: GroupMasks, layer: int) -> dict[str, Any]:
-    """Per kind of block, the number of groups before pruning and kept; zeros if the layer has no such block."""
+    """Count the layer's groups of each kind before pruning and those kept; zeros if it has no block of the kind."""
     summary: dict[str, Any] = {"layer": layer}
     for kind in shown_kinds(key.kind for key in masks):
         key = BlockKey(layer, kind.name)
@@ -76,7 +76,7 @@ def _layer_summary(masks: GroupMasks, layer: int) -> dict[str, Any]:
 
 
 def write_results(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None, output: Path) -> PruneResult:
-    """Write the results folder: all of it or, if interrupted, nothing."""
+    """Write the results folder completely or, if interrupted, not at all; return the result with its location."""
     with atomic_directory(output, overwrite=result.config.overwrite, argument="output_name") as folder:
         write_checkpoint(result.model, tokenizer, folder / "model", result.config.max_shard_size)
         write_served(result.model, tokenizer, result.config.constraints, folder)
@@ -107,7 +107,7 @@ def write_results(result: PruneResult, tokenizer: PreTrainedTokenizerBase | None
 
 
 def _run_record(result: PruneResult, summary: dict[str, Any]) -> dict[str, Any]:
-    """The content of `run.json`: options, versions and timings."""
+    """Return the content of `run.json`: options, versions and timings."""
     return {
         "config": result.config.to_dict(),
         "versions": {
@@ -124,7 +124,7 @@ def _run_record(result: PruneResult, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def search_to_dict(result: SearchResult, config: PruneConfig) -> dict[str, Any]:
-    """The content of `analysis/search.json`; `config` is the winner's."""
+    """Return the content of `analysis/search.json`; `config` has the options that the search chose."""
     return {
         "candidates": result.candidates,
         "cut_short": result.cut_short,

@@ -1,4 +1,4 @@
-"""Self-contained HTML reports, of one run or of several ratios."""
+"""Self-contained HTML reports on one run, or on runs at several pruning ratios."""
 
 import base64
 from collections.abc import Sequence
@@ -99,13 +99,13 @@ def write_report(
     plots: Sequence[Path],
     search: SearchResult | None = None,
 ) -> None:
-    """Write one self-contained HTML file: tables, charts, gradient plots, options and versions.
+    """Write the report on a run as one HTML file: tables, charts, gradient plots, options and versions.
 
     Args:
-        path: the file.
+        path: the file to write.
         summary, record, gradients: contents of `summary.json`, `run.json` and `gradients.json`.
-        plots: images and text written by `GradientVisualizer`, to be embedded.
-        search: the search result, if the run searched.
+        plots: the images and the text written by `GradientVisualizer`, which are embedded.
+        search: the search result; None if the run did not search.
     """
     config = record["config"]
     ratio = summary["pruning_ratio"]["achieved"]
@@ -133,7 +133,7 @@ def write_report(
 
 
 def write_curve_report(path: Path, summaries: Sequence[dict[str, Any]]) -> None:
-    """Write one HTML file: perplexity against size over several ratios, linking to each ratio's own report."""
+    """Write one HTML file on several pruning ratios: perplexity against size, and links to each ratio's own report."""
     sizes = [summaries[0]["parameters"]["before"], *(s["parameters"]["after"] for s in summaries)]
     values = [summaries[0]["perplexity"]["before"], *(s["perplexity"]["after"] for s in summaries)]
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")
@@ -156,7 +156,7 @@ def write_curve_report(path: Path, summaries: Sequence[dict[str, Any]]) -> None:
 
 
 def _generation_section(generations: Sequence[dict[str, str]]) -> str:
-    """What both models write after each prompt."""
+    """Return the section with the texts that both models write after each prompt; empty without prompts."""
     if not generations:
         return ""
     parts = [
@@ -168,7 +168,7 @@ def _generation_section(generations: Sequence[dict[str, str]]) -> str:
 
 
 def _gradient_section(gradients: dict[str, Any], plots: Sequence[Path]) -> str:
-    """The verdict and the fix; the layers before and after it; the plots."""
+    """Return the section on gradients: the verdict, the fix, the layers before and after it, and the plots."""
     before, after = gradients["before"], gradients["after"]
     lines = [
         f"<p>Largest layer mean of |gradient| over smallest, at {gradients['seq_len']} tokens per sample: "
@@ -194,7 +194,7 @@ def _gradient_section(gradients: dict[str, Any], plots: Sequence[Path]) -> str:
 
 
 def _search_section(search: SearchResult) -> str:
-    """The deciding round's trials as a chart and a table."""
+    """Return the section on the search: the verdict, and the deciding round's trials as a chart and a table."""
     trials = search.deciding[:25]
     names = [describe_scoring(trial.scoring) for trial in trials]
     figure = Figure(figsize=(8.0, 0.8 + 0.25 * len(trials)), layout="constrained")
@@ -218,7 +218,7 @@ def _search_section(search: SearchResult) -> str:
 
 
 def _embedded(plot: Path) -> str:
-    """The HTML of one plot file: an embedded image, or preformatted text."""
+    """Return the HTML of one plot file: an embedded image, or preformatted text."""
     if plot.suffix == ".txt":
         return _folded(plot.name, f"<pre>{escape(plot.read_text(encoding='utf-8'))}</pre>")
     image = base64.b64encode(plot.read_bytes()).decode()
@@ -226,7 +226,7 @@ def _embedded(plot: Path) -> str:
 
 
 def _folded(title: str, content: str) -> str:
-    """What is not shown until the title is clicked."""
+    """Return content that is shown only after its title is clicked."""
     return f"<details><summary>{title}</summary>{content}</details>"
 
 

@@ -1,4 +1,4 @@
-"""The plan of a run for the terminal."""
+"""The plan of a run (`gradprune plan`), formatted for the terminal."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from gradprune.plan import Plan, PlannedRun
 
 
 def plan_table(plan: Plan) -> Table:
-    """Peak memory and bytes read, by way to run and stage; of one rank."""
+    """Tabulate one rank's peak memory and bytes read, for each way to run and each stage."""
     what = f"{plan.shape.parameters:,} parameters, {with_unit(plan.shape.bytes)}"
     room = f"{with_unit(plan.room.bytes)} {'on' if plan.room.accelerated else 'free on'} {plan.room.name}"
     table = Table(title=f"{what}; {room}", title_justify="left")
@@ -25,7 +25,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def fitting_lines(plan: Plan) -> Iterator[str]:
-    """What fits, and what to change where something does not."""
+    """Yield lines that say which ways to run fit, and what to change if one does not."""
     for run in plan.runs:
         yield f"{run.name}: {_verdict(plan, run)}"
     if not plan.streamable:

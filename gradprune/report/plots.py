@@ -20,14 +20,14 @@ from gradprune.errors import counted
 from gradprune.vanishing.diagnosis import Diagnosis, diagnose_gradients
 from gradprune.vanishing.statistics import LayerGradients, pool_steps
 
-# Fixed, so that the user's matplotlib settings do not affect the files.
+# A fixed style, so that the user's matplotlib settings do not affect the files.
 STYLE: list[str | dict[str, Any]] = [
     "default",
     {"font.family": "DejaVu Sans", "hatch.color": "#808080", "axes.spines.top": False, "axes.spines.right": False},
 ]
 
-# The Okabe-Ito palette, safe for colour-blind readers, without yellow, which is too pale for lines. Each step has its
-# own marker as well.
+# Each step's line has its own colour and its own marker. The colours are the Okabe-Ito palette, which is safe for
+# colour-blind readers, without yellow, which is too pale for lines.
 _SERIES = (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
@@ -41,12 +41,12 @@ _BLUE, _PALE_BLUE, _FAINT_BLUE, _VERMILLION, _GREEN = "#0072B2", "#A6CBE3", "#E4
 _ABSENT: dict[str, Any] = {"facecolor": "#E8E8E8", "edgecolor": "#808080", "linewidth": 0.0, "hatch": "////"}
 _MISSING: dict[str, Any] = {"facecolor": "white", "edgecolor": "#B0B0B0", "linewidth": 0.0, "hatch": "...."}
 _NO_GRADIENT, _ZERO, _MARKED = "no gradient", "zero", "vanishing or frozen layer"
-# The minimum of millions of |g| lies decades below the rest: the axis ends this many decades below the smallest mean.
+# The axis ends this many decades below the smallest mean, because the minimum of millions of |g| is far lower still.
 _DECADES_BELOW_MEAN = 2
 
 
 def distribution_figure(title: str, layers: list[LayerGradients]) -> Figure:
-    """Per layer, a box from mean - std to mean + std of |g| with whiskers to its minimum and maximum."""
+    """Draw, for each layer, a box from mean - std to mean + std of |g|, with whiskers to its minimum and maximum."""
     figure, axes = _layer_figure(layers, "|gradient|")
     live = [layer for layer in layers if layer.mean > 0.0]
     lowest = min((layer.mean for layer in live), default=1.0) / 10.0**_DECADES_BELOW_MEAN
@@ -67,7 +67,7 @@ def distribution_figure(title: str, layers: list[LayerGradients]) -> Figure:
 
 
 def comparison_figure(names: list[str], steps: list[list[LayerGradients]]) -> Figure:
-    """The layers' mean |g|, one line per step."""
+    """Plot the layers' mean |g|, one line per step."""
     pooled = pool_steps(steps)
     figure, axes = _layer_figure(pooled, "mean |gradient|")
     _log_range(axes, [layer.mean for step in steps for layer in step if layer.mean > 0.0])
@@ -85,7 +85,7 @@ def comparison_figure(names: list[str], steps: list[list[LayerGradients]]) -> Fi
 
 
 def variance_figure(steps: list[list[LayerGradients]]) -> Figure:
-    """Per layer, the mean of |g|, its std over the weights within a step and the std of its mean across steps."""
+    """Plot each layer's mean |g|, the std of |g| over the weights in a step, and the std of the mean across steps."""
     pooled = pool_steps(steps)
     figure, axes = _layer_figure(pooled, "|gradient|")
     entries = [[entry for step in steps for entry in step if entry.layer == layer.layer] for layer in pooled]
@@ -104,7 +104,7 @@ def variance_figure(steps: list[list[LayerGradients]]) -> Figure:
 
 
 def heatmap_figure(title: str, layers: list[LayerGradients]) -> Figure:
-    """log10 of the L2 norm of every parameter's gradient: layers across, parameter names down."""
+    """Draw log10 of the L2 norm of every parameter's gradient, with layers as columns and parameter names as rows."""
     names = list(dict.fromkeys(name for layer in layers for name in layer.parameter_norms))
     first, last = layers[0].layer, layers[-1].layer
     norms = np.full((max(len(names), 1), last - first + 1), np.nan)
@@ -135,13 +135,13 @@ def heatmap_figure(title: str, layers: list[LayerGradients]) -> Figure:
 
 
 def plain(name: str) -> str:
-    """Make a user-chosen name safe for figures: one short line, `$` escaped so that matplotlib sees no formula."""
+    """Make a user-chosen name safe for figures: one short line, with `$` escaped so that matplotlib sees no formula."""
     line = " ".join(name.split())
     return (line if len(line) <= 48 else f"{line[:45]}...").replace("$", r"\$")
 
 
 def layer_ticks(first: int, last: int) -> FixedLocator | MaxNLocator:
-    """Ticks at every layer from `first` to `last` if there is room, else at round numbers."""
+    """Return ticks at every layer from `first` to `last` if there is room, else at round numbers."""
     return FixedLocator(range(first, last + 1)) if last - first < 40 else MaxNLocator(20, integer=True)
 
 
@@ -163,9 +163,9 @@ def _width(layers: int) -> float:
 
 
 def _log_range(axes: Axes, values: Sequence[float]) -> float:
-    """Set the y limits to whole decades around the positive `values`, so that ticks have labels; returns the lower."""
+    """Set the y limits to whole decades around the positive `values`, so that ticks have labels; return the lower."""
     low, high = (math.log10(min(values)), math.log10(max(values))) if values else (-8.0, -0.1)
-    # The margin of 0.1 decade: a marker on the axis itself would be clipped.
+    # A margin of 0.1 decade, because a marker on the axis itself would be clipped.
     bottom, top = 10.0 ** max(math.floor(low - 0.1), -300), 10.0 ** math.ceil(high + 0.1)
     axes.set_ylim(bottom, top)
     axes.yaxis.set_major_locator(LogLocator(numticks=9))
@@ -174,7 +174,7 @@ def _log_range(axes: Axes, values: Sequence[float]) -> float:
 
 
 def _boxes(axes: Axes, layers: list[LayerGradients], bottom: float) -> None:
-    """Boxes from mean - std to mean + std, no lower than `bottom`."""
+    """Draw boxes from mean - std, but no lower than `bottom`, to mean + std."""
     if not layers:
         return
     low = [max(layer.mean - layer.std, bottom) for layer in layers]
@@ -184,7 +184,7 @@ def _boxes(axes: Axes, layers: list[LayerGradients], bottom: float) -> None:
 
 
 def _open_boxes(axes: Axes, layers: list[LayerGradients], bottom: float) -> None:
-    """Boxes of layers with mean - std below the minimum: the lower half is pale and ends at the minimum."""
+    """Draw boxes of layers whose mean - std is below the minimum; their lower half is pale and ends at the minimum."""
     if not layers:
         return
     positions, mean = [layer.layer for layer in layers], [layer.mean for layer in layers]
@@ -197,7 +197,7 @@ def _open_boxes(axes: Axes, layers: list[LayerGradients], bottom: float) -> None
 
 def _line(axes: Axes, layers: list[LayerGradients], values: list[float], *, color: Any, marker: str,
           label: str | None) -> None:  # fmt: skip
-    """A line through the positive values; zeros, which a log scale cannot show, are gaps with crosses at the bottom."""
+    """Draw a line through the positive values; zeros, absent from a log scale, are gaps with crosses at the bottom."""
     positions = range(layers[0].layer, layers[-1].layer + 1)
     known = {layer.layer: value for layer, value in zip(layers, values, strict=True)}
     shown = [known.get(position, 0.0) or math.nan for position in positions]
@@ -209,7 +209,7 @@ def _line(axes: Axes, layers: list[LayerGradients], values: list[float], *, colo
 
 
 def _color_scale(values: Any) -> Normalize:
-    """From the smallest to the largest finite value, widened by half a decade on either side if they are equal."""
+    """Scale colours from the smallest to the largest finite value, half a decade further each way if they are equal."""
     if np.isnan(values).all():
         return Normalize(-1.0, 0.0)
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
@@ -218,7 +218,7 @@ def _color_scale(values: Any) -> Normalize:
 
 
 def _hatch(axes: Axes, cells: Any, first: int, label: str, style: dict[str, Any]) -> Patch | None:
-    """Hatch the True cells of an image; returns a patch for the legend, or None if no cell is True."""
+    """Hatch the True cells of an image; return a patch for the legend, or None if no cell is True."""
     found = [Rectangle((column + first - 0.5, row - 0.5), 1.0, 1.0) for row, column in np.argwhere(cells)]
     if not found:
         return None
@@ -233,7 +233,7 @@ def _finish(
     diagnosis: Diagnosis,
     extra: Sequence[Patch] = (),
 ) -> None:
-    """Mark vanishing, zero and frozen layers above the axes, put the verdict in the title, add the legend."""
+    """Mark vanishing, zero and frozen layers above the axes, put the verdict into the title and add the legend."""
     marked = [layer.layer for layer in diagnosis.layers if diagnosis.mark(layer)]
     if marked:
         axes.plot(marked, [1.02] * len(marked), linestyle="none", marker="v", color=_VERMILLION,

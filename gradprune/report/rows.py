@@ -1,4 +1,4 @@
-"""Table rows as text, shared by the terminal and the HTML report."""
+"""Table rows and sentences about a run, shared by the terminal, the HTML report and the model card."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,18 +7,18 @@ from gradprune.errors import counted
 from gradprune.evaluation.tasks import percent
 from gradprune.models import KINDS, Kind
 
-# Distillation leaves routed experts as they are.
+# The kinds of blocks that distillation leaves as they are: routed experts.
 _UNTAUGHT = ("expert_channels", "experts")
 
 
 def curve_header(summaries: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """The columns of `curve_rows`."""
+    """Return the column names of `curve_rows`."""
     tasks = (f"{task['task']} accuracy" for task in summaries[0]["tasks"])
     return ("ratio", "parameters", "perplexity", *tasks, "tokens per second")
 
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(quantity, before, after, change) as text, for every quantity of `summary.json` that was measured."""
+    """Return (quantity, before, after, change) as text, for every quantity of `summary.json` that was measured."""
     named = [
         ("parameters", "parameters", "{:,.0f}"),
         ("perplexity", "perplexity", "{:.3f}"),
@@ -34,7 +34,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _task_rows(task: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """A task's accuracies before and after, with their standard errors, and the difference in percentage points."""
+    """Return a task's accuracies before and after, with standard errors, and their difference in percentage points."""
     rows = []
     for name, key in (("accuracy", "accuracy"), ("accuracy per byte", "per_byte")):
         before, after = task["before"], task["after"]
@@ -45,7 +45,7 @@ def _task_rows(task: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def curve_rows(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """(ratio, parameters, perplexity, accuracy of each task, tokens per second): the dense model, then each ratio."""
+    """Return a row for the dense model and for each ratio: ratio, parameters, perplexity, task accuracies, speed."""
     first = summaries[0]
     rows = [("dense", first, "before")] + [(f"{s['pruning_ratio']['requested']:g}", s, "after") for s in summaries]
     return [(name, *_curve_cells(summary, key)) for name, summary, key in rows]
@@ -65,23 +65,23 @@ def _percent(measured: dict[str, Any], key: str) -> str:
 
 
 def scored_kinds(layers: Sequence[dict[str, Any]]) -> tuple[Kind, ...]:
-    """The kinds of block of which some layer has groups that were scored; layers: as in `summary.json`."""
+    """Return the kinds of block with groups in at least one layer; layers: the entry "layers" of `summary.json`."""
     return tuple(kind for kind in KINDS if any(layer.get(kind.name, {}).get(kind.unit) for layer in layers))
 
 
 def kinds_text(kinds: Sequence[Kind]) -> str:
-    """The groups of these kinds in words: "KV groups, MLP channels and experts"."""
+    """Name the groups of these kinds in words, such as "KV groups, MLP channels and experts"."""
     *others, last = (kind.groups for kind in kinds)
     return f"{', '.join(others)} and {last}" if others else last
 
 
 def layer_header(summary: dict[str, Any]) -> tuple[str, ...]:
-    """The columns of `layer_rows`."""
+    """Return the column names of `layer_rows`."""
     return ("layer", *(cell for kind in scored_kinds(summary["layers"]) for cell in (kind.groups, "kept")))
 
 
 def layer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """(layer, then per kind of block the number and fraction of groups kept) as text, one row per layer."""
+    """Return a row of text per layer: its number, then per kind of block the number and the fraction of groups kept."""
     rows, kinds = [], scored_kinds(summary["layers"])
     for layer in summary["layers"]:
         cells = [str(layer["layer"])]
@@ -93,14 +93,14 @@ def layer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def samples_text(summary: dict[str, Any]) -> str:
-    """What was calibrated on, without a full stop."""
+    """Describe the calibration samples, in words without a full stop."""
     calibration = summary["calibration"]
     own = f", {calibration['own_text']:.0%} of them written by the model itself" if calibration["own_text"] else ""
     return f"{counted(calibration['num_samples'], 'sample')} of {calibration['seq_len']} tokens{own}"
 
 
 def repair_text(summary: dict[str, Any]) -> str:
-    """What became of the weights that stay: sentences, each after a space."""
+    """Describe how kept weights were repaired, in sentences that each begin with a space; empty without repair."""
     text, taught = "", summary["distillation"]
     if summary["repair"]:
         text = " The output projections of pruned blocks were re-solved by least squares."

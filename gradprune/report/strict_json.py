@@ -1,4 +1,4 @@
-"""Strict JSON."""
+"""Strict JSON, which has no NaN and no infinity."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def json_text(content: Any) -> str:
-    """Strict JSON, indented; a NaN or infinity in `content` becomes a string, since JSON cannot represent it."""
+    """Format `content` as indented strict JSON; NaN and infinities, which JSON lacks, become strings."""
     return json.dumps(_finite(content), indent=2, allow_nan=False)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as strict JSON."""
+    """Write `content` to a file as strict JSON, see `json_text`."""
     path.write_text(json_text(content) + "\n", encoding="utf-8")
 
 

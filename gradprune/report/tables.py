@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Tables for the terminal, and the verdict of a search in words."""
 
 import math
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from gradprune.report.rows import curve_header, curve_rows, layer_header, layer_
 from gradprune.search import SearchResult, Trial
 from gradprune.vanishing.diagnosis import Diagnosis
 
-# How many of the deciding round's trials are shown, best first.
+# The number of the deciding round's trials that are shown, best first.
 _SEARCH_ROWS = 15
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """The before-and-after table for the terminal."""
+    """Tabulate the dense and the pruned model side by side."""
     table = Table(title="Dense and pruned", title_justify="left")
     for column in ("", "dense", "pruned", "pruned / dense"):
         table.add_column(column, justify="left" if not column else "right")
@@ -28,7 +28,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 
 def layer_table(summary: dict[str, Any]) -> Table:
-    """What each layer keeps, for the terminal."""
+    """Tabulate what each layer keeps."""
     table = Table(title="Kept per layer", title_justify="left")
     for column in layer_header(summary):
         table.add_column("" if column == "kept" else column, justify="right")
@@ -38,7 +38,7 @@ def layer_table(summary: dict[str, Any]) -> Table:
 
 
 def curve_table(summaries: Sequence[dict[str, Any]]) -> Table:
-    """The ratios side by side, for the terminal."""
+    """Tabulate perplexity, size, accuracy and speed at several pruning ratios."""
     table = Table(title="Perplexity against size", title_justify="left")
     for column in curve_header(summaries):
         table.add_column(column, justify="right")
@@ -48,7 +48,7 @@ def curve_table(summaries: Sequence[dict[str, Any]]) -> Table:
 
 
 def diagnosis_table(diagnosis: Diagnosis, seq_len: int, *, scaled_by: str | None = None) -> Table:
-    """The layers' gradients for the terminal; `scaled_by` names the fix if they are shown after scaling."""
+    """Tabulate the layers' gradients; `scaled_by` names the fix if these are the gradients after scaling."""
     after = f" after '{scaled_by}'" if scaled_by else ""
     table = Table(title=f"Gradients at {seq_len} tokens per sample{after}", title_justify="left")
     for column in ("layer", "grad_mean", "grad_std", "norm", "largest / this", ""):
@@ -62,7 +62,7 @@ def diagnosis_table(diagnosis: Diagnosis, seq_len: int, *, scaled_by: str | None
 
 
 def comparison_table(diagnoses: dict[int, Diagnosis]) -> Table:
-    """The layers' mean |g|, one column per sequence length; the last rows are ratio and verdict."""
+    """Tabulate the layers' mean |g|, one column per sequence length; the last rows are ratio and verdict."""
     table = Table(title="grad_mean by tokens per sample", title_justify="left")
     table.add_column("layer", justify="right")
     for seq_len in diagnoses:
@@ -76,7 +76,7 @@ def comparison_table(diagnoses: dict[int, Diagnosis]) -> Table:
 
 
 def search_table(result: SearchResult) -> Table:
-    """The deciding round for the terminal; "(fixed)" marks fixed settings: each method with and without plain H-GSP."""
+    """Tabulate the deciding round; "(fixed)" marks the fixed settings: each method with and without plain H-GSP."""
     table = Table(title=f"Search: best of {result.candidates} selections", title_justify="left")
     for column in ("rank", "held-out loss", "- default", "std. error", "samples", "setting"):
         table.add_column(column, justify="left" if column == "setting" else "right")
@@ -88,7 +88,7 @@ def search_table(result: SearchResult) -> Table:
 
 
 def search_verdict(result: SearchResult) -> str:
-    """Why the setting was chosen, and how sure that is, in a sentence or two."""
+    """Explain in one or two sentences why a setting was chosen, and how certain that is."""
     late = " Time ran out before the last round was over: give more --search_minutes." if result.cut_short else ""
     return _reason(result) + late
 
@@ -113,14 +113,14 @@ def _reason(result: SearchResult) -> str:
 
 
 def _errors(trial: Trial) -> str:
-    """The size of a difference in standard errors."""
+    """Express the difference between a trial and the default in standard errors."""
     if trial.error == 0.0:
         return f"the same in each of {trial.samples} samples"
     return f"{abs(trial.difference) / trial.error:.1f} standard errors over {trial.samples} samples"
 
 
 def describe_scoring(scoring: Scoring) -> str:
-    """A short description: the method, and every option that has another effect than the default."""
+    """Describe a setting briefly: the method, and every option whose effect differs from the default's."""
     parts: list[str] = [scoring.method]
     if scoring.temperature > 0.0:
         tau = "25th percentile" if scoring.tau is None else f"{scoring.tau:g}"
@@ -140,7 +140,7 @@ def describe_scoring(scoring: Scoring) -> str:
 
 
 def architecture_table(found: Sequence[Support]) -> Table:
-    """Which architectures can be pruned, for the terminal."""
+    """Tabulate which architectures can be pruned."""
     table = Table(title="Causal LMs of the installed transformers", title_justify="left")
     for column in ("architecture", "status", "pruned"):
         table.add_column(column, no_wrap=True)
@@ -151,7 +151,7 @@ def architecture_table(found: Sequence[Support]) -> Table:
 
 
 def environment_table(found: dict[str, Any]) -> Table:
-    """The environment for the terminal."""
+    """Tabulate the environment: versions, devices, and which backends work."""
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

@@ -24,13 +24,13 @@ class GradientVisualizer:
         visualizer.collect_gradients(model, "batch_0")
         visualizer.write_all()
 
-    Only statistics are kept: a few numbers per parameter and step. Each writing method returns the path it wrote;
-    the same statistics give the same bytes. These methods raise `GradPruneError` if no step was collected, and
+    Only statistics are kept: a few numbers per parameter and step. Each method that writes a file returns its path,
+    and the same statistics give the same bytes. These methods raise `GradPruneError` if no step was collected, and
     `ConfigError` if `step_idx` is out of range.
     """
 
     def __init__(self, output_dir: str | PathLike[str] = "gradient_analysis") -> None:
-        """Files go to `output_dir`, which is created when the first one is written.
+        """Prepare to write to the folder `output_dir`, which is created with the first file.
 
         Raises:
             ConfigError: `output_dir` exists and is not a folder.
@@ -47,12 +47,12 @@ class GradientVisualizer:
         Raises:
             GradPruneError: no parameter of a decoder layer has a `.grad`.
             NonFiniteError: a gradient is NaN or infinite; the message names the parameter.
-            UnsupportedArchitectureError: no decoder layers found.
+            UnsupportedArchitectureError: the model has no decoder layers that can be recognised.
         """
         self.collect_statistics(gradients_of_model(model), step_name)
 
     def collect_statistics(self, layers: list[LayerGradients], step_name: str = "batch_0") -> None:
-        """Add statistics computed elsewhere, such as `ImportanceEngine.scores().gradients`.
+        """Add the layer statistics of a step that were computed elsewhere, as by `ImportanceEngine.scores().gradients`.
 
         Raises:
             GradPruneError: `layers` is empty.
@@ -70,29 +70,29 @@ class GradientVisualizer:
         self._steps.append(sorted(layers, key=lambda layer: layer.layer))
 
     def plot_gradient_distribution(self, step_idx: int = 0) -> Path:
-        """Per layer, minimum, mean - std, mean, mean + std and maximum of |g| in one step."""
+        """Plot each layer's minimum, mean - std, mean, mean + std and maximum of |g| in one step."""
         layers = self._step(step_idx)
         title = f"Distribution of |gradient| in each layer, step {step_idx} ({plain(self._names[step_idx])})"
         return self._write(f"grad_dist_batch{step_idx}.png", lambda: distribution_figure(title, layers))
 
     def plot_gradient_heatmap(self, step_idx: int = 0) -> Path:
-        """log10 of the L2 norm of each parameter's gradient in one step, by layer and name."""
+        """Plot log10 of the L2 norm of each parameter's gradient in one step, by layer and parameter name."""
         layers = self._step(step_idx)
         title = f"Gradient norm of each parameter, step {step_idx} ({plain(self._names[step_idx])})"
         return self._write(f"grad_heatmap_batch{step_idx}.png", lambda: heatmap_figure(title, layers))
 
     def plot_gradient_comparison(self) -> Path:
-        """The layers' mean |g|, one line per collected step."""
+        """Plot the layers' mean |g|, one line per collected step."""
         self._require_steps()
         return self._write("grad_comparison.png", lambda: comparison_figure(self._names, self._steps))
 
     def plot_layer_variance(self) -> Path:
-        """Mean of |g| per layer, its std over the weights within a step, and the std of its mean across steps."""
+        """Plot each layer's mean |g|, its std over the weights within a step, and the std of the mean across steps."""
         self._require_steps()
         return self._write("layer_variance.png", lambda: variance_figure(self._steps))
 
     def generate_report(self) -> Path:
-        """A plain-text report: table of layers and verdict for each step, then the verdict on the mean over steps."""
+        """Write a text report: a table of layers and a verdict for each step, then the verdict on all steps pooled."""
         self._require_steps()
         parts = [f"Gradient analysis of {counted(len(self._steps), 'step')}"]
         for index, (name, layers) in enumerate(zip(self._names, self._steps, strict=True)):
@@ -104,7 +104,7 @@ class GradientVisualizer:
         return path
 
     def write_all(self) -> list[Path]:
-        """Write the four plots (single-step plots show step 0) and the report."""
+        """Write the four plots (plots of a single step show step 0) and the text report."""
         return [
             self.plot_gradient_distribution(),
             self.plot_gradient_heatmap(),
@@ -141,7 +141,7 @@ class GradientVisualizer:
 
 
 def write_plots(steps: Sequence[list[LayerGradients]], folder: Path) -> list[Path]:
-    """Write all files of `GradientVisualizer` to `folder`; `steps` are the first calibration batches."""
+    """Write all files of `GradientVisualizer` to `folder`; steps: the statistics of the first calibration batches."""
     visualizer = GradientVisualizer(folder)
     for index, step in enumerate(steps):
         visualizer.collect_statistics(step, f"batch_{index}")
@@ -159,7 +159,7 @@ def _table(diagnosis: Diagnosis) -> list[str]:
 
 
 def _overall(diagnosis: Diagnosis) -> str:
-    """The verdict on all steps together, and the layers it is based on."""
+    """Format the verdict on all steps together, with the layers that it marks."""
     return "\n".join(
         [
             "Overall (mean over the steps)",
