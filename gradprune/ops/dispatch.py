@@ -1,6 +1,6 @@
 """The ops as users call them, and for each family of ops the backends that can compute them.
 
-An op's name determines the result, and `backend` only how it is computed. A backend that is requested by name is used
+An op's name determines what is computed, and `backend` only by what. A backend that is requested by name is used
 or refused; only "auto" falls back to another one, and logs the reason once.
 """
 

@@ -1,4 +1,4 @@
-"""The results of the importance and gradient ops: `GradientStatistics`, `ImportanceVectors`, `GroupedVectors` etc."""
+"""The results of the importance and gradient ops, as dataclasses and named tuples of tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
