@@ -81,7 +81,7 @@ def test_the_record_states_what_the_evidence_was_made_with(tmp_path: Path) -> No
     record = json.loads((tmp_path / "b" / "run.json").read_text())
     assert record["calibration"]["num_samples"] == 12
     assert record["calibration"]["reduction"] == "batch"
-    assert "over 12 samples of 16 tokens" in (tmp_path / "b" / "report.html").read_text()
+    assert "measured on 12 samples of 16 tokens" in (tmp_path / "b" / "report.html").read_text()
     sample = evidence_of(tiny_model(), tmp_path / "sample")
     with pytest.raises(ConfigError, match="reduction: 'batch' needs another calibration"):
         run(tiny_model(), evidence_file=sample, reduction="batch")

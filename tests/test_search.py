@@ -93,7 +93,7 @@ def test_the_default_stays_unless_another_is_better_beyond_its_error(
     assert verdict.startswith(method or f"The default ({DEFAULT}")
     if noise and advantage > 0.0:
         errors = advantage / (noise * (16 / 15) ** 0.5 / 4)
-        assert f"{advantage:.4f} nats a token, {errors:.1f} standard errors over 16 samples" in verdict
+        assert f"{advantage:.4f} nats per token, {errors:.1f} standard errors over 16 samples" in verdict
 
 
 @pytest.mark.parametrize(("difference", "taken"), [(-0.19, False), (-0.2, False), (-0.21, True)])
@@ -164,8 +164,8 @@ def test_time_that_runs_out_leaves_the_first_round() -> None:
 @pytest.mark.parametrize(
     ("in_time", "method", "told"),
     [
-        (0, None, "no other was repaired"),
-        (1, None, "no other was repaired"),
+        (0, None, "no other setting was repaired"),
+        (1, None, "no other setting was repaired"),
         (2, None, "no other setting is better"),
         (3, "wanda", ""),
     ],

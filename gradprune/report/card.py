@@ -106,9 +106,9 @@ def write_recovered_card(
     aim = {"kd": f"towards {taught_by}", "lm": "to predict the text"}[summary["loss"]]
     when = "after pruning " if "pruned" in head["tags"] else ""
     recovered = (
-        f"## Recovery\n\nTrained {when}by `gradprune recover` of version {__version__}: {trained}, {aim}, for "
-        f"{summary['best_step']:,} of {summary['steps']:,} steps ({summary['tokens']:,} tokens in all). Perplexity on "
-        f"held-out text of that run: {before:.3f} before, {after:.3f} after."
+        f"## Recovery\n\nTrained {when}by `gradprune recover` of version {__version__}: {trained}, {aim}. The best "
+        f"weights, after {summary['best_step']:,} of {summary['steps']:,} steps ({summary['tokens']:,} tokens in all), "
+        f"were kept. Perplexity on held-out text of that run: {before:.3f} before, {after:.3f} after."
     )
     _write(folder, ModelCardData(**head).to_yaml(), f"{text}\n\n{recovered}")
 
@@ -156,7 +156,7 @@ def _how(base: _Base, config: PruneConfig, summary: dict[str, Any]) -> str:
     groups = kinds_text(scored_kinds(summary["layers"]))
     text = (
         f"{base.name} with {after:,} of its {before:,} parameters: gradprune {__version__} removed the "
-        f"{groups} with the least `{config.importance_method}` importance over the whole model, measured on "
+        f"{groups} with the lowest `{config.importance_method}` importance in the whole model, measured on "
         f"{samples_text(summary)}."
     )
     return f"{text}{repair_text(summary)}\n\n```sh\n{command_line(_shown(base, config))}\n```"
@@ -180,7 +180,7 @@ def _measured(summary: dict[str, Any]) -> str:
     text = "held-out text" if summary["evaluation_held_out"] else "text that was also used for calibration"
     return (
         f"{_table(('', 'dense', 'pruned', 'pruned / dense'), rows)}\n\n"
-        f"Perplexity is of {summary['evaluation_tokens']:,} tokens of {text}."
+        f"Perplexity was measured on {summary['evaluation_tokens']:,} tokens of {text}."
     )
 
 
@@ -191,14 +191,14 @@ def _loading(model: PreTrainedConfig) -> str:
         return f"A plain `{model.model_type}` checkpoint: whatever loads the dense model loads it.\n\n{_python(model)}"
     without = [index for index, own in layers.items() if "attention" in own.get("skip", ())]
     vllm = (
-        f"- vLLM does not load it: {_layers(without)} no attention block."
+        f"- vLLM cannot load it, because {_layers(without)} no attention block."
         if without
         else f"- vLLM, by its Transformers backend: `vllm serve {PLACE} --trust-remote-code`"
     )
     mlx = f"- MLX: `mlx_lm.generate --model {PLACE} --trust-remote-code`"
     gguf = f"- llama.cpp, after `gradprune export --model {PLACE} --output model.gguf`: `llama-cli -m model.gguf`"
     lines = [
-        "Layers differ in width, so a modelling file lies beside the weights; it needs torch and transformers only.\n\n"
+        "Layers differ in width, so a modelling file comes with the weights; it needs only torch and transformers.\n\n"
         f"{_python(model, ', trust_remote_code=True')}\n",
         vllm,
         *([gguf] if _exportable(model) else []),

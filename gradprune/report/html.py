@@ -47,14 +47,14 @@ _CURVE_PAGE = Template("""<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>gradprune: several ratios</title>
+<title>gradprune: several pruning ratios</title>
 <style>$style</style>
 </head>
 <body>
-<h1>gradprune: several ratios</h1>
+<h1>gradprune: several pruning ratios</h1>
 $chart
 $table
-<p>Each ratio's own report:</p>
+<p>Report of each ratio:</p>
 <ul>$links</ul>
 </body>
 </html>
@@ -82,7 +82,7 @@ $layers
 <h2>Gradients</h2>
 $gradients
 $search
-<h2>How it was made</h2>
+<h2>How the model was pruned</h2>
 <p><code>$command</code></p>
 $options
 $versions
@@ -114,8 +114,8 @@ def write_report(
         style=_STYLE,
         title=escape(f"gradprune: {model_name(config['base_model'] or 'the model')} pruned by {ratio:.1%}"),
         lead=escape(
-            f"{config['importance_method']} importance over {samples_text(summary)}; "
-            f"perplexity on {summary['evaluation_tokens']:,} "
+            f"Pruned by {config['importance_method']} importance, measured on {samples_text(summary)}; "
+            f"perplexity is measured on {summary['evaluation_tokens']:,} "
             f"{'held-out ' if summary['evaluation_held_out'] else ''}tokens.{repair_text(summary)}"
         ),
         measured=_html_table(("", "dense", "pruned", "pruned / dense"), summary_rows(summary)),
@@ -164,16 +164,16 @@ def _generation_section(generations: Sequence[dict[str, str]]) -> str:
         f"<dt>pruned</dt><dd>{escape(each['pruned'])}</dd></dl>"
         for each in generations
     ]
-    return "<h2>What they write</h2><p>Always the likeliest next token.</p>" + "\n".join(parts)
+    return "<h2>What the models write</h2><p>Always the likeliest next token.</p>" + "\n".join(parts)
 
 
 def _gradient_section(gradients: dict[str, Any], plots: Sequence[Path]) -> str:
     """Return the section on gradients: the verdict, the fix, the layers before and after it, and the plots."""
     before, after = gradients["before"], gradients["after"]
     lines = [
-        f"<p>Largest layer mean of |gradient| over smallest, at {gradients['seq_len']} tokens per sample: "
+        f"<p>Gradient ratio (largest layer mean of |gradient| / smallest) at {gradients['seq_len']} tokens per sample: "
         f"{float(before['ratio']):,.1f} ({before['verdict']}; {escape(before['recommendation'])}). "
-        f"Gradient fix: {escape(gradients['gradient_fix'])}; after it {float(after['ratio']):,.1f} "
+        f"Gradient fix: {escape(gradients['gradient_fix'])}; ratio after the fix: {float(after['ratio']):,.1f} "
         f"({after['verdict']}).</p>"
     ]
     scales = gradients["scales"]
@@ -187,7 +187,7 @@ def _gradient_section(gradients: dict[str, Any], plots: Sequence[Path]) -> str:
         )
         for b, a in zip(before["layers"], after["layers"], strict=True)
     ]
-    table = _html_table(("layer", "mean |g|", "std |g|", "scale", "mean |g| after"), rows)
+    table = _html_table(("layer", "mean |g|", "std |g|", "scale", "mean |g| after scaling"), rows)
     lines.append(_folded("Layer by layer", table))
     lines += [_embedded(plot) for plot in plots]
     return "\n".join(lines)
@@ -210,10 +210,10 @@ def _search_section(search: SearchResult) -> str:
         for rank, (name, trial) in enumerate(zip(names, trials, strict=True), 1)
     ]
     lead = (
-        f"<p>{escape(search_verdict(search))}</p><p>{search.candidates} different selections; the deciding round, "
-        f"{search.winner.samples} held-out samples:</p>"
+        f"<p>{escape(search_verdict(search))}</p><p>{search.candidates} different selections were compared. The "
+        f"best of the deciding round, on {search.winner.samples} held-out samples:</p>"
     )
-    header = ("rank", "setting", "held-out loss", "minus default's", "standard error")
+    header = ("rank", "setting", "held-out loss", "difference from the default", "its standard error")
     return "<h2>Search</h2>" + lead + svg(figure) + _html_table(header, rows)
 
 

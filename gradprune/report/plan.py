@@ -31,7 +31,7 @@ def fitting_lines(plan: Plan) -> Iterator[str]:
     if not plan.streamable:
         return
     gib = -(-plan.one_wave // 2**30)
-    yield f"stream_layers auto: {'on' if plan.streams else 'off'}; all samples in one wave: --stream_memory {gib}GiB"
+    yield f"stream_layers auto: {'on' if plan.streams else 'off'}; one wave for all samples: --stream_memory {gib}GiB"
 
 
 def _verdict(plan: Plan, run: PlannedRun) -> str:

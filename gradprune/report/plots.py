@@ -61,7 +61,7 @@ def distribution_figure(title: str, layers: list[LayerGradients]) -> Figure:
                 color=_VERMILLION, linewidth=2.0, label="mean", zorder=4)  # fmt: skip
     if cut := [layer.layer for layer in live if layer.minimum < bottom]:
         axes.plot(cut, [bottom] * len(cut), linestyle="none", marker=7, markersize=5, color="#404040", clip_on=False,
-                  label="minimum lies lower, or is 0", zorder=5)  # fmt: skip
+                  label="minimum is below the axis, or is 0", zorder=5)  # fmt: skip
     _finish(figure, axes, title, diagnose_gradients(layers))
     return figure
 
@@ -240,7 +240,7 @@ def _finish(
                   markeredgecolor="black", markersize=6, clip_on=False, label=_MARKED,
                   transform=axes.get_xaxis_transform())  # fmt: skip
     text = f"Gradient ratio (largest layer mean / smallest) {diagnosis.ratio:.1f}: {diagnosis.verdict}. "
-    text += f"Marked layers: {diagnosis.marked_layers()}." if marked else "No layer vanishes."
+    text += f"Marked layers: {diagnosis.marked_layers()}." if marked else "No layer's gradients vanish."
     lines = [title, *textwrap.wrap(text, int(figure.get_figwidth() * 13.0))]
     figure.suptitle("\n".join(lines), x=0.01, horizontalalignment="left", fontsize="medium")
     _legend(figure, *axes.get_legend_handles_labels(), extra)

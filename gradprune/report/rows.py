@@ -107,7 +107,7 @@ def repair_text(summary: dict[str, Any]) -> str:
     if taught is not None and taught["factor"]:
         kinds = [kind for kind in scored_kinds(summary["layers"]) if kind.name not in _UNTAUGHT]
         samples = counted(taught["samples"], "sample")
-        own = f", and by {taught['text']:.0%} from their own tokens" if taught["text"] else ""
+        own = f" ({taught['text']:.0%} of the loss is that of predicting the text itself)" if taught["text"] else ""
         text += (
             f" The kept {kinds_text(kinds)} were distilled from the dense model's predictions for {samples}{own}:"
             f" the loss on held-out samples went from {taught['before']:.3f} to {taught['after']:.3f} nats per token."

@@ -78,7 +78,7 @@ def comparison_table(diagnoses: dict[int, Diagnosis]) -> Table:
 def search_table(result: SearchResult) -> Table:
     """Tabulate the deciding round; "(fixed)" marks the fixed settings: each method with and without plain H-GSP."""
     table = Table(title=f"Search: best of {result.candidates} selections", title_justify="left")
-    for column in ("rank", "held-out loss", "- default", "std. error", "samples", "setting"):
+    for column in ("rank", "held-out loss", "vs. default", "std. error", "samples", "setting"):
         table.add_column(column, justify="left" if column == "setting" else "right")
     for rank, trial in enumerate(result.deciding[:_SEARCH_ROWS], start=1):
         mark = " (fixed)" if trial.fixed else ""
@@ -89,7 +89,7 @@ def search_table(result: SearchResult) -> Table:
 
 def search_verdict(result: SearchResult) -> str:
     """Explain in one or two sentences why a setting was chosen, and how certain that is."""
-    late = " Time ran out before the last round was over: give more --search_minutes." if result.cut_short else ""
+    late = " Time ran out before the last round ended: allow more --search_minutes." if result.cut_short else ""
     return _reason(result) + late
 
 
@@ -99,16 +99,16 @@ def _reason(result: SearchResult) -> str:
     if winner != result.default:
         return (
             f"{describe_scoring(winner.scoring)} is better than the default ({default}) by {-winner.difference:.4f} "
-            f"nats a token, {_errors(winner)} ({needed})."
+            f"nats per token, {_errors(winner)} ({needed})."
         )
     if result.cut_short and not result.decides:
-        return f"The default ({default}) stays: no other was repaired."
+        return f"The default ({default}) stays: no other setting was repaired in time."
     best = result.best_other
     if best is None or best.difference >= 0.0:
         return f"The default ({default}) stays: no other setting is better."
     return (
         f"The default ({default}) stays: {describe_scoring(best.scoring)} is better by only {-best.difference:.4f} "
-        f"nats a token, {_errors(best)} ({needed})."
+        f"nats per token, {_errors(best)} ({needed})."
     )
 
 

@@ -251,7 +251,7 @@ def test_a_whole_run_keeps_as_many_experts_everywhere(method: str, tmp_path: Pat
                 evidence_file=str(tmp_path / "x" / "analysis" / "evidence.safetensors"))  # fmt: skip
     assert again.evidence.methods == result.evidence.methods
     card = (tmp_path / "x" / "model" / "README.md").read_text()
-    assert f"removed the {'experts' if method == 'reap' else 'KV groups and experts'} with the least" in card
+    assert f"removed the {'experts' if method == 'reap' else 'KV groups and experts'} with the lowest" in card
     with pytest.raises(ConfigError, match=f"prune_kinds: evidence_file .* scored {kinds.replace(',', ', ')};"):
         run(model, evidence_file=str(tmp_path / "x" / "analysis" / "evidence.safetensors"))
 

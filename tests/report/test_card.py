@@ -68,7 +68,7 @@ def test_it_says_what_was_pruned_how_and_what_was_measured(results: Path) -> Non
     assert "AutoModelForCausalLM.from_pretrained" in card.text
     assert "mlx_lm.generate" in card.text
     taught = summary["distillation"]
-    samples = "predictions for 8 samples, and by 10% from their own tokens"
+    samples = "predictions for 8 samples (10% of the loss is that of predicting the text itself)"
     told = f"from {taught['before']:.3f} to {taught['after']:.3f} nats per token"
     for text in (card.text, (results / "uneven" / "report.html").read_text()):
         assert "re-solved by least squares" in text
@@ -92,7 +92,7 @@ def test_vllm_is_not_promised_without_attention(results: Path) -> None:
     assert "vllm serve" in card_of(results).text
     text = card_of(results, "without").text
     assert "vllm serve" not in text
-    assert "does not load it: layer 2 has no attention block." in text
+    assert "vLLM cannot load it, because layer 2 has no attention block." in text
 
 
 def test_several_layers_without_attention_are_all_named(results: Path, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_several_layers_without_attention_are_all_named(results: Path, tmp_path:
         masks.attention[layer][:] = False
     summary = json.loads((results / "uneven" / "analysis" / "summary.json").read_text())
     write_card(tmp_path, cut(model, masks).config, PruneConfig(), summary)
-    assert "does not load it: layers 0, 2 have no attention block." in (tmp_path / "README.md").read_text()
+    assert "vLLM cannot load it, because layers 0, 2 have no attention block." in (tmp_path / "README.md").read_text()
 
 
 def test_what_was_distilled_is_what_was_pruned_but_for_routed_experts(results: Path) -> None:
@@ -139,7 +139,7 @@ def test_llama_cpp_is_named_only_where_the_export_writes_the_model(
 def test_only_the_kinds_that_were_pruned_are_told(kind: str, shown: str, hidden: str, results: Path) -> None:
     run(tiny_model(), pruning_ratio=0.05, prune_kinds=kind, output_dir=str(results), output_name=kind)
     card = card_of(results, kind).text
-    assert f"removed the {shown} with the least" in card
+    assert f"removed the {shown} with the lowest" in card
     assert f"| layer | {shown} | kept |" in card
     assert hidden not in card
     report = (results / kind / "report.html").read_text()
@@ -148,7 +148,7 @@ def test_only_the_kinds_that_were_pruned_are_told(kind: str, shown: str, hidden:
     # The file has both, whatever was scored.
     layers = json.loads((results / kind / "analysis" / "summary.json").read_text())["layers"]
     assert layers[0].keys() == {"layer", "attention", "mlp"}
-    assert "removed the KV groups and MLP channels with the least" in card_of(results).text
+    assert "removed the KV groups and MLP channels with the lowest" in card_of(results).text
 
 
 @pytest.mark.parametrize("head", ["---\n: [\n---\n", "---\n- a\n---\n", "no head", "---\nlicense: 3\n---\n"])
@@ -177,8 +177,8 @@ def test_recovery_adds_to_the_card(results: Path, tmp_path: Path) -> None:
     assert card.data.to_dict() == before.data.to_dict()
     assert card.text.startswith(before.text.rstrip())
     assert "## Recovery" in card.text
-    assert "all weights, to predict the text, for" in card.text
-    assert "of 2 steps (256 tokens in all)" in card.text
+    assert "all weights, to predict the text. The best weights, after" in card.text
+    assert "of 2 steps (256 tokens in all), were kept." in card.text
     assert str(tmp_path) not in card.text
 
 
@@ -196,7 +196,7 @@ def test_recovery_of_a_model_that_was_never_pruned(results: Path, tmp_path: Path
     assert card.data.license_name == "small"
     assert card.text.startswith("\n# dense, trained further\n")
     assert "Trained by `gradprune recover`" in card.text
-    assert "low-rank updates, merged into the weights, towards the predictions of plain, for 5 of 8" in card.text
+    assert "low-rank updates, merged into the weights, towards the predictions of plain. The best" in card.text
     assert "3.000 before, 2.000 after" in card.text
     # Once more: it still is what it was.
     write_recovered_card(tmp_path, tiny_model().config, str(tmp_path), RECOVERED)
