@@ -47,7 +47,7 @@ def test_a_ratio_that_prunes_nothing_says_what_would_prune_something(uniform: bo
     # A channel; with the same widths everywhere, one of each layer.
     least = int(result.table.cost.min()) * (len(model.model.layers) if uniform else 1)
     (said,) = [warning for warning in result.warnings if warning.startswith("Nothing was pruned")]
-    assert said.endswith(f"the least that can go at once is {least:,}.")
+    assert said.endswith(f"the least that can be removed is {least:,}.")
     assert run(model, pruning_ratio=(least + 1) / result.before.parameters, uniform=uniform).pruned.any()
 
 

@@ -60,7 +60,7 @@ def demo_model_path(console: Console | None = None, *, training: DemoTraining | 
     folder = _cache_folder() / f"demo-model-{RECIPE}-py{python}{suffix}"
     if not _is_whole(folder):
         _check_writable(folder.parent)
-        console.print("Training the demo model on Python's own documentation (once; a minute or two)")
+        console.print("Training the demo model on Python's own documentation (only once; takes a minute or two)")
         _make(folder, recipe, console)
     return folder
 
@@ -121,7 +121,7 @@ def _check_writable(cache: Path) -> None:
             pass
     except OSError as error:
         raise CheckpointError(
-            f"GRADPRUNE_CACHE: '{cache}' cannot be written ({error.strerror}); set it to a folder that can"
+            f"GRADPRUNE_CACHE: '{cache}' cannot be written ({error.strerror}); set it to a writable folder"
         ) from error
 
 

@@ -66,8 +66,8 @@ def protocol_perplexity(
         check_context(model.config, window)
     except CalibrationError as error:
         raise CalibrationError(
-            f"protocol: '{protocol}' does not fit: {str(error).partition(': ')[2]}; choose one of shorter windows, or "
-            "none"
+            f"protocol: '{protocol}' does not fit: {str(error).partition(': ')[2]}; choose one with shorter windows, "
+            "or none"
         ) from error
     tokens = load_tokens(dataset or "wikitext2", tokenizer, split="evaluation", vocab_size=vocabulary_of(model))
     if tokenizer is not None and begins_with_bos(tokenizer):

@@ -109,7 +109,7 @@ def read_tasks(tasks: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) 
     """Read and check tasks, so that mistakes surface before a question is asked. See `evaluate_tasks` for arguments."""
     if not all(task.strip() for task in tasks):
         raise EvaluationError(
-            f"tasks: '{','.join(tasks)}' has an empty name in it; give names or .jsonl files, one comma between two"
+            f"tasks: '{','.join(tasks)}' contains an empty name; give names or .jsonl files, separated by single commas"
         )
     if tokenizer is None:
         raise EvaluationError("tasks: the model has no tokenizer to read questions with")
@@ -154,7 +154,7 @@ def read_questions(path: str | Path) -> list[Question]:
         raise EvaluationError(f"tasks: '{path}' cannot be read: {one_line(error)}") from error
     questions = [_question(line, f"line {n} of '{path}'") for n, line in enumerate(lines, 1) if line.strip()]
     if not questions:
-        raise EvaluationError(f"tasks: '{path}' has no question")
+        raise EvaluationError(f"tasks: '{path}' contains no question")
     return questions
 
 
@@ -171,11 +171,11 @@ def _question(line: str, where: str) -> Question:
         texts_only = all(isinstance(text, str) and text for text in continuations)
         texts_only = texts_only and all(isinstance(text, str) for text in contexts)
         if not texts_only or type(answer) is not int or not 0 <= answer < len(contexts):
-            raise ValueError("texts must not be empty, and `answer` is the index of one")
+            raise ValueError("texts must not be empty, and `answer` must be the index of one of them")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise EvaluationError(
-            f"tasks: {where} is no question ({type(error).__name__}: {error}); needed are context, choices and answer, "
-            "or contexts, continuation and answer"
+            f"tasks: {where} is no valid question ({type(error).__name__}: {error}); it needs context, choices and "
+            "answer, or contexts, continuation and answer"
         ) from error
     return Question(contexts, continuations, answer)
 
@@ -390,12 +390,12 @@ def _lm_eval(names: Sequence[str]) -> Callable[..., dict[str, Any]]:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EvaluationError(
-            f"tasks: {', '.join(names)} are asked by lm-eval, which the eval extra installs (pip install "
+            f"tasks: {', '.join(names)}: named tasks need lm-eval, which the eval extra installs (pip install "
             "'gradprune[eval]'); or give .jsonl files of questions"
         ) from error
     manager = TaskManager()
     if unknown := [name for name in names if name not in manager.all_tasks]:
-        raise EvaluationError(f"tasks: lm-eval knows no {', '.join(unknown)}; `lm_eval ls tasks` lists what it knows")
+        raise EvaluationError(f"tasks: lm-eval does not know {', '.join(unknown)}; `lm_eval ls tasks` lists its tasks")
     return partial(simple_evaluate, task_manager=manager)
 
 
@@ -403,7 +403,7 @@ def _from_lm_eval(name: str, found: dict[str, Any]) -> TaskAccuracy:
     """Convert lm-eval's results for one task or group of tasks."""
     figures = found["results"][name]
     if "acc,none" not in figures:
-        raise EvaluationError(f"tasks: '{name}' has no accuracy; gradprune asks tasks that have one")
+        raise EvaluationError(f"tasks: lm-eval measures no accuracy for '{name}'; choose tasks for which it does")
     counts = found.get("n-samples", {})
     members = [name] if name in counts else found.get("group_subtasks", {}).get(name, [])
     return TaskAccuracy(

@@ -66,9 +66,9 @@ def to_json(distribution: list[LayerPruning]) -> list[dict[str, Any]]:
 def _next_step(config: PruneConfig) -> str:
     """Advise what `benchmarks/README.md` found better: no H-GSP, bounded scales, repair; else search or limits."""
     if config.temperature != 0.0:
-        return "Try --temperature 0: H-GSP takes most from the blocks whose prior is low."
+        return "Try --temperature 0: H-GSP removes most from the blocks whose prior is low."
     if "normalize" in config.gradient_fix:
-        return "Try --gradient_fix adaptive: it scales each layer by at most 10, normalize by anything."
+        return "Try --gradient_fix adaptive: it scales each layer by at most 10, while normalize has no limit."
     if config.repair == "none":
         return "Try --repair least_squares."
     return "Let gradprune search choose by held-out loss, or set limits: --max_layer_ratio, --freeze_first_n_layers."

@@ -63,7 +63,7 @@ def select(
             with a mixture of experts.
     """
     if not len(table):
-        raise SelectionError("model: no block is left in it that could be pruned")
+        raise SelectionError("model: it has no block left that could be pruned")
     constraints = _with_experts(table, constraints)
     chunks = _chunks(table, constraints)
     limits = _limits(table, constraints)
@@ -74,16 +74,16 @@ def select(
     reachable = np.minimum(of_layer, limits).sum()
     if budget > reachable or budget >= table.cost.sum():
         raise SelectionError(
-            f"pruning_ratio: {ratio:g} cannot be reached; the groups that may go hold {reachable / parameters:.4f} "
-            f"of the model's {parameters:,} parameters (embeddings, norms, the head, frozen layers and what "
-            "max_layer_ratio, uniform or serve keep are not among them)"
+            f"pruning_ratio: {ratio:g} cannot be reached; the groups that may be removed hold "
+            f"{reachable / parameters:.4f} of the model's {parameters:,} parameters (embeddings, norms, the head, "
+            "frozen layers and what max_layer_ratio, uniform or serve keep do not count)"
         )
     pruned = _take(table, chunks, costs, limits, budget)
     if constraints.epsilon > 0.0:
         _drop_thin_layers(table, pruned, constraints.epsilon)
         if pruned.all():
             raise SelectionError(
-                f"epsilon: {constraints.epsilon:g} would remove every layer, since none keeps that much at "
+                f"epsilon: {constraints.epsilon:g} would remove every layer, since none keeps that fraction at "
                 f"pruning_ratio {ratio:g}; choose a smaller one"
             )
     return pruned
@@ -122,12 +122,12 @@ def _with_experts(table: GroupTable, constraints: Constraints) -> Constraints:
         return constraints
     if constraints.epsilon > 0.0:
         raise ConfigError(
-            f"epsilon: {constraints.epsilon:g} would drop layers, and those of a mixture of experts stay; leave it out"
+            f"epsilon: {constraints.epsilon:g} would drop layers, but a mixture of experts keeps them all; leave it out"
         )
     for name in ("freeze_first_n_layers", "freeze_last_n_layers"):
         if count := getattr(constraints, name):
             raise ConfigError(
-                f"{name}: {count} would keep layers whole, and all layers of a mixture of experts keep the same "
+                f"{name}: {count} would keep layers whole, but all layers of a mixture of experts keep the same "
                 "widths; leave it out"
             )
     return replace(constraints, uniform=True)
@@ -218,8 +218,8 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
         # Layers that never had this kind of block, such as convolutions among attention layers, do not matter.
         if len(widths) != 1:
             raise ConfigError(
-                f"uniform: the layers of this model already differ in their {kind.name} widths: {widths}; layers of "
-                "equal widths, which experts need, come from the dense model alone"
+                f"uniform: the layers of this model already differ in their {kind.name} widths: {widths}; only "
+                "the dense model can be pruned to equal widths, which uniform and experts require"
             )
         width = widths[0]
         step = math.lcm(_step(kind.name, constraints), 1 if width % kind.multiple else kind.multiple)

@@ -27,17 +27,17 @@ def selection_warnings(
     ratio = int(table.cost[pruned].sum()) / parameters
     if ratio > config.pruning_ratio * (1.0 + _TOLERANCE):
         yield (
-            f"epsilon {config.epsilon:g} dropped whole layers: {ratio:.1%} of the parameters are gone, "
-            f"{config.pruning_ratio:.1%} were asked for. Try a smaller --epsilon."
+            f"epsilon {config.epsilon:g} dropped whole layers: {ratio:.1%} of the parameters were removed, not the "
+            f"requested {config.pruning_ratio:.1%}. Try a smaller --epsilon."
         )
     if not pruned.any():
         yield (
             f"Nothing was pruned: pruning_ratio {config.pruning_ratio:g} is {config.pruning_ratio * parameters:,.1f} "
-            f"parameters, and the least that can go at once is {least_cost(table, config.constraints):,}."
+            f"parameters, but the least that can be removed is {least_cost(table, config.constraints):,}."
         )
     zeros = int((table.score == 0.0).sum())
     if zeros > int(pruned.sum()) and zeros > int((table.importance == 0.0).sum()):
         yield (
-            f"The scores of {zeros:,} of {len(table):,} groups came out as 0, so that their order in the model decided "
-            "which went. Try a smaller --temperature, or an --attention_factor nearer to 1."
+            f"The scores of {zeros:,} of {len(table):,} groups came out as 0, so their order in the model decided "
+            "which of them were pruned. Try a smaller --temperature, or an --attention_factor nearer to 1."
         )

@@ -45,7 +45,7 @@ class GradientAnalysis:
             return f"Gradient fix '{self.requested}': nothing to fix."
         text = f"Gradient fix '{fix}': gradient ratio {self.before.ratio:.1f} before, {self.after.ratio:.1f} after."
         if self.requested != "auto" and self.before.verdict == "normal":
-            text += " Warning: the ratio was under 100 already; a fix is not needed, and can harm."
+            text += " Warning: the ratio was already under 100; a fix is not needed, and can do harm."
         return text
 
     def to_dict(self) -> dict[str, Any]:

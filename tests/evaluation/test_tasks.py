@@ -190,13 +190,13 @@ def test_a_malformed_line_is_named(line: str, tmp_path: Path) -> None:
 def test_missing_and_empty_files_and_tokenizers_are_told(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"nowhere.jsonl.* cannot be read"):
         read_questions(tmp_path / "nowhere.jsonl")
-    with pytest.raises(EvaluationError, match="has no question"):
+    with pytest.raises(EvaluationError, match="contains no question"):
         read_questions(write(tmp_path / "empty.jsonl"))
     with pytest.raises(EvaluationError, match="no tokenizer"):
         evaluate_tasks(tiny_model(), None, ["x.jsonl"])
     path = write(tmp_path / "q.jsonl", {"context": "One", "choices": ["two", "three"], "answer": 0})
     for tasks in (["", ""], [path, " "]):
-        with pytest.raises(EvaluationError, match=r"^tasks: '.*' has an empty name in it"):
+        with pytest.raises(EvaluationError, match=r"^tasks: '.*' contains an empty name"):
             evaluate_tasks(tiny_model(), byte_tokenizer(), tasks)
     with pytest.raises(EvaluationError, match="max_questions: 0"):
         evaluate_tasks(tiny_model(), byte_tokenizer(), [path], max_questions=0)
@@ -204,7 +204,7 @@ def test_missing_and_empty_files_and_tokenizers_are_told(tmp_path: Path) -> None
 
 def test_names_need_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(EvaluationError, match=r"piqa are asked by lm-eval.*pip install 'gradprune\[eval\]'"):
+    with pytest.raises(EvaluationError, match=r"piqa: named tasks need lm-eval.*pip install 'gradprune\[eval\]'"):
         evaluate_tasks(tiny_model(), byte_tokenizer(), ["piqa"])
 
 
@@ -238,7 +238,7 @@ def test_names_are_asked_by_lm_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert (found[2].accuracy_stderr, found[2].per_byte, found[2].questions) == (0.03, None, 30)
     assert calls[0]["model"] == {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
     assert calls[0]["limit"] == 50
-    with pytest.raises(EvaluationError, match="knows no no_such_task"):
+    with pytest.raises(EvaluationError, match="does not know no_such_task"):
         evaluate_tasks(model, tokenizer, ["no_such_task"])
 
 
