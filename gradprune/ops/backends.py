@@ -21,10 +21,10 @@ def triton_fault(device: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'gradprune[triton]')"
     if importlib.util.find_spec("gradprune.kernels") is None:
-        return "there is no gradprune.kernels (install gradprune, which puts its kernels there)"
+        return "the package gradprune.kernels is missing (install gradprune, which provides it)"
     if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    return "it needs a CUDA device (or TRITON_INTERPRET=1, to check kernels on the CPU)"
+    return "it needs a CUDA device (or TRITON_INTERPRET=1, which runs kernels on the CPU for tests)"
 
 
 def cuda_fault(device: str) -> str | None:
@@ -37,7 +37,7 @@ def cuda_fault(device: str) -> str | None:
     from gradprune import _C
 
     if not _C.build_info()["cuda"]:
-        return "gradprune was built without a CUDA compiler (reinstall it where nvcc is on the PATH)"
+        return "gradprune was built without a CUDA compiler (reinstall it with nvcc on the PATH)"
     return _C.cuda_fault()
 
 

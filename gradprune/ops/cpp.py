@@ -164,7 +164,7 @@ def mask_gradient_cpp(x: Tensor, dx: Tensor, isa: str = "auto") -> MaskGradient:
     x, dx = check_tensor("x", x), check_tensor("dx", dx)
     for name, tensor in (("x", x), ("dx", dx)):
         if tensor.ndim != 3 or tensor.shape != x.shape:
-            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; x and dx have one shape [N, T, I]")
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; x and dx must have one shape [N, T, I]")
     if x.dtype != dx.dtype:
         x, dx = x.to(torch.float32), dx.to(torch.float32)
     x, dx = _unit_stride(x), _unit_stride(dx)

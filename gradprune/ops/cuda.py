@@ -124,5 +124,5 @@ def _require_cuda() -> None:
 def _common_device(grads: Sequence[Tensor]) -> torch.device:
     for k, grad in enumerate(grads):
         if grad.device != grads[0].device:
-            raise ValueError(f"grads[{k}]: is on {grad.device}, grads[0] on {grads[0].device}; one call, one device")
+            raise ValueError(f"grads[{k}]: is on {grad.device}, grads[0] on {grads[0].device}; all must be on one")
     return grads[0].device

@@ -220,7 +220,7 @@ def _device(grads: Sequence[Tensor], backend: GradientBackend) -> str:
     """Return the type of the gradients' device; if there are no gradients, a type that `backend` works on."""
     devices = {grad.device for grad in grads}
     if len(devices) > 1:
-        raise ValueError(f"grads: are on {', '.join(sorted(map(str, devices)))}; one call, one device")
+        raise ValueError(f"grads: are on {', '.join(sorted(map(str, devices)))}; all must be on one device")
     return devices.pop().type if devices else ("cuda" if backend == "cuda" else "cpu")
 
 

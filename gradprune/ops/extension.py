@@ -82,7 +82,7 @@ def check_scaling(grads: Sequence[Tensor], scales: Sequence[float], device: str 
         if not grad.is_contiguous() and any(
             stride == 0 and size > 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)
         ):
-            raise ValueError(f"grads[{k}]: is expanded, its elements share memory; pass a clone")
+            raise ValueError(f"grads[{k}]: is expanded, so its elements share memory; pass a clone")
     return checked
 
 

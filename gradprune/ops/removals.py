@@ -36,7 +36,7 @@ def check_removals(inverse: Tensor, gram: Tensor, columns: int, count: int) -> i
     """
     for name, matrix in (("inverse", inverse), ("gram", gram)):
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape != inverse.shape:
-            raise ValueError(f"{name}: has shape {tuple(matrix.shape)}; inverse and gram are square and of one shape")
+            raise ValueError(f"{name}: has shape {tuple(matrix.shape)}; inverse and gram must be square, of one shape")
         if matrix.dtype != torch.float64:
             raise ValueError(f"{name}: dtype {matrix.dtype}; torch.float64 is needed")
     if columns < 1 or len(inverse) % columns:

@@ -38,7 +38,7 @@ def taylor_score_triton(w: Tensor, g: Tensor, side: Side = "both") -> Importance
     """
     for name, tensor in (("w", w), ("g", g)):
         if tensor.ndim != 2 or tensor.shape != w.shape:
-            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; w and g are matrices of one shape [O, I]")
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; w and g must be matrices of one shape [O, I]")
         _check_dtype(name, tensor)
     return vectors(*taylor_kernel.taylor_score_triton(_unit_inner_stride(w), _unit_inner_stride(g), *sides(side)))
 
@@ -66,9 +66,9 @@ def linear_importance_triton(
     if (x.ndim, dy.ndim, w.ndim) != (3, 3, 2) or not {x.dtype, dy.dtype, w.dtype} <= _DTYPES:
         _refuse(x, dy, w)
     if dy.shape[:2] != x.shape[:2]:
-        raise ValueError(f"dy: has shape {tuple(dy.shape)}; its samples and tokens must be x's, {tuple(x.shape[:2])}")
+        raise ValueError(f"dy: has shape {tuple(dy.shape)}; samples and tokens must be {tuple(x.shape[:2])}, as in x")
     if w.shape != (dy.shape[2], x.shape[2]):
-        raise ValueError(f"w: has shape {tuple(w.shape)}; dy and x make it {(dy.shape[2], x.shape[2])}")
+        raise ValueError(f"w: has shape {tuple(w.shape)}; dy and x require {(dy.shape[2], x.shape[2])}")
     if x.dtype != dy.dtype:
         dtype = torch.promote_types(x.dtype, dy.dtype)
         x, dy = x.to(dtype), dy.to(dtype)
@@ -83,7 +83,7 @@ def _refuse(x: Tensor, dy: Tensor, w: Tensor) -> None:
     """Raise an error that names the argument of `linear_importance_triton` with the wrong dimensions or dtype."""
     for name, tensor, ndim in (("x", x, 3), ("dy", dy, 3), ("w", w, 2)):
         if tensor.ndim != ndim:
-            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; x is [N, T, I], dy [N, T, O] and w [O, I]")
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; x must be [N, T, I], dy [N, T, O] and w [O, I]")
         _check_dtype(name, tensor)
 
 
@@ -133,7 +133,7 @@ def mask_gradient_triton(x: Tensor, dx: Tensor) -> MaskGradient:
     """
     for name, tensor in (("x", x), ("dx", dx)):
         if tensor.ndim != 3 or tensor.shape != x.shape:
-            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; x and dx have one shape [N, T, I]")
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; x and dx must have one shape [N, T, I]")
         _check_dtype(name, tensor)
     return MaskGradient(*mask_kernel.mask_gradient_triton(_unit_inner_stride(x), _unit_inner_stride(dx)))
 

@@ -304,7 +304,7 @@ def test_wrong_arguments_are_named() -> None:
         linear_importance_triton(x, dy[:, 1:], w)
     with pytest.raises(ValueError, match=r"dy: has shape \(1, 3, 4\)"):
         linear_importance_triton(x, dy[1:], w)
-    with pytest.raises(ValueError, match=r"w: has shape \(5, 4\); dy and x make it \(4, 5\)"):
+    with pytest.raises(ValueError, match=r"w: has shape \(5, 4\); dy and x require \(4, 5\)"):
         linear_importance_triton(x, dy, w.T)
     with pytest.raises(ValueError, match=r"dy: dtype torch.float64"):
         linear_importance_triton(x, dy.double(), w)

@@ -96,7 +96,7 @@ def test_scale_1_touches_nothing(backend: str) -> None:
 def test_refuses_what_it_cannot_scale(backend: str) -> None:
     with pytest.raises(ValueError, match="scales: has 1 entries for 2 gradients"):
         scale_gradients([torch.ones(1), torch.ones(1)], [1.0], backend)
-    with pytest.raises(ValueError, match="grads: are on cpu, meta; one call, one device"):
+    with pytest.raises(ValueError, match="grads: are on cpu, meta; all must be on one device"):
         grad_stats([torch.ones(1), torch.ones(1, device="meta")], backend)
 
 
