@@ -196,9 +196,9 @@ def answer_questions(
     context share a single pass over it.
     """
     rows = [row for index, question in enumerate(questions) for row in _rows(tokenizer, index, question, model.config)]
-    shared = _follows_masks(model, max((row.length for row in rows), default=0))
+    shared = _mask_decides(model, max((row.length for row in rows), default=0))
     if not shared:
-        rows = [alone for row in rows for alone in row.apart()]
+        rows = [single for row in rows for single in row.split()]
     # The longest come first, so that a lack of memory shows in the first batch.
     rows.sort(key=lambda row: (-row.length, row.question))
     likelihoods: list[dict[int, float]] = [{} for _ in questions]
@@ -216,7 +216,7 @@ def answer_questions(
         right.append(_largest(values) == question.answer)
         right_per_byte.append(_largest(per_byte) == question.answer)
     differ = any(len(set(question.continuations)) > 1 for question in questions)
-    rates = _rate(right), _rate(right_per_byte) if differ else (None, None)
+    rates = _mean_and_stderr(right), _mean_and_stderr(right_per_byte) if differ else (None, None)
     return TaskAccuracy(name, len(questions), *rates[0], *rates[1])
 
 
@@ -236,13 +236,13 @@ class _Row:
     def length(self) -> int:
         return len(self.context) + sum(len(ids) for ids in self.continuations)
 
-    def apart(self) -> "Iterator[_Row]":
+    def split(self) -> "Iterator[_Row]":
         """Yield a separate row for each continuation."""
         for answer, continuation in zip(self.answers, self.continuations, strict=True):
             yield _Row(self.question, [answer], self.context, [continuation])
 
 
-def _follows_masks(model: PreTrainedModel, length: int) -> bool:
+def _mask_decides(model: PreTrainedModel, length: int) -> bool:
     """Whether an attention mask and position ids fully decide what each token in a row of `length` tokens sees.
 
     They do not if layers carry a state from token to token, or if the model takes distances from the tokens' places in
@@ -353,7 +353,7 @@ def _largest(values: list[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
 
 
-def _rate(right: list[bool]) -> tuple[float, float | None]:
+def _mean_and_stderr(right: list[bool]) -> tuple[float, float | None]:
     """Return the mean p and its standard error sqrt(p (1 - p) / (n - 1)), which is None for a single question."""
     p, n = sum(right) / len(right), len(right)
     return p, math.sqrt(p * (1.0 - p) / (n - 1)) if n > 1 else None

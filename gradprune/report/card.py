@@ -67,7 +67,7 @@ def write_card(folder: Path, model: PreTrainedConfig, config: PruneConfig, summa
     )
     sections = [
         f"# {base.name} pruned by {summary['pruning_ratio']['achieved']:.1%}",
-        _how(base, config, summary),
+        _provenance(base, config, summary),
         "## Measured",
         _measured(summary),
         "## Loading",
@@ -151,7 +151,7 @@ def _license(head: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name in _LICENSE if isinstance(value := head.get(name), str)}
 
 
-def _how(base: _Base, config: PruneConfig, summary: dict[str, Any]) -> str:
+def _provenance(base: _Base, config: PruneConfig, summary: dict[str, Any]) -> str:
     before, after = summary["parameters"]["before"], summary["parameters"]["after"]
     groups = kinds_text(scored_kinds(summary["layers"]))
     text = (
@@ -159,10 +159,10 @@ def _how(base: _Base, config: PruneConfig, summary: dict[str, Any]) -> str:
         f"{groups} with the lowest `{config.importance_method}` importance in the whole model, measured on "
         f"{samples_text(summary)}."
     )
-    return f"{text}{repair_text(summary)}\n\n```sh\n{command_line(_shown(base, config))}\n```"
+    return f"{text}{repair_text(summary)}\n\n```sh\n{command_line(_without_paths(base, config))}\n```"
 
 
-def _shown(base: _Base, config: PruneConfig) -> PruneConfig:
+def _without_paths(base: _Base, config: PruneConfig) -> PruneConfig:
     """Return the options without paths of this machine, for the command that the card shows."""
     shown: dict[str, Any] = {
         name: OPTIONS[name].default for name in ("output_dir", "output_name", "overwrite", "resume")

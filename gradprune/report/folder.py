@@ -29,7 +29,7 @@ from gradprune.version import __version__
 
 def summarize(result: PruneResult) -> dict[str, Any]:
     """Return the content of `analysis/summary.json`."""
-    taught = result.distillation
+    distilled = result.distillation
     pairs = {
         "parameters": (result.before.parameters, result.after.parameters),
         "perplexity": (result.before.perplexity.value, result.after.perplexity.value),
@@ -61,7 +61,7 @@ def summarize(result: PruneResult) -> dict[str, Any]:
         "warnings": result.warnings,
         "layers": [_layer_summary(result.masks, layer) for layer in range(result.masks.layers)],
         "repair": [asdict(repair) for repair in result.repairs],
-        "distillation": taught and asdict(taught),
+        "distillation": distilled and asdict(distilled),
     }
 
 

@@ -8,7 +8,7 @@ from gradprune.evaluation.tasks import percent
 from gradprune.models import KINDS, Kind
 
 # The kinds of blocks that distillation leaves as they are: routed experts.
-_UNTAUGHT = ("expert_channels", "experts")
+_NOT_DISTILLED = ("expert_channels", "experts")
 
 
 def curve_header(summaries: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -105,7 +105,7 @@ def repair_text(summary: dict[str, Any]) -> str:
     if summary["repair"]:
         text = " The output projections of pruned blocks were re-solved by least squares."
     if taught is not None and taught["factor"]:
-        kinds = [kind for kind in scored_kinds(summary["layers"]) if kind.name not in _UNTAUGHT]
+        kinds = [kind for kind in scored_kinds(summary["layers"]) if kind.name not in _NOT_DISTILLED]
         samples = counted(taught["samples"], "sample")
         own = f" ({taught['text']:.0%} of the loss is that of predicting the text itself)" if taught["text"] else ""
         text += (

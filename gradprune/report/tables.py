@@ -99,7 +99,7 @@ def _reason(result: SearchResult) -> str:
     if winner != result.default:
         return (
             f"{describe_scoring(winner.scoring)} is better than the default ({default}) by {-winner.difference:.4f} "
-            f"nats per token, {_errors(winner)} ({needed})."
+            f"nats per token, {_in_standard_errors(winner)} ({needed})."
         )
     if result.cut_short and not result.decides:
         return f"The default ({default}) stays: no other setting was repaired in time."
@@ -108,11 +108,11 @@ def _reason(result: SearchResult) -> str:
         return f"The default ({default}) stays: no other setting is better."
     return (
         f"The default ({default}) stays: {describe_scoring(best.scoring)} is better by only {-best.difference:.4f} "
-        f"nats per token, {_errors(best)} ({needed})."
+        f"nats per token, {_in_standard_errors(best)} ({needed})."
     )
 
 
-def _errors(trial: Trial) -> str:
+def _in_standard_errors(trial: Trial) -> str:
     """Express the difference between a trial and the default in standard errors."""
     if trial.error == 0.0:
         return f"the same in each of {trial.samples} samples"

@@ -200,7 +200,7 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
     chain: list[int] = []
     of_chunk: list[tuple[int, ...]] = []
     # For channels of experts: the ranks at which their chunks end, and the number of their first chunk.
-    led = np.empty(0, np.int64), 0
+    of_channels = np.empty(0, np.int64), 0
     for number_of_kind, kind in enumerate(KINDS):
         if layers := table.removed.get(kind.name):
             raise ConfigError(
@@ -213,7 +213,7 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
         if not blocks:
             continue
         if kind.name in table.follows:
-            _follow(table, of_group, blocks, led[0] * table.follows[kind.name], led[1])
+            _assign_chunks(table, of_group, blocks, of_channels[0] * table.follows[kind.name], of_channels[1])
             continue
         # Layers that never had this kind of block, such as convolutions among attention layers, do not matter.
         if len(widths) != 1:
@@ -225,15 +225,15 @@ def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
         step = math.lcm(_step(kind.name, constraints), 1 if width % kind.multiple else kind.multiple)
         kept = set(range(step, width, step)) & table.plain_widths.get(kind.name, frozenset(range(width)))
         ends = np.array(sorted(width - count for count in kept), np.int64)
-        _follow(table, of_group, blocks, ends, len(chain))
+        _assign_chunks(table, of_group, blocks, ends, len(chain))
         if kind.name == "expert_channels":
-            led = ends, len(chain)
+            of_channels = ends, len(chain)
         chain += [number_of_kind] * len(ends)
         of_chunk += [tuple(layer for layer, _ in of_kind)] * len(ends)
     return _Chunks(of_group, chain, of_chunk)
 
 
-def _follow(
+def _assign_chunks(
     table: GroupTable, of_group: NDArray[np.int64], blocks: list[slice], ends: NDArray[np.int64], first: int
 ) -> None:
     """Assign the groups of each block, by rank, to chunks that end at ranks `ends` and are numbered from `first`."""
