@@ -107,9 +107,9 @@ def chunk_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _to_device(rows: Tensor, numbers: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Copy two int64 tensors to `device` at once, from pinned memory on the current stream; return them flat.
+    """Copy two int64 tensors to `device` in one transfer on the current stream; return them flat.
 
-    PyTorch reuses pinned memory only after the copies that read it have finished.
+    The copy is from pinned memory, which PyTorch reuses only after the copies that read it have finished.
     """
     packed = torch.cat([rows.reshape(-1), numbers]).pin_memory().to(device, non_blocking=True)
     return packed[: rows.numel()], packed[rows.numel() :]

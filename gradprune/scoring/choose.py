@@ -42,6 +42,7 @@ def score_groups(view: PrunableModel, evidence: Evidence, scoring: Scoring) -> G
     Raises:
         ConfigError: `scoring.gradient_fix` cannot be applied to this evidence: its batches were scaled by another fix,
             or weight gradients were taken of only some samples.
+        GradPruneError: the calibration pass did not collect what `scoring.method` needs.
     """
     importance = evidence.importance(scoring.method, scoring.gradient_fix)
     table = replace(empty_table(view), importance=importance.double().numpy())
@@ -61,7 +62,7 @@ def choose(view: PrunableModel, evidence: Evidence, scoring: Scoring, constraint
 
     Raises:
         SelectionError: the ratio cannot be reached under the constraints.
-        ConfigError: see `score_groups` and `select`.
+        ConfigError, GradPruneError: see `score_groups` and `select`.
     """
     table = score_groups(view, evidence, scoring)
     return Choice(table, select(table, ratio, view.parameters, constraints))

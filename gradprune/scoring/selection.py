@@ -195,7 +195,10 @@ def _chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
 
 
 def _uniform_chunks(table: GroupTable, constraints: Constraints) -> _Chunks:
-    """Divide groups into chunks of the same ranks in every layer and expert that has their kind; one chunk stays."""
+    """Divide groups into chunks of the same ranks in all layers and experts that have their kind.
+
+    Some groups of every block are in no chunk, so that no block is removed.
+    """
     of_group = np.full(len(table), -1, np.int64)
     chain: list[int] = []
     of_chunk: list[tuple[int, ...]] = []
