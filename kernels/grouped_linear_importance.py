@@ -1,7 +1,13 @@
-"""`grouped_linear_importance`: `linear_importance` of all experts of a layer, whose tokens are ragged, by one launch.
+"""`grouped_linear_importance`: `linear_importance` of all experts of a layer, over ragged tokens, in one launch.
 
-The same product and scores as in `linear_importance`, with a dimension of the grid for the experts. A sample's rows
-begin and end anywhere, so they are read by pointers: what a descriptor reads beyond them would be another sample's.
+The products and scores are those of `linear_importance`, and so is the division of work, with a third grid dimension
+for the experts: a program computes one BLOCK_A x BLOCK_B tile of an expert's gradient for a part of the samples, one
+sample after the other, and writes two partial sums per row of the tile and one entry of statistics. PyTorch adds the
+partial sums, in an order that depends only on their shape: no atomics, the same bits every time.
+
+Tokens are sorted by expert and sample, and each pair's rows begin and end anywhere. So they are read by masked pointer
+loads: a TMA box would read past a sample's last row into the next sample. Non-finite elements are counted in the kernel
+itself, without a second one as in `linear_importance`.
 """
 
 import torch
@@ -44,14 +50,16 @@ def _grouped_linear_importance_kernel(
     GROUP_A: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One tile of an expert's g_n = a_n^T b_n, of samples_per_program samples n in turn; scored, not written.
+    """Compute and score one tile of g_n = a_n^T b_n for one expert and samples_per_program samples n, one by one.
 
-    a_ptr: [R, A], b_ptr: [R, B], w_ptr: [E, A, B] (COLUMNS: [E, B, A]), of unit inner stride. offsets_ptr: [E * N + 1]
-    int64, where each expert's samples begin in a and b. fp32 accumulation, fixed order, no atomics. A sample without
-    rows has a gradient of zeros.
+    Grid: (tiles, parts of the samples, experts). fp32 accumulation in a fixed order, no atomics; g_n is not written. A
+    sample of which the expert sees no token has a gradient of zeros.
 
-    sums_ptr: [E, parts, columns of tiles, 2, A] fp32; the sums over the tile's columns of |w g| and w^2 g^2.
-    statistics_ptr: [E, parts, tiles, 5] fp32: of finite elements sum|g|, sum g^2, max|g|, min|g|; number of others.
+    a_ptr: [R, A], b_ptr: [R, B], w_ptr: [E, A, B] (with COLUMNS [E, B, A]), all of unit inner stride.
+    offsets_ptr: [E * N + 1] int64, the rows of a and b at which each expert's samples begin, and the end of the last.
+    sums_ptr: [E, parts, columns of tiles, 2, A] fp32, sums over the tile's columns of |w g| and of w^2 g^2.
+    statistics_ptr: [E, parts, tiles, 5] fp32: sum|g|, sum g^2, max|g|, min|g| of the finite elements, and the number of
+        non-finite elements.
     """
     tile_a, tile_b = tile_of_program(A, B, BLOCK_A, BLOCK_B, GROUP_A)
     row = tile_a * BLOCK_A
@@ -92,12 +100,13 @@ def _grouped_linear_importance_kernel(
     store_statistics(statistics, sum_abs, sum_square, max_abs, min_abs, others)
 
 
-# Compiled for sm_80 and sm_90 none spills a register, as `linear_importance`'s own for fp32 would: rows have more sums.
+# Spills no register when compiled for sm_80 and sm_90. The fp32 configuration of `linear_importance` would spill here,
+# because this kernel keeps its statistics row by row, and not for 16 rows together.
 _FP32 = LinearImportanceConfig(BLOCK_A=64, BLOCK_B=64, BLOCK_T=16)
 
 
 def config_for(A: int, B: int, dtype: torch.dtype) -> LinearImportanceConfig:
-    """How a product [A, B] of inputs of `dtype` is cut up."""
+    """The configuration for a product [A, B] of inputs of `dtype`."""
     if dtype == torch.float32 and not (A % 16 or B % 16):
         return _FP32
     return configs_for(A, B, dtype, descriptors=False)[0]
@@ -108,22 +117,25 @@ def grouped_linear_importance_triton(
 ) -> tuple[Tensor, Tensor]:
     """Row (or column) sums and statistics of each expert's gradients g_n = dy_n^T x_n, summed over samples.
 
-    Formed and scored in registers, as by `linear_importance_triton`; partial sums are added in fixed order.
+    Gradients are formed and scored in registers and never written; partial sums are added in a fixed order.
 
     Args:
-        x: [R, I] fp32, bf16 or fp16, unit inner stride, the inputs, expert by expert and sample by sample.
+        x: [R, I] fp32, bf16 or fp16, unit inner stride, the inputs, sorted by expert and then by sample.
         dy: [R, O] same dtype, unit inner stride, the gradient of each sample's loss with respect to the outputs.
         w: [E, O, I] fp32, bf16 or fp16, unit inner stride, the weights.
-        offsets: [E * N + 1] int64 on the same device, unit stride, where each expert's samples begin, and the end.
-        columns: sum over the rows of each column, instead of over the columns of each row.
-        config: how the product is cut up; by default `config_for` its sizes and dtype.
+        offsets: [E * N + 1] int64 on the same device, unit stride, the rows at which each expert's samples begin, and
+            the end of the last.
+        columns: return column sums (over the rows of each column) instead of row sums.
+        config: how the product is divided into tiles; None for that of `config_for`.
 
     Returns:
-        [E, 2, O] (columns: [E, 2, I]) fp32, sums of |w g_n| and w^2 g_n^2, non-finite where an element of g_n is; and
-        [E, 5] fp32, statistics of an expert's g_n: sum|g|, sum g^2, max|g|, min|g|, number of non-finite elements.
+        [E, 2, O] (with `columns` [E, 2, I]) fp32, sums of |w g_n| and of w^2 g_n^2, non-finite where an element of g_n
+        is; and [E, 5] fp32, statistics of each expert's g_n: sum|g|, sum g^2, max|g|, min|g| of the finite elements,
+        and the number of non-finite elements.
     """
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        # Triton's interpreter, the only way to run on the CPU, multiplies the bits of bf16. fp32 holds them exactly.
+        # Triton's interpreter, the only way to run on the CPU, would multiply bf16's bit patterns as integers. fp32
+        # represents bf16 exactly.
         x, dy = x.float(), dy.float()
     a, b = (x, dy) if columns else (dy, x)
     height, width, experts = a.shape[1], b.shape[1], len(w)

@@ -1,4 +1,4 @@
-"""What the launches of all kernels share."""
+"""Helpers that the launches of all kernels share."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """A context in which kernels are launched on the tensor's device, whatever the current one is.
+    """Context manager that makes the tensor's device the current one; it does nothing for a CPU tensor.
 
-    Triton launches on the current device: a model on cuda:1 would otherwise run in the context of cuda:0.
+    Triton launches on the current device: the kernels of a model on cuda:1 would otherwise run in cuda:0's context.
     """
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def ceil_div(total: int, size: int) -> int:
-    """How many parts of `size` cover `total`. Triton's own, meant for kernels, takes microseconds."""
+    """The number of parts of `size` that cover `total`; `triton.cdiv`, made for kernels, takes microseconds here."""
     return -(-total // size)

@@ -1,12 +1,23 @@
 """`linear_importance`: each sample's weight gradient of a linear layer, scored in registers and never written.
 
-A matrix product whose epilogue scores the product. The side asked for makes the rows of its tiles, so that every sum
-runs along a tile's rows and stays within a warp:
+A GEMM whose epilogue scores the product: for each sample n, g_n = a_n^T b_n over its tokens, then the sums of |w g_n|
+and of w^2 g_n^2 along the rows of g_n, and statistics of g_n. The side that is asked for becomes the rows of the tiles,
+so that every sum runs along a tile's rows and stays within a warp:
 
     rows:    G   = dY^T X    a = dY [N, T, O]   b = X  [N, T, I]   w = W   [O, I]
     columns: G^T = X^T dY    a = X  [N, T, I]   b = dY [N, T, O]   w = W^T [I, O]
 
-In the names below a tile is [A, B] of a's and b's widths.
+In the names below, A and B are the widths of a and b, and a tile is a part of the [A, B] product.
+
+A program owns one BLOCK_A x BLOCK_B tile and a part of the samples, which it takes one after the other: squares are
+taken sample by sample, so the tokens of several samples cannot be multiplied together as in the weight-gradient GEMM of
+a backward pass. It reads its columns of a and b once, and its tile of W once per sample; over all programs, a is read
+B / BLOCK_B times and b A / BLOCK_A times, mostly from the L2 cache. Of the tile it writes 2 fp32 sums per row and 5
+statistics per STATISTICS_ROWS rows, added over its samples. `add_partial_sums` adds those of all programs in a second
+launch.
+
+The result is deterministic: each partial result has a place of its own in the workspace (no atomics), and both stages
+add in a fixed order. Among configurations that are chosen by time, this order is the same.
 """
 
 from dataclasses import dataclass, fields
@@ -23,22 +34,28 @@ from gradprune.kernels.launch import ceil_div, device_of
 from gradprune.kernels.partial_sums import add_partial_sums
 from gradprune.kernels.tuning import fastest
 
-# Rows of a tile whose statistics are combined: those that a warp holds after a half-precision product on Hopper.
+# Rows of a tile that share one entry of statistics: as many as a warp holds after a half-precision product on Hopper,
+# so that combining them needs no other warp.
 STATISTICS_ROWS = 16
-# Bytes of partial sums. Beyond that a program takes several samples in turn and adds their sums in registers.
+# The most bytes of partial sums. If every sample's own would be more, a program takes several samples one after the
+# other and adds their sums in registers.
 WORKSPACE = 64 << 20
 
 
 @dataclass(frozen=True)
 class LinearImportanceConfig:
-    """How the product is cut up.
+    """How the product is divided into tiles, and how the kernel is compiled.
 
-    A program computes tiles of BLOCK_A x BLOCK_B, BLOCK_T tokens at a time. Tiles are walked down GROUP_A rows of tiles
-    and then to the next column, so that programs that run together share their inputs in the L2 cache.
+    A program computes a tile of BLOCK_A x BLOCK_B, BLOCK_T tokens at a time. Consecutive programs go down GROUP_A rows
+    of tiles before they move to the next column, so that programs that run at the same time share their inputs in the
+    L2 cache.
 
-    BLOCK_A, BLOCK_B, BLOCK_T and num_warps fix the order of summation; the others change no bit of the result. maxnreg:
-    the most registers that a thread may use. persistent: as many programs as the device has multiprocessors take tiles
-    in turn; by descriptors only, and each sample has its own partial sums, however many these are.
+    BLOCK_A, BLOCK_B, BLOCK_T and num_warps determine the order of summation; the other fields change no bit of the
+    result.
+
+    maxnreg: the largest number of registers per thread; None leaves it to the compiler.
+    persistent: launch one program per multiprocessor, which loops over tiles and samples. This needs descriptors, and
+        every sample gets partial sums of its own, even if they exceed WORKSPACE.
     """
 
     BLOCK_A: int
@@ -52,19 +69,19 @@ class LinearImportanceConfig:
 
     @cached_property
     def launched_with(self) -> dict[str, int | None]:
-        """What every launch takes by name; `persistent` chooses the kernel instead."""
+        """The keyword arguments of every launch; `persistent` is none of them, because it selects the kernel."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "persistent"}
 
 
 @triton.jit
 def tile_of_program(A, B, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, GROUP_A: tl.constexpr):
-    """This program's row and column of tiles."""
+    """The row and the column of this program's tile, counted in tiles."""
     return _tile_at(tl.program_id(0), A, B, BLOCK_A, BLOCK_B, GROUP_A)
 
 
 @triton.jit
 def _tile_at(place, A, B, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, GROUP_A: tl.constexpr):
-    """The row and column of the tile at a place in their order: down GROUP_A rows first, then to the next column."""
+    """The row and the column of tile number `place`: down GROUP_A rows of tiles first, then to the next column."""
     tiles_a = tl.cdiv(A, BLOCK_A)
     tiles_b = tl.cdiv(B, BLOCK_B)
     group = place // (GROUP_A * tiles_b)
@@ -77,7 +94,10 @@ def _tile_at(place, A, B, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, GROUP_A:
 def _product_by_descriptors(
     a_desc, b_desc, n, row, column, T, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    """a_n^T b_n, [BLOCK_A, BLOCK_B] fp32 from `row` and `column` on. Elements beyond a tensor are read as zeros."""
+    """The tile of a_n^T b_n that starts at `row` and `column`, [BLOCK_A, BLOCK_B] fp32.
+
+    Elements outside the tensors, and tokens beyond T, are read as zeros, never as those of the next sample.
+    """
     g = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     for start in range(0, T, BLOCK_T):
         a = a_desc.load([n, start, row]).reshape(BLOCK_T, BLOCK_A)
@@ -101,7 +121,10 @@ def product_by_pointers(
     BLOCK_B: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """a^T b of one sample, [BLOCK_A, BLOCK_B] fp32; a_ptr and b_ptr point at the sample."""
+    """The tile of one sample's a^T b at `rows` and `columns`, [BLOCK_A, BLOCK_B] fp32.
+
+    a_ptr: [T, A] and b_ptr: [T, B] point at the sample's first token; unit inner stride.
+    """
     tokens = tl.arange(0, BLOCK_T)
     a_ptrs = a_ptr + tokens.to(tl.int64)[None, :] * stride_at + rows[:, None]
     b_ptrs = b_ptr + tokens.to(tl.int64)[:, None] * stride_bt + columns[None, :]
@@ -121,7 +144,10 @@ def weight_tile(
     w, row, column, A, B, stride_w, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, COLUMNS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """w [BLOCK_A, BLOCK_B] fp32 from `row` and `column` on, zeros beyond it. COLUMNS: W is stored transposed."""
+    """The tile of w that starts at `row` and `column`, [BLOCK_A, BLOCK_B] fp32, with zeros outside w.
+
+    w: a descriptor (DESCRIPTORS) or a pointer. COLUMNS: the tile is one of W^T, and memory holds W, [B, A].
+    """
     if DESCRIPTORS:
         tile = w.load([column, row]).T if COLUMNS else w.load([row, column])
     else:
@@ -158,15 +184,18 @@ def _linear_importance_kernel(
     DESCRIPTORS: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """One tile of g_n = a_n^T b_n, of samples_per_program samples n in turn; scored, not written.
+    """Compute and score one tile of g_n = a_n^T b_n for samples_per_program samples n, one after the other.
 
-    a [N, T, A], b [N, T, B] and w are tensor descriptors, or pointers to tensors of unit inner stride. fp32
-    accumulation, fixed order, no atomics. Non-finite elements are not looked for: they make sums non-finite, and
-    `_recount_kernel` then corrects the statistics.
+    Grid: (tiles, parts of the samples). fp32 accumulation in a fixed order, no atomics; g_n is not written. Elements
+    are
+    not tested for being finite: one that is not makes sums non-finite, and `_recount_kernel` then corrects the
+    statistics.
 
-    sums_ptr: [parts, columns of tiles, 2, A] fp32; the sums over the tile's columns of |w g| and w^2 g^2.
+    a: [N, T, A], b: [N, T, B], w: [A, B]: tensor descriptors (DESCRIPTORS), or pointers to tensors of unit inner
+        stride.
+    sums_ptr: [parts, columns of tiles, 2, A] fp32, sums over the tile's columns of |w g| and of w^2 g^2.
     statistics_ptr: [parts, tiles, BLOCK_A / STATISTICS_ROWS, 5] fp32: sum|g|, sum g^2, max|g|, min|g|, 0.
-    COLUMNS: w is W^T, which is not stored. TAIL: some tiles reach beyond A or B.
+    COLUMNS: w is W^T, and memory holds W, [B, A]. TAIL: some tiles extend beyond A or B.
     """
     tile_a, tile_b = tile_of_program(A, B, BLOCK_A, BLOCK_B, GROUP_A)
     row = tile_a * BLOCK_A
@@ -211,7 +240,11 @@ def _scores(
     g, w, row, column, A, B, stride_w, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, GROUPS: tl.constexpr,
     COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Of one sample's tile g: by row [BLOCK_A] sums of |w g| and w^2 g^2, and by group of rows [GROUPS] statistics."""
+    """Score one sample's tile g.
+
+    Returns the sums of |w g| and of w^2 g^2 of each row, [BLOCK_A], and sum|g|, sum g^2, max|g| and min|g| of each of
+    GROUPS groups of rows, [GROUPS].
+    """
     ROWS: tl.constexpr = BLOCK_A // GROUPS
     magnitude = tl.abs(g)
     sum_abs = tl.sum(tl.sum(magnitude, 1).reshape(GROUPS, ROWS), 1)
@@ -230,7 +263,7 @@ def _store_scores(
     sums_ptr, statistics_ptr, part, tile_a, tile_b, tiles, A, B, row_abs, row_square, sum_abs, sum_square, max_abs,
     min_abs, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile's sums, and the statistics of its groups of rows; `part`: of the samples."""
+    """Write a tile's row sums and the statistics of its groups of rows, for part number `part` of the samples."""
     rows = tile_a * BLOCK_A + tl.arange(0, BLOCK_A)
     sums = sums_ptr + (part.to(tl.int64) * tl.cdiv(B, BLOCK_B) + tile_b) * 2 * A + rows
     tl.store(sums, row_abs, mask=rows < A)
@@ -263,10 +296,11 @@ def _persistent_linear_importance_kernel(
     COLUMNS: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """As `_linear_importance_kernel`, by descriptors: as many programs as fit on the device take tiles in turn.
+    """`_linear_importance_kernel` as a persistent kernel: each program loops over tiles and samples.
 
-    The loops over tiles and tokens are one to the compiler, so that a tile's first loads run beside the epilogue of the
-    one before. Each sample has its own partial sums.
+    Grid: (programs,); tile and sample number `item` belongs to program item % programs. The compiler flattens the loops
+    over items and tokens into one, so that the first loads of a tile overlap the epilogue of the tile before. a, b and
+    w are descriptors, and each sample has its own partial sums.
     """
     GROUPS: tl.constexpr = BLOCK_A // STATISTICS_ROWS
     tiles = tl.cdiv(A, BLOCK_A) * tl.cdiv(B, BLOCK_B)
@@ -304,13 +338,15 @@ def _recount_kernel(
     BLOCK_T: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """Corrects the statistics of a row of tiles if some of its sums of |g| are not finite; else returns at once.
+    """Recompute the statistics of a row of tiles if any of its sums of |g| is not finite; otherwise do nothing.
 
-    The error path: plain, and as slow as it likes. A tile's first entry is overwritten with the statistics of its
-    finite elements and the number of others, its further entries with those of nothing.
+    Grid: (rows of tiles, parts of the samples). Usually a program only reads the sums of |g|. The rest is the error
+    path, written to be simple, not fast: the products are formed again. The first entry of each tile is then
+    overwritten with the statistics of its finite elements and the number of non-finite ones, its other entries with the
+    statistics of no elements.
 
-    statistics_ptr: [parts, rows of tiles, tiles_b, per_tile, 5] as `_linear_importance_kernel` leaves them, of tiles
-    TILE_A x TILE_B.
+    statistics_ptr: [parts, rows of tiles, tiles_b, per_tile, 5] fp32, as `_linear_importance_kernel` has written them
+        for tiles of TILE_A x TILE_B; per_tile is BLOCK_A / STATISTICS_ROWS.
     """
     tile_a = tl.program_id(0)
     part = tl.program_id(1)
@@ -332,7 +368,10 @@ def _recount_kernel(
 
 @triton.jit
 def add_statistics(g, inside, sum_abs, sum_square, max_abs, min_abs, others):
-    """Statistics of a tile by row, [TILE_A] each, with those of one sample's gradient g [TILE_A, TILE_B]."""
+    """Return a tile's statistics by row, [TILE_A] each, updated with one sample's gradient g [TILE_A, TILE_B].
+
+    inside: [TILE_A, TILE_B], the elements that belong to the matrix. others: the number of non-finite elements.
+    """
     magnitude = tl.abs(g)
     finite = (magnitude < float("inf")) & inside  # false for NaN too
     clean = tl.where(finite, magnitude, 0.0)
@@ -346,7 +385,7 @@ def add_statistics(g, inside, sum_abs, sum_square, max_abs, min_abs, others):
 
 @triton.jit
 def store_statistics(statistics, sum_abs, sum_square, max_abs, min_abs, others):
-    """Write the statistics of a tile, given by row."""
+    """Combine a tile's statistics over its rows and write them."""
     tl.store(statistics, tl.sum(sum_abs, 0))
     tl.store(statistics + 1, tl.sum(sum_square, 0))
     tl.store(statistics + 2, tl.max(max_abs, 0))
@@ -360,7 +399,7 @@ def _recount_tile(
     stride_an, stride_at, stride_bn, stride_bt,
     TILE_A: tl.constexpr, TILE_B: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of one tile's finite elements and the number of others."""
+    """Recompute and write the statistics of one tile's finite elements, and the number of its non-finite ones."""
     rows = row + tl.arange(0, TILE_A)
     columns = column + tl.arange(0, TILE_B)
     inside = (rows < A)[:, None] & (columns < B)[None, :]
@@ -387,29 +426,32 @@ def _recount_tile(
     store_statistics(statistics, sum_abs, sum_square, max_abs, min_abs, others)
 
 
-# Compiled for sm_80 and sm_90 none of these spills a register; none has been timed on a GPU.
+# None of these spills a register when compiled for sm_80 and sm_90; none has been timed on a GPU.
 #
-# By descriptors: with 3 stages a block takes 96 KiB of shared memory and 128 registers per thread: two blocks fit on an
-# SM, and one computes products during the other's epilogue. With 4 stages it is one block, with more loads in flight.
+# With descriptors and 3 stages, a block takes 96 KiB of shared memory and 128 registers per thread: two blocks fit on
+# an SM, and one computes products during the other's epilogue. With 4 stages only one fits, with more loads in flight.
 _DESCRIPTORS = (
     LinearImportanceConfig(BLOCK_A=128, BLOCK_B=128, BLOCK_T=64, maxnreg=128),
     LinearImportanceConfig(BLOCK_A=128, BLOCK_B=128, BLOCK_T=64, GROUP_A=16, maxnreg=128),
     LinearImportanceConfig(BLOCK_A=128, BLOCK_B=128, BLOCK_T=64, num_stages=4),
 )
-# For the sweep alone, because its wider tiles add in another order than the others: the next tile's loads run beside a
-# tile's epilogue. Triton 3.6.0 gives it 168 to 180 registers; 3.9.0 spills two by rows.
+# The next tile's loads overlap a tile's epilogue. Only the sweep measures it: its wider tiles add in another order than
+# the other configurations, so it may not be chosen by time. Triton 3.6.0 gives it 168 to 180 registers; Triton 3.9.0
+# spills two registers in the kernel by rows.
 PERSISTENT = LinearImportanceConfig(BLOCK_A=128, BLOCK_B=256, BLOCK_T=64, persistent=True)
-# By pointers, which take registers; most where widths are not a multiple of 16 and elements are read one by one.
+# Pointers take registers, and most of them if a width is not a multiple of 16, because elements are then loaded one by
+# one.
 _POINTERS = (LinearImportanceConfig(BLOCK_A=128, BLOCK_B=64, BLOCK_T=64),)
 _POINTERS_RAGGED = (LinearImportanceConfig(BLOCK_A=64, BLOCK_B=64, BLOCK_T=32),)
-# Left to itself, Triton 3.6 keeps to 128 registers here and spills two; below 200, 3.9 spills on sm_80.
+# Without maxnreg, Triton 3.6 limits itself to 128 registers here and spills two; with less than 200, 3.9 spills on
+# sm_80.
 _FP32 = (LinearImportanceConfig(BLOCK_A=128, BLOCK_B=64, BLOCK_T=16, maxnreg=208),)
 _FP32_RAGGED = (LinearImportanceConfig(BLOCK_A=64, BLOCK_B=32, BLOCK_T=16, num_stages=1),)
 _RECOUNT = {"BLOCK_T": 16, "SCAN": 256}
 
 
 def configs_for(A: int, B: int, dtype: torch.dtype, descriptors: bool) -> tuple[LinearImportanceConfig, ...]:
-    """The configurations for a product [A, B] of inputs of `dtype`: the default, then others with the same result."""
+    """The configurations for a product [A, B] of inputs of `dtype`: the default first; all give the same bits."""
     ragged = bool(A % 16 or B % 16)
     if descriptors:
         return _DESCRIPTORS
@@ -429,24 +471,26 @@ def linear_importance_triton(
     """Row (or column) sums and statistics of each sample's weight gradient g_n = dy_n^T x_n, summed over samples.
 
     The gradient is formed and scored in registers, in fp32 (fp32 inputs are multiplied in fp32, not in TF32), and never
-    written. The programs' partial sums, at most 64 MiB of them unless one sample has more, are added by a second launch
-    in fixed order: the same bits every time.
+    written. The programs' partial sums, at most 64 MiB unless those of one sample are more, are added by a second
+    launch
+    in a fixed order: the same bits every time.
 
     Args:
         x: [N, T, I] fp32, bf16 or fp16, unit inner stride, the layer's input.
         dy: [N, T, O] same dtype, unit inner stride, the gradient of each sample's loss with respect to the output.
         w: [O, I] fp32, bf16 or fp16, unit inner stride, the weight.
-        columns: sum over the rows of each column, instead of over the columns of each row.
-        config: how the product is cut up; by default the fastest of `configs_for` its sizes and dtype.
-        counted: look at a gradient again where a sum of it is not finite.
+        columns: return column sums (over the rows of each column) instead of row sums.
+        config: how the product is divided into tiles; None for the fastest of `configs_for`.
+        counted: count non-finite elements, by computing a gradient again if a sum of its magnitudes is not finite.
 
     Returns:
-        [2, O] (columns: [2, I]) fp32, sums of |w g_n| and w^2 g_n^2, non-finite where an element of g_n is; and [5]
-        fp32, statistics of all g_n: sum|g|, sum g^2, max|g|, min|g|, number of non-finite elements (which enter none
-        of the others). If not `counted` the number is 0, and non-finite elements make the sums non-finite.
+        [2, O] (with `columns` [2, I]) fp32, sums of |w g_n| and of w^2 g_n^2, non-finite where an element of g_n is;
+        and [5] fp32, statistics of all g_n: sum|g|, sum g^2, max|g|, min|g| of the finite elements, and the number of
+        non-finite elements. If not `counted`, this number is 0, and non-finite elements make the sums non-finite.
     """
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        # Triton's interpreter, the only way to run on the CPU, multiplies the bits of bf16. fp32 holds them exactly.
+        # Triton's interpreter, the only way to run on the CPU, would multiply bf16's bit patterns as integers. fp32
+        # represents bf16 exactly.
         x, dy = x.float(), dy.float()
     a, b = (x, dy) if columns else (dy, x)
     descriptors = descriptors_work(x, dy, w)
@@ -464,7 +508,7 @@ def linear_importance_triton(
 def _launch(
     a: Tensor, b: Tensor, w: Tensor, columns: bool, descriptors: bool, config: LinearImportanceConfig
 ) -> tuple[Tensor, Tensor]:
-    """The partial sums [parts, 2, A] and statistics [entries, 5] of the product."""
+    """Launch the kernel; return partial sums [parts * columns of tiles, 2, A] and statistics [entries, 5]."""
     samples, tokens, height = a.shape
     width = b.shape[2]
     tiles_a, tiles_b = ceil_div(height, config.BLOCK_A), ceil_div(width, config.BLOCK_B)
@@ -508,10 +552,19 @@ def _launch_persistent(
     columns: bool,
     config: LinearImportanceConfig,
 ) -> None:
-    """inputs: a, b and w as descriptors. sizes: N, T, A, B."""
+    """Launch the persistent kernel, which writes to `sums` and `statistics`.
+
+    Args:
+        inputs: a, b and w as descriptors.
+        sums: see `_launch`.
+        statistics: see `_launch`.
+        sizes: N, T, A, B.
+        columns: see `linear_importance_triton`.
+        config: a persistent configuration.
+    """
     samples, _, height, width = sizes
     tiles = ceil_div(height, config.BLOCK_A) * ceil_div(width, config.BLOCK_B)
-    # The interpreter runs one after the other.
+    # The interpreter runs programs one after the other: a few are enough for it.
     at_once = torch.cuda.get_device_properties(sums.device).multi_processor_count if sums.is_cuda else 3
     _persistent_linear_importance_kernel[(min(tiles * samples, at_once),)](
         *inputs,
@@ -530,7 +583,7 @@ def _in_turn(config: LinearImportanceConfig, samples: int, tiles_b: int, height:
 
 
 def _recount(a: Tensor, b: Tensor, statistics: Tensor, config: LinearImportanceConfig) -> None:
-    """Correct the statistics of tiles whose sums are not finite."""
+    """Correct the statistics of tiles whose sums of |g| are not finite, in place."""
     samples, tokens, height = a.shape
     width = b.shape[2]
     tiles_a, tiles_b = ceil_div(height, config.BLOCK_A), ceil_div(width, config.BLOCK_B)
@@ -559,21 +612,21 @@ def _recount(a: Tensor, b: Tensor, statistics: Tensor, config: LinearImportanceC
 
 
 def samples_in_turn(samples: int, tiles_b: int, height: int) -> int:
-    """Samples that a program takes in turn, so that the partial sums stay within the workspace."""
+    """The number of samples that a program takes one after the other, so that partial sums fit in WORKSPACE."""
     of_sample = tiles_b * 2 * height * torch.float32.itemsize
     at_once = max(1, WORKSPACE // max(1, of_sample))
     return max(1, ceil_div(samples, at_once))
 
 
 def descriptors_work(*tensors: Tensor) -> bool:
-    """Whether the tensor memory accelerator of Hopper can read all tensors, or the interpreter stands in for it."""
+    """Whether all tensors can be read by Hopper's tensor memory accelerator (TMA), which the interpreter emulates."""
     if tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
         return False
     return tensors[0].dtype != torch.float32 and all(map(is_describable, tensors))
 
 
 def is_describable(tensor: Tensor) -> bool:
-    """Every row begins at a multiple of 16 bytes, and no two rows at the same."""
+    """Whether a tensor is not empty, its rows begin at multiples of 16 bytes, and no stride is 0 or negative."""
     steps = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
     return tensor.numel() > 0 and tensor.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 

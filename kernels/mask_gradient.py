@@ -1,4 +1,12 @@
-"""`mask_gradient`: the gradient of a mask on a layer's input, and the input's second moment, from one read of each."""
+"""`mask_gradient`: the gradient of a mask on each input column of a layer, and the column's sum of squares, by sample.
+
+For each sample n and column i, the sums over tokens of x dx and of x^2, from one read of X and dX: a kernel bound by
+memory. A program owns BLOCK_I columns of one sample and walks through all of its tokens, BLOCK_T at a time. So no
+second
+stage is needed: it adds element by element in registers, combines the BLOCK_T rows at the end, and writes 2 fp32
+numbers per column. All of this happens in a fixed order and without atomics, so the result has the same bits every
+time.
+"""
 
 from dataclasses import dataclass
 
@@ -12,7 +20,7 @@ from gradprune.kernels.launch import ceil_div, device_of
 
 @dataclass(frozen=True)
 class MaskGradientConfig:
-    """A program walks through one sample's tokens of BLOCK_I columns, BLOCK_T at a time."""
+    """A program walks through BLOCK_I columns of one sample, BLOCK_T tokens at a time."""
 
     BLOCK_T: int = 16
     BLOCK_I: int = 128
@@ -34,9 +42,10 @@ def _mask_gradient_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """BLOCK_I columns of sample program_id(1). X and dX [N, T, I] have unit inner strides. fp32 accumulation.
+    """Sum over the tokens of one sample for BLOCK_I columns. Grid: (blocks of columns, samples). fp32 accumulation.
 
-    gradient_ptr, square_ptr: [N, I] fp32; the sums over tokens of x dx and of x^2.
+    x_ptr, dx_ptr: [N, T, I], unit inner stride.
+    gradient_ptr, square_ptr: [N, I] fp32, the sums over tokens of x dx and of x^2.
     """
     n = tl.program_id(1).to(tl.int64)
     tokens = tl.arange(0, BLOCK_T)
@@ -62,12 +71,12 @@ def mask_gradient_triton(x: Tensor, dx: Tensor, config: MaskGradientConfig | Non
     """The sums over tokens of x dx and of x^2, by sample.
 
     Args:
-        x: [N, T, I] fp32, bf16 or fp16, unit inner stride.
-        dx: [N, T, I] the same.
-        config: how the columns are cut up.
+        x: [N, T, I] fp32, bf16 or fp16, unit inner stride, the layer's input.
+        dx: [N, T, I], the gradient of each sample's loss with respect to it, with the same requirements.
+        config: how columns and tokens are divided; None for the default.
 
     Returns:
-        [N, I] each, fp32. Added in fixed order: the same bits every time.
+        [N, I] each, fp32. Added in a fixed order: the same bits every time.
     """
     config = config or MaskGradientConfig()
     samples, tokens, width = x.shape

@@ -1,4 +1,9 @@
-"""The second stage of every reduction: partial sums and statistics, added in fixed order."""
+"""The second stage of a kernel's reductions: add partial sums, and merge statistics, in a fixed order.
+
+Programs of the first stage write their partial results to places of their own. Here each program owns some of the
+results, reads every partial value of them once, lane by lane in ascending order, and combines its lanes in a tree: no
+atomics, so the same bits every time.
+"""
 
 import torch
 import triton
@@ -9,15 +14,17 @@ from gradprune.kernels.launch import ceil_div, device_of
 
 _BLOCK = 128
 _PARTS = 16
-# So many statistics one program merges in about the time of another launch; of more, each program merges _ENTRIES.
+# One program merges up to _ALONE entries of statistics in about the time that another launch takes. More than that are
+# first merged by a launch of their own, _ENTRIES per program.
 _ALONE, _ENTRIES = 32768, 4096
 
 
 @triton.jit
 def _merge(statistics_ptr, first, end, out_ptr, LANES: tl.constexpr):
-    """Merge the statistics from `first` up to `end`, LANES at a time, into one.
+    """Merge the entries of statistics from `first` up to, but not including, `end` into one, LANES at a time.
 
-    statistics_ptr: [entries, 5] fp32: sum|g|, sum g^2, max|g|, min|g|, non-finite. out_ptr: [5] fp32.
+    statistics_ptr: [entries, 5] fp32: sum|g|, sum g^2, max|g|, min|g|, number of non-finite elements.
+    out_ptr: [5] fp32, the same of all.
     """
     lanes = tl.arange(0, LANES)
     added = tl.zeros((LANES,), tl.float32)
@@ -42,7 +49,7 @@ def _merge(statistics_ptr, first, end, out_ptr, LANES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["entries"])
 def _merge_kernel(statistics_ptr, out_ptr, entries, ENTRIES: tl.constexpr, LANES: tl.constexpr):
-    """Each program merges ENTRIES of the [entries, 5] statistics, into [programs, 5]."""
+    """Merge the [entries, 5] statistics, ENTRIES per program, into [programs, 5]; fp32."""
     program = tl.program_id(0)
     first = program * ENTRIES
     _merge(statistics_ptr, first, tl.minimum(first + ENTRIES, entries), out_ptr + program * 5, LANES)
@@ -60,7 +67,7 @@ def _add_kernel(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Program 0 merges the statistics; each other one adds BLOCK columns of the partial sums, PARTS rows at a time.
+    """Program 0 merges all statistics; each other program adds BLOCK columns of partial sums, PARTS rows at a time.
 
     sums_ptr: [parts, width] fp32. statistics_ptr: [entries, 5] fp32.
     sums_out_ptr: [width] fp32. statistics_out_ptr: [5] fp32.
@@ -80,17 +87,18 @@ def _add_kernel(
 
 
 def add_partial_sums(sums: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
-    """The totals of partial results.
+    """Add the partial sums and merge the statistics of a kernel's programs.
 
     Args:
         sums: [parts, 2, width] fp32, contiguous.
         statistics: [entries, 5] fp32, contiguous: sum|g|, sum g^2, max|g|, min|g|, number of non-finite elements.
 
-    One launch, and where there are many statistics one before it: a single program would read them for longer than all
-    others read the sums.
+    This takes one launch, or two if there are many statistics, because a single program would read them for longer than
+    all others read the sums.
 
     Returns:
-        [2, width] and [5], fp32. Over no parts the sums are 0; over no entries the statistics are 0, 0, 0, inf, 0.
+        The sums [2, width] and the statistics [5], fp32. Without parts the sums are 0; without entries the statistics
+        are 0, 0, 0, inf, 0.
     """
     out = torch.empty(*sums.shape[1:], dtype=torch.float32, device=sums.device)
     statistics_out = torch.empty(5, dtype=torch.float32, device=sums.device)

@@ -1,4 +1,12 @@
-"""`taylor_score`: row and column sums of |w g| and w^2 g^2, and the statistics of g, from one read of each."""
+"""`taylor_score`: row and column sums of |w g| and of w^2 g^2, and statistics of g, from one read of W and G.
+
+A kernel bound by memory. Each program owns a strip of ROWS x BLOCK_I elements and walks down its rows, BLOCK_O at a
+time. It writes the row sums of each step right away, and at the end the column sums and the statistics, for which every
+thread has kept accumulators in registers. W and G are read once, and little is written (see `TaylorScoreConfig`).
+
+`add_partial_sums` then adds the partial results of all programs. They have places of their own (no atomics) and are
+added in a fixed order, so the result has the same bits every time.
+"""
 
 from dataclasses import dataclass
 
@@ -13,11 +21,11 @@ from gradprune.kernels.partial_sums import add_partial_sums
 
 @dataclass(frozen=True)
 class TaylorScoreConfig:
-    """How the matrix is cut up.
+    """How the matrix is divided among programs.
 
-    A program walks down ROWS rows of BLOCK_I columns, BLOCK_O rows at a time, and writes 2 fp32 numbers per row of its
-    strip or per column: 8/BLOCK_I or 8/ROWS bytes per element. With 16 bytes per thread a warp spans BLOCK_I columns:
-    row sums stay within a warp, and all else is added thread by thread.
+    A program walks down a strip of ROWS rows and BLOCK_I columns, BLOCK_O rows at a time. It writes 2 fp32 numbers for
+    each row of the strip, each column, or both: 8/BLOCK_I and 8/ROWS bytes per element. With 16 bytes per thread, one
+    warp spans BLOCK_I columns, so that row sums stay within a warp and everything else within a thread until the end.
     """
 
     ROWS: int = 128
@@ -27,7 +35,7 @@ class TaylorScoreConfig:
 
 
 def config_for(dtype: torch.dtype) -> TaylorScoreConfig:
-    """The configuration for a weight of `dtype`. None has been timed on a GPU."""
+    """The configuration for a weight of `dtype`; neither has been timed on a GPU."""
     return TaylorScoreConfig(BLOCK_O=8, BLOCK_I=128) if dtype == torch.float32 else TaylorScoreConfig()
 
 
@@ -48,11 +56,15 @@ def _taylor_score_kernel(
     ROW_SUMS: tl.constexpr,
     COLUMN_SUMS: tl.constexpr,
 ):
-    """One strip of W and G [O, I] (unit inner stride), fp32 accumulation, fixed order, no atomics.
+    """Score one strip of W and G. Grid: (strips of rows, strips of columns).
 
-    rows_ptr: [strips of columns, 2, O] fp32; this strip's sums over its columns of |w g|, w^2 g^2, if ROW_SUMS.
-    columns_ptr: [strips of rows, 2, I] fp32; this strip's sums over its rows, if COLUMN_SUMS.
-    statistics_ptr: [programs, 5] fp32: sum|g|, sum g^2, max|g|, min|g|, non-finite count.
+    fp32 accumulation in a fixed order, no atomics.
+
+    w_ptr, g_ptr: [O, I], unit inner stride.
+    rows_ptr: [strips of columns, 2, O] fp32, sums of |w g| and of w^2 g^2 over this strip's columns; if ROW_SUMS.
+    columns_ptr: [strips of rows, 2, I] fp32, the same over this strip's rows; if COLUMN_SUMS.
+    statistics_ptr: [programs, 5] fp32: sum|g|, sum g^2, max|g|, min|g| of the finite elements, and the number of
+        non-finite elements.
     """
     strip_o = tl.program_id(0)
     strip_i = tl.program_id(1)
@@ -108,19 +120,19 @@ def taylor_score_triton(
 ) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
     """Row sums, column sums and statistics of one weight and its gradient.
 
-    Reads W and G once (4 bytes per element in bf16); the strips' partial sums are added by a second launch, in fixed
-    order, so that the result has the same bits every time.
+    Reads W and G once (4 bytes per element in bf16). A second launch for each side adds the strips' partial sums in a
+    fixed order, so that the result has the same bits every time.
 
     Args:
-        w: [O, I] fp32, bf16 or fp16, unit inner stride.
-        g: [O, I] the same.
+        w: [O, I] fp32, bf16 or fp16, unit inner stride, the weight.
+        g: [O, I], its gradient, with the same requirements.
         row_sums, column_sums: which sums to compute; at least one.
-        config: how the matrix is cut up; by default `config_for` its dtype.
+        config: how the matrix is divided among programs; None for that of `config_for`.
 
     Returns:
-        For the rows and for the columns, None if not asked for: sums [2, O] (or [2, I]) of |w g| and w^2 g^2, and
-        statistics [5] of g: sum|g|, sum g^2, max|g|, min|g|, number of non-finite elements (which enter none of the
-        others). fp32.
+        One pair for the rows and one for the columns, None for a side that is not asked for: sums [2, O] (or [2, I]) of
+        |w g| and of w^2 g^2, and statistics [5] of g: sum|g|, sum g^2, max|g|, min|g| of the finite elements, and the
+        number of non-finite elements. fp32.
     """
     config = config or config_for(w.dtype)
     height, width = w.shape

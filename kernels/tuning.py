@@ -14,17 +14,17 @@ _chosen: dict[Hashable, object] = {}
 
 
 def fastest(configs: Sequence[Config], launch: Callable[[Config], object], tensor: Tensor, *key: Hashable) -> Config:
-    """The configuration whose launch is fastest where `tensor` lies; off the GPU, the first.
+    """The configuration whose launch is fastest on the device of `tensor`; on a CPU, the first.
 
-    Measured once for each kind of device, Triton version, dtype of `tensor` and `key`, and remembered. All of them
-    must give the same bits: a choice by time must not change a result. One that asks for more than the device has is
-    not chosen; the default has to fit.
+    Measured once for each GPU model, Triton version, dtype of `tensor` and `key`, and remembered. All configurations
+    must give the same bits, because a choice by time must not change a result. One that needs more resources than the
+    device has is not chosen; the default has to fit.
 
     Args:
         configs: at least one, the default first.
         launch: launches the kernel with a configuration.
-        tensor: an input, for its device and dtype.
-        key: what else the choice depends on: sizes.
+        tensor: one of the kernel's inputs, for its device and dtype.
+        key: whatever else the choice depends on, such as sizes.
     """
     if len(configs) == 1 or not tensor.is_cuda:
         return configs[0]
@@ -36,7 +36,7 @@ def fastest(configs: Sequence[Config], launch: Callable[[Config], object], tenso
 
 
 def _fits(launch: Callable[[Config], object], config: Config) -> bool:
-    """Whether the device has the shared memory and the registers that a launch asks for."""
+    """Whether the device has the shared memory and the registers that a launch with `config` needs."""
     try:
         launch(config)
     except triton.OutOfResources:
@@ -45,7 +45,7 @@ def _fits(launch: Callable[[Config], object], config: Config) -> bool:
 
 
 def _milliseconds(launch: Callable[[], object]) -> float:
-    """Mean time of a launch."""
+    """Mean milliseconds of a launch on the device."""
     for _ in range(_WARMUP):
         launch()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
