@@ -1,5 +1,6 @@
 // gradprune._C: checks arguments and calls the ops. Tensors are passed as addresses, shapes, strides and element types,
 // so that the module does not depend on PyTorch's ABI. Callers keep the memory alive; ops run with the GIL released.
+// Strides are in elements.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -70,7 +71,7 @@ Side parse_side(const std::string& name) {
   throw std::invalid_argument("side: '" + name + "' is none of rows, columns, both");
 }
 
-// The names of the statistics, in the order of the fields.
+// The names of the fields of Statistics, in their order in memory.
 std::array<const char*, kStatistics> statistic_names() {
   std::array<const char*, kStatistics> names{};
   names[offsetof(Statistics, sum_abs) / sizeof(double)] = "sum_abs";
@@ -93,7 +94,7 @@ void* pointer(const char* argument, std::uintptr_t address, std::ptrdiff_t count
 using MatrixArgument = std::tuple<std::uintptr_t, std::ptrdiff_t, int>;  // address, row stride, element type
 // Address, strides between samples and tokens, element type.
 using ActivationsArgument = std::tuple<std::uintptr_t, std::ptrdiff_t, std::ptrdiff_t, int>;
-// row_abs, row_square, column_abs, column_square, statistics; 0 for the side not asked for.
+// Addresses of row_abs, row_square, column_abs, column_square and statistics; 0 for a side that is not asked for.
 using OutputAddresses = std::array<std::uintptr_t, 2 * kScores + 1>;
 using GradientArgument = std::tuple<std::uintptr_t, std::ptrdiff_t, int>;  // address, number of elements, element type
 

@@ -1,4 +1,4 @@
-// Statistics of a gradient's elements, the same on the host and on a GPU.
+// Statistics of a gradient's elements, shared by the CPU kernels and the CUDA kernels.
 #pragma once
 
 #include <cmath>
@@ -11,8 +11,9 @@
 
 namespace gradprune {
 
-// Non-finite elements are counted in non_finite and enter none of the others. As an array of double the fields are in
-// this order, that of gradprune.ops.vectors.GradientStatistics; a test compares the two through _C.STATISTICS.
+// Non-finite elements are counted in non_finite and enter no other field. Python reads the struct as an array of
+// double, so the order of the fields is that of gradprune.ops.vectors.GradientStatistics; a test compares both through
+// _C.STATISTICS.
 struct Statistics {
   double sum_abs, sum_square, max_abs, min_abs, non_finite;
 };
@@ -22,7 +23,7 @@ static_assert(sizeof(Statistics) == kStatistics * sizeof(double), "an array of d
 // Internal linkage: files compiled for different instruction sets include this and must not share a symbol.
 namespace {
 
-// Of no elements at all.
+// The statistics of no elements at all.
 GRADPRUNE_HOST_DEVICE Statistics no_statistics() { return {0.0, 0.0, 0.0, INFINITY, 0.0}; }
 
 GRADPRUNE_HOST_DEVICE void merge(Statistics& into, const Statistics& from) {

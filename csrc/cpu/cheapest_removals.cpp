@@ -13,7 +13,7 @@ namespace {
 
 struct RemovalScratch;
 
-// Rows are padded with zeros to a multiple of every vector's length.
+// Rows are padded with zeros to a multiple of this many doubles, the length of the longest vector.
 constexpr std::ptrdiff_t kLanes = 8;
 
 }  // namespace
@@ -21,7 +21,7 @@ constexpr std::ptrdiff_t kLanes = 8;
 void cheapest_removals(const RemovalInputs& inputs, std::ptrdiff_t count, std::int64_t* taken, double* costs, Isa isa) {
   const RemovalKernel kernel = kernels(isa).removal;
   const std::ptrdiff_t columns = inputs.columns, width = divide_up(columns, kLanes) * kLanes;
-  // The rows s and d of the columns that are gone, and the diagonals of A^-1 and of M.
+  // The rows s and d of all removals, and the diagonals of A^-1 and of M.
   double* s = reinterpret_cast<double*>(scratch<RemovalScratch>((2 * count + 2) * width * sizeof(double)));
   double *d = s + count * width, *inverse = d + count * width, *gram = inverse + width;
   std::fill(inverse, inverse + 2 * width, 0.0);

@@ -1,4 +1,4 @@
-// One removal of `cheapest_removals`. Internal linkage, as vector.h.
+// One removal of `cheapest_removals`, see Removal in kernel_table.h. Internal linkage, see vector.h.
 #pragma once
 
 #include <cmath>
@@ -9,8 +9,8 @@
 namespace gradprune {
 namespace {
 
-// Brings a row of A^-1 (own) and of M (change) up to date: subtracts what ROWS earlier removals, from `first` on,
-// changed.
+// Brings a row of A^-1 (own) and of M (change) up to date with ROWS earlier removals, the first of which is number
+// `first`. Each of both rows is loaded and stored once for all ROWS of them.
 template <int N, int ROWS>
 GRADPRUNE_INLINE void subtract_rows(const Removal& removal, std::ptrdiff_t first, double* own, double* change) {
   using V = Vector<double, N>;

@@ -1,4 +1,4 @@
-// Elements of fp32, fp64, bf16 and fp16 to and from Vector lanes. Internal linkage, as vector.h.
+// Conversion of fp32, fp64, bf16 and fp16 elements to and from Vector lanes. Internal linkage, see vector.h.
 #pragma once
 
 #include "cpu/vector.h"
@@ -33,8 +33,8 @@ GRADPRUNE_INLINE Vector<float, N> load_elements(const BFloat16* from) {
   return {bit_cast<typename Native<float, N>::type>(widen<N>(from) << 16)};
 }
 
-// Round to nearest even: add just under half of the last kept bit, and that bit itself to break ties. The addition could
-// carry a NaN into infinity or zero, so a NaN is truncated instead, with its quiet bit set.
+// Round to nearest even: add just under half of the last kept bit, and that bit itself to break ties. The addition
+// could carry a NaN into infinity or zero, so a NaN is truncated instead, with its quiet bit set.
 template <int N>
 GRADPRUNE_INLINE void store_elements(Vector<float, N> x, BFloat16* to) {
   using Unsigned = typename Native<std::uint32_t, N>::type;
@@ -69,9 +69,9 @@ GRADPRUNE_INLINE Vector<float, N> load_elements(const Float16* from) {
   return {bit_cast<Float>(magnitude | ((half & 0x8000) << 16))};
 }
 
-// Vector h (0 or 1) of the 2 N elements at `from`, where their order does not matter. Two bf16 share 32 bits: a shift
-// turns the lower into its fp32 value, a mask the upper. So vector 0 has the even elements and vector 1 the odd ones, in
-// half the instructions of widening in order.
+// Vector h (0 or 1) of the 2 N elements at `from`, for callers to which their order does not matter. Two bf16 share 32
+// bits: a shift turns the lower one into its fp32 value, a mask the upper one. So vector 0 has the even elements and
+// vector 1 the odd ones, in half the instructions that widening in order takes.
 template <int N, class E>
 GRADPRUNE_INLINE auto load_unordered(const E* from, int h) { return load_elements<N>(from + h * N); }
 
@@ -82,7 +82,8 @@ GRADPRUNE_INLINE Vector<float, N> load_unordered(const BFloat16* from, int h) {
   return {bit_cast<typename Native<float, N>::type>(h == 0 ? pairs << 16 : pairs & -0x10000)};
 }
 
-// Round to nearest even, as above. Below 2^-14 the last kept bit is 2^-24: adding 1/2, whose last bit is that, rounds.
+// Round to nearest even, as above. For magnitudes below 2^-14 the last kept bit is 2^-24. That is also the last
+// mantissa bit of 1/2 in fp32, so adding 1/2 rounds to it.
 template <int N>
 GRADPRUNE_INLINE void store_elements(Vector<float, N> x, Float16* to) {
 #if defined(__AVX512F__)

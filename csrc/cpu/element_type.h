@@ -1,4 +1,4 @@
-// Element types of tensors, as codes that cross the binding and as C++ types; and matrices of them.
+// Element types of tensors, as the codes that Python passes and as C++ types, and matrices of them.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +32,7 @@ struct Matrix {
   std::ptrdiff_t stride;  // between rows, in elements
   ElementType type;
 
-  // The part that begins at an element.
+  // The part of the matrix that begins at this row and column.
   Matrix from(std::ptrdiff_t row, std::ptrdiff_t column) const {
     return {offset(data, type, row * stride + column), stride, type};
   }

@@ -1,4 +1,4 @@
-// grad_stats and scale_gradients of one run of consecutive elements. Internal linkage, as vector.h.
+// grad_stats and scale_gradients of one run of consecutive elements. Internal linkage, see vector.h.
 #pragma once
 
 #include "cpu/statistics_kernel.h"
@@ -8,7 +8,7 @@ namespace {
 
 constexpr std::ptrdiff_t kElementsPerSum = 4096;  // summed in vector lanes before the sum is added to a double
 
-// Statistics of g: [count], merged into `into`.
+// Merges the statistics of the gradient, [count], into `into`.
 template <class E, int BYTES>
 void grad_stats(const void* gradient, std::ptrdiff_t count, Statistics& into) {
   using T = typename Accumulation<E>::type;
@@ -23,7 +23,7 @@ void grad_stats(const void* gradient, std::ptrdiff_t count, Statistics& into) {
   }
 }
 
-// g <- g * scale, the product in fp32 (fp64 for fp64), rounded to nearest even.
+// g <- g * factor, formed in fp32 (fp64 for fp64 gradients) and rounded to nearest even.
 template <class E, int BYTES>
 void scale(void* gradient, std::ptrdiff_t count, double factor) {
   using T = typename Accumulation<E>::type;

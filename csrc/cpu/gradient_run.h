@@ -1,4 +1,4 @@
-// A table of gradients, cut into runs of equal length that threads can share.
+// Cuts gradients into runs of equal length (the last of each gradient may be shorter), which are divided among threads.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,7 @@ struct GradientRun {
 // Long enough that a run's overhead vanishes, short enough that one large tensor keeps every thread busy.
 constexpr std::ptrdiff_t kRunElements = 65536;
 
-// The runs depend on the sizes alone, never on the number of threads.
+// Runs depend only on the sizes of the gradients, never on the number of threads.
 inline std::vector<GradientRun> cut_into_runs(const std::vector<Gradient>& gradients) {
   std::vector<GradientRun> runs;
   for (std::size_t index = 0; index < gradients.size(); ++index)

@@ -1,7 +1,8 @@
-// A tile of one sample's weight gradient G = dY^T X. Internal linkage, as vector.h.
+// A tile of one sample's weight gradient G = dY^T X. Internal linkage, see vector.h.
 //
-// X [tokens, columns] and dY [tokens, rows] are first packed into panels: a few neighbouring columns of the matrix,
-// token by token, padded with zeros. The product of a panel of dY and one of X stays in registers over the tokens.
+// X [tokens, columns] and dY [tokens, rows] are first packed into panels, as in other GEMMs: a few neighbouring columns
+// of the matrix, token by token, in fp32 (fp64 for fp64), padded with zeros. The product of a panel of dY and a panel
+// of X stays in registers while the tokens stream by.
 #pragma once
 
 #include "cpu/element_io.h"
@@ -10,13 +11,15 @@
 namespace gradprune {
 namespace {
 
-// Register block: ROWS x 2 accumulators; the registers left over hold the dY broadcast and two X vectors.
+// Register block: ROWS x 2 accumulator vectors. The remaining registers hold a broadcast element of dY and two vectors
+// of X.
 constexpr int rows_of_panel(int bytes) { return bytes == 64 ? 12 : 6; }
 constexpr int kVectorsOfPanel = 2;
-// Tokens at a time: a panel of X then stays in the first-level cache and a tile's panels of dY in the second.
+// The product is formed this many tokens at a time, so that a panel of X stays in the first-level cache and a tile's
+// panels of dY in the second-level cache.
 constexpr std::ptrdiff_t kTokensAtOnce = 256;
 
-// Copies the first `valid` columns at `from` into a panel [tokens, WIDTH], and zeros after them.
+// Copies the first `valid` columns at `from` into a panel [tokens, WIDTH], and fills its other columns with zeros.
 template <class E, int N, int WIDTH>
 GRADPRUNE_INLINE void pack_panel(const E* from, std::ptrdiff_t stride, std::ptrdiff_t tokens, std::ptrdiff_t valid,
                                  typename Accumulation<E>::type* panel) {
@@ -34,7 +37,7 @@ GRADPRUNE_INLINE void pack_panel(const E* from, std::ptrdiff_t stride, std::ptrd
 template <class E, int BYTES>
 void pack_dy(const void* from, std::ptrdiff_t stride, std::ptrdiff_t tokens, std::ptrdiff_t valid, void* panel) {
   using T = typename Accumulation<E>::type;
-  // A panel of dY is narrower than a vector, or no whole number of vectors.
+  // A panel of dY is narrower than a vector, or not a whole number of vectors wide; two elements at a time divide it.
   constexpr int N = 2;
   pack_panel<E, N, rows_of_panel(BYTES)>(static_cast<const E*>(from), stride, tokens, valid, static_cast<T*>(panel));
 }
@@ -46,7 +49,7 @@ void pack_x(const void* from, std::ptrdiff_t stride, std::ptrdiff_t tokens, std:
   pack_panel<E, N, kVectorsOfPanel * N>(static_cast<const E*>(from), stride, tokens, valid, static_cast<T*>(panel));
 }
 
-// g[r][c] (+)= sum over tokens of dy[t][r] x[t][c], for one panel of each.
+// g[r][c] = (or with `add` +=) sum over tokens t of dy[t][r] x[t][c], for one panel of dY and one of X.
 template <class V, int ROWS>
 GRADPRUNE_INLINE void multiply_panels(const typename V::T* dy, const typename V::T* x, std::ptrdiff_t tokens,
                                       typename V::T* g, std::ptrdiff_t stride, bool add) {

@@ -9,7 +9,7 @@ namespace gradprune {
 #if defined(__x86_64__)
 namespace {
 
-// Asked of the CPU directly: not every compiler's __builtin_cpu_supports knows the name "f16c".
+// Reads CPUID directly, because not every compiler's __builtin_cpu_supports knows the name "f16c".
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);

@@ -3,13 +3,13 @@
 
 namespace gradprune {
 
-// Scalar is the architecture's baseline (SSE2 on x86-64, NEON on AArch64): no more than every such CPU has.
+// Scalar is the architecture's baseline (SSE2 on x86-64, NEON on AArch64), which every such CPU has.
 enum class Isa { Scalar, Avx2, Avx512 };
 
-// Compiled into this build, and supported by this CPU and its operating system.
+// Whether an instruction set is compiled into this build and supported by this CPU and its operating system.
 bool isa_available(Isa isa);
 
-// The widest available.
+// The widest available instruction set.
 Isa best_isa();
 
 }  // namespace gradprune

@@ -1,4 +1,5 @@
-// The inner kernels, one table per instruction set. The ops partition the work, call these, and combine in order.
+// The inner kernels, one table per instruction set. The ops divide the work among threads, call these kernels, and
+// combine their results in a fixed order.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +10,7 @@
 
 namespace gradprune {
 
-// Index of each sum over a row or a column: of |w g| and of (w g)^2.
+// Indices of the two sums over a row or a column: of |w g| and of (w g)^2.
 enum Score { kAbs, kSquare, kScores };
 
 // Which sums an op is asked for: over rows, over columns, or both.
@@ -18,14 +19,14 @@ constexpr int kSides = 3;
 constexpr bool has_rows(Side side) { return side != Side::Columns; }
 constexpr bool has_columns(Side side) { return side != Side::Rows; }
 
-// The largest tile. Memory is read fastest along whole rows, so a tile is as wide as its column sums (2 x 4096 floats)
-// leave room for in the second-level cache while its rows stream by. More rows would lengthen the fp32 sums, fewer would
-// write more partial sums; 120 is a multiple of every number of rows taken at once.
+// The largest tile. Memory is read fastest along whole rows, so a tile is as wide as it can be while its column sums
+// (2 x 4096 floats) stay in the second-level cache and its rows stream by. More rows would make the fp32 sums longer,
+// and fewer would write more partial sums; 120 is a multiple of every number of rows that one pass takes.
 constexpr std::ptrdiff_t kTileRows = 120;
 constexpr std::ptrdiff_t kTileColumns = 4096;
 
-// A rectangle of W and G, and where its sums go. row[s]: [rows], column[s]: [columns], of type float, or double
-// where W and G are double; the side that is not asked for is null.
+// A rectangle of W and G, and the addresses of its sums: row[s]: [rows], column[s]: [columns], float, or double if W
+// and G are double; null for a side that is not asked for.
 struct TaylorTile {
   Matrix w, g;
   std::ptrdiff_t rows, columns;
@@ -34,8 +35,9 @@ struct TaylorTile {
   Statistics* statistics;
 };
 
-// Panels [rows / panel rows, tokens, panel rows] of dY and likewise of X, and where their product g [rows, columns]
-// goes. rows, columns: multiples of a panel's. All float, or all double.
+// Panels of dY, [rows / panel width, tokens, panel width], and of X, [columns / panel width, tokens, panel width], and
+// the address of their product g [rows, columns]. rows and columns are multiples of the panels' widths. All float, or
+// all double.
 struct GradientTile {
   const void* dy;
   const void* x;
@@ -44,12 +46,13 @@ struct GradientTile {
   std::ptrdiff_t rows, columns, tokens;
 };
 
-// A strip of `mask_gradient`: its width at most, whose sums stay in a core's own cache, and the tokens that are added in
-// fp32 before they go to its sums in fp64.
+// A strip of `mask_gradient`: its largest width, so that its sums stay in a core's own cache, and the number of tokens
+// that are added in fp32 before their sums are added in fp64.
 constexpr std::ptrdiff_t kMaskColumns = 1024;
 constexpr std::ptrdiff_t kMaskTokens = 128;
 
-// Columns of one sample's x and dx, [tokens, columns] of one type, and the sums that theirs are added to, [columns].
+// A strip of one sample's x and dx, [tokens, columns], both of one type, and the sums of x dx and of x^2 over the
+// tokens, [columns] each, to which the kernel adds.
 struct MaskStrip {
   const void* x;
   std::ptrdiff_t x_stride;  // between tokens, in elements
@@ -60,9 +63,10 @@ struct MaskStrip {
   double* square;
 };
 
-// One removal of `cheapest_removals`. s, d: [more than done, width]; the first `done` rows are those of columns removed
-// before. Row `done` holds the row of A^-1 (of M) of the column to remove, and is overwritten by its s (its d).
-// inverse, gram: [width], the diagonals, updated in place. width: a multiple of every vector's length.
+// One removal of `cheapest_removals`: of `column`, after `done` others. s, d: [more than done, width]; the first `done`
+// rows belong to the removals before. Row `done` of s (of d) holds the row of A^-1 (of M) of the column to remove, as
+// it was before any removal, and is overwritten with this removal's s (d). inverse, gram: [width], the diagonals of
+// A^-1 and of M, updated in place. width: a multiple of every vector's length.
 struct Removal {
   double* s;
   double* d;
@@ -71,7 +75,8 @@ struct Removal {
   double* gram;
 };
 
-// Copies the first `valid` columns at `from`, of a matrix [tokens, ...], into a panel, and zeros after them.
+// Copies the first `valid` columns at `from`, of a matrix [tokens, ...], into a panel, and fills the rest of it with
+// zeros.
 using PackKernel = void (*)(const void* from, std::ptrdiff_t stride, std::ptrdiff_t tokens, std::ptrdiff_t valid,
                             void* panel);
 using GradientTileKernel = void (*)(const GradientTile& tile);
@@ -81,7 +86,7 @@ using MaskStripKernel = void (*)(const MaskStrip& strip);
 using RemovalKernel = void (*)(const Removal& removal);
 using ScaleKernel = void (*)(void* g, std::ptrdiff_t count, double scale);
 
-// One entry per value of an enum.
+// A table with one entry per value of an enum.
 template <class Key, int KEYS, class Entry>
 struct PerKey {
   Entry entry[KEYS];

@@ -1,4 +1,5 @@
-// Kernels for AVX2 with FMA and F16C; compiled with those, called only where the CPU has them (isa.cpp).
+// Kernels for AVX2 with FMA and F16C. This file is compiled for these instructions, and its kernels are called only if
+// the CPU has them (isa.cpp).
 #include "cpu/make_kernel_table.h"
 
 namespace gradprune {

@@ -1,4 +1,5 @@
-// Kernels for AVX-512 F, BW, DQ, VL; compiled with those, called only where the CPU has them (isa.cpp).
+// Kernels for AVX-512 F, BW, DQ and VL. This file is compiled for these instructions, and its kernels are called only
+// if the CPU has them (isa.cpp).
 #include "cpu/make_kernel_table.h"
 
 namespace gradprune {

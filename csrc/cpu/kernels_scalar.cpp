@@ -1,4 +1,4 @@
-// Kernels for the architecture's baseline: vectors of 16 bytes, which the compiler lowers to SSE2, NEON or scalars.
+// Kernels for the architecture's baseline, with vectors of 16 bytes that the compiler lowers to SSE2, NEON or scalars.
 #include "cpu/make_kernel_table.h"
 
 namespace gradprune {

@@ -10,13 +10,13 @@
 namespace gradprune {
 namespace {
 
-// A tile of G is made of whole panels on every instruction set; with its panels of dY it fits in a core's second-level
-// cache.
+// A tile of G consists of whole panels on every instruction set. Together with its panels of dY it fits in a core's
+// second-level cache.
 constexpr std::ptrdiff_t kGradientRows = 120;
 constexpr std::ptrdiff_t kGradientColumns = 256;
 // Below this many multiplications a second thread costs more than it saves.
 constexpr std::ptrdiff_t kMultiplicationsPerThread = 1 << 18;
-// A cache line: no vector then straddles two.
+// A cache line, so that no vector straddles two of them.
 constexpr std::size_t kAlignment = 64;
 
 struct Free {
@@ -35,7 +35,7 @@ std::unique_ptr<T[], Free> aligned_array(std::ptrdiff_t count) {
 template <class T>
 class Panels {
  public:
-  // Holds one sample of at most `most` tokens.
+  // Allocates room for one sample of at most `most` tokens.
   Panels(std::ptrdiff_t width, std::ptrdiff_t most, std::ptrdiff_t panel_width)
       : width_(width), panel_width_(panel_width), data_(aligned_array<T>(padded(width) * most)) {}
 
@@ -45,10 +45,10 @@ class Panels {
   std::ptrdiff_t panels() const { return divide_up(width_, panel_width_); }
   // The next multiple of a panel's width.
   std::ptrdiff_t padded(std::ptrdiff_t width) const { return divide_up(width, panel_width_) * panel_width_; }
-  // The panels from `column` on, the first column of a panel.
+  // The panel that starts at `column`; those after it follow in memory.
   const T* at(std::ptrdiff_t column) const { return data_.get() + column * tokens_; }
 
-  // start: where the sample begins, in elements.
+  // Packs panel number `panel`. start: the offset of the sample's first element.
   void pack(const Activations& from, std::ptrdiff_t start, std::ptrdiff_t panel, PackKernel kernel) {
     const std::ptrdiff_t first = panel * panel_width_, valid = std::min(panel_width_, width_ - first);
     const void* source = offset(from.data, from.type, start + first);
@@ -60,11 +60,11 @@ class Panels {
   std::unique_ptr<T[], Free> data_;
 };
 
-// The type that the gradient is computed in.
+// The type that the gradient is computed in, fp32 or fp64.
 template <class T>
 constexpr ElementType kGradientType = sizeof(T) == sizeof(double) ? ElementType::Float64 : ElementType::Float32;
 
-// Computes a tile of G and scores it.
+// Computes a tile of G on the stack and scores it while it is in the core's own cache.
 template <class T>
 void score_tile(const Panels<T>& dy, const Panels<T>& x, std::ptrdiff_t tokens, const Matrix& w,
                 const TileSums<T>& sums, std::ptrdiff_t index, GradientTileKernel multiply, TaylorTileKernel score) {
@@ -75,7 +75,7 @@ void score_tile(const Panels<T>& dy, const Panels<T>& x, std::ptrdiff_t tokens, 
   score(tile);
 }
 
-// Where an expert's outputs begin.
+// The addresses of one expert's outputs.
 template <class T>
 TaylorOutputs of_expert(const TaylorOutputs& of_all, std::ptrdiff_t expert, const GroupedShape& shape) {
   TaylorOutputs own = of_all;
@@ -87,16 +87,18 @@ TaylorOutputs of_expert(const TaylorOutputs& of_all, std::ptrdiff_t expert, cons
   return own;
 }
 
-// One sample's tokens: where they begin in X and in dY, in elements, and how many they are.
+// One sample's tokens: the offsets of their first elements in X and in dY, and their number.
 struct Segment {
   std::ptrdiff_t x, dy, tokens;
 };
 
-// Scores samples' gradients of weights [rows, columns], one sample after the other.
+// Scores the gradients of samples for weights [rows, columns], one sample after the other. Threads share a sample: they
+// first pack its panels, then compute and score its tiles.
 template <class T>
 class Scorer {
  public:
-  // most: the tokens of the longest sample; tokens: of those that come, on average.
+  // most: the number of tokens of the longest sample. tokens: the mean number, from which the number of threads
+  // follows.
   Scorer(const Activations& x, const Activations& dy, ElementType w, std::ptrdiff_t rows, std::ptrdiff_t columns,
          std::ptrdiff_t most, std::ptrdiff_t tokens, Side side, int threads, const KernelTable& table)
       : x_(x),

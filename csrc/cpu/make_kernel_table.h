@@ -1,4 +1,5 @@
-// The table of kernels for vectors of BYTES bytes. Included once by each kernels_<isa>.cpp. Internal linkage.
+// Builds the table of kernels for vectors of BYTES bytes. Included once by each kernels_<isa>.cpp. Internal linkage,
+// see vector.h.
 #pragma once
 
 #include "cpu/cheapest_removals_kernel.h"

@@ -1,4 +1,4 @@
-// Sums over tokens of x dx and of x^2, of a strip of columns. Internal linkage, as vector.h.
+// Sums over tokens of x dx and of x^2 for a strip of columns. Internal linkage, see vector.h.
 #pragma once
 
 #include "cpu/element_io.h"
@@ -7,7 +7,8 @@
 namespace gradprune {
 namespace {
 
-// Adds ROWS tokens, whose rows are read side by side, so that each sum is loaded and stored once for all of them.
+// Adds ROWS tokens to N columns' sums. The tokens' rows are read side by side, so that each sum is loaded and stored
+// once for all of them.
 template <int N, int ROWS, class E, class T>
 GRADPRUNE_INLINE void add_tokens(const E* x, std::ptrdiff_t x_stride, const E* dx, std::ptrdiff_t dx_stride, T* gradient,
                                  T* square) {

@@ -1,4 +1,4 @@
-// Memory that is kept from one call of an op to the next.
+// Scratch memory that is kept from one call of an op to the next.
 #pragma once
 
 #include <cstddef>
@@ -6,8 +6,8 @@
 
 namespace gradprune {
 
-// Thread-local buffer, one per type `User`, uninitialised, maximally aligned. The thread's next call with the same `User`
-// invalidates it. Kept alive because faulting in fresh pages can cost more than the op.
+// Returns a thread-local buffer, one per type `User`, uninitialised and maximally aligned. The thread's next call with
+// the same `User` invalidates it. Buffers are kept because faulting in fresh pages can cost more than the op.
 template <class User>
 std::byte* scratch(std::size_t bytes) {
   thread_local std::unique_ptr<std::byte[]> memory;

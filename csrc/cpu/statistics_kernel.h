@@ -1,4 +1,4 @@
-// Statistics of a gradient, in vector lanes. Internal linkage, as vector.h.
+// Statistics of a gradient, computed in vector lanes. Internal linkage, see vector.h.
 #pragma once
 
 #include "cpu/element_io.h"
@@ -7,8 +7,8 @@
 namespace gradprune {
 namespace {
 
-// Statistics of elements that are assumed to be finite. If one is not, or the sum overflows, sum_abs is not finite
-// either, and the caller starts again with `masked_statistics`: the common case pays for no test.
+// Statistics of elements that are assumed to be finite. If one is not, or if the sum overflows, sum_abs is not finite
+// either, and the caller starts again with `masked_statistics`: so the common case tests no element.
 template <class V>
 struct FiniteStatistics {
   V sum_abs = V::zero();
@@ -16,7 +16,7 @@ struct FiniteStatistics {
   V max_abs = V::zero();
   V min_abs = V{bit_cast<typename V::Value>(typename V::Mask{} + Bits<typename V::T>::kInfinity)};
 
-  // The vectors are combined first, so that a call lengthens each chain of dependent additions by one only.
+  // The vectors are combined first, so that a call makes each chain of dependent additions only one longer.
   template <int VECTORS>
   GRADPRUNE_INLINE void add(const V (&g)[VECTORS]) {
     V total = abs(g[0]), largest = total, smallest = total, square = g[0] * g[0];
@@ -39,7 +39,7 @@ struct FiniteStatistics {
   }
 };
 
-// Statistics of runs of elements: whole vectors in `wide`, those left over in `narrow`.
+// Statistics of runs of elements: whole vectors are added to `wide`, the elements left over to `narrow`.
 template <class T, int N>
 struct RunStatistics {
   FiniteStatistics<Vector<T, N>> wide;
@@ -60,8 +60,8 @@ struct RunStatistics {
     }
   }
 
-  // If all elements were finite, merges into `into` and returns true. Compared as bits, because the compiler may
-  // assume that there is no NaN.
+  // If all elements were finite, merges their statistics into `into` and returns true. Bits are compared, because the
+  // compiler may assume that there is no NaN.
   GRADPRUNE_INLINE bool merge_if_finite(Statistics& into) const {
     const T sum_abs = reduce(wide.sum_abs, Add{}) + narrow.sum_abs.value[0];
     if (bit_cast<typename Bits<T>::Int>(sum_abs) >= Bits<T>::kInfinity) return false;
@@ -71,7 +71,7 @@ struct RunStatistics {
   }
 };
 
-// The rare case: g has non-finite elements, which are counted and left out. Sums in double.
+// The rare case: g has non-finite elements, which are counted and left out. Sums are formed in double.
 template <class E>
 __attribute__((noinline)) void masked_statistics(const E* g, std::ptrdiff_t count, Statistics& into) {
   using V = Vector<typename Accumulation<E>::type, 1>;

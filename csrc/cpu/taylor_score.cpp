@@ -9,10 +9,10 @@ namespace {
 
 // Below this many elements a second thread costs more than it saves.
 constexpr std::ptrdiff_t kElementsPerThread = 32768;
-// Tiles begin at multiples of this many columns: whole steps of the widest vectors.
+// Tiles begin at multiples of this many columns, so that a tile consists of whole steps of the widest vectors.
 constexpr std::ptrdiff_t kColumnMultiple = 64;
 
-// As few tiles as possible, all of about the same width: a narrow last one would be read slowly.
+// The width of as few tiles as possible, all about equally wide, because a narrow last one would be read slowly.
 std::ptrdiff_t tile_width(std::ptrdiff_t columns) {
   const std::ptrdiff_t tiles = std::max<std::ptrdiff_t>(1, divide_up(columns, kTileColumns));
   return std::max<std::ptrdiff_t>(1, divide_up(divide_up(columns, tiles), kColumnMultiple)) * kColumnMultiple;

@@ -1,4 +1,4 @@
-// Row and column sums of a weight times its gradient, and the gradient's statistics.
+// Row and column sums of |w g| and of (w g)^2 for a weight and its gradient, and the gradient's statistics.
 #pragma once
 
 #include <cstddef>
@@ -7,12 +7,13 @@
 
 namespace gradprune {
 
-// True if W and G of these types can be scored together: both fp64, or neither.
+// Whether W and G of these types can be scored together: both are fp64, or neither is.
 bool taylor_score_supports(ElementType w, ElementType g);
 
-// The sums of taylor_score_kernel.h over all of W and G [rows, columns], each read once; those of outputs.side.
-// Sums within a tile in fp32 (fp64 for fp64), over tiles in fp64. Deterministic for any number of threads: tiles
-// depend on the shape alone, and their sums are combined in order.
+// The sums of taylor_score_kernel.h, of the sides that outputs.side asks for, over all of W and G [rows, columns], each
+// read once. Threads take tiles of at most 120 x 4096 elements. Sums within a tile are formed in fp32 (fp64 for fp64),
+// sums over tiles in fp64. Deterministic for any number of threads, because tiles depend only on the shape and their
+// sums are added in order.
 void taylor_score(const Matrix& w, const Matrix& g, std::ptrdiff_t rows, std::ptrdiff_t columns,
                   const TaylorOutputs& outputs, int threads, Isa isa);
 

@@ -1,11 +1,12 @@
-// taylor_score of one tile. Internal linkage, as vector.h.
+// taylor_score of one tile. Internal linkage, see vector.h.
 //
 //   row[kAbs][o]    = sum_i |w g|        column[kAbs][i]    = sum_o |w g|
 //   row[kSquare][o] = sum_i (w g)^2      column[kSquare][i] = sum_o (w g)^2
 //
-// Each pass takes ROWS rows that are tile.rows / ROWS apart, so that every one of the ROWS read streams continues with
-// the next row in memory and stays sequential. It goes over the columns in steps of two vectors. Row sums stay in
-// registers; column sums stay in the first-level cache, and are loaded and stored once per pass.
+// Each pass takes ROWS rows that are tile.rows / ROWS apart: the next pass then continues every one of the ROWS read
+// streams with the row that follows in memory, so that all of them stay sequential. A pass goes over the columns in
+// steps of two vectors. Row sums stay in registers; column sums stay in the first-level cache and are loaded and stored
+// once per pass.
 #pragma once
 
 #include <type_traits>
@@ -16,19 +17,20 @@
 namespace gradprune {
 namespace {
 
-// Four rows fit in 32 registers (of 64 bytes), two in 16. With elements wider than 16 bits it is three: memory serves
-// four such streams more slowly.
+// The number of rows that a pass takes. The sums of four rows fit in AVX-512's 32 registers, those of two in 16
+// registers. If elements of W or G are wider than 16 bits, a pass takes three, because memory serves four such streams
+// more slowly.
 template <class W, class G>
 constexpr int rows_at_once(int bytes) {
   if (bytes < 64) return 2;
   return sizeof(W) + sizeof(G) == 4 ? 4 : 3;
 }
 constexpr int kCacheLine = 64;
-// Bytes of W to prefetch ahead. Hardware prefetchers stop at every page, and at the end of a row where the tile is
-// narrower than its matrix.
+// How many bytes of W to prefetch ahead, and as many columns of G. Hardware prefetchers stop at every page, and at the
+// end of a row if the tile is narrower than its matrix.
 constexpr int kFetchedAhead = 1024;
 
-// Columns are read out of order where W and G are both bf16: quicker, and both come in the same order.
+// Columns are read out of order if W and G are both bf16: it is faster, and both come in the same order.
 template <class W, class G>
 constexpr bool kUnordered = std::is_same_v<W, BFloat16> && std::is_same_v<G, BFloat16>;
 
@@ -41,8 +43,8 @@ GRADPRUNE_INLINE auto load_half(const E* from, int h) {
     return load_elements<N>(from + h * N);
 }
 
-// ROWS rows of a tile, `apart` rows apart from `row` on. Local pointers: through the tile, a store to a column sum
-// could change them as far as the compiler knows.
+// Pointers to the ROWS rows `row`, `row` + `apart`, ... of a tile. They are local variables, because for all that the
+// compiler knows, a store to a column sum could change pointers in the tile.
 template <class W, class G, int ROWS>
 struct RowPointers {
   const W* w[ROWS];
@@ -55,7 +57,7 @@ struct RowPointers {
     }
   }
 
-  // Every cache line of COLUMNS columns from `column` on.
+  // Prefetches every cache line of COLUMNS columns, the first of which is `column`.
   template <int COLUMNS>
   GRADPRUNE_INLINE void prefetch(std::ptrdiff_t column) const {
     for (int r = 0; r < ROWS; ++r) {
@@ -72,7 +74,7 @@ struct RowPointers {
   }
 };
 
-// The sums of ROWS rows, in vector lanes.
+// The sums of ROWS rows, in vector lanes that are still to be reduced.
 template <class V, int ROWS>
 struct RowSums {
   V abs[ROWS], square[ROWS];
@@ -82,8 +84,8 @@ struct RowSums {
   }
 };
 
-// Adds one vector of columns of ROWS rows to the sums: the rows' in `rows`, the columns' at column_sums, kScores
-// vectors side by side.
+// Adds one vector of columns of ROWS rows to the row sums in `rows`, to the column sums at column_sums (kScores vectors
+// side by side), and to the statistics.
 template <Side SIDE, class V, int ROWS>
 GRADPRUNE_INLINE void accumulate(const V (&w)[ROWS], const V (&g)[ROWS], RowSums<V, ROWS>& rows,
                                  typename V::T* column_sums, FiniteStatistics<V>& statistics) {
@@ -105,7 +107,7 @@ GRADPRUNE_INLINE void accumulate(const V (&w)[ROWS], const V (&g)[ROWS], RowSums
   statistics.add(g);
 }
 
-// One pass, over the rows `row`, `row` + `apart`, ... `next` is the first row of the pass that follows.
+// One pass over the ROWS rows `row`, `row` + `apart`, ... `next`: the first row of the next pass, for prefetching.
 template <Side SIDE, int N, int ROWS, class T, class W, class G>
 GRADPRUNE_INLINE void taylor_rows(const TaylorTile& tile, std::ptrdiff_t row, std::ptrdiff_t apart,
                                   std::ptrdiff_t next, T* column_sums) {
@@ -145,7 +147,7 @@ GRADPRUNE_INLINE void taylor_rows(const TaylorTile& tile, std::ptrdiff_t row, st
     for (const G* g : at.g) masked_statistics(g, tile.columns, *tile.statistics);
 }
 
-// The column sums as `taylor_rows` leaves them, into one vector per score with the columns in order.
+// Copies the column sums from the layout of `taylor_rows` to one array per score, with the columns in order.
 template <class T, int N, bool UNORDERED>
 void store_column_sums(const T* sums, const TaylorTile& tile) {
   for (int s = 0; s < kScores; ++s) {
@@ -163,8 +165,9 @@ void store_column_sums(const T* sums, const TaylorTile& tile) {
   }
 }
 
-// The scores' sums of each vector of columns lie side by side. As arrays a power of two apart they would compete for
-// the same cache lines, and a load would wait for a store whose address only resembles its own.
+// The column sums of both scores are interleaved, vector by vector. As two arrays a power of two apart they would
+// compete for the same cache sets, and a load would wait for a store whose address differs only in the upper bits (4K
+// aliasing).
 template <class W, class G, int BYTES, Side SIDE>
 void taylor_tile(const TaylorTile& tile) {
   using T = typename Accumulation<W>::type;

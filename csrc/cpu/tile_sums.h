@@ -1,4 +1,4 @@
-// Row and column sums and statistics of a matrix that is worked through in tiles: each tile's, and their total.
+// Row and column sums and statistics of a matrix that is processed in tiles: those of each tile, and their totals.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@ namespace gradprune {
 
 inline std::ptrdiff_t divide_up(std::ptrdiff_t n, std::ptrdiff_t by) { return (n + by - 1) / by; }
 
-// row[s]: [rows], column[s]: [columns], of `side` alone; statistics: [kStatistics]. All float, or double where W and G
-// are double.
+// row[s]: [rows], column[s]: [columns], only of `side`; statistics: [kStatistics]. All float, or double if W and G are
+// double.
 struct TaylorOutputs {
   Side side;
   void* row[kScores];
@@ -22,8 +22,8 @@ struct TaylorOutputs {
 };
 
 // The grid of tiles over [rows, columns] and the sums of each: row sums [column tiles, kScores, rows], column sums
-// [row tiles, kScores, columns], statistics [tiles]. A side that is not asked for takes no memory.
-// In scratch memory, so a thread can have only one at a time.
+// [row tiles, kScores, columns], statistics [tiles]. A side that is not asked for takes no memory. They are in scratch
+// memory, so a thread can have only one object of this class at a time.
 template <class T>
 struct TileSums {
   Side side;
@@ -52,11 +52,11 @@ struct TileSums {
 
   std::ptrdiff_t tiles() const { return row_tiles * column_tiles; }
 
-  // A tile's first row and column.
+  // The first row and the first column of tile number `index`.
   std::ptrdiff_t row(std::ptrdiff_t index) const { return index / column_tiles * tile_rows; }
   std::ptrdiff_t column(std::ptrdiff_t index) const { return index % column_tiles * tile_columns; }
 
-  // A tile whose W and G begin at `w` and `g`, with its statistics cleared.
+  // Tile number `index`, whose parts of W and G are `w` and `g`, with cleared statistics.
   TaylorTile tile(std::ptrdiff_t index, const Matrix& w, const Matrix& g) const {
     TaylorTile tile{};
     tile.w = w;
@@ -74,8 +74,8 @@ struct TileSums {
   }
 };
 
-// Sums over tiles, and over as many matrices as are added, in fp64 and always in the same order.
-// In scratch memory, so a thread can have only one at a time.
+// Sums over the tiles of one or more matrices, in fp64 and always in the same order. They are in scratch memory, so a
+// thread can have only one object of this class at a time.
 class Totals {
  public:
   Totals(Side side, std::ptrdiff_t rows, std::ptrdiff_t columns)
@@ -113,10 +113,11 @@ class Totals {
   }
 
  private:
-  // Sums that one thread combines at a time.
+  // The number of totals that one thread computes at a time.
   static constexpr std::ptrdiff_t kSumsAtOnce = 512;
 
-  // totals[i] += parts[0][i] + parts[1][i] + ..., for kSumsAtOnce values of i (or those there are) from `first` on.
+  // Adds parts[0][i], parts[1][i], ... to totals[i], in this order, for at most kSumsAtOnce values of i from `first`
+  // on.
   template <class T>
   static void add_run(const T* parts, std::ptrdiff_t number, std::ptrdiff_t first, double* totals,
                       std::ptrdiff_t length) {

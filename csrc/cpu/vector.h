@@ -1,7 +1,9 @@
-// Vector<T, N>: N lanes of float or double, over GCC's vector extensions, so that one source serves every
-// instruction set: the file that includes it is compiled for AVX-512, AVX2 or the baseline, and chooses N.
+// Vector<T, N>: N lanes of float or double, built on GCC's vector extensions, so that one source serves every
+// instruction
+// set: the file that includes this header is compiled for AVX-512, AVX2 or the baseline, and chooses N.
 //
-// Everything here has internal linkage: two files compiled for different instruction sets must not share a symbol.
+// Everything here has internal linkage, because two files compiled for different instruction sets must not share a
+// symbol: the linker would keep only one definition, which a CPU without that instruction set could not run.
 #pragma once
 
 #include <cstddef>
@@ -42,7 +44,7 @@ GRADPRUNE_INLINE To load_bytes(const void* from) {
   return to;
 }
 
-// The integer type as wide as T, the mask that clears T's sign, and the bits of infinity.
+// The integer type as wide as T, the mask that clears T's sign, and infinity's bit pattern.
 template <class T> struct Bits;
 template <> struct Bits<float> {
   using Int = std::int32_t;
@@ -63,7 +65,7 @@ struct Vector {
 
   Value value;
 
-  // x - 0 is x, and keeps the sign of a zero. The compiler does not turn a loop over the lanes into one broadcast.
+  // x - 0 equals x and keeps the sign of a zero. A loop over the lanes would not be compiled to one broadcast.
   static GRADPRUNE_INLINE Vector broadcast(T x) { return {x - Value{}}; }
   static GRADPRUNE_INLINE Vector zero() { return {Value{}}; }
   static GRADPRUNE_INLINE Vector load(const T* from) { return {load_bytes<Value>(from)}; }
@@ -76,7 +78,8 @@ GRADPRUNE_INLINE Vector<T, N> operator+(Vector<T, N> a, Vector<T, N> b) { return
 template <class T, int N>
 GRADPRUNE_INLINE Vector<T, N> operator*(Vector<T, N> a, Vector<T, N> b) { return {a.value * b.value}; }
 
-// a b + c, rounded once where the instruction set has such an instruction. Spelled out, not left to the compiler.
+// a b + c, rounded once if the instruction set has fused multiply-add. Intrinsics, so that this does not depend on how
+// the compiler contracts expressions.
 template <class T, int N>
 GRADPRUNE_INLINE Vector<T, N> multiply_add(Vector<T, N> a, Vector<T, N> b, Vector<T, N> c) {
 #if defined(__AVX512F__)
@@ -96,8 +99,8 @@ GRADPRUNE_INLINE Vector<T, N> abs(Vector<T, N> a) {
   return {bit_cast<typename V::Value>(bit_cast<typename V::Mask>(a.value) & Bits<T>::kMagnitude)};
 }
 
-// The larger (smaller) of two non-negative numbers. They order as their bits do, and an integer comparison has no
-// special case for NaN.
+// The larger (smaller) of two non-negative numbers in each lane. They are ordered as their bit patterns are, and an
+// integer comparison has no special case for NaN.
 template <class T, int N>
 GRADPRUNE_INLINE Vector<T, N> larger(Vector<T, N> a, Vector<T, N> b) {
   using V = Vector<T, N>;
@@ -112,13 +115,13 @@ GRADPRUNE_INLINE Vector<T, N> smaller(Vector<T, N> a, Vector<T, N> b) {
   return {bit_cast<typename V::Value>(x < y ? x : y)};
 }
 
-// All ones in the lanes of |a| that are finite; `magnitude` is |a|.
+// A mask of the lanes in which magnitude, which must not be negative, is finite.
 template <class T, int N>
 GRADPRUNE_INLINE typename Vector<T, N>::Mask is_finite(Vector<T, N> magnitude) {
   return bit_cast<typename Vector<T, N>::Mask>(magnitude.value) < Bits<T>::kInfinity;
 }
 
-// All lanes combined in pairs: half with half, then quarter with quarter, ...
+// Combines all lanes in a tree of fixed order: half with half, then quarter with quarter, ...
 template <class T, int N, class Combine>
 GRADPRUNE_INLINE T reduce(Vector<T, N> a, Combine combine) {
   if constexpr (N == 1) {

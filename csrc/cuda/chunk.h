@@ -1,4 +1,5 @@
-// Chunks of gradients, and which elements of a chunk each thread of its block works on. Runs on the host too, for tests.
+// Chunks of gradients, and the elements of a chunk that each thread of its block works on. All of it also compiles for
+// the host, for tests.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,12 +14,14 @@
 
 namespace gradprune {
 
-// Threads of a block; every chunk has a block of its own. Part of the order of summation: changing it changes bits.
+// Threads of a block; every chunk has a block of its own. The order of summation depends on this number: changing it
+// changes the bits of results.
 constexpr int kBlockThreads = 256;
 
 constexpr int kVectorBytes = 16;  // the widest load a thread can issue
 
-// A row of the caller's table: `count` consecutive elements of gradient `index`, aligned to their own size.
+// A row of the caller's table: `count` consecutive elements of gradient `index`, of ElementType `type`, aligned to the
+// size of an element.
 struct Chunk {
   std::int64_t address, count, type, index;
 };
@@ -49,7 +52,7 @@ GRADPRUNE_HOST_DEVICE std::int64_t elements_before_boundary(const E* at, std::in
   return elements < count ? elements : count;
 }
 
-// N elements that a thread works on at a time; one memory access if they fill an aligned vector.
+// N elements that a thread works on at a time. They are loaded and stored by one access if they fill an aligned vector.
 template <class E, int N>
 struct Lanes {
   E lane[N];
@@ -78,8 +81,9 @@ struct Lanes {
   }
 };
 
-// Calls visit(Lanes, address of the first) for the elements of [first, first + count) that belong to `thread`: whole
-// vectors first, then at most one element of the tail. Which they are, and their order, does not depend on alignment.
+// Calls visit(lanes, address of the first lane) for the elements of [first, first + count) that belong to `thread`:
+// whole vectors first, every kBlockThreads-th of them, then at most one element of the tail. Neither the elements of a
+// thread nor their order depend on alignment, so results do not either.
 template <bool ALIGNED, class E, class Visit>
 GRADPRUNE_HOST_DEVICE void for_each_of_thread(E* first, std::int64_t count, int thread, Visit&& visit) {
   using Element = std::remove_const_t<E>;
@@ -100,7 +104,7 @@ GRADPRUNE_HOST_DEVICE void for_each_of_thread(E* first, std::int64_t count, int 
   }
 }
 
-// Calls f with a pointer to the chunk's first element, of that element's type.
+// Calls f with a typed pointer to the chunk's first element.
 template <class F>
 GRADPRUNE_HOST_DEVICE void with_elements(const Chunk& chunk, F&& f) {
   void* address = reinterpret_cast<void*>(chunk.address);

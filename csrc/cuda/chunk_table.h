@@ -1,4 +1,4 @@
-// The arguments that all launches take. Includes no CUDA header, so that the bindings compile without one.
+// The arguments that all launches have in common. Includes no CUDA header, so that the bindings compile without one.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace gradprune {
 struct Chunk;  // cuda/chunk.h
 
 // [count, 4] int64 on the device: address, number of elements, element type, index of the gradient. The chunks of a
-// gradient follow each other.
+// gradient are consecutive rows, in the order of its elements.
 struct ChunkTable {
   const Chunk* chunks;
   std::int64_t count;
@@ -16,7 +16,7 @@ struct ChunkTable {
 
 using Stream = void*;  // a cudaStream_t
 
-// Why the kernels cannot run on the current device, or null if they can.
+// The reason why the kernels cannot run on the current device, or null if they can.
 const char* cuda_fault();
 
 }  // namespace gradprune

@@ -6,7 +6,8 @@
 namespace gradprune {
 namespace {
 
-// Merges the statistics of the block's threads into `out`. Called by all of them.
+// Merges the statistics of the block's threads, in a tree of fixed order in shared memory, and writes them to `out`.
+// All threads of the block must call it.
 __device__ void merge_block(const Statistics& mine, Statistics* out) {
   __shared__ Statistics of_threads[kBlockThreads];
   const int thread = static_cast<int>(threadIdx.x);
@@ -18,12 +19,12 @@ __device__ void merge_block(const Statistics& mine, Statistics* out) {
   if (thread == 0) *out = of_threads[0];
 }
 
-// One block per chunk.
+// First stage: one block per chunk, whose elements are read once.
 __global__ void __launch_bounds__(kBlockThreads) chunk_statistics(const Chunk* chunks, Statistics* of_chunks) {
   merge_block(statistics_of_thread(chunks[blockIdx.x], static_cast<int>(threadIdx.x)), of_chunks + blockIdx.x);
 }
 
-// One block per gradient.
+// Second stage: one block per gradient merges the statistics of its chunks.
 __global__ void __launch_bounds__(kBlockThreads)
     gradient_statistics(const Statistics* of_chunks, const std::int64_t* first_chunks, Statistics* out) {
   const std::int64_t first = first_chunks[blockIdx.x], last = first_chunks[blockIdx.x + 1];
@@ -45,7 +46,8 @@ void grad_stats_cuda(const ChunkTable& table, const std::int64_t* first_chunks, 
   }
 }
 
-// Asks for a kernel of this file: finds a missing or too old driver, no device, and a device not compiled for.
+// Asks for the attributes of a kernel of this file. That fails if the driver is missing or too old, if there is no
+// device, or if the kernel is not compiled for it.
 const char* cuda_fault() {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, chunk_statistics);

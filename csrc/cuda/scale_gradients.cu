@@ -6,7 +6,7 @@
 namespace gradprune {
 namespace {
 
-// One block per chunk.
+// One block per chunk; a chunk whose scale is 1 is neither read nor written.
 __global__ void __launch_bounds__(kBlockThreads) scale_chunk(const Chunk* chunks, const double* scales) {
   const Chunk chunk = chunks[blockIdx.x];
   const double scale = scales[chunk.index];

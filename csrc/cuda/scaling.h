@@ -1,11 +1,11 @@
-// The elements of a chunk that one thread scales. Runs on the host too, for tests.
+// How one thread scales its elements of a chunk. Also compiles for the host, for tests.
 #pragma once
 
 #include "cuda/chunk.h"
 
 namespace gradprune {
 
-// g <- g * factor, in T, rounded to nearest even.
+// g <- g * factor, computed in T and rounded to nearest even.
 template <class T>
 struct Scaling {
   T factor;
@@ -17,7 +17,8 @@ struct Scaling {
   }
 };
 
-// The elements before the first aligned vector go to the first threads, one each; the others are aligned.
+// Each of the elements before the first aligned vector is scaled by a thread of its own. The rest is aligned, so that
+// every access fills a vector.
 GRADPRUNE_HOST_DEVICE void scale_of_thread(const Chunk& chunk, double scale, int thread) {
   with_elements(chunk, [&](auto* first) {
     using T = decltype(widen(*first));

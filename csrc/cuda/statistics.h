@@ -1,4 +1,5 @@
-// What one thread adds to a chunk's statistics, and how the threads' statistics are combined. Runs on the host too, for tests.
+// The statistics of one thread's elements of a chunk, and how those of a block's threads are combined. Also compiles
+// for the host, for tests.
 #pragma once
 
 #include <cmath>
@@ -8,7 +9,8 @@
 
 namespace gradprune {
 
-// A thread's elements, assumed to be finite, summed in T. If one is not, or the sum overflows, sum_abs is not finite.
+// The statistics of a thread's elements, which are assumed to be finite, in T. If one is not, or if the sum overflows,
+// sum_abs is not finite.
 template <class T>
 struct FiniteSums {
   T sum_abs = 0, sum_square = 0, max_abs = 0, min_abs = INFINITY;
@@ -25,7 +27,7 @@ struct FiniteSums {
   }
 };
 
-// The rare case: non-finite elements are counted and left out. Squares in T as above, sums in double.
+// The rare case: non-finite elements are counted and left out. Squares are formed in T as above, and added in double.
 template <class T>
 struct MaskedSums {
   Statistics statistics = no_statistics();
@@ -56,7 +58,7 @@ GRADPRUNE_HOST_DEVICE Statistics statistics_of_thread(const E* first, std::int64
   return masked.statistics;
 }
 
-// The statistics of the elements of a chunk that belong to `thread`. The same bits at any alignment.
+// The statistics of the elements of a chunk that belong to `thread`: the same bits at any alignment.
 GRADPRUNE_HOST_DEVICE Statistics statistics_of_thread(const Chunk& chunk, int thread) {
   Statistics found = no_statistics();
   with_elements(chunk, [&](const auto* first) {
@@ -66,7 +68,7 @@ GRADPRUNE_HOST_DEVICE Statistics statistics_of_thread(const Chunk& chunk, int th
   return found;
 }
 
-// Those of the chunks [first, last) of one gradient that belong to `thread`, merged.
+// The merged statistics of those chunks in [first, last), all of one gradient, that belong to `thread`.
 GRADPRUNE_HOST_DEVICE Statistics merge_of_thread(const Statistics* of_chunks, std::int64_t first, std::int64_t last,
                                                  int thread) {
   Statistics merged = no_statistics();
@@ -75,7 +77,7 @@ GRADPRUNE_HOST_DEVICE Statistics merge_of_thread(const Statistics* of_chunks, st
 }
 
 // One step of a tree over the block's threads: after the steps kBlockThreads / 2, ..., 2, 1, with a barrier between
-// steps, of_threads[0] holds all.
+// steps, of_threads[0] holds the statistics of all threads.
 GRADPRUNE_HOST_DEVICE void merge_step(Statistics* of_threads, int half, int thread) {
   if (thread < half) merge(of_threads[thread], of_threads[thread + half]);
 }
