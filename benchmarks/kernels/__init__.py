@@ -1,1 +1,1 @@
-"""Kernels against PyTorch and against the machine."""
+"""Benchmarks of the kernels against PyTorch and against the limits of the hardware."""

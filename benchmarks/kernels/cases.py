@@ -1,4 +1,4 @@
-"""The shapes: weights of models that people prune, and awkward ones."""
+"""The benchmarks' cases: shapes of weights of models that people prune, and awkward shapes."""
 
 from benchmarks.kernels.op import Case
 
@@ -6,11 +6,12 @@ from benchmarks.kernels.op import Case
 LLAMA_8B = {"q": (4096, 4096), "k": (1024, 4096), "gate": (14336, 4096), "down": (4096, 14336)}
 LLAMA_70B = {"q": (8192, 8192), "k": (1024, 8192), "gate": (28672, 8192), "down": (8192, 28672)}
 QWEN_7B = {"q": (3584, 3584), "k": (512, 3584), "gate": (18944, 3584), "down": (3584, 18944)}
-# One more or less than round, a few long rows, many short ones.
+# One more and one less than a round number; few long rows; many short rows.
 AWKWARD = {"odd": (4097, 4095), "flat": (127, 28673), "thin": (50000, 63)}
 MODELS = {"Llama-3-8B": LLAMA_8B, "Llama-3-70B": LLAMA_70B, "Qwen2.5-7B": QWEN_7B, "awkward": AWKWARD}
 
-# On a CPU one of each kind: the largest take seconds in eager PyTorch. True: torch.compile takes part.
+# On a CPU one weight of each kind, because the largest take seconds in eager PyTorch. True: torch.compile is measured
+# too.
 _CPU = {
     ("Llama-3-8B", "q"): True,
     ("Llama-3-8B", "k"): False,
@@ -23,7 +24,7 @@ _TOY = {("toy", "small"): (48, 80), ("toy", "odd"): (33, 17)}
 
 
 def matrices(device: str, size: str) -> list[Case]:
-    """Weights in every element type; `size` is "full", "quick" or "toy"."""
+    """The cases of `taylor_score`: weights in every element type; `size` is "full", "quick" or "toy"."""
     if size == "toy":
         return [Case(" ".join(name), (shape,), dtype) for name, shape in _TOY.items() for dtype in ("fp32", "bf16")]
     if device == "cuda":
@@ -41,7 +42,7 @@ def matrices(device: str, size: str) -> list[Case]:
 
 
 def token_counts(device: str, size: str) -> list[Case]:
-    """Weights with the samples whose gradient is formed, for ops that form it."""
+    """The cases of ops with samples: weights, and samples of different numbers of tokens; `size` as for `matrices`."""
     if size == "toy":
         return [Case("toy", ((24, 40),), dtype, samples=2, tokens=8) for dtype in ("fp32", "bf16")]
     tokens: dict[tuple[str, str], tuple[int, ...]] = {("Llama-3-8B", "q"): (128, 512), ("awkward", "odd"): (512,)}
@@ -60,7 +61,7 @@ def token_counts(device: str, size: str) -> list[Case]:
 
 
 def gradient_lists(device: str, size: str) -> list[Case]:
-    """All gradients of a decoder layer, and very many small ones."""
+    """The cases of ops on lists: all gradients of a decoder layer, and many small ones; `size` as for `matrices`."""
     many = tuple((1 + 37 * k % 4099,) for k in range(64 if size == "toy" else 1024))
     if size == "toy":
         return [Case("many small", many, dtype) for dtype in ("fp32", "bf16")]
@@ -74,11 +75,11 @@ def gradient_lists(device: str, size: str) -> list[Case]:
 
 
 def _dtypes(device: str) -> tuple[str, str, str]:
-    """In the order in which a model's weights are likely to be of them."""
+    """The element types, the one that a model's weights most likely have first."""
     return ("bf16", "fp32", "fp16") if device == "cuda" else ("fp32", "bf16", "fp16")
 
 
 def _layer(hidden: int, key_value: int, channels: int) -> tuple[tuple[int, ...], ...]:
-    """q, k, v, o, gate, up, down and the two norms of a decoder layer."""
+    """Shapes of q, k, v, o, gate, up, down and the two norms of a decoder layer."""
     attention = ((hidden, hidden), (key_value, hidden), (key_value, hidden), (hidden, hidden))
     return (*attention, (channels, hidden), (channels, hidden), (hidden, channels), (hidden,), (hidden,))

@@ -1,6 +1,6 @@
 """cheapest_removals: the eager formula, whose ops are many and small, and our kernels; the floor is a copy.
 
-A round of a removal path of `obs`: of so many channels that it looks at, a quarter is removed one by one.
+A case is a round of a removal path of `obs`, which removes a quarter of its candidate channels one by one.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from benchmarks.kernels.providers import copied, importance_backends
 from benchmarks.timing import Provider
 from gradprune.ops.removals import Removals, cheapest_removals_reference
 
-# Of a model's MLP: a quarter of its channels, at most 512.
+# The candidates of a round in a model's MLP: a quarter of its channels, at most 512.
 _CHANNELS = {"SmolLM2-135M mlp": 384, "Llama-3-8B mlp": 512}
 _TOLERANCE = 1e-9
 
@@ -31,7 +31,7 @@ def _inputs(case: Case, number: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def _copy(inverse: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Write a copy of each matrix."""
+    """Copy both matrices."""
     gram.clone()
     return inverse.clone(), inverse
 
@@ -53,12 +53,12 @@ def _providers(case: Case, device: str) -> list[Provider]:
 
 
 def _bytes(case: Case) -> int:
-    """Both matrices, read once."""
+    """Bytes of both matrices, each read once."""
     return 2 * case.elements * case.itemsize
 
 
 def _flops(case: Case) -> int:
-    """Three products for each number of the rows that are read again."""
+    """Operations that bring rows up to date: three multiply-adds for each pair of elements of s and d read back."""
     channels = case.shapes[0][0]
     return 3 * channels * (channels // 4) ** 2
 

@@ -1,4 +1,4 @@
-"""grad_stats: eager tensor by tensor, `torch._foreach_*`, our backends; the floor is a copy of the same bytes."""
+"""grad_stats: eager tensor by tensor, `torch._foreach_*` and our backends; the floor is a copy of the same bytes."""
 
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from gradprune.ops.vectors import GradientStatistics
 
 
 def _inputs(case: Case, number: int, device: str) -> tuple[Any, ...]:
-    # The op only reads the gradients: a copy that moves as many bytes reads half of them and writes the other half.
+    # The op only reads the gradients; a copy that moves the same number of bytes reads half of it and writes half.
     return gradients_and_buffers(case, number, device, 0.5)
 
 
@@ -25,7 +25,7 @@ def _eager(grads: list[Tensor], *_buffers: Tensor) -> GradientStatistics[Tensor]
 
 
 def _foreach(grads: list[Tensor], *_buffers: Tensor) -> GradientStatistics[Tensor]:
-    """What PyTorch offers for lists of tensors: three norms, but neither the minimum nor the count.
+    """What PyTorch offers for lists of tensors: three norms, but neither minimum nor non-finite count.
 
     Correct for finite gradients only: a non-finite element enters the norms.
     """
@@ -37,7 +37,10 @@ def _foreach(grads: list[Tensor], *_buffers: Tensor) -> GradientStatistics[Tenso
 
 
 def _check(found: GradientStatistics[Tensor], inputs: tuple[Any, ...], tolerance: float = 2e-5) -> str | None:
-    """The tolerance is relative, for fp32 sums of millions of elements; the count, 0 here, must be exact."""
+    """Compare with the reference in fp64, with a relative tolerance for fp32 sums of millions of elements.
+
+    The number of non-finite elements, 0 here, must be exact.
+    """
     have, expected = found.pack(), grad_stats_reference([grad.double() for grad in inputs[0]]).pack()
     if have.shape != expected.shape:
         return f"has shape {tuple(have.shape)}, not {tuple(expected.shape)}"
@@ -50,7 +53,7 @@ def _providers(case: Case, device: str) -> list[Provider]:
     return [
         Provider("copy", copy_buffer, copied, floor=True),
         Provider("eager", _eager, _check),
-        # On the CPU PyTorch's norm adds element after element in fp32, hence the larger error.
+        # On a CPU, PyTorch's norm adds one element after the other in fp32, hence the larger error.
         Provider("foreach", _foreach, partial(_check, tolerance=5e-3)),
         *gradient_backends("grad_stats", lambda op, grads, *_buffers: op(grads), _check, device),
     ]

@@ -1,4 +1,4 @@
-"""Inputs of the ops that take a list of gradients, and the copy that is their floor."""
+"""Inputs for the ops on lists of gradients, and the copy that is their floor."""
 
 from torch import Tensor
 
@@ -6,12 +6,12 @@ from benchmarks.kernels.op import Case
 
 
 def gradients_and_buffers(case: Case, number: int, device: str, copied: float) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The gradients, and two flat buffers of `copied` times as many elements, to copy one into the other."""
+    """The case's gradients, and a source and a target for a copy, flat, of `copied` times as many elements."""
     grads = [case.random(shape, len(case.shapes) * number + k, device) for k, shape in enumerate(case.shapes)]
     source = case.random((int(case.elements * copied),), number, device)
     return grads, source, source.clone().zero_()
 
 
 def copy_buffer(_grads: list[Tensor], source: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
-    """One contiguous copy."""
+    """Copy `source` to `to`, both contiguous; return (to, source)."""
     return to.copy_(source), source

@@ -1,7 +1,7 @@
-"""grouped_linear_importance: eager, our backends; the floor is each expert's plain weight gradient, a GEMM for each.
+"""grouped_linear_importance: eager and our backends; the floor is the plain weight gradient, one GEMM per expert.
 
-The floor does less, as that of linear_importance does, and the same sides are asked for. Experts see as many tokens as
-chance gives them.
+As for linear_importance, the floor does less than the op, and a GPU computes row sums, a CPU those of both sides.
+Tokens are sent to experts at random.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _FP32_SUM = 1e-5
 
 
 def cases(device: str, size: str) -> list[Case]:
-    """Qwen3-30B-A3B's experts, all of a layer on a GPU, with the rows that its router sends them; and a toy's."""
+    """The experts of a layer of Qwen3-30B-A3B (all on a GPU, eight on a CPU), or of a toy model."""
     if size == "toy":
         return [Case("toy", ((3, 24, 40),), dtype, samples=2, tokens=20) for dtype in ("fp32", "bf16")]
     experts, tokens = (128, 4096) if device == "cuda" else (8, 256)
@@ -35,9 +35,10 @@ def cases(device: str, size: str) -> list[Case]:
 
 
 def _inputs(case: Case, number: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x, dy, w and offsets of `tokens` rows of each sample, spread over the experts; and the offsets on the host.
+    """x, dy, w and offsets for `tokens` rows of each sample, spread over the experts, and the offsets on the host.
 
-    Those are for who needs numbers: to read them from a GPU is to wait for it, and launches are no longer enqueued.
+    Providers that need numbers take the offsets on the host, because reading them from a GPU would wait for it and
+    interrupt the enqueueing of launches.
     """
     experts, rows, columns = case.shapes[0]
     generator = torch.Generator().manual_seed(number)
@@ -51,7 +52,7 @@ def _inputs(case: Case, number: int, device: str) -> tuple[Tensor, Tensor, Tenso
 
 
 def weight_gradients(x: Tensor, dy: Tensor, w: Tensor, _offsets: Tensor, of_host: Tensor) -> list[Tensor]:
-    """The floor: what a backward pass multiplies, expert by expert."""
+    """The floor: the weight-gradient product of a backward pass, expert by expert."""
     samples = (len(of_host) - 1) // len(w)
     counts = of_host[::samples].diff().tolist()
     parts = zip(dy.split(counts), x.split(counts), strict=True)
@@ -59,7 +60,11 @@ def weight_gradients(x: Tensor, dy: Tensor, w: Tensor, _offsets: Tensor, of_host
 
 
 def _check(reference: Callable[..., GroupedVectors], epsilon: float) -> Callable[[Any, tuple[Any, ...]], str | None]:
-    """reference: is given the inputs in fp64. epsilon: relative rounding of the gradient's elements."""
+    """A provider's check of `GroupedVectors`.
+
+    reference: the op's reference; it is called with the inputs in fp64.
+    epsilon: relative rounding error of the gradient's elements.
+    """
     expected: list[GroupedVectors] = []
 
     def check(found: GroupedVectors, inputs: tuple[Any, ...]) -> str | None:

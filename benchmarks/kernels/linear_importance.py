@@ -1,7 +1,7 @@
-"""linear_importance: eager, our backends; the floor is the plain weight gradient, one GEMM over all samples' tokens.
+"""linear_importance: eager and our backends; the floor is the plain weight gradient, one GEMM over all tokens.
 
-The floor does less: it sums over the samples before anything is squared, and scores nothing. On a GPU the sums of rows
-are asked for, as the engine does, on a CPU both sides'.
+The floor does less: it sums over the samples, so nothing is squared sample by sample, and scores nothing. On a GPU only
+row sums are computed, because the engine asks for one side; on a CPU both sides'.
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ def _inputs(case: Case, number: int, device: str) -> tuple[Tensor, Tensor, Tenso
 
 
 def weight_gradient(x: Tensor, dy: Tensor, _w: Tensor) -> Tensor:
-    """The floor: what a backward pass multiplies, for all samples together."""
+    """The floor: the weight-gradient product of a backward pass, for all samples together."""
     return torch.mm(dy.flatten(0, 1).T, x.flatten(0, 1))
 
 
@@ -36,11 +36,11 @@ def _weight_gradient_fp32(x: Tensor, dy: Tensor, w: Tensor) -> Tensor:
 def _providers(case: Case, device: str) -> list[Provider]:
     dtype, side = DTYPES[case.dtype], side_of_gradients(device)
     eager = partial(linear_importance_reference, side=side)
-    # A gradient may be rounded to the inputs' type before it is scored: by half a unit in the last place.
+    # A provider may round the gradient to the inputs' type before scoring it, by half a unit in the last place.
     check = vectors_check(eager, torch.finfo(dtype).eps / 2)
     providers = [Provider("torch.mm", weight_gradient, unchecked, floor=True)]
     if device == "cpu" and dtype != torch.float32:
-        # CPUs without matrix instructions for 16-bit types multiply faster in fp32; the floor is the faster of both.
+        # CPUs without matrix instructions for 16-bit types multiply faster in fp32; the faster one is the floor.
         providers.append(Provider("torch.mm in fp32", _weight_gradient_fp32, unchecked, floor=True))
     providers.append(Provider("eager", eager, check))
     ours = importance_backends(lambda ops: lambda *inputs: ops.linear_importance(*inputs, side), check, device)

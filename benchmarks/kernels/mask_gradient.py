@@ -1,4 +1,4 @@
-"""mask_gradient: the eager formula, torch.compile of it, our kernels; the floor is a copy of the same bytes."""
+"""mask_gradient: the eager formula, the same under torch.compile, and our kernels; the floor copies the same bytes."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from benchmarks.timing import Provider
 from gradprune.ops.reference import mask_gradient_reference
 from gradprune.ops.vectors import MaskGradient
 
-# Of sums of so many fp32 terms, relative to the sum of their magnitudes.
+# The largest error of an fp32 sum over tokens, relative to the sum of its terms' magnitudes.
 _TOLERANCE = 2e-5
 
 
@@ -21,7 +21,7 @@ def _inputs(case: Case, number: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def _copy(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    """Read x and write dx, which is as many bytes as reading both."""
+    """Copy x to dx, which moves as many bytes as reading both."""
     return dx.copy_(x), x
 
 

@@ -1,4 +1,4 @@
-"""What an op's benchmark consists of: cases, inputs, providers, and the work a case is."""
+"""The parts of an op's benchmark: its cases, their inputs, the providers, and the amount of work in a case."""
 
 import math
 from collections.abc import Callable
@@ -17,8 +17,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 class Case:
     """One shape and element type.
 
-    label: of which model's which weight. shapes: of the tensors; of one weight [O, I] where the op takes one.
-    samples, tokens: for ops that have any. compiled: whether torch.compile takes part, which costs seconds a case.
+    label: the model and the weight that the shape is from.
+    shapes: the tensors' shapes; for ops on one weight, its shape [O, I].
+    samples, tokens: number of samples and of each one's tokens; 0 for ops without samples.
+    compiled: whether torch.compile is measured too, which costs seconds per case.
     """
 
     label: str
@@ -30,24 +32,24 @@ class Case:
 
     @property
     def elements(self) -> int:
-        """Of all tensors."""
+        """The number of elements of all tensors."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
     def itemsize(self) -> int:
-        """Bytes an element."""
+        """Bytes per element."""
         return DTYPES[self.dtype].itemsize
 
     @property
     def text(self) -> str:
-        """The shape as results have it."""
+        """The shape as it is written in results."""
         if len(self.shapes) > 1:
             return f"{len(self.shapes)} tensors, {self.elements} elements"
         tokens = f", {self.samples}x{self.tokens} tokens" if self.tokens else ""
         return "x".join(map(str, self.shapes[0])) + tokens
 
     def random(self, shape: tuple[int, ...], seed: int, device: str) -> Tensor:
-        """Normally distributed, of the case's element type."""
+        """A normally distributed tensor of the case's element type."""
         generator = torch.Generator(device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=device).to(DTYPES[self.dtype])
 
@@ -56,11 +58,14 @@ class Case:
 class Op:
     """One op's benchmark.
 
-    cases: from (device, "full", "quick" or "toy") to what is measured.
-    inputs: from a case, a number and a device to a set of inputs, the same for the same number.
-    providers: from a case and a device to who does it: the floor, PyTorch, and every backend of ours that runs there.
-    moved_bytes: that a case must move at least. flops: its floating-point operations, for ops bound by them.
-    input_bytes: of one set of inputs.
+    cases: called with the device and the size ("full", "quick" or "toy"); returns the cases to measure.
+    inputs: called with a case, a number and a device; returns a set of inputs, the same for the same number.
+    providers: called with a case and a device; returns the floor, PyTorch's ways, and every backend of ours that runs
+        on
+        the device.
+    moved_bytes: the least bytes that a case must read and write.
+    input_bytes: the bytes of one set of inputs.
+    flops: the floating-point operations of a case; None for ops that memory bounds.
     """
 
     name: str

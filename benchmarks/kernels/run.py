@@ -1,8 +1,8 @@
-"""Each op of the engine against PyTorch and against the machine.
+"""Measure each op of the engine against PyTorch and against the limits of the hardware.
 
     python -m benchmarks.kernels.run [--ops taylor_score,grad_stats] [--device cuda] [--quick]
 
-GB/s: the bytes that the op must move at least, over the median time; so a provider that moves more shows less.
+GB/s are the least bytes that the op must move, divided by the median time, so a provider that moves more shows less.
 """
 
 from argparse import Namespace
@@ -30,19 +30,19 @@ _MODULES = (
 OPS = {module.OP.name: module.OP for module in _MODULES}
 _REPEATS = {"full": 40, "quick": 10, "toy": 3}
 _SECONDS = {"full": 3.0, "quick": 2.0, "toy": 0.2}
-# A case's inputs, checks and compilation may take so long before the first timing.
+# Seconds that a case's inputs, checks and compilation may take before the first timing.
 _PREPARATION = 8.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure the ops asked for, case by case."""
+    """Measure the requested ops, case by case."""
     made = parser(__doc__)
     made.add_argument("--ops", type=listed(str, OPS), default=list(OPS), help=f"of {', '.join(OPS)}")
     options = parse(made, arguments)
     size = "toy" if options.toy else "quick" if options.quick else "full"
     deadline = Deadline(options.seconds)
     queues = [(OPS[name], OPS[name].cases(options.device, size)) for name in options.ops]
-    # In turn, one case of each op, so that a deadline cuts every op's list, not the last op.
+    # Ops alternate, one case of each, so that a deadline shortens every op's list instead of dropping the last ops.
     for number in range(max(len(cases) for _, cases in queues)):
         for op, cases in queues:
             if number < len(cases):
@@ -73,7 +73,7 @@ def _benchmark(op: Op, case: Case, size: str, deadline: Deadline, options: Names
 
 
 def records(op: Op, case: Case, providers: Sequence[Provider], found: dict[str, Timing], device: str) -> list[Record]:
-    """One record a provider, each related to the fastest floor."""
+    """One record per provider, each compared with the fastest floor."""
     floors = [found[provider.name].p50 for provider in providers if provider.floor]
     floor = min((value for value in floors if value is not None), default=None)
     return [

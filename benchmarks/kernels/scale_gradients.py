@@ -1,4 +1,4 @@
-"""scale_gradients, in place: eager tensor by tensor, `torch._foreach_mul_`, our backends; the floor is a copy."""
+"""scale_gradients, in place: eager tensor by tensor, `torch._foreach_mul_` and our backends; the floor is a copy."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from benchmarks.kernels.op import Case, Op
 from benchmarks.kernels.providers import copied, gradient_backends
 from benchmarks.timing import Provider
 
-# Turns repeat it on the same gradients: this keeps their size, and is not the 1 that an op may skip.
+# Turns scale the same gradients repeatedly: -1 keeps their magnitude, and an op cannot skip it as it may skip 1.
 _SCALE = -1.0
 
 

@@ -1,10 +1,10 @@
-"""Which configuration of `linear_importance` is fastest, at three numbers of tokens, beside cuBLAS.
+"""Find the fastest configuration of `linear_importance` for three numbers of tokens, compared with cuBLAS.
 
     python -m benchmarks.kernels.sweep --device cuda [--quick]
     python -m benchmarks.kernels.sweep --toy     # Triton's interpreter: each configuration is checked, none is timed
 
-The configurations that the kernel chooses among, marked "chosen from", and others near them. One that does not compile
-on the device, or is wrong there, is recorded with the reason.
+The sweep covers the configurations that the kernel chooses among, marked "chosen from", and others near them. One that
+does not compile on the device, or whose result is wrong, is recorded with the reason.
 """
 
 import os
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def cases(quick: bool, toy: bool) -> list[Case]:
-    """A square weight and a wide one, most tokens first."""
+    """The cases: a square weight and a wide one, the largest number of tokens first."""
     if toy:
         return [Case("toy", ((24, 40),), "bf16", samples=2, tokens=8)]
     parts = ("q",) if quick else ("q", "down")
@@ -69,7 +69,7 @@ def cases(quick: bool, toy: bool) -> list[Case]:
 
 
 def candidates(rows: int, columns: int, dtype: str, descriptors: bool) -> dict[str, "LinearImportanceConfig"]:
-    """By name: those that the kernel chooses among first, then their neighbours."""
+    """Configurations by name: first those that the kernel chooses among, then others near the default."""
     from gradprune.kernels.linear_importance import PERSISTENT, configs_for
 
     chosen = configs_for(rows, columns, DTYPES[dtype], descriptors)
@@ -98,7 +98,7 @@ def _name(config: "LinearImportanceConfig") -> str:
 
 
 def _sweep(case: Case, options: Namespace) -> None:
-    """Time, or on a CPU check, every configuration in one case; print and append the records."""
+    """Time every configuration in one case (on a CPU, check it); print and append the records."""
     say(f"{NAME}, {case.label} [{case.text}] {case.dtype} on {options.device}")
     providers = [Provider("torch.mm", weight_gradient, unchecked, floor=True), *_providers(case, options.device)]
     found = measure(
@@ -129,7 +129,7 @@ def _sweep(case: Case, options: Namespace) -> None:
 
 
 def _providers(case: Case, device: str) -> list[Provider]:
-    """A provider for each configuration, by rows: the side of all projections but each block's last."""
+    """A provider for each configuration, with row sums: the side of all projections except output projections."""
     from gradprune.kernels.linear_importance import descriptors_work
 
     described = descriptors_work(*OP.inputs(case, 0, device))

@@ -1,4 +1,4 @@
-"""taylor_score: the eager formula, torch.compile of it, our backends; the floor is a copy of the same bytes."""
+"""taylor_score: the eager formula, the same under torch.compile, and our backends; the floor copies the same bytes."""
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ def _inputs(case: Case, number: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def _copy(w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Read W and write G, which is as many bytes as reading both; G is then no less a gradient than before."""
+    """Copy W to G, which moves as many bytes as reading both; for timing, the copy is as good a gradient as G."""
     return g.copy_(w), w
 
 

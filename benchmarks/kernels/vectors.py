@@ -1,4 +1,4 @@
-"""Whether importance vectors are right: against the reference in fp64, with the error that fp32 sums may have."""
+"""Check importance vectors against the reference in fp64, with the error that fp32 sums may have."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +17,8 @@ def vectors_check(
     """A provider's check of `ImportanceVectors`.
 
     Args:
-        reference: the op's reference; it is given the inputs in fp64.
-        gradient_epsilon: relative rounding of the gradient's elements, where the op forms it in low precision.
+        reference: the op's reference; it is called with the inputs in fp64.
+        gradient_epsilon: relative rounding error of the gradient's elements, if the op forms it in low precision.
     """
 
     expected: list[ImportanceVectors] = []
@@ -33,7 +33,7 @@ def vectors_check(
 
 
 def vectors_fault(found: ImportanceVectors, expected: ImportanceVectors, tolerance: float) -> str | None:
-    """The first vector that differs, or None.
+    """What is wrong with the first vector that differs, or None.
 
     The error of a sum is relative to the sum itself plus the vector's mean, because some sums are nearly 0; that of the
     smallest |g| is relative to the largest.

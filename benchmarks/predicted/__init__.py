@@ -1,1 +1,1 @@
-"""What a GPU would take, from what is counted without one."""
+"""Predictions of the time and memory that a GPU would take, from counts that need no GPU."""

@@ -1,7 +1,10 @@
-"""Compile the Triton kernels as they are launched, for devices that are not there; prints a line of JSON for each.
+"""Compile the Triton kernels ahead of time, as they would be launched, for GPUs that this machine does not have.
 
-Run as a program, because Triton compiles only where its interpreter is off, which is chosen at import; and because the
-Triton that comes first on the path is the one that is checked.
+Prints one line of JSON for each kernel and compute capability: registers, stack, shared memory and counts of machine
+instructions. `tests/helpers/kernel_gates.py` holds these to budgets.
+
+It is a program of its own for two reasons: Triton compiles only if its interpreter is off, which is decided when it is
+imported; and the version that comes first on the path is the one that is checked.
 """
 
 import copy
@@ -26,19 +29,24 @@ from gradprune.kernels import mask_gradient, partial_sums
 from gradprune.kernels import taylor_score as taylor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# A, B: whole tiles, a width that tiles reach beyond, one that is not a multiple of 16.
+# A and B: whole tiles; a width beyond which the last tiles extend; widths that are not multiples of 16.
 WIDTHS = {"whole": (4096, 4096), "tail": (4096, 4112), "ragged": (4095, 4097)}
 CAPABILITIES = (80, 90)
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A kernel as one launch would specialise it.
+    """A kernel, specialised as by one kind of launch.
 
-    types: of the arguments that are not fp32 pointers, int32 sizes or int64 strides. aligned: pointers, sizes and
-    strides are multiples of 16 and the compiler is told so, but for sizes that a launch does not specialise on.
-    elements: of a tile per thread, for counts of instructions; 0 where they are not counted. default: it is the first
-    choice for its sizes.
+    types: Triton types by name, of the arguments that are not fp32 pointers, int32 sizes or int64 strides.
+    constants: values of the constexpr arguments. options: the compiler's, such as num_warps.
+    aligned: pointers, sizes and strides are multiples of 16, and the compiler knows it, except for sizes that launches
+        do
+        not specialise on.
+    capabilities: the compute capabilities that it is compiled for, 80 for 8.0.
+    elements: number of a tile's elements per thread, to which counts of instructions are related; 0 if instructions are
+        not counted.
+    default: whether it is the first choice for its sizes.
     """
 
     name: str
@@ -54,7 +62,7 @@ class Variant:
 
 
 def main() -> None:
-    """Every variant; with --worsened, those that gates are to refuse, with the gates' names."""
+    """Compile and print every variant; with --worsened, the kernels that gates must refuse, with the gates' names."""
     if sys.argv[1:] == ["--worsened"]:
         for gates, variant in worsened():
             print(json.dumps({"gates": gates, **compiled(variant, variant.capabilities[-1])}), flush=True)
@@ -65,11 +73,11 @@ def main() -> None:
 
 
 def variants() -> Iterator[Variant]:
-    """Every kind of code that a launch may run, once: what differs in an address or a conversion alone is left out."""
+    """Yield every kind of code that launches run; code that differs only in addresses or conversions is left out."""
     for dtype in DTYPES:
         yield from linear_importances(dtype)
         yield from grouped_linear_importances(dtype)
-        if dtype != "fp16":  # compiled as bf16 is
+        if dtype != "fp16":  # whose code is that of bf16
             yield from taylor_scores(dtype)
             yield from recounts(dtype)
             yield mask_gradients(dtype)
@@ -79,7 +87,7 @@ def variants() -> Iterator[Variant]:
 
 
 def taylor_scores(dtype: str) -> Iterator[Variant]:
-    """The sums of either side, and of both."""
+    """`taylor_score` with row sums, with column sums, and with both."""
     config = taylor.config_for(DTYPES[dtype])
     for rows, columns in ((True, False), (False, True), (True, True)):
         constants = dataclasses.asdict(config) | {"ROW_SUMS": rows, "COLUMN_SUMS": columns}
@@ -88,26 +96,29 @@ def taylor_scores(dtype: str) -> Iterator[Variant]:
         elements = config.BLOCK_O * config.BLOCK_I // (32 * config.num_warps)
         name = f"taylor_score {'rows' if rows else ''}{'columns' if columns else ''}"
         kernel = taylor._taylor_score_kernel
-        # The sums of both sides are all that a launch of one does.
+        # The launch for both sides contains all that the launch for the rows does.
         capabilities = CAPABILITIES if columns else (90,)
         yield Variant(name, kernel, dtype, types, constants, options, True, capabilities, elements)
 
 
 def linear_importances(dtype: str) -> Iterator[Variant]:
-    """Every configuration, with and without descriptors, that a launch may choose."""
+    """Every configuration of `linear_importance` that a launch may choose, with and without descriptors."""
     for widths, (height, width) in WIDTHS.items():
         for descriptors in (False, True) if dtype != "fp32" and widths != "ragged" else (False,):
             default, *others = linear.configs_for(height, width, DTYPES[dtype], descriptors)
             if descriptors:
                 yield from by_descriptors(widths, dtype, default, others)
-            elif widths != "whole":  # whose tiles are masked too
+            elif widths != "whole":  # pointers are masked for whole tiles too, so these add nothing
                 yield from by_pointers(widths, dtype, default)
 
 
 def by_descriptors(
     widths: str, dtype: str, default: linear.LinearImportanceConfig, others: list[linear.LinearImportanceConfig]
 ) -> Iterator[Variant]:
-    """fp16 is multiplied as bf16 is. Tiles that reach beyond the matrix do all that the others do, and more."""
+    """The variants with descriptors, fewer for fp16, which is multiplied in the same way as bf16.
+
+    Tiles that extend beyond the matrix do everything that whole tiles do, and more.
+    """
     whole = widths == "whole"
     yield linear_importance(widths, dtype, default, False, True)
     if dtype == "fp16":
@@ -116,14 +127,17 @@ def by_descriptors(
     if not whole:
         yield from (persistent(dtype, linear.PERSISTENT, columns) for columns in (False, True))
     for config in others:
-        same_code = dataclasses.replace(config, GROUP_A=default.GROUP_A) == default  # but for a division
+        same_code = dataclasses.replace(config, GROUP_A=default.GROUP_A) == default  # except for a division
         for columns in (False,) if same_code else (False, True):
             if whole == same_code:
                 yield dataclasses.replace(linear_importance(widths, dtype, config, columns, True), default=False)
 
 
 def by_pointers(widths: str, dtype: str, config: linear.LinearImportanceConfig) -> Iterator[Variant]:
-    """fp16 is multiplied as bf16 is. On Hopper half precision of even widths is read by descriptors, but seldom."""
+    """The variants with pointers, none for fp16, which is multiplied in the same way as bf16.
+
+    On Hopper, half precision whose widths are multiples of 16 is rarely read by pointers.
+    """
     if dtype != "fp16":
         yield linear_importance(widths, dtype, config, False, False)
         by_columns = linear_importance(widths, dtype, config, True, False)
@@ -134,7 +148,7 @@ def by_pointers(widths: str, dtype: str, config: linear.LinearImportanceConfig) 
 def linear_importance(
     widths: str, dtype: str, config: linear.LinearImportanceConfig, columns: bool, descriptors: bool
 ) -> Variant:
-    """One configuration, by rows or by columns."""
+    """`linear_importance` with one configuration, by rows or by columns."""
     flags = {"COLUMNS": columns, "DESCRIPTORS": descriptors, "TAIL": widths != "whole"}
     constants = dataclasses.asdict(config) | flags | {"STATISTICS_ROWS": linear.STATISTICS_ROWS}
     options = _options(constants)
@@ -153,7 +167,7 @@ def linear_importance(
 
 
 def persistent(dtype: str, config: linear.LinearImportanceConfig, columns: bool) -> Variant:
-    """The configuration of the sweep alone, of a width that tiles reach beyond."""
+    """The persistent kernel, which only the sweep runs, for a width beyond which tiles extend."""
     constants = dataclasses.asdict(config) | {"COLUMNS": columns, "TAIL": True}
     constants |= {"STATISTICS_ROWS": linear.STATISTICS_ROWS}
     options = _options(constants)
@@ -165,20 +179,20 @@ def persistent(dtype: str, config: linear.LinearImportanceConfig, columns: bool)
 
 
 def _options(constants: dict[str, object]) -> dict[str, int]:
-    """What of a configuration is the compiler's, taken from the kernel's constants, with what is the launch's."""
+    """Remove a configuration's compiler options, and `persistent`, from the kernel's constants; return the options."""
     del constants["persistent"]
     return {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
 
 
 def _described(dtype: str, config: linear.LinearImportanceConfig, columns: bool) -> dict[str, str]:
-    """The types of a, b and w as descriptors."""
+    """The Triton types of a, b and w as tensor descriptors."""
     a, b = ([1, config.BLOCK_T, block] for block in (config.BLOCK_A, config.BLOCK_B))
     w = [config.BLOCK_B, config.BLOCK_A] if columns else [config.BLOCK_A, config.BLOCK_B]
     return {name: f"tensordesc<{dtype}{box}>" for name, box in (("a", a), ("b", b), ("w", w))}
 
 
 def grouped_linear_importances(dtype: str) -> Iterator[Variant]:
-    """What a launch for the experts of a layer chooses; fp16 is multiplied as bf16 is."""
+    """The configurations that launches for a layer's experts choose; none for fp16, which is multiplied as bf16 is."""
     for widths in ("whole", "ragged") if dtype != "fp16" else ():
         config = grouped.config_for(*WIDTHS[widths], DTYPES[dtype])
         for columns in (False, True):
@@ -195,7 +209,11 @@ def grouped_linear_importances(dtype: str) -> Iterator[Variant]:
 
 
 def recounts(dtype: str) -> Iterator[Variant]:
-    """The error path, once for each tile, where shared memory is least and, by descriptors, where they are."""
+    """The error path of `linear_importance`, once for each size of tile.
+
+    With the tiles of pointers it is compiled for compute capability 8.0, which has the least shared memory; with those
+    of descriptors for 9.0, the only one that has them.
+    """
     for widths, descriptors, capability in (("tail", False, 80), ("ragged", False, 80), ("tail", True, 90)):
         if dtype == "fp32" and descriptors:
             continue
@@ -209,7 +227,7 @@ def recounts(dtype: str) -> Iterator[Variant]:
 
 
 def mask_gradients(dtype: str) -> Variant:
-    """The shipped configuration."""
+    """`mask_gradient` with the configuration that is shipped."""
     config = mask_gradient.MaskGradientConfig()
     constants = dataclasses.asdict(config)
     options = {"num_warps": constants.pop("num_warps")}
@@ -220,7 +238,7 @@ def mask_gradients(dtype: str) -> Variant:
 
 
 def second_stages() -> Iterator[Variant]:
-    """What adds the results of programs, and what merges many statistics before."""
+    """The kernel that adds programs' partial results, and the one that merges statistics before, if they are many."""
     constants = {"BLOCK": partial_sums._BLOCK, "PARTS": partial_sums._PARTS}
     yield Variant("partial_sums", partial_sums._add_kernel, "fp32", {}, constants, {}, True)
     constants = {"ENTRIES": partial_sums._ENTRIES, "LANES": partial_sums._PARTS * partial_sums._BLOCK}
@@ -228,7 +246,7 @@ def second_stages() -> Iterator[Variant]:
 
 
 def removal(columns: int) -> Variant:
-    """Of as many columns as a round of a removal path looks at, and of as many as there may be."""
+    """`cheapest_removals` of at most `columns` columns."""
     constants = dataclasses.asdict(removals.CheapestRemovalsConfig())
     options = {"num_warps": constants.pop("num_warps")}
     types = dict.fromkeys(("inverse_ptr", "gram_ptr", "s_ptr", "d_ptr", "costs_ptr"), "*fp64") | {"taken_ptr": "*i64"}
@@ -238,7 +256,7 @@ def removal(columns: int) -> Variant:
 
 
 def compiled(variant: Variant, capability: int) -> dict[str, object]:
-    """The variant's resources and instructions for one compute capability."""
+    """Compile a variant for one compute capability; return its resources and counts of instructions."""
     kernel = variant.kernel
     constants = variant.constants
     signature = {name: variant.types.get(name) or _argument_type(name, constants) for name in kernel.arg_names}
@@ -268,7 +286,7 @@ def compiled(variant: Variant, capability: int) -> dict[str, object]:
 
 
 def worsened() -> Iterator[tuple[tuple[str, ...], Variant]]:
-    """Kernels with the mistakes that gates are there for, on the last of their capabilities; with the gates' names."""
+    """Yield kernels with mistakes that gates exist to find, each with the names of the gates that must refuse it."""
     products = {}
     for widths, descriptors in (("tail", True), ("tail", False), ("ragged", False)):
         config = linear.configs_for(*WIDTHS[widths], torch.bfloat16, descriptors)[0]
@@ -293,7 +311,7 @@ def worsened() -> Iterator[tuple[tuple[str, ...], Variant]]:
 
     of_all = "mask_gradient waits for nothing", "a short loop of mask_gradient"
     yield of_all, _rewritten(mask_gradients("bf16"), "+= x * dx", "+= tl.sum(x * dx, 0)[None]")
-    # The compiler is not told that rows begin at multiples of 16 bytes: each element is read by itself.
+    # If the compiler does not know that rows begin at multiples of 16 bytes, it loads the elements one by one.
     by_rows, by_columns, _ = (dataclasses.replace(variant, aligned=False) for variant in taylor_scores("bf16"))
     yield ("taylor_score waits for little", "a short loop of taylor_score by rows"), by_rows
     yield ("a short loop of taylor_score by columns",), by_columns
@@ -304,7 +322,7 @@ def _with_options(variant: Variant, **options: int | None) -> Variant:
 
 
 def _rewritten(variant: Variant, old: str, new: str) -> Variant:
-    """With another line in the kernel."""
+    """A variant whose kernel's source has `new` in place of `old`."""
     kernel = copy.copy(variant.kernel)
     assert old in kernel.src
     kernel._unsafe_update_src(kernel.src.replace(old, new))
@@ -320,7 +338,7 @@ def _argument_type(name: str, constants: dict[str, object]) -> str:
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and its bytes of stack and of local memory, where spilled registers go."""
+    """Registers per thread, and its bytes of stack and local memory, to which registers are spilled."""
     shown = _inspect("cuobjdump", "--dump-resource-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", shown)
     assert found, shown
@@ -328,10 +346,12 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def instructions(cubin: bytes) -> dict[str, int]:
-    """Counts in the machine code.
+    """Counts of instructions in the machine code (SASS) of a kernel.
 
-    wgmma: Hopper's warp-group products. loop_barriers: barriers inside loops, beside those of products.
-    loop: instructions of the longest innermost loop. epilogue: instructions after the last product.
+    wgmma: warp-group matrix products (wgmma), which Hopper has.
+    loop: instructions of the longest innermost loop.
+    loop_barriers: barriers (BAR) inside innermost loops, without those that products need.
+    epilogue: instructions after the last wgmma; 0 if there is none.
     """
     code = [line for line in _inspect("nvdisasm", "-c", cubin).splitlines() if _is_instruction(line) or _is_label(line)]
     products = [at for at, line in enumerate(code) if "GMMA" in line]
@@ -354,7 +374,7 @@ def _is_label(line: str) -> bool:
 
 
 def _loops(code: list[str]) -> Iterator[tuple[int, int]]:
-    """The innermost loops: from a label to the last jump back to it that has no other inside."""
+    """Yield the first and the last line of each innermost loop: from a label to a jump back to it, with none inside."""
     labels = {line.strip().rstrip(":"): at for at, line in enumerate(code) if _is_label(line)}
     jumps = [(labels.get(found[1], len(code)), at) for at, line in enumerate(code)
              if (found := re.search(r"\bBRA(?:\.\w+)*\s.*?`\((\.L_\w+)\)", line))]  # fmt: skip

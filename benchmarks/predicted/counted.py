@@ -1,7 +1,8 @@
-"""A stand-in for a GPU: meta tensors, which compute nothing; what a pass launches is counted, and a host read raises.
+"""A stand-in for a GPU that counts what a pass launches, on meta tensors, which compute nothing.
 
-Of a model of any size this needs neither the device, nor the memory, nor the time. Bytes are those of each launch's
-tensors, read and written once; floating-point operations are those of products and of attention.
+Counting takes neither the device nor the memory nor the time that a model of this size needs. Code that reads a number
+back to the host raises, because meta tensors have none. The bytes of a launch are those of its tensors, each read or
+written once; floating-point operations are those of matrix products, triangular solves and attention.
 """
 
 import weakref
@@ -23,30 +24,34 @@ from benchmarks.jobs.models import llama_config
 from gradprune.kernels import cheapest_removals, linear_importance, mask_gradient, partial_sums, taylor_score
 from gradprune.ops import dispatch
 
-# Ops that launch nothing: they make a view, or take memory.
+# Ops that launch nothing: they make a view or only allocate memory.
 _FREE = (
     "empty", "empty_like", "new_empty", "empty_strided", "detach", "view", "alias", "expand", "slice", "select",
     "split", "split_with_sizes", "unbind", "transpose", "permute", "t", "unsqueeze", "squeeze", "as_strided", "reshape",
     "unflatten", "_unsafe_view", "promote_types", "diagonal",
 )  # fmt: skip
-# Ops that read of their first tensor only what they return.
+# Ops that read only those elements of their first tensor that they return.
 _TAKING = ("index_select", "gather", "index", "embedding")
-# Floating-point operations; PyTorch has no formula for a product that is added in place, nor for a triangular solve.
+# Formulas for floating-point operations. PyTorch has none for an in-place addmm, nor for a triangular solve.
 _FORMULAS = {
     **flop_registry,
     torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
     torch.ops.aten.linalg_solve_triangular: lambda a, b, **_: b.numel() * a.shape[-1],
 }
-# A shape that is known by its size alone.
+# The shape of Llama 3.1 405B; `llama_config` has the others.
 LLAMA_405B = {"hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128, "num_hidden_layers": 126}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel: its name, the bytes of its tensors, and the floating-point operations of its products.
+    """The launch of one kernel.
 
-    dtype: of the factors of a product. samples, tokens: of a linear layer's gradients. steps: of a kernel of a single
-    program, each of which waits for the one before.
+    name: of the op or kernel.
+    bytes: that it reads and writes.
+    flops: floating-point operations of its products.
+    dtype: element type of a product's factors.
+    samples, tokens: of the gradients that a `linear_importance` forms; 0 for other kernels.
+    steps: number of steps of a kernel with a single program, each of which waits for the one before; 0 for others.
     """
 
     name: str
@@ -60,11 +65,12 @@ class Launch:
 
 @dataclass
 class Counted(TorchDispatchMode):
-    """What was launched inside the context.
+    """Context manager that counts what is launched while it is active.
 
-    launches: in order. kernels: of Triton's, the name and what the compiler tells apart of the arguments.
-    workspace: most bytes of partial sums of a `linear_importance`. held, peak: bytes of tensors made inside, now and at
-    most.
+    launches: all launches, in order.
+    kernels: of each launch of a Triton kernel, its name and the properties of its arguments that it is specialised for.
+    workspace: the largest number of bytes of partial sums of a `linear_importance`.
+    held, peak: bytes of the tensors made while active, now and at most.
     """
 
     launches: list[Launch] = field(default_factory=list)
@@ -74,12 +80,12 @@ class Counted(TorchDispatchMode):
     peak: int = 0
 
     def __post_init__(self) -> None:
-        """Prepare the mode."""
+        """Initialise the dispatch mode."""
         super().__init__()
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count an op of PyTorch."""
+        """Run an op of PyTorch and count its launch and the memory of its results."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         used, made = (
@@ -100,14 +106,14 @@ class Counted(TorchDispatchMode):
         return out
 
     def forget(self) -> None:
-        """Start again from nothing."""
+        """Reset the counts and the peak; `held` remains, because tensors may still be alive."""
         self.launches.clear()
         self.kernels.clear()
         self.workspace = self.peak = 0
 
     @property
     def by_name(self) -> Counter[str]:
-        """How often each kernel is launched."""
+        """The number of launches of each kernel."""
         return Counter(launch.name for launch in self.launches)
 
     @property
@@ -117,11 +123,11 @@ class Counted(TorchDispatchMode):
 
     @property
     def bytes(self) -> int:
-        """Of all launches."""
+        """Bytes that all launches read and write."""
         return sum(launch.bytes for launch in self.launches)
 
     def _hold(self, tensor: Tensor) -> None:
-        """A tensor's memory is taken until the last view of it is gone."""
+        """Count a tensor's memory as held until its storage is freed, with the last view of it."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
@@ -136,17 +142,17 @@ class Counted(TorchDispatchMode):
 
 
 def _bytes_of(tensor: Tensor) -> int:
-    """That are read or written: of an expanded tensor those it has."""
+    """Bytes of a tensor that a kernel reads or writes; of an expanded tensor, those of its storage."""
     size: int = tensor.numel() * tensor.element_size()
     return min(size, tensor.untyped_storage().nbytes())
 
 
 class _Kernel:
-    """Stands for a Triton kernel: records its launches."""
+    """A stand-in for a Triton kernel that only records launches."""
 
     def __init__(self, name: str, kernel: Any, counted: Counted) -> None:
         self._name, self._counted = name, counted
-        # The interpreter's stand-in for a kernel keeps what the kernel was declared with.
+        # Under the interpreter the kernel is another object, which keeps the arguments of its decorator.
         ignored = getattr(kernel, "kwargs", {}).get("do_not_specialize") or getattr(kernel, "do_not_specialize", None)
         self._ignored = {list(kernel.arg_names).index(name) for name in ignored or ()}
 
@@ -163,9 +169,9 @@ class _Kernel:
     def _launch(self, args: tuple[Any, ...]) -> Launch:
         tensors = [value for value in args if isinstance(value, Tensor)]
         name = f"triton {self._name}"
-        if self._name == "recount":  # which reads the statistics alone, where all is well
+        if self._name == "recount":  # it reads only the statistics if all are finite
             return Launch(name, _bytes_of(tensors[2]))
-        if self._name == "cheapest_removals":  # whose rows s and d are read again at every later step
+        if self._name == "cheapest_removals":  # every later step reads the rows s and d again
             steps, columns = tensors[2].shape
             return Launch(name, tensors[2].element_size() * columns * steps**2, steps=steps)
         moved = sum(map(_bytes_of, tensors))
@@ -178,14 +184,14 @@ class _Kernel:
 
 
 def _specialised(value: object) -> object:
-    """What of an argument Triton compiles a kernel anew for."""
+    """The property of an argument that Triton specialises a kernel for."""
     if isinstance(value, Tensor):
         return value.dtype
     return value if value in (0, 1) else "multiple of 16" if isinstance(value, int) and value % 16 == 0 else "any"
 
 
 class _ScaledDotProductAttention(torch.autograd.Function):
-    """Stands for fused causal attention, which a meta tensor has not: its result, and a number per query."""
+    """A stand-in for fused causal attention, which meta tensors lack: makes its result and one number per query."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, counted: Counted) -> Tensor:
@@ -193,7 +199,7 @@ class _ScaledDotProductAttention(torch.autograd.Function):
         per_query = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
         ctx.save_for_backward(query, key, value, out, per_query)
         ctx.counted = counted
-        # Two products, of which causality leaves a half.
+        # Two products, half of which the causal mask leaves.
         flops = 2 * query.numel() * key.shape[-2]
         moved = sum(map(_bytes_of, (query, key, value, out, per_query)))
         counted.launches.append(Launch("attention", moved, flops, query.dtype))
@@ -204,7 +210,7 @@ class _ScaledDotProductAttention(torch.autograd.Function):
         query, key, value, out, per_query = ctx.saved_tensors
         found = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
         moved = sum(map(_bytes_of, (query, key, value, out, per_query, gradient, *found)))
-        # Five products.
+        # Five products, halved in the same way.
         flops = 5 * query.numel() * key.shape[-2]
         ctx.counted.launches.append(Launch("attention backward", moved, flops, query.dtype))
         return (*found, None)
@@ -212,9 +218,9 @@ class _ScaledDotProductAttention(torch.autograd.Function):
 
 @contextmanager
 def counted_gpu() -> Iterator[Counted]:
-    """Inside, an engine of a model on the meta device runs its Triton kernels, which are counted, not launched.
+    """Context manager under which engines with a model on the meta device use Triton kernels, without launching them.
 
-    What is counted is what runs inside the yielded object's own context.
+    It yields the counter, itself a context manager: launches are counted while that is active.
     """
     counted = Counted()
     triton = dispatch._importance_triton()
@@ -236,9 +242,9 @@ def counted_gpu() -> Iterator[Counted]:
             "gradprune.calibration.engine.without_autocast": lambda _device: nullcontext(),
             "gradprune.surgery.distillation.without_autocast": lambda _device: nullcontext(),
             "gradprune.calibration.engine.check_placement": lambda _model: None,
-            # Which is only to tell a CPU from a GPU.
+            # The chunk of logits that a GPU gets; only this constant depends on the device.
             "gradprune.models.loss.LOGITS": 2**27,
-            # transformers' one host read of a forward pass: whether several texts share a window.
+            # The only host read in a forward pass of transformers: whether several texts share a window.
             "transformers.masking_utils.find_packed_sequence_indices": lambda _positions: None,
             "torch.nn.functional.scaled_dot_product_attention": attention,
         }.items():
@@ -252,7 +258,7 @@ def _descriptors_work(*tensors: Tensor) -> bool:
 
 
 def llama(size: str, layers: int | None = None) -> PreTrainedModel:
-    """A bf16 Llama of the shape of "8B", "70B" or "405B", of all or so many layers, on the meta device."""
+    """A bf16 Llama of the shape "8B", "70B" or "405B" on the meta device, with `layers` layers (None: with all)."""
     if size == "405B":
         config = LlamaConfig(**LLAMA_405B, vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192)
     else:

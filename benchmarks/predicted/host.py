@@ -1,13 +1,13 @@
-"""The host's time of a step of calibration, relative to the plain pass', without a GPU.
+"""The host's time for a step of calibration, relative to that of the plain pass, measured without a GPU.
 
-On tensors so small that they cost nothing but what Python and PyTorch's dispatch do about them:
+The model's tensors are so small that a step costs only what Python and PyTorch's dispatcher do for them:
 
-    python -m benchmarks.predicted.host [--turns 9]     # a line for each evidence
+    python -m benchmarks.predicted.host [--turns 9]     # a line for each kind of evidence
 
-Kernels of Triton go through all of its launch but the driver's call, which is assumed, as for every launch of PyTorch:
-in proportion to this host's speed, for the driver too takes longer on a slower one.
-What is measured is processor time, in turns with the plain pass, and the median of the turns' ratios is taken: another
-process on the same cores changes both.
+Triton kernels go through all of Triton's launch except for the driver's call. The time of this call, and of that in
+every launch of PyTorch, is assumed to be in proportion to the speed of this host, because the driver, too, takes longer
+on a slower one. Processor time is measured, in alternation with the plain pass, and the median of the ratios is taken,
+because another process on the same cores slows both.
 """
 
 import json
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-# Before Triton is imported: its interpreter launches otherwise than Triton does.
+# This must happen before Triton is imported, because its interpreter launches kernels in another way.
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton.runtime.jit
@@ -38,9 +38,10 @@ from gradprune.config import Method
 from gradprune.models import describe
 from gradprune.ops import dispatch
 
-# What the driver takes for a launch, relative to what the plain pass takes for one: 4 microseconds where that is 7.
+# The driver's time for a launch, relative to the plain pass' own time per launch: 4 microseconds if that is 7.
 DRIVER = 4.0 / 7.0
-# What a step collects: the method, and in how many steps every weight's gradient is taken (None: in all).
+# The evidence that a step collects, as the method and the number of steps that score every weight's gradient (None:
+# all).
 EVIDENCE: dict[str, tuple[Method, int | None]] = {
     "needed": ("group_fisher", 0),
     "all": ("group_fisher", None),
@@ -51,7 +52,7 @@ _LAYERS, _STEPS = 8, 5
 
 
 class _Driver:
-    """Of a Hopper GPU that is not here."""
+    """A stand-in for Triton's driver that reports a Hopper GPU."""
 
     def get_current_device(self) -> int:
         return 0
@@ -64,7 +65,7 @@ class _Driver:
 
 
 class _Compiled:
-    """A kernel whose launches are counted."""
+    """A stand-in for a compiled Triton kernel that counts the launches of all."""
 
     function, packed_metadata = 0, ()
     launches = 0
@@ -83,14 +84,14 @@ def _compile(kernel: Any, key: str, _signature: object, device: int, *_options: 
 
 @contextmanager
 def triton_on_cpu() -> Iterator[None]:
-    """Inside, an engine of a model on the CPU launches Triton's kernels, as far as that goes without a GPU."""
+    """Context manager under which an engine with a model on the CPU launches Triton kernels, without a driver."""
     ops = dispatch._importance_triton()
     with ExitStack() as stack:
         stack.enter_context(patch.object(driver, "_active", _Driver()))
         for name, stand_in in {
             "gradprune.calibration.engine.select_ops": lambda *_: ops,
             "gradprune.kernels.linear_importance.descriptors_work": lambda *_: True,
-            # One chunk, as on a GPU.
+            # All logits in one chunk, as on a GPU.
             "gradprune.models.loss.LOGITS": 2**27,
         }.items():
             stack.enter_context(patch(name, stand_in))
@@ -99,7 +100,7 @@ def triton_on_cpu() -> Iterator[None]:
 
 
 def host_ratio(evidence: str, turns: int, recompute: bool = True) -> float:
-    """Median of the ratios of the engine's to the plain pass' time, the driver's share included."""
+    """Host time of an engine's step divided by that of the plain pass: the median over turns, including the driver."""
     model, ids = _model(), torch.zeros(2, 8, dtype=torch.int64)
     method, steps = EVIDENCE[evidence]
 
@@ -133,7 +134,7 @@ def _engine_steps(
     model: PreTrainedModel, ids: Tensor, method: Method, steps: int | None, recompute: bool
 ) -> Iterator[Callable[[], None]]:
     engine = ImportanceEngine(model, method, use_gradient_checkpointing=recompute, weight_gradient_steps=steps)
-    # Which reads results, on a CPU alone.
+    # The check reads results, which it does only on a CPU.
     with engine, patch.object(ImportanceEngine, "_check_step", lambda *_: None):
         yield lambda: engine.step(ids)
 
@@ -151,7 +152,7 @@ def _plain_steps(model: PreTrainedModel, ids: Tensor, recompute: bool) -> Iterat
 
 
 def _seconds(entered: Callable[[], AbstractContextManager[Callable[[], None]]]) -> float:
-    """Processor time of some steps, after one to warm up."""
+    """Processor time of _STEPS steps, after one to warm up."""
     with entered() as step:
         step()
         start = time.process_time()
@@ -161,7 +162,7 @@ def _seconds(entered: Callable[[], AbstractContextManager[Callable[[], None]]]) 
 
 
 def _launches(entered: Callable[[], AbstractContextManager[Callable[[], None]]]) -> int:
-    """How many a step makes, after one to warm up."""
+    """The number of launches in a step, after one to warm up."""
     with entered() as step:
         step()
         before = _Compiled.launches
@@ -171,7 +172,7 @@ def _launches(entered: Callable[[], AbstractContextManager[Callable[[], None]]])
 
 
 def main() -> None:
-    """Print the ratio of each evidence, with and without recomputation."""
+    """Print the ratio for each kind of evidence, with activations recomputed and with activations kept."""
     made = ArgumentParser(description=__doc__)
     made.add_argument("--turns", type=int, default=9)
     turns = made.parse_args().turns

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of whole jobs and their stages on a card, put together from what is counted."""
+"""Predicted seconds and peak memory of whole jobs and their stages on a card, from counted launches."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,7 +32,7 @@ _LAYERS = 32
 
 
 def passes(card: Card, toy: bool) -> Iterator[Record]:
-    """Calibration of the whole job by everyone, and the stages of the whole job with their sum."""
+    """Predict the calibrations of the whole job by each provider, its stages and their sum, and distillation."""
     job, layers = whole.FULL, 2 if toy else None
     method = PruneConfig().importance_method
     tokens, batch = job.compared.tokens, job.compared.batch
@@ -55,7 +55,15 @@ def passes(card: Card, toy: bool) -> Iterator[Record]:
 
 
 def _stages(card: Card, needed: Counted, every: Counted, layers: int | None, toy: bool) -> Iterator[Record]:
-    """Those of `prune` that a card takes time for, by what a step takes that collects what is needed, or everything."""
+    """Predict the stages of `prune` that run on the card.
+
+    Args:
+        card: the GPU.
+        needed: a step of calibration that collects the evidence that the method needs.
+        every: a step that collects all evidence.
+        layers: see `llama`.
+        toy: whether the removal paths and Gram sums of `obs` are those of a toy model.
+    """
     job, config = whole.FULL, PruneConfig()
     load, shape, lost = job.load(job.samples), (job.batch, job.compared.tokens), lost_at(job.size, config.pruning_ratio)
     weights = config.collect_batches
@@ -69,7 +77,7 @@ def _stages(card: Card, needed: Counted, every: Counted, layers: int | None, toy
         of_all = job.samples // job.batch * each + _removals(card, toy) + _followed(card, layers)
         yield _of_pass(card, load.text, "stage importance", of_all, before.peak)
     yield _of_pass(card, load.text, "stage perplexity_before", pass_seconds(before, card), before.peak)
-    # The first layer reads nothing of a repaired one.
+    # The first layer reads nothing from a repaired layer, so the cost of a layer is that of the third.
     two, three = (_repair(each, lost, shape) for each in (2, 3))
     of_all = _of_layers(2, *(pass_seconds(each, card) for each in (two, three)), layers)
     yield _of_pass(card, load.text, "stage repair", of_all, three.peak)
@@ -78,7 +86,7 @@ def _stages(card: Card, needed: Counted, every: Counted, layers: int | None, toy
 
 
 def _distillation(card: Card, layers: int | None) -> Record:
-    """Which takes place on request only in so large a model, on as many tokens as by default in a smaller one."""
+    """Predict distillation, which so large a model gets only on request, on the default number of tokens."""
     job, lost = whole.FULL, lost_at(whole.FULL.size, PruneConfig().pruning_ratio)
     shape = job.distilled(job.samples), DISTILL_JUDGED, job.compared.tokens
     counted = [_distil(job.size, each, lost, *shape) for each in (1, 2)]
@@ -91,7 +99,7 @@ _distil = cache(distillation_pass)
 
 
 def _of_layers(fewer: int, of_fewer: float, of_one_more: float, layers: int | None) -> float:
-    """What all layers take, each of which takes as much as the one that was added to a model of `fewer` layers."""
+    """The cost of all layers, extrapolated from that of `fewer` layers and of one more; None: of _LAYERS layers."""
     count = _LAYERS if layers is None else layers
     return of_fewer + (count - fewer) * (of_one_more - of_fewer)
 
@@ -103,7 +111,7 @@ def _repair(layers: int, lost: float, shape: tuple[int, int]) -> Counted:
 
 
 def _removals(card: Card, toy: bool) -> float:
-    """Of all blocks' removal paths, which `obs` adds to calibration."""
+    """Seconds of the removal paths of all blocks, which `obs` computes."""
     layers, (hidden, channels) = _blocks(toy)
     of_attention, of_mlp = _removal(hidden, 8, hidden // 8), _removal(hidden, channels, 1)
     return layers * sum(pass_seconds(each, card) for each in (of_attention, of_mlp))
@@ -113,7 +121,10 @@ _removal = cache(removal_of_all)
 
 
 def _followed(card: Card, layers: int | None) -> float:
-    """Of every block's stream for a few samples through half of the layers, and of half of its predictions."""
+    """Seconds of measuring reach: every block's residual stream of a few samples passes half of the layers on average.
+
+    The head then predicts every second token, which is counted as half of its cost.
+    """
     job, count = whole.FULL, _LAYERS if layers is None else layers
     blocks = 2 * count
     shape = samples_followed(job.samples, blocks), job.compared.tokens
@@ -123,7 +134,7 @@ def _followed(card: Card, layers: int | None) -> float:
 
 
 def _gram_sums(card: Card, tokens: int, toy: bool) -> float:
-    """Of all blocks' Gram sums over a batch."""
+    """Seconds of adding one batch to the Gram matrices of all blocks."""
     layers, widths = _blocks(toy)
     return layers * sum(pass_seconds(_gram_sum(tokens, width), card) for width in widths)
 
@@ -132,19 +143,19 @@ _gram_sum = cache(gram_sum)
 
 
 def _blocks(toy: bool) -> tuple[int, tuple[int, int]]:
-    """Layers, and the columns of attention's and the MLP's output projection."""
+    """The number of layers, and the number of columns of attention's and of the MLP's output projection."""
     return (2, (64, 96)) if toy else (_LAYERS, LLAMA_8B["down"])
 
 
 def streamed(card: Card) -> Record:
-    """The job of the 70B model within 24 GiB: its weights cross to the card so often that nothing else counts."""
+    """Predict the job of the 70B model within 24 GiB, whose time is that of copying its weights to the card."""
     samples, tokens, size, config = *larger.LOAD, "70B", PruneConfig()
     view = describe(llama(size))
     layers = len(view.layers)
     stream = (layers + 1) * tokens * view.model.config.hidden_size * 2
     waves = -(-samples // max(1, bytes_of(config.stream_memory) // stream))
     of_layers = 2 * sum(parameter.numel() for parameter in view.layers.parameters())
-    # Twice a wave; for both perplexities, and when the cut layers are put together.
+    # Twice per wave, for the perplexities before and after, and when the cut layers are assembled.
     crossings = 2 * waves + 2 * (1.0 - config.pruning_ratio) + 1
     transfer = crossings * of_layers / STREAMED
     one, two = (pass_seconds(engine_step(size, each, config.importance_method, 1, tokens), card) for each in (1, 2))
@@ -170,6 +181,6 @@ def predicted(
     hardware: str,
     extra: dict[str, object],
 ) -> Record:
-    """A record of what was not measured."""
+    """A record of a prediction for `hardware`."""
     where = replace(environment("cpu"), device="cuda", hardware=hardware)
     return Record(kind, name, provider, shape, "bf16", where, run_id(), ms_p50=milliseconds, extra=extra)

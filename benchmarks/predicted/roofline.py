@@ -1,7 +1,8 @@
-"""Seconds that a card would take for counted launches: the longer of arithmetic and memory, launch by launch.
+"""Seconds that a card would take for counted launches: for each, the longer of its arithmetic and its memory traffic.
 
-A model, not a measurement, and good to a quarter at best. The rates are the data sheets' peaks times what large
-products and copies usually reach of them; a pass is no faster than its launches can be enqueued.
+This is a roofline model, not a measurement, and at best accurate to a quarter. The rates are the peaks in the data
+sheets times the share of them that large products and copies usually reach. A pass cannot be faster than the host
+enqueues its launches.
 """
 
 from collections.abc import Sequence
@@ -11,27 +12,29 @@ import torch
 
 from benchmarks.predicted.counted import Counted, Launch
 
-# Of the peaks: what large matrix products, products in fp32, fused attention and copies reach.
+# The shares of the peak rates that large products in half precision and in fp32, fused attention and copies reach.
 PRODUCTS, FP32_PRODUCTS, ATTENTION, MEMORY = 0.71, 0.75, 0.45, 0.81
-# Seconds that a kernel takes at least, and that the host takes to enqueue an op of PyTorch, and a Triton kernel.
+# The least seconds of a kernel, and the host's seconds to enqueue an op of PyTorch and a Triton kernel.
 SHORTEST, ENQUEUED, TRITON_ENQUEUED = 2e-6, 8e-6, 30e-6
-# Seconds that a Cholesky factorisation of a small block takes for each row: they depend on each other.
+# Seconds per row of the Cholesky factorisation of a small block, whose rows depend on each other.
 FACTORED = 1e-6
-# Seconds that one step of a single program takes at least, and bytes a second that it reads from the card's cache.
+# Seconds per step of a kernel with a single program, and the bytes per second that this reads from the L2 cache.
 STEP, ONE_PROGRAM = 5e-6, 60e9
-# Bytes a second from files that are mapped into the host's memory, and read already, to the card.
+# Bytes per second copied to the card from files that are mapped into the host's memory and in the page cache.
 STREAMED = 12e9
-# The epilogue of `linear_importance`, for each element of a gradient: its instructions after the last product (as
-# compiled), and what part of them runs beside the products of the other block of the same multiprocessor.
+# The epilogue of `linear_importance`: its instructions per element of a gradient (counted in the compiled kernel), and
+# the share of them that overlaps with products of the other block on the same multiprocessor.
 EPILOGUE_INSTRUCTIONS, OVERLAP = 13.0, 0.5
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU by its data sheet.
+    """The peak rates of a GPU, from its data sheet.
 
-    name: as PyTorch gives it. half, fp32: floating-point operations a second, dense. memory: bytes a second.
-    instructions: that all multiprocessors issue to threads in a second.
+    name: as PyTorch reports it.
+    half, fp32: floating-point operations per second, without sparsity.
+    memory: bytes per second.
+    instructions: instructions of threads per second, over all multiprocessors.
     """
 
     name: str
@@ -41,7 +44,7 @@ class Card:
     instructions: float
 
 
-# 132 multiprocessors issue four instructions a clock, each to 32 threads, at 1.755 GHz.
+# 132 multiprocessors issue four instructions per clock, each for the 32 threads of a warp, at 1.755 GHz.
 _ISSUED = 132 * 4 * 32 * 1.755e9
 CARDS = (
     Card("NVIDIA H100 80GB HBM3", half=989e12, fp32=67e12, memory=3.35e12, instructions=_ISSUED),
@@ -50,7 +53,7 @@ CARDS = (
 
 
 def launch_seconds(launch: Launch, card: Card) -> float:
-    """Seconds of one kernel; products in fp64 are as fast as in fp32."""
+    """Seconds of one kernel; products in fp64 count as those in fp32, whose peak is the same."""
     if launch.name == "cholesky":
         return max(FACTORED * (3 * launch.flops) ** (1 / 3), SHORTEST)
     if launch.steps:
@@ -62,22 +65,22 @@ def launch_seconds(launch: Launch, card: Card) -> float:
     else:
         arithmetic = launch.flops / (FP32_PRODUCTS * card.fp32)
     if launch.name == "triton linear_importance":
-        # An element of each sample's gradient takes two operations a token.
+        # Each element of a sample's gradient takes two operations per token.
         elements = launch.flops / (2 * launch.tokens)
         arithmetic += (1.0 - OVERLAP) * EPILOGUE_INSTRUCTIONS * elements / card.instructions
     return max(arithmetic, launch.bytes / (MEMORY * card.memory), SHORTEST)
 
 
 def pass_seconds(counted: Counted, card: Card) -> float:
-    """Seconds of all launches one after the other, or of enqueueing them where that takes longer."""
+    """Seconds of all launches, one after the other, or of enqueueing them, whichever is longer."""
     return max(device_seconds(counted.launches, card), host_seconds(counted.launches))
 
 
 def device_seconds(launches: Sequence[Launch], card: Card) -> float:
-    """Seconds of the kernels."""
+    """Seconds of the kernels, one after the other."""
     return sum(launch_seconds(launch, card) for launch in launches)
 
 
 def host_seconds(launches: Sequence[Launch]) -> float:
-    """Seconds that Python takes to enqueue them."""
+    """Seconds that the host takes to enqueue the launches."""
     return sum(TRITON_ENQUEUED if launch.name.startswith("triton") else ENQUEUED for launch in launches)

@@ -1,10 +1,10 @@
-"""Predict what a GPU would take, from what is counted without one, to stand beside what is measured there.
+"""Predict the time that GPUs would take, from counts that need none, for comparison with measurements on them.
 
     python -m benchmarks.predicted.run                   # seconds of ops and of the whole job's passes, on each card
-    python -m benchmarks.predicted.run --compiled        # and what the compilers make of the Triton kernels; minutes
+    python -m benchmarks.predicted.run --compiled        # and resources of the compiled Triton kernels; takes minutes
 
-Predictions are recorded as such, by the names of the cases that `make gpu` measures; `benchmarks.predicted.roofline`
-says what they assume. Nothing is timed.
+Predictions are recorded as such, under the names of the cases that `make gpu` measures; `benchmarks.predicted.roofline`
+states their assumptions. Nothing is timed.
 """
 
 import json
@@ -29,14 +29,14 @@ from benchmarks.results import Record, append
 
 _MODEL = "Llama-3-8B"
 _OPS = (linear_importance.OP, mask_gradient.OP, taylor_score.OP)
-# Installed beside the newest Triton: the version that a GPU machine has.
+# The Triton version that GPU machines have, installed beside the newest one.
 _OTHER_TRITON = ROOT / ".venv" / "triton-3.6.0"
 _OF_SM = {80: 164 << 10, 90: 228 << 10}
 _REGISTERS, _THREADS, _BLOCK_RESERVE = 65536, 2048, 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Record the predictions."""
+    """Make and record the predictions."""
     made = parser(__doc__)
     made.add_argument("--compiled", action="store_true", help="compile the kernels for devices that are not here")
     options = made.parse_args(arguments)
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def ops(card: Card, toy: bool) -> Iterator[Record]:
-    """Our kernels in the half-precision cases of one model that a GPU is measured in; and cuBLAS, the floor of one."""
+    """Predict our kernels, and cuBLAS as the floor of `linear_importance`, in the bf16 cases of one model."""
     for op in _OPS:
         for case in op.cases("cuda", "toy" if toy else "full"):
             if case.dtype == "bf16" and case.label.startswith((_MODEL, "toy")):
@@ -67,7 +67,7 @@ def _of_op(card: Card, op: Op, case: Case, provider: str, kernel: str) -> Record
 
 
 def compiled() -> Iterator[Record]:
-    """What each Triton that is here makes of the kernels, by device: resources and instructions."""
+    """Resources and instructions of the kernels, by each installed Triton version and for each compute capability."""
     for path in ([ROOT], [_OTHER_TRITON, ROOT] if _OTHER_TRITON.is_dir() else []):
         if not path:
             say(f"LEFT OUT: the kernels by Triton 3.6.0, for it is not at {_OTHER_TRITON}")
@@ -77,7 +77,7 @@ def compiled() -> Iterator[Record]:
 
 
 def _compile(path: Sequence[Path]) -> str:
-    """What `compile_kernels.py` prints, with the Triton that comes first on the path."""
+    """Run `compile_kernels.py` with the Triton that comes first on the path, and return its output."""
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     variables.pop("TRITON_INTERPRET", None)
     program = Path(__file__).with_name("compile_kernels.py")

@@ -1,8 +1,8 @@
-"""The stages of `prune` behind calibration, counted: removal paths of `obs`, repair, distillation, the last perplexity.
+"""Count the stages of `prune` after calibration: removal paths of `obs`, repair, distillation and the last perplexity.
 
-Repair and distillation run as they are, on meta tensors. Where they ask for a number that decides how they go on, they
-are told that all is finite, positive definite, and no better with another ridge, so that three are tried. Of a removal
-path, which depends on numbers throughout, each round is taken to remove as many groups as it may.
+Repair and distillation run unchanged, on meta tensors. If they branch on a number, a stand-in answers: everything is
+finite and positive definite, and no other ridge is better, so that three are tried. A removal path branches on numbers
+throughout; each of its rounds is assumed to remove as many groups as it may.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,19 +28,22 @@ from gradprune.surgery.least_squares import least_squares
 
 
 def uniform_masks(view: PrunableModel, lost: float) -> GroupMasks:
-    """Every block loses that part of its groups."""
+    """Masks with which every block loses the fraction `lost` of its groups."""
     kept = {block.key: torch.arange(block.groups) >= round(lost * block.groups) for block in view.blocks}
     return GroupMasks(kept, len(view.layers))
 
 
 def lost_at(size: str, ratio: float) -> float:
-    """The part of all groups that goes with `ratio` of the model's parameters."""
+    """The fraction of all groups that is removed with the fraction `ratio` of the model's parameters."""
     view = describe(llama(size))
     return ratio * view.parameters / view.prunable
 
 
 def repair_pass(size: str, layers: int, lost: float, batches: int, held_out: int, shape: tuple[int, int]) -> Counted:
-    """`least_squares` of a model whose blocks lose that part of their groups; batches: [N, T] each, `shape`."""
+    """Count `least_squares` of a model whose blocks lose the fraction `lost` of their groups.
+
+    batches and held_out are numbers of batches, and `shape` is the shape [N, T] of each.
+    """
     with counted_gpu() as counted, _told(counted):
         view = describe(llama(size, layers))
         ids = torch.zeros(shape, dtype=torch.int64, device="meta")
@@ -51,7 +54,7 @@ def repair_pass(size: str, layers: int, lost: float, batches: int, held_out: int
 
 
 def cut_forward_pass(size: str, layers: int, lost: float, samples: int, tokens: int) -> Counted:
-    """Each sample's loss in the cut model."""
+    """Count a forward pass of the cut model, with each sample's loss."""
     with counted_gpu() as counted:
         model = llama(size, layers)
         model = cut(model, uniform_masks(describe(model), lost), inplace=True)
@@ -61,7 +64,7 @@ def cut_forward_pass(size: str, layers: int, lost: float, samples: int, tokens: 
 
 
 def distillation_pass(size: str, layers: int, lost: float, samples: int, held_out: int, tokens: int) -> Counted:
-    """`distil` of a model whose blocks have lost that part of their groups, activations recomputed."""
+    """Count `distil` of a model whose blocks have lost the fraction `lost`, with activations recomputed."""
 
     def mean_loss(model: PreTrainedModel, batches: Sequence[Tensor]) -> float:
         with torch.no_grad():
@@ -80,7 +83,10 @@ def distillation_pass(size: str, layers: int, lost: float, samples: int, held_ou
 
 
 def removal_of_all(outputs: int, groups: int, columns: int) -> Counted:
-    """The removal path of a block with such an output projection; every round removes as many groups as it may."""
+    """Count the removal path of a block with an output projection of [outputs, groups * columns].
+
+    Every round removes as many groups as it may.
+    """
 
     def each_round(block: Any, quota: int, ops: ImportanceOps) -> tuple[Tensor, list[float]]:
         count = min(quota, len(block))
@@ -97,7 +103,7 @@ def removal_of_all(outputs: int, groups: int, columns: int) -> Counted:
 
 
 def gram_sum(tokens: int, width: int) -> Counted:
-    """The sum over so many tokens, of one batch, that a Gram matrix of `obs` takes."""
+    """Count the addition of one batch's `tokens` tokens to a Gram matrix [width, width] of `obs`."""
     with counted_gpu() as counted, _told(counted), counted:
         total = torch.empty(width, width, device="meta")
         gram.add_gram(total, torch.empty(tokens, width, dtype=torch.bfloat16, device="meta"))
@@ -106,7 +112,10 @@ def gram_sum(tokens: int, width: int) -> Counted:
 
 @contextmanager
 def _told(counted: Counted) -> Iterator[None]:
-    """Inside, meta tensors answer what the repair asks, and half precision is multiplied as on a GPU."""
+    """Context manager under which meta tensors have the numbers that code branches on.
+
+    Half precision is multiplied as on a GPU.
+    """
 
     def product(total: Tensor, left: Tensor, right: Tensor) -> None:
         made = torch.empty_like(total)
@@ -130,5 +139,5 @@ def _told(counted: Counted) -> Iterator[None]:
 
 
 def _answering(method: Callable[..., Any], answer: object) -> Callable[..., Any]:
-    """What a method of a number returns; of tensors it does as ever."""
+    """A method of `Tensor` that returns `answer` for meta tensors without dimensions, and is unchanged for others."""
     return lambda tensor, *others: method(tensor, *others) if tensor.ndim or not tensor.is_meta else answer

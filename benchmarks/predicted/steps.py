@@ -1,4 +1,4 @@
-"""A step of calibration at a model's full widths, counted: with the engine, and the plain pass beside it."""
+"""Count a step of calibration at a model's full widths, with the engine and, for comparison, without it."""
 
 from contextlib import ExitStack
 
@@ -15,9 +15,15 @@ from gradprune.models.recomputed import Recomputation, recomputed
 
 
 def engine_step(size: str, layers: int, method: Method, samples: int, tokens: int, *, every: bool = False) -> Counted:
-    """A step that collects what `method` needs, activations recomputed; `size` and `layers` as for `llama`.
+    """Count a step of the engine with the evidence that `method` needs; activations are recomputed.
 
-    every: it collects what every method needs.
+    Args:
+        size: see `llama`.
+        layers: see `llama`.
+        method: the importance method.
+        samples: in the step.
+        tokens: of each sample.
+        every: collect the evidence of every method.
     """
     with counted_gpu() as counted:
         steps = None if every else 0
@@ -26,7 +32,7 @@ def engine_step(size: str, layers: int, method: Method, samples: int, tokens: in
         )
         ids = torch.zeros(samples, tokens, dtype=torch.int64, device="meta")
         with engine:
-            # In its first step an engine finds out what it need not compute again.
+            # In its first step an engine finds out what it does not need to recompute.
             engine.step(ids[:1, :2])
             counted.forget()
             with counted:
@@ -35,10 +41,10 @@ def engine_step(size: str, layers: int, method: Method, samples: int, tokens: in
 
 
 def plain_step(size: str, layers: int, samples: int, tokens: int, *, weights: bool = False) -> Counted:
-    """The same forward and backward pass, without what the engine makes of it.
+    """Count the same forward and backward pass without the engine's own work; see `engine_step`.
 
-    weights: with every weight's gradient, as `loss.backward()` takes it, activations recomputed by PyTorch; otherwise
-        as the engine's pass.
+    weights: compute every weight's gradient, as `loss.backward()` does, with activations recomputed by PyTorch;
+        otherwise compute and recompute what the engine's pass does.
     """
     ids = torch.zeros(samples, tokens, dtype=torch.int64, device="meta")
     with counted_gpu() as counted, ExitStack() as stack:
@@ -59,7 +65,7 @@ def plain_step(size: str, layers: int, samples: int, tokens: int, *, weights: bo
 
 
 def forward_pass(size: str, layers: int, samples: int, tokens: int) -> Counted:
-    """Each sample's loss, without gradients."""
+    """Count a forward pass with each sample's loss, without gradients."""
     with counted_gpu() as counted:
         model = llama(size, layers)
         with counted, torch.no_grad():
