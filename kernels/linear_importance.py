@@ -187,8 +187,7 @@ def _linear_importance_kernel(
     """Compute and score one tile of g_n = a_n^T b_n for samples_per_program samples n, one after the other.
 
     Grid: (tiles, parts of the samples). fp32 accumulation in a fixed order, no atomics; g_n is not written. Elements
-    are
-    not tested for being finite: one that is not makes sums non-finite, and `_recount_kernel` then corrects the
+    are not tested for being finite: one that is not makes sums non-finite, and `_recount_kernel` then corrects the
     statistics.
 
     a: [N, T, A], b: [N, T, B], w: [A, B]: tensor descriptors (DESCRIPTORS), or pointers to tensors of unit inner
@@ -472,8 +471,7 @@ def linear_importance_triton(
 
     The gradient is formed and scored in registers, in fp32 (fp32 inputs are multiplied in fp32, not in TF32), and never
     written. The programs' partial sums, at most 64 MiB unless those of one sample are more, are added by a second
-    launch
-    in a fixed order: the same bits every time.
+    launch in a fixed order: the same bits every time.
 
     Args:
         x: [N, T, I] fp32, bf16 or fp16, unit inner stride, the layer's input.

@@ -2,8 +2,7 @@
 
 For each sample n and column i, the sums over tokens of x dx and of x^2, from one read of X and dX: a kernel bound by
 memory. A program owns BLOCK_I columns of one sample and walks through all of its tokens, BLOCK_T at a time. So no
-second
-stage is needed: it adds element by element in registers, combines the BLOCK_T rows at the end, and writes 2 fp32
+second stage is needed: it adds element by element in registers, combines the BLOCK_T rows at the end, and writes 2 fp32
 numbers per column. All of this happens in a fixed order and without atomics, so the result has the same bits every
 time.
 """

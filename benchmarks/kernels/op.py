@@ -61,8 +61,7 @@ class Op:
     cases: called with the device and the size ("full", "quick" or "toy"); returns the cases to measure.
     inputs: called with a case, a number and a device; returns a set of inputs, the same for the same number.
     providers: called with a case and a device; returns the floor, PyTorch's ways, and every backend of ours that runs
-        on
-        the device.
+        on the device.
     moved_bytes: the least bytes that a case must read and write.
     input_bytes: the bytes of one set of inputs.
     flops: the floating-point operations of a case; None for ops that memory bounds.

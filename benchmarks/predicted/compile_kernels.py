@@ -41,8 +41,7 @@ class Variant:
     types: Triton types by name, of the arguments that are not fp32 pointers, int32 sizes or int64 strides.
     constants: values of the constexpr arguments. options: the compiler's, such as num_warps.
     aligned: pointers, sizes and strides are multiples of 16, and the compiler knows it, except for sizes that launches
-        do
-        not specialise on.
+        do not specialise on.
     capabilities: the compute capabilities that it is compiled for, 80 for 8.0.
     elements: number of a tile's elements per thread, to which counts of instructions are related; 0 if instructions are
         not counted.

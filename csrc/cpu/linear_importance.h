@@ -25,9 +25,8 @@ struct LinearShape {
 };
 
 // taylor_score of W and each sample's G, summed over samples. x: [samples, tokens, columns], dy: [samples, tokens,
-// rows],
-// w: [rows, columns]; all are fp64, or none is. G is computed in fp32 (fp64 for fp64). Sums within a tile are formed in
-// the same type, sums over tiles and samples in fp64. Deterministic for any number of threads.
+// rows], w: [rows, columns]; all are fp64, or none is. G is computed in fp32 (fp64 for fp64). Sums within a tile are
+// formed in the same type, sums over tiles and samples in fp64. Deterministic for any number of threads.
 void linear_importance(const Activations& x, const Activations& dy, const Matrix& w, const LinearShape& shape,
                        const TaylorOutputs& outputs, int threads, Isa isa);
 

@@ -9,9 +9,8 @@
 namespace gradprune {
 
 // g <- g * scale. The product is formed in fp32 with the scale in fp32 (fp64 for fp64 gradients), then rounded to
-// nearest
-// even: the same bits as g.mul_(scale) in PyTorch. A gradient whose scale is 1 is not touched. Runs of 65536 elements
-// are divided among threads.
+// nearest even: the same bits as g.mul_(scale) in PyTorch. A gradient whose scale is 1 is not touched. Runs of 65536
+// elements are divided among threads.
 void scale_gradients(const std::vector<Gradient>& gradients, const std::vector<double>& scales, int threads, Isa isa);
 
 }  // namespace gradprune

@@ -1,9 +1,8 @@
 // Vector<T, N>: N lanes of float or double, built on GCC's vector extensions, so that one source serves every
-// instruction
-// set: the file that includes this header is compiled for AVX-512, AVX2 or the baseline, and chooses N.
+// instruction set: the file that includes this header is compiled for AVX-512, AVX2 or the baseline, and chooses N.
 //
 // Everything here has internal linkage, because two files compiled for different instruction sets must not share a
-// symbol: the linker would keep only one definition, which a CPU without that instruction set could not run.
+// symbol: the linker would keep only one definition, which some CPUs might not be able to run.
 #pragma once
 
 #include <cstddef>
