@@ -300,43 +300,48 @@ PYBIND11_MODULE(_C, m) {
   m.attr("STATISTICS") = statistic_names();
   m.def("taylor_score", &taylor_score_binding, py::arg("w"), py::arg("g"), py::arg("rows"), py::arg("columns"),
         py::arg("side"), py::arg("outputs"), py::arg("threads"), py::arg("isa") = "auto",
-        "Sums of a weight times its gradient. w, g: (address, row stride, type). side: rows, columns or both. outputs: "
-        "addresses of row_abs, row_square, column_abs, column_square, statistics; 0 for the side not asked for.");
+        "Row and column sums of a weight times its gradient. w, g: (address, row stride, type). side: rows, columns or "
+        "both. outputs: addresses of row_abs, row_square, column_abs, column_square and statistics; 0 for a side that is "
+        "not asked for.");
   m.def("linear_importance", &linear_importance_binding, py::arg("x"), py::arg("dy"), py::arg("w"), py::arg("sizes"),
         py::arg("side"), py::arg("outputs"), py::arg("threads"), py::arg("isa") = "auto",
-        "taylor_score of each sample's weight gradient, summed. x, dy: (address, sample stride, token stride, type); "
-        "w, side, outputs: as taylor_score's; sizes: samples, tokens, rows, columns.");
+        "taylor_score of each sample's weight gradient, summed over samples. x, dy: (address, sample stride, token stride, "
+        "type). w, side, outputs: see taylor_score. sizes: samples, tokens, rows, columns.");
   m.def("grouped_linear_importance", &grouped_linear_importance_binding, py::arg("x"), py::arg("dy"), py::arg("w"),
         py::arg("w_expert_stride"), py::arg("offsets"), py::arg("sizes"), py::arg("side"), py::arg("outputs"),
         py::arg("threads"), py::arg("isa") = "auto",
-        "linear_importance of each expert's weight and tokens. x, dy: [tokens of all, width], the sample stride is not "
-        "used; w: the first expert's; offsets: where each sample's tokens of each expert begin, and the end; sizes: "
-        "experts, samples, rows, columns; outputs: the first expert's, of [experts, 2, length] and [experts, 5].");
+        "linear_importance of each expert's weight on its own tokens. x, dy: [tokens of all experts, width], sorted by "
+        "expert and sample; their sample strides are not used. w: the first expert's weight. offsets: the tokens at which "
+        "each expert's samples begin, and the end. sizes: experts, samples, rows, columns. outputs: the first expert's "
+        "addresses in [experts, 2, length] and [experts, 5].");
   m.def("mask_gradient", &mask_gradient_binding, py::arg("x"), py::arg("dx"), py::arg("sizes"), py::arg("outputs"),
         py::arg("threads"), py::arg("isa") = "auto",
-        "Sums over tokens of x dx and of x^2, by sample. x, dx: as linear_importance's x, of one type; sizes: samples, "
-        "tokens, columns; outputs: addresses of [samples, columns] each.");
+        "Sums over tokens of x dx and of x^2, by sample. x, dx: see linear_importance, both of one type. sizes: samples, "
+        "tokens, columns. outputs: two addresses, each of [samples, columns].");
   m.def("cheapest_removals", &cheapest_removals_binding, py::arg("inverse"), py::arg("gram"), py::arg("columns"),
         py::arg("count"), py::arg("outputs"), py::arg("isa") = "auto",
-        "Columns that are removed one by one, each time the cheapest. inverse, gram: (address, row stride) of fp64 "
-        "matrices [columns, columns]; outputs: addresses of taken, [count] int64, and costs, [count] fp64.");
+        "Remove columns one by one, each time the cheapest. inverse, gram: (address, row stride) of fp64 matrices "
+        "[columns, columns]. outputs: addresses of taken, [count] int64, and costs, [count] fp64.");
   m.def("grad_stats", &grad_stats_binding, py::arg("gradients"), py::arg("out"), py::arg("threads"),
         py::arg("isa") = "auto",
-        "Statistics of gradients, (address, elements, type) each, into out: address of [K, 5] fp64, in the order of STATISTICS.");
+        "Statistics of K gradients, (address, elements, type) each, written to out: the address of [K, 5] fp64, in the "
+        "order of STATISTICS.");
   m.def("scale_gradients", &scale_gradients_binding, py::arg("gradients"), py::arg("scales"), py::arg("threads"),
-        py::arg("isa") = "auto", "Gradients, (address, elements, type) each, times their scales, in place.");
+        py::arg("isa") = "auto", "Scale gradients, (address, elements, type) each, in place.");
 #if defined(GRADPRUNE_CUDA)
   m.def("grad_stats_cuda", &grad_stats_cuda_binding, py::arg("chunks"), py::arg("first_chunks"), py::arg("gradients"),
         py::arg("of_chunks"), py::arg("out"), py::arg("stream"),
-        "Statistics of gradients on the current device into out: address of [gradients, 5] fp64. chunks: (address, "
-        "rows) of an int64 table of address, elements, type, gradient; first_chunks: address of [gradients + 1] int64; "
-        "of_chunks: of [rows, 5] fp64 scratch. All on the device. Asynchronous on the stream.");
+        "Statistics of gradients on the current device, written to out: the address of [gradients, 5] fp64. chunks: "
+        "(address, rows) of an int64 table of address, elements, type, gradient. first_chunks: address of "
+        "[gradients + 1] int64. of_chunks: address of [rows, 5] fp64 scratch. All memory is on the device. Asynchronous "
+        "on the stream.");
   m.def("scale_gradients_cuda", &scale_gradients_cuda_binding, py::arg("chunks"), py::arg("scales"),
         py::arg("stream"),
-        "Gradients on the current device times their scales, in place. chunks: as for grad_stats_cuda; scales: address "
-        "of [gradients] fp64. All on the device. Asynchronous on the stream.");
-  m.def("cuda_fault", &cuda_fault, "Why the CUDA kernels cannot run on the current device, or None.");
+        "Scale gradients on the current device in place. chunks: see grad_stats_cuda. scales: address of [gradients] fp64. "
+        "All memory is on the device. Asynchronous on the stream.");
+  m.def("cuda_fault", &cuda_fault, "The reason why the CUDA kernels cannot run on the current device, or None.");
 #endif
   m.def("build_info", &build_info,
-        "isa: used by 'auto'; isas: available; openmp, cuda: built in; compiler: its version.");
+        "isa: the instruction set that 'auto' uses. isas: the available ones. openmp, cuda: whether the build has them. "
+        "compiler: its version.");
 }
