@@ -134,9 +134,9 @@ class Counted(TorchDispatchMode):
             self._known.add(key)
             self.held += size
             self.peak = max(self.peak, self.held)
-            weakref.finalize(storage, self._let_go, key, size)
+            weakref.finalize(storage, self._release, key, size)
 
-    def _let_go(self, key: int, size: int) -> None:
+    def _release(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.held -= size
 
@@ -158,8 +158,8 @@ class _Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **constants: object) -> None:
-            told_apart = (_specialised(value) for index, value in enumerate(args) if index not in self._ignored)
-            self._counted.kernels.append((self._name, (*told_apart, *sorted(constants.items()))))
+            specialised = (_specialised(value) for index, value in enumerate(args) if index not in self._ignored)
+            self._counted.kernels.append((self._name, (*specialised, *sorted(constants.items()))))
             self._counted.launches.append(self._launch(args))
             if self._name == "linear_importance":
                 self._counted.workspace = max(self._counted.workspace, args[3].nbytes)

@@ -78,7 +78,7 @@ def _stages(card: Card, needed: Counted, every: Counted, layers: int | None, toy
         yield _of_pass(card, load.text, "stage importance", of_all, before.peak)
     yield _of_pass(card, load.text, "stage perplexity_before", pass_seconds(before, card), before.peak)
     # The first layer reads nothing from a repaired layer, so the cost of a layer is that of the third.
-    two, three = (_repair(each, lost, shape) for each in (2, 3))
+    two, three = (_counted_repair(each, lost, shape) for each in (2, 3))
     of_all = _of_layers(2, *(pass_seconds(each, card) for each in (two, three)), layers)
     yield _of_pass(card, load.text, "stage repair", of_all, three.peak)
     after = cut_forward_pass(job.size, layers, lost, *shape)
@@ -89,13 +89,13 @@ def _distillation(card: Card, layers: int | None) -> Record:
     """Predict distillation, which so large a model gets only on request, on the default number of tokens."""
     job, lost = whole.FULL, lost_at(whole.FULL.size, PruneConfig().pruning_ratio)
     shape = job.distilled(job.samples), DISTILL_JUDGED, job.compared.tokens
-    counted = [_distil(job.size, each, lost, *shape) for each in (1, 2)]
+    counted = [_counted_distillation(job.size, each, lost, *shape) for each in (1, 2)]
     seconds = _of_layers(1, *(pass_seconds(each, card) for each in counted), layers)
     peak = _of_layers(1, *(float(each.peak) for each in counted), layers)
     return _of_pass(card, job.load(job.samples).text, whole.DISTILLED, seconds, int(peak))
 
 
-_distil = cache(distillation_pass)
+_counted_distillation = cache(distillation_pass)
 
 
 def _of_layers(fewer: int, of_fewer: float, of_one_more: float, layers: int | None) -> float:
@@ -105,7 +105,7 @@ def _of_layers(fewer: int, of_fewer: float, of_one_more: float, layers: int | No
 
 
 @cache
-def _repair(layers: int, lost: float, shape: tuple[int, int]) -> Counted:
+def _counted_repair(layers: int, lost: float, shape: tuple[int, int]) -> Counted:
     job = whole.FULL
     return repair_pass(job.size, layers, lost, job.samples // job.batch, job.held_out // job.batch, shape)
 
@@ -113,11 +113,11 @@ def _repair(layers: int, lost: float, shape: tuple[int, int]) -> Counted:
 def _removals(card: Card, toy: bool) -> float:
     """Seconds of the removal paths of all blocks, which `obs` computes."""
     layers, (hidden, channels) = _blocks(toy)
-    of_attention, of_mlp = _removal(hidden, 8, hidden // 8), _removal(hidden, channels, 1)
+    of_attention, of_mlp = _counted_removals(hidden, 8, hidden // 8), _counted_removals(hidden, channels, 1)
     return layers * sum(pass_seconds(each, card) for each in (of_attention, of_mlp))
 
 
-_removal = cache(removal_of_all)
+_counted_removals = cache(removal_of_all)
 
 
 def _followed(card: Card, layers: int | None) -> float:
@@ -136,10 +136,10 @@ def _followed(card: Card, layers: int | None) -> float:
 def _gram_sums(card: Card, tokens: int, toy: bool) -> float:
     """Seconds of adding one batch to the Gram matrices of all blocks."""
     layers, widths = _blocks(toy)
-    return layers * sum(pass_seconds(_gram_sum(tokens, width), card) for width in widths)
+    return layers * sum(pass_seconds(_counted_gram_sum(tokens, width), card) for width in widths)
 
 
-_gram_sum = cache(gram_sum)
+_counted_gram_sum = cache(gram_sum)
 
 
 def _blocks(toy: bool) -> tuple[int, tuple[int, int]]:

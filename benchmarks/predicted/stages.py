@@ -44,7 +44,7 @@ def repair_pass(size: str, layers: int, lost: float, batches: int, held_out: int
 
     batches and held_out are numbers of batches, and `shape` is the shape [N, T] of each.
     """
-    with counted_gpu() as counted, _told(counted):
+    with counted_gpu() as counted, _numbers_answered(counted):
         view = describe(llama(size, layers))
         ids = torch.zeros(shape, dtype=torch.int64, device="meta")
         masks = uniform_masks(view, lost)
@@ -72,7 +72,7 @@ def distillation_pass(size: str, layers: int, lost: float, samples: int, held_ou
                 sample_losses(model, batch)
         return 0.5
 
-    with counted_gpu() as counted, _told(counted), patch.object(distillation, "mean_loss", mean_loss):
+    with counted_gpu() as counted, _numbers_answered(counted), patch.object(distillation, "mean_loss", mean_loss):
         model = llama(size, layers)
         view = describe(cut(model, uniform_masks(describe(model), lost), inplace=True))
         ids = torch.zeros(samples + held_out, tokens, dtype=torch.int64, device="meta")
@@ -95,7 +95,7 @@ def removal_of_all(outputs: int, groups: int, columns: int) -> Counted:
         ops.cheapest_removals(*matrices, block.columns, count)
         return torch.arange(count), [0.0] * count
 
-    with counted_gpu() as counted, _told(counted), patch.object(obs, "_round", each_round), counted:
+    with counted_gpu() as counted, _numbers_answered(counted), patch.object(obs, "_round", each_round), counted:
         weight = torch.empty(outputs, groups * columns, dtype=torch.bfloat16, device="meta")
         gram = torch.empty(groups * columns, groups * columns, device="meta")
         obs.removal_path(weight, gram, columns, ops=dispatch._importance_triton())
@@ -104,14 +104,14 @@ def removal_of_all(outputs: int, groups: int, columns: int) -> Counted:
 
 def gram_sum(tokens: int, width: int) -> Counted:
     """Count the addition of one batch's `tokens` tokens to a Gram matrix [width, width] of `obs`."""
-    with counted_gpu() as counted, _told(counted), counted:
+    with counted_gpu() as counted, _numbers_answered(counted), counted:
         total = torch.empty(width, width, device="meta")
         gram.add_gram(total, torch.empty(tokens, width, dtype=torch.bfloat16, device="meta"))
     return counted
 
 
 @contextmanager
-def _told(counted: Counted) -> Iterator[None]:
+def _numbers_answered(counted: Counted) -> Iterator[None]:
     """Context manager under which meta tensors have the numbers that code branches on.
 
     Half precision is multiplied as on a GPU.
