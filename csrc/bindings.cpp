@@ -301,23 +301,23 @@ PYBIND11_MODULE(_C, m) {
   m.def("taylor_score", &taylor_score_binding, py::arg("w"), py::arg("g"), py::arg("rows"), py::arg("columns"),
         py::arg("side"), py::arg("outputs"), py::arg("threads"), py::arg("isa") = "auto",
         "Row and column sums of a weight times its gradient. w, g: (address, row stride, type). side: rows, columns or "
-        "both. outputs: addresses of row_abs, row_square, column_abs, column_square and statistics; 0 for a side that is "
-        "not asked for.");
+        "both. outputs: addresses of row_abs, row_square, column_abs, column_square and statistics; 0 for a side that "
+        "is not asked for.");
   m.def("linear_importance", &linear_importance_binding, py::arg("x"), py::arg("dy"), py::arg("w"), py::arg("sizes"),
         py::arg("side"), py::arg("outputs"), py::arg("threads"), py::arg("isa") = "auto",
-        "taylor_score of each sample's weight gradient, summed over samples. x, dy: (address, sample stride, token stride, "
-        "type). w, side, outputs: see taylor_score. sizes: samples, tokens, rows, columns.");
+        "taylor_score of each sample's weight gradient, summed over samples. x, dy: (address, sample stride, token "
+        "stride, type). w, side, outputs: see taylor_score. sizes: samples, tokens, rows, columns.");
   m.def("grouped_linear_importance", &grouped_linear_importance_binding, py::arg("x"), py::arg("dy"), py::arg("w"),
         py::arg("w_expert_stride"), py::arg("offsets"), py::arg("sizes"), py::arg("side"), py::arg("outputs"),
         py::arg("threads"), py::arg("isa") = "auto",
         "linear_importance of each expert's weight on its own tokens. x, dy: [tokens of all experts, width], sorted by "
-        "expert and sample; their sample strides are not used. w: the first expert's weight. offsets: the tokens at which "
-        "each expert's samples begin, and the end. sizes: experts, samples, rows, columns. outputs: the first expert's "
-        "addresses in [experts, 2, length] and [experts, 5].");
+        "expert and sample; their sample strides are not used. w: the first expert's weight. offsets: the tokens at "
+        "which each expert's samples begin, and the end. sizes: experts, samples, rows, columns. outputs: the first "
+        "expert's addresses in [experts, 2, length] and [experts, 5].");
   m.def("mask_gradient", &mask_gradient_binding, py::arg("x"), py::arg("dx"), py::arg("sizes"), py::arg("outputs"),
         py::arg("threads"), py::arg("isa") = "auto",
-        "Sums over tokens of x dx and of x^2, by sample. x, dx: see linear_importance, both of one type. sizes: samples, "
-        "tokens, columns. outputs: two addresses, each of [samples, columns].");
+        "Sums over tokens of x dx and of x^2, by sample. x, dx: see linear_importance, both of one type. sizes: "
+        "samples, tokens, columns. outputs: two addresses, each of [samples, columns].");
   m.def("cheapest_removals", &cheapest_removals_binding, py::arg("inverse"), py::arg("gram"), py::arg("columns"),
         py::arg("count"), py::arg("outputs"), py::arg("isa") = "auto",
         "Remove columns one by one, each time the cheapest. inverse, gram: (address, row stride) of fp64 matrices "
@@ -333,15 +333,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("of_chunks"), py::arg("out"), py::arg("stream"),
         "Statistics of gradients on the current device, written to out: the address of [gradients, 5] fp64. chunks: "
         "(address, rows) of an int64 table of address, elements, type, gradient. first_chunks: address of "
-        "[gradients + 1] int64. of_chunks: address of [rows, 5] fp64 scratch. All memory is on the device. Asynchronous "
-        "on the stream.");
+        "[gradients + 1] int64. of_chunks: address of [rows, 5] fp64 scratch. All memory is on the device. "
+        "Asynchronous on the stream.");
   m.def("scale_gradients_cuda", &scale_gradients_cuda_binding, py::arg("chunks"), py::arg("scales"),
         py::arg("stream"),
-        "Scale gradients on the current device in place. chunks: see grad_stats_cuda. scales: address of [gradients] fp64. "
-        "All memory is on the device. Asynchronous on the stream.");
+        "Scale gradients on the current device in place. chunks: see grad_stats_cuda. scales: address of [gradients] "
+        "fp64. All memory is on the device. Asynchronous on the stream.");
   m.def("cuda_fault", &cuda_fault, "The reason why the CUDA kernels cannot run on the current device, or None.");
 #endif
   m.def("build_info", &build_info,
-        "isa: the instruction set that 'auto' uses. isas: the available ones. openmp, cuda: whether the build has them. "
-        "compiler: its version.");
+        "isa: the instruction set that 'auto' uses. isas: the available ones. openmp, cuda: whether the build has "
+        "them. compiler: its version.");
 }
