@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trained = {
         "steps": found.steps,
         "best_step": found.best_step,
-        "tokens": found.steps * config.batch_size * config.seq_len,
+        "tokens": found.tokens,
         "processor_seconds": time.process_time() - start,
         **{f"recovery_{name}": value for name, value in asdict(config).items()},
     }

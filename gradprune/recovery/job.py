@@ -90,7 +90,7 @@ def _summary(found: Recovery, config: RecoveryConfig, before: float, after: floa
         "method": config.method,
         "loss": config.loss,
         "steps": found.steps,
-        "tokens": found.steps * config.batch_size * config.seq_len,
+        "tokens": found.tokens,
         "best_step": found.best_step,
         "history": [{"step": step, "loss": loss} for step, loss in found.history],
     }

@@ -43,11 +43,13 @@ class Recovery:
 
     model: the recovered model, with unchanged class, widths and dtype.
     steps: number of steps done. best_step: the step whose weights were kept, 0 if training did not help.
+    tokens: number of tokens that all steps together trained on, repeated ones counted each time.
     history: (step, held-out loss in nats per token) of every check, the first before any step.
     """
 
     model: PreTrainedModel
     steps: int
+    tokens: int
     best_step: int
     history: list[tuple[int, float]]
 
@@ -102,7 +104,8 @@ def recover(
         _cast(model, dtype)
         model.eval()
     _remove(state)
-    return Recovery(model, found.step, found.best_step, found.history)
+    trained_on = found.step * trainer.samples_per_step * config.seq_len
+    return Recovery(model, found.step, trained_on, found.best_step, found.history)
 
 
 def _loss(
@@ -208,6 +211,11 @@ class _Trainer:
         self._set(self.best)
         return now
 
+    @property
+    def samples_per_step(self) -> int:
+        """The batch size, or the number of training windows if there are fewer."""
+        return min(self.config.batch_size, len(self.windows))
+
     def _step(self) -> None:
         step = self.progress.step
         for group in self.optimizer.param_groups:
@@ -226,7 +234,7 @@ class _Trainer:
 
     def _batch(self, step: int) -> Tensor:
         """Return the step's samples, [N, seq_len] on the model's device; every epoch has a random order of its own."""
-        size = min(self.config.batch_size, len(self.windows))
+        size = self.samples_per_step
         per_epoch = len(self.windows) // size
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step // per_epoch)
         order = torch.randperm(len(self.windows), generator=generator)

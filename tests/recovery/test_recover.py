@@ -383,3 +383,16 @@ def test_held_out_loss_is_measured_no_more_often_than_asked(steps: int, checks: 
     assert measured[0] == 0
     assert measured[-1] == steps
     assert len(measured) - 1 <= checks
+
+
+def test_tokens_of_a_text_with_fewer_windows_than_a_batch_are_counted() -> None:
+    _, pruned = dense_and_pruned(dtype=torch.float32)
+    config = RecoveryConfig(**{**QUICK, "steps": 3, "batch_size": 64}, loss="lm")
+    short = TEXT[: 20 * config.seq_len]
+    seen: list[int] = []
+    handle = pruned.get_input_embeddings().register_forward_pre_hook(
+        lambda _module, args: seen.append(args[0].numel()) if pruned.training else None
+    )
+    found = recover(pruned, None, short, config)
+    handle.remove()
+    assert found.tokens == sum(seen) > 0
