@@ -1,9 +1,9 @@
-"""The dtype of sums."""
+"""The dtype in which sums are accumulated."""
 
 import torch
 from torch import Tensor
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype that products of the tensors are summed in: fp64 where all are fp64, else fp32."""
+    """The dtype in which products of the tensors are summed: fp64 if all of them are fp64, else fp32."""
     return torch.float64 if all(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -1,1 +1,1 @@
-"""Calibration windows to evidence: one backward pass per batch, and the statistics kept from it."""
+"""Calibration: turn windows of tokens into evidence, with one backward pass per batch and a few statistics kept."""

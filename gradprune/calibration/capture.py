@@ -1,7 +1,7 @@
 """Capture: run a model's prunable linear layers so that their weight gradients are never kept.
 
-Inside `capture(...)` each prunable `nn.Linear` runs an autograd function that returns only the input
-gradient and hands the inputs of the weight gradient, x and dy, to an observer. Every parameter is frozen, so
+While `capture(...)` is active, each prunable `nn.Linear` runs an autograd function that returns only the input
+gradient and passes the factors of the weight gradient, x and dy, to an observer. Every parameter is frozen, so
 the backward pass computes no other weight gradient either and leaves no `.grad` anywhere.
 """
 
@@ -25,7 +25,7 @@ Observer = Callable[[Tensor, Tensor, Tensor], None]
 
 
 class _ObservedProduct(torch.autograd.Function):
-    """y of an affine map whose backward shows (x, dy, dx) to an observer."""
+    """An affine map of x whose backward pass calls an observer with (x, dy, dx)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, product: Product, transposed: Product, observer: Observer) -> Tensor:
@@ -34,7 +34,8 @@ class _ObservedProduct(torch.autograd.Function):
         ctx.transposed, ctx.observer = transposed, observer
         output = product(x)
         if output._is_view():
-            # No view for autograd, so that a layer can add to it in place; nothing else has its memory.
+            # Hide from autograd that it is a view, so that a layer can add to it in place. Nothing else shares its
+            # memory.
             output = torch.ops.aten._unsafe_view(output, output.shape)
         return output
 
@@ -47,13 +48,13 @@ class _ObservedProduct(torch.autograd.Function):
 
 
 def observed_product(x: Tensor, product: Product, transposed: Product, observer: Observer) -> Tensor:
-    """product(x), differentiable in x alone; the observer is called in the backward pass.
+    """Return product(x), differentiable only with respect to x; the observer is called in the backward pass.
 
     Args:
-        x: of any leading shape.
-        product: an affine map of the last dimension.
-        transposed: the gradient with respect to x, of that with respect to product(x).
-        observer: sees both, and x.
+        x: [..., I], the input.
+        product: an affine map of the last dimension, to [..., O].
+        transposed: maps the gradient with respect to product(x) to the gradient with respect to x.
+        observer: called with x and both gradients.
     """
     if not torch.is_grad_enabled():
         return product(x)
@@ -64,7 +65,7 @@ def observed_product(x: Tensor, product: Product, transposed: Product, observer:
 def observed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, observer: Observer, product: Product | None = None
 ) -> Tensor:
-    """x W^T + b, as `observed_product`; `product`: what computes it, if not `torch.nn.functional.linear`."""
+    """Return x W^T + b, observed as in `observed_product`; `product` computes it if given, else `F.linear`."""
 
     def transposed(dy: Tensor) -> Tensor:
         return times(dy, weight.to(dy.dtype))
@@ -84,15 +85,16 @@ def _observed_forward(linear: nn.Linear, observer: Observer, recomputation: Reco
 def capture(
     model: PreTrainedModel, observers: dict[nn.Linear, Observer], recomputation: Recomputation | None = None
 ) -> Iterator[None]:
-    """Observe the backward pass of `model`'s linear layers; everything is as before on exit, whatever happened.
+    """Context manager that observes the backward pass of `model`'s linear layers; the model is restored on exit.
 
-    While it is active all parameters are frozen, and the input embeddings' output requires a
-    gradient, so that the backward pass runs through the whole model.
+    While it is active, all parameters are frozen, and the input embeddings' output requires a gradient, so that the
+    backward pass runs through the whole model. The model is restored after an exception, too.
 
     Args:
         model: a causal LM.
-        observers: for each linear layer to observe, what to call in its backward pass.
-        recomputation: of layers that are computed again in the backward pass.
+        observers: for each linear layer to observe, the function to call in its backward pass.
+        recomputation: decides which products are skipped when layers are recomputed in the backward pass; None: a new
+            one, for layers that are not recomputed.
     """
     recomputation = recomputation or Recomputation()
     with ExitStack() as stack:

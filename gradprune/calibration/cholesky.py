@@ -1,8 +1,8 @@
-"""Cholesky factors and inverses of large matrices, to the same bits whatever the number of threads.
+"""Cholesky factors and inverses of large matrices whose bits do not depend on the number of threads.
 
 LAPACK's factorisation and BLAS' triangular solve split the work among threads, so their rounding depends on the number
-of these. Here they get small blocks alone, on one thread; everything else is matrix products, whose results are each
-one sum in a fixed order.
+of threads. Here they are given only small blocks, on one thread. Everything else is matrix products, each of whose
+elements is a single sum in a fixed order.
 """
 
 import torch
@@ -11,14 +11,14 @@ from torch import Tensor
 from gradprune.calibration.gram import add_product, mirror, same_rounding, tiles
 from gradprune.models.modes import one_thread
 
-# LAPACK factors matrices up to this size on one thread.
+# LAPACK factorises matrices up to this size on one thread.
 _BLOCK = 128
 
 
 def cholesky(matrix: Tensor, *, overwrite: bool = False) -> Tensor | None:
-    """[n, n] lower triangular L with L L^T = matrix; None where `matrix`, [n, n] fp64, is not positive definite.
+    """[n, n] lower triangular L with L L^T = `matrix` [n, n] fp64; None if `matrix` is not positive definite.
 
-    overwrite: L takes the place of `matrix`.
+    overwrite: whether to compute L in the memory of `matrix`.
     """
     factor = matrix.tril_() if overwrite else matrix.tril()
     for start in range(0, len(factor), _BLOCK):
@@ -38,9 +38,9 @@ def cholesky(matrix: Tensor, *, overwrite: bool = False) -> Tensor | None:
 
 
 def inverse(factor: Tensor) -> Tensor:
-    """[n, n] (L L^T)^-1 of a factor L, whose place it takes; one more matrix is in memory meanwhile, and a quarter.
+    """[n, n] (L L^T)^-1 for a factor L, computed in L's memory; needs memory for another 1.25 such matrices meanwhile.
 
-    L^-1 is lower triangular too: what is zero in it takes no part.
+    L^-1 is lower triangular too; most of its zeros are left out of the products.
     """
     half = torch.zeros_like(factor)
     for start, end in tiles(len(factor)):
@@ -53,7 +53,7 @@ def inverse(factor: Tensor) -> Tensor:
 
 
 def solve(factor: Tensor, right: Tensor) -> Tensor:
-    """[n, m] (L L^T)^-1 right of a factor L and right [n, m]."""
+    """[n, m] (L L^T)^-1 `right` for a factor L [n, n] and `right` [n, m]."""
     if right.is_cpu:
         right = right.clone(memory_format=torch.contiguous_format)
     half = _substituted(factor, right, upper=False)
@@ -61,7 +61,7 @@ def solve(factor: Tensor, right: Tensor) -> Tensor:
 
 
 def _substituted(factor: Tensor, right: Tensor, *, upper: bool) -> Tensor:
-    """[n, m] factor^-1 right of a triangular factor [n, n]; on a CPU it takes the place of `right`."""
+    """[n, m] `factor`^-1 `right` for a triangular factor [n, n]; on a CPU it overwrites `right`."""
     if not factor.is_cpu:
         solved: Tensor = torch.linalg.solve_triangular(factor, right, upper=upper)
         return solved
