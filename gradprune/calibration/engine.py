@@ -1,4 +1,4 @@
-"""`ImportanceEngine`: one forward and backward pass per calibration batch, group importances at the end."""
+"""`ImportanceEngine`: group importances from one forward and backward pass per calibration batch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -51,18 +51,19 @@ _OBSERVED: WeakSet[PreTrainedModel] = WeakSet()
 
 
 class ImportanceEngine:
-    """Group importance of a causal LM's KV groups and MLP channels, without keeping any gradient.
+    """The importances of a causal LM's KV groups and MLP channels, computed without keeping any gradient.
 
         with ImportanceEngine(model, method="taylor_2nd") as engine:
             for ids in batches:
                 engine.step(ids)
         scores = engine.scores()
 
-    While it is open the model is in evaluation mode, its parameters are frozen and its prunable linear layers are
-    observed; on exit the model is as it was, whatever happened. One pass serves every gradient method,
+    While the engine is open, the model is in evaluation mode, its parameters are frozen and its prunable linear layers
+    are observed; on exit, even after an exception, the model is as it was. One pass serves every gradient method,
     `scores(method=...)`, unless `weight_gradient_steps` restricts it to what `method` needs.
 
-    Formulas, with w a weight, g_n its gradient of sample n's mean next-token loss, summed over a group's weights:
+    Formulas, with w a weight and g_n the gradient of sample n's mean next-token loss with respect to it, summed over a
+    group's weights:
 
     - `taylor`: mean_n |w g_n| (Molchanov et al. 2019); `fisher`: mean_n 1/2 w^2 g_n^2 (Theis et al. 2018);
       `taylor_2nd`: their sum.
@@ -70,9 +71,9 @@ class ImportanceEngine:
     - `obs`: the loss that least squares cannot restore, see `gradprune.calibration.obs`; the samples are run once more,
       layer by layer, when scores are requested. Other methods' scores remain available.
     - `wanda`: |w| * rms(x) over the group's output columns (Sun et al. 2023); `magnitude`: |w|.
-    - `reap`: of whole experts, mean of gate * ||output|| over the tokens that an expert sees (arXiv:2510.13999).
+    - `reap`: for whole experts only, mean of gate * ||output|| over the tokens that an expert sees (arXiv:2510.13999).
 
-    `reduction="batch"` takes the gradient of each batch's mean loss instead: |w mean_b g_b| and w^2 mean_b g_b^2;
+    `reduction="batch"` uses the gradient g_b of each batch's mean loss instead: |w mean_b g_b| and w^2 mean_b g_b^2;
     it keeps one accumulated gradient per weight. Deterministic; vectors are accumulated in fp64.
 
     `gradient_fix` scales vanishing gradients, see `gradprune.vanishing.scaling`. With `reduction="sample"` the
@@ -96,19 +97,20 @@ class ImportanceEngine:
         """Prepare to observe `model`, which is changed only between `__enter__` and `__exit__`.
 
         Args:
-            model, method, reduction, backend, gradient_fix: as above and in the options.
-            use_gradient_checkpointing: recompute each layer in the backward pass.
-            ranks: the processes that divide the steps, see `join`.
-            kinds: of groups to score; by default all but whole experts.
-            weight_gradient_steps: take every weight's gradient in this many of the first steps only, for the layers'
-                statistics, and in the others just what `method` needs: `group_fisher` and `obs` need no weight's
-                gradient. A `gradient_fix` needs those of all steps. None: all steps serve every method.
+            model, method, reduction, backend, gradient_fix: as described above, and as the options of these names.
+            use_gradient_checkpointing: whether to recompute each layer in the backward pass.
+            weight_gradient_steps: compute every weight's gradient only in this many first steps, for the layers'
+                statistics, and in later steps only what `method` needs: `group_fisher` and `obs` need no weight
+                gradient. A `gradient_fix` needs the weight gradients of all steps. None: all steps serve every method.
+            ranks: the processes that divide the steps among themselves, see `join`.
+            kinds: the kinds of groups to score; None: all kinds except whole experts.
 
         Raises:
-            UnsupportedArchitectureError: the architecture cannot be pruned, or the model is no causal LM.
-            ConfigError: unknown method, reduction or fix; a model with weights that are on no device, or layers on
-                several; "batch" with a streamed model; `kinds` that the model has not, or the method does not score.
-            BackendUnavailableError: the backend asked for by name cannot run on the model's device.
+            UnsupportedArchitectureError: the architecture cannot be pruned, or the model is not a causal LM.
+            ConfigError: the method, reduction or fix is unknown; some of the model's weights are on no device, or one
+                layer's are on several; "batch" with a streamed model, with several ranks or with experts; `kinds` that
+                the model does not have, or that the method does not score.
+            BackendUnavailableError: the backend requested by name cannot run on the model's device.
         """
         self._model = model
         self._view = _observable(model, method, reduction, gradient_fix, ranks, kinds)
@@ -127,7 +129,7 @@ class ImportanceEngine:
         self._accumulators = {block.key: accumulators[block.key] for block in self._view.blocks}
         self._samples: list[Tensor] = []
         self._losses: list[Tensor] = []
-        # Batches without a step, which only "obs" reads.
+        # Batches given to `read`: no step was run on them, and only "obs" uses them.
         self._read: list[Tensor] = []
         self._costs: Tensor | None = None
         self._stack = ExitStack()
@@ -149,19 +151,19 @@ class ImportanceEngine:
         backend: ImportanceBackend = "auto",
         gradient_fix: str = "none",
     ) -> "ImportanceEngine":
-        """An engine of a checkpoint that need not fit in memory; `model` is its model.
+        """Return an engine for a checkpoint that need not fit in memory; its attribute `model` is the loaded model.
 
-        Layers are recomputed in the backward pass, streamed or not. If the model is streamed, give `steps` many
-        batches at once, as `waves` divides them.
+        Layers are recomputed in the backward pass, whether they are streamed or not. If the model is streamed, give
+        `steps` many batches in one call, divided by `waves`.
 
         Args:
-            checkpoint, device, dtype, stream_memory: as in `gradprune.checkpoint.load.load_model`.
-            stream_layers: as there; "auto" streams where calibration by `method`, on as many samples as `prune` takes
-                by default, would not fit.
-            method, backend, gradient_fix: as above.
+            checkpoint, device, dtype, stream_memory: see `gradprune.checkpoint.load.load_model`.
+            stream_layers: see `load_model`; "auto" streams if calibration by `method`, on `prune`'s default number of
+                samples, would not fit in memory.
+            method, backend, gradient_fix: see `ImportanceEngine`.
 
         Raises:
-            GradPruneError: as `load_model` and `ImportanceEngine`.
+            GradPruneError: see `load_model` and `ImportanceEngine`.
         """
         config = PruneConfig(importance_method=method, use_gradient_checkpointing=True, stream_memory=stream_memory)
         model, _ = load_model(
@@ -176,17 +178,17 @@ class ImportanceEngine:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model that it observes."""
+        """The model that the engine observes."""
         return self._model
 
     @property
     def reduction(self) -> ReductionName:
-        """How samples are reduced."""
+        """The name of the engine's reduction: "sample" or "batch"."""
         return self._reduction.name
 
     @property
     def collects(self) -> str:
-        """What the steps collect; equal for engines whose states are interchangeable."""
+        """A description of what the steps collect; engines whose states are interchangeable have the same one."""
         curvatures = ", curvatures" if self.method == "obs" else ""
         return f"{self._depth.name.lower()} in all steps, weights in the first {self._first_steps}{curvatures}"
 
@@ -217,24 +219,26 @@ class ImportanceEngine:
         self._stack.close()
 
     def step(self, input_ids: Tensor) -> None:
-        """Run one batch forward and, where gradients are needed, backward. A step that raises has no effect.
+        """Run one batch forward and, if gradients are needed, backward. A step that raises has no effect.
 
         Args:
             input_ids: [N, T] int64 or int32, N >= 1 samples of T >= 2 tokens.
 
-        Nothing is copied to the host on an accelerator; on the CPU a non-finite loss or gradient raises at once.
+        On an accelerator nothing is copied to the host. On the CPU a non-finite loss or gradient raises immediately;
+        elsewhere, only when results are requested.
 
         Raises:
-            GradPruneError: outside the engine's context, or `input_ids` are not as above; the message says why.
-            NonFiniteError: naming the sample and the layer.
+            GradPruneError: the engine is not open, or `input_ids` are not as described above; the message says why.
+            NonFiniteError: a loss or gradient was NaN or infinite; names the sample and the layer.
         """
         self.steps([input_ids])
 
     def steps(self, batches: Sequence[Tensor]) -> None:
-        """Run several batches, each as `step` does. If one raises, those before it stay.
+        """Run several batches, each as `step` does. If a batch raises, the batches before it keep their effect.
 
-        A streamed model reads each layer's weights twice for all of them, and they have no effect if one raises. Their
-        residual streams at every layer are kept in the host's memory; `waves` divides batches accordingly.
+        A streamed model reads each layer's weights twice for all batches together; if one batch raises, none of these
+        has any effect. The residual streams of all batches at every layer are kept in the host's memory; `waves`
+        divides batches accordingly.
 
         Args:
             batches: [N, T] each, as in `step`.
@@ -259,19 +263,20 @@ class ImportanceEngine:
             left = left[alike:]
 
     def waves(self, batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Divide batches [N, T] into what `steps` is to be given at once: all that fits `stream_memory`."""
+        """Divide batches [N, T] into the lists to give to `steps`: each as long as fits in `stream_memory`."""
         return waves(self._view, batches, kept=len(self._view.layers) + 1)
 
     def read(self, batches: Sequence[Tensor]) -> None:
-        """Give `obs` batches of which no gradient is taken: it fits on them, too, with the curvatures of the steps.
+        """Give `obs` further batches, without computing gradients on them.
 
-        No other method's importance is then collected.
+        They enter the Gram matrices of `obs`, whose curvatures come from the steps only. Importances by other methods
+        that need samples are then no longer available.
 
         Args:
-            batches: [N, T] each, as in `step`; with several ranks each is given all of them.
+            batches: [N, T] each, as in `step`; every rank is given all of them.
 
         Raises:
-            GradPruneError: the method is not `obs`, or `batches` are not as above.
+            GradPruneError: the method is not `obs`, or `batches` are not as described above.
         """
         if self.method != "obs":
             raise GradPruneError(f"read: '{self.method}' takes every sample by a step; only 'obs' reads without one")
@@ -296,13 +301,13 @@ class ImportanceEngine:
         self._losses.append(losses)
 
     def _check_step(self, input_ids: Tensor, losses: Tensor) -> None:
-        """On the CPU, raise if the current step had a non-finite loss or gradient; elsewhere that would wait for it."""
+        """On the CPU, raise if the current step had a non-finite loss or gradient; a GPU would have to be awaited."""
         if input_ids.device.type == "cpu":
             self._pending([input_ids], [losses]).check_finite(len(self._samples))
 
     def _run(self, input_ids: Tensor) -> Tensor:
-        """[N] each sample's loss, after the backward pass has run through the accumulators."""
-        # Even if the caller is under no_grad, where there would be no gradient to observe.
+        """Run the passes that the observed depth needs, which feed the accumulators; return each sample's loss [N]."""
+        # Enable gradients explicitly: under the caller's no_grad there would be none to observe.
         backward = self._observed is not None and self._observed >= Depth.MASKS
         with torch.inference_mode(False), torch.set_grad_enabled(backward):
             losses = sample_losses(self._model, input_ids)
@@ -314,7 +319,7 @@ class ImportanceEngine:
         return losses.detach()
 
     def _step_scales(self, input_ids: Tensor) -> list[float]:
-        """The factor for each layer's pending gradients, applied before they are added."""
+        """The factor by which each layer's pending gradients are to be multiplied before they are added."""
         layers = len(self._view.layers)
         if self.gradient_fix == "none" or self._reduction.scales_afterwards or self._depth < Depth.WEIGHTS:
             return [1.0] * layers
@@ -322,10 +327,10 @@ class ImportanceEngine:
         return scales_of(self.gradient_fix, gradients, layers)
 
     def _wave(self, batches: list[Tensor]) -> None:
-        """Batches that pass through a streamed model's layers together, forward and backward."""
+        """Run batches through a streamed model's layers together, forward and backward."""
         marks = [ledger.mark() for ledger in self._ledgers]
         try:
-            # As in `_run`, even if the caller is under no_grad.
+            # Enable gradients explicitly, as in `_run`: the caller may be under no_grad.
             with torch.inference_mode(False), torch.enable_grad():
                 losses = backward_by_layers(self._view, batches, self._recomputation, self._commit_layer)
             if self._model.device.type == "cpu":
@@ -339,7 +344,7 @@ class ImportanceEngine:
         self._losses += losses
 
     def _commit_layer(self, layer: int) -> None:
-        """One batch's backward pass has run through a layer; the scale of `reduction="sample"` comes at the end."""
+        """Commit a layer's sums after one batch's backward pass through it; scales are applied to the finished sums."""
         for ledger in self._ledgers:
             if ledger.accumulators[0].block.layer == layer:
                 ledger.finish(loss_scale(self._model.dtype))
@@ -354,12 +359,12 @@ class ImportanceEngine:
             first += len(batch)
 
     def _depth_of_step(self, step: int) -> Depth:
-        """step: counted on this rank."""
+        """The depth of this rank's step number `step`, which depends on the step's number among all ranks' steps."""
         of_all = self.ranks.rank + step * self.ranks.world
         return Depth.WEIGHTS if of_all < self._first_steps else self._depth
 
     def _observe(self, depth: Depth | None) -> None:
-        """Observe the model as steps of `depth` need it; None: not at all."""
+        """Observe what steps of `depth` need, instead of what was observed before; None: observe nothing."""
         if depth is self._observed:
             return
         self._hooks.close()
@@ -381,7 +386,7 @@ class ImportanceEngine:
         self._observed = depth
 
     def state(self) -> dict[str, Tensor]:
-        """Everything accumulated so far, by name, so that another process can resume: see `restore`."""
+        """Everything accumulated so far, by name and on the CPU, from which another process can `restore`."""
         if not self._losses:
             return {}
         state = {"losses": torch.cat(self._losses)}
@@ -390,11 +395,11 @@ class ImportanceEngine:
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
     def restore(self, state: dict[str, Tensor], batches: list[Tensor]) -> None:
-        """Resume from another engine's `state`, as if this engine had run its steps.
+        """Resume from another engine's `state`, as if this engine had run that engine's steps.
 
         Args:
-            state: of an engine of the same model and options.
-            batches: [N, T] int64 each, the inputs of its steps.
+            state: the state of an engine with the same model and options.
+            batches: [N, T] int64 each, the inputs of that engine's steps.
         """
         device = self._model.device
         self._samples = [batch.to(device) for batch in batches]
@@ -406,12 +411,12 @@ class ImportanceEngine:
             accumulator.restore(of_block, gradients)
 
     def join(self, batches: Sequence[Tensor]) -> None:
-        """Take in what the other ranks' engines accumulated, as if this one had run all batches.
+        """Combine what all ranks' engines accumulated, as if this engine had run all batches.
 
-        Every rank then has the same bits; sums are equal to those of one process to fp64 rounding.
+        Every rank then has the same bits; the sums equal those of a single process to fp64 rounding.
 
         Args:
-            batches: [N, T] each, all of them; this engine has run its rank's share.
+            batches: [N, T] each, the batches of all ranks; this engine has run its rank's share of them.
         """
         if self.ranks.world > 1:
             self.restore(joined_state(self.ranks.gather(self.state()), batches), list(batches))
@@ -419,16 +424,17 @@ class ImportanceEngine:
     def evidence(
         self, steps: int = 0, method: Method | None = None, advance: Callable[[], None] = lambda: None
     ) -> Evidence:
-        """All that the steps so far say about the model's groups.
+        """The evidence that the steps so far give about the model's groups.
 
         Args:
-            steps: the layers' gradient statistics are included one by one for this many of the first steps, as far
-                as these took every weight's gradient.
-            method: only what it needs is computed; by default, all that the engine collected.
+            steps: how many first steps to include the layers' gradient statistics of, step by step; steps that did not
+                compute every weight's gradient are left out.
+            method: compute only the components that this method needs; None: all that the engine collected.
             advance: called after each block for which `obs` is computed.
 
         Raises:
-            NonFiniteError: a loss, a gradient or an importance was NaN or infinite; naming the sample and the layer.
+            NonFiniteError: a loss, a gradient or an importance was NaN or infinite; names the layer, and the sample or
+                the group.
         """
         found = self._committed()
         found.check_finite()
@@ -450,11 +456,11 @@ class ImportanceEngine:
         )
 
     def scores(self, method: Method | None = None) -> Scores:
-        """The importance of every group by `method`, or by the engine's own.
+        """The importance of every group by `method`; None: by the engine's own method.
 
         Raises:
             GradPruneError: no batch has been run, or the engine did not collect what `method` needs.
-            NonFiniteError: a loss or gradient was NaN or infinite; naming the sample and the layer.
+            NonFiniteError: see `evidence`.
         """
         method = method or self.method
         if method in GRADIENT_METHODS and self._depth < Depth.MASKS:
@@ -464,26 +470,29 @@ class ImportanceEngine:
         return self.evidence(method=method).scores(method, self.gradient_fix)
 
     def gradients(self) -> list[LayerGradients]:
-        """Statistics of every decoder layer that has a block, before any scaling; empty without gradients.
+        """Gradient statistics of every decoder layer that has a block, before any scaling.
 
-        Over the steps that took every weight's gradient.
+        They cover the steps that computed every weight's gradient; the list is empty if no step did.
         """
         return self._committed().gradients(slice(self._diagnosed_steps))
 
     def gate_gradients(self) -> dict[BlockKey, float]:
-        """Gradient of the mean loss to a gate (of value 1) on each block's output; empty unless all steps took it."""
+        """The mean loss's gradient with respect to a gate (of value 1) on each block's output.
+
+        Empty before the first step, and if some samples had no backward pass.
+        """
         if self._depth < Depth.MASKS or not self._losses or self._read:
             return {}
         return self._committed().gate_gradients()
 
     @property
     def _diagnosed_steps(self) -> int:
-        """How many of the steps so far, the first ones, took every weight's gradient."""
+        """The number of steps so far that computed every weight's gradient; they are the first ones."""
         return len(self._samples) if self._depth is Depth.WEIGHTS else min(self._first_steps, len(self._samples))
 
     @property
     def _components(self) -> tuple[str, ...]:
-        """The names of what has been collected."""
+        """The names of the components that have been collected."""
         if not self._losses:
             return components_at(Depth.NOTHING)
         found = components_at(Depth.NOTHING if self._read else self._depth)
@@ -492,7 +501,7 @@ class ImportanceEngine:
         return (*found, *(("obs",) if self.method == "obs" else ()))
 
     def _collected(self, names: Sequence[str], advance: Callable[[], None]) -> dict[str, Tensor]:
-        """By name of a component, [groups of all blocks] fp64 on the CPU; each layer's weights are read once."""
+        """Each named component, [groups of all blocks] fp64 on the CPU; layers' weights are read once for all names."""
         count = sum(self._reduction.gradients_in(ids) for ids in self._samples)
         found: list[Tensor] = []
         of_sums = [name for name in names if name != "obs"]
@@ -504,7 +513,7 @@ class ImportanceEngine:
         return {name: self._removal_costs(advance) if name == "obs" else by_name[name] for name in names}
 
     def _removal_costs(self, advance: Callable[[], None]) -> Tensor:
-        """The component "obs", computed once for the samples so far."""
+        """The component "obs" for the samples so far; it is computed once and then kept."""
         if self._costs is None:
             samples = sum(len(ids) for ids in self._samples)
             found = on_host([accumulator.curvatures(samples) for accumulator in self._accumulators.values()])
@@ -514,12 +523,12 @@ class ImportanceEngine:
         return self._costs
 
     def _committed(self) -> Findings:
-        """What all steps so far recorded."""
+        """The findings of all steps so far."""
         records = {key: accumulator.records for key, accumulator in self._accumulators.items()}
         return self._findings(records, self._samples, self._losses)
 
     def _pending(self, samples: list[Tensor], losses: list[Tensor]) -> Findings:
-        """What the current step recorded."""
+        """The findings of the current step, which is not yet committed."""
         records = {key: [accumulator.pending] for key, accumulator in self._accumulators.items()}
         return self._findings(records, samples, losses, sum(len(ids) for ids in self._samples))
 
@@ -537,10 +546,10 @@ def _observable(
     ranks: Ranks,
     kinds: Sequence[str] | None,
 ) -> PrunableModel:
-    """The model's blocks of these kinds, if an engine with these options can observe it.
+    """Return the model's blocks of these kinds, or raise if an engine with these options cannot observe the model.
 
     Raises:
-        GradPruneError: as `ImportanceEngine`.
+        GradPruneError: see `ImportanceEngine`.
     """
     if method not in METHODS:
         raise ConfigError(f"importance_method: '{method}' is unknown; choose one of {', '.join(METHODS)}")
@@ -565,7 +574,7 @@ def _observable(
 
 
 def _depth_of_all_steps(method: Method, gradient_fix: str, weight_gradient_steps: int | None) -> Depth:
-    """How deep every step of an engine is, those included that take no more than is needed."""
+    """The depth that every step of an engine has at least; the first `weight_gradient_steps` may be deeper."""
     if weight_gradient_steps is not None and gradient_fix == "none":
         return needed_depth(method)
     # One pass with gradients serves every method.
@@ -573,5 +582,5 @@ def _depth_of_all_steps(method: Method, gradient_fix: str, weight_gradient_steps
 
 
 def _prefix(key: BlockKey) -> str:
-    """Prefix of the names in a block's state."""
+    """The prefix that marks a block's entries in an engine's state."""
     return f"{key.layer}.{key.kind}."

@@ -1,7 +1,7 @@
-"""`Evidence`: everything one calibration pass says about a model's groups. It can be saved, and scored repeatedly.
+"""`Evidence`: what one calibration pass found about a model's groups; it can be saved, and scored repeatedly.
 
-The file is `analysis/evidence.safetensors`: one fp64 vector over all groups, block by block, for each component that
-methods are made of, and, as metadata, the gradient statistics, the priors, and the model and data of the pass.
+Its file is `analysis/evidence.safetensors`. For each component of importance it holds one fp64 vector over all groups,
+block by block; its metadata holds the gradient statistics, the priors, and the model and data of the pass.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -31,10 +31,10 @@ _FORMAT = 4
 class Scores:
     """Group importances of a model.
 
-    importance: of each block, [groups] fp32.
-    gradients: per decoder layer that has a block, its gradient statistics before any scaling; empty for methods
-        without gradients.
-    scaling: what `gradient_fix` did to them; None for "none" and for methods without gradients.
+    importance: each block's group importances, [groups] fp32.
+    gradients: the gradient statistics, before any scaling, of each decoder layer that has a block; empty if no weight
+        gradients were computed.
+    scaling: the scaling that `gradient_fix` applied to the gradients; None for "none" and without weight gradients.
     """
 
     importance: BlockTensors
@@ -43,12 +43,12 @@ class Scores:
 
     @property
     def attention(self) -> list[Tensor]:
-        """Per decoder layer, [n_kv_groups] fp32 on the CPU; of length 0 where there is no attention block."""
+        """Per decoder layer, the KV groups' importances, [n_kv_groups] fp32 on the CPU; empty without attention."""
         return self.importance.attention
 
     @property
     def mlp(self) -> list[Tensor]:
-        """Per decoder layer, [n_channels] fp32 on the CPU; of length 0 where there is no MLP block."""
+        """Per decoder layer, the MLP channels' importances, [n_channels] fp32 on the CPU; empty without an MLP."""
         return self.importance.mlp
 
 
@@ -56,17 +56,19 @@ class Scores:
 class Evidence:
     """What a calibration pass found.
 
-    blocks: the number of groups of each block, in the data's order; layers: number of decoder layers.
-    components: by name, see `gradprune.calibration.methods`, those that were collected: [groups of all blocks] fp64,
-        block after block.
-    gradients: the layers' statistics over the first `diagnosed_samples` samples; steps: those of the first batches,
-        one by one.
-    applied: how gradients were scaled before they were added; None if they were not; then any fix can still be applied.
-    reduction, num_samples, seq_len: what the pass was run with.
-    seed, dataset: how its samples were drawn, and from what; None if the caller passed the samples in.
-    own_text: the share of them that the model wrote itself.
-    priors: by kind of prior, those that were measured.
-    model: `model_digest` of the model; empty until the evidence is bound to one.
+    blocks: the number of groups of each block, in the order of the components' values. layers: the number of decoder
+        layers.
+    components: the collected components by name (see `gradprune.calibration.methods`), [groups of all blocks] fp64
+        each, block after block.
+    gradients: the layers' gradient statistics over the first `diagnosed_samples` samples. steps: the same statistics
+        for each of the first batches.
+    applied: how gradients were scaled before they were added to the sums; None if they were not scaled.
+    reduction, num_samples, seq_len: the settings of the pass.
+    seed, dataset: the options with which its samples were drawn; dataset is None if the run named none, and both are
+        None if the evidence comes straight from an engine.
+    own_text: the share of the samples that the model wrote itself.
+    priors: the measured priors, by kind of prior.
+    model: `model_digest` of the model; empty until the evidence is bound to a model.
     """
 
     blocks: dict[BlockKey, int]
@@ -89,7 +91,7 @@ class Evidence:
         """Refuse importances that cannot be sorted.
 
         Raises:
-            NonFiniteError: naming the first such group.
+            NonFiniteError: an importance is NaN or infinite; names the first such group.
         """
         for name, values in self.components.items():
             for key, of_block in self._by_block(values).items():
@@ -100,15 +102,15 @@ class Evidence:
                     )
 
     def with_priors(self, prior: Prior, priors: Priors) -> "Evidence":
-        """A copy with the priors of one more kind."""
+        """Return a copy that also holds these priors, of the kind `prior`."""
         return replace(self, priors={**self.priors, prior: priors})
 
     def scaling(self, fix: str) -> GradientScaling | None:
-        """What `fix` does to the layers' gradients; None if nothing is asked for, or there are none.
+        """The scaling by which `fix` changes the layers' gradients; None without a fix or without gradient statistics.
 
         Raises:
-            ConfigError: the gradients were scaled by a different fix before they were added, or weight gradients were
-                taken of some samples only.
+            ConfigError: the gradients were scaled by a different fix before they were added, or a fix is requested and
+                weight gradients were computed for some of the samples only.
         """
         if not self.gradients or (fix == "none" and REDUCTIONS[self.reduction].scales_afterwards):
             return None
@@ -128,7 +130,7 @@ class Evidence:
         return GradientScaling(resolved, scales, [layer.scaled(scales[layer.layer]) for layer in self.gradients])
 
     def fixes(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of the `wanted` gradient fixes that can still be applied; without any, the one that has been."""
+        """Return the `wanted` gradient fixes if they can still be applied; otherwise only the fix that was applied."""
         if self.diagnosed_samples < self.num_samples:
             return ("none",)
         if REDUCTIONS[self.reduction].scales_afterwards:
@@ -136,7 +138,7 @@ class Evidence:
         return ("none" if self.applied is None else self.applied.fix,)
 
     def windows_taken(self, dataset: str | None, seq_len: int, seed: int) -> int:
-        """How many windows it took of those that a run of these options draws, the first ones; 0 of other options'."""
+        """How many of the first windows that a run with these options draws the pass used; 0 if its options differ."""
         if (self.dataset, self.seq_len, self.seed) != (dataset, seq_len, seed):
             return 0
         return self.num_samples - round(self.own_text * self.num_samples)
@@ -147,14 +149,14 @@ class Evidence:
         return tuple(method for method in METHODS if set(components_of(method)) <= self.components.keys())
 
     def default_method(self, repair: RepairName) -> Method:
-        """What others are compared with: the first of the default methods that was collected, if any."""
+        """The method that others are compared with: the first default method that was collected, or any that was."""
         return next((method for method in default_methods(repair) if method in self.methods), self.methods[0])
 
     def check_method(self, method: Method) -> None:
         """Refuse a method whose components were not collected.
 
         Raises:
-            GradPruneError: naming those that were.
+            GradPruneError: the message names the methods whose components were collected.
         """
         if method not in self.methods:
             raise GradPruneError(
@@ -163,10 +165,10 @@ class Evidence:
             )
 
     def importance(self, method: Method, fix: str = "none") -> Tensor:
-        """[groups of all blocks] fp32, by `method`, of gradients scaled by `fix`.
+        """[groups of all blocks] fp32: each group's importance by `method`, with gradients scaled by `fix`.
 
         Raises:
-            ConfigError: as `scaling`.
+            ConfigError: see `scaling`.
             GradPruneError: the pass did not collect what `method` needs.
         """
         self.check_method(method)
@@ -174,12 +176,12 @@ class Evidence:
         return values.float()
 
     def scores(self, method: Method, fix: str = "none") -> Scores:
-        """The importance of every group by `method`, of gradients scaled by `fix`."""
+        """The importance of every group by `method`, with gradients scaled by `fix`, as `Scores`."""
         importance = BlockTensors(self._by_block(self.importance(method, fix)), self.layers)
         return Scores(importance, self.gradients, self.scaling(fix))
 
     def save(self, path: Path) -> None:
-        """Write the file; the same evidence gives the same bytes."""
+        """Write the evidence to a file; the same evidence gives the same bytes."""
         record = {name: value for name, value in vars(self).items() if name != "components"}
         record["blocks"] = [[*key, groups] for key, groups in self.blocks.items()]
         record["priors"] = {name: _priors_to_json(priors) for name, priors in self.priors.items()}
@@ -193,7 +195,7 @@ class Evidence:
         """Read a file that `save` wrote.
 
         Raises:
-            CheckpointError: it is missing or damaged, or belongs to another model.
+            CheckpointError: the file is missing or damaged, or belongs to another model.
         """
         if not Path(path).is_file():
             raise CheckpointError(
@@ -219,7 +221,7 @@ class Evidence:
         return evidence
 
     def _group_scales(self, scaling: GradientScaling | None) -> Tensor:
-        """[groups of all blocks] fp64, the scale that is still to be applied to the sums' gradients."""
+        """[groups of all blocks] fp64: the scale that is still to be applied to each group's gradients."""
         if scaling is None or not REDUCTIONS[self.reduction].scales_afterwards:
             return torch.ones(sum(self.blocks.values()), dtype=torch.float64)
         layers = torch.tensor([key.layer for key in self.blocks])

@@ -1,12 +1,12 @@
-"""What a layer's routed experts accumulate over calibration: each expert is a small MLP on the tokens routed to it.
+"""Accumulators of a layer's routed experts: each expert is treated as a small MLP on the tokens routed to it.
 
-A group is a channel of an expert, or the expert as a whole with its row of the router. Whole experts are also scored by
-what they write: `reap` is the mean over the tokens that expert j sees of gate_j * ||f_j(x)||, with f_j its output
+A group is a channel of an expert, or a whole expert with its row of the router. Whole experts are also scored by what
+they write: `reap` is the mean over the tokens that expert j sees of gate_j * ||f_j(x)||, with f_j its output
 (router-weighted expert activation pruning, arXiv:2510.13999).
 
-A token belongs to its sample wherever it is routed, so importances are exact by sample: an expert's tokens are laid out
-by sample, short samples filled up with zeros, which add nothing to a gradient. In the sums over tokens that `wanda`
-takes the root of, a token that an expert does not see counts as zero.
+A token belongs to its sample wherever it is routed, so importances are exact by sample: an expert's tokens are arranged
+by sample, and shorter samples are padded with zeros, which add nothing to a gradient. In the mean over tokens whose
+root `wanda` uses, a token that an expert does not see counts as zero.
 """
 
 from collections.abc import Iterator
@@ -32,15 +32,16 @@ from gradprune.ops.vectors import GradientStatistics
 
 
 def scores_experts_alone(view: PrunableModel) -> bool:
-    """Whether every block is of whole experts, so that what is defined for these alone can be collected."""
+    """Whether every block consists of whole experts, so that "reap", defined only for these, can be collected."""
     return all(isinstance(block, WholeExperts) for block in view.blocks)
 
 
 def check_experts(view: PrunableModel, method: Method, reduction: ReductionName) -> None:
-    """Refuse what there is not for mixtures of experts, or only for them.
+    """Refuse methods and reductions that are not defined for the view's kinds of blocks.
 
     Raises:
-        ConfigError: the reduction "batch"; "obs" for whole experts, and "reap" for anything but them.
+        ConfigError: the reduction is "batch" and there are routed experts; the method is "obs" and there are whole
+            experts; or the method is "reap" and there is anything except whole experts.
     """
     if method == "reap" and not scores_experts_alone(view):
         others = sorted({block.kind.name for block in view.blocks if not isinstance(block, WholeExperts)})
@@ -60,29 +61,29 @@ def check_experts(view: PrunableModel, method: Method, reduction: ReductionName)
 
 
 def _offsets(routed: Routed, samples: int, length: int) -> Tensor:
-    """[E * N + 1] int64: where the rows of each expert begin by sample, and the end. No number is read by the host."""
+    """[E * N + 1] int64: where each expert's rows of each sample begin, and the end; nothing is copied to the host."""
     device = routed.tokens.device
     experts = torch.arange(len(routed.counts), device=device)
     counts = torch.tensor(routed.counts, device=device)
     expert = experts.repeat_interleave(counts, output_size=len(routed.tokens))
-    # They ascend.
+    # Ascending, because rows are ordered by expert and then by token.
     places = expert * samples + routed.tokens // length
     return torch.searchsorted(places, torch.arange(len(experts) * samples + 1, device=device))
 
 
 def _by_sample(rows: Tensor, counts: list[int]) -> Tensor:
-    """[N, T', K] of an expert's rows [S, K]: the tokens of each sample, by their counts, zeros after them."""
+    """Arrange an expert's rows [S, K] as [N, T', K], padded with zeros; counts: the number of rows of each sample."""
     return pad_sequence(rows.split(counts), batch_first=True)
 
 
 class ExpertsAccumulator(BlockAccumulator):
-    """Sums over samples of the importances of a layer's expert channels."""
+    """Accumulator of a layer's routed experts, whose groups are the experts' channels."""
 
     block: ExpertsBlock
 
     @contextmanager
     def attached(self, depth: Depth) -> Iterator[None]:
-        """The experts compute expert by expert, and are observed."""
+        """Context manager in which the experts are computed one by one, and observed as steps of `depth` need it."""
         handle = self.block.parent.register_forward_pre_hook(self._enter, with_kwargs=True)
         with hooks_removed([handle]), self.block.run_by(partial(self._product, depth)):
             yield
@@ -92,7 +93,7 @@ class ExpertsAccumulator(BlockAccumulator):
         self._pending_tokens = self._shape.numel()
 
     def _product(self, depth: Depth, routed: Routed, projection: ExpertProjection, x: Tensor) -> Tensor:
-        """A projection of all experts, observed."""
+        """[R, O]: one projection of all experts applied to x [R, I], observed as steps of `depth` need it."""
         is_output = projection is self.block.down
         product = partial(projection.product, routed)
         if depth is Depth.INPUTS and is_output:
@@ -103,7 +104,7 @@ class ExpertsAccumulator(BlockAccumulator):
         return product(x)
 
     def _observe_input(self, routed: Routed, x: Tensor, y: Tensor) -> Tensor:
-        """Accumulate in passes without gradients, from the output projection's inputs x [R, C]; returns y [R, H]."""
+        """Sum the squares of the output projections' inputs x [R, C], without a backward pass; return y unchanged."""
         for expert, part in routed.by_expert(x.detach()):
             found = part.to(accumulation_dtype(x)).square().sum(0)
             self._added.input_square[self.block.channels_of(expert)] += found
@@ -119,7 +120,7 @@ class ExpertsAccumulator(BlockAccumulator):
         dy: Tensor,
         dx: Tensor,
     ) -> None:
-        """Accumulate from the backward pass of one projection; x: [R, I], dy: [R, O], dx: [R, I]. shape: [N, T]."""
+        """Accumulate from one projection's backward pass; x: [R, I], dy: [R, O], dx: [R, I]; shape: (N, T)."""
         offsets = _offsets(routed, *shape)
         if depth is Depth.WEIGHTS:
             self._observe_weights(projection, offsets, x, dy)
@@ -130,9 +131,9 @@ class ExpertsAccumulator(BlockAccumulator):
                     self._observe_output(expert, *(_by_sample(each[rows], counts[expert]) for each in (x, dy, dx)))
 
     def _observe_weights(self, projection: ExpertProjection, offsets: Tensor, x: Tensor, dy: Tensor) -> None:
-        """Accumulate from the gradients of all experts' weights; offsets: as of `grouped_linear_importance`."""
+        """Accumulate from the gradients of all experts' weights; offsets: see `grouped_linear_importance`."""
         is_output = projection is self.block.down
-        # A weight that is stored transposed has the transposed gradient.
+        # The gradient of a transposed weight is transposed too, so rows and columns, x and dy change places.
         by_columns = is_output != projection.transposed
         left, right = (dy, x) if projection.transposed else (x, dy)
         weights = projection.parameter.detach()
@@ -145,7 +146,7 @@ class ExpertsAccumulator(BlockAccumulator):
         self.pending.statistics[projection.name] = statistics
 
     def _observe_output(self, expert: int, x: Tensor, dy: Tensor, dx: Tensor) -> None:
-        """Gradients of masks on the expert's groups; all by sample: [N, T', I], [N, T', O], [N, T', I]."""
+        """Accumulate one expert's mask gradients; x: [N, T', I], dy: [N, T', O], dx: [N, T', I], padded by sample."""
         found = self._ops.mask_gradient(x, dx)
         self._added.input_square[self.block.channels_of(expert)] += found.input_square.sum(0)
         by_channel = found.gradient.double()
@@ -161,16 +162,16 @@ class ExpertsAccumulator(BlockAccumulator):
         self.pending.gate = gate if self.pending.gate is None else self.pending.gate + gate
 
     def _of_masks(self, by_channel: Tensor, _gate: Tensor) -> Tensor:
-        """[N, groups], the gradients of masks on an expert's groups.
+        """[N, groups]: each sample's gradients of masks on an expert's groups.
 
         Args:
-            by_channel: [N, C], of masks on its channels.
-            gate: [N], of a mask on its output.
+            by_channel: [N, C], the gradients of masks on the expert's channels.
+            gate: [N], the gradient of a mask on the expert's output.
         """
         return by_channel
 
     def curvatures(self, samples: int) -> Tensor:
-        """[experts], each expert's."""
+        """[experts]: the curvature of each expert's output projection, see `BlockAccumulator.curvatures`."""
         mean: Tensor = self.sums.output_square / (samples * self.block.down.weight(0).shape[0])
         return mean
 
@@ -191,9 +192,10 @@ class ExpertsAccumulator(BlockAccumulator):
 
 
 class WholeExpertsAccumulator(ExpertsAccumulator):
-    """Sums over samples of the importances of a layer's experts, each with its row of the router.
+    """Accumulator of a layer's routed experts, whose groups are whole experts, each with its row of the router.
 
-    reap: [experts], sum over the tokens that an expert sees of gate * ||output||; routed: [experts], their number.
+    Further sums: `reap`, [experts], gate * ||output|| summed over the tokens that an expert sees; `routed`, [experts],
+    the number of these tokens.
     """
 
     block: WholeExperts
@@ -202,18 +204,18 @@ class WholeExpertsAccumulator(ExpertsAccumulator):
 
     @contextmanager
     def attached(self, depth: Depth) -> Iterator[None]:
-        """The experts are observed, and the router where weights' gradients are taken."""
+        """See `ExpertsAccumulator.attached`; also observes the router if weight gradients are computed."""
         with super().attached(depth), self.block.router.logits_by(partial(self._logits, depth)):
             yield
 
     def component(self, name: str, count: int) -> Tensor:
-        """[experts] fp64, as for other blocks, and `reap`."""
+        """[experts] fp64: `reap`, or a component of any block, see `BlockAccumulator.component`."""
         if name == "reap":
             return self.sums.by_name["reap"] / self.sums.by_name["routed"].clamp_min(1.0)
         return super().component(name, count)
 
     def _logits(self, depth: Depth, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The router's logits of tokens x [..., H], observed."""
+        """[..., experts]: the router's logits for tokens x [..., H]; observed if weight gradients are computed."""
         if depth is Depth.WEIGHTS:
             return observed_linear(x, weight, bias, partial(self._observe_router, weight, self._shape))
         return F.linear(x, weight, bias)
@@ -228,7 +230,7 @@ class WholeExpertsAccumulator(ExpertsAccumulator):
         if projection is self.block.down:
             dtype = accumulation_dtype(y)
             written = routed.gates.detach().to(dtype) * torch.linalg.vector_norm(y.detach(), dim=1, dtype=dtype)
-            # Once, however often the layer is computed.
+            # Count each token once even if the layer is recomputed: only one of the two runs has a gradient.
             if depth is Depth.INPUTS:
                 self._add_written(routed, written)
             elif y.requires_grad:
@@ -236,7 +238,7 @@ class WholeExpertsAccumulator(ExpertsAccumulator):
         return y
 
     def _add_written(self, routed: Routed, written: Tensor) -> None:
-        """Add what the experts write: [R], gate * ||output||."""
+        """Add what each row's expert writes, gate * ||output|| [R], to the sums `reap` and `routed`."""
         for expert, part in routed.by_expert(written):
             self._added.by_name["reap"][expert] += part.double().sum()
             self._added.by_name["routed"][expert] += len(part)

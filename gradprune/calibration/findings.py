@@ -1,4 +1,4 @@
-"""What an engine's steps say about losses and gradients, read on the host."""
+"""`Findings`: what an engine's steps recorded about losses and gradients, evaluated on the host."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,11 @@ from gradprune.vanishing.statistics import LayerGradients, layer_gradients
 
 @dataclass(frozen=True)
 class Findings:
-    """Consecutive steps of an engine.
+    """What consecutive steps of an engine recorded.
 
-    view, blocks: the model, and its blocks by key. reduction: of samples.
-    samples: [N, T] of each step. losses: [N] of each step. records: of each block, a record of each step, on the CPU.
+    view, blocks: the model, and its blocks by key. reduction: how samples are reduced.
+    samples, losses: the token ids [N, T] and the samples' losses [N] of each step.
+    records: for each block, its records of the steps, on the CPU.
     first: the number of samples before these steps.
     """
 
@@ -45,15 +46,17 @@ class Findings:
         losses: Sequence[Tensor],
         first: int = 0,
     ) -> "Findings":
-        """From records that may be on a GPU; they are copied to the host at once."""
+        """Create findings from records that may be on a GPU; they are all copied to the host together."""
         blocks = {key: accumulator.block for key, accumulator in accumulators.items()}
         return cls(view, blocks, reduction, samples, losses, records_on_host(records), first)
 
     def check_finite(self, steps_before: int = 0) -> None:
-        """Raise if a step had a non-finite loss or gradient; `steps_before`: the engine's number of steps before these.
+        """Raise if a step had a non-finite loss or gradient.
+
+        steps_before: the number of the engine's steps before these, for naming a batch.
 
         Raises:
-            NonFiniteError: naming the sample and the layer.
+            NonFiniteError: a loss or gradient was NaN or infinite; names the sample (or batch) and the layer.
         """
         if not self.losses:
             return
@@ -64,9 +67,10 @@ class Findings:
         raise_overflow(records)
 
     def gradients(self, steps: slice, *, scaled: bool = False) -> list[LayerGradients]:
-        """Each layer's statistics over some steps, which took every weight's gradient; `scaled` as they were added.
+        """Each layer's gradient statistics over some steps, which all computed every weight's gradient.
 
-        Empty where no step did.
+        steps: which of these steps; the list is empty if there are none.
+        scaled: whether the statistics are of the gradients as scaled when they were added, or before any scaling.
         """
         count = sum(self.reduction.gradients_in(ids) for ids in self.samples[steps])
         if not count:
@@ -85,7 +89,7 @@ class Findings:
         return [layer_gradients(layer, merged[layer], elements[layer], count) for layer in sorted(merged)]
 
     def applied_scaling(self, fix: str) -> GradientScaling | None:
-        """What `fix` multiplied the batches' gradients by before they were added; None if they were not scaled."""
+        """How `fix` scaled the batches' gradients before they were added; None if they were not scaled."""
         if fix == "none" or self.reduction.scales_afterwards:
             return None
         scales = [1.0] * len(self.view.layers)
@@ -95,7 +99,7 @@ class Findings:
         return GradientScaling(resolve_fix(fix, self.gradients(slice(None))), scales, after)
 
     def gate_gradients(self) -> dict[BlockKey, float]:
-        """Gradient of the mean loss to a gate (of value 1) on each block's output."""
+        """The mean loss's gradient with respect to a gate (of value 1) on each block's output."""
         return {
             key: torch.cat([record.gate for record in records if record.gate is not None]).mean().item()
             for key, records in self.records.items()

@@ -1,4 +1,4 @@
-"""Name the sample and the layer in which a NaN or an infinity first appeared."""
+"""Checks for NaN and infinite values that name the sample and the layer in which they first appeared."""
 
 from functools import partial
 
@@ -12,16 +12,16 @@ from gradprune.models.modes import hooks_removed
 
 
 def raise_non_finite_loss(view: PrunableModel, batches: list[Tensor], losses: Tensor, first: int) -> None:
-    """Raise if a loss is not finite, naming the sample and the first layer whose output is not.
+    """Raise if a loss is not finite.
 
     Args:
         view: the model.
-        batches: [N, T] int64 each, the K samples the losses belong to; T may differ.
+        batches: [N, T] int64 each, together the K samples to which the losses belong; T may differ.
         losses: [K], each sample's loss.
-        first: number of the first sample in the calibration set.
+        first: the index of the first of these samples in the calibration set.
 
     Raises:
-        NonFiniteError
+        NonFiniteError: names the sample, and the first layer whose output is not finite.
     """
     bad = (~losses.isfinite()).nonzero()
     if not len(bad):
@@ -36,17 +36,17 @@ def raise_non_finite_loss(view: PrunableModel, batches: list[Tensor], losses: Te
 
 
 def raise_non_finite_gradient(records: dict[BlockKey, list[StepRecord]], unit: str, first: int) -> None:
-    """Raise if a block's gradient is not finite, naming the sample (batch) and the layer it arose in.
+    """Raise if a block's gradient is not finite.
 
     Args:
         records: each block's records of the same steps.
         unit: what one gradient belongs to: "sample" or "batch".
-        first: number of the steps' first sample (batch) in the calibration set.
+        first: the index of the steps' first sample (batch) in the calibration set.
 
     Raises:
-        NonFiniteError
+        NonFiniteError: names the sample (batch), and the layer in which the value arose.
     """
-    # The backward pass meets the last block first, so the last bad block is where it arose.
+    # The backward pass reaches the last block first, so the value arose in the last block that has one.
     for key, steps in reversed(records.items()):
         gates = [record.gate for record in steps if record.gate is not None]
         values = torch.cat(gates) if gates else torch.empty(0)
@@ -59,10 +59,12 @@ def raise_non_finite_gradient(records: dict[BlockKey, list[StepRecord]], unit: s
 
 
 def raise_overflow(records: dict[BlockKey, list[StepRecord]]) -> None:
-    """Raise if elements of a weight's gradient are not finite, or are too large to be summed; `records` as above.
+    """Raise if elements of a weight's gradient are not finite, or their sum overflows.
+
+    records: see `raise_non_finite_gradient`.
 
     Raises:
-        NonFiniteError: naming the weight.
+        NonFiniteError: names the layer and the weight.
     """
     for key, steps in records.items():
         for path in steps[0].statistics if steps else ():

@@ -1,4 +1,4 @@
-"""Calibration: run the samples through the engine and measure the priors; together they are the evidence."""
+"""Calibration as a stage of a run: gather the evidence from the engine's steps and the measured priors."""
 
 import logging
 from collections.abc import Callable
@@ -25,11 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def earlier_evidence(view: PrunableModel, config: PruneConfig) -> Evidence | None:
-    """What an earlier run found, from `evidence_file`; None where there is none to use.
+    """Load an earlier run's evidence from `evidence_file`; None if the option is not set.
 
     Raises:
-        CheckpointError: as `Evidence.load`.
-        ConfigError: it was found by other options than these, or holds less than they need.
+        CheckpointError: see `Evidence.load`.
+        ConfigError: the evidence was gathered with another reduction, or for other kinds of groups.
+        GradPruneError: the evidence lacks the components of `importance_method`.
     """
     if config.evidence_file is None:
         return None
@@ -42,9 +43,16 @@ def earlier_evidence(view: PrunableModel, config: PruneConfig) -> Evidence | Non
 
 
 def gather_evidence(run: Run, earlier: Evidence | None = None, *, bound: bool = True) -> Evidence:
-    """Calibrate, unless `earlier` tells what a run found; including the priors that the options need.
+    """Return the evidence of a calibration, or `earlier` if given, with the priors that the options need.
 
-    bound: to the model, by a digest of all its weights, without which no file of the evidence can be read.
+    Args:
+        run: the run.
+        earlier: an earlier run's evidence, which replaces the calibration; None: calibrate.
+        bound: whether to store a digest of all the model's weights in new evidence; without it, a file of the evidence
+            cannot be loaded.
+
+    Raises:
+        ConfigError: the prior "taylor" is needed, and the calibration did not compute the gradients of all samples.
     """
     config = run.config
     if earlier is not None:
@@ -68,7 +76,7 @@ def gather_evidence(run: Run, earlier: Evidence | None = None, *, bound: bool = 
 
 
 def _has_priors(evidence: Evidence, config: PruneConfig) -> bool:
-    """Whether the priors that the options ask for are there, measured on as many samples as they ask for."""
+    """Whether the evidence has the priors of the requested kind, measured on the requested number of samples."""
     found = evidence.priors.get(config.prior)
     return found is not None and found.samples in (None, min(config.prior_samples, config.num_samples))
 
@@ -82,16 +90,18 @@ def calibrate(
     start: int = 0,
     after: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Run all calibration windows [N, T] through the engine, with progress.
+    """Run all calibration windows through the engine, and show progress.
 
-    Whole batches are divided over the engine's ranks, so that each is computed as one process computes it.
+    Whole batches are divided among the engine's ranks, so that each batch is computed as a single process would
+    compute it.
 
     Args:
-        engine: not yet open.
-        windows, batch_size: the samples, and how many make a batch.
+        engine: the engine, not yet open.
+        windows: [N, T] int64, the samples.
+        batch_size: samples per batch.
         console: where progress is shown.
-        start: samples that the engine has seen already.
-        after: called after each batch with how many samples the engine has seen.
+        start: the number of samples that the engine has already processed.
+        after: called after each wave of batches with the number of samples that this rank's engine has processed.
     """
     done, ranks = start, engine.ranks
     parts = list(batches(windows[start:], batch_size))
@@ -116,7 +126,8 @@ def _calibrated(run: Run) -> ImportanceEngine:
     method, everything = _collected(config)
     asked = config.importance_method
     if everything and asked != "obs" and any(isinstance(block, WholeExperts) for block in run.view.blocks):
-        # All methods but "obs", which there is not for whole experts; the engine refuses it where it is asked for.
+        # Collect for all methods except "obs", which cannot score whole experts. If "obs" itself is requested, the
+        # engine refuses it.
         method = "taylor_2nd"
     engine = ImportanceEngine(
         run.view.model,
@@ -139,7 +150,7 @@ def _calibrated(run: Run) -> ImportanceEngine:
 
 
 def _evidence(run: Run, engine: ImportanceEngine) -> Evidence:
-    """What the engine's sums say and, of "obs", one more pass over the samples, see `gradprune.calibration.obs`."""
+    """The evidence from the engine's sums and, for "obs", from one more pass over the samples."""
     config = run.config
     with _progress_of_obs(run, engine) as advance:
         found = engine.evidence(steps=config.collect_batches, advance=advance)
@@ -154,23 +165,23 @@ def _evidence(run: Run, engine: ImportanceEngine) -> Evidence:
 
 
 def _collected(config: PruneConfig) -> tuple[Method, bool]:
-    """The engine's method, and whether every step serves every method."""
+    """The engine's method, and whether every step collects what every method needs."""
     if config.evidence == "all" or config.importance_method == "auto":
         return "obs", True
     method = config.method
-    # The taylor prior is read from the backward pass, which these methods do without.
+    # The taylor prior comes from the backward pass, which these methods do not need.
     if config.prior == "taylor" and config.temperature > 0.0 and method in ("magnitude", "wanda", "reap"):
         return "group_fisher", False
     return method, False
 
 
 def _divided(run: Run, method: Method) -> tuple[Tensor, Tensor]:
-    """The calibration samples that steps take, and those that are only read, by `obs`; [N, T] each."""
+    """The calibration samples to run steps on, and those that are only given to `engine.read`; [N, T] each."""
     config, samples = run.config, run.samples.calibration
     if method == "magnitude":
         # Only the diagnosis of the layers' gradients needs samples.
         return samples[: config.collect_batches * config.batch_size], samples[:0]
-    # An expert's curvature is that of the few tokens which it sees.
+    # With experts all samples are needed, because an expert sees only a few of their tokens.
     if config.curvatures_alone and not run.view.has_experts:
         return samples[:CURVATURE_SAMPLES], samples[CURVATURE_SAMPLES:]
     return samples, samples[:0]
@@ -183,7 +194,7 @@ def _progress_of_obs(run: Run, engine: ImportanceEngine) -> AbstractContextManag
 
 
 def _check_reduction(config: PruneConfig, evidence: Evidence) -> None:
-    """Refuse a reduction that was asked for and is not the evidence's; the default goes with any evidence."""
+    """Refuse a requested reduction that is not the evidence's; the default reduction is accepted with any evidence."""
     if config.reduction not in (OPTIONS["reduction"].default, evidence.reduction):
         raise ConfigError(
             f"reduction: '{config.reduction}' needs another calibration; that of evidence_file "
@@ -192,7 +203,7 @@ def _check_reduction(config: PruneConfig, evidence: Evidence) -> None:
 
 
 def _check_kinds(view: PrunableModel, config: PruneConfig, evidence: Evidence) -> None:
-    """Refuse evidence of other groups than are to be pruned."""
+    """Refuse evidence about other groups than those to be pruned."""
     if list(evidence.blocks) != [block.key for block in view.blocks]:
         scored = ", ".join(dict.fromkeys(key.kind for key in evidence.blocks))
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Many small tensors of a device, on the host by one copy."""
+"""Copies many small tensors from a device to the host in one transfer."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ from gradprune.ops.vectors import GradientStatistics
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors on the CPU, by one copy for each device and dtype; on the CPU the tensors themselves."""
+    """The tensors on the CPU, with one copy per device and dtype; tensors already there are returned unchanged."""
     found = list(tensors)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
@@ -26,7 +26,7 @@ def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def records_on_host(records: Mapping[BlockKey, Sequence[StepRecord]]) -> dict[BlockKey, list[StepRecord]]:
-    """Copies of the blocks' records whose tensors are on the CPU."""
+    """Copies of the blocks' records, with all tensors on the CPU."""
     flat: list[Tensor] = []
     for steps in records.values():
         for record in steps:

@@ -1,4 +1,4 @@
-"""What an engine is given: a causal LM, and batches of token ids."""
+"""Checks of an engine's inputs: the model must be a causal LM, and batches must be token ids."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ from gradprune.errors import GradPruneError, UnsupportedArchitectureError
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuse a model that predicts no token.
+    """Refuse a model without a language-model head.
 
     Raises:
-        UnsupportedArchitectureError: it is no causal LM.
+        UnsupportedArchitectureError: the model is not a causal LM.
     """
     if model.get_output_embeddings() is None:
         raise UnsupportedArchitectureError(
@@ -20,19 +20,19 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def on_device(input_ids: Tensor, device: torch.device) -> Tensor:
-    """[N, T] int64 on `device`, without waiting for it."""
+    """[N, T] int64: the ids on `device`, copied without waiting for the device."""
     ids = input_ids.to(torch.int64)
     if device.type == "cuda" and ids.device.type == "cpu":
-        # A copy from pageable memory waits until the GPU has done what was queued before.
+        # A copy from pageable memory would wait until the GPU has finished the work queued before.
         ids = ids.pin_memory()
     return ids.to(device, non_blocking=True)
 
 
 def check_ids(input_ids: Tensor, vocabulary: int) -> None:
-    """Refuse anything but a batch of token ids.
+    """Refuse anything except a batch of token ids: [N, T] int64 or int32, from 0 to `vocabulary` - 1.
 
     Raises:
-        GradPruneError: saying what it is, and what is needed.
+        GradPruneError: `input_ids` is something else; says what it is, and what is needed.
     """
     if not isinstance(input_ids, Tensor):
         raise GradPruneError(
@@ -45,7 +45,7 @@ def check_ids(input_ids: Tensor, vocabulary: int) -> None:
         raise GradPruneError(
             f"input_ids: has shape {tuple(input_ids.shape)}; [N, T] with at least one sample of two tokens is needed"
         )
-    # On an accelerator this would wait for it.
+    # On an accelerator, reading the ids' values would wait for the device.
     if input_ids.device.type == "cpu" and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
         raise GradPruneError(
             f"input_ids: go from {int(input_ids.min())} to {int(input_ids.max())}; the model's vocabulary has ids "

@@ -1,4 +1,4 @@
-"""The states of the ranks' engines, put together as if one engine had run all batches."""
+"""Combines the states of the ranks' engines as if one engine had run all batches."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -8,22 +8,23 @@ from torch import Tensor
 
 from gradprune.ranks import in_order
 
-# A block's entries with a value per step, and with a value per sample; all others are sums.
+# Entries of a state that hold one value per step, and one per sample; all others are sums.
 _BY_STEP, _BY_SAMPLE = ("scales", "statistics."), ("gates", "losses")
 
 
 def joined_state(states: Sequence[Mapping[str, Tensor]], batches: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The state of an engine that has run all batches.
+    """The state that an engine would have if it had run all batches.
 
-    Sums are added in fp64 in the order of the ranks; what was recorded of each step comes in the order of the batches.
+    Sums are added in fp64 in the order of the ranks; the values of steps and samples are put in the order of the
+    batches.
 
     Args:
-        states: of each rank's engine, which has run the batches of its share; empty where it had none.
-        batches: all of them, [N, T] each.
+        states: the state of each rank's engine, which has run its share of the batches; empty if its share is empty.
+        batches: [N, T] each, the batches of all ranks.
     """
     sizes = [[len(batch) for batch in batches[rank :: len(states)]] for rank in range(len(states))]
     whole: dict[str, Tensor] = {}
-    # The first rank has the first step, so it has everything that any rank has.
+    # The first rank ran the first step, so its state has every entry that any rank's state has.
     for name, _first in states[0].items():
         values = [state.get(name, torch.empty(0)) for state in states]
         own = name.split(".", 2)[-1]
@@ -38,6 +39,6 @@ def joined_state(states: Sequence[Mapping[str, Tensor]], batches: Sequence[Tenso
 
 
 def _by_step(values: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Values of the first steps' samples, split by step; `sizes`: the samples of each step."""
+    """Split `values`, one per sample of the first steps, by step; `sizes`: the number of samples in each step."""
     ends = itertools.accumulate(sizes)
     return [values[end - size : end] for size, end in zip(sizes, ends, strict=True) if end <= len(values)]

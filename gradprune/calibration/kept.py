@@ -1,4 +1,4 @@
-"""Keep the calibration evidence when a later stage of the run fails."""
+"""Saves the calibration's evidence if a later stage of the run fails."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ from gradprune.errors import GradPruneError
 
 @contextmanager
 def evidence_kept(evidence: Evidence, output: Path | None) -> Iterator[None]:
-    """If the body fails, try to write the evidence next to where the results folder would have been.
+    """Context manager that, if its body fails, tries to save the evidence beside the future results folder.
 
     Args:
-        evidence: of the run.
-        output: the results folder; nothing is kept without one.
+        evidence: the run's evidence.
+        output: the results folder; None: nothing is saved.
 
     Raises:
-        GradPruneError: what the body raised; the message says where the evidence is.
+        GradPruneError: the body raised it; if the evidence was saved, the message says where.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The sums of all blocks whose steps are committed together, in a few tensors: on a GPU each tensor is a launch."""
+"""Ledgers: the sums of blocks that are committed together, in few tensors, because on a GPU each costs a launch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ from gradprune.calibration.accumulator import BlockAccumulator, BlockSums
 
 @dataclass(frozen=True)
 class Mark:
-    """A point in a ledger's history: its sums, and each block's number of tokens and of steps."""
+    """A state to which a ledger can return: its sums, and each block's numbers of tokens and of steps."""
 
     sums: Tensor
     blocks: list[tuple[int, int]]
 
 
 class Ledger:
-    """What several blocks on one device accumulate; a step's contributions stay pending until they are committed.
+    """The sums of several blocks on one device; a step's contributions stay pending until they are committed.
 
-    accumulators: the blocks'.
+    accumulators: the accumulators of these blocks.
     """
 
-    # Steps change the sums outside inference mode, in which tensors that were made inside cannot be changed.
+    # Tensors created in inference mode cannot be changed outside it, where steps change the sums.
     @torch.inference_mode(False)
     def __init__(self, accumulators: Sequence[BlockAccumulator], device: torch.device) -> None:
-        """Start at zero; the accumulators get their parts of this ledger."""
+        """Create sums that are zero, on `device`, and give each accumulator its part of them."""
         self.accumulators = accumulators
         sizes = [entry.sizes for entry in accumulators]
-        # What is to be squared comes first, of all blocks.
+        # All blocks' norms come first, so that one operation squares them.
         self._norms = sum(norms for norms, _ in sizes)
         self._sums, self._pending = torch.zeros(
             2, self._norms + sum(rest for _, rest in sizes), dtype=torch.float64, device=device
@@ -39,20 +39,23 @@ class Ledger:
             entry.open(_views(entry, *sums), _views(entry, *pending))
 
     def _parts(self, whole: Tensor, sizes: Sequence[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
-        """For each block, its norms and the rest."""
+        """Split one of the ledger's tensors by block, into each block's norms and the rest."""
         norms = whole[: self._norms].split([size for size, _ in sizes])
         return list(zip(norms, whole[self._norms :].split([size for _, size in sizes]), strict=True))
 
     @torch.no_grad()
     def finish(self, factor: float) -> None:
-        """The step's backward pass is over, and its gradients are `factor` times too large, a power of two."""
+        """Complete the pending sums after a step's backward pass, whose gradients are `factor` times too large.
+
+        factor: a power of two, by which the gradients are divided.
+        """
         self._pending[: self._norms].square_()
         for entry in self.accumulators:
             entry.finish(factor)
 
     @torch.no_grad()
     def commit(self, scales: Sequence[float] | None = None) -> None:
-        """Add the pending contributions, as if the gradients of layer l had been multiplied by scales[l]."""
+        """Add the pending contributions, with layer l's gradients multiplied by scales[l]; None: not multiplied."""
         for entry in self.accumulators:
             entry.commit(1.0 if scales is None else scales[entry.block.layer])
         self._sums += self._pending
@@ -60,18 +63,18 @@ class Ledger:
 
     @torch.no_grad()
     def discard(self) -> None:
-        """Drop the pending contributions of the current step."""
+        """Drop the current step's pending contributions."""
         self._pending.zero_()
         for entry in self.accumulators:
             entry.discard()
 
     def mark(self) -> Mark:
-        """What is committed so far, to go back to."""
+        """Return a mark of what is committed so far, for `back_to`."""
         return Mark(self._sums.clone(), [(entry.tokens, len(entry.records)) for entry in self.accumulators])
 
     @torch.no_grad()
     def back_to(self, mark: Mark) -> None:
-        """Undo what was committed since `mark` was taken, and drop what is pending."""
+        """Undo everything committed since `mark` was taken, and drop what is pending."""
         self._sums.copy_(mark.sums)
         for entry, (tokens, steps) in zip(self.accumulators, mark.blocks, strict=True):
             entry.tokens = tokens

@@ -1,22 +1,24 @@
-"""Repair-aware importance: what removing groups costs once least squares has re-solved the weights that stay.
+"""Repair-aware importance `obs`: what removing groups costs once least squares has re-solved the remaining weights.
 
-A block with output projection W [O, I] reads x; A = mean over tokens of x x^T, plus a ridge on its diagonal, and g is
-the loss's curvature in the block's output. With the columns Q forced to zero, the best that the others can do costs
+A block's output projection W [O, I] reads x; A = mean over tokens of x x^T, plus a ridge on its diagonal, and g is the
+loss's curvature with respect to the block's output. If the columns Q are forced to zero and the other columns are
+re-solved optimally, the cost and the updates are
 
     cost(Q) = g/2 tr( W_Q (A^-1_QQ)^-1 W_Q^T ),
     W    <- W    - W_Q      (A^-1_QQ)^-1 A^-1_Q:,
     A^-1 <- A^-1 - A^-1_:Q  (A^-1_QQ)^-1 A^-1_Q:,
 
-in the loss's own unit, so that blocks compare (optimal brain surgeon: Hassibi and Stork 1992; for columns of layers:
-LLM Surgeon, arXiv:2312.17244; ZipLM, arXiv:2302.04089). Groups are removed one by one, cheapest first, so that of
-two identical channels the first costs nothing and the second its full price. g is the mean over samples of the
-diagonal mean of sum over tokens dy dy^T, with dy the gradient of the sample's loss to the block's output: one
-number per block.
+in the unit of the loss, so that blocks are comparable (optimal brain surgeon: Hassibi and Stork 1992; for columns of
+layers: LLM Surgeon, arXiv:2312.17244; ZipLM, arXiv:2302.04089). Groups are removed one by one, cheapest first, so that
+of two identical channels the first costs nothing and the second its full price. g is the mean over samples of the
+diagonal mean of sum over tokens dy dy^T, with dy the gradient of the sample's loss with respect to the block's output:
+one number per block.
 
-The costs of all groups of a block are multiplied by its reach, see `gradprune.calibration.reach`.
+The costs of all groups of a block are multiplied by the block's reach, see `gradprune.calibration.reach`.
 
-A routed expert is such a block of its own: its tokens are those that are sent to it, and dy the gradient to what it
-writes before the router's factor. The channels of one that sees no token cost nothing.
+Each routed expert is treated as a block of its own: its tokens are those routed to it, and dy is the gradient with
+respect to its output before this is multiplied by the router's factor. If no token is routed to an expert, its channels
+cost nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,31 +41,35 @@ from gradprune.ops.removals import costs_alone, diagonal_blocks
 from gradprune.ranks import ALONE, Ranks
 
 RIDGE = 0.01
-"""Added to A's diagonal, relative to its mean: guards against a Gram matrix estimated from few tokens."""
+"""The ridge relative to the mean of A's diagonal; it guards against a Gram matrix estimated from few tokens."""
 
-# A round removes at most this share of the block's groups, and at most this many.
+# A round removes at most this share of the block's groups, and never more than this number.
 _SHARE, _MOST = 1 / 16, 128
 # Minimum relative gap between successive costs, so that sorting recovers the path's order even after fp32 rounding.
 _STEP = 2.0**-20
-# Reach is measured with this share of a block's groups removed. A fifth chose worse on SmolLM2-135M (20 and 50 %) and
-# stories260k (30 and 50 %); so did using both shares, one for groups that go early and one for late ones.
+# Reach is measured with this share of a block's groups removed. With a fifth, worse groups were chosen on SmolLM2-135M
+# (20 and 50 %) and stories260k (30 and 50 %); so they were with both shares, one for the groups removed early and one
+# for those removed late.
 _PART = 1 / 2
-# Columns that are gone are dropped once what is left is at most this share.
+# The matrices are compacted, without removed columns, once the remaining columns are at most this share of their width.
 _FULL = 7 / 8
-# Then groups are as many as a multiple of this: products of odd widths are split among threads in other places.
+# The number of groups in compacted matrices is a multiple of this, because threads split products of odd widths at
+# other places.
 _EVEN = 16
-# Candidates per round, as a multiple of the groups that it removes.
+# Candidates per round, as a multiple of the number of groups that the round removes at most.
 _SURPLUS = 4
 
 
 @dataclass(frozen=True)
 class RemovalPath:
-    """The order in which a block's groups are removed, and each one's cost once those before it are removed.
+    """The order in which a block's groups are removed, and what each removal costs after the ones before it.
 
-    order: [groups] int64, the first to go first. cost: [groups] fp64 by position in `order`; their sum up to a position
-    is the least-squares optimum's increase of the loss when the groups up to there are gone.
-    partial_weight: [O, I], in its dtype, without the first `num_removed` groups and with the others re-solved; half of
-        those that write anything are gone, rounded down, or as many more as a round took.
+    order: [groups] int64, the groups in the order of their removal.
+    cost: [groups] fp64, by position in `order`. The sum up to a position is the increase of the loss when the groups up
+        to there are removed and least squares has re-solved the others.
+    partial_weight: [O, I], in the weight's dtype, with the first `num_removed` groups removed and the others re-solved.
+    num_removed: after the first round by which half of the groups that write anything, rounded down, are removed, the
+        number of all groups removed.
     """
 
     order: Tensor
@@ -73,11 +79,11 @@ class RemovalPath:
 
     @property
     def cost_of_part(self) -> float:
-        """What it costs that the first `num_removed` groups are gone."""
+        """The cost of removing the first `num_removed` groups."""
         return float(self.cost[: self.num_removed].sum())
 
     def importance(self) -> Tensor:
-        """[groups] fp64 by group: costs that ascend along the path, so that sorting by them gives its order."""
+        """[groups] fp64, by group: costs made strictly ascending along the path, so that sorting gives its order."""
         ascending = torch.empty_like(self.cost)
         ascending[self.order] = _ascending(self.cost)
         return ascending
@@ -92,21 +98,21 @@ def removal_costs(
     ranks: Ranks = ALONE,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[BlockKey, Tensor]:
-    """[groups] fp64 on the CPU for each block of the dense model: importances along its removal path, times its reach.
+    """Each block's importances by `obs`, [groups] fp64 on the CPU: costs along its removal path, times its reach.
 
     Args:
-        view: the model, which is run once, layer by layer.
-        batches: calibration ids, [N, T] int64 each.
-        curvatures: g of each output projection of each block.
-        ops: as of `removal_path`.
-        ranks: the processes that divide `batches`, which all of them give.
+        view: the dense model, which is run once, layer by layer.
+        batches: [N, T] int64 each, the calibration samples; every rank is given all of them.
+        curvatures: for each block, g of each of its output projections.
+        ops: see `removal_path`.
+        ranks: the processes that divide `batches` among themselves.
         advance: called after each block.
 
-    The Gram matrices of one layer are in memory at a time, and of its experts one, summed in fp32 (fp64 for fp64
-    models).
+    Only the Gram matrices of one layer are in memory at a time, and of its experts' only one; they are summed in fp32
+    (fp64 for fp64 models).
 
     Raises:
-        NonFiniteError: an input of a block is NaN or infinite; names the layer.
+        NonFiniteError: an input of an output projection is NaN or infinite; names the layer.
     """
     with evaluation_mode(view.model):
         own = ranks.share(batches)
@@ -131,7 +137,7 @@ def removal_costs(
 
 @dataclass
 class _Pass:
-    """The dense model's streams, [N, T, H] per batch, which advance layer by layer."""
+    """A pass of this rank's batches through the dense model, layer by layer; current: their streams, [N, T, H] each."""
 
     view: PrunableModel
     streams: Streams
@@ -141,7 +147,7 @@ class _Pass:
     current: list[Tensor]
 
     def pass_layer(self, layer: int) -> Iterator[tuple[BlockKey, list[RemovalPath]]]:
-        """Run a layer, and give the removal paths of its blocks, in order, one for each output projection."""
+        """Run a layer, and yield for each of its blocks, in order, the removal paths of its output projections."""
         linear: dict[LinearBlock, GramSum] = {}
         experts: dict[ExpertsBlock, list[tuple[Routed, Tensor]]] = {}
         for block in self.view.of_layer(layer):
@@ -166,7 +172,7 @@ class _Pass:
         return self._path(gram, block.output.weight, block.output.columns, self.curvatures[block.key][0], name)
 
     def _of_experts(self, block: ExpertsBlock, seen: Sequence[tuple[Routed, Tensor]]) -> list[RemovalPath]:
-        """By channels, of one expert after the other."""
+        """The removal path of each expert, whose groups are always its channels."""
         paths = []
         for expert, curvature in enumerate(self.curvatures[block.key]):
             weight = block.down.weight(expert)
@@ -178,9 +184,9 @@ class _Pass:
         return paths
 
     def _path(self, gram: GramSum, weight: Tensor, columns: int, curvature: float, name: str) -> RemovalPath:
-        """Of a weight [O, I], see `removal_path`, whose inputs of this rank are summed."""
+        """The removal path of a weight [O, I]; gram: the sum over this rank's inputs of the weight."""
         tokens: int = sum(self.ranks.gather_json(gram.tokens))
-        # Nothing here holds on to the matrices.
+        # No variable here keeps a reference to the matrices, so that `removal_path` can free them.
         return removal_path(
             weight,
             with_ridge(gram.total(self.ranks, "obs", name).div_(max(tokens, 1))),
@@ -200,31 +206,31 @@ def removal_path(
     ops: ImportanceOps | None = None,
     overwrite: bool = False,
 ) -> RemovalPath:
-    """Remove the groups of a block one after the other, each time one of the cheapest.
+    """Remove the groups of a block one by one, each time one of the cheapest.
 
-    A round looks at the cheapest quarter of the block's groups, by the weights and A^-1 as they are at its start (at
-    most 512 groups), and removes the cheapest of these one by one, with exact updates among them, until a sixteenth
-    of the groups (at most 128) is gone or none of them is cheaper than the cheapest group outside. W and A^-1 are
-    updated once at its end. So every cost is exact, and only the order is not always the greedy one; of a block of
-    fewer than 32 groups it is.
+    The candidates of a round are the cheapest quarter of the block's groups (at most 512), by W and A^-1 at its start.
+    The round removes the cheapest candidates one by one, with exact updates among the candidates, until a sixteenth of
+    the block's groups (at most 128) are removed or the next candidate costs more than the cheapest group that is not a
+    candidate. W and A^-1 are updated once at its end. So every cost is exact; only the order is not always the greedy
+    one. In a block of fewer than 32 groups it always is.
 
     Args:
         weight: [O, I] floating point, the output projection.
         gram: [I, I] floating point, positive definite: A, with its ridge, see `with_ridge`.
-        columns: of each group; group j has the columns j*columns to (j+1)*columns.
+        columns: the number of columns of each group; group j has the columns j*columns to (j+1)*columns.
         curvature: g.
-        ops: who removes the cheapest groups of a round; by default the fastest that runs on the device of `gram`.
-        overwrite: whether `gram` may be, which saves the memory of a copy.
+        ops: the implementation that removes the cheapest candidates; None: the fastest that runs on `gram`'s device.
+        overwrite: whether `gram` may be overwritten, which saves the memory of a copy.
 
-    Computed in fp64 on the device of `gram`; I^2 * (O + I) operations, about 8 I * (2 I + O) bytes. Deterministic; of
-    equal costs the lower index goes first.
+    Computed in fp64 on the device of `gram`, in I^2 * (O + I) operations and about 8 I * (2 I + O) bytes.
+    Deterministic; ties are broken by the lower index.
 
     Raises:
         ValueError: `gram` is not positive definite.
     """
     ops = ops or select_ops("auto", gram.device.type)
     inverted = inverse(_factor(gram.double(), overwrite=overwrite))
-    # Now there are no other references to it, so that it can go as groups do.
+    # Drop the references here, so that the matrix is freed when `_Remaining` replaces it by a smaller one.
     del gram
     block = _Remaining(weight.detach(), inverted, columns)
     del inverted
@@ -237,7 +243,7 @@ def removal_path(
         order += block.groups[taken].tolist()
         costs += marginal
         block.remove(taken)
-        # What writes nothing, because an earlier shot took it, goes first and tells nothing.
+        # Groups that write nothing, because an earlier shot masked them, are removed first and do not count here.
         silent = costs.count(0.0)
         if not num_removed and len(order) - silent >= int(_PART * (groups - silent)):
             partial_weight, num_removed = block.weight_of_all(weight), len(order)
@@ -246,7 +252,7 @@ def removal_path(
 
 
 def with_ridge(gram: Tensor, ridge: float = RIDGE) -> Tensor:
-    """[I, I] fp64: a Gram matrix with `ridge` times its mean diagonal added; the identity where it is all zero."""
+    """[I, I] fp64: `gram` plus `ridge` times its mean diagonal on the diagonal; the identity if `gram` is zero."""
     shifted = gram.to(torch.float64, copy=True)
     unit = shifted.diagonal().mean()
     shifted.diagonal().add_(torch.where(unit > 0.0, ridge * unit, 1.0))
@@ -254,16 +260,18 @@ def with_ridge(gram: Tensor, ridge: float = RIDGE) -> Tensor:
 
 
 class _Remaining:
-    """What is left of a block: `groups`, their weights and A^-1, which are updated as groups are removed.
+    """The remaining groups of a block with their weights and A^-1, which are updated as groups are removed.
 
-    To copy a matrix without a few of its columns takes longer than to compute with these. So columns that are gone stay
-    where they are, and nothing reads them, until they are an eighth of all.
+    groups: [k] int64, the remaining groups, ascending.
+
+    Copying a matrix without a few of its columns takes longer than computing with all of them. So removed columns stay
+    in the matrices, unread, until they are an eighth of all columns.
     """
 
     def __init__(self, weight: Tensor, inverse: Tensor, columns: int) -> None:
         self.groups = torch.arange(weight.shape[1] // columns)
         self.columns = columns
-        # Where the groups are among those of W^T, [I, O], and of A^-1.
+        # The positions of the remaining groups among the groups that W^T, [I, O], and A^-1 still hold.
         self._at = self.groups
         self._transposed = weight.T.to(inverse.device, torch.float64, memory_format=torch.contiguous_format, copy=True)
         self._inverse = inverse
@@ -272,7 +280,7 @@ class _Remaining:
         return len(self.groups)
 
     def costs(self) -> Tensor:
-        """[k] tr( W_j (A^-1_jj)^-1 W_j^T ), each group alone."""
+        """[k]: tr( W_j (A^-1_jj)^-1 W_j^T ) of each remaining group j, the cost of removing it alone (without g/2)."""
         if self.columns == 1:
             squares = torch.linalg.vector_norm(self._transposed, dim=1).square()[:, None, None]
         else:
@@ -282,20 +290,20 @@ class _Remaining:
         return costs_alone(diagonal_blocks(self._inverse, self.columns)[at], squares[at])
 
     def matrices_of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """A^-1 and W^T W of groups at `positions`: a problem of its own, exact as long as only these are removed."""
+        """A^-1 and W^T W of the groups at `positions`, which suffice, exactly, as long as only these are removed."""
         at = self._columns_of(self._at[positions])
         weight = self._transposed.index_select(0, at)
         return take_columns(self._inverse.index_select(0, at), at), weight @ weight.T
 
     def weight_of_all(self, like: Tensor) -> Tensor:
-        """The weights as they are now, with zeros for the groups that are gone, of the shape and dtype of `like`."""
+        """The current weights, with zeros for removed groups, in the shape and dtype of `like`."""
         whole = torch.zeros_like(like)
         now = self._transposed.index_select(0, self._columns_of(self._at)).T
         whole[:, self._columns_of(self.groups).to(like.device)] = now.to(like)
         return whole
 
     def remove(self, positions: Tensor) -> None:
-        """Remove groups and update the remaining weights and A^-1 to compensate."""
+        """Remove the groups at `positions`, and update the remaining weights and A^-1 to compensate."""
         out = self._columns_of(self._at[positions])
         rows = self._inverse.index_select(0, out)
         factor = _factor(take_columns(rows, out))
@@ -311,12 +319,12 @@ class _Remaining:
             self._drop_gone()
 
     def _drop_gone(self) -> None:
-        """Copy what is left, without the columns that are gone; some of them fill up its width."""
+        """Copy the matrices without removed columns, except as many as pad them to a multiple of `_EVEN` groups."""
         gone = torch.ones(len(self._inverse) // self.columns, dtype=torch.bool)
         gone[self._at] = False
         at = self._columns_of(torch.cat((self._at, gone.nonzero().flatten()[: -len(self) % _EVEN])))
         self._transposed = self._transposed.index_select(0, at)
-        # One after the other, so that the matrix is there twice at most.
+        # Two separate steps, so that no more than two copies of the matrix exist at a time.
         self._inverse = take_columns(self._inverse, at)
         self._inverse = self._inverse.index_select(0, at)
         self._at = torch.arange(len(self))
@@ -327,13 +335,13 @@ class _Remaining:
 
 
 def _subtract_product(matrix: Tensor, left: Tensor, right: Tensor) -> None:
-    """matrix -= left^T right."""
+    """Subtract left^T right from `matrix` in place."""
     with same_rounding(matrix):
         matrix.addmm_(left.T, right, alpha=-1.0)
 
 
 def _round(block: _Remaining, quota: int, ops: ImportanceOps) -> tuple[Tensor, list[float]]:
-    """Positions in `block` of the next groups to go, `quota` at most, and the cost of each after those before it."""
+    """The positions in `block` of the next groups to remove, at most `quota`, and the cost of each removal in turn."""
     with one_thread():
         costs = block.costs().cpu()
         ranked = costs.argsort(stable=True)
@@ -342,7 +350,7 @@ def _round(block: _Remaining, quota: int, ops: ImportanceOps) -> tuple[Tensor, l
         inverted, gram = block.matrices_of(looked_at)
         taken, marginal = ops.cheapest_removals(inverted, gram, block.columns, min(quota, len(looked_at)))
     marginal_costs = marginal.tolist()
-    # The cheapest group outside goes before those that cost more.
+    # Stop before a candidate that costs more than the cheapest group outside, which should be removed before it.
     count = next((n for n, cost in enumerate(marginal_costs) if n and cost > outside), len(marginal_costs))
     return looked_at[taken[:count].cpu()], marginal_costs[:count]
 
@@ -355,7 +363,7 @@ def _factor(matrix: Tensor, *, overwrite: bool = False) -> Tensor:
 
 
 def _ascending(costs: Tensor) -> Tensor:
-    """Costs raised as little as needed to be strictly ascending, even in fp32."""
+    """The costs, raised as little as needed to be strictly ascending even in fp32."""
     least = torch.finfo(torch.float32).tiny
     ascending = []
     last = 0.0

@@ -1,10 +1,10 @@
-"""Priors: how much the model needs each block and each layer, which H-GSP (`gradprune.scoring.hgsp`) scores with.
+"""Priors: how much each block and each layer matters to the model, for scoring by H-GSP (`gradprune.scoring.hgsp`).
 
-- `removal`: how much the loss rises when its output is zeroed;
-- `similarity`: how much it turns the residual stream, 1 - cosine;
+- `removal`: how much the loss rises when the block's (layer's) output is zeroed;
+- `similarity`: how much the block (layer) turns the residual stream, 1 - cosine;
 - `taylor`: the first-order estimate of the change in loss, from calibration's gradients.
 
-Removal and similarity are measured on a few calibration samples.
+`removal` and `similarity` are measured on a few calibration samples.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,9 +26,9 @@ from gradprune.ranks import ALONE, Ranks
 class Priors:
     """How much each block and each layer matters.
 
-    block: for every existing block.
-    layer: by layer, for every layer with a block.
-    samples: how many they were measured on; None for those of all calibration samples' gradients.
+    block: the prior of every existing block.
+    layer: the prior of every layer that has a block, by layer index.
+    samples: the number of samples they were measured on; None for priors from all calibration samples' gradients.
     """
 
     block: dict[BlockKey, float]
@@ -39,13 +39,15 @@ class Priors:
 def removal_priors(
     view: PrunableModel, batches: list[Tensor], advance: Callable[[], None], ranks: Ranks = ALONE
 ) -> Priors:
-    """Loss without the block (layer) minus loss, in nats per token: the output is zeroed, nothing is cut.
+    """Measure the priors "removal": the loss without the block (layer) minus the dense loss, in nats per token.
+
+    The block's output is zeroed; nothing is cut.
 
     Args:
         view: the model.
-        batches: [N, T] int64 each, the samples the loss is measured on.
+        batches: [N, T] int64 each, the samples on which the loss is measured.
         advance: called for each of the `removal_steps(view)` measurements.
-        ranks: the processes that divide the blocks and layers; the result is the same to the bit.
+        ranks: the processes that divide the blocks and layers among themselves; the result has the same bits.
     """
     removed: dict[BlockKey | int, list[nn.Module]] = {block.key: [block.writer] for block in view.blocks}
     for block in view.blocks:
@@ -73,16 +75,18 @@ def removal_priors(
 
 
 def removal_steps(view: PrunableModel) -> int:
-    """How many losses `removal_priors` measures after the dense one."""
+    """The number of losses that `removal_priors` measures in addition to the dense model's."""
     return len(view.blocks) + len({block.layer for block in view.blocks})
 
 
 def similarity_priors(view: PrunableModel, batches: list[Tensor], advance: Callable[[], None]) -> Priors:
-    """1 - mean cosine, over tokens, of the residual stream before and after the block (layer).
+    """Measure the priors "similarity": 1 - mean cosine of the residual stream before and after the block (layer).
+
+    The mean is over tokens.
 
     Args:
         view: the model.
-        batches: [N, T] int64 each.
+        batches: [N, T] int64 each, the samples on which the residual stream is measured.
         advance: called after each batch.
     """
     probe = _ResidualProbe(view)
@@ -97,12 +101,12 @@ def similarity_priors(view: PrunableModel, batches: list[Tensor], advance: Calla
 
 
 def taylor_priors(gates: dict[BlockKey, float]) -> Priors:
-    """|gradient of the mean loss to a gate of value 1 on the block's (layer's) output|.
+    """Return the priors "taylor": |gradient of the mean loss with respect to a gate (of value 1) on the output|.
 
-    The gradient of a gate shared by a layer's blocks is the sum of theirs.
+    The gradient of a gate shared by a layer's blocks is the sum of the gradients of the blocks' own gates.
 
     Args:
-        gates: the gradients of the blocks' gates, which the engine has at no cost (`gate_gradients`).
+        gates: the gradients of the blocks' gates, from `ImportanceEngine.gate_gradients`, which costs no extra pass.
     """
     layers: dict[int, float] = {}
     for key, gradient in gates.items():
@@ -115,7 +119,7 @@ def taylor_priors(gates: dict[BlockKey, float]) -> Priors:
 
 @contextmanager
 def _silenced(modules: list[nn.Module]) -> Iterator[None]:
-    """Make the modules' outputs zero."""
+    """Context manager that makes the modules' outputs zero."""
 
     def zero(_module: nn.Module, _args: Any, output: Any) -> Any:
         return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
@@ -125,7 +129,7 @@ def _silenced(modules: list[nn.Module]) -> Iterator[None]:
 
 
 class _ResidualProbe:
-    """Cosines of the residual stream before and after each block and layer, summed over tokens."""
+    """Observer that sums over tokens the cosine of the residual stream before and after each block and layer."""
 
     def __init__(self, view: PrunableModel) -> None:
         self._view = view
@@ -135,7 +139,7 @@ class _ResidualProbe:
         self._stream: Tensor | None = None
 
     def distance(self, of: BlockKey | int) -> float:
-        """1 - mean cosine across a block, or across the layer of that index."""
+        """1 - mean cosine across a block, or across the layer with this index."""
         return 1.0 - self._cosines[of].item() / self._tokens[of]
 
     @contextmanager
@@ -156,7 +160,7 @@ class _ResidualProbe:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             assert self._stream is not None
             written = output[0] if isinstance(output, tuple) else output
-            # Experts write the tokens of all samples in one row.
+            # Experts write the tokens of all samples in one row, so their output is viewed in the stream's shape.
             self._stream = self._stream.to(written.device)
             after = self._stream + (1.0 if block.adds is None else block.adds) * written.view_as(self._stream)
             self._add(block.key, self._stream, after)
@@ -172,7 +176,7 @@ class _ResidualProbe:
         return hook
 
     def _add(self, of: BlockKey | int, before: Tensor, after: Tensor) -> None:
-        # A layer on another device than the one before it is given its input there, and moves it.
+        # A layer on another device than the previous layer receives its input on that layer's device, and moves it.
         cosine = F.cosine_similarity(before.to(after.device).double(), after.double(), dim=-1)
         self._cosines[of] = self._cosines.get(of, torch.zeros((), device=cosine.device)) + cosine.sum()
         self._tokens[of] = self._tokens.get(of, 0) + cosine.numel()

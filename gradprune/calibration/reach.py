@@ -1,11 +1,11 @@
-"""How far a block's error reaches the predictions, which its size at the block does not tell.
+"""Reach: how strongly a block's error affects the predictions, beyond what its size at the block's output tells.
 
 `obs` prices a block's error by its size and one curvature, but the layers after the block may damp or amplify it. So
 for one block at a time, part of its groups is removed, the others are re-solved, and the residual stream of a few
-samples is followed to the last layer. A block's divergence is KL(dense || changed) of the predictions, in nats per
-token, at every second token, because a head takes as long as several layers. Its reach is this divergence over the cost
-that `obs` gives the removal, relative to the median of the blocks of its kind: kinds keep their costs relative to each
-other.
+samples is followed to the last layer. The block's divergence is KL(dense || changed) of the predictions, in nats per
+token, at every second token, because the head takes as long as several layers. Its reach is this divergence divided by
+the cost that `obs` gives the removal, relative to the median over the blocks of its kind; so kinds keep their costs
+relative to each other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,18 +20,24 @@ from gradprune.models.footprint import samples_followed
 from gradprune.models.streams import Streams, stream_bytes
 from gradprune.ranks import Ranks
 
-# What costs less than this part of the whole block is lost in rounding.
+# A cost below this share of the whole block's cost is lost in rounding.
 _LEAST = 1e-6
 
 
 class Followed:
-    """The dense model's stream for a few samples, and one for each block with a part of its groups gone.
+    """Residual streams of a few samples: the dense model's, and one for each block with part of its groups removed.
 
-    Both advance layer by layer. Every rank has the same samples, and follows its share of the blocks.
+    All of them advance layer by layer. Every rank has the same samples, and follows its share of the blocks.
     """
 
     def __init__(self, view: PrunableModel, batches: Sequence[Tensor], ranks: Ranks) -> None:
-        """Of the first samples of the calibration batches of all ranks, [N, T] int64 each; they are of one length."""
+        """Start at the first layer, with the first samples of one length.
+
+        Args:
+            view: the dense model.
+            batches: [N, T] int64 each, the calibration batches of all ranks; those as long as the first are used.
+            ranks: the processes that divide the blocks among themselves.
+        """
         samples = torch.cat([batch for batch in batches if batch.shape[1] == batches[0].shape[1]])
         samples = samples[: samples_followed(sum(map(len, batches)), len(view.blocks))]
         self._view, self._ranks = view, ranks
@@ -41,9 +47,10 @@ class Followed:
         self._changed: dict[BlockKey, Tensor] = {}
 
     def pass_layer(self, layer: int, solved: Mapping[BlockKey, Sequence[Tensor]]) -> None:
-        """Go through a layer, which is in memory.
+        """Advance all streams through a layer, whose weights are in memory.
 
-        solved: each of its blocks' output projections, [O, I], with a part gone.
+        solved: for each of the layer's blocks, its output projections [O, I] with part of the groups removed and the
+            others re-solved.
         """
         for key, stream in self._changed.items():
             self._changed[key] = self._passed(layer, stream)
@@ -54,7 +61,7 @@ class Followed:
         self._dense = self._passed(layer, self._dense)
 
     def divergences(self) -> dict[BlockKey, float]:
-        """Of each block, in nats per token, after the last layer; the last call."""
+        """Return each block's divergence in nats per token; to be called once, after the last layer."""
         changed = [self._read(self._changed.pop(block.key)) for block in self._own]
         found = divergences(self._view.model, self._read(self._dense), changed)
         keys = [block.key for block in self._view.blocks]
@@ -64,7 +71,7 @@ class Followed:
         return self._streams.run_layer(layer, 0, stream)
 
     def _read(self, stream: Tensor) -> Tensor:
-        """[tokens, H] what the head reads of every second token, given the stream after the last layer."""
+        """[tokens, H]: the head's input at every second token, given the stream after the last layer."""
         hidden = self._streams.last_hidden(0, stream.to(self._view.device))
         return self._streams.keep(hidden[:, 1::2].flatten(0, -2))
 
@@ -72,11 +79,13 @@ class Followed:
 def reaches(
     divergences: Mapping[BlockKey, float], costs: Mapping[BlockKey, tuple[float, float]]
 ) -> dict[BlockKey, float]:
-    """Each block's divergence in proportion to its cost, relative to the median of its kind; 1 where one tells nothing.
+    """Each block's reach: its divergence divided by its cost, relative to the median of its kind.
+
+    It is 1 if the cost is lost in rounding, or if the divergence is not positive and finite.
 
     Args:
-        divergences: of a part of each block's groups, see above.
-        costs: what obs says that this part costs, and the whole block.
+        divergences: each block's divergence when part of its groups is removed.
+        costs: for each block, the cost by `obs` of removing this part, and of removing the whole block.
     """
     ratios = {
         key: divergence / costs[key][0]

@@ -1,6 +1,6 @@
-"""How the gradients of several samples become one importance: sample by sample, or batch by batch.
+"""How the gradients of several samples are reduced to one importance: sample by sample, or batch by batch.
 
-This is the only place that knows the difference; everything else asks its `Reduction`.
+Code that works with the sums asks its `Reduction`, and does not distinguish the two itself.
 """
 
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ from gradprune.ops.dispatch import ImportanceOps
 class Reduction:
     """A way to reduce samples.
 
-    name: as options and files have it; what one gradient belongs to.
-    accumulator: sums up one block of linear layers.
-    scales_afterwards: whether a scale on a layer's gradients can be applied to the finished sums, exactly, so that
-        any fix can be tried after calibration. If not, each batch's gradients are scaled before they are added.
+    name: the name in options and files; also what one gradient belongs to, a sample or a batch.
+    accumulator: the class of accumulators for blocks of linear layers.
+    scales_afterwards: whether a scale on a layer's gradients can be applied exactly to the finished sums, so that any
+        fix can be tried after calibration. If not, each batch's gradients are scaled before they are added.
     """
 
     name: ReductionName
@@ -37,7 +37,7 @@ class Reduction:
     scales_afterwards: bool
 
     def accumulator_of(self, block: Block, ops: ImportanceOps, curvature: bool) -> BlockAccumulator:
-        """What sums up one block; experts are summed by sample, see `check_experts`."""
+        """Create the accumulator of one block; experts always accumulate by sample, see `check_experts`."""
         if isinstance(block, LinearBlock):
             return self.accumulator(block, ops, curvature)
         if isinstance(block, WholeExperts):
@@ -46,7 +46,10 @@ class Reduction:
         return ExpertsAccumulator(block, ops, curvature)
 
     def ledgers(self, view: PrunableModel, ops: ImportanceOps, curvature: bool) -> list[Ledger]:
-        """What sums up all blocks: in one ledger a device, or one a layer where layers are committed by themselves."""
+        """Create the ledgers of all blocks: one per device, or one per layer for streamed models.
+
+        A streamed model's layers are committed one by one.
+        """
         together: dict[object, tuple[list[BlockAccumulator], torch.device]] = {}
         for block in view.blocks:
             device = view.device_of(block.layer)
@@ -56,7 +59,7 @@ class Reduction:
         return [Ledger(entries, device) for entries, device in together.values()]
 
     def gradients_in(self, input_ids: Tensor) -> int:
-        """How many gradients a step on `input_ids` [N, T] adds."""
+        """The number of gradients that a step on `input_ids` [N, T] adds: N samples' or one batch's."""
         return len(input_ids) if self.name == "sample" else 1
 
 

@@ -1,7 +1,7 @@
-"""A calibration that survives its process: the engine's sums are saved every few samples, and a later run resumes.
+"""Resumable calibration: the engine's sums are saved every few samples, so that a later run can resume from them.
 
-The file, `results/.NAME.calibration`, lies beside the future results folder. It holds the accumulators' state and the
-identity of its run, and is deleted once the results are written.
+The file, `results/.NAME.calibration`, is beside the future results folder. It holds the engine's state and the identity
+of its run, and is deleted once the results are written.
 """
 
 import logging
@@ -20,7 +20,7 @@ from gradprune.version import __version__
 
 logger = logging.getLogger(__name__)
 
-# Options that the sums depend on.
+# The options on which the sums depend.
 _OPTIONS = (
     "prune_kinds",
     "num_samples",
@@ -34,24 +34,30 @@ _OPTIONS = (
 
 
 def calibration_file(config: PruneConfig) -> Path | None:
-    """Where the state of a run's calibration is kept; None for a run that writes nothing."""
+    """The path at which the state of a run's calibration is saved; None for a run that writes nothing."""
     if config.output_name is None:
         return None
     return Path(config.output_dir) / f".{config.output_name}.calibration"
 
 
 def forget_calibration(config: PruneConfig) -> None:
-    """Delete the state, now that the results are written."""
+    """Delete the saved state of a run's calibration, after the results are written."""
     path = calibration_file(config)
     if path is not None:
         path.unlink(missing_ok=True)
 
 
 class Resumable:
-    """The state of one run's calibration, on disk where `checkpoint_every` or `resume` asks for it."""
+    """The state of one run's calibration; saved if `checkpoint_every` is set, restored if `resume` is."""
 
     def __init__(self, run: Run, engine: ImportanceEngine, samples: Tensor) -> None:
-        """engine: has not run yet. samples: [N, T] int64, those of the run that it will be given."""
+        """Identify the run; its files are not touched yet.
+
+        Args:
+            run: the run.
+            engine: its engine, which has not run yet.
+            samples: [N, T] int64, the samples on which the engine's steps will run.
+        """
         self._engine = engine
         self._samples = samples
         self._batch_size = run.config.batch_size
@@ -61,13 +67,14 @@ class Resumable:
         self._belongs = _belongs(run, engine, samples) if self._every is not None or run.config.resume else {}
 
     def restore(self, *, resume: bool) -> int:
-        """Restore the state of an interrupted run; returns the number of samples it had processed.
+        """Restore the engine to an interrupted run's state, if there is one; return the number of samples in it.
 
         Args:
-            resume: resume from it; otherwise its existence is only logged.
+            resume: whether to resume; if not, the existence of such a state is only logged, and 0 returned.
 
         Raises:
-            CheckpointError: it is damaged, or belongs to a run with another model, data or options; says what differs.
+            CheckpointError: the file is damaged, or belongs to a run with another model, data or options; says what
+                differs.
         """
         if self._path is None or not self._path.is_file():
             return 0
@@ -97,7 +104,9 @@ class Resumable:
         return done
 
     def save(self, done: int) -> None:
-        """Write the state after `done` samples, if it is time to.
+        """Save the state after `done` samples, if `checkpoint_every` samples were processed since the last time.
+
+        It is also saved after the last sample.
 
         Raises:
             CheckpointError: the file cannot be written.
@@ -113,7 +122,7 @@ class Resumable:
 
 
 def _belongs(run: Run, engine: ImportanceEngine, samples: Tensor) -> dict[str, Any]:
-    """Everything that must match for a resumed run to give the same bytes."""
+    """The run's identity: everything that must match for a resumed run to give the same bytes."""
     return {
         **{name: getattr(run.config, name) for name in _OPTIONS},
         "number of samples with gradients": len(samples),

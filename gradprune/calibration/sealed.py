@@ -1,4 +1,4 @@
-"""Tensors with a record in one safetensors file, sealed by a digest and replaced atomically."""
+"""Sealed files: tensors and a JSON record in one safetensors file with a digest, which is replaced atomically."""
 
 import hashlib
 import json
@@ -16,19 +16,19 @@ from gradprune.models.digest import tensors_digest
 
 
 class DamagedFileError(Exception):
-    """A file is not what `write_sealed` wrote; says why."""
+    """A file is not what `write_sealed` wrote; the message says why."""
 
 
 def write_sealed(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write a file; the same content gives the same bytes. It is created or replaced atomically.
+    """Create or replace a sealed file atomically; the same content gives the same bytes.
 
     Args:
-        path: of the file.
-        tensors: by name, on the CPU.
-        record: JSON-serialisable.
+        path: the path of the file.
+        tensors: the tensors by name, on the CPU.
+        record: the JSON-serialisable record.
 
     Raises:
-        OSError: it cannot be written; an existing file is unchanged.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     text = json.dumps(record, sort_keys=True)
     try:
@@ -44,10 +44,10 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str,
 
 
 def read_sealed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the record of a file.
+    """Read the tensors and the record of a sealed file.
 
     Raises:
-        DamagedFileError: not a whole file that `write_sealed` wrote.
+        DamagedFileError: the file is missing, or is not a complete file that `write_sealed` wrote.
     """
     try:
         with safe_open(path, framework="pt") as file:
