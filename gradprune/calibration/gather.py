@@ -123,7 +123,7 @@ def calibrate(
 
 def _calibrated(run: Run) -> ImportanceEngine:
     config = run.config
-    method, everything = _collected(config)
+    method, everything = _engine_method(config)
     asked = config.importance_method
     if everything and asked != "obs" and any(isinstance(block, WholeExperts) for block in run.view.blocks):
         # Collect for all methods except "obs", which cannot score whole experts. If "obs" itself is requested, the
@@ -140,7 +140,7 @@ def _calibrated(run: Run) -> ImportanceEngine:
         ranks=run.ranks,
         kinds=config.kinds,
     )
-    stepped, read = _divided(run, method)
+    stepped, read = _stepped_and_read(run, method)
     state = Resumable(run, engine, stepped)
     start = state.restore(resume=config.resume)
     calibrate(engine, stepped, config.batch_size, run.console, start=start, after=state.save)
@@ -164,7 +164,7 @@ def _evidence(run: Run, engine: ImportanceEngine) -> Evidence:
     return evidence.with_priors("taylor", taylor_priors(gates)) if gates else evidence
 
 
-def _collected(config: PruneConfig) -> tuple[Method, bool]:
+def _engine_method(config: PruneConfig) -> tuple[Method, bool]:
     """The engine's method, and whether every step collects what every method needs."""
     if config.evidence == "all" or config.importance_method == "auto":
         return "obs", True
@@ -175,7 +175,7 @@ def _collected(config: PruneConfig) -> tuple[Method, bool]:
     return method, False
 
 
-def _divided(run: Run, method: Method) -> tuple[Tensor, Tensor]:
+def _stepped_and_read(run: Run, method: Method) -> tuple[Tensor, Tensor]:
     """The calibration samples to run steps on, and those that are only given to `engine.read`; [N, T] each."""
     config, samples = run.config, run.samples.calibration
     if method == "magnitude":

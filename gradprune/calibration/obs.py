@@ -163,15 +163,15 @@ class _Pass:
         del shown
         for block in self.view.of_layer(layer):
             if isinstance(block, LinearBlock):
-                yield block.key, [self._of_linear(block, linear.pop(block))]
+                yield block.key, [self._linear_path(block, linear.pop(block))]
             elif isinstance(block, ExpertsBlock):
-                yield block.key, self._of_experts(block, experts.pop(block))
+                yield block.key, self._expert_paths(block, experts.pop(block))
 
-    def _of_linear(self, block: LinearBlock, gram: GramSum) -> RemovalPath:
+    def _linear_path(self, block: LinearBlock, gram: GramSum) -> RemovalPath:
         name = f"layer {block.layer}'s {block.output.path}"
         return self._path(gram, block.output.weight, block.output.columns, self.curvatures[block.key][0], name)
 
-    def _of_experts(self, block: ExpertsBlock, seen: Sequence[tuple[Routed, Tensor]]) -> list[RemovalPath]:
+    def _expert_paths(self, block: ExpertsBlock, seen: Sequence[tuple[Routed, Tensor]]) -> list[RemovalPath]:
         """The removal path of each expert, whose groups are always its channels."""
         paths = []
         for expert, curvature in enumerate(self.curvatures[block.key]):
@@ -316,9 +316,9 @@ class _Remaining:
         stay[positions] = False
         self.groups, self._at = self.groups[stay], self._at[stay]
         if len(self) * self.columns <= _FULL * len(self._inverse):
-            self._drop_gone()
+            self._compact()
 
-    def _drop_gone(self) -> None:
+    def _compact(self) -> None:
         """Copy the matrices without removed columns, except as many as pad them to a multiple of `_EVEN` groups."""
         gone = torch.ones(len(self._inverse) // self.columns, dtype=torch.bool)
         gone[self._at] = False
@@ -345,14 +345,14 @@ def _round(block: _Remaining, quota: int, ops: ImportanceOps) -> tuple[Tensor, l
     with one_thread():
         costs = block.costs().cpu()
         ranked = costs.argsort(stable=True)
-        looked_at = ranked[: _SURPLUS * quota].sort().values
-        outside = float(costs[ranked[len(looked_at)]]) if len(looked_at) < len(block) else float("inf")
-        inverted, gram = block.matrices_of(looked_at)
-        taken, marginal = ops.cheapest_removals(inverted, gram, block.columns, min(quota, len(looked_at)))
+        candidates = ranked[: _SURPLUS * quota].sort().values
+        outside = float(costs[ranked[len(candidates)]]) if len(candidates) < len(block) else float("inf")
+        inverted, gram = block.matrices_of(candidates)
+        taken, marginal = ops.cheapest_removals(inverted, gram, block.columns, min(quota, len(candidates)))
     marginal_costs = marginal.tolist()
     # Stop before a candidate that costs more than the cheapest group outside, which should be removed before it.
     count = next((n for n, cost in enumerate(marginal_costs) if n and cost > outside), len(marginal_costs))
-    return looked_at[taken[:count].cpu()], marginal_costs[:count]
+    return candidates[taken[:count].cpu()], marginal_costs[:count]
 
 
 def _factor(matrix: Tensor, *, overwrite: bool = False) -> Tensor:

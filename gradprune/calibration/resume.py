@@ -64,7 +64,7 @@ class Resumable:
         self._every = run.config.checkpoint_every
         self._saved = 0
         self._path = calibration_file(run.config)
-        self._belongs = _belongs(run, engine, samples) if self._every is not None or run.config.resume else {}
+        self._identity = _identity(run, engine, samples) if self._every is not None or run.config.resume else {}
 
     def restore(self, *, resume: bool) -> int:
         """Restore the engine to an interrupted run's state, if there is one; return the number of samples in it.
@@ -90,7 +90,7 @@ class Resumable:
         belongs, done = record["belongs"], int(record["done"])
         differing = [
             f"{name} ({belongs.get(name)}, now {value})"
-            for name, value in self._belongs.items()
+            for name, value in self._identity.items()
             if belongs.get(name) != value
         ]
         if differing:
@@ -115,13 +115,13 @@ class Resumable:
         if self._path is None or not due or done == self._saved:
             return
         try:
-            write_sealed(self._path, self._engine.state(), {"belongs": self._belongs, "done": done})
+            write_sealed(self._path, self._engine.state(), {"belongs": self._identity, "done": done})
         except OSError as error:
             raise CheckpointError(f"checkpoint_every: '{self._path}' cannot be written: {error.strerror}") from error
         self._saved = done
 
 
-def _belongs(run: Run, engine: ImportanceEngine, samples: Tensor) -> dict[str, Any]:
+def _identity(run: Run, engine: ImportanceEngine, samples: Tensor) -> dict[str, Any]:
     """The run's identity: everything that must match for a resumed run to give the same bytes."""
     return {
         **{name: getattr(run.config, name) for name in _OPTIONS},
