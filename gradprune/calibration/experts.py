@@ -46,8 +46,8 @@ def check_experts(view: PrunableModel, method: Method, reduction: ReductionName)
     if method == "reap" and not scores_experts_alone(view):
         others = sorted({block.kind.name for block in view.blocks if not isinstance(block, WholeExperts)})
         raise ConfigError(
-            f"importance_method: 'reap' scores whole experts, and {', '.join(others)} are to be scored; prune the kind "
-            "'experts' alone, of a mixture of experts"
+            f"importance_method: 'reap' scores whole experts only, not {', '.join(others)}; prune only the kind "
+            "'experts', in a mixture of experts"
         )
     if not view.has_experts:
         return
@@ -57,7 +57,7 @@ def check_experts(view: PrunableModel, method: Method, reduction: ReductionName)
             "'taylor_2nd' for whole experts"
         )
     if reduction == "batch":
-        raise ConfigError("reduction: 'batch' is not made for a mixture of experts; choose 'sample'")
+        raise ConfigError("reduction: 'batch' is not available for mixtures of experts; choose 'sample'")
 
 
 def _offsets(routed: Routed, samples: int, length: int) -> Tensor:

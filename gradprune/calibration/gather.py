@@ -68,8 +68,8 @@ def gather_evidence(run: Run, earlier: Evidence | None = None, *, bound: bool = 
         return evidence
     if config.prior == "taylor":
         raise ConfigError(
-            "prior: 'taylor' is not in evidence_file, whose calibration took no gradients of all samples; "
-            "calibrate again with it, or with evidence 'all'"
+            "prior: 'taylor' is not in evidence_file, because its calibration did not compute the gradients of all "
+            "samples; calibrate again with this prior, or with evidence 'all'"
         )
     with run.clock.stage("priors"):
         return evidence.with_priors(config.prior, _priors(run))

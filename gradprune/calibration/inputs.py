@@ -37,7 +37,7 @@ def check_ids(input_ids: Tensor, vocabulary: int) -> None:
     if not isinstance(input_ids, Tensor):
         raise GradPruneError(
             f"input_ids: is a {type(input_ids).__name__}; a tensor [N, T] of token ids is needed "
-            "(of a tokenizer's output, its input_ids as a tensor)"
+            "(if it is a tokenizer's output, pass its input_ids as a tensor)"
         )
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise GradPruneError(f"input_ids: has dtype {input_ids.dtype}; token ids are int64 or int32")
