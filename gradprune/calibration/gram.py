@@ -75,7 +75,7 @@ def add_gram(gram: Tensor, rows: Tensor) -> None:
 
 
 def tiles(width: int) -> Iterator[tuple[int, int]]:
-    """Yield the (start, end) of the tiles by which the lower triangle of a matrix of this width is computed alone."""
+    """Yield the (start, end) of the tiles into which a matrix of this width is split to compute one triangle only."""
     count = max(1, min(8, width // _TILE))
     return itertools.pairwise(tile * width // count for tile in range(count + 1))
 
