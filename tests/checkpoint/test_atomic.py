@@ -28,7 +28,7 @@ from gradprune.errors import CheckpointError
 from helpers.commands import Process
 from helpers.tiny_models import tiny_model
 
-# Writes half of a folder, says so, and waits to be killed.
+# A script that writes half of a folder, reports it and waits to be killed.
 KILLED = """
 import sys, time
 from pathlib import Path
@@ -41,7 +41,7 @@ with atomic_directory(Path(sys.argv[1]), overwrite=True, argument='x') as folder
 
 
 def results(folder: Path, content: str = "old") -> Path:
-    """A results folder with one other file."""
+    """Make a results folder: the record of a run, and a file with `content`."""
     folder.mkdir(parents=True)
     (folder / "run.json").write_text("{}")
     (folder / "content").write_text(content)
@@ -60,7 +60,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture(params=["exchange", "two renames"])
 def file_system(request, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With and without the atomic exchange."""
+    """A file system that exchanges two folders atomically, and one that does not."""
     if request.param == "two renames":
         monkeypatch.setattr(rename, "_renameat2", lambda source, target, flag: False)
     return request.param
@@ -119,7 +119,7 @@ def test_an_interrupt_between_two_renames_loses_neither(tmp_path: Path, monkeypa
     assert len(calls) >= after
     monkeypatch.undo()
     assert (tmp_path / "x" / "content").read_text() == ("old" if after == 1 else "new")
-    write(tmp_path / "x", "newer")  # and the next run leaves no trace of it
+    write(tmp_path / "x", "newer")  # the next run removes what the interrupted one left
     assert names(tmp_path) == ["x"]
 
 
@@ -190,7 +190,7 @@ def test_the_next_run_takes_over_from_a_killed_one_and_says_so(tmp_path: Path, c
     with killed_run(tmp_path / "x") as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert len(names(tmp_path)) == 3  # the results, the lock and the half written folder
+    assert len(names(tmp_path)) == 3  # the results, the lock and the half-written folder
     assert (tmp_path / "x" / "content").read_text() == "old"
     with caplog.at_level(logging.WARNING):
         write(tmp_path / "x")
@@ -203,7 +203,7 @@ def test_the_next_run_takes_over_from_a_killed_one_and_says_so(tmp_path: Path, c
 
 
 def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a file system that has none."""
+    """Make `flock` fail as it does on a file system without locks."""
 
     def unsupported(descriptor: int, operation: int) -> None:
         raise OSError(38, "Function not implemented")
@@ -329,7 +329,7 @@ def test_each_of_several_files_that_the_run_reads_counts(tmp_path: Path, value: 
 
 
 def cannot(tmp_path: Path, folder: Path) -> str:
-    """The one-line error of a claim."""
+    """Return the one-line error with which claiming `folder` fails."""
     with (
         pytest.raises(CheckpointError, match=r"^output_name: ") as error,
         claimed(folder, overwrite=True, argument="output_name"),
@@ -354,7 +354,7 @@ def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_of_a_copy_the_file_that_is_written_is_named(tmp_path: Path) -> None:
-    """The operating system's error names the one that is read first."""
+    """The operating system's error names two files, and first the one that is read."""
     with (
         pytest.raises(CheckpointError, match=r"^output_name: 'written' cannot be written: File too large$"),
         atomic_directory(tmp_path / "x", overwrite=False, argument="output_name"),
@@ -382,7 +382,7 @@ def test_the_room_needed_follows_the_dtype(tmp_path: Path, monkeypatch, dtype: s
     with pytest.raises(CheckpointError, match=r"needs about .* bytes") as error, claimed_results(config):
         pass
     stated = int(re.search(r"about ([0-9,]+)", str(error.value))[1].replace(",", ""))
-    assert bytes_ / 2 <= stated <= bytes_ / 2 + 100  # the header's bytes, where the dtype stays
+    assert bytes_ / 2 <= stated <= bytes_ / 2 + 100  # with "auto" the size of the file counts, with its header
 
 
 def test_a_failed_run_leaves_no_empty_folders(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from helpers.cut_models import assert_same, extreme_masks, full_masks, greedy, m
 from helpers.programs import run_program
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
-# Runs where gradprune cannot be imported; prints what the reloaded model computes.
+# A script that cannot import gradprune and saves what each reloaded model computes, for comparison.
 FRESH = """
 import sys
 sys.modules["gradprune"] = None
@@ -99,7 +99,7 @@ def test_without_trust_a_pruned_model_does_not_load_wrongly(architecture: str, t
 
 
 def test_dropped_blocks_leave_no_global_width_that_the_stock_model_would_fit(tmp_path: Path) -> None:
-    # transformers releases without per_layer_config build the stock model, and make up the weights it lacks.
+    # transformers releases without per_layer_config would build the stock model and randomly fill in missing weights.
     model = tiny_model()
     for number, kinds in enumerate((["attention"], ["mlp"], ["attention", "mlp"])):
         masks = full_masks(model)
@@ -148,7 +148,7 @@ def test_blocks_that_are_gone_are_made_without_a_warning(tmp_path: Path) -> None
 
 
 def by_remote_code(folder: Path, monkeypatch: pytest.MonkeyPatch, modules: Path):
-    """The model as the code beside its weights makes it."""
+    """Load a model with the code saved beside its weights, not with gradprune's own classes."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     assert not isinstance(model, PerLayerWidths)
@@ -226,7 +226,7 @@ def test_checkpoints_of_the_first_release_still_load(architecture: str, tmp_path
     masks.attention[1][:] = False
     save_checkpoint(cut(model, masks), None, tmp_path / "x")
     config = json.loads((tmp_path / "x" / "config.json").read_text())
-    # It registered one class, and left the query heads of Llama and Phi-3 out.
+    # The first release registered only one class, and did not record the query heads of Llama and Phi-3.
     layers = config["per_layer_config"]
     if architecture in ("llama", "phi3"):
         layers = {index: {k: v for k, v in own.items() if k != "num_attention_heads"} for index, own in layers.items()}
@@ -305,13 +305,13 @@ def broken_checkpoint(folder: Path, how: str) -> None:
 
 
 def state(folder: Path, **values: object) -> None:
-    """Change values of config.json."""
+    """Set `values` in the folder's config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def told(folder: Path) -> str:
-    """The one-line error that loading gives."""
+    """Return the one-line error with which loading `folder` fails."""
     with pytest.raises(CheckpointError, match=r"^base_model: ") as error:
         load_model(folder)
     assert "\n" not in str(error.value)
@@ -380,14 +380,14 @@ def test_a_name_is_not_asked_for_at_a_hub_that_cannot_be_reached(monkeypatch: py
 def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "_TIMEOUT", 0.1)
-    monkeypatch.setattr(hub, "_ask", lambda: time.sleep(3.0))  # as the resolution of a name, which has no limit
+    monkeypatch.setattr(hub, "_ask", lambda: time.sleep(3.0))  # like name resolution, which has no time limit
     start = time.monotonic()
     assert "no answer in 0.1 s" in str(hub.hub_fault())
     assert time.monotonic() - start < 2.0
 
 
 def sharded(folder: Path) -> dict[str, str]:
-    """A checkpoint in shards; returns its index's map."""
+    """Save a checkpoint in shards, and return its index's map from weights to files."""
     tiny_model().save_pretrained(folder, max_shard_size="20KB")
     return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
 
@@ -400,7 +400,7 @@ def test_an_index_names_nothing_but_safetensors_beside_it(tmp_path: Path, name: 
     weights = sharded(tmp_path / "x")
     load_model(tmp_path / "x")
     first = next(iter(weights))
-    # Whatever is there, it is not opened.
+    # Files with two of these names exist, but must not be opened.
     torch.save({}, tmp_path / "x" / "evil.bin")
     (tmp_path / "outside.safetensors").write_bytes((tmp_path / "x" / weights[first]).read_bytes())
     index = {"metadata": {}, "weight_map": {**weights, first: name}}

@@ -31,7 +31,7 @@ _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm
 
 
 def write_gguf(model: PreTrainedModel, path: Path, *, architecture: str = "llama", without: str | None = None) -> None:
-    """The tiny Llama as llama.cpp's converter would write it in fp32: rows of q and k interleaved for its rotation."""
+    """Write a tiny Llama as llama.cpp's converter does, in fp32: rows of q and k interleaved for its rotary form."""
     config, writer = model.config, gguf.GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -50,7 +50,7 @@ def write_gguf(model: PreTrainedModel, path: Path, *, architecture: str = "llama
     tokens = [*(chr(ord("A") + number) for number in range(config.vocab_size - 2)), "AB", "CD"]
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
-    # Two: transformers before 5.18 takes the letters of a lone merge for merges.
+    # Two merges, because transformers before 5.18 takes each letter of a single one for a merge.
     writer.add_token_merges(["A B", "C D"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

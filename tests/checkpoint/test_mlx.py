@@ -1,4 +1,4 @@
-"""What MLX computes from pruned checkpoints, against transformers."""
+"""MLX computes the same from pruned checkpoints as transformers."""
 
 import ast
 import json
@@ -17,7 +17,7 @@ from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
 def uneven(architecture: str, **options):
     """A model whose first layer has no attention, and whose second has no MLP."""
-    # mlx-lm computes Qwen2 and Phi-3 only where the heads add up to the hidden size.
+    # mlx-lm supports Qwen2 and Phi-3 only if the sizes of the heads add up to the hidden size.
     model = tiny_model(
         architecture, **{"hidden": 24 if architecture != "llama" else 4, "dtype": torch.float32, **options}
     )
@@ -29,7 +29,7 @@ def uneven(architecture: str, **options):
 
 
 def load_in_mlx(folder: Path):
-    """The model; mlx-lm's `load` without the tokenizer."""
+    """Load the model as mlx-lm's `load` does, but without a tokenizer."""
     pytest.importorskip("mlx.core", reason="MLX is not installed (pip install 'mlx[cpu]')")
     utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed (pip install mlx-lm)")
     return utils.load_model(folder, trust_remote_code=True)[0]
@@ -45,7 +45,7 @@ def assert_same_logits(model, folder: Path) -> None:
         expected = model(ids).logits
     found = torch.tensor(loaded(mx.array(ids.numpy())).tolist())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    # The prompt in two parts, the rest token by token.
+    # With a cache: the prompt, six tokens, in two parts, and the rest token by token.
     cache = make_prompt_cache(loaded)
     parts = [loaded(mx.array(part.numpy()), cache=cache) for part in (ids[:, :3], ids[:, 3:6], *ids[:, 6:].split(1, 1))]
     found = torch.cat([torch.tensor(part.tolist()) for part in parts], 1)

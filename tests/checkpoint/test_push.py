@@ -15,7 +15,7 @@ from helpers.tiny_models import tiny_model
 
 
 class Hub:
-    """Keeps what it is given, as `HfApi` would upload it."""
+    """A stand-in for `HfApi` that keeps the files it is asked to upload."""
 
     def __init__(self, fault: Exception | None = None) -> None:
         self.fault = fault

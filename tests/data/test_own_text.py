@@ -1,4 +1,4 @@
-"""Samples that the model writes: their distribution, that they are the same every time, and where they go in a run."""
+"""Samples that the model writes itself: their distribution, their reproducibility, and their use in a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ def written(model: PreTrainedModel, count: int = 6, seq_len: int = 9, **options:
 
 
 def test_samples_are_drawn_from_the_models_own_distribution(device: str) -> None:
-    """The second and the third token of many samples, against the model's probabilities of them in fp64."""
+    """The second and third tokens of many samples are as frequent as the model's probabilities say, in fp64."""
     model = tiny_model(vocab=5, layers=1)
     count = 4000
     found = written(model.to(device), count, 3, batch_size=1000)
@@ -39,7 +39,7 @@ def test_samples_are_drawn_from_the_models_own_distribution(device: str) -> None
         pairs = torch.tensor([[BOS, token] for token in range(5)])
         third = second[:, None] * F.softmax(model(pairs).logits[:, -1], -1)
     counted = torch.bincount(found[:, 1] * 5 + found[:, 2], minlength=25).view(5, 5)
-    # The token that ends a text is drawn too, and text goes on after it.
+    # The end-of-text token is drawn too, and the sample continues after it.
     assert counted[2].sum() > 0
     error = ((third * (1 - third)) / count).sqrt()
     assert ((counted / count - third).abs() < 4.5 * error).all()
@@ -52,13 +52,13 @@ def test_the_same_seed_writes_the_same_and_batches_differ(device: str) -> None:
     assert first.shape == (8, 9)
     assert first.dtype == torch.int64
     assert torch.equal(first, written(model, 8))
-    # No batch is written twice, for another seed neither.
+    # No sample occurs twice, neither in different batches nor with different seeds.
     assert len(torch.cat([first, written(model, 8, seed=1)]).unique(dim=0)) == 16
     assert torch.equal(state, torch.get_rng_state())
 
 
 class _OneOfTwo(Ranks):
-    """A rank that hears nothing of the other."""
+    """One of two ranks, which receives nothing from the other."""
 
     world = 2
 
@@ -97,7 +97,7 @@ def test_a_model_without_a_beginning_begins_behind_an_ending_or_not_at_all() -> 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURE_NAMES, "mixture", "pruned"])
 def test_every_model_writes_what_it_predicts(architecture: str) -> None:
-    """Of 200 samples' next tokens, as many are the likeliest ones as the model's probabilities of these say."""
+    """The likeliest next token is drawn as often, in 200 samples, as the model's probabilities of it say."""
     if architecture == "mixture":
         model: PreTrainedModel = tiny_mixture().float()
     elif architecture == "pruned":
@@ -123,7 +123,7 @@ def drawn(**options: object) -> Samples:
 
 
 def begins_as_written(samples: Tensor) -> list[bool]:
-    """Which samples begin with the beginning-of-text token, which the text here does not have."""
+    """Whether each sample begins with the beginning-of-text token, which only written samples contain here."""
     assert not (TOKENS == BOS).any()
     return (samples[:, 0] == BOS).tolist()
 
@@ -133,7 +133,7 @@ def test_its_share_is_spread_evenly_over_calibration_and_held_out_samples() -> N
     assert not any(begins_as_written(given.calibration))
     for samples in (some.calibration, some.held_out):
         assert begins_as_written(samples) == [False, False, True, False] * (len(samples) // 4)
-    # The text's windows are the same ones, in their order.
+    # The samples from the text are the same windows in the same order.
     assert torch.equal(some.calibration[[0, 1, 3]], given.calibration[:3])
     assert torch.equal(some.evaluation, given.evaluation)
 
@@ -173,7 +173,7 @@ def test_a_run_says_that_it_wrote(tmp_path: Path) -> None:
     assert ", 50% of them written by the model itself" in (tmp_path / "one/model/README.md").read_text(encoding="utf-8")
     for file in ("model/model.safetensors", "analysis/evidence.safetensors", "analysis/groups.csv"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-    # The share that was written: of 8 samples, not 2.4.
+    # The share that was actually written: 2 of 8 samples, not 2.4.
     assert run(tiny_model(channels=24, dtype=torch.float32), own_text=0.3).evidence.own_text == 0.25
     other = run(tiny_model(channels=24, dtype=torch.float32), repair="least_squares")
     assert (result.table.importance != other.table.importance).any()
@@ -186,7 +186,7 @@ def test_nothing_is_written_or_drawn_that_nothing_would_be_run_on(tmp_path: Path
     options = {"repair": "none", "own_text": 0.5, "importance_method": "group_fisher"}
     first = run(model, output_dir=str(tmp_path), output_name="x", **options)
     again = {**options, "evidence_file": str(tmp_path / "x" / "analysis" / "evidence.safetensors")}
-    # Far too little text to draw from.
+    # Far too little text to draw samples from.
     found = run(model, calibration=TOKENS[:20], **again)
     assert "own_text" not in found.seconds
     assert (found.pruned == first.pruned).all()

@@ -1,4 +1,4 @@
-"""Which windows of the text a run's samples are."""
+"""How the windows of a text are divided among the uses of a run."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ TOKENS = tiny_ids(samples=1, tokens=200).flatten()
 
 
 def drawn(windows: int, calibrated: int = 0, **options: object) -> Samples:
-    """Of a text of so many windows of 8 tokens."""
+    """Draw from a text of `windows` windows of 8 tokens; an earlier run calibrated on the first `calibrated`."""
     config = PruneConfig(**{"seq_len": 8, "num_samples": 4, "held_out_samples": 4, **options})
     return draw_samples(tiny_model(), None, config, TOKENS[: 8 * windows], TOKENS[:8], calibrated=calibrated)
 

@@ -168,7 +168,7 @@ def test_several_datasets_have_their_shares_in_what_is_drawn_and_held_out(tmp_pa
         (tmp_path / name).write_text(letter * size)
     names = ",".join(f"{tmp_path / name}{weight}" for name, weight in zip(("a.txt", "b.txt"), weights, strict=True))
     tokens = load_tokens(names, TOKENIZER)
-    assert min(5000 / share, 3000 / (1 - share)) - len(tokens) < 3  # one of them is used up
+    assert min(5000 / share, 3000 / (1 - share)) - len(tokens) < 3  # one of the two datasets is used up
     a = int(TOKENIZER("a")["input_ids"][0])
     for part in (tokens, *split_held_out(tokens, 16)):
         assert float((part == a).double().mean()) == pytest.approx(share, abs=0.01)
@@ -234,7 +234,7 @@ def test_pieces_end_with_a_line_or_a_word() -> None:
 def test_tokenising_a_long_text_says_nothing_and_adds_nothing(
     stories_model: Path, stories_text: tuple[Path, Path]
 ) -> None:
-    """A real tokenizer, which adds a start-of-text token and warns of texts above its context."""
+    """With a real tokenizer, which adds a start-of-text token and warns about text longer than its context."""
     tokenizer = AutoTokenizer.from_pretrained(stories_model)
     tokenizer.model_max_length = 16
     text = stories_text[1].read_text(encoding="utf-8")
@@ -253,7 +253,7 @@ def test_tokenising_a_long_text_says_nothing_and_adds_nothing(
     assert whole[0] == tokenizer.bos_token_id
     assert tokenizer.bos_token_id not in tokens
     assert tokenizer.decode(tokens[:500]) == tokenizer.decode(whole[1:501])
-    # Its word mark stands before every piece's first word: a few tokens of the whole text may differ.
+    # The tokenizer puts its word mark before the first word of every piece, so a few tokens may differ.
     assert abs(len(tokens) - len(whole) + 1) < 10
 
 
@@ -277,7 +277,7 @@ def test_token_ids_are_checked_against_the_given_vocabulary(tmp_path: Path) -> N
 
 
 class _Executed:
-    """Creates a file when unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -310,7 +310,7 @@ def write_npz(path: Path) -> None:
 
 
 def write_forged_npy(path: Path) -> None:
-    """A header that promises far more than there is, or than fits in memory."""
+    """Write a header that promises far more values than follow it, or than fit in memory."""
     with path.open("wb") as file:
         header = {"descr": "<i8", "fortran_order": False, "shape": (10**15,)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -364,7 +364,7 @@ def test_a_hub_dataset_needs_the_data_extra(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _pretend_hub(monkeypatch: pytest.MonkeyPatch, load_dataset: object, *, offline: bool = True) -> None:
-    """Stand in for the `datasets` package; in its offline mode nothing asks whether the hub can be reached."""
+    """Replace the `datasets` package; in its offline mode nothing checks whether the hub can be reached."""
     module = SimpleNamespace(config=SimpleNamespace(HF_HUB_OFFLINE=offline), load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", module)
 
@@ -486,6 +486,6 @@ def test_an_error_names_the_option_that_named_the_dataset(dataset: str) -> None:
 
 
 def test_overlap_is_of_whole_tokens() -> None:
-    """The bytes of many ids 1 are in those of many ids 256, one byte on."""
+    """In bytes, a sequence of ids 1 is part of a sequence of ids 256, shifted by one byte."""
     assert overlap_of(torch.full((64,), 1), torch.full((200,), 256)) == 0.0
     assert overlap_of(torch.full((64,), 256), torch.full((200,), 256)) == 1.0

@@ -1,4 +1,4 @@
-"""The embedded default: the text, the tokenizer, the training and the cache."""
+"""The demo model: its embedded text, its tokenizer, its training and its cache."""
 
 import hashlib
 import json
@@ -185,7 +185,7 @@ def test_orthogonal_evens_out_the_singular_values(shape: tuple[int, int]) -> Non
     assert result.shape == matrix.shape
     inner = u.T @ result @ v.T
     assert 0.6 < inner.diagonal().min() <= inner.diagonal().max() < 1.3
-    # An odd polynomial of the singular values keeps their vectors: 15 products of 8 x 8 in fp64.
+    # An odd polynomial of the singular values keeps the singular vectors, up to rounding: 15 fp64 products of 8 x 8.
     assert (inner - inner.diagonal().diag()).abs().max() < 1e-10
 
 
@@ -234,7 +234,7 @@ def test_training_refuses_too_little_text_and_divergence() -> None:
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A cache folder that does not exist yet, and a text of a few thousand characters."""
+    """A cache folder that does not exist yet; the embedded text is replaced by some two thousand characters."""
     monkeypatch.setenv("GRADPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
         model_module, "embedded_text", lambda: EmbeddedText("some words of text\n" * 100, "other words\n" * 20)
@@ -352,10 +352,10 @@ def test_progress_shows_rate_and_loss_and_quiet_shows_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-# --- the real one
+# --- the real demo model
 
 
-@pytest.mark.timeout(1200)  # trained on first use; slow where the cores are busy with something else
+@pytest.mark.timeout(1200)  # the model is trained on first use, which takes long on a busy machine
 def test_the_demo_model_has_learned() -> None:
     path = demo_model_path(QUIET)
     record = json.loads((path / "training.json").read_text(encoding="utf-8"))
@@ -386,7 +386,7 @@ def test_methods_differ_on_the_demo_model() -> None:
 
 @pytest.mark.parametrize("chosen", ["", "~/d"])
 def test_a_user_without_a_home_is_told_what_to_set(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container that is run under a number without a name."""
+    """The user has no entry in the user database, as in a container that runs under an arbitrary user id."""
     for name, value in {"GRADPRUNE_CACHE": chosen, "XDG_CACHE_HOME": ""}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("HOME", raising=False)
