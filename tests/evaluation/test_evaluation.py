@@ -80,7 +80,7 @@ def test_the_model_is_measured_in_evaluation_mode_and_left_in_its_own() -> None:
 
 
 def test_the_total_is_accumulated_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    # In fp32 each 1 would be lost beside 2^25.
+    # In fp32, adding 1 to 2^25 would change nothing.
     monkeypatch.setattr(perplexity_module, "losses", lambda _model, parts: (ids[:, 0].float() for ids in parts))
     tokens = torch.ones(400, dtype=torch.int64)
     tokens[0] = 2**25
@@ -129,7 +129,7 @@ def test_throughput_alternates_its_models() -> None:
 
 
 def test_speeds_are_percentiles_of_the_timed_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Two passes for warming up, then one of 1, 2, 4, 5 and 10 seconds.
+    # Two warm-up passes, then passes of 1, 2, 4, 5 and 10 seconds.
     durations = [1000.0, 1000.0, 1.0, 2.0, 4.0, 5.0, 10.0]
     clock = iter(time for duration in durations for time in (0.0, duration))
     monkeypatch.setattr(speed_module, "_seconds", lambda run, model: -next(clock) + next(clock))
@@ -166,7 +166,7 @@ def terminal() -> Console:
 
 
 def last_drawn(console: Console) -> str:
-    """The last line that was drawn; each is drawn over the one before, which is erased first."""
+    """Return the last line that was drawn; each new line is drawn in the place of the erased previous one."""
     return console.file.getvalue().split(ERASE_LINE)[-1].split("\n")[0]  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""Greedy continuations, and where a run shows them."""
+"""Greedy continuations of prompts, and how a run shows them."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ OPTIONS = {"num_samples": 8, "seq_len": 16, "batch_size": 4, "backend": "referen
 
 
 def likeliest(model: PreTrainedModel, prompt: str, count: int) -> list[int]:
-    """By passes of their own, without a cache."""
+    """Return the `count` greedy tokens after `prompt`, each from a separate forward pass without a cache."""
     ids = TOKENIZER(prompt, return_tensors="pt")["input_ids"]
     found = ids
     with torch.no_grad():

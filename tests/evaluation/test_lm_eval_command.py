@@ -1,4 +1,4 @@
-"""lm-eval's own command on a pruned checkpoint, which it loads as any model with remote code."""
+"""lm-eval's own command on a pruned checkpoint, which it loads like any model with remote code."""
 
 import importlib.util
 import json

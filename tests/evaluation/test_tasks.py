@@ -29,7 +29,7 @@ QUESTIONS = [
 
 
 def log_likelihood(model, tokenizer, context: str, continuation: str) -> float:
-    """By one pass of its own over context and continuation."""
+    """Return the log-likelihood of a continuation, from a separate forward pass over context and continuation."""
     text = context.rstrip(" ")
     start = tokenizer(text)["input_ids"]
     ids = tokenizer(text + (context[len(text) :] or " ") + continuation)["input_ids"]
@@ -54,7 +54,7 @@ def expected(model, tokenizer, questions: list[Question], per_byte: bool) -> flo
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
 def test_accuracies_are_those_of_separate_passes(architecture: str) -> None:
     tokenizer = byte_tokenizer()
-    # Other seeds give other answers, so that a wrong likelihood is seen.
+    # Different seeds give different answers, so that a wrong likelihood shows.
     for seed in range(4):
         model = tiny_model(architecture, vocab=258, seed=seed)
         model = cut(model, random_masks(model, 0.6, seed=seed)) if seed % 2 else model
@@ -80,7 +80,7 @@ def test_likelihoods_do_not_depend_on_what_shares_the_pass(monkeypatch: pytest.M
 
 _SMALL = {"vocab_size": 258, "hidden_size": 16}
 _DEEP = {**_SMALL, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
-# Tokens of these models do not see what a mask says, and nothing else.
+# In these models, an attention mask and position ids do not fully decide what each token sees.
 FOLLOW_NO_MASK = [
     transformers.MistralConfig(**_DEEP, sliding_window=4),
     transformers.Gemma2Config(**_DEEP, sliding_window=4, head_dim=4),
@@ -110,7 +110,7 @@ def test_a_letter_of_two_bytes_counts_twice(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_context_longer_than_the_model_s_loses_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 64 tokens the longest continuation, " yes", leaves 60."""
+    """The model's context is 64 tokens, of which the longest continuation, " yes", leaves 60."""
     seen = []
     monkeypatch.setattr("gradprune.evaluation.tasks._largest", lambda values: seen.append(values) or 0)
     for letters in (500, 60):
@@ -209,7 +209,7 @@ def test_names_need_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stand_in_for_lm_eval(monkeypatch: pytest.MonkeyPatch, results: dict) -> list[dict]:
-    """The three names that are imported of it; calls are recorded."""
+    """Replace the three names that are imported from lm-eval, and return the list that records its calls."""
     calls: list[dict] = []
     modules = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.models.huggingface", "lm_eval.tasks")}
     modules["lm_eval"].simple_evaluate = lambda **options: calls.append(options) or results

@@ -1,4 +1,4 @@
-"""What exported files state, and what is refused."""
+"""What exported GGUF files contain, and which exports are refused."""
 
 import os
 import resource
@@ -46,7 +46,7 @@ def test_widths_are_stated_per_layer(architecture: str, tmp_path: Path) -> None:
     reader = exported(cut(model, masks), tmp_path / "m.gguf", outtype="f32")
     name = value(reader, "general.architecture")
     assert name == ("openelm" if architecture == "qwen3" else "deci")
-    # Where llama.cpp knows no layer without attention, one head of zeros stands for it; always so for an MLP.
+    # openelm has no layers without attention, so a head of zeros stands in; zeros always stand in for an MLP.
     absent = 1 if name == "openelm" else 0
     assert value(reader, f"{name}.attention.head_count") == [6, absent, 4]
     assert value(reader, f"{name}.attention.head_count_kv") == [3, absent, 2]
@@ -77,14 +77,14 @@ def test_values_are_the_weights(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tensors["blk.1.ffn_gate.weight"], fused[:7])
     np.testing.assert_array_equal(tensors["blk.1.ffn_up.weight"], fused[7:])
     q = model.model.layers[1].self_attn.qkv_proj.weight.detach().numpy()[:24]
-    # Of each head of 4 rows: 0, 2, 1, 3.
+    # The 4 rows of each head are written in the order 0, 2, 1, 3.
     order = [head * 4 + row for head in range(6) for row in (0, 2, 1, 3)]
     np.testing.assert_array_equal(tensors["blk.1.attn_q.weight"], q[order])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_every_tensor_is_that_of_the_model(architecture: str, tmp_path: Path) -> None:
-    """Of layers that differ, which all are written as deci: rows of q and k, and their biases, 0, 2, 1, 3 of a head."""
+    """Layers that differ are written as deci: each head's rows of q and k, and biases, in the order 0, 2, 1, 3."""
     model = tiny_model(architecture, dtype=torch.float32, tied=False)
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -334,7 +334,7 @@ def file_of_a_tokenizer(path: Path, model: str, pre: str) -> Path:
 
 @pytest.mark.parametrize("name", SPLITTERS.values())
 def test_a_file_s_splitting_is_taken_over(name: str, tmp_path: Path) -> None:
-    """As SmolLM2's is, of which transformers does not read that it splits digits."""
+    """SmolLM2's tokenizer, for example, splits digits, but transformers does not read this from the file."""
     file = file_of_a_tokenizer(tmp_path / "m.gguf", "gpt2", name)
     tokenizer = byte_level(pre_tokenizers.WhitespaceSplit())
     split_as_the_file_says(tokenizer, file)

@@ -1,4 +1,4 @@
-"""What llama.cpp computes from exported files, against transformers."""
+"""llama.cpp computes the same from exported files as transformers."""
 
 import importlib.util
 import math
@@ -22,7 +22,7 @@ from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
 STEPS, VOCAB = 16, 300
 TOKENIZER = ascii_tokenizer(VOCAB - 10)
-# llama.cpp's matrix products and exponentials are fp32.
+# Tolerance, because llama.cpp computes matrix products and exponentials in fp32.
 PROBABILITY = 1e-3
 
 
@@ -32,7 +32,7 @@ def small(architecture: str, **options) -> PreTrainedModel:
 
 
 def likeliest(model: PreTrainedModel, ids: torch.Tensor) -> list[list[float]]:
-    """Probability of the likeliest token after each prefix that ends in the last STEPS tokens."""
+    """Probability of the likeliest token at each of the last STEPS positions, given all tokens before it."""
     with torch.no_grad():
         return model(ids).logits[:, -STEPS - 1 : -1].softmax(-1).amax(-1).tolist()
 
@@ -48,7 +48,7 @@ def assert_same_in_llama_cpp(model, tokenizer, path: Path, prompts: torch.Tensor
 
 
 def uneven(model: PreTrainedModel, *, without: dict[str, int]) -> PreTrainedModel:
-    """The model cut to different widths per layer, without one block of each kind."""
+    """Cut the model to different widths per layer; `without` names the layer that loses its block, by kind."""
     masks = random_masks(model, 0.7)
     for kind, layer in without.items():
         for index, mask in enumerate(getattr(masks, kind)):
@@ -58,7 +58,7 @@ def uneven(model: PreTrainedModel, *, without: dict[str, int]) -> PreTrainedMode
     return cut(model, masks)
 
 
-# The first layer without attention and the last without an MLP are what llama.cpp has no case for.
+# llama.cpp has no case for a first layer without attention or a last layer without an MLP.
 @pytest.mark.parametrize("without", [{"attention": 1, "mlp": 0}, {"attention": 0, "mlp": 2}], ids=["inner", "outer"])
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
 def test_layers_of_different_widths(architecture: str, without: dict[str, int], tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_real_model_pruned_by_30_percent(
     _, tokenized = run_gguf(tmp_path / "f32.gguf", [], 1, samples)
     assert tokenized == [tokenizer(sample)["input_ids"] for sample in samples]
     exact = torch.tensor(likeliest(pruned, prompts))[:, 0]
-    # Besides the weights, llama.cpp rounds each product's input to the weights' type.
+    # llama.cpp rounds not only the weights but also the input of each product to the weights' type.
     for outtype, tolerance in (("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 4e-2)):
         export_gguf(pruned, tokenizer, tmp_path / f"{outtype}.gguf", outtype=outtype)
         found, _ = run_gguf(tmp_path / f"{outtype}.gguf", prompts[:, :-STEPS].tolist(), 1)
@@ -149,7 +149,7 @@ def test_a_model_that_came_from_a_gguf_file(tmp_path: Path) -> None:
     _, tokenized = run_gguf(tmp_path / "f32.gguf", [], 1, samples)
     assert tokenized == [tokenizer(sample)["input_ids"] for sample in samples]
     source, found = (gguf.GGUFReader(path).fields for path in (find_gguf("smollm2-135m"), tmp_path / "f32.gguf"))
-    # Converted twice, the tokenizer is the file's own again.
+    # After loading and exporting, the tokenizer is the same as in the original file.
     own = {name for name in source if name.startswith("tokenizer.") and name in found}
     assert own >= {f"tokenizer.ggml.{name}" for name in ("model", "pre", "tokens", "token_type", "merges")}
     differing = [name for name in sorted(own) if source[name].contents() != found[name].contents()]

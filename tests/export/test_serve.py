@@ -1,4 +1,4 @@
-"""`--serve`: limits on the selection, the runtime's file, and refusals before anything is calibrated."""
+"""`--serve`: limits on the selection, the file written for the runtime, and refusals before calibration."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from helpers.llama_cpp import ascii_tokenizer
 from helpers.pipeline_runs import TOKENS, run
 from helpers.tiny_models import tiny_model
 
-# Attention goes first, and all of it.
+# Attention is removed first, and all of it.
 NO_ATTENTION = {"pruning_ratio": 0.5, "attention_factor": 1e-6}
 TOKENIZER = ascii_tokenizer(51)
 

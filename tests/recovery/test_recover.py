@@ -23,7 +23,7 @@ from helpers.cut_models import random_masks
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
 QUICK = {"seq_len": 16, "batch_size": 4, "steps": 12, "checks": 4, "learning_rate": 3e-3}
-# Words of an easy language, so that a few steps of training show.
+# A text so regular that a few training steps lower its loss.
 TEXT = torch.tensor([5, 9, 7, 30, 31, 8] * 200)
 
 
@@ -46,7 +46,7 @@ def assert_equal_weights(found, expected) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
-# A plain head, one with a bias, and logits that are scaled after it.
+# A plain head, a head with a bias, and a head whose logits are scaled.
 @pytest.mark.parametrize("architecture", ["starcoder2", "phi", "granite"])
 def test_the_distillation_loss_and_its_gradient(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = tiny(architecture)
@@ -78,7 +78,7 @@ def test_each_head_runs_once_whether_it_is_trained_or_not() -> None:
             pruned.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
         found[-1] -= counter.get_total_flops()
     once = 2 * ids.numel() * dense.lm_head.weight.numel()
-    # Both heads forward, the gradient of the student's input and, where it is trained, of its weight.
+    # The forward pass of both heads, the gradient of the student's head's input and, if it is trained, of its weight.
     assert found == [4 * once, 3 * once]
 
 
@@ -103,7 +103,7 @@ def test_the_result_is_an_ordinary_pruned_checkpoint(architecture: str, method: 
 
 
 def test_an_epoch_takes_every_window_once_and_rates_rise_and_fall(monkeypatch: pytest.MonkeyPatch) -> None:
-    """18 windows to train on, 6 a step, so that 3 steps are an epoch."""
+    """There are 18 windows to train on and 6 per step, so 3 steps are an epoch."""
     seen, rates = [], []
     losses, step = module.sample_losses, torch.optim.AdamW.step
 
@@ -120,7 +120,7 @@ def test_an_epoch_takes_every_window_once_and_rates_rise_and_fall(monkeypatch: p
     assert len(epochs) == 8
     assert all(sorted(epoch) == sorted(text[:18].tolist()) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    # Ten steps of warm-up; half the peak in the middle, almost nothing at the end.
+    # Ten steps of warm-up, half the peak rate in the middle, almost zero at the end.
     assert rates[0] == pytest.approx(1e-4)
     assert rates[:8] == sorted(rates[:8])
     assert rates[12] == pytest.approx(5e-4)
@@ -137,7 +137,7 @@ def test_distillation_brings_the_student_to_its_teacher() -> None:
         assert distillation_loss(pruned, dense, ids) < 0.8 * before
 
 
-# Heads that fused attention takes on a GPU.
+# The dtype of each method, and a head size that fused attention on a GPU supports.
 OF_METHOD = {
     "lora": {"dtype": torch.bfloat16, "head_dim": 16}, "full": {"dtype": torch.float32, "head_dim": 16}
 }  # fmt: skip
@@ -155,7 +155,7 @@ def test_two_runs_give_the_same_bits(method: str, device: str) -> None:
 
 
 def test_attention_s_gradient_is_asked_to_add_in_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU it would not otherwise. In the steps by which time is planned too, which are to take as long."""
+    """Otherwise a GPU adds in any order. The steps timed for planning do it too, so that they take as long."""
     asked, attention = [], F.scaled_dot_product_attention
 
     def watched(*args, **kwargs):
@@ -209,7 +209,7 @@ def test_interrupted_and_resumed_is_the_same(
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The state that an interrupted recovery left."""
+    """The state folder that an interrupted recovery left behind."""
     state = tmp_path_factory.mktemp("interrupted") / "state"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_remove", lambda _state: None)
@@ -218,7 +218,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flipped(file: Path) -> None:
-    """A bit of its last number."""
+    """Flip one bit of the file's last number."""
     content = bytearray(file.read_bytes())
     content[-2] ^= 1
     file.write_bytes(content)
@@ -254,7 +254,7 @@ def test_a_model_with_another_configuration_is_another_run(interrupted: Path, tm
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_resumed_optimizer_has_its_state_where_it_makes_it(fused: bool) -> None:
-    """On the meta device, for what is on the CPU is there in any case; saved moments are on the CPU."""
+    """On the meta device, because saved moments are on the CPU, so with a weight on the CPU nothing would move."""
     weight = torch.nn.Parameter(torch.zeros(2, 3, device="meta"))
     trainer = SimpleNamespace(trained={"w": weight}, optimizer=torch.optim.AdamW([weight], fused=fused))
     saved = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 3), "exp_avg_sq": torch.ones(2, 3)}
@@ -288,7 +288,7 @@ def test_minutes_are_planned_by_the_speed_of_the_first_steps(monkeypatch: pytest
 def test_checks_leave_time_for_steps(
     minutes: float, steps: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Six checks alone would take longer than any of these limits; fewer steps need fewer of them."""
+    """Six checks would take longer than any of these limits; fewer steps need fewer checks."""
     _, pruned = dense_and_pruned(dtype=torch.float32)
     monkeypatch.setattr(module.time, "perf_counter", iter([0, 9, 10, 11, 20, 26]).__next__)
     config = RecoveryConfig(loss="lm", **{**QUICK, "steps": None, "checks": 6}, minutes=minutes)
@@ -363,7 +363,7 @@ def test_a_run_that_diverged_leaves_no_state_in_the_way_of_a_smaller_learning_ra
     losses = module.sample_losses
 
     def diverging(model, ids):
-        # A check is over, so that there is a state.
+        # Diverge only once a check has written a state.
         return losses(model, ids) * (float("nan") if state.exists() else 1.0)
 
     state = tmp_path / "state"

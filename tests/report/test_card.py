@@ -1,4 +1,4 @@
-"""The model card that lies beside every checkpoint's weights."""
+"""The model card that is written beside every checkpoint's weights."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ HEAD = "---\nlicense: other\nlicense_name: small\nlicense_link: LICENSE\nbase_mo
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three runs on one dense model whose card has `HEAD`: uneven, plain, and without attention in some layers."""
+    """Three runs on a dense model whose card begins with `HEAD`: uneven, plain, and with attention blocks removed."""
     folder = tmp_path_factory.mktemp("card")
     save_checkpoint(tiny_model(), None, folder / "secret" / "dense")
     (folder / "secret" / "dense" / "README.md").write_text(HEAD)
@@ -41,7 +41,7 @@ def card_of(results: Path, name: str = "uneven") -> ModelCard:
 
 
 def written_again(results: Path, folder: Path, head: str) -> ModelCard:
-    """The card of the first run, had the dense model's card another head."""
+    """The card of the first run, written again as if the dense model's card began with `head`."""
     (folder / "README.md").write_text(head)
     summary = json.loads((results / "uneven" / "analysis" / "summary.json").read_text())
     write_card(folder, tiny_model().config, PruneConfig(base_model=str(folder)), summary)
@@ -53,12 +53,12 @@ def test_it_says_what_was_pruned_how_and_what_was_measured(results: Path) -> Non
     assert card.data.library_name == "transformers"
     assert "gradprune" in card.data.tags
     assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "small", "LICENSE")
-    # What the dense model was made from is not what this one was.
+    # The base model in the dense model's card is the dense model's, not this one's.
     assert card.data.base_model is None
     summary = json.loads((results / "uneven" / "analysis" / "summary.json").read_text())
     sizes = summary["parameters"]
     assert f"\n# dense pruned by {1.0 - sizes['after'] / sizes['before']:.1%}\n" in card.text
-    # A block that goes whole takes its norm along, beyond the budget of 20 %.
+    # A block that is removed whole also loses its norm, which the budget of 20 % does not count.
     gone = [kind["kept"] == 0 for layer in summary["layers"] for kind in (layer["attention"], layer["mlp"])]
     norms = sum(gone) * tiny_model().config.hidden_size
     assert 0.15 < (sizes["before"] - sizes["after"] - norms) / sizes["before"] <= 0.2
@@ -145,7 +145,7 @@ def test_only_the_kinds_that_were_pruned_are_told(kind: str, shown: str, hidden:
     report = (results / kind / "report.html").read_text()
     assert f"<th>{shown}</th>" in report
     assert f"<th>{hidden}</th>" not in report
-    # The file has both, whatever was scored.
+    # summary.json lists both kinds, whichever was pruned.
     layers = json.loads((results / kind / "analysis" / "summary.json").read_text())["layers"]
     assert layers[0].keys() == {"layer", "attention", "mlp"}
     assert "removed the KV groups and MLP channels with the lowest" in card_of(results).text
@@ -198,7 +198,7 @@ def test_recovery_of_a_model_that_was_never_pruned(results: Path, tmp_path: Path
     assert "Trained by `gradprune recover`" in card.text
     assert "low-rank updates, merged into the weights, towards the predictions of plain. The best" in card.text
     assert "3.000 before, 2.000 after" in card.text
-    # Once more: it still is what it was.
+    # Training it further once more changes nothing in the head of its card.
     write_recovered_card(tmp_path, tiny_model().config, str(tmp_path), RECOVERED)
     again = ModelCard.load(tmp_path / "README.md")
     assert again.data.to_dict() == card.data.to_dict()

@@ -22,7 +22,7 @@ def layers_of(number: int, *kinds: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("layers", [1, 2, 5, 40])
 def test_every_layer_that_is_labelled_is_a_whole_number(layers: int) -> None:
-    # Matplotlib draws letters as outlines, each text beside a comment that holds it.
+    # Matplotlib draws text as outlines, and puts the text itself in a comment beside them.
     texts = re.findall(r"<!-- (.*?) -->", kept_chart(layers_of(layers, "attention", "mlp")))
     assert texts[: texts.index("decoder layer")] == [str(layer) for layer in range(layers)]
 

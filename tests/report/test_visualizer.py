@@ -30,7 +30,7 @@ FILES = [
 
 @pytest.fixture(autouse=True)
 def _warnings_are_errors():
-    """Matplotlib warns where a log scale meets a zero or a layout does not fit."""
+    """Fail on warnings: Matplotlib warns if a log scale meets a zero or if a layout does not fit."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield
@@ -54,7 +54,7 @@ DEAD = [layer(0, 0.0, frozen=True), layer(1, 0.0), layer(2, 2e-3), layer(3, 1e-3
 
 
 def marked(axes) -> list[int]:
-    """Layers under a triangle."""
+    """Return the layers that are marked with a triangle."""
     found = [line for line in axes.lines if line.get_label() == "vanishing or frozen layer"]
     return [] if not found else list(found[0].get_xdata())
 
@@ -171,7 +171,7 @@ def test_the_distribution_shows_every_statistic_on_a_log_scale() -> None:
     boxes = {patch.get_x() + 0.35: patch for patch in axes.containers[0]}
     assert boxes[0].get_y() == pytest.approx(5e-8)
     assert boxes[0].get_y() + boxes[0].get_height() == pytest.approx(1.5e-7)
-    # Layer 2's std exceeds its mean: the box is open, from the mean up.
+    # Layer 2's std exceeds its mean, so its box has no lower half: it is open and begins at the mean.
     assert 2 not in boxes
     assert axes.containers[2].patches[0].get_y() == 2e-3
     assert axes.containers[2].patches[0].get_height() == 5e-3
@@ -264,7 +264,7 @@ def test_eighty_layers_are_quick_and_legible(tmp_path: Path) -> None:
     layers = [layer(index, 1e-4 * (index + 1)) for index in range(80)]
     start = time.perf_counter()
     paths = visualizer_of(tmp_path, layers).write_all()
-    # Seconds on an idle core; the rest is room for a busy machine.
+    # An idle core takes a few seconds; the limit leaves room for a busy machine.
     assert time.perf_counter() - start < 60.0
     for path in paths[:4]:
         width, height = struct.unpack(">II", path.read_bytes()[16:24])
