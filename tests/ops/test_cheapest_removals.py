@@ -1,4 +1,4 @@
-"""Groups that are removed one by one, against least squares solved anew for each in fp64."""
+"""Groups removed one by one, against least squares solved from scratch in fp64 for each removal."""
 
 import mmap
 import sys
@@ -18,7 +18,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
 
 
 def problem(groups: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The inputs' Gram matrix A [I, I] and a weight [O, I], fp64, of correlated inputs."""
+    """Return the Gram matrix A [I, I] of correlated inputs and a random weight [O, I], both fp64."""
     generator = torch.Generator().manual_seed(seed)
     width = groups * columns
     x = torch.randn(3 * width, width, generator=generator, dtype=torch.float64)
@@ -32,7 +32,7 @@ def removed(gram: Tensor, weight: Tensor, columns: int, count: int, backend: str
 
 
 def increase(gram: Tensor, weight: Tensor, out: Tensor) -> float:
-    """How much the least sum of squares grows without the columns `out`: that of the Schur complement of the rest."""
+    """Return by how much the least squares error grows without the columns `out`, from the Schur complement."""
     rest = torch.tensor([k for k in range(len(gram)) if k not in out.tolist()], dtype=torch.int64)
     across = gram[out[:, None], rest]
     left = gram[out[:, None], out] - across @ torch.linalg.solve(gram[rest[:, None], rest], across.T)
@@ -120,7 +120,7 @@ def test_wrong_arguments_are_named(backend: str, device: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is mapped without being reserved as Linux does")
 @BACKENDS
 def test_rows_may_lie_further_apart_than_32_bits_count(backend: str) -> None:
-    """Views into 34 GB that are mapped and not used: an index that wraps around reads zeros there."""
+    """The matrices are views into 34 GB of mapped, otherwise unused memory: an index that overflows reads zeros."""
     require_backend(backend, "cpu")
     apart, half, no_reserve = 2**30 + 5, 2**31, 0x4000
     gram, weight = problem(3, 1)

@@ -40,7 +40,7 @@ def _exact(grad: Tensor) -> GradientStatistics[float]:
 
 
 def _assert_correct(found: GradientStatistics[Tensor], grads: list[Tensor]) -> None:
-    """Sums of at most 5200 positive terms, by halves or in lanes: a term passes through far fewer than 200 sums."""
+    """Allow 200 roundings: in a sum of up to 5200 terms, by halves or in lanes, a term is in far fewer additions."""
     for have, grad in zip(found.to_list(), grads, strict=True):
         want, unit = _exact(grad), 2.0**-53 if grad.dtype == torch.float64 else 2.0**-24
         assert have.sum_abs == pytest.approx(want.sum_abs, rel=200 * unit, abs=0.0)

@@ -1,4 +1,4 @@
-"""`grouped_linear_importance` on ragged tokens: each backend against sums over fp64 gradients, row by row."""
+"""`grouped_linear_importance` on ragged batches: each backend against fp64 gradients added up row by row."""
 
 import itertools
 from dataclasses import replace
@@ -13,7 +13,7 @@ from gradprune.ops.vectors import GradientStatistics, GroupedVectors, Side
 from helpers.devices import require_backend
 
 BACKENDS = ["reference", "cpp", "triton"]
-# By expert, the rows of each sample: none at all, one, all in one sample, more than a block of tokens.
+# Rows of each sample, by expert: none for a sample, none for an expert, a single row, more than a block of tokens.
 RAGGED = ((3, 0, 17), (0, 0, 0), (1, 0, 0), (70, 2, 1), (0, 33, 16))
 UNIT = 2.0**-23
 
@@ -21,7 +21,7 @@ UNIT = 2.0**-23
 def operands(
     counts=RAGGED, outputs: int = 19, inputs: int = 37, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, dy, w and offsets; counts: by expert and sample."""
+    """Return x [R, I], dy [R, O], w [E, O, I] and the offsets of `counts`, the numbers of rows by expert and sample."""
     generator = torch.Generator().manual_seed(0)
     flat = torch.tensor(counts).flatten()
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), flat.cumsum(0)])
@@ -30,7 +30,7 @@ def operands(
 
 
 def gradients(x: Tensor, dy: Tensor, offsets: Tensor, experts: int) -> Tensor:
-    """[E, N, O, I] fp64: one outer product after the other."""
+    """Return the gradients [E, N, O, I] in fp64, added up from the outer products of single rows."""
     samples = (len(offsets) - 1) // experts
     found = torch.zeros(experts * samples, dy.shape[1], x.shape[1], dtype=torch.float64)
     for segment in range(experts * samples):
@@ -40,7 +40,7 @@ def gradients(x: Tensor, dy: Tensor, offsets: Tensor, experts: int) -> Tensor:
 
 
 def assert_equals_fp64(found: GroupedVectors, x: Tensor, dy: Tensor, w: Tensor, offsets: Tensor) -> None:
-    """A gradient of r rows is off by r + 1 roundings of the sum of magnitudes; sums by their number more."""
+    """Allow r + 1 roundings of the summed magnitudes for a gradient of r rows, and for sums one more per term."""
     found = replace(found, statistics=GradientStatistics.unpack(found.statistics.pack().cpu()))
     g = gradients(x, dy, offsets, len(w))
     most = int(offsets.diff().max()) if len(offsets) > 1 else 0
@@ -115,7 +115,7 @@ def test_offsets_may_be_every_second_number_of_a_tensor(backend: str, device: st
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_expert_with_equal_samples_is_linear_importance(backend: str, device: str) -> None:
-    """In C++ to the bit: the same tiles in the same order."""
+    """Bit for bit except with Triton: the other backends add the same terms in the same order."""
     require_backend(backend, device)
     x, dy, w, offsets = (each.to(device) for each in operands(((7, 7, 7),), 130, 300))
     found = grouped_linear_importance(x, dy, w, offsets, "both", backend)
@@ -147,7 +147,7 @@ def test_experts_without_tokens_and_layers_without_any(backend: str, device: str
     found = grouped_linear_importance(x, dy, w, offsets, "both", backend)
     assert not found.rows.any()
     assert not found.columns.any()
-    # Their gradients are zero, and count.
+    # Their gradients are zero, and count in the statistics.
     assert found.statistics.pack().tolist() == [[0.0] * 5] * 2
 
 

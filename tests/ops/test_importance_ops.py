@@ -47,7 +47,7 @@ def test_only_the_side_asked_for_is_returned(backend: str, side: Side, device: s
                 torch.testing.assert_close(getattr(found, name), getattr(both, name), rtol=1e-6, atol=0.0)
             else:
                 assert getattr(found, name) is None
-        # Triton forms another product for each side, whose smallest element is off by its roundings.
+        # Triton computes a different product for each side, so that the smallest element differs by roundings.
         off = 1e-6 * both.statistics.max_abs.item() if backend == "triton" else 0.0
         torch.testing.assert_close(found.statistics.pack(), both.statistics.pack(), rtol=1e-6, atol=off)
         for one in ("rows", "columns"):
@@ -83,7 +83,7 @@ def test_auto_falls_back_and_says_why(monkeypatch: pytest.MonkeyPatch, caplog: p
 def test_kernels_that_were_not_installed_are_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They lie beside the package's source, and an installation puts them into it."""
+    """The kernels' source is outside the package's source folder; only an installation puts it into the package."""
     pytest.importorskip("triton")
     monkeypatch.setitem(sys.modules, "gradprune.kernels", None)
     with caplog.at_level(logging.INFO, "gradprune"):

@@ -38,7 +38,7 @@ def test_one_sample_agrees_with_the_engine_on_the_prunable_weights(architecture:
         engine.step(ids)
     expected = engine.scores().gradients
     sample_losses(model, ids).sum().backward()
-    # The engine sees the projections' weights only: leave the norms and biases out.
+    # The engine sees only the projections' weights, so the norms' and biases' gradients are left out.
     for layer, statistics in zip(model.model.layers, expected, strict=True):
         for name, parameter in layer.named_parameters():
             if name.removesuffix(".weight") not in statistics.parameter_norms:

@@ -26,7 +26,7 @@ def layers_of(model):
 
 
 def naive(model, name: str) -> list[float]:
-    """Parameter by parameter, as the formulas read."""
+    """Return the layers' scales, computed from the formulas parameter by parameter."""
     norms = [
         [p.grad.double().norm().item() for p in layer.parameters() if p.grad is not None] for layer in layers_of(model)
     ]

@@ -16,7 +16,7 @@ from gradprune.vanishing.statistics import LayerGradients, pool_steps
 from helpers.engine_runs import run_engine
 from helpers.tiny_models import tiny_ids, tiny_model
 
-# Layer means 2, 20, 0.05; upper median of the sorted eight norms is 10.
+# The layers' means are 2, 20, 0.05 and 20; the upper median of the eight norms is 10.
 NORMS = [[1.0, 3.0], [10.0, 30.0, 20.0], [0.05, 0.05], [20.0]]
 
 
@@ -89,12 +89,12 @@ def in_place(model, fix: str) -> None:
 
 @pytest.mark.parametrize("fix", FIXES)
 def test_scaled_vectors_equal_scaled_gradients(fix: str) -> None:
-    """One batch: the engine's scales on finished vectors against |w g| and w^2 g^2 of gradients scaled in place."""
+    """With one batch, the engine's scaled vectors are |w g| and w^2 g^2 of the gradients scaled in place."""
     model, ids = tiny_model("llama", layers=4), tiny_ids()
     with ImportanceEngine(model, "taylor_2nd", "batch", "reference", gradient_fix=fix) as engine:
         engine.step(ids)
     scores = engine.scores()
-    # The engine looks at the prunable weights; norms have no gradient here either.
+    # The engine sees only the prunable weights, so the other parameters get no gradient here either.
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("proj.weight"))
     model(input_ids=ids, labels=ids).loss.backward()
@@ -157,7 +157,7 @@ def test_batches_are_repaired_one_by_one() -> None:
 
 @pytest.mark.parametrize("fix", ["normalize", "auto"])
 def test_what_scaled_each_batch_is_told_of_all(fix: str) -> None:
-    """The first layer's gradients are too small for "auto" to leave them alone."""
+    """The first layer's gradients are so small that "auto" chooses a fix."""
     model, ids = tiny_model(layers=3), tiny_ids(samples=4)
     model.model.layers[0].register_forward_hook(lambda _module, _args, output: output / 2000.0 + output.detach())
     plain = [run_engine(model, batch, "taylor", "batch").gradients for batch in ids.split(2)]

@@ -1,4 +1,4 @@
-"""The layers' statistics against their formulas over the elements themselves, in fp64, and what is said of them."""
+"""The layers' statistics against their definitions over all elements, in fp64, and the conclusions from them."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SHAPES = {"self_attn.q_proj": (5, 7), "mlp.up_proj": (3, 4)}
 
 
 def gradients(samples: int) -> dict[str, torch.Tensor]:
-    """[samples, O, I] fp64 by weight."""
+    """Random gradients by weight name, each [samples, O, I] fp64."""
     generator = torch.Generator().manual_seed(1)
     return {
         name: torch.randn(samples, *shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()
@@ -29,7 +29,7 @@ def statistics_of(own: dict[str, torch.Tensor]) -> LayerGradients:
 
 
 def by_elements(own: dict[str, torch.Tensor]) -> dict[str, object]:
-    """The docstring's definitions."""
+    """Return the fields of `LayerGradients` by the definitions in its docstring."""
     everything = torch.cat([g.flatten(1) for g in own.values()], 1)
     absolute = everything.abs()
     return {
