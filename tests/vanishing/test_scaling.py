@@ -139,19 +139,24 @@ def test_batches_are_repaired_one_by_one() -> None:
     """a = |w mean_b s_b g_b| and h = mean_b s_b^2 g_b^2, each batch with its own scales."""
     model, ids = tiny_model(layers=3), tiny_ids(samples=4)
     scores = run_engine(model, ids, "taylor_2nd", "batch", batch_size=2, gradient_fix="normalize")
-    mean, square = 0.0, 0.0
-    weight = model.model.layers[0].mlp.down_proj.weight
+    mlp = model.model.layers[0].mlp
+    weights = [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T]
+    means, squares = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
     for batch in ids.split(2):
         model.zero_grad()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith("proj.weight"))
         model(input_ids=batch, labels=batch).loss.backward()
         normalize_gradients_per_layer(model)
-        mean, square = mean + weight.grad / 2, square + weight.grad**2 / 2
-    expected = ((weight * mean).abs() + 0.5 * weight**2 * square).sum(0).detach()
-    part = run_engine(model, ids, "taylor_2nd", "batch", batch_size=2, gradient_fix="normalize")
-    torch.testing.assert_close(part.mlp[0], scores.mlp[0])
-    assert (scores.mlp[0].double() > expected).all()  # gate and up rows come on top
+        grads = mlp.gate_proj.weight.grad, mlp.up_proj.weight.grad, mlp.down_proj.weight.grad.T
+        for mean, square, grad in zip(means, squares, grads, strict=True):
+            mean += grad / 2
+            square += grad**2 / 2
+    expected = sum(
+        ((weight * mean).abs() + 0.5 * weight**2 * square).sum(1)
+        for weight, mean, square in zip(weights, means, squares, strict=True)
+    )
+    torch.testing.assert_close(scores.mlp[0].double(), expected.detach(), rtol=1e-6, atol=0.0)
     assert scores.scaling.scales != [1.0] * 3
 
 
