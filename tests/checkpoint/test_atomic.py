@@ -101,7 +101,7 @@ def test_an_interrupted_write_keeps_the_old_results(tmp_path: Path, error: type[
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
-def test_an_interrupt_between_two_renames_loses_neither(tmp_path: Path, monkeypatch, after: int) -> None:
+def test_an_interrupt_between_two_renames_loses_no_results(tmp_path: Path, monkeypatch, after: int) -> None:
     results(tmp_path / "x")
     monkeypatch.setattr(rename, "_renameat2", lambda source, target, flag: False)
     original, calls = Path.rename, []
@@ -149,7 +149,7 @@ def test_a_folder_that_appears_during_the_run_is_left_alone(tmp_path: Path, file
     assert names(tmp_path) == ["x-2", "x-3"]
 
 
-def test_an_empty_folder_that_appears_is_not_taken(tmp_path: Path, file_system: str) -> None:
+def test_an_empty_folder_that_appears_during_the_run_is_not_replaced(tmp_path: Path, file_system: str) -> None:
     def run() -> None:
         with claimed(tmp_path / "x", overwrite=False, argument="output_name"):
             (tmp_path / "x").mkdir()
@@ -160,14 +160,14 @@ def test_an_empty_folder_that_appears_is_not_taken(tmp_path: Path, file_system: 
     assert names(tmp_path / "x") == []
 
 
-def test_the_second_run_of_a_name_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_second_run_of_the_same_name_is_refused(tmp_path: Path) -> None:
     with killed_run(tmp_path / "x") as first, pytest.raises(CheckpointError) as error:
         write(tmp_path / "x")
     assert "is being written by another run" in str(error.value)
     assert f"process {first.pid} on " in str(error.value)
 
 
-def test_a_claim_is_shared_within_it_and_not_with_another_thread(tmp_path: Path) -> None:
+def test_a_claim_is_shared_within_its_body_but_not_with_another_thread(tmp_path: Path) -> None:
     refused = []
 
     def other() -> None:
@@ -211,7 +211,7 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock.fcntl, "flock", unsupported)
 
 
-def test_without_locks_of_the_file_system_the_owner_decides(tmp_path: Path, monkeypatch) -> None:
+def test_on_a_file_system_without_locks_the_recorded_owner_decides(tmp_path: Path, monkeypatch) -> None:
     without_locks(monkeypatch)
     held = FileLock(tmp_path / "lock")
     with pytest.raises(LockHeldError, match=f"process {os.getpid()} on "):
@@ -241,7 +241,7 @@ def test_a_lock_that_was_released_and_taken_meanwhile_is_left_alone(tmp_path: Pa
 
 
 @pytest.mark.parametrize("locks", [True, False])
-def test_of_many_processes_one_holds_the_lock(tmp_path: Path, monkeypatch, locks: bool) -> None:
+def test_only_one_of_many_processes_holds_the_lock(tmp_path: Path, monkeypatch, locks: bool) -> None:
     if not locks:
         without_locks(monkeypatch)
 
@@ -281,7 +281,7 @@ def test_a_damaged_lock_file_is_taken_over(tmp_path: Path, content: bytes) -> No
     assert names(tmp_path) == ["x"]
 
 
-def test_what_is_no_results_folder_is_never_overwritten(tmp_path: Path) -> None:
+def test_only_a_results_folder_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "precious").write_text("years")
     with pytest.raises(CheckpointError, match="was not written by a run of gradprune, and is never overwritten"):
@@ -317,7 +317,7 @@ def test_what_the_run_reads_is_never_overwritten(tmp_path: Path, how: str) -> No
 
 
 @pytest.mark.parametrize("value", ["{x}/quiz.jsonl", "sciq,{x}/quiz.jsonl", "a.txt:0.7,{x}/quiz.jsonl:0.3"])
-def test_each_of_several_files_that_the_run_reads_counts(tmp_path: Path, value: str) -> None:
+def test_none_of_several_files_that_the_run_reads_is_overwritten(tmp_path: Path, value: str) -> None:
     results(tmp_path / "x")
     (tmp_path / "x" / "quiz.jsonl").touch()
     reads = {"tasks": value.format(x=tmp_path / "x")}
@@ -328,7 +328,7 @@ def test_each_of_several_files_that_the_run_reads_counts(tmp_path: Path, value: 
         pass
 
 
-def cannot(tmp_path: Path, folder: Path) -> str:
+def claim_error(tmp_path: Path, folder: Path) -> str:
     """Return the one-line error with which claiming `folder` fails."""
     with (
         pytest.raises(CheckpointError, match=r"^output_name: ") as error,
@@ -339,21 +339,21 @@ def cannot(tmp_path: Path, folder: Path) -> str:
     return str(error.value)
 
 
-def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_reported_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    assert "'" + str(tmp_path / "file") + "'" in cannot(tmp_path, tmp_path / "file" / "x")
-    assert "Not a directory" in cannot(tmp_path, tmp_path / "file" / "below" / "x")
-    assert "is a file" in cannot(tmp_path, tmp_path / "file")
-    assert "is a symbolic link" in cannot(tmp_path, tmp_path / "dangling")
-    assert "File name too long" in cannot(tmp_path, tmp_path / ("n" * 240))
-    assert "File name too long" in cannot(tmp_path, tmp_path / ("n" * 300))
-    assert "cannot be made" in cannot(tmp_path, Path("/proc/x/y"))
-    assert "cannot be written" in cannot(tmp_path, Path("/proc/y"))
+    assert "'" + str(tmp_path / "file") + "'" in claim_error(tmp_path, tmp_path / "file" / "x")
+    assert "Not a directory" in claim_error(tmp_path, tmp_path / "file" / "below" / "x")
+    assert "is a file" in claim_error(tmp_path, tmp_path / "file")
+    assert "is a symbolic link" in claim_error(tmp_path, tmp_path / "dangling")
+    assert "File name too long" in claim_error(tmp_path, tmp_path / ("n" * 240))
+    assert "File name too long" in claim_error(tmp_path, tmp_path / ("n" * 300))
+    assert "cannot be made" in claim_error(tmp_path, Path("/proc/x/y"))
+    assert "cannot be written" in claim_error(tmp_path, Path("/proc/y"))
     assert names(tmp_path) == ["dangling", "file"]
 
 
-def test_of_a_copy_the_file_that_is_written_is_named(tmp_path: Path) -> None:
+def test_a_failed_copy_names_the_file_that_is_written(tmp_path: Path) -> None:
     """The operating system's error names two files, and first the one that is read."""
     with (
         pytest.raises(CheckpointError, match=r"^output_name: 'written' cannot be written: File too large$"),
@@ -362,7 +362,7 @@ def test_of_a_copy_the_file_that_is_written_is_named(tmp_path: Path) -> None:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), "read", None, "written")
 
 
-def test_too_little_room_is_told_at_once(tmp_path: Path) -> None:
+def test_too_little_disk_space_is_reported_before_the_run(tmp_path: Path) -> None:
     with (
         pytest.raises(CheckpointError, match=r"needs about 1,000,000,000,000,000 bytes, but its file system has"),
         claimed(tmp_path / "a" / "x", overwrite=False, argument="output_name", free_bytes=10**15),
@@ -372,7 +372,7 @@ def test_too_little_room_is_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "bytes_"), [("auto", 4_000), ("bfloat16", 2_000), ("float64", 8_000)])
-def test_the_room_needed_follows_the_dtype(tmp_path: Path, monkeypatch, dtype: str, bytes_: int) -> None:
+def test_the_disk_space_needed_follows_the_dtype(tmp_path: Path, monkeypatch, dtype: str, bytes_: int) -> None:
     (tmp_path / "model").mkdir()
     save_file({"w": torch.zeros(1000)}, tmp_path / "model" / "model.safetensors")
     config = PruneConfig(
@@ -397,7 +397,7 @@ def test_a_failed_run_leaves_no_empty_folders(tmp_path: Path) -> None:
     assert names(tmp_path / "a" / "b") == ["x"]
 
 
-def test_an_error_of_the_system_is_one_line_that_names_the_path(tmp_path: Path) -> None:
+def test_a_system_error_becomes_one_line_that_names_the_path(tmp_path: Path) -> None:
     with (
         pytest.raises(CheckpointError, match=r"^output_name: '.*/content' cannot be written: No such file"),
         atomic_directory(tmp_path / "x", overwrite=False, argument="output_name") as folder,
@@ -418,7 +418,7 @@ def test_permissions_follow_the_umask(tmp_path: Path, umask: int) -> None:
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path.name
 
 
-def test_a_results_folder_is_told_by_its_record(tmp_path: Path) -> None:
+def test_a_results_folder_is_recognised_by_its_record(tmp_path: Path) -> None:
     assert is_results(results(tmp_path / "x"))
     assert is_results(tmp_path)
     assert not is_results(tmp_path.parent / "nowhere")

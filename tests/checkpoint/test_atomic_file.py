@@ -17,7 +17,7 @@ def test_a_body_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["x"]
 
 
-def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
+def test_the_leftover_of_a_killed_process_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / ".x.new").write_text("left behind")
     with atomic_file(tmp_path / "x", ".x.new") as new:
         assert new.read_text() == ""
@@ -37,7 +37,7 @@ def test_permissions_follow_the_umask_whatever_the_body_sets(umask: int, tmp_pat
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_an_error_names_the_file_rather_than_the_hidden_one(tmp_path: Path) -> None:
+def test_an_error_names_the_file_rather_than_the_temporary_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as error, atomic_file(tmp_path / "gone" / "x", ".x.new"):
         pass
     assert error.value.filename == str(tmp_path / "gone" / "x")

@@ -68,7 +68,7 @@ def test_a_reloaded_model_computes_the_same(architecture: str, tmp_path: Path) -
         assert torch.equal(greedy(found, tiny_ids(2)), greedy(expected, tiny_ids(2), cached=False))
 
 
-def test_fresh_environment_without_gradprune(tmp_path: Path) -> None:
+def test_a_pruned_checkpoint_loads_without_gradprune(tmp_path: Path) -> None:
     ids, folders, expected = tiny_ids(2), [], []
     torch.save(ids, tmp_path / "ids.pt")
     for architecture in ARCHITECTURE_NAMES:
@@ -91,7 +91,7 @@ def test_fresh_environment_without_gradprune(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
-def test_without_trust_a_pruned_model_does_not_load_wrongly(architecture: str, tmp_path: Path) -> None:
+def test_a_pruned_model_does_not_load_without_trusting_its_code(architecture: str, tmp_path: Path) -> None:
     model = tiny_model(architecture)
     save_checkpoint(cut(model, random_masks(model, 0.5)), None, tmp_path / "x")
     with pytest.raises((RuntimeError, ValueError, OSError)):
@@ -111,7 +111,7 @@ def test_dropped_blocks_leave_no_global_width_that_the_stock_model_would_fit(tmp
         assert_same(load_pruned(tmp_path / str(number)), masked(model, masks))
 
 
-def test_a_model_is_loaded_in_the_dtype_and_on_the_device_that_are_named_or_given(tmp_path: Path) -> None:
+def test_dtype_and_device_may_be_names_or_objects(tmp_path: Path) -> None:
     save_checkpoint(tiny_model(), None, tmp_path / "x")
     for dtype, device in (("bfloat16", "cpu"), (torch.bfloat16, torch.device("cpu"))):
         model, _ = load_model(tmp_path / "x", dtype=dtype, device=device)
@@ -130,14 +130,14 @@ def test_a_model_is_loaded_in_the_dtype_and_on_the_device_that_are_named_or_give
         ({"stream_memory": "much"}, "stream_memory: 'much'"),
     ],
 )
-def test_arguments_of_loading_are_named(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_wrong_arguments_of_loading_are_named(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     save_checkpoint(tiny_model(), None, tmp_path / "x")
     with pytest.raises(ConfigError, match=f"^{message}"):
         load_model(tmp_path / "x", **options)
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-def test_blocks_that_are_gone_are_made_without_a_warning(tmp_path: Path) -> None:
+def test_models_with_removed_blocks_load_without_a_warning(tmp_path: Path) -> None:
     model = tiny_model()
     masks = full_masks(model)
     for kind in ("attention", "mlp"):
@@ -168,7 +168,7 @@ def test_a_model_loaded_by_remote_code_can_be_cut_again(tmp_path: Path, monkeypa
     assert_same(load_pruned(tmp_path / "twice"), twice)
 
 
-def test_a_pipeline_takes_a_pruned_model_without_complaint(tmp_path: Path, monkeypatch, caplog) -> None:
+def test_a_transformers_pipeline_accepts_a_pruned_model_without_a_warning(tmp_path: Path, monkeypatch, caplog) -> None:
     model = tiny_model(vocab=300)
     save_checkpoint(cut(model, random_masks(model, 0.7)), byte_tokenizer(), tmp_path / "pruned")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -232,7 +232,7 @@ def test_checkpoints_of_the_first_release_still_load(architecture: str, tmp_path
         layers = {index: {k: v for k, v in own.items() if k != "num_attention_heads"} for index, own in layers.items()}
         assert layers != config["per_layer_config"]
     auto_map = {"AutoModelForCausalLM": config["auto_map"]["AutoModelForCausalLM"]}
-    state(tmp_path / "x", per_layer_config=layers, auto_map=auto_map)
+    set_config(tmp_path / "x", per_layer_config=layers, auto_map=auto_map)
     found = load_pruned(tmp_path / "x")
     assert_same(found, masked(model, masks))
     kept = found.config.per_layer_config[0]
@@ -276,7 +276,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
-def test_a_dense_checkpoint_with_its_tokenizer(tmp_path: Path) -> None:
+def test_a_dense_checkpoint_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
     model = tiny_model(vocab=300)
     save_checkpoint(model, byte_tokenizer(), tmp_path / "x")
     found, tokenizer = load_model(tmp_path / "x")
@@ -304,13 +304,13 @@ def broken_checkpoint(folder: Path, how: str) -> None:
         (folder / "config.json").write_text("{")
 
 
-def state(folder: Path, **values: object) -> None:
+def set_config(folder: Path, **values: object) -> None:
     """Set `values` in the folder's config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def told(folder: Path) -> str:
+def loading_error(folder: Path) -> str:
     """Return the one-line error with which loading `folder` fails."""
     with pytest.raises(CheckpointError, match=r"^base_model: ") as error:
         load_model(folder)
@@ -320,9 +320,9 @@ def told(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("how", ["truncated", "pickled only", "no weights", "no config", "config is no JSON"])
-def test_a_broken_checkpoint_is_one_clear_error(how: str, tmp_path: Path) -> None:
+def test_a_broken_checkpoint_gives_one_clear_error(how: str, tmp_path: Path) -> None:
     broken_checkpoint(tmp_path / "x", how)
-    told(tmp_path / "x")
+    loading_error(tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -344,29 +344,29 @@ def test_a_broken_checkpoint_is_one_clear_error(how: str, tmp_path: Path) -> Non
         ({"dtype": "nope"}, "'nope'"),
     ],
 )
-def test_a_configuration_that_does_not_fit_is_one_clear_error(values, message: str, tmp_path: Path) -> None:
+def test_a_configuration_that_does_not_fit_gives_one_clear_error(values, message: str, tmp_path: Path) -> None:
     save_checkpoint(tiny_model(), None, tmp_path / "x")
-    state(tmp_path / "x", **values)
-    assert re.search(message, told(tmp_path / "x"))
+    set_config(tmp_path / "x", **values)
+    assert re.search(message, loading_error(tmp_path / "x"))
 
 
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     save_checkpoint(tiny_model(), None, tmp_path / "x")
-    state(tmp_path / "x", quantization_config={"quant_method": "gptq", "bits": 4})
+    set_config(tmp_path / "x", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(UnsupportedArchitectureError, match="quantised"):
         load_model(tmp_path / "x")
 
 
-def test_a_damaged_tokenizer_is_an_error_and_a_missing_one_is_none(tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_is_an_error_but_a_missing_one_is_not(tmp_path: Path) -> None:
     save_checkpoint(tiny_model(vocab=300), byte_tokenizer(), tmp_path / "x")
     tokenizer = tmp_path / "x" / "tokenizer.json"
     tokenizer.write_bytes(tokenizer.read_bytes()[:-50])
-    assert "the tokenizer of" in told(tmp_path / "x")
+    assert "the tokenizer of" in loading_error(tmp_path / "x")
     tokenizer.unlink()
     assert load_model(tmp_path / "x")[1] is None
 
 
-def test_a_name_is_not_asked_for_at_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
@@ -377,7 +377,7 @@ def test_a_name_is_not_asked_for_at_a_hub_that_cannot_be_reached(monkeypatch: py
         assert time.monotonic() - start < 5.0
 
 
-def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer_in_time_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "_TIMEOUT", 0.1)
     monkeypatch.setattr(hub, "_ask", lambda: time.sleep(3.0))  # like name resolution, which has no time limit
@@ -396,7 +396,7 @@ def sharded(folder: Path) -> dict[str, str]:
     "name",
     ["evil.bin", "../outside.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", "a\\b.safetensors", 3, None],
 )
-def test_an_index_names_nothing_but_safetensors_beside_it(tmp_path: Path, name: object) -> None:
+def test_an_index_may_name_only_safetensors_files_beside_it(tmp_path: Path, name: object) -> None:
     weights = sharded(tmp_path / "x")
     load_model(tmp_path / "x")
     first = next(iter(weights))
@@ -405,20 +405,20 @@ def test_an_index_names_nothing_but_safetensors_beside_it(tmp_path: Path, name: 
     (tmp_path / "outside.safetensors").write_bytes((tmp_path / "x" / weights[first]).read_bytes())
     index = {"metadata": {}, "weight_map": {**weights, first: name}}
     (tmp_path / "x" / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert f"names {name!r}; only *.safetensors files beside it are read" in told(tmp_path / "x")
+    assert f"names {name!r}; only *.safetensors files beside it are read" in loading_error(tmp_path / "x")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', "[" * 100_000])
-def test_a_damaged_index_is_one_clear_error(tmp_path: Path, content: str) -> None:
+def test_a_damaged_index_gives_one_clear_error(tmp_path: Path, content: str) -> None:
     sharded(tmp_path / "x")
     (tmp_path / "x" / "model.safetensors.index.json").write_text(content)
-    assert "is not an index of weights" in told(tmp_path / "x")
+    assert "is not an index of weights" in loading_error(tmp_path / "x")
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     shard = sorted(set(sharded(tmp_path / "x").values()))[-1]
     (tmp_path / "x" / shard).unlink()
-    assert f"lacks '{shard}'" in told(tmp_path / "x")
+    assert f"lacks '{shard}'" in loading_error(tmp_path / "x")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
@@ -435,12 +435,12 @@ def test_weights_of_eight_bits_are_refused(tmp_path: Path, dtype: torch.dtype) -
 
 def test_a_configuration_may_not_name_the_file_of_weights(tmp_path: Path) -> None:
     save_checkpoint(tiny_model(), None, tmp_path / "x")
-    state(tmp_path / "x", transformers_weights="adapter_model.bin")
-    assert "transformers_weights" in told(tmp_path / "x")
+    set_config(tmp_path / "x", transformers_weights="adapter_model.bin")
+    assert "transformers_weights" in loading_error(tmp_path / "x")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
-def test_a_path_that_is_not_there_is_told_at_once(name: str) -> None:
+def test_a_path_that_does_not_exist_is_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match=r"base_model: .* is not a folder"):
         load_model(name)
 
@@ -471,6 +471,6 @@ def test_an_existing_checkpoint_is_replaced_if_asked(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_load_pruned_calls_a_folder_by_the_name_it_has_there(tmp_path: Path) -> None:
+def test_load_pruned_names_its_own_argument_in_errors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"^directory: '.*' has no config\.json"):
         load_pruned(tmp_path)

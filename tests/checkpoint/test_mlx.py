@@ -69,7 +69,7 @@ def test_biases_and_rotary_embeddings(rope_type: str, tmp_path: Path) -> None:
     assert_same_logits(model, tmp_path / "x")
 
 
-def test_dropped_blocks_alone(tmp_path: Path) -> None:
+def test_a_model_that_lacks_only_one_block(tmp_path: Path) -> None:
     model = tiny_model("qwen2", hidden=24, dtype=torch.float32)
     masks = full_masks(model)
     masks.attention[0][:] = False
@@ -85,7 +85,7 @@ def test_heads_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
         load_in_mlx(tmp_path / "x")
 
 
-def test_the_file_lies_beside_the_weights_where_it_is_needed(tmp_path: Path) -> None:
+def test_the_mlx_file_is_saved_only_for_pruned_models(tmp_path: Path) -> None:
     save_checkpoint(uneven("llama"), None, tmp_path / "x")
     config = json.loads((tmp_path / "x" / "config.json").read_text())
     assert config["model_file"] == MLX_FILE
@@ -98,7 +98,7 @@ def test_the_file_lies_beside_the_weights_where_it_is_needed(tmp_path: Path) -> 
     assert not (tmp_path / "plain" / MLX_FILE).exists()
 
 
-def test_it_is_promised_for_the_architectures_that_the_file_knows() -> None:
+def test_the_promised_architectures_are_those_of_the_mlx_file() -> None:
     tree = ast.parse(save.MLX_SOURCE.read_text(encoding="utf-8"))
     (modules,) = [node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "MODULES"]
     assert tuple(ast.literal_eval(modules)) == save.MLX_TYPES

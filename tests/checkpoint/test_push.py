@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "x" / "model"
 
 
-def test_every_file_goes_up_and_the_card_names_the_repository(checkpoint: Path) -> None:
+def test_every_file_is_uploaded_and_the_card_names_the_repository(checkpoint: Path) -> None:
     hub = Hub()
     assert push_checkpoint(checkpoint, "small", private=True, api=hub) == "https://huggingface.co/me/small"
     assert hub.repo == "me/small"
@@ -55,7 +55,7 @@ def test_every_file_goes_up_and_the_card_names_the_repository(checkpoint: Path) 
     assert card == local.replace(PLACE, "me/small")
 
 
-def test_another_folder_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_folder_that_gradprune_did_not_write_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     save_checkpoint(tiny_model(), None, tmp_path / "dense")
     (tmp_path / "dense" / "README.md").write_text("---\ntags: [mine]\n---\n")
     for folder in (tmp_path / "dense", tmp_path / "nowhere", checkpoint.parent):
@@ -65,7 +65,7 @@ def test_another_folder_is_refused(checkpoint: Path, tmp_path: Path) -> None:
         assert not hub.files
 
 
-def test_what_the_client_raises_becomes_one_line(
+def test_an_error_of_the_hub_client_becomes_one_line(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fault = huggingface_hub.errors.HFValidationError("Repo id must use\nalphanumeric chars.")
@@ -78,7 +78,7 @@ def test_what_the_client_raises_becomes_one_line(
     assert capsys.readouterr().err == "error: repo: 'a b' cannot be written: Repo id must use alphanumeric chars\n"
 
 
-def test_without_the_hub_it_says_so_at_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pushing_in_offline_mode_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
         push_checkpoint(checkpoint, "me/small")

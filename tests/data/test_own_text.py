@@ -45,7 +45,7 @@ def test_samples_are_drawn_from_the_models_own_distribution(device: str) -> None
     assert ((counted / count - third).abs() < 4.5 * error).all()
 
 
-def test_the_same_seed_writes_the_same_and_batches_differ(device: str) -> None:
+def test_the_same_seed_writes_the_same_and_no_sample_repeats(device: str) -> None:
     model = tiny_model().to(device)
     state = torch.get_rng_state()
     first = written(model, 8)
@@ -76,7 +76,7 @@ def test_ranks_divide_the_batches() -> None:
     assert torch.equal(torch.cat(in_order(shares)), written(model, 10))
 
 
-def test_what_a_checkpoint_recommends_for_chats_is_left_aside() -> None:
+def test_the_checkpoints_generation_settings_are_ignored() -> None:
     model = tiny_model()
     plain = written(model)
     model.generation_config.update(temperature=0.01, top_k=1, top_p=0.1, repetition_penalty=9.0, min_length=5)
@@ -86,7 +86,7 @@ def test_what_a_checkpoint_recommends_for_chats_is_left_aside() -> None:
     assert not model.training
 
 
-def test_a_model_without_a_beginning_begins_behind_an_ending_or_not_at_all() -> None:
+def test_without_a_bos_token_samples_begin_with_eos_or_are_refused() -> None:
     model = tiny_model()
     model.config.bos_token_id, model.config.eos_token_id = None, [2, 3]
     assert (written(model)[:, 0] == 2).all()
@@ -122,27 +122,27 @@ def drawn(**options: object) -> Samples:
     return draw_samples(tiny_model(), None, config, TOKENS[:1500], TOKENS[1500:])
 
 
-def begins_as_written(samples: Tensor) -> list[bool]:
+def begin_with_bos(samples: Tensor) -> list[bool]:
     """Whether each sample begins with the beginning-of-text token, which only written samples contain here."""
     assert not (TOKENS == BOS).any()
     return (samples[:, 0] == BOS).tolist()
 
 
-def test_its_share_is_spread_evenly_over_calibration_and_held_out_samples() -> None:
+def test_written_samples_are_spread_over_calibration_and_held_out_samples() -> None:
     given, some = drawn(num_samples=16, held_out_samples=8), drawn(own_text=0.25, num_samples=16, held_out_samples=8)
-    assert not any(begins_as_written(given.calibration))
+    assert not any(begin_with_bos(given.calibration))
     for samples in (some.calibration, some.held_out):
-        assert begins_as_written(samples) == [False, False, True, False] * (len(samples) // 4)
+        assert begin_with_bos(samples) == [False, False, True, False] * (len(samples) // 4)
     # The samples from the text are the same windows in the same order.
     assert torch.equal(some.calibration[[0, 1, 3]], given.calibration[:3])
     assert torch.equal(some.evaluation, given.evaluation)
 
 
-def test_a_search_compares_on_the_text_alone() -> None:
+def test_a_search_compares_on_samples_of_the_text_only() -> None:
     found = drawn(own_text=0.5, num_samples=16, importance_method="auto", search_samples=8)
-    assert sum(begins_as_written(found.calibration)) == 8
+    assert sum(begin_with_bos(found.calibration)) == 8
     assert len(found.searched) == 8
-    assert not any(begins_as_written(found.searched))
+    assert not any(begin_with_bos(found.searched))
 
 
 def test_with_a_share_of_one_no_text_is_read() -> None:
@@ -150,7 +150,7 @@ def test_with_a_share_of_one_no_text_is_read() -> None:
         tiny_model(), None, PruneConfig(own_text=1.0, num_samples=4, held_out_samples=3, seq_len=8),
         TOKENS[:0], TOKENS[1500:],
     )  # fmt: skip
-    assert all(begins_as_written(found.calibration))
+    assert all(begin_with_bos(found.calibration))
     assert (len(found.calibration), len(found.held_out)) == (4, 3)
 
 
@@ -163,7 +163,7 @@ def test_spread_keeps_both_in_order(first: int, second: int) -> None:
         assert found == [0, 1, 10, 2, 3, 4, 11, 5]
 
 
-def test_a_run_says_that_it_wrote(tmp_path: Path) -> None:
+def test_a_run_reports_the_share_that_the_model_wrote(tmp_path: Path) -> None:
     options = {"own_text": 0.5, "output_dir": str(tmp_path), "repair": "least_squares"}
     for name in ("one", "two"):
         result = run(tiny_model(channels=24, dtype=torch.float32), output_name=name, **options)
@@ -180,7 +180,7 @@ def test_a_run_says_that_it_wrote(tmp_path: Path) -> None:
     assert "own_text" not in other.seconds
 
 
-def test_nothing_is_written_or_drawn_that_nothing_would_be_run_on(tmp_path: Path) -> None:
+def test_samples_that_nothing_uses_are_neither_written_nor_drawn(tmp_path: Path) -> None:
     """With evidence of an earlier run and without repair, only priors that still have to be measured need samples."""
     model = tiny_model(channels=24, dtype=torch.float32)
     options = {"repair": "none", "own_text": 0.5, "importance_method": "group_fisher"}
@@ -205,7 +205,7 @@ def test_nothing_is_written_or_drawn_that_nothing_would_be_run_on(tmp_path: Path
         ({"evidence_file": "x", "repair": "none", "importance_method": "auto"}, (8, 0)),
     ],
 )
-def test_what_a_run_draws_and_writes(options: dict[str, str], samples: tuple[int, int]) -> None:
+def test_the_numbers_of_samples_drawn_and_written(options: dict[str, str], samples: tuple[int, int]) -> None:
     config = PruneConfig(num_samples=8, held_out_samples=4, own_text=0.25, **options)
     assert config.samples_drawn == samples
     assert config.samples_written == (samples[0] // 4, samples[1] // 4)

@@ -18,19 +18,19 @@ def drawn(windows: int, calibrated: int = 0, **options: object) -> Samples:
     return draw_samples(tiny_model(), None, config, TOKENS[: 8 * windows], TOKENS[:8], calibrated=calibrated)
 
 
-def test_held_out_samples_are_others_than_an_earlier_run_calibrated_on() -> None:
+def test_samples_of_an_earlier_calibration_are_not_held_out() -> None:
     found, order = drawn(20, calibrated=10), sample_windows(TOKENS[:160], num_samples=20, seq_len=8, seed=0)
     assert torch.equal(found.calibration, order[:4])
     assert torch.equal(found.held_out, order[10:14])
 
 
-def test_where_an_earlier_run_took_all_windows_none_are_held_out() -> None:
+def test_nothing_is_held_out_if_an_earlier_run_used_all_windows() -> None:
     found = drawn(12, calibrated=30)
     assert (len(found.calibration), len(found.held_out)) == (4, 0)
     with pytest.raises(CalibrationError, match="num_samples: 4 samples leave no text to search on"):
         drawn(12, calibrated=11, importance_method="auto")
 
 
-def test_of_too_little_text_the_search_gets_two_thirds() -> None:
+def test_the_search_gets_two_thirds_of_too_little_text() -> None:
     found = drawn(13, held_out_samples=8, importance_method="auto", search_samples=64)
     assert [len(part) for part in (found.calibration, found.held_out, found.searched)] == [4, 3, 6]

@@ -114,7 +114,7 @@ def test_no_windows_are_no_batches() -> None:
     assert list(batches(torch.empty(0, 16, dtype=torch.int64), 4)) == []
 
 
-def test_text_files(tmp_path: Path) -> None:
+def test_a_text_file_is_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     text = "héllo\nwörld\n" * 20_000
     path.write_text(text, encoding="utf-8")
@@ -136,7 +136,7 @@ CHAT = {"messages": [{"role": "user", "content": "Tea?"}, {"role": "assistant", 
 TEMPLATE = "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
 
 
-def test_a_chat_reads_as_the_tokenizers_template_puts_it(tmp_path: Path) -> None:
+def test_a_chat_is_formatted_by_the_tokenizers_template(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(CHAT) + '\n{"text": "plain"}\n', encoding="utf-8")
     talking = byte_tokenizer()
@@ -163,7 +163,7 @@ def test_a_chat_that_cannot_be_read_is_named(tmp_path: Path, record, template, m
 
 
 @pytest.mark.parametrize(("weights", "share"), [((":3", ":1"), 0.75), (("", ""), 0.5), ((":0.2", ":0.8"), 0.2)])
-def test_several_datasets_have_their_shares_in_what_is_drawn_and_held_out(tmp_path: Path, weights, share) -> None:
+def test_several_datasets_keep_their_shares_in_both_parts_of_the_split(tmp_path: Path, weights, share) -> None:
     for name, letter, size in (("a.txt", "a", 5000), ("b.txt", "b", 3000)):
         (tmp_path / name).write_text(letter * size)
     names = ",".join(f"{tmp_path / name}{weight}" for name, weight in zip(("a.txt", "b.txt"), weights, strict=True))
@@ -189,14 +189,14 @@ def test_a_file_with_a_comma_in_its_name_is_one_dataset(tmp_path: Path) -> None:
         (",b.pdf:2", "'b.pdf' is unknown"),
     ],
 )
-def test_a_mixture_that_makes_no_sense_is_told(tmp_path: Path, suffix: str, message: str) -> None:
+def test_a_meaningless_mixture_is_refused(tmp_path: Path, suffix: str, message: str) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one")
     with pytest.raises(CalibrationError, match=f"^dataset: {message}"):
         load_tokens(f"{path}{suffix}", TOKENIZER)
 
 
-def test_the_end_of_a_document_is_never_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_separator_between_documents_is_never_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenize, "_PIECE", 3)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "abcdefgh"}\n' * 9, encoding="utf-8")
@@ -206,14 +206,14 @@ def test_the_end_of_a_document_is_never_cut(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.txt", "wörd"), ("a.jsonl", '{"text": "wörd"}')])
-def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, text: str) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path, name: str, text: str) -> None:
     path = tmp_path / name
     path.write_text(text, encoding="utf-8-sig")
     assert TOKENIZER.decode(load_tokens(str(path), TOKENIZER)) == "wörd"
 
 
 @given(text=st.text(alphabet="ab \nö", max_size=200), piece=st.integers(1, 20), pieces=st.integers(1, 3))
-def test_pieces_are_the_whole_text(text: str, piece: int, pieces: int) -> None:
+def test_pieces_add_up_to_the_whole_text(text: str, piece: int, pieces: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenize, "_PIECE", piece)
         patch.setattr(tokenize, "_PIECES", pieces)
@@ -231,7 +231,7 @@ def test_pieces_end_with_a_line_or_a_word() -> None:
     assert parts == [["abcde\n", "fgh"], ["abcde", " fghi"], ["abcdefgh", "ij"]]
 
 
-def test_tokenising_a_long_text_says_nothing_and_adds_nothing(
+def test_tokenising_a_long_text_gives_no_warning_and_adds_no_token(
     stories_model: Path, stories_text: tuple[Path, Path]
 ) -> None:
     """With a real tokenizer, which adds a start-of-text token and warns about text longer than its context."""
@@ -258,7 +258,7 @@ def test_tokenising_a_long_text_says_nothing_and_adds_nothing(
 
 
 @pytest.mark.parametrize("shape", [(12,), (3, 4)])
-def test_token_ids(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_token_ids_are_read_with_and_without_a_tokenizer(tmp_path: Path, shape: tuple[int, ...]) -> None:
     path = tmp_path / "a.npy"
     np.save(path, np.arange(12, dtype=np.uint16).reshape(shape))
     for tokenizer in (TOKENIZER, None):
@@ -395,7 +395,7 @@ def test_hub_datasets_are_joined_as_in_the_literature(
     assert not any("trust_remote_code" in call for call in calls)
 
 
-def test_no_more_of_c4_is_read_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_as_much_of_c4_as_needed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
 
     def endless(**_arguments: object) -> Iterator[dict[str, str]]:
@@ -410,7 +410,7 @@ def test_no_more_of_c4_is_read_than_needed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("message", ["", "no such revision\nand much more"])
-def test_what_the_hub_complains_about_is_one_line(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+def test_an_error_of_the_hub_becomes_one_line(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
     def load_dataset(**_arguments: object) -> None:
         raise ConnectionError(message)
 
@@ -421,7 +421,7 @@ def test_what_the_hub_complains_about_is_one_line(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["nobody listens", "nobody answers"])
-def test_a_hub_out_of_reach_is_told_at_once(monkeypatch: pytest.MonkeyPatch, silent: bool) -> None:
+def test_an_unreachable_hub_is_reported_within_seconds(monkeypatch: pytest.MonkeyPatch, silent: bool) -> None:
     def load_dataset(**_arguments: object) -> None:
         raise AssertionError("the hub was asked for data, which is tried for long")
 
@@ -441,7 +441,7 @@ def test_a_hub_out_of_reach_is_told_at_once(monkeypatch: pytest.MonkeyPatch, sil
     assert time.monotonic() - start < 10, "waited for longer than the limit"
 
 
-def test_without_a_tokenizer_only_ids_work() -> None:
+def test_text_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(CalibrationError, match="the model has no tokenizer"):
         load_tokens(None, None)
 
@@ -485,7 +485,7 @@ def test_an_error_names_the_option_that_named_the_dataset(dataset: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_overlap_is_of_whole_tokens() -> None:
+def test_overlap_compares_whole_tokens() -> None:
     """In bytes, a sequence of ids 1 is part of a sequence of ids 256, shifted by one byte."""
     assert overlap_of(torch.full((64,), 1), torch.full((200,), 256)) == 0.0
     assert overlap_of(torch.full((64,), 256), torch.full((200,), 256)) == 1.0

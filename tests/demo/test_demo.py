@@ -66,7 +66,7 @@ def test_nothing_held_out_is_in_the_training_text() -> None:
     assert not [passage for passage in passages if passage in text.train]
 
 
-def test_passages_have_no_indentation_in_common_and_no_blank_ends() -> None:
+def test_the_text_has_no_trailing_spaces_and_no_long_gaps() -> None:
     text = embedded_text()
     for part in (text.train, text.held_out):
         assert part == part.strip("\n")
@@ -84,7 +84,7 @@ def test_split_keeps_each_passage_once(given_documents: list[Document]) -> None:
 
 
 @given(documents, documents)
-def test_a_document_stays_on_its_side_whatever_others_there_are(one: list[Document], other: list[Document]) -> None:
+def test_a_documents_side_does_not_depend_on_other_documents(one: list[Document], other: list[Document]) -> None:
     def side(document: Document, others: list[Document]) -> str:
         marked = replace(document, passages=(f"<{document.name}>",))
         return "train" if f"<{document.name}>" in split_documents([marked, *others]).train else "held out"
@@ -94,7 +94,7 @@ def test_a_document_stays_on_its_side_whatever_others_there_are(one: list[Docume
         assert side(document, []) == side(document, others)
 
 
-def test_held_out_passages_that_share_a_long_line_with_the_training_text_go() -> None:
+def test_held_out_passages_that_share_a_long_line_with_the_training_text_are_removed() -> None:
     names = [f"n{i}" for i in range(200)]
     held_out_name = next(name for name in names if split_documents([Document(name, ("x",))]).held_out)
     train_name = next(name for name in names if split_documents([Document(name, ("x",))]).train)
@@ -123,7 +123,7 @@ def test_docstrings_are_read_without_importing(tmp_path: Path) -> None:
     ]
 
 
-def test_docstrings_alone_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docstrings_are_enough_without_the_language_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     text = embedded_text.__wrapped__()
     assert 500_000 < len(text.train) < len(embedded_text().train)
@@ -282,7 +282,9 @@ def test_the_same_seed_gives_the_same_bytes(cache: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("interrupted", ["sample_losses", "save_pretrained"])
-def test_an_interruption_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str) -> None:
+def test_an_interrupted_training_leaves_nothing_in_the_cache(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
+) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -331,7 +333,9 @@ def test_a_cache_that_cannot_be_written_is_an_error_before_training(
         ({"GRADPRUNE_CACHE": "~/d", "HOME": "/c"}, "/c/d"),
     ],
 )
-def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: str) -> None:
+def test_the_cache_folder_follows_the_environment(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: str
+) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert model_module._cache_folder() == Path(expected)
