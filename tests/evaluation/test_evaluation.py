@@ -38,7 +38,7 @@ def test_perplexity_equals_its_definition_at_any_batch_size(batch_size: int) -> 
     assert found.value == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-12)
 
 
-def test_a_part_of_the_windows_is_spread_over_the_text() -> None:
+def test_a_limited_number_of_windows_is_spread_over_the_text() -> None:
     model = tiny_model()
     some = perplexity(model, TOKENS, seq_len=10, batch_size=4, max_windows=5)
     every_other = torch.cat([TOKENS[start : start + 10] for start in range(0, 100, 20)])
@@ -46,7 +46,7 @@ def test_a_part_of_the_windows_is_spread_over_the_text() -> None:
     assert some.value == pytest.approx(perplexity(model, every_other, seq_len=10, batch_size=4).value, rel=1e-12)
 
 
-def test_the_rest_is_measured_with_all_windows_and_only_then() -> None:
+def test_a_shorter_last_window_is_measured_only_with_all_others() -> None:
     model = tiny_model()
     for max_windows, windows, tokens in ((None, 11, 96), (12, 11, 96), (11, 11, 96), (10, 10, 90), (1, 1, 9)):
         found = perplexity(model, TOKENS, seq_len=10, batch_size=4, max_windows=max_windows)
@@ -64,7 +64,7 @@ def test_a_real_model_knows_its_language(stories_model: Path, stories_text: tupl
     assert perplexity(model, shuffled, seq_len=128, batch_size=8).value > 50
 
 
-def test_the_model_is_measured_in_evaluation_mode_and_left_in_its_own() -> None:
+def test_models_are_measured_in_evaluation_mode_and_keep_their_own() -> None:
     model = tiny_model(attention_dropout=0.5)
     expected = perplexity(model, TOKENS, seq_len=10, batch_size=4)
     model.train()
@@ -96,12 +96,12 @@ def test_windows_that_predict_nothing_are_refused(option: str, value: int) -> No
         perplexity(tiny_model(), TOKENS, **options)
 
 
-def test_too_little_text_is_told() -> None:
+def test_text_shorter_than_one_window_is_refused() -> None:
     with pytest.raises(CalibrationError, match="107 held-out tokens are less than one window of 108"):
         perplexity(tiny_model(), TOKENS, seq_len=108, batch_size=1)
 
 
-def test_a_nan_names_its_window() -> None:
+def test_a_nan_loss_names_its_window() -> None:
     model = tiny_model()
     tokens = TOKENS.clone()
     tokens[(tokens == 60)] = 59
@@ -152,7 +152,7 @@ def test_tied_parameters_count_once(tied: bool) -> None:
     assert model_size(model).bytes == 8 * model_size(model).parameters
 
 
-def test_bytes_on_disk(tmp_path: Path) -> None:
+def test_bytes_on_disk_are_those_of_the_weight_files(tmp_path: Path) -> None:
     save_checkpoint(tiny_model(), None, tmp_path / "x")
     assert weight_bytes_on_disk(tmp_path / "x") == (tmp_path / "x" / "model.safetensors").stat().st_size
     assert weight_bytes_on_disk("some/hub-id") is None
@@ -181,7 +181,7 @@ def test_progress_is_readable_in_80_columns(total: int) -> None:
         assert part in line
 
 
-def test_progress_is_silent_where_nobody_watches() -> None:
+def test_progress_is_silent_outside_a_terminal() -> None:
     console = Console(file=io.StringIO(), force_terminal=False)
     with progress(console, "Measuring perplexity", 3, "windows") as advance:
         advance()
@@ -189,7 +189,7 @@ def test_progress_is_silent_where_nobody_watches() -> None:
 
 
 @pytest.mark.parametrize("error", [NonFiniteError, KeyboardInterrupt])
-def test_progress_goes_when_the_work_fails(error: type[BaseException]) -> None:
+def test_progress_disappears_when_the_work_fails(error: type[BaseException]) -> None:
     finished, failed = terminal(), terminal()
     with progress(finished, "Measuring perplexity", 3, "windows") as advance:
         advance(3)

@@ -39,7 +39,7 @@ def likeliest(model: PreTrainedModel, prompt: str, count: int) -> list[int]:
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_they_are_the_likeliest_tokens_whatever_a_checkpoint_recommends(recommended: dict) -> None:
+def test_continuations_are_greedy_whatever_the_checkpoint_recommends(recommended: dict) -> None:
     model = tiny_model(vocab=300)
     expected = TOKENIZER.decode(likeliest(model, "abacad", 32), skip_special_tokens=True)
     model.generation_config.update(**recommended, eos_token_id=None)
@@ -49,7 +49,7 @@ def test_they_are_the_likeliest_tokens_whatever_a_checkpoint_recommends(recommen
     assert model.generation_config is before
 
 
-def test_a_text_ends_where_the_checkpoint_says() -> None:
+def test_a_continuation_ends_at_an_eos_token_of_the_checkpoint() -> None:
     model = tiny_model(vocab=300)
     tokens = likeliest(model, "abacad", 32)
     model.generation_config.eos_token_id = [299, tokens[4]]
@@ -63,11 +63,11 @@ def test_a_prompt_longer_than_the_context_is_cut() -> None:
     assert continuations(model, TOKENIZER, ["ab" * 500]) == continuations(model, TOKENIZER, ["ab" * 16])
 
 
-def test_a_prompt_without_tokens_begins_at_the_beginning() -> None:
+def test_a_prompt_without_tokens_is_continued() -> None:
     assert len(continuations(tiny_model(vocab=300), TOKENIZER, [""])) == 1
 
 
-def test_prompts_come_from_the_text_evenly() -> None:
+def test_prompts_are_spread_evenly_over_the_text() -> None:
     prompts = drawn_prompts(TOKENIZER, TOKENS)
     assert len(prompts) == 3
     assert prompts[1] == TOKENIZER.decode(TOKENS[len(TOKENS) // 3 :][:24])
@@ -100,7 +100,7 @@ def test_the_report_shows_both_models(tmp_path: Path) -> None:
     assert f"<dd>ab&lt;b&gt;ac</dd><dt>dense</dt><dd>{shown['dense']}</dd>" in report
 
 
-def test_they_can_be_left_out() -> None:
+def test_generations_can_be_switched_off() -> None:
     config = PruneConfig(**OPTIONS, generations=False)
     result = prune(tiny_model(vocab=300), TOKENIZER, config, calibration=TOKENS[:1500], evaluation=TOKENS[1500:])
     assert result.prompts == result.after.generations == ()

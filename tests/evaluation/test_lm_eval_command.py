@@ -29,7 +29,7 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 COMMAND = "--model hf --tasks quiz --include_path . --batch_size 4 --device cpu --output_path out --model_args"
 
 
-def test_it_measures_what_we_measure(tmp_path: Path) -> None:
+def test_lm_eval_measures_the_same_accuracies(tmp_path: Path) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm-eval is not installed (pip install 'gradprune[eval]')")
     model = tiny_model(vocab=300, dtype=torch.float32)

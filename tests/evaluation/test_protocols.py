@@ -12,7 +12,7 @@ from helpers.tiny_models import tiny_model
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_whole_windows_of_the_text_after_bos(bos: bool, tmp_path: Path) -> None:
+def test_a_protocol_measures_whole_windows_of_the_text_after_bos(bos: bool, tmp_path: Path) -> None:
     text = "It was a bright cold day in April, and the clocks were striking thirteen. " * 8
     path = tmp_path / "wiki.txt"
     path.write_text(text)
@@ -41,7 +41,7 @@ def _template(tokenizer):
     )
 
 
-def test_unknown_protocols_and_short_contexts_are_told() -> None:
+def test_unknown_protocols_and_short_contexts_are_refused() -> None:
     model = tiny_model(vocab=258)
     with pytest.raises(ConfigError, match=r"'wikitext2-512'.*wikitext2-128, wikitext2-2048"):
         protocol_perplexity(model, byte_tokenizer(), "wikitext2-512")

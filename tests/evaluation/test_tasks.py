@@ -74,14 +74,14 @@ def assert_likelihoods_are_those_of_separate_passes(model, monkeypatch: pytest.M
         assert values == pytest.approx(exact, rel=1e-9)
 
 
-def test_likelihoods_do_not_depend_on_what_shares_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_likelihoods_do_not_depend_on_what_else_is_in_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_likelihoods_are_those_of_separate_passes(tiny_model(vocab=258), monkeypatch)
 
 
 _SMALL = {"vocab_size": 258, "hidden_size": 16}
 _DEEP = {**_SMALL, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
 # In these models, an attention mask and position ids do not fully decide what each token sees.
-FOLLOW_NO_MASK = [
+NOT_DECIDED_BY_A_MASK = [
     transformers.MistralConfig(**_DEEP, sliding_window=4),
     transformers.Gemma2Config(**_DEEP, sliding_window=4, head_dim=4),
     transformers.Lfm2Config(**_DEEP, layer_types=["conv", "full_attention"]),
@@ -92,8 +92,8 @@ FOLLOW_NO_MASK = [
 ]
 
 
-@pytest.mark.parametrize("config", FOLLOW_NO_MASK, ids=lambda config: config.model_type)
-def test_where_no_mask_is_followed_each_continuation_has_a_pass_of_its_own(
+@pytest.mark.parametrize("config", NOT_DECIDED_BY_A_MASK, ids=lambda config: config.model_type)
+def test_if_the_mask_does_not_decide_each_continuation_has_its_own_pass(
     config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -109,7 +109,7 @@ def test_a_letter_of_two_bytes_counts_twice(monkeypatch: pytest.MonkeyPatch) -> 
     assert per_byte == [whole[0] / 5, whole[1] / 6]
 
 
-def test_a_context_longer_than_the_model_s_loses_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_context_that_is_too_long_loses_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model's context is 64 tokens, of which the longest continuation, " yes", leaves 60."""
     seen = []
     monkeypatch.setattr("gradprune.evaluation.tasks._largest", lambda values: seen.append(values) or 0)
@@ -187,7 +187,7 @@ def test_a_malformed_line_is_named(line: str, tmp_path: Path) -> None:
         read_questions(path)
 
 
-def test_missing_and_empty_files_and_tokenizers_are_told(tmp_path: Path) -> None:
+def test_missing_or_empty_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"nowhere.jsonl.* cannot be read"):
         read_questions(tmp_path / "nowhere.jsonl")
     with pytest.raises(EvaluationError, match="contains no question"):
@@ -202,7 +202,7 @@ def test_missing_and_empty_files_and_tokenizers_are_told(tmp_path: Path) -> None
         evaluate_tasks(tiny_model(), byte_tokenizer(), [path], max_questions=0)
 
 
-def test_names_need_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_tasks_need_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(EvaluationError, match=r"piqa: named tasks need lm-eval.*pip install 'gradprune\[eval\]'"):
         evaluate_tasks(tiny_model(), byte_tokenizer(), ["piqa"])
@@ -220,7 +220,7 @@ def stand_in_for_lm_eval(monkeypatch: pytest.MonkeyPatch, results: dict) -> list
     return calls
 
 
-def test_names_are_asked_by_lm_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_named_tasks_are_measured_by_lm_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     results = {
         "results": {
             "piqa": {"acc,none": 0.7, "acc_stderr,none": 0.01, "acc_norm,none": 0.71, "acc_norm_stderr,none": 0.02},
@@ -242,7 +242,7 @@ def test_names_are_asked_by_lm_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         evaluate_tasks(model, tokenizer, ["no_such_task"])
 
 
-def test_the_real_tasks(stories_model: Path, shared_tasks: Path) -> None:
+def test_a_small_real_model_is_close_to_chance_on_real_tasks(stories_model: Path, shared_tasks: Path) -> None:
     model, tokenizer = load_model(stories_model)
     names = ("piqa", "winogrande")
     found = evaluate_tasks(model, tokenizer, [str(shared_tasks / f"{name}.jsonl") for name in names], max_questions=100)

@@ -67,7 +67,7 @@ def test_heads_that_do_not_add_up_to_the_hidden_size_need_deci(tmp_path: Path) -
     assert value(exported(tiny_model("qwen2", hidden=20), tmp_path / "m.gguf"), "general.architecture") == "deci"
 
 
-def test_values_are_the_weights(tmp_path: Path) -> None:
+def test_fused_weights_are_split_and_rows_of_q_reordered(tmp_path: Path) -> None:
     model = tiny_model("phi3", dtype=torch.float32)
     masks = full_masks(model)
     masks.mlp[1][:3] = False
@@ -83,7 +83,7 @@ def test_values_are_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_every_tensor_is_that_of_the_model(architecture: str, tmp_path: Path) -> None:
+def test_every_tensor_equals_the_models_own(architecture: str, tmp_path: Path) -> None:
     """Layers that differ are written as deci: each head's rows of q and k, and biases, in the order 0, 2, 1, 3."""
     model = tiny_model(architecture, dtype=torch.float32, tied=False)
     for name, parameter in model.named_parameters():
@@ -112,7 +112,7 @@ def test_every_tensor_is_that_of_the_model(architecture: str, tmp_path: Path) ->
         np.testing.assert_array_equal(tensors[name], values.detach().numpy(), err_msg=name)
 
 
-def test_what_stands_for_removed_blocks_is_zero_behind_norms_of_ones(tmp_path: Path) -> None:
+def test_removed_blocks_are_written_as_zeros_after_norms_of_ones(tmp_path: Path) -> None:
     model = tiny_model("llama", dtype=torch.float32)
     masks = full_masks(model)
     masks.mlp[1][:] = False
@@ -203,7 +203,7 @@ def test_the_file_that_a_model_is_read_from_is_not_replaced(tmp_path: Path) -> N
         (256 * "m", "File name too long"),
     ],
 )
-def test_what_cannot_be_written_is_said_by_its_own_name(
+def test_an_output_that_cannot_be_written_is_named_as_it_was_given(
     output: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -214,7 +214,7 @@ def test_what_cannot_be_written_is_said_by_its_own_name(
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
-def test_a_file_in_folders_that_are_still_to_be_made_can_be_written(tmp_path: Path) -> None:
+def test_missing_folders_of_the_output_are_made(tmp_path: Path) -> None:
     check_export(tmp_path / "a" / "b" / "m.gguf", "f16", overwrite=False, model=None)
     assert not list(tmp_path.iterdir())
     exported(tiny_model(), tmp_path / "a" / "b" / "m.gguf")
@@ -225,7 +225,7 @@ def test_the_longest_name_that_the_file_system_allows_is_written(tmp_path: Path)
 
 
 @pytest.mark.parametrize("umask", [0o077, 0o002])
-def test_the_file_s_permissions_follow_the_umask(umask: int, tmp_path: Path) -> None:
+def test_permissions_follow_the_umask(umask: int, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
         export_gguf(tiny_model(), TOKENIZER, tmp_path / "m.gguf")
@@ -333,7 +333,7 @@ def file_of_a_tokenizer(path: Path, model: str, pre: str) -> Path:
 
 
 @pytest.mark.parametrize("name", SPLITTERS.values())
-def test_a_file_s_splitting_is_taken_over(name: str, tmp_path: Path) -> None:
+def test_the_splitting_that_a_file_names_is_applied(name: str, tmp_path: Path) -> None:
     """SmolLM2's tokenizer, for example, splits digits, but transformers does not read this from the file."""
     file = file_of_a_tokenizer(tmp_path / "m.gguf", "gpt2", name)
     tokenizer = byte_level(pre_tokenizers.WhitespaceSplit())
@@ -344,7 +344,7 @@ def test_a_file_s_splitting_is_taken_over(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("model", "pre"), [("gpt2", "unheard-of"), ("llama", "smollm")])
-def test_a_splitting_that_is_not_known_stays_as_it_was_read(model: str, pre: str, tmp_path: Path) -> None:
+def test_an_unknown_splitting_leaves_the_tokenizer_unchanged(model: str, pre: str, tmp_path: Path) -> None:
     tokenizer = byte_level(WORDS)
     before = tokenizer.backend_tokenizer.to_str()
     split_as_the_file_says(tokenizer, file_of_a_tokenizer(tmp_path / "m.gguf", model, pre))
@@ -361,12 +361,12 @@ def test_a_splitting_that_is_not_known_stays_as_it_was_read(model: str, pre: str
     ],
     ids=["regex", "prefix space", "lower case", "unigram"],
 )
-def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tokenizer, message: str, tmp_path: Path) -> None:
+def test_tokenizers_that_llama_cpp_does_not_support_are_refused(tokenizer, message: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=message):
         export_gguf(tiny_model(vocab=300), tokenizer, tmp_path / "m.gguf")
 
 
-def test_the_chat_template_goes_along(tmp_path: Path) -> None:
+def test_the_chat_template_is_written(tmp_path: Path) -> None:
     tokenizer = byte_level(WORDS)
     tokenizer.chat_template = "{{ messages }}"
     assert value(exported(tiny_model(vocab=300), tmp_path / "m.gguf", tokenizer), "tokenizer.chat_template") == (
@@ -374,7 +374,7 @@ def test_the_chat_template_goes_along(tmp_path: Path) -> None:
     )
 
 
-def test_a_disk_that_fills_up_within_a_tensor_is_told_in_the_systems_words(tmp_path: Path) -> None:
+def test_a_write_that_fails_within_a_tensor_is_reported_in_the_systems_words(tmp_path: Path) -> None:
     exported(tiny_model(), tmp_path / "whole.gguf")
     room = (tmp_path / "whole.gguf").stat().st_size - 2000
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -86,7 +86,7 @@ def test_layers_of_different_widths(architecture: str, without: dict[str, int], 
     ids=["biases", "linear rope", "llama3 rope", "one KV head"],
 )
 @pytest.mark.parametrize("pruned", [False, True])
-def test_what_configurations_state(options: dict, pruned: bool, tmp_path: Path) -> None:
+def test_biases_rotary_embeddings_and_a_single_kv_head(options: dict, pruned: bool, tmp_path: Path) -> None:
     if "rope_parameters" in options:
         options = {**options, "rope_parameters": {"rope_theta": 100.0, **options["rope_parameters"]}}
     model = small(**options)

@@ -33,7 +33,7 @@ def test_vllm_keeps_attention_in_every_layer() -> None:
 
 
 @pytest.mark.parametrize("serve", ["vllm", "uniform"])
-def test_what_is_kept_can_be_split_over_devices(serve: str) -> None:
+def test_kept_groups_and_channels_can_be_split_over_devices(serve: str) -> None:
     model = tiny_model(kv_heads=6, ratio=1, channels=24)
     result = run(model, pruning_ratio=0.4, serve=serve, tensor_parallel=2)
     groups, channels = kept(result, "attention"), kept(result, "mlp")
@@ -43,7 +43,7 @@ def test_what_is_kept_can_be_split_over_devices(serve: str) -> None:
     assert sum(channels) < 72
 
 
-def test_widths_are_multiples_of_everything_that_asks() -> None:
+def test_widths_are_multiples_of_all_that_the_options_ask_for() -> None:
     constraints = Constraints(serve="vllm", tensor_parallel=4, round_to=6)
     assert constraints.multiple(rounded=True) == 12
     assert constraints.multiple(rounded=False) == 4
@@ -71,7 +71,7 @@ def test_gguf_is_written_beside_the_checkpoint(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x" / "run.json").read_text())["config"]["serve"] == "gguf"
 
 
-def test_the_file_holds_what_16_bits_can(tmp_path: Path) -> None:
+def test_weights_beyond_the_range_of_f16_are_written_as_bf16(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf", reason="the gguf library is not installed (pip install gguf)")
     model = tiny_model(dtype=torch.float32)
     for value, expected in ((1.0, "F16"), (1e6, "BF16")):
@@ -91,7 +91,7 @@ def refused(model, tokenizer=TOKENIZER, **options) -> str:
     return str(error.value)
 
 
-def test_what_cannot_be_served_is_refused_with_the_reason() -> None:
+def test_models_that_cannot_be_served_are_refused_with_the_reason() -> None:
     untied = tiny_model("qwen3")
     assert "tied embeddings" in refused(untied, serve="gguf")
     check_serve(describe(untied), TOKENIZER, Constraints(serve="gguf", uniform=True))
@@ -122,6 +122,6 @@ def test_a_refusal_comes_before_any_work(tmp_path: Path, monkeypatch: pytest.Mon
         ({"serve": "ollama"}, "serve"),
     ],
 )
-def test_contradictions(options: dict, named: str) -> None:
+def test_contradictory_or_unknown_options_are_refused(options: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=f"^{named}: "):
         PruneConfig(**options)

@@ -32,7 +32,7 @@ def dense_and_pruned(architecture: str = "llama", **options):
     return dense, cut(dense, random_masks(dense, 0.6))
 
 
-def copies(model):
+def copied(model):
     return copy.deepcopy(model)
 
 
@@ -127,7 +127,7 @@ def test_an_epoch_takes_every_window_once_and_rates_rise_and_fall(monkeypatch: p
     assert 0.0 < rates[-1] < 1e-5
 
 
-def test_distillation_brings_the_student_to_its_teacher() -> None:
+def test_distillation_brings_the_student_closer_to_its_teacher() -> None:
     dense, pruned = dense_and_pruned()
     text = tiny_ids(1, 2000).flatten()
     ids = text[:64].view(-1, 16)
@@ -138,23 +138,23 @@ def test_distillation_brings_the_student_to_its_teacher() -> None:
 
 
 # The dtype of each method, and a head size that fused attention on a GPU supports.
-OF_METHOD = {
+OPTIONS_OF_METHOD = {
     "lora": {"dtype": torch.bfloat16, "head_dim": 16}, "full": {"dtype": torch.float32, "head_dim": 16}
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", OF_METHOD)
+@pytest.mark.parametrize("method", OPTIONS_OF_METHOD)
 def test_two_runs_give_the_same_bits(method: str, device: str) -> None:
     pytest.importorskip("peft", reason="PEFT is not installed (pip install peft)")
-    pruned = dense_and_pruned(**OF_METHOD[method])[1].to(device)
+    pruned = dense_and_pruned(**OPTIONS_OF_METHOD[method])[1].to(device)
     config = RecoveryConfig(method=method, loss="lm", **QUICK)
-    runs = [recover(copies(pruned), None, TEXT, config) for _ in range(2)]
+    runs = [recover(copied(pruned), None, TEXT, config) for _ in range(2)]
     assert runs[0].history == runs[1].history
     assert runs[0].best_step > 0
     assert_equal_weights(*(weights(found.model) for found in runs))
 
 
-def test_attention_s_gradient_is_asked_to_add_in_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_of_attention_is_asked_to_be_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise a GPU adds in any order. The steps timed for planning do it too, so that they take as long."""
     asked, attention = [], F.scaled_dot_product_attention
 
@@ -172,14 +172,14 @@ def test_attention_s_gradient_is_asked_to_add_in_fixed_order(monkeypatch: pytest
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize("method", OF_METHOD)
-def test_interrupted_and_resumed_is_the_same(
+@pytest.mark.parametrize("method", OPTIONS_OF_METHOD)
+def test_an_interrupted_and_resumed_recovery_gives_the_same_bits(
     method: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("peft", reason="PEFT is not installed (pip install peft)")
-    dense, pruned = (model.to(device) for model in dense_and_pruned(**OF_METHOD[method]))
+    dense, pruned = (model.to(device) for model in dense_and_pruned(**OPTIONS_OF_METHOD[method]))
     config = RecoveryConfig(method=method, **QUICK)
-    whole = copies(pruned)
+    whole = copied(pruned)
     expected = recover(whole, dense, TEXT, config, state=tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
 
@@ -192,14 +192,14 @@ def test_interrupted_and_resumed_is_the_same(
         step(self)
 
     monkeypatch.setattr(module._Trainer, "_step", interrupted)
-    state, first = tmp_path / "state", copies(pruned)
+    state, first = tmp_path / "state", copied(pruned)
     with pytest.raises(KeyboardInterrupt):
         recover(first, dense, TEXT, config, state=state)
     with pytest.raises(RecoveryError, match="interrupted recovery with other options"):
-        recover(copies(pruned), dense, TEXT, RecoveryConfig(method=method, **{**QUICK, "seed": 1}), state=state)
+        recover(copied(pruned), dense, TEXT, RecoveryConfig(method=method, **{**QUICK, "seed": 1}), state=state)
     with pytest.raises(RecoveryError, match="interrupted recovery with other options"):
-        recover(copies(pruned), tiny_model(seed=5).to(device), TEXT, config, state=state)
-    resumed = copies(pruned)
+        recover(copied(pruned), tiny_model(seed=5).to(device), TEXT, config, state=state)
+    resumed = copied(pruned)
     found = recover(resumed, dense, TEXT, config, state=state)
     assert taken == [*range(9), *range(6, 12)], "it goes on from the last check"
     assert found.history == expected.history
@@ -243,7 +243,7 @@ def test_a_damaged_state_is_refused(interrupted: Path, name: str, damage: str, t
         recover(pruned, None, TEXT, RecoveryConfig(loss="lm", **QUICK), state=state)
 
 
-def test_a_model_with_another_configuration_is_another_run(interrupted: Path, tmp_path: Path) -> None:
+def test_a_model_with_another_configuration_cannot_resume_a_recovery(interrupted: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     shutil.copytree(interrupted, state)
     _, pruned = dense_and_pruned()
@@ -253,7 +253,7 @@ def test_a_model_with_another_configuration_is_another_run(interrupted: Path, tm
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_resumed_optimizer_has_its_state_where_it_makes_it(fused: bool) -> None:
+def test_a_resumed_optimizer_has_its_state_on_the_device_that_it_needs(fused: bool) -> None:
     """On the meta device, because saved moments are on the CPU, so with a weight on the CPU nothing would move."""
     weight = torch.nn.Parameter(torch.zeros(2, 3, device="meta"))
     trainer = SimpleNamespace(trained={"w": weight}, optimizer=torch.optim.AdamW([weight], fused=fused))
@@ -263,7 +263,7 @@ def test_a_resumed_optimizer_has_its_state_where_it_makes_it(fused: bool) -> Non
     assert found == {"step": "meta" if fused else "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
 
 
-def test_what_training_makes_worse_is_not_kept() -> None:
+def test_weights_that_training_made_worse_are_not_kept() -> None:
     _, pruned = dense_and_pruned()
     before = weights(pruned)
     found = recover(
@@ -276,7 +276,7 @@ def test_what_training_makes_worse_is_not_kept() -> None:
     assert_equal_weights(weights(pruned), before)
 
 
-def test_minutes_are_planned_by_the_speed_of_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_steps_is_planned_from_the_speed_of_the_first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     _, pruned = dense_and_pruned()
     monkeypatch.setattr(module.time, "perf_counter", iter([0, 9, 10, 12, 20, 21]).__next__)
     config = RecoveryConfig(method="full", loss="lm", minutes=0.5, **{**QUICK, "steps": None})
@@ -297,7 +297,7 @@ def test_checks_leave_time_for_steps(
     assert caplog.messages == (told if minutes == 0.1 else [])
 
 
-def test_what_cannot_be_trained_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recoveries_that_cannot_work_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, pruned = dense_and_pruned()
     with pytest.raises(RecoveryError, match="teacher: loss 'kd'"):
         recover(pruned, None, TEXT)
@@ -314,7 +314,7 @@ def test_what_cannot_be_trained_is_told(tmp_path: Path, monkeypatch: pytest.Monk
         recover(pruned, None, TEXT, RecoveryConfig(method="full", loss="lm", **QUICK))
 
 
-def test_low_rank_updates_show_no_warning_of_peft_s(recwarn: pytest.WarningsRecorder) -> None:
+def test_low_rank_updates_show_no_warning_of_peft(recwarn: pytest.WarningsRecorder) -> None:
     pytest.importorskip("peft", reason="PEFT is not installed (pip install peft)")
     _, pruned = dense_and_pruned(dtype=torch.float32)
     recover(pruned, None, TEXT, RecoveryConfig(**{**QUICK, "steps": 1}, method="lora", loss="lm"))
@@ -322,7 +322,7 @@ def test_low_rank_updates_show_no_warning_of_peft_s(recwarn: pytest.WarningsReco
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_the_teacher_s_weights_and_mode_stay_though_the_student_shares_its_memory(method: str) -> None:
+def test_the_teacher_stays_unchanged_although_the_student_shares_its_memory(method: str) -> None:
     dense, pruned = dense_and_pruned(dtype=torch.float32)
     dense.train()
     before = weights(dense)
@@ -331,7 +331,7 @@ def test_the_teacher_s_weights_and_mode_stay_though_the_student_shares_its_memor
     assert dense.training
 
 
-def test_dropout_draws_the_same_in_each_run_and_leaves_the_caller_s_random_numbers() -> None:
+def test_dropout_is_reproducible_and_leaves_the_global_generator_alone() -> None:
     found, drawn = [], []
     for seed in (1, 2):
         pruned = tiny("gpt2").float()
@@ -347,7 +347,7 @@ def test_dropout_draws_the_same_in_each_run_and_leaves_the_caller_s_random_numbe
     assert torch.equal(drawn[1], torch.rand(1))
 
 
-def test_what_ends_early_leaves_a_model_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_recovery_leaves_the_models_dtype_and_mode_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     _, pruned = dense_and_pruned(dtype=torch.bfloat16)
     monkeypatch.setattr(module, "sample_losses", lambda model, ids: torch.full((len(ids),), float("nan")))
     with pytest.raises(NonFiniteError):
@@ -356,7 +356,7 @@ def test_what_ends_early_leaves_a_model_as_it_was_given(monkeypatch: pytest.Monk
     assert not pruned.training
 
 
-def test_a_run_that_diverged_leaves_no_state_in_the_way_of_a_smaller_learning_rate(
+def test_a_diverged_run_leaves_no_state_that_refuses_a_smaller_learning_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, pruned = dense_and_pruned()
@@ -370,7 +370,7 @@ def test_a_run_that_diverged_leaves_no_state_in_the_way_of_a_smaller_learning_ra
     config = RecoveryConfig(loss="lm", **QUICK)
     monkeypatch.setattr(module, "sample_losses", diverging)
     with pytest.raises(NonFiniteError, match="choose a smaller learning_rate"):
-        recover(copies(pruned), None, TEXT, config, state=state)
+        recover(copied(pruned), None, TEXT, config, state=state)
     monkeypatch.undo()
     recover(pruned, None, TEXT, replace(config, learning_rate=1e-3), state=state)
 
@@ -385,7 +385,7 @@ def test_held_out_loss_is_measured_no_more_often_than_asked(steps: int, checks: 
     assert len(measured) - 1 <= checks
 
 
-def test_tokens_of_a_text_with_fewer_windows_than_a_batch_are_counted() -> None:
+def test_tokens_are_counted_if_the_text_has_fewer_windows_than_a_batch() -> None:
     _, pruned = dense_and_pruned(dtype=torch.float32)
     config = RecoveryConfig(**{**QUICK, "steps": 3, "batch_size": 64}, loss="lm")
     short = TEXT[: 20 * config.seq_len]

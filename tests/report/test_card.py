@@ -40,7 +40,7 @@ def card_of(results: Path, name: str = "uneven") -> ModelCard:
     return ModelCard.load(results / name / "model" / "README.md")
 
 
-def written_again(results: Path, folder: Path, head: str) -> ModelCard:
+def card_with_head(results: Path, folder: Path, head: str) -> ModelCard:
     """The card of the first run, written again as if the dense model's card began with `head`."""
     (folder / "README.md").write_text(head)
     summary = json.loads((results / "uneven" / "analysis" / "summary.json").read_text())
@@ -48,7 +48,7 @@ def written_again(results: Path, folder: Path, head: str) -> ModelCard:
     return ModelCard.load(folder / "README.md")
 
 
-def test_it_says_what_was_pruned_how_and_what_was_measured(results: Path) -> None:
+def test_the_card_says_what_was_pruned_how_and_what_was_measured(results: Path) -> None:
     card = card_of(results)
     assert card.data.library_name == "transformers"
     assert "gradprune" in card.data.tags
@@ -75,7 +75,7 @@ def test_it_says_what_was_pruned_how_and_what_was_measured(results: Path) -> Non
         assert (samples in text) == (told in text) == (taught["factor"] > 0.0)
 
 
-def test_it_holds_no_path_of_this_machine_and_no_time(results: Path) -> None:
+def test_the_card_has_no_local_path_and_no_time(results: Path) -> None:
     text = str(card_of(results))
     assert str(results) not in text
     assert "secret" not in text
@@ -105,7 +105,7 @@ def test_several_layers_without_attention_are_all_named(results: Path, tmp_path:
     assert "vLLM cannot load it, because layers 0, 2 have no attention block." in (tmp_path / "README.md").read_text()
 
 
-def test_what_was_distilled_is_what_was_pruned_but_for_routed_experts(results: Path) -> None:
+def test_the_distilled_kinds_are_the_pruned_ones_except_routed_experts(results: Path) -> None:
     summary = json.loads((results / "uneven" / "analysis" / "summary.json").read_text())
     assert summary["distillation"]["factor"]
     assert " The kept KV groups and MLP channels were distilled from" in repair_text(summary)
@@ -122,7 +122,7 @@ def test_what_was_distilled_is_what_was_pruned_but_for_routed_experts(results: P
         ("qwen3", {"tied": False}, False),
     ],
 )
-def test_llama_cpp_is_named_only_where_the_export_writes_the_model(
+def test_llama_cpp_is_named_only_if_the_model_can_be_exported(
     architecture: str, overrides: dict[str, Any], loads: bool, results: Path, tmp_path: Path
 ) -> None:
     model = tiny_model(architecture, **overrides)
@@ -136,7 +136,7 @@ def test_llama_cpp_is_named_only_where_the_export_writes_the_model(
 @pytest.mark.parametrize(
     ("kind", "shown", "hidden"), [("attention", "KV groups", "MLP channels"), ("mlp", "MLP channels", "KV groups")]
 )
-def test_only_the_kinds_that_were_pruned_are_told(kind: str, shown: str, hidden: str, results: Path) -> None:
+def test_only_the_kinds_that_were_pruned_are_mentioned(kind: str, shown: str, hidden: str, results: Path) -> None:
     run(tiny_model(), pruning_ratio=0.05, prune_kinds=kind, output_dir=str(results), output_name=kind)
     card = card_of(results, kind).text
     assert f"removed the {shown} with the lowest" in card
@@ -152,13 +152,13 @@ def test_only_the_kinds_that_were_pruned_are_told(kind: str, shown: str, hidden:
 
 
 @pytest.mark.parametrize("head", ["---\n: [\n---\n", "---\n- a\n---\n", "no head", "---\nlicense: 3\n---\n"])
-def test_a_damaged_card_of_the_dense_model_does_not_matter(results: Path, tmp_path: Path, head: str) -> None:
-    assert written_again(results, tmp_path, head).data.license is None
+def test_a_damaged_card_of_the_dense_model_is_ignored(results: Path, tmp_path: Path, head: str) -> None:
+    assert card_with_head(results, tmp_path, head).data.license is None
 
 
 def test_a_model_that_is_pruned_again_keeps_its_origin(results: Path, tmp_path: Path) -> None:
     head = HEAD.replace("license: other", "tags: [gradprune]\nlicense: mit")
-    card = written_again(results, tmp_path, head)
+    card = card_with_head(results, tmp_path, head)
     assert card.data.base_model == "someone/else"
     assert card.data.license == "mit"
     assert "--base_model someone/else" in card.text

@@ -21,14 +21,14 @@ def layers_of(number: int, *kinds: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5, 40])
-def test_every_layer_that_is_labelled_is_a_whole_number(layers: int) -> None:
+def test_every_layer_is_labelled_with_its_number(layers: int) -> None:
     # Matplotlib draws text as outlines, and puts the text itself in a comment beside them.
     texts = re.findall(r"<!-- (.*?) -->", kept_chart(layers_of(layers, "attention", "mlp")))
     assert texts[: texts.index("decoder layer")] == [str(layer) for layer in range(layers)]
 
 
 @pytest.mark.parametrize("layers", [1, 4, 40])
-def test_many_kinds_of_blocks_leave_the_bars_their_room(layers: int) -> None:
+def test_many_kinds_of_blocks_leave_room_for_the_bars(layers: int) -> None:
     chart = kept_chart(layers_of(layers, *UNITS))
     figure, axes = (
         [float(x) for x in re.findall(r"[ML] (\S+) ", re.search(rf'id="{name}">\s*<path d="(.*?)z', chart, re.S)[1])]

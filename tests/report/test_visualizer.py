@@ -78,7 +78,7 @@ def test_plots_of_a_later_step_carry_its_number(tmp_path: Path) -> None:
     assert (tmp_path / "grad_dist_batch0.png").read_bytes() != (tmp_path / "grad_dist_batch1.png").read_bytes()
 
 
-def test_the_report_says_it_all(tmp_path: Path) -> None:
+def test_the_report_lists_every_step_and_the_overall_verdict(tmp_path: Path) -> None:
     visualizer = visualizer_of(tmp_path, VANISHING, [layer(0, 3e-5), layer(1, 2e-5), layer(2, 2e-3)])
     text = visualizer.generate_report().read_text(encoding="utf-8")
     assert text == (
@@ -118,13 +118,13 @@ def test_the_report_names_zero_and_frozen_layers(tmp_path: Path) -> None:
     assert lines[-2] == "marked layers:    frozen 0; vanishing (zero) 1"
 
 
-def test_marked_layers_are_said_as_ranges() -> None:
+def test_marked_layers_are_listed_as_ranges() -> None:
     weak = [layer(index, 1.0 if index in (4, 6) else 1e-5) for index in range(10)]
     assert diagnose_gradients(weak).marked_layers() == "vanishing 0-3, 5, 7-9"
     assert diagnose_gradients([layer(0, 1.0), layer(1, 0.5)]).marked_layers() == "none"
 
 
-def test_pooled_steps_are_samples_of_equal_weight() -> None:
+def test_pooled_steps_have_equal_weight() -> None:
     pooled = pool_steps([[layer(0, 1.0, 0.5), layer(1, 1.0)], [layer(0, 3.0, 1.5)]])
     assert [entry.layer for entry in pooled] == [0, 1]
     assert pooled[1] == layer(1, 1.0)
@@ -136,7 +136,7 @@ def test_pooled_steps_are_samples_of_equal_weight() -> None:
     assert first.parameter_norms["mlp.up_proj"] == pytest.approx(200.0 * math.sqrt(5.0))
 
 
-def test_the_grad_and_the_engine_feed_draw_the_same_heatmap(tmp_path: Path) -> None:
+def test_gradients_of_the_model_and_of_the_engine_draw_the_same_heatmap(tmp_path: Path) -> None:
     model, ids = tiny_model(), tiny_ids(samples=1)
     with ImportanceEngine(model, "taylor", backend="reference") as engine:
         engine.step(ids)
@@ -181,7 +181,7 @@ def test_the_distribution_shows_every_statistic_on_a_log_scale() -> None:
     assert marked(axes) == [0, 3]
 
 
-def test_the_axis_shows_the_means_where_minima_are_zero() -> None:
+def test_the_axis_shows_the_means_if_all_minima_are_zero() -> None:
     layers = [LayerGradients(index, 1e-4, 2e-4, 1.0, 1e-1, 0.0, {"w": 1.0}) for index in range(4)]
     axes = distribution_figure("title", layers).axes[0]
     assert axes.get_ylim()[0] < 1e-5
@@ -216,7 +216,7 @@ def test_no_marker_lies_on_the_axis() -> None:
     assert (bottom, top) == pytest.approx((1e-9, 1e-3))
 
 
-def test_the_comparison_has_a_line_a_step_and_crosses_for_zeros() -> None:
+def test_the_comparison_has_a_line_per_step_and_crosses_for_zeros() -> None:
     steps = [[layer(0, 1e-4), layer(1, 1e-3)], [layer(0, 0.0), layer(1, 2e-3)], [layer(1, 3e-3)]]
     figure = comparison_figure(["first", "second", "third"], steps)
     lines = {line.get_label(): line for line in figure.axes[0].lines}
@@ -227,7 +227,7 @@ def test_the_comparison_has_a_line_a_step_and_crosses_for_zeros() -> None:
     assert lines["step 2 (third)"].get_xdata() == range(1, 2)
 
 
-def test_many_steps_get_a_color_bar_for_a_legend() -> None:
+def test_many_steps_get_a_color_bar_instead_of_a_legend() -> None:
     steps = [[layer(0, 1e-4 * (index + 1))] for index in range(9)]
     figure = comparison_figure([str(index) for index in range(9)], steps)
     assert len({line.get_color() for line in figure.axes[0].lines}) == 9
@@ -275,7 +275,7 @@ def test_eighty_layers_are_quick_and_legible(tmp_path: Path) -> None:
     assert list(distribution_figure("", layers[:32]).axes[0].get_xticks()) == list(range(32))
 
 
-def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+def test_special_characters_of_step_names_are_escaped(tmp_path: Path) -> None:
     visualizer = GradientVisualizer(tmp_path)
     visualizer.collect_statistics(VANISHING, "_cost $\\frac{ in $\nUSD")
     assert len(visualizer.write_all()) == 5
@@ -292,7 +292,7 @@ def test_layers_come_in_order_and_the_callers_list_is_not_kept(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("index", [-1, 2])
-def test_a_step_out_of_range_says_what_there_is(tmp_path: Path, index: int) -> None:
+def test_a_step_out_of_range_is_refused_with_the_steps_there_are(tmp_path: Path, index: int) -> None:
     visualizer = visualizer_of(tmp_path, VANISHING, DEAD)
     for plot in (visualizer.plot_gradient_distribution, visualizer.plot_gradient_heatmap):
         with pytest.raises(ConfigError, match=rf"step_idx: {index} .* 0 \(batch_0\), 1 \(batch_1\)"):
