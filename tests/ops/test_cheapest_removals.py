@@ -41,7 +41,7 @@ def increase(gram: Tensor, weight: Tensor, out: Tensor) -> float:
 
 @BACKENDS
 @pytest.mark.parametrize(("groups", "columns", "count"), SHAPES)
-def test_each_is_the_cheapest_at_its_turn_and_its_cost_least_squares_own(
+def test_each_removal_is_the_cheapest_and_costs_what_least_squares_loses(
     groups: int, columns: int, count: int, backend: str, device: str
 ) -> None:
     require_backend(backend, device)
@@ -59,7 +59,7 @@ def test_each_is_the_cheapest_at_its_turn_and_its_cost_least_squares_own(
 
 
 @BACKENDS
-def test_of_equal_costs_the_lower_index_goes_first(backend: str, device: str) -> None:
+def test_ties_are_broken_by_the_lower_index(backend: str, device: str) -> None:
     require_backend(backend, device)
     eye = torch.eye(40, dtype=torch.float64)
     weight = torch.ones(1, 40, dtype=torch.float64)
@@ -70,7 +70,7 @@ def test_of_equal_costs_the_lower_index_goes_first(backend: str, device: str) ->
 
 
 @BACKENDS
-def test_no_removal_and_matrices_with_gaps(backend: str, device: str) -> None:
+def test_no_removals_and_strided_matrices(backend: str, device: str) -> None:
     require_backend(backend, device)
     gram, weight = problem(9, 1)
     none = removed(gram, weight, 1, 0, backend, device)
@@ -95,7 +95,7 @@ def test_the_same_bits_twice(backend: str, device: str) -> None:
     assert torch.equal(first.costs, second.costs)
 
 
-def test_more_columns_than_a_program_of_triton_holds(device: str) -> None:
+def test_more_columns_than_one_triton_program_holds(device: str) -> None:
     gram, weight = problem(MOST_COLUMNS + 6, 1)
     expected = removed(gram, weight, 1, 12, "reference", device)
     found = removed(gram, weight, 1, 12, "auto", device)
@@ -119,7 +119,7 @@ def test_wrong_arguments_are_named(backend: str, device: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is mapped without being reserved as Linux does")
 @BACKENDS
-def test_rows_may_lie_further_apart_than_32_bits_count(backend: str) -> None:
+def test_row_strides_may_exceed_32_bits(backend: str) -> None:
     """The matrices are views into 34 GB of mapped, otherwise unused memory: an index that overflows reads zeros."""
     require_backend(backend, "cpu")
     apart, half, no_reserve = 2**30 + 5, 2**31, 0x4000

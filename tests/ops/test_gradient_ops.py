@@ -86,14 +86,14 @@ def test_scaling_is_seen_by_autograd(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_scale_1_touches_nothing(backend: str) -> None:
+def test_a_scale_of_1_leaves_the_gradient_untouched(backend: str) -> None:
     grads = [torch.ones(4), torch.ones(4)]
     scale_gradients(grads, [1.0, 2.0], backend)
     assert [grad._version for grad in grads] == [0, 1]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_refuses_what_it_cannot_scale(backend: str) -> None:
+def test_mismatched_scales_and_devices_are_refused(backend: str) -> None:
     with pytest.raises(ValueError, match="scales: has 1 entries for 2 gradients"):
         scale_gradients([torch.ones(1), torch.ones(1)], [1.0], backend)
     with pytest.raises(ValueError, match="grads: are on cpu, meta; all must be on one device"):
@@ -129,7 +129,7 @@ def test_a_backend_asked_for_by_name_is_used_or_refused(monkeypatch: pytest.Monk
             select_gradient_ops(backend, device)
 
 
-def test_cuda_says_what_it_lacks() -> None:
+def test_the_cuda_backend_reports_what_it_lacks() -> None:
     _C = pytest.importorskip("gradprune._C", reason="the extension is not built")
     fault = gradient_ops_fault("cuda", "cuda")
     if not _C.build_info()["cuda"]:
@@ -145,7 +145,7 @@ def test_cuda_says_what_it_lacks() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["reference", "cuda", "auto"])
-def test_every_gpu_backend(backend: str) -> None:
+def test_statistics_and_scaling_by_every_gpu_backend(backend: str) -> None:
     if gradient_ops_fault("cuda", "cuda"):
         pytest.skip(f"cuda is NOT tested here: {gradient_ops_fault('cuda', 'cuda')}")
     grads = [grad.cuda() for grad in _grads()]

@@ -87,14 +87,14 @@ def test_equals_fp64_on_ragged_tokens(backend: str, dtype: torch.dtype, device: 
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sizes_around_tiles(backend: str, counts, outputs: int, inputs: int, device: str) -> None:
+def test_sizes_that_do_not_fill_tiles(backend: str, counts, outputs: int, inputs: int, device: str) -> None:
     require_backend(backend, device)
     given = operands(counts, outputs, inputs)
     assert_equals_fp64(grouped_linear_importance(*(each.to(device) for each in given), "both", backend), *given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_inputs_and_a_weight_between_others(backend: str, device: str) -> None:
+def test_strided_operands(backend: str, device: str) -> None:
     require_backend(backend, device)
     x, dy, w, offsets = operands()
     apart = torch.full((len(w), 2 * w.shape[1], w.shape[2] + 3), float("nan"))[:, ::2, 1:-2].copy_(w)
@@ -105,7 +105,7 @@ def test_strided_inputs_and_a_weight_between_others(backend: str, device: str) -
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_offsets_may_be_every_second_number_of_a_tensor(backend: str, device: str) -> None:
+def test_offsets_may_be_strided(backend: str, device: str) -> None:
     require_backend(backend, device)
     x, dy, w, offsets = operands()
     apart = torch.stack([offsets, torch.full_like(offsets, len(x))], 1).to(device)[:, 0]
@@ -189,7 +189,7 @@ def test_wrong_arguments_are_named(backend: str, device: str) -> None:
     refused("side: 'left'", x, dy, w, offsets, side="left")  # type: ignore[arg-type]
 
 
-def test_offsets_that_descend_or_go_too_far_are_refused_before_anything_is_read() -> None:
+def test_offsets_that_descend_or_exceed_the_rows_are_refused() -> None:
     x, dy, w, offsets = operands()
     with pytest.raises(ValueError, match="offsets: must not descend"):
         grouped_linear_importance_cpp(x, dy, w, torch.cat([offsets[:3].flip(0), offsets[3:]]))
@@ -205,7 +205,7 @@ def test_the_same_bits_every_time(device: str) -> None:
     assert torch.equal(first.columns, again.columns)
 
 
-def test_a_small_workspace_only_changes_who_adds_the_samples(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_workspace_gives_the_same_sums(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     require_backend("triton", device)
     from gradprune.kernels import linear_importance as kernel
 

@@ -80,9 +80,7 @@ def test_auto_falls_back_and_says_why(monkeypatch: pytest.MonkeyPatch, caplog: p
     assert "'cpp' cannot run: the extension gradprune._C does not import" in caplog.text
 
 
-def test_kernels_that_were_not_installed_are_told(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_missing_kernels_are_reported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The kernels' source is outside the package's source folder; only an installation puts it into the package."""
     pytest.importorskip("triton")
     monkeypatch.setitem(sys.modules, "gradprune.kernels", None)

@@ -15,7 +15,7 @@ def backward(model: PreTrainedModel, samples: int = 2) -> PreTrainedModel:
     return model
 
 
-def test_every_layer_covers_all_its_parameters() -> None:
+def test_statistics_of_a_layer_cover_all_its_parameters() -> None:
     model = backward(tiny_model("qwen2"))
     found = gradients_of_model(model)
     assert [layer.layer for layer in found] == [0, 1, 2]
@@ -48,7 +48,7 @@ def test_one_sample_agrees_with_the_engine_on_the_prunable_weights(architecture:
             assert getattr(found, name) == pytest.approx(getattr(statistics, name), rel=1e-6), name
 
 
-def test_an_architecture_without_a_description() -> None:
+def test_a_model_without_an_architecture_description_is_measured() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=3, vocab_size=61, n_positions=16)).eval()
     found = gradients_of_model(backward(model))
     assert len(found) == 3

@@ -25,7 +25,7 @@ def layers_of(model):
     return model.transformer.h if hasattr(model, "transformer") else model.model.layers
 
 
-def naive(model, name: str) -> list[float]:
+def naive_scales(model, name: str) -> list[float]:
     """Return the layers' scales, computed from the formulas parameter by parameter."""
     norms = [
         [p.grad.double().norm().item() for p in layer.parameters() if p.grad is not None] for layer in layers_of(model)
@@ -54,10 +54,10 @@ FUNCTIONS = {
 @pytest.mark.parametrize("backend", ["reference", "cpp", "auto"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("make", [tiny_model, lambda: tiny_model("phi3", dtype=torch.float32), gpt2])
-def test_equals_naive_per_parameter_code(make, name: str, backend: str) -> None:
+def test_scales_equal_those_of_naive_per_parameter_code(make, name: str, backend: str) -> None:
     model = backward(make())
     before = {key: p.grad.clone() for key, p in model.named_parameters()}
-    expected = naive(copy_with_gradients(model), name)
+    expected = naive_scales(copy_with_gradients(model), name)
     done = FUNCTIONS[name](model, backend=backend)
     assert done.scales == pytest.approx(expected, rel=1e-5)
     assert len(done.norms) == 3

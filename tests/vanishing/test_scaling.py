@@ -50,7 +50,7 @@ def test_a_layer_without_gradient_keeps_scale_1(fix: str) -> None:
 
 
 @pytest.mark.parametrize("fix", ["adaptive+", "depth", "depth:cubic", "adaptive+auto", ""])
-def test_an_unknown_repair_is_named(fix: str) -> None:
+def test_an_unknown_fix_is_named(fix: str) -> None:
     with pytest.raises(ConfigError, match=r"gradient_fix: '.*' in '.*' is unknown; choose none, auto, one of adaptive"):
         layer_scales(fix, NORMS)
 
@@ -113,29 +113,29 @@ def test_scaled_vectors_equal_scaled_gradients(fix: str) -> None:
 def test_sample_scales_are_applied_once_to_the_finished_vectors(method: str, fix: str) -> None:
     model, ids = tiny_model(layers=4), tiny_ids(samples=5)
     plain = run_engine(model, ids, method)
-    repaired = run_engine(model, ids, method, gradient_fix=fix)
+    fixed = run_engine(model, ids, method, gradient_fix=fix)
     norms = [list(layer.parameter_norms.values()) for layer in plain.gradients]
     scales = layer_scales(fix, norms)
-    assert repaired.scaling.scales == scales
-    assert repaired.gradients == plain.gradients
+    assert fixed.scaling.scales == scales
+    assert fixed.gradients == plain.gradients
     for layer, scale in enumerate(scales):
-        assert repaired.scaling.after[layer].mean == pytest.approx(scale * plain.gradients[layer].mean)
+        assert fixed.scaling.after[layer].mean == pytest.approx(scale * plain.gradients[layer].mean)
         if method == "taylor_2nd":
             first, second = run_engine(model, ids, "taylor").mlp[layer], run_engine(model, ids, "fisher").mlp[layer]
             expected = scale * first + scale**2 * second
         else:
             expected = scale ** (1 if method == "taylor" else 2) * plain.mlp[layer]
-        torch.testing.assert_close(repaired.mlp[layer], expected, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(fixed.mlp[layer], expected, rtol=1e-6, atol=0.0)
 
 
-def test_repairing_samples_does_not_depend_on_the_batch_split() -> None:
+def test_fixing_samples_does_not_depend_on_the_batch_split() -> None:
     model, ids = tiny_model(layers=4), tiny_ids(samples=6)
     one, three = (run_engine(model, ids, "fisher", batch_size=size, gradient_fix="adaptive") for size in (6, 2))
     for a, b in zip(one.mlp, three.mlp, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0.0)
 
 
-def test_batches_are_repaired_one_by_one() -> None:
+def test_each_batch_is_scaled_by_its_own_scales() -> None:
     """a = |w mean_b s_b g_b| and h = mean_b s_b^2 g_b^2, each batch with its own scales."""
     model, ids = tiny_model(layers=3), tiny_ids(samples=4)
     scores = run_engine(model, ids, "taylor_2nd", "batch", batch_size=2, gradient_fix="normalize")
@@ -161,7 +161,7 @@ def test_batches_are_repaired_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("fix", ["normalize", "auto"])
-def test_what_scaled_each_batch_is_told_of_all(fix: str) -> None:
+def test_reported_scales_are_means_over_the_batches(fix: str) -> None:
     """The first layer's gradients are so small that "auto" chooses a fix."""
     model, ids = tiny_model(layers=3), tiny_ids(samples=4)
     model.model.layers[0].register_forward_hook(lambda _module, _args, output: output / 2000.0 + output.detach())

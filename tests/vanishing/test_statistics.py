@@ -43,7 +43,7 @@ def by_elements(own: dict[str, torch.Tensor]) -> dict[str, object]:
     }
 
 
-def assert_is(found: LayerGradients, expected: dict[str, object]) -> None:
+def assert_fields(found: LayerGradients, expected: dict[str, object]) -> None:
     assert vars(found).keys() == expected.keys()
     for name, value in expected.items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-13), name
@@ -52,19 +52,19 @@ def assert_is(found: LayerGradients, expected: dict[str, object]) -> None:
 @pytest.mark.parametrize("samples", [1, 3])
 def test_statistics_are_those_of_all_elements_and_samples(samples: int) -> None:
     own = gradients(samples)
-    assert_is(statistics_of(own), by_elements(own))
+    assert_fields(statistics_of(own), by_elements(own))
 
 
 def test_scaled_statistics_are_those_of_scaled_gradients() -> None:
     own = gradients(3)
-    assert_is(statistics_of(own).scaled(0.3), by_elements({name: 0.3 * g for name, g in own.items()}))
+    assert_fields(statistics_of(own).scaled(0.3), by_elements({name: 0.3 * g for name, g in own.items()}))
 
 
 def layers(*means: float) -> list[LayerGradients]:
     return [LayerGradients(layer, mean, 0.0, mean, mean, mean, {"w": mean}) for layer, mean in enumerate(means)]
 
 
-def test_of_equal_ratios_the_shortest_length_is_the_stablest() -> None:
+def test_ties_between_ratios_are_broken_by_the_shorter_length() -> None:
     two, three = diagnose_gradients(layers(2.0, 1.0)), diagnose_gradients(layers(3.0, 1.0))
     assert stablest({512: two, 128: three, 256: two, 1024: two}) == 256
 
@@ -74,7 +74,7 @@ def test_a_layer_vanishes_below_a_hundredth_of_the_largest() -> None:
 
 
 @pytest.mark.parametrize(("ratio", "warned"), [(99.0, True), (101.0, False)])
-def test_a_fix_that_was_not_needed_is_told(ratio: float, warned: bool) -> None:
+def test_an_unneeded_fix_is_reported(ratio: float, warned: bool) -> None:
     before = layers(ratio, 1.0)
     scaling = GradientScaling("adaptive", [1.0, 10.0], [before[0], before[1].scaled(10.0)])
     text = GradientAnalysis(
