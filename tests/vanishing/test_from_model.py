@@ -1,10 +1,11 @@
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import CTRLConfig, CTRLLMHeadModel, PreTrainedModel
 
 from gradprune.calibration.engine import ImportanceEngine
 from gradprune.errors import GradPruneError, NonFiniteError, UnsupportedArchitectureError
+from gradprune.models import describe
 from gradprune.models.loss import sample_losses
 from gradprune.vanishing.from_model import gradients_of_model
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
@@ -48,12 +49,14 @@ def test_one_sample_agrees_with_the_engine_on_the_prunable_weights(architecture:
             assert getattr(found, name) == pytest.approx(getattr(statistics, name), rel=1e-6), name
 
 
-def test_a_model_without_an_architecture_description_is_measured() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=3, vocab_size=61, n_positions=16)).eval()
+def test_a_model_that_cannot_be_pruned_is_measured() -> None:
+    model = CTRLLMHeadModel(CTRLConfig(n_embd=8, n_head=2, n_layer=3, dff=16, vocab_size=61, n_positions=16)).eval()
+    with pytest.raises(UnsupportedArchitectureError):
+        describe(model)
     found = gradients_of_model(backward(model))
     assert len(found) == 3
-    norm = model.transformer.h[1].attn.c_attn.weight.grad.norm().item()
-    assert found[1].parameter_norms["attn.c_attn"] == pytest.approx(norm, rel=1e-6)
+    norm = model.transformer.h[1].multi_head_attention.Wq.weight.grad.norm().item()
+    assert found[1].parameter_norms["multi_head_attention.Wq"] == pytest.approx(norm, rel=1e-6)
 
 
 def test_bf16_gradients_are_summed_in_fp32() -> None:
