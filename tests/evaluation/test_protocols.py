@@ -26,7 +26,7 @@ def test_a_protocol_measures_whole_windows_of_the_text_after_bos(bos: bool, tmp_
     model.config.max_position_embeddings = 128
     found = protocol_perplexity(model, tokenizer, "wikitext2-128", dataset=str(path), batch_size=3)
     windows = torch.tensor(ids)[: len(ids) // 128 * 128].view(-1, 128)
-    assert len(ids) % 128 > 1, "there is no rest to drop"
+    assert len(ids) % 128 > 1, "the text has no partial window that must be dropped"
     with torch.no_grad():
         losses = F.cross_entropy(model(windows).logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
     assert found.value == pytest.approx(math.exp(losses), rel=1e-9)

@@ -135,7 +135,7 @@ def test_q8_0_widens_mlps_to_whole_blocks_and_leaves_other_odd_rows_in_f16(tmp_p
     assert types["blk.0.ffn_down.weight"] == types["blk.0.ffn_gate.weight"] == types["token_embd.weight"] == "Q8_0"
     assert types["blk.0.attn_norm.weight"] == "F32"
     assert list(down.shape) == [widths[0], 64]
-    assert kept.shape[1] % 32, "the width is whole already: nothing is tested"
+    assert kept.shape[1] % 32, "the width is a multiple of 32 already: nothing is tested"
     added = gguf.quants.dequantize(down.data, down.tensor_type)[:, kept.shape[1] :]
     gate = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_gate.weight")
     assert not added.any()

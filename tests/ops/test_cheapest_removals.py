@@ -117,7 +117,7 @@ def test_wrong_arguments_are_named(backend: str, device: str) -> None:
         cheapest_removals(eye, eye, 2, 4, backend)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is mapped without being reserved as Linux does")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is known to map memory without reserving it")
 @BACKENDS
 def test_row_strides_may_exceed_32_bits(backend: str) -> None:
     """The matrices are views into 34 GB of mapped, otherwise unused memory: an index that overflows reads zeros."""

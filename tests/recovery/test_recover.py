@@ -168,7 +168,7 @@ def test_the_gradient_of_attention_is_asked_to_be_deterministic(monkeypatch: pyt
     _, pruned = dense_and_pruned(layers=1)
     timed = RecoveryConfig(method="full", loss="lm", minutes=1e-9, **{**QUICK, "steps": None})
     recover(pruned, None, TEXT, timed)
-    assert asked == [True] * 3, "two that are timed, and one step"
+    assert asked == [True] * 3, "two timed steps and one training step"
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -201,7 +201,7 @@ def test_an_interrupted_and_resumed_recovery_gives_the_same_bits(
         recover(copied(pruned), tiny_model(seed=5).to(device), TEXT, config, state=state)
     resumed = copied(pruned)
     found = recover(resumed, dense, TEXT, config, state=state)
-    assert taken == [*range(9), *range(6, 12)], "it goes on from the last check"
+    assert taken == [*range(9), *range(6, 12)], "the recovery does not continue from the last check"
     assert found.history == expected.history
     assert_equal_weights(weights(resumed), weights(whole))
     assert not state.exists()
