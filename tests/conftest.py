@@ -1,4 +1,4 @@
-"""Shared fixtures, and the loud skip of what this machine does not have."""
+"""Shared fixtures; tests that need a GPU are skipped with a reason if this machine has none."""
 
 import os
 import signal
@@ -15,20 +15,20 @@ from transformers.utils import logging
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The models here are tiny: a second thread costs more than it brings, and where the cores are taken by other tests it
-# waits for them by spinning. So in this process and in those that tests start. Tests of threading set their own number.
+# The models here are tiny: a second thread costs more than it gains, and if other tests occupy the cores, it waits for
+# them by spinning. This holds in this process and in those that tests start. Tests of threading set their own number.
 torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-# Intel's CPUs: MKL divides long sums among threads unless it is told not to, before its first product.
+# On Intel CPUs MKL divides long sums among threads, unless this variable is set before its first matrix product.
 if sys.platform == "linux" and "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="ignore"):
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
-# A shell starts what runs in its background deaf to Ctrl-C, and programs pass that on to those that they start.
+# A shell starts background jobs with Ctrl-C (SIGINT) ignored, and programs pass that on to the programs they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# An example's time says how busy the machine is.
+# There is no deadline, because an example's time mainly depends on how busy the machine is.
 settings.register_profile("gradprune", deadline=None)
 settings.load_profile("gradprune")
 
@@ -39,26 +39,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in items:
-        # Not the keywords: those have the names of folders too.
+        # Not `item.keywords`, because these include the names of folders.
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
-    """Each device in turn: what holds on the CPU holds on a GPU."""
+    """Each device in turn, because what holds on the CPU must hold on a GPU."""
     return str(request.param)
 
 
 @pytest.fixture(autouse=True)
 def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test may ask the network for anything."""
+    """Keep every test from using the network."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(autouse=True)
 def _same_verbosity() -> Iterator[None]:
-    """Commands quieten transformers; the next test hears it again."""
+    """Restore the verbosity of transformers after each test, because commands lower it."""
     level = logging.get_verbosity()
     yield
     logging.set_verbosity(level)
@@ -66,7 +66,7 @@ def _same_verbosity() -> Iterator[None]:
 
 @pytest.fixture
 def restore_threads() -> Iterator[None]:
-    """A test may set the number of threads."""
+    """Restore the number of threads after a test that sets it."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -74,7 +74,7 @@ def restore_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def stories_model() -> Path:
-    """A real 260K-parameter Llama, which lies beside the repository where it is developed."""
+    """The folder of a real 260K-parameter Llama, which is beside the repository where gradprune is developed."""
     path = SHARED / "models" / "stories260k"
     if not path.is_dir():
         pytest.skip(f"the stories260k model is not at {path}")
@@ -83,7 +83,7 @@ def stories_model() -> Path:
 
 @pytest.fixture(scope="session")
 def stories_text() -> tuple[Path, Path]:
-    """Calibration and evaluation text in that model's language."""
+    """The files of calibration and evaluation text that resembles the training text of `stories_model`."""
     folder = SHARED / "text"
     if not folder.is_dir():
         pytest.skip(f"the stories texts are not at {folder}")
@@ -92,7 +92,7 @@ def stories_text() -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def shared_tasks() -> Path:
-    """Multiple-choice questions, one JSONL file per task."""
+    """The folder of multiple-choice questions, one JSONL file per task."""
     folder = SHARED / "tasks"
     if not folder.is_dir():
         pytest.skip(f"the questions are not at {folder}")

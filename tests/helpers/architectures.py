@@ -16,7 +16,7 @@ _GEMMA3 = {
     "query_pre_attn_scalar": 4,
     "layer_types": ["sliding_attention", "full_attention"],
 }
-# By model_type: what a tiny configuration states beside the common values; of vision-language models, its text_config.
+# By model_type: what a tiny configuration sets beyond the common values (in text_config, for vision-language models).
 OPTIONS: dict[str, dict[str, object]] = {
     "apertus": {},
     "arcee": {},
@@ -63,7 +63,7 @@ _TRANSFORMER = {
     "patch_size": 4,
 }
 _QWEN = {**_TOWER, "depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 1, "temporal_patch_size": 1}
-# Of vision-language models: what their configuration states beside text_config. None: as wide as the decoder.
+# For vision-language models: what their configuration sets beside text_config. None: the decoder's hidden size.
 VISION: dict[str, dict[str, Any]] = {
     "gemma3": {"vision_config": _TRANSFORMER, "mm_tokens_per_image": 4, "image_token_index": 60},
     "llava": {"vision_config": {**_TRANSFORMER, "model_type": "clip_vision_model"}, "image_token_index": 60},
@@ -77,7 +77,7 @@ VISION: dict[str, dict[str, Any]] = {
 
 
 def tiny(architecture: str, *, ratio: int = 2, kv_heads: int = 3, head_dim: int = 4, seed: int = 0, **options: object):
-    """A random fp64 model of two layers in evaluation mode, norms' weights and biases random too."""
+    """A random fp64 model of two layers in evaluation mode; the norms' weights and the biases are random too."""
     heads = kv_heads * ratio
     config_class = getattr(transformers, CONFIG_MAPPING_NAMES[architecture])
     values = {
@@ -101,7 +101,7 @@ def tiny(architecture: str, *, ratio: int = 2, kv_heads: int = 3, head_dim: int 
     if architecture == "falcon":
         values |= {"num_kv_heads": kv_heads, "ffn_hidden_size": values.pop("intermediate_size")}
     if architecture in ("bloom", "gpt2"):
-        # Files of BLOOM leave it open too, to no effect.
+        # BLOOM's configuration files leave n_inner open too, which has no effect.
         channels = values.pop("intermediate_size")
         values["n_inner"] = channels if architecture == "gpt2" else None
     if architecture in VISION:
@@ -112,7 +112,7 @@ def tiny(architecture: str, *, ratio: int = 2, kv_heads: int = 3, head_dim: int 
 
 
 def _with_vision(architecture: str, text: dict[str, Any]) -> dict[str, Any]:
-    """What a vision-language model's configuration states, given the decoder's part of it."""
+    """The values of a vision-language model's configuration, given those of its decoder."""
     of_vision = dict(VISION[architecture])
     tower = of_vision["vision_config"]
     of_vision["vision_config"] = {k: text["hidden_size"] if value is None else value for k, value in tower.items()}
@@ -124,7 +124,7 @@ def _with_vision(architecture: str, text: dict[str, Any]) -> dict[str, Any]:
 
 
 def random_masks_of(model, keep: float, seed: int = 0):
-    """What each block keeps, each group with that probability."""
+    """Masks that keep each group with probability `keep`."""
     from gradprune.models.masks import GroupMasks
 
     generator = torch.Generator().manual_seed(seed)
@@ -135,7 +135,10 @@ def random_masks_of(model, keep: float, seed: int = 0):
 
 @contextmanager
 def silenced(model, masks):
-    """Inside the context removed groups write nothing: what their output projection reads from them is zeroed."""
+    """Context manager in which removed groups write nothing, because the output projection's input from them is zeroed.
+
+    A block that keeps no group writes nothing at all, not even a bias.
+    """
 
     def zeroed(kept, width):
         return lambda _module, args: (args[0] * kept.repeat_interleave(width).to(args[0]),)

@@ -1,4 +1,4 @@
-"""Made-up records, so that nothing here depends on a measurement."""
+"""Made-up benchmark records, so that no test depends on a measurement."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The command in a process of its own that can be killed; forked, so that nothing is imported again."""
+"""Run the command in a separate process, which can be killed; it is forked, so that nothing is imported again."""
 
 import os
 import signal
@@ -21,16 +21,16 @@ QUICK = ("--num_samples", "8", "--seq_len", "16", "--batch_size", "4", "--backen
 
 @dataclass
 class Process:
-    """A running command; its output is in a pipe, which holds all of it."""
+    """A running command; `output` is the reading end of a pipe that receives its standard output and error."""
 
     pid: int
     output: int
 
     def wait(self) -> tuple[int, str]:
-        """Its exit code, negative for the signal that killed it, and what it wrote.
+        """Return its exit code, which is negative if a signal killed it, and its output.
 
         Raises:
-            AssertionError: it did not end by the deadline, and is gone now; the message has what it wrote.
+            AssertionError: it did not end by the deadline and was killed; the message includes its output.
         """
         alarm = threading.Timer(DEADLINE, os.kill, (self.pid, signal.SIGABRT))
         alarm.start()
@@ -45,7 +45,7 @@ class Process:
 
 
 def start(cwd: Path, *arguments: object, prepare: Callable[[], object] = lambda: None) -> Process:
-    """Start `gradprune arguments` in `cwd`, after `prepare()` in its process."""
+    """Start `gradprune arguments` in `cwd`, in a process that calls `prepare()` first."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid:
@@ -54,7 +54,7 @@ def start(cwd: Path, *arguments: object, prepare: Callable[[], object] = lambda:
     code = 1
     try:
         os.chdir(cwd)
-        # As a terminal starts it, whatever this process was told to ignore.
+        # The handlers of a program that is started from a terminal, even if this process ignores these signals.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         for stream in (1, 2):
@@ -73,12 +73,12 @@ def start(cwd: Path, *arguments: object, prepare: Callable[[], object] = lambda:
 
 
 def run(cwd: Path, *arguments: object, prepare: Callable[[], object] = lambda: None) -> tuple[int, str]:
-    """Exit code and output of a command that is left to end."""
+    """Run `gradprune arguments` to its end; return its exit code and output."""
     return start(cwd, *arguments, prepare=prepare).wait()
 
 
 def at_stage(name: str, act: Callable[[], object]) -> Callable[[], None]:
-    """For `prepare`: do something as a stage of the run begins."""
+    """Return a `prepare` that makes the process call `act` when the run's stage `name` begins."""
 
     def prepare() -> None:
         stage = Clock.stage
@@ -96,5 +96,5 @@ def at_stage(name: str, act: Callable[[], object]) -> Callable[[], None]:
 
 
 def signalled(number: signal.Signals) -> Callable[[], None]:
-    """Send the process a signal."""
+    """Return a function that sends a signal to the process that calls it."""
     return lambda: os.kill(os.getpid(), number)

@@ -1,4 +1,4 @@
-"""The CUDA compiler, for tests that need no GPU."""
+"""Run the CUDA compiler in tests that need no GPU."""
 
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 def nvcc(*arguments: str) -> str:
-    """What the compiler prints; warnings are errors. Skips the test where there is none."""
+    """Run nvcc with warnings as errors and return what it prints; skip the test if nvcc is not installed."""
     program = shutil.which("nvcc")
     if program is None:
         pytest.skip("nvcc is not on the PATH: the CUDA kernels are NOT compiled here")

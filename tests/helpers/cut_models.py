@@ -1,4 +1,4 @@
-"""Masks to cut by, models masked by hand, and what both must agree on."""
+"""Masks to cut models by, models masked by hand, and the check that both compute the same."""
 
 import copy
 from collections.abc import Iterator
@@ -9,7 +9,8 @@ from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
 from helpers.tiny_models import tiny_ids
 
-# fp64: the cut model adds up the same numbers, in another order where a block of the matrix product ends.
+# For fp64: the cut model adds the same numbers, but matrix products that are blocked differently add them in another
+# order.
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 
 
@@ -55,7 +56,7 @@ def extreme_masks(model) -> Iterator[tuple[str, GroupMasks]]:
 
 
 def masked(model, masks: GroupMasks):
-    """The original with the removed groups' output columns zeroed, by index arithmetic of its own."""
+    """A copy of the model with the removed groups' output columns zeroed, by index arithmetic written out here."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for layer, attention, mlp in zip(model.model.layers, masks.attention, masks.mlp, strict=True):
@@ -72,7 +73,7 @@ def assert_same(found, expected, ids=None) -> None:
 
 
 def greedy(model, ids, steps: int = 8, cached: bool = True):
-    """Greedy tokens, by the model's own generate or by running the whole sequence again for each token."""
+    """Greedy tokens by the model's own `generate`, or if not `cached`, by running the whole sequence for each token."""
     if cached:
         return model.generate(ids, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0)
     with torch.no_grad():

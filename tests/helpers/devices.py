@@ -13,7 +13,7 @@ TRITON_TESTS = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 def require_backend(backend: str, device: str) -> None:
-    """Skip where a backend cannot be: C++ on a GPU, Triton on a CPU without its interpreter."""
+    """Skip the test if a backend cannot run on a device: C++ on a GPU, or Triton on a CPU without its interpreter."""
     fault = None if backend == "auto" else importance_ops_fault(backend, device)
     if fault is not None and (device != "cpu" or backend == "triton"):
         pytest.skip(f"{backend} is NOT tested on {device}: {fault}")

@@ -1,4 +1,4 @@
-"""What the tests of the importance ops share: tensors, their values in 80-bit floating point, and guarded outputs."""
+"""Shared by the tests of the importance ops: tensors, their values in 80-bit floating point, and guarded outputs."""
 
 import dataclasses
 
@@ -23,13 +23,13 @@ def exact(tensor: Tensor) -> np.ndarray:
 
 
 def tensors(vectors: ImportanceVectors) -> list[Tensor]:
-    """Every tensor of the result that was asked for, the statistics packed."""
+    """The sums that were asked for, and the packed statistics."""
     sums = [getattr(vectors, name) for name in SUMS]
     return [*(vector for vector in sums if vector is not None), vectors.statistics.pack()]
 
 
 def equal_bits(a: ImportanceVectors, b: ImportanceVectors) -> bool:
-    """NaN equals NaN."""
+    """Whether both results have the same bits, so that NaN equals NaN."""
     return [t.numpy().tobytes() for t in tensors(a)] == [t.numpy().tobytes() for t in tensors(b)]
 
 
@@ -40,7 +40,7 @@ def one_side(vectors: ImportanceVectors, side: Side) -> ImportanceVectors:
 
 
 class GuardedOutputs:
-    """Outputs for a weight [O, I] full of NaN, between canaries."""
+    """Output buffers for a weight [O, I], filled with NaN and surrounded by canaries."""
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
         self.sizes = [rows] * 2 + [columns] * 2 + [5]
@@ -50,7 +50,7 @@ class GuardedOutputs:
         self.addresses = [buffer[16:].data_ptr() for buffer in self.buffers]
 
     def assert_written(self, expected: ImportanceVectors) -> None:
-        """Everything between the canaries is `expected`, and the canaries live."""
+        """Check that everything between the canaries is `expected`, and that the canaries are unchanged."""
         for tensor, buffer, size in zip(tensors(expected), self.buffers, self.sizes, strict=True):
             assert torch.equal(buffer[16 : 16 + size], tensor)
             assert (buffer[:16] == CANARY).all()

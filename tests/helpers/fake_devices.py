@@ -1,7 +1,7 @@
-"""A second device beside the CPU, for tests: tensors that say they are on the meta device, but have numbers.
+"""A second device beside the CPU, for tests: tensors that report the meta device as theirs, but have values.
 
-Inside `second_device()` whatever is put on the meta device is computed with on the CPU, so that results are those of
-one device, bit for bit; and an operation on tensors of both devices raises, as it would with two GPUs.
+Within `second_device()`, operations on tensors of the meta device are computed on the CPU, so that the results equal
+those of a single device bit for bit. An operation on tensors of both devices raises, as it would with two GPUs.
 """
 
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ FIRST = torch.device("cpu")
 
 
 class _OnSecond(Tensor):
-    """A tensor on the second device; `held` has its numbers."""
+    """A tensor on the second device; `held` is a CPU tensor with its values."""
 
     held: Tensor
-    # It has numbers.
+    # A meta tensor has no values, but this one does.
     is_meta = False
 
     @staticmethod
@@ -45,7 +45,7 @@ class _OnSecond(Tensor):
 
     @data.setter
     def data(self, value: "_OnSecond") -> None:
-        # As with any tensor, what holds this one sees the new numbers, and what shared its memory keeps the old ones.
+        # As with any tensor, references to this one see the new values; tensors that shared its memory keep the old.
         self.held = value.held
 
     @classmethod
@@ -54,21 +54,21 @@ class _OnSecond(Tensor):
 
 
 class _Devices(TorchDispatchMode):
-    """Sees also what is made on a device, or goes from one to the other."""
+    """Handles also operations that create tensors on a device, or copy them from one device to the other."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _computed(func, args, kwargs)
 
 
 def _computed(func, args, kwargs):
-    """Compute on the CPU; what comes out is on the device that was asked for, or else on that of the tensors."""
+    """Compute on the CPU; the result is on the device that was asked for, or else on the device of the tensors."""
     kwargs = dict(kwargs or {})
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
-    # As on a GPU, numbers of no dimension may come from the CPU.
+    # As on a GPU, zero-dimensional tensors may be on the CPU.
     devices = {value.device for value in tensors if value.dim() or isinstance(value, _OnSecond)}
     name = func.name().removeprefix("aten::")
     moves = name.startswith(("_to_copy", "copy_", "_local_scalar_dense"))
-    # An index may be on the CPU, too.
+    # The tensor of indices may be on the CPU, too.
     if name.startswith("index") and not name.startswith("index_"):
         devices = {args[0].device}
     if len(devices) > 1 and not moves:
@@ -86,13 +86,13 @@ def _computed(func, args, kwargs):
 
 @contextmanager
 def second_device() -> Iterator[None]:
-    """Inside, the meta device computes."""
+    """Context manager in which the meta device is the second device, and computes."""
     with _Devices():
         yield
 
 
 class _Moved(ModelHook):
-    """Moves what a module is given to its device, as accelerate's own hook does."""
+    """Moves a module's arguments to its device, as accelerate's own hook does."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -115,5 +115,5 @@ def divided(model: nn.Module, first: int) -> nn.Module:
 
 
 def numbers_of(tensor: Tensor) -> Tensor:
-    """A tensor of either device on the CPU; also outside `second_device()`."""
+    """A tensor of either device as a CPU tensor; works outside `second_device()`, too."""
     return getattr(tensor, "held", tensor)

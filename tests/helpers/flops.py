@@ -1,15 +1,15 @@
-"""Floating-point operations of matrix products, also where `torch.autograd.grad` runs inside the forward pass."""
+"""Count the floating-point operations of matrix products, even if `torch.autograd.grad` runs in the forward pass."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-# Torch has no formula for the products that add to a sum in place.
+# Torch has no formulas for products that are added to a sum in place; each is counted as the operation given here.
 _ALIKE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}
 
 
 class CountFlops(TorchDispatchMode):
-    """Counts by torch's own formulas; its FlopCounterMode follows modules, which such a pass does not allow."""
+    """Counts by torch's own formulas; torch's FlopCounterMode tracks modules, which fails in such a forward pass."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""What the compiler may make of the Triton kernels: budgets on resources and instructions, for devices not there.
+"""Gates on the compiled Triton kernels: budgets of resources and instructions, for GPUs that this machine may not have.
 
-The budgets are what the kernels take, and a little more. A change that exceeds one makes a kernel slower on a GPU in a
-way that no test on a CPU can see.
+The budgets are slightly above what the kernels need. A change that exceeds one makes a kernel slower on a GPU, in a way
+that no test on a CPU can see.
 """
 
 import hashlib
@@ -16,22 +16,22 @@ from typing import Any
 import pytest
 
 Compiled = dict[str, Any]
-"""A line of `compile_kernels.py`."""
+"""One compiled kernel: a line that `compile_kernels.py` prints."""
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "benchmarks" / "predicted" / "compile_kernels.py"
-# Installed side by side, because another version generates other code: the one that torch 2.11 brings to a GPU machine.
+# The version that torch 2.11 installs on a GPU machine. It is checked as well, because it generates other code.
 OTHER = ROOT / ".venv" / "triton-3.6.0"
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes, the most that a block may have
-OF_SM = 228 * 1024  # bytes on Hopper, of which each block takes 1 KiB more than it asks for
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes by compute capability, the most that a block may have
+OF_SM = 228 * 1024  # bytes of shared memory on Hopper, of which each block takes 1 KiB more than it asks for
 REGISTERS_OF_SM = 65536
 
 
 def all_compiled(version: str) -> list[Compiled]:
-    """Every kernel, compiled by the "installed" Triton or by the one of that version, which skips where it is not.
+    """Every kernel, compiled by the "installed" Triton or by another version; skip the test if that is not installed.
 
-    It takes a minute of a core, so it is done once for each state of the kernels and kept beside the packages.
+    Compiling takes a minute of one core, so the result is kept in .venv for each state of the kernels.
     """
     if version != "installed" and not OTHER.is_dir():
         pytest.skip(
@@ -53,9 +53,9 @@ def all_compiled(version: str) -> list[Compiled]:
 
 
 def compile_kernels(version: str, *arguments: str) -> str:
-    """What the program prints, a line for each kernel."""
+    """Run `compile_kernels.py` with the given version of Triton; return what it prints, a line for each kernel."""
     path = [str(ROOT)] if version == "installed" else [str(OTHER), str(ROOT)]
-    # Nothing that an earlier run left behind is taken for what this compiler does.
+    # Everything is compiled anew, so that no earlier run's cached result is mistaken for this compiler's.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "TRITON_ALWAYS_COMPILE": "1"}
     environment.pop("TRITON_INTERPRET", None)
     run = subprocess.run(
@@ -71,7 +71,7 @@ def compile_kernels(version: str, *arguments: str) -> str:
 
 
 def _digest() -> str:
-    """Of everything that decides what is compiled: the kernels, the program, the installed Triton and torch."""
+    """Digest of everything that determines the compiled code: kernels, program, installed Triton, torch and Python."""
     import torch
     import triton
 
@@ -82,9 +82,9 @@ def _digest() -> str:
 
 
 def spilled(entry: Compiled) -> bool:
-    """A register is kept in memory, but on the error path, which is only to be right.
+    """Whether registers are spilled to memory; on the error path ("recount") they may be, because it need not be fast.
 
-    Of the persistent configuration, which is measured and not chosen, Triton 3.9.0 makes 8 bytes of stack.
+    In the persistent configuration, which is only measured and never chosen, Triton 3.9.0 uses 8 bytes of stack.
     """
     if entry["name"].startswith("persistent") and entry["triton"] != "3.6.0":
         return bool(entry["stack"] > 8)
@@ -92,42 +92,45 @@ def spilled(entry: Compiled) -> bool:
 
 
 def too_large(entry: Compiled) -> bool:
-    """A block does not fit its device."""
+    """Whether a block needs more shared memory than its device has."""
     return bool(entry["shared"] > SHARED_MEMORY[entry["capability"]])
 
 
 def on_hoppers_tensor_cores(entry: Compiled) -> bool:
-    """fp32 is multiplied in fp32, which they do not."""
+    """Whether a kernel's products run on Hopper's tensor cores, which cannot multiply fp32 in full precision."""
     return bool(entry["capability"] == 90 and entry["dtype"] != "fp32")
 
 
 def slow_products(entry: Compiled) -> bool:
-    """wgmma is what Hopper's full rate takes."""
+    """Whether products do not use wgmma, which Hopper's tensor cores need for their full rate, although they could.
+
+    Products that cannot run on these tensor cores must not use it.
+    """
     return bool((entry["wgmma"] > 0) != on_hoppers_tensor_cores(entry))
 
 
 def alone_on_its_sm(entry: Compiled) -> bool:
-    """Two blocks do not fit, so that nothing computes during a block's epilogue."""
+    """Whether two blocks do not fit on one SM, so that nothing else computes during a block's epilogue."""
     registers = entry["registers"] * entry["warps"] * 32
     return bool(2 * (entry["shared"] + 1024) > OF_SM or 2 * registers > REGISTERS_OF_SM)
 
 
 def long_epilogue(budget: float) -> Callable[[Compiled], bool]:
-    """Instructions per element after the last wgmma: 12 to 14 by descriptors, when all is well."""
+    """Return a gate on instructions per element after the last wgmma; with descriptors, 12 to 14 are normal."""
     return lambda entry: on_hoppers_tensor_cores(entry) and not 0 < entry["epilogue"] / entry["elements"] <= budget
 
 
 def waits(budget: int) -> Callable[[Compiled], bool]:
-    """A barrier in the loop makes a block's warps wait for each other at every step."""
+    """Return a gate on barriers in the loop: at each, a block's warps wait for each other in every iteration."""
     return lambda entry: entry["loop_barriers"] > budget
 
 
 def long_loop(budget: float) -> Callable[[Compiled], bool]:
-    """Instructions per element of a loop's step, where the memory is to be the limit."""
+    """Return a gate on instructions per element in a loop that is meant to be limited by memory bandwidth."""
     return lambda entry: not 0 < entry["loop"] / entry["elements"] <= budget
 
 
-# By name: what makes an entry fail, and words that are all in the names of those it is applied to.
+# By name: whether an entry fails the gate, and words; the gate applies to the entries whose names contain all of them.
 GATES: dict[str, tuple[Callable[[Compiled], bool], tuple[str, ...]]] = {
     "no register is spilled": (spilled, ()),
     "a block fits its device": (too_large, ()),
@@ -148,7 +151,7 @@ GATES: dict[str, tuple[Callable[[Compiled], bool], tuple[str, ...]]] = {
 
 
 def refused(gate: str, found: list[Compiled]) -> Iterator[Compiled]:
-    """The entries that a gate is applied to and that fail it; it is applied to at least one."""
+    """Return the entries that fail a gate, after checking that the gate applies to at least one entry."""
     fails, words = GATES[gate]
     chosen = [entry for entry in found if all(word in entry["name"] for word in words)]
     assert chosen, words

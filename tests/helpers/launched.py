@@ -1,4 +1,4 @@
-"""The command as several ranks, the processes that torchrun would start."""
+"""Run the command as several ranks: the processes that torchrun would start."""
 
 import os
 import socket
@@ -19,7 +19,7 @@ def start_ranks(
 ) -> list[Process]:
     """Start `gradprune arguments` as `world` ranks.
 
-    prepare: by rank, what is done first in its process. own: by rank, arguments that follow the others'.
+    prepare: by rank, what its process calls first. own: by rank, its additional arguments, after the common ones.
     timeout: seconds that a rank waits for the others.
     """
     with socket.socket() as free:
@@ -44,5 +44,5 @@ def start_ranks(
 
 
 def run_ranks(cwd: Path, world: int, *arguments: object, **options: Any) -> list[tuple[int, str]]:
-    """Exit code and output of each rank; options as of `start_ranks`."""
+    """Run the ranks to their end; return each one's exit code and output. For the options see `start_ranks`."""
     return [process.wait() for process in start_ranks(cwd, world, *arguments, **options)]

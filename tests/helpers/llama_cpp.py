@@ -1,4 +1,4 @@
-"""Runs a GGUF file in llama.cpp, in a process of its own, which a refused file would end."""
+"""Run a GGUF file in llama.cpp, in a separate process, because a file that llama.cpp refuses ends the process."""
 
 import json
 import sys
@@ -56,7 +56,7 @@ os._exit(0)
 
 @dataclass(frozen=True)
 class Continuation:
-    """Greedy tokens after one prompt, and at each step the likeliest token with its log-probability."""
+    """Greedy tokens after one prompt, and the likeliest token at each step with its log-probability."""
 
     tokens: list[int]
     top: list[tuple[int, float]]
@@ -76,7 +76,7 @@ def run_gguf(
 
 
 def ascii_tokenizer(tokens: int) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of two special tokens (1, 2) and pairs of letters: whatever is generated is whole text."""
+    """A byte-level tokenizer of three special tokens and pairs of letters, so that any generated ids are valid text."""
     pairs = ("".join(pair) for pair in product(ascii_lowercase, repeat=2))
     vocabulary = {text: index for index, text in enumerate(("<unk>", "<s>", "</s>", *islice(pairs, tokens - 3)))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -13,7 +13,7 @@ from gradprune.models.shrink import with_random_weights
 
 EXPERTS, CHANNELS, HIDDEN = 4, 24, 16
 
-# By model_type: what a tiny configuration states beside the common values.
+# By model_type: what a tiny configuration sets beyond the common values.
 MIXTURES: dict[str, dict[str, object]] = {
     "gpt_oss": {"num_local_experts": EXPERTS, "sliding_window": 4, "rope_parameters": {"rope_type": "default"}},
     "mixtral": {"num_local_experts": EXPERTS, "sliding_window": None},
@@ -29,7 +29,7 @@ _LATENT = {
     "v_head_dim": 4,
 }
 _SHARED = {"n_routed_experts": EXPERTS, "moe_intermediate_size": CHANNELS, "n_shared_experts": 1, "n_group": 1}
-# Those with shared experts beside the routed ones.
+# The same for mixtures that have shared experts beside the routed ones.
 WITH_SHARED: dict[str, dict[str, object]] = {
     "deepseek_v2": {
         **(_LATENT | _SHARED),
@@ -71,7 +71,7 @@ def tiny_mixture(architecture: str = "qwen3_moe", *, top_k: int = 2, **options: 
     if architecture == "gpt_oss":
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     config = getattr(transformers, CONFIG_MAPPING_NAMES[architecture])(**values)
-    # Grouped matrix products are not made for fp64.
+    # Grouped matrix products do not support fp64.
     config._experts_implementation = "eager"
     torch.manual_seed(0)
     model = with_random_weights(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture])(config))
@@ -88,12 +88,15 @@ def experts_of(model):
 
 
 def down_columns(module) -> torch.Tensor:
-    """A view [E, I, H] of a module's output weights, channel by channel."""
+    """A view [E, I, H] of a module's output weights, with one row per channel."""
     return module.down_proj if module.is_transposed else module.down_proj.transpose(1, 2)
 
 
 def input_rows(module, of: torch.Tensor) -> torch.Tensor:
-    """[E, I, 2, H] of a tensor like a module's gate_up_proj: the gate's and the up projection's row of each channel."""
+    """Each channel's rows of the gate and of the up projection, [E, I, 2, H].
+
+    of: a tensor of the shape of the module's gate_up_proj.
+    """
     rows = of.transpose(1, 2) if module.is_transposed else of
     experts, _, hidden = rows.shape
     if module.is_concatenated:
@@ -102,7 +105,7 @@ def input_rows(module, of: torch.Tensor) -> torch.Tensor:
 
 
 def without_channels(model, masks):
-    """A copy of the model in which channels that go write nothing, and KV heads that go neither."""
+    """A copy of the model in which removed channels and removed KV heads write nothing."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for key in masks:
@@ -116,7 +119,10 @@ def without_channels(model, masks):
 
 
 def assert_cut_as(expected, model, pruned, ids, folder, tolerance):
-    """The pruned model computes and writes what `expected` does; so does its plain checkpoint, which is returned."""
+    """Check that `pruned` and its saved plain checkpoint compute and generate what `expected` does, unlike `model`.
+
+    Return the model loaded from the plain checkpoint.
+    """
     generation = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         logits, tokens = expected(ids).logits, expected.generate(ids, **generation)
@@ -132,7 +138,7 @@ def assert_cut_as(expected, model, pruned, ids, folder, tolerance):
 
 
 def channel_importances(model, ids) -> dict[str, list[torch.Tensor]]:
-    """By method, per layer [E * I]: from dense gradients of every sample's loss, in the model's own computation."""
+    """By method, each layer's channel importances [E * I], from autograd's gradients of every sample's loss."""
     modules = experts_of(model)
     found = {method: [torch.zeros(EXPERTS, CHANNELS).double() for _ in modules] for method in ("taylor", "fisher")}
     found |= {"group_fisher": [torch.zeros(EXPERTS, CHANNELS).double() for _ in modules]}

@@ -1,4 +1,4 @@
-"""Group importances straight from their definitions: dense fp64 autograd gradients, Python loops over groups."""
+"""Group importances straight from their definitions: dense fp64 gradients by autograd, Python loops over groups."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# Element scores by method, from w and the list of gradients (one a sample, or one a batch).
+# Element scores by method, from the weights w, the first-order scores a, and the means h of the squared gradients.
 ELEMENT_SCORES = {
     "taylor": lambda w, a, h: a,
     "taylor_2nd": lambda w, a, h: a + 0.5 * w**2 * h,
@@ -21,7 +21,7 @@ ELEMENT_SCORES = {
 def oracle_scores(
     model: PreTrainedModel, ids: Tensor, method: str, reduction: str, batch_size: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Attention and MLP group importances, one fp64 tensor a layer each."""
+    """The importances of the attention groups and of the MLP groups, each as a list of one fp64 tensor per layer."""
     model = copy.deepcopy(model).double()
     split = 1 if reduction == "sample" else batch_size
     gradients = [_gradients(model, part) for part in ids.split(split)]
@@ -69,9 +69,10 @@ def _importance(group, weights, gradients, inputs, method, reduction) -> Tensor:
 
 
 def _removal_costs(model, ids: Tensor, groups, weights, inputs) -> tuple[Tensor, float]:
-    """Remove the group whose least-squares optimum is cheapest, again and again; what each adds, made to ascend.
+    """Repeatedly remove the group with the cheapest least-squares optimum; return the added costs and the reach.
 
-    And how much half of them changes the predictions, in proportion to what it costs.
+    The costs are made to ascend in the order of removal. The reach is the divergence of the predictions without half of
+    the groups, divided by the cost of these groups; it is not yet relative to a median.
     """
     output = groups[0][-1][0]
     w, x = weights[output], inputs[output]
@@ -83,7 +84,7 @@ def _removal_costs(model, ids: Tensor, groups, weights, inputs) -> tuple[Tensor,
     curvature = torch.stack(squares).mean() / len(w)
 
     def optimum(gone: list[int]) -> Tensor:
-        """1/2 g min tr((W' - W) A (W' - W)^T) over W' without the columns of some groups: a Schur complement."""
+        """1/2 g min tr((W' - W) A (W' - W)^T) over W' without the columns of `gone` groups, by a Schur complement."""
         out = [column for group in gone for column in groups[group][-1][2]]
         rest = [column for column in range(w.shape[1]) if column not in out]
         across = gram[rest][:, out]
@@ -107,13 +108,16 @@ def _removal_costs(model, ids: Tensor, groups, weights, inputs) -> tuple[Tensor,
 
 
 def samples_followed(samples: int, model: PreTrainedModel) -> int:
-    """So many that a sixth of a forward and a backward pass is taken: each block's passes half of the layers."""
+    """How many samples to follow, so that this takes a sixth of a forward and backward pass over all samples.
+
+    On average a block's stream passes half of the layers; a forward and backward pass counts as three forward passes.
+    """
     blocks = 2 * model.config.num_hidden_layers
     return min(samples, max(2, math.floor(3 * samples / 6 / (blocks / 2))))
 
 
 def divergence(model: PreTrainedModel, ids: Tensor, name: str, weight: Tensor) -> float:
-    """Mean over every second token of the Kullback-Leibler divergence of the predictions when a weight is another."""
+    """Mean, over every second token, of the KL divergence of the predictions if parameter `name` is `weight`."""
     changed = copy.deepcopy(model)
     changed.get_parameter(name).data = weight
     with torch.no_grad():
@@ -122,7 +126,7 @@ def divergence(model: PreTrainedModel, ids: Tensor, name: str, weight: Tensor) -
 
 
 def _output_gradient(model: PreTrainedModel, ids: Tensor, name: str) -> Tensor:
-    """[T, O], the gradient of one sample's loss to the output of a module."""
+    """The gradient [T, O] of one sample's loss with respect to a module's output."""
     found: list[Tensor] = []
     handle = model.get_submodule(name).register_forward_hook(lambda _m, _args, output: found.append(output))
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
@@ -197,7 +201,10 @@ def _groups(model: PreTrainedModel, layer: int, kind: str) -> Iterator[list[tupl
 
 
 def oracle_layer_statistics(model: PreTrainedModel, ids: Tensor, layer: int) -> dict[str, float]:
-    """mean, std and L2 norm of |g| over a layer's prunable weights and all samples."""
+    """Mean, std, L2 norm, maximum and minimum of |g| over a layer's prunable weights and all samples.
+
+    The squared norm is the mean over samples.
+    """
     model = copy.deepcopy(model).double()
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
     parts, norms = [], []

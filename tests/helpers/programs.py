@@ -1,4 +1,4 @@
-"""Programs that tests start: each has a deadline, after which it and all that it started are gone."""
+"""Run programs with a deadline, after which a program and all processes that it started are killed."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# Far above what any of them needs: a test that hangs should be told, and disturb no other.
+# Seconds, far more than any program here needs: a test that hangs should fail, and not hold up the others.
 DEADLINE = 240.0
 
 
@@ -21,7 +21,7 @@ def run_program(
     """Run a program to its end with `given` on its standard input, and `environment` over this process's own.
 
     Raises:
-        AssertionError: it did not end by the deadline (seconds); the message has what it wrote.
+        AssertionError: it did not end by the deadline (seconds); the message includes its output.
     """
     process = subprocess.Popen(
         command, cwd=cwd, env={**os.environ, **(environment or {})}, start_new_session=True, text=True,

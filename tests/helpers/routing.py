@@ -1,4 +1,4 @@
-"""How mixtures of experts choose the experts of a token, written out, among those that are left."""
+"""How mixtures of experts choose a token's experts among those that are kept, written out."""
 
 import copy
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from gradprune.models.modes import hooks_removed
 
 @contextmanager
 def routed(model, chosen):
-    """Inside the context tokens go to the experts that `chosen` names: [tokens of a batch, K] int64."""
+    """Context manager in which tokens are routed to the experts `chosen`: [tokens of a batch, K], int64."""
 
     def reroute(_module, args, output):
         length = args[0].reshape(-1, args[0].shape[-1]).shape[0]
@@ -21,12 +21,12 @@ def routed(model, chosen):
 
 
 def router_of(layer):
-    """The router's module of a decoder layer."""
+    """The router module of a decoder layer."""
     return layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
 
 
 def route(config, router, x: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors [S, K] and experts [S, K] of tokens x [S, H], of the experts `kept` [E] bool."""
+    """Route tokens x [S, H] among the experts `kept` ([E], bool); return their factors [S, K] and experts [S, K]."""
     numbers = kept.nonzero().flatten()
     x = x.reshape(-1, x.shape[-1])
     logits, count, name = x @ router.weight[numbers].T, config.num_experts_per_tok, config.model_type
@@ -47,7 +47,7 @@ def route(config, router, x: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Te
 
 
 def within_sets(config, scores: torch.Tensor, best: int) -> torch.Tensor:
-    """The scores, -inf outside of the sets whose `best` scores are highest."""
+    """The scores, set to -inf outside the chosen sets: those whose `best` highest scores have the largest sums."""
     if config.n_group == 1:
         return scores
     sets = scores.view(len(scores), config.n_group, -1)
@@ -57,7 +57,7 @@ def within_sets(config, scores: torch.Tensor, best: int) -> torch.Tensor:
 
 
 def without_experts(model, masks):
-    """A copy of the model whose tokens go to experts that the masks keep."""
+    """A copy of the model whose tokens are routed only to experts that the masks keep."""
 
     def routed(router, kept):
         return lambda x: (None, *route(model.config, router, x, kept))

@@ -8,7 +8,7 @@ ATTENTION_COST, MLP_COST = 48, 6
 
 
 def make_table(layers: int = 4, heads: int = 3, channels: int = 12, seed: int = 0) -> GroupTable:
-    """A table with random, all different scores."""
+    """A table of groups with random scores that all differ."""
     sizes = [heads, channels] * layers
     kinds = np.repeat(np.tile([0, 1], layers), sizes)
     count = sum(sizes)

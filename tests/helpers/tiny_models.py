@@ -18,7 +18,7 @@ from transformers import (
 from gradprune import config
 
 METHODS = tuple(method for method in config.METHODS if method != "reap")
-"""Those that score attention and MLPs."""
+"""The importance methods that score attention and MLPs."""
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
@@ -45,7 +45,10 @@ def tiny_model(
     seed: int = 0,
     **overrides: object,
 ) -> PreTrainedModel:
-    """A random model in evaluation mode; head_dim * heads need not be the hidden size."""
+    """A random model in evaluation mode; head_dim * heads need not be the hidden size.
+
+    For "llama", `hidden` is multiplied by the number of heads.
+    """
     config_class, model_class = CLASSES[architecture]
     hidden = hidden if architecture != "llama" else hidden * kv_heads * ratio
     made = config_class(
