@@ -1,4 +1,4 @@
-"""Every architecture on the tested list beyond the first five: importances, cutting, saving, loading."""
+"""Importances, cutting, saving and loading of the tested architectures that `helpers.architectures` makes."""
 
 import sys
 from dataclasses import replace
@@ -42,7 +42,7 @@ for folder in sys.argv[2:]:
 
 
 def tolerance(architecture: str) -> dict[str, float]:
-    """Gemma's norms are computed in fp32 whatever the model's dtype is."""
+    """The tolerance for logits: Gemma's norms are computed in fp32, whatever the model's dtype."""
     return {"rtol": 1e-4, "atol": 1e-5} if architecture.startswith("gemma") else TOLERANCE
 
 
@@ -105,7 +105,7 @@ def test_importances_equal_fp64_autograd_and_dead_groups_are_lowest(architecture
 
 
 def sample_gradients(model, block, ids):
-    """Per group: the sum of |w g| over its weights, and the gradient of a mask on it; from the model's own logits."""
+    """Per group, the sum of |w g| over its weights and the gradient of a mask on it, by autograd from the logits."""
     linears = [entry.linear for entry in block.projections]
     stored = [entry.transposed for entry in block.projections]
     mask = torch.ones(block.groups, dtype=torch.float64, requires_grad=True)
@@ -130,7 +130,7 @@ def sample_gradients(model, block, ids):
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "glm4"])
 def test_the_only_kv_head_before_a_norm_is_scored_by_what_the_norm_adds(architecture: str) -> None:
-    """A factor of what enters the norm changes nothing: the gradient of the head's own mask is rounding error."""
+    """The norm removes the scale of its input, so the gradient of a mask before it would be only rounding error."""
     model, ids = tiny(architecture, kv_heads=1, ratio=4), tiny_ids()
     with ImportanceEngine(model, method="group_fisher", backend="reference") as engine:
         engine.step(ids)
@@ -147,7 +147,7 @@ def test_the_only_kv_head_before_a_norm_is_scored_by_what_the_norm_adds(architec
 
 
 def test_weights_that_are_stored_transposed_are_scored_as_they_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So no weight is copied."""
+    """GPT-2 stores its weights transposed; scoring them must not copy any."""
     model, scored, ops = tiny("gpt2").float(), [], select_ops("cpp", "cpu")
 
     def seen(x: torch.Tensor, dy: torch.Tensor, w: torch.Tensor, side: str) -> object:
@@ -194,7 +194,7 @@ def test_a_width_that_a_configuration_does_not_state_stays_where_layers_are_alik
 def test_a_uniform_result_is_a_plain_checkpoint(architecture: str, tmp_path: Path) -> None:
     model, ids = tiny(architecture, kv_heads=4), tiny_ids(2)
     masks = random_masks_of(model, 2.0)
-    # What a plain checkpoint can state: these have attention as wide as the model, whatever their heads are.
+    # A plain checkpoint of these architectures cannot have fewer heads: their attention is as wide as the model.
     heads_can_go = architecture not in ("falcon", "gpt2", "gpt_neox", "helium", "qwen2_vl", "qwen2_5_vl")
     assert (2 in plain_widths(describe(model)).get("attention", {2})) is heads_can_go
     for key in masks:
@@ -209,7 +209,7 @@ def test_a_uniform_result_is_a_plain_checkpoint(architecture: str, tmp_path: Pat
 
 
 def test_what_blocks_are_given_to_write_stays_as_it_is() -> None:
-    """Falcon's layers add to what the MLP returns in place."""
+    """Falcon's layers add in place to the tensor that the MLP returns."""
     streams = Streams(describe(tiny("falcon")), [tiny_ids(2)])
     with torch.no_grad():
         (first,) = streams.take_first()
@@ -230,11 +230,11 @@ def test_least_squares_brings_what_a_block_writes_closer(architecture: str) -> N
 
 @pytest.mark.parametrize("architecture", ["granite", "starcoder2", "cohere"])
 def test_a_later_layer_makes_up_for_an_earlier_one_where_it_has_a_channel_a_token(architecture: str) -> None:
-    """Six tokens, and 24 channels of the last MLP: it can bring the stream to where the dense model has it."""
+    """With 24 channels and only six tokens, the last MLP can restore the dense model's residual stream."""
     model, ids = tiny(architecture, ratio=1, intermediate_size=24), tiny_ids(1, 6)
     masks = full_masks(model)
     masks.mlp[0][2:] = False
-    # The attention before it has four columns, and cannot.
+    # The attention before it keeps four columns, which are too few.
     masks.attention[1][1:] = False
     with torch.no_grad():
         dense = model(ids).logits
@@ -244,7 +244,7 @@ def test_a_later_layer_makes_up_for_an_earlier_one_where_it_has_a_channel_a_toke
 
 @pytest.mark.parametrize("architecture", ["granite", "starcoder2", "cohere", "gemma2"])
 def test_the_first_block_that_loses_something_has_nothing_else_to_make_up_for(architecture: str) -> None:
-    """What it writes whole is where the dense stream is: its solution is the same at any blend."""
+    """Before it the residual stream is the dense model's, so both targets that are blended are the same."""
     found = []
     for blend in (0.0, 1.0):
         model = tiny(architecture)
@@ -293,7 +293,7 @@ def test_uniform_leaves_alone_what_an_architecture_does_not_prune() -> None:
 
 
 def test_uniform_counts_only_layers_that_have_a_block(tmp_path: Path) -> None:
-    """Convolutions take the place of attention in some layers of LFM2."""
+    """Some layers of LFM2 have a convolution instead of attention."""
     sizes = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 8, "num_key_value_heads": 4}
     kinds = ["conv", "full_attention", "conv", "full_attention"]
     config = transformers.Lfm2Config(

@@ -14,7 +14,7 @@ def deterministic() -> bool:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each attention was kept from cuDNN, and deterministic algorithms asked for in its gradient alone."""
+    """Whether, in each attention, cuDNN was off, and deterministic algorithms were on only in the backward pass."""
     found: list[bool] = []
     attention = F.scaled_dot_product_attention
 
@@ -31,14 +31,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_attention_adds_in_fixed_order_and_nothing_else_is_asked_to(seen: list[bool], recompute: bool) -> None:
-    """Products within an attention that is not fused would be refused, too: in fp64, say."""
+    """Deterministic algorithms would refuse other products, including those of an attention that is not fused."""
     model, elsewhere = tiny_model(layers=2), []
     for linear in (model.model.layers[0].mlp.down_proj, model.model.layers[0].self_attn.o_proj):
         linear.register_forward_hook(lambda *_: elsewhere.append(deterministic()))
         linear.register_full_backward_hook(lambda *_: elsewhere.append(deterministic()))
     with ImportanceEngine(model, backend="reference", use_gradient_checkpointing=recompute) as engine:
         engine.step(tiny_ids())
-    # In each layer: forward, again where it is recomputed, and backward.
+    # In each layer: the forward pass, once more if the layer is recomputed, and the backward pass.
     assert seen == [True] * 2 * (3 if recompute else 2)
     assert elsewhere
     assert not any(elsewhere)

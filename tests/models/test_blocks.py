@@ -1,4 +1,4 @@
-"""Blocks, and what is kept per block."""
+"""The blocks of a model, and the masks of what each block keeps."""
 
 import pytest
 import torch

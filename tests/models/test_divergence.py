@@ -1,4 +1,4 @@
-"""The divergence mixed with the text's own loss, against all logits at once."""
+"""The divergence averaged with the text's next-token loss, against the same from all logits at once."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from helpers.architectures import random_masks_of, tiny
 from helpers.tiny_models import tiny_ids
 
 
-# A plain head, one with a bias, and logits that are scaled after it.
+# A plain head, a head with a bias, and logits that are scaled after the head.
 @pytest.mark.parametrize("architecture", ["starcoder2", "phi", "granite"])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_it_is_the_weighted_average_of_both(architecture: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ METHODS = ("taylor", "fisher", "group_fisher")
 
 
 def scored(model, ids, batch_size: int = 2, **options) -> dict[str, list[torch.Tensor]]:
-    """By method, the importances of the expert channels per layer."""
+    """By method, each layer's importances of the expert channels."""
     with ImportanceEngine(model, "taylor_2nd", backend="reference", **options) as engine:
         for part in ids.split(batch_size):
             engine.step(part)
@@ -53,7 +53,7 @@ def scored(model, ids, batch_size: int = 2, **options) -> dict[str, list[torch.T
 
 
 def equal_masks(model, keep: int, seed: int = 0) -> GroupMasks:
-    """Each expert keeps so many channels, drawn anew; each attention block keeps its first KV head."""
+    """Masks that keep `keep` random channels of each expert, and the first KV head of each attention block."""
     generator, masks = torch.Generator().manual_seed(seed), {}
     for block in describe(model).blocks:
         if block.kind.name == "expert_channels":
@@ -92,7 +92,7 @@ def test_any_number_of_experts_a_token(top_k: int) -> None:
 
 
 def test_many_experts_a_token_give_the_same_bits_every_time(device: str, restore_threads: None) -> None:
-    """Terms of a token are added in the order of its experts; 480 tokens are enough for several threads to meet."""
+    """A token's terms are added in the order of its experts; 480 tokens are enough for several threads to be used."""
     model, ids = tiny_mixture(top_k=EXPERTS, hidden_size=128).float().to(device), tiny_ids(8, 60)
     torch.set_num_threads(2)
     runs = [scored(model, ids, 8)["taylor"] for _ in range(3)]
@@ -102,7 +102,7 @@ def test_many_experts_a_token_give_the_same_bits_every_time(device: str, restore
 
 def test_experts_that_see_all_tokens_one_token_or_none() -> None:
     model, ids = tiny_mixture(), tiny_ids(2, 5)
-    # Of the second sample's tokens, one goes to expert 1; expert 3 sees none.
+    # One token of each sample is routed to expert 1, and none to expert 3.
     chosen = torch.tensor([[0, 2]] * 5)
     chosen[3] = torch.tensor([0, 1])
     with routed(model, chosen):
@@ -110,7 +110,7 @@ def test_experts_that_see_all_tokens_one_token_or_none() -> None:
         with ImportanceEngine(model, "taylor_2nd", backend="reference") as engine:
             engine.step(ids[:1])
     assert_importances_equal(found, expected)
-    # The gradient of an expert without tokens is zero, and counts.
+    # The gradient of an expert without tokens is zero, and is included in the statistics.
     assert [layer.minimum for layer in engine.gradients()] == [0.0, 0.0]
     for of_layer in found["wanda"] + found["taylor"]:
         by_expert = of_layer.view(EXPERTS, CHANNELS).sum(1)
@@ -126,7 +126,7 @@ def test_a_token_belongs_to_its_sample_however_samples_are_batched() -> None:
 
 
 def test_recomputed_layers_count_their_tokens_once() -> None:
-    """Where one pass with gradients serves every method: "wanda" takes the root of a mean over tokens."""
+    """One pass with gradients serves every method, including "wanda", which averages over tokens."""
     found = []
     for recomputed in (False, True):
         with ImportanceEngine(
@@ -168,7 +168,7 @@ def test_layers_of_different_widths_survive_saving(tmp_path: Path) -> None:
         if key.layer == 1:
             masks[key][:] = wider[key]
     save_checkpoint(cut(model, masks), None, tmp_path / "x")
-    # A class that answers so lets its models begin with another implementation.
+    # If a class supports this, its models may start with another implementation than "eager".
     assert type(model)._can_set_experts_implementation()
     found = load_pruned(tmp_path / "x")
     found.set_experts_implementation("eager")
@@ -178,7 +178,7 @@ def test_layers_of_different_widths_survive_saving(tmp_path: Path) -> None:
 
 
 def test_the_body_alone_of_a_mixture_whose_attention_was_pruned_loads_with_its_weights(tmp_path: Path) -> None:
-    """Files hold each expert's weights, which transformers puts together but for classes of custom code."""
+    """The files hold each expert's weights; transformers merges these, except for classes of custom code."""
     model = tiny_mixture().float()
     masks = {block.key: torch.ones(block.groups, dtype=torch.bool) for block in describe(model).blocks}
     masks[describe(model, ["attention"]).blocks[0].key][0] = False
@@ -234,7 +234,7 @@ def test_the_lowest_channels_of_every_expert_go() -> None:
             for gone, score in zip(
                 *(values[rows].reshape(EXPERTS, -1) for values in (pruned, table.score)), strict=True
             ):
-                assert gone.sum() == 8  # so that grouped matrix products can run it
+                assert gone.sum() == 8  # because grouped matrix products require a multiple of 8
                 assert score[gone].max() < score[~gone].min()
 
 
@@ -288,7 +288,7 @@ def test_from_the_command_line(
     with pytest.raises(SystemExit) as exit_info:
         main()
     assert not exit_info.value.code, capsys.readouterr().err
-    # The default implementation of experts takes some widths only.
+    # The default implementation of experts supports only some widths.
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert type(loaded) is type(model)
     assert loaded.num_parameters() < model.num_parameters()
@@ -300,7 +300,7 @@ def test_from_the_command_line(
 def test_the_host_reads_how_many_tokens_experts_see_once_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     model, counted = tiny_mixture(), []
     bincount = torch.bincount
-    # Which reads the largest of its values.
+    # `bincount` reads the largest of its input values on the host.
     monkeypatch.setattr(
         torch, "bincount", lambda *given, **options: counted.append(given) or bincount(*given, **options)
     )

@@ -1,4 +1,7 @@
-"""What a run is said to hold, from the model's sizes; `benchmarks/jobs/memory.py` compares it with what runs take."""
+"""The memory that a run is predicted to need, from the model's sizes.
+
+`benchmarks/jobs/memory.py` compares predictions with the memory that runs really need.
+"""
 
 from dataclasses import replace
 
@@ -59,7 +62,7 @@ def test_sizes_are_those_of_the_modules(architecture: str) -> None:
 
 def test_a_streamed_model_holds_as_much_whatever_its_number_of_layers_and_samples() -> None:
     few, many = (held(shape_of(layers), streamed=True) for layers in (4, 64))
-    # Only the sums over a layer's groups grow: 4 KV groups or 1536 channels of 64 bytes.
+    # Only the sums for each layer's groups grow: 8 KV groups and 1536 channels, of 64 bytes each.
     assert stage(few, "evaluation").device == stage(many, "evaluation").device
     assert stage(many, "calibration").device - stage(few, "calibration").device == 60 * (8 + 1536) * 64
     more = held(shape_of(4), replace(CONFIG, num_samples=512), streamed=True)
@@ -71,10 +74,10 @@ def test_a_smaller_stream_memory_holds_less_and_reads_more() -> None:
     shape = shape_of()
     much, little = (held(shape, replace(CONFIG, stream_memory=size), streamed=True) for size in ("1GiB", "40MiB"))
     assert much.waves == 1
-    assert little.waves == 8  # a batch's streams before nine layers are 36 MiB: one batch at a time
+    assert little.waves == 8  # a batch's streams at nine layer boundaries are 36 MiB, so one batch at a time
     assert stage(little, "calibration").host == 9 * 4 * 512 * 512 * 4 < stage(much, "calibration").host
     layers = sum(shape.layer_parameters) * 4
-    # What the repair keeps of all samples, the widest output projection's input too, is in files.
+    # What the repair keeps for all samples, including the widest output projection's input, is in files.
     samples = CONFIG.num_samples + CONFIG.held_out_samples
     assert stage(little, "repair").host == 0
     assert stage(much, "repair").host == samples * 512 * (4 * 512 + 1536) * 4
@@ -98,11 +101,11 @@ def test_ranks_share_the_samples_of_obs_and_of_the_repair() -> None:
     shape = shape_of()
     one, two = (held(shape, OBS, streamed=True, world=world) for world in (1, 2))
     assert stage(one, "repair").host == 2 * stage(two, "repair").host > 0
-    # Both follow the dense model's stream for two samples, beside those of their blocks.
+    # Both ranks follow the dense model's stream for two samples, beside the streams of their own blocks.
     followed = 2 * 512 * 512 * 4
     assert stage(one, "importance").host - followed == 2 * (stage(two, "importance").host - followed) > 0
     assert stage(one, "repair").device == stage(two, "repair").device
-    # The Gram matrix of every rank, whole, takes more here than the predictions for two samples.
+    # With two ranks, adding up whole Gram matrices needs more memory here than the predictions for two samples.
     gram, predictions = 4 * 1536**2, 2 * 512 * (2 * 512 * 4 + 12 * 4096)
     assert stage(two, "importance").device - stage(one, "importance").device == (2 + 2 * 2) * gram - predictions
 
@@ -111,7 +114,7 @@ def test_obs_holds_the_stream_of_all_samples_and_a_matrix_of_the_widest_block() 
     shape, width = shape_of(), 1536
     sums = shape.groups * 64
     streams = 32 * 512 * 512 * 4
-    # Two samples are followed, for each of 16 blocks and as they are; then their predictions take more than a matrix.
+    # Two samples are followed, with each of 16 blocks changed and with none; their predictions exceed the matrices.
     assert samples_followed(32, 16) == 2
     streams += 17 * 2 * 512 * 512 * 4
     matrices, predictions = 8 * width * (2 * width + 512), 2 * 512 * (2 * 512 * 4 + 12 * 4096)
@@ -120,9 +123,9 @@ def test_obs_holds_the_stream_of_all_samples_and_a_matrix_of_the_widest_block() 
     assert whole.device == shape.bytes + sums + predictions + streams
     assert streamed.device == whole.device - shape.bytes - streams + stage(held(shape, streamed=True), "saving").device
     assert streamed.host == streams
-    # Beyond the budget they are in files.
+    # Streams beyond the budget are in files.
     assert stage(held(shape, replace(OBS, stream_memory="1MiB"), streamed=True), "importance").host == 0
-    # The weights are read once for the sums' sake, and once by the pass.
+    # The weights are read once for the sums over weights, and once by the pass.
     assert streamed.moved == 2 * sum(shape.layer_parameters) * 4
     without = stage(held(shape, streamed=True), "importance")
     assert (without.host, without.moved) == (0, streamed.moved // 2)
@@ -130,7 +133,7 @@ def test_obs_holds_the_stream_of_all_samples_and_a_matrix_of_the_widest_block() 
 
 
 def test_a_later_shot_calibrates_a_repaired_copy() -> None:
-    """A streamed model's is on disk, and read as often again."""
+    """The copy of a streamed model is on disk, so each further shot only reads as much again."""
     shape, shots = shape_of(), (OBS, replace(OBS, shots=2))
     once, again = (held(shape, config, streamed=False) for config in shots)
     for name in ("calibration", "importance"):
@@ -163,7 +166,7 @@ def test_obs_alone_takes_the_gradients_of_32_samples() -> None:
 
 
 def test_experts_count_by_what_one_of_them_reads_and_writes() -> None:
-    """Of the repair: an expert's own moments, what it reads and lacks of its tokens, and two more streams."""
+    """The repair holds an expert's own moments, what it reads and lacks at its tokens, and two more streams."""
     sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "vocab_size": 128, "num_local_experts": 8, "num_experts_per_tok": 2}
     with init_empty_weights():
@@ -177,7 +180,7 @@ def test_experts_count_by_what_one_of_them_reads_and_writes() -> None:
     assert repair[8].host == tokens * (6 * 64 + 1024) * 4
     assert repair[8].device - repair[16].device == tokens * 2 * (64 + 512) * 4 // 16
     obs = stage(held(shape, short, streamed=False), "importance").device
-    # Beside what experts read, streams for eight samples and four blocks.
+    # Beside what the experts read: the streams of eight samples, for each of four blocks and unchanged.
     assert samples_followed(32, 4) == 8
     streams = 32 * 128 * (64 + 1024) * 4 + 5 * 8 * 128 * 64 * 4
     assert obs == shape.bytes + shape.groups * 64 + 8 * 128 * (3 * 64 + 3 * 1024) * 4 + streams
@@ -188,7 +191,7 @@ def test_a_cpu_holds_everything_in_one_memory() -> None:
     there, here = (footprint(shape, CONFIG, streamed=True, accelerated=cuda) for cuda in (True, False))
     assert here.device == 0
     assert here.peak == here.host == max(stage.host for stage in here.stages)
-    # Two layers, and a larger chunk of logits, are on the accelerator.
+    # Only an accelerator holds two layers, and a larger chunk of logits.
     assert here.host < there.device + there.host
 
 
@@ -219,7 +222,7 @@ def made(architecture: str) -> PreTrainedModel:
 @pytest.mark.parametrize("architecture", [*ARCHITECTURE_NAMES, *OPTIONS, *MIXTURES, *WITH_SHARED, "lfm2"])
 def test_keys_and_values_are_those_that_a_model_keeps_while_it_writes(architecture: str) -> None:
     model = made(architecture).eval()
-    # As many tokens as fit the windows here.
+    # The sequence fits the sliding windows of these models.
     begun, tokens = torch.full((2, 1), 5), 3
     cache = model.generate(
         begun, attention_mask=torch.ones_like(begun), max_new_tokens=tokens, do_sample=False, eos_token_id=None,
@@ -235,17 +238,17 @@ def test_keys_and_values_of_pruned_layers_count_by_their_own_widths() -> None:
     masks.attention[1][:] = False
     head = 2 * 4
     assert model_shape(model).cached == 3 * 3 * head
-    # The model's heads, less two and three; of a block that is gone nothing is read.
+    # Of the model's nine KV heads, two are removed and three more with their block.
     assert model_shape(cut(model, masks)).cached == 4 * head
 
 
 def test_own_text_holds_the_keys_and_values_of_a_batch() -> None:
     shape = shape_of(num_key_value_heads=2)
     found = stage(held(shape, replace(CONFIG, own_text=0.5), streamed=False), "own_text").device
-    # Two heads of 64 in each of eight layers; those of one layer again for all eight; predictions of a token.
+    # Two KV heads of 64 in each of eight layers; one layer's repeated for all eight heads; one token's predictions.
     kept, repeated, predictions = 8 * 2 * 2 * 64, 2 * 512, (4 + 16) * 4096
     assert found == shape.bytes + 4 * (512 * (kept + repeated) * 4 + predictions)
-    # Two samples are no batch of four.
+    # Two samples do not fill a batch of four.
     few = replace(CONFIG, own_text=0.05, repair="none")
     assert stage(held(shape, few, streamed=False), "own_text").device == (found + shape.bytes) // 2
     stages = {each.name for each in held(shape, replace(CONFIG, own_text=0.5), streamed=True).stages}

@@ -27,7 +27,7 @@ def test_losses_and_gradients_equal_the_whole_logits(architecture: str, chunk: i
     found = sample_losses(model, ids, chunk)
     expected = plain_losses(model, ids)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)
-    # Samples count differently, as they may in a sum of losses.
+    # The samples have different weights, as they may in a sum of losses.
     gradients = [torch.autograd.grad(losses[2] - 3.0 * losses[0], weights) for losses in (found, expected)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-14)
@@ -82,7 +82,7 @@ def test_the_smallest_shapes(samples: int, tokens: int) -> None:
 
 
 class _HostReads(TorchDispatchMode):
-    """Counts how often a tensor's value is asked for, which on an accelerator waits for all that was queued."""
+    """Counts how often a tensor's value is read on the host, which on an accelerator waits for all queued work."""
 
     count = 0
 

@@ -1,4 +1,4 @@
-"""State that is changed for a while."""
+"""Global state that is changed temporarily."""
 
 import pytest
 import torch

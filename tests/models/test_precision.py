@@ -11,7 +11,7 @@ from helpers.tiny_models import tiny_ids, tiny_model
 
 @pytest.fixture
 def in_attention(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
-    """How products are computed in each attention's forward and backward pass."""
+    """The precision of fp32 products in each attention's forward and backward pass."""
     found: list[str | None] = []
     attention = F.scaled_dot_product_attention
 
@@ -69,7 +69,7 @@ def test_fp32_sums_of_a_large_product_are_near_those_of_fp64_and_fp64_is_exact()
     with rounded_products():
         found, exact = left @ right.T, left.double() @ right.double().T
     assert torch.equal(exact, expected)
-    # Both factors to 8 bits, 300 products each.
+    # Both factors are rounded to 8 bits, and each sum has 300 products.
     assert (found - expected).square().mean().sqrt().item() < 2.0**-8 * 300**0.5
 
 

@@ -1,4 +1,4 @@
-"""Layers that are computed again in the backward pass: the same gradients, and nothing that none of them needs."""
+"""Layers that are recomputed in the backward pass: the same gradients, without products that no gradient needs."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from helpers.tiny_models import tiny_ids, tiny_model
 
 
 class Layer(nn.Module):
-    """Adds a product to what enters it; `read`: and then takes a square of the sum. Returns what it is told to."""
+    """A layer that adds a product to its input; with `read` it squares the sum, so that a gradient reads the product."""
 
     def __init__(self, read: bool = False) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Layer(nn.Module):
 
 
 def gradients(layer: Layer, again: bool) -> list[Tensor]:
-    """Of what enters, given twice that of what leaves."""
+    """The gradients of both inputs, given an output gradient of 2; `again`: whether the layer is recomputed."""
     generator = torch.Generator().manual_seed(0)
     stream, other = (torch.randn(2, 3, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
     layers = nn.ModuleList([layer])
@@ -51,7 +51,7 @@ def gradients(layer: Layer, again: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("read", [False, True])
 def test_gradients_are_those_of_the_layer_itself(read: bool) -> None:
-    """Also of what enters within other arguments, and beside what has no gradient."""
+    """This includes inputs nested in other arguments, beside values that have no gradient."""
     layer = Layer(read)
     expected = gradients(layer, again=False)
     for step in range(3):
@@ -73,7 +73,7 @@ def test_a_last_product_is_left_out_where_nothing_reads_it(read: bool, monkeypat
 
 
 def test_what_was_not_computed_enters_no_result() -> None:
-    """Memory that is only taken is filled with NaN where deterministic algorithms are asked for."""
+    """With deterministic algorithms on, torch fills uninitialised memory with NaN, which would show in the scores."""
     model, ids = tiny_model(layers=2), tiny_ids()
     expected = run_engine(model, ids)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -87,7 +87,7 @@ def test_what_was_not_computed_enters_no_result() -> None:
 
 @pytest.mark.parametrize(("architecture", "left_out"), [("granite", True), ("gpt_neox", True), ("gemma2", False)])
 def test_a_norm_reads_what_is_behind_it(architecture: str, left_out: bool) -> None:
-    """Gemma 2 has one behind its MLP."""
+    """In Gemma 2 a norm follows the MLP, and its gradient reads the last product."""
     model, ids = tiny(architecture), tiny_ids(vocab=50)
     counts = []
     with ImportanceEngine(model, backend="reference", use_gradient_checkpointing=True) as engine:

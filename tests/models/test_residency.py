@@ -68,7 +68,7 @@ def calibration(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
 def test_layers_that_are_not_needed_are_gone(
     work: Callable[..., None], reads: int, prefetch: bool, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted are the layers whose weights anything still refers to whenever one has been read."""
+    """Each time a layer has been read, count the layers whose weights are still referenced."""
     alive: list[StorageWeakRef] = []
     most = 0
     read = Residency._fetch
@@ -88,8 +88,8 @@ def test_layers_that_are_not_needed_are_gone(
     residency._prefetch = prefetch
     monkeypatch.setattr(Residency, "_fetch", counted)
     work(model, list(tiny_ids(samples=6).split(2)))
-    # The layer on which the forward pass ends is where the backward pass begins; what a next wave would need second is
-    # read ahead.
+    # The backward pass begins with the layer on which the forward pass ended, which is not read again. Prefetching also
+    # reads the layer that a next wave would need second.
     assert len(alive) == 6 * reads - (reads - 1) + (reads - 1) * prefetch
     assert most == (2 if prefetch else 1)
     residency.release()
@@ -100,7 +100,7 @@ def test_layers_that_are_not_needed_are_gone(
 
 @pytest.mark.parametrize("shape", [(), (0, 4), (2, 3)])
 def test_a_spilled_tensor_has_a_file_without_a_name(shape: tuple[int, ...], tmp_path) -> None:
-    """So that a killed process leaves none behind."""
+    """This way a killed process leaves no file behind."""
     given = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     spilled = Spilled(given, tmp_path)
     assert torch.equal(spilled.read(), given)
@@ -138,7 +138,7 @@ def test_the_repair_keeps_streams_beyond_the_budget_in_files(
     monkeypatch.setattr(Residency, "mapped", counted)
     batches = list(tiny_ids(samples=6).split(2))
     least_squares(view, masks, batches[:2], batches[2:])
-    # Each of the three batches' streams after every layer at least.
+    # At least the streams of each of the three batches after every layer.
     one = stream_bytes(view, batches[:1])
     assert sum(size >= one for size in written) >= 3 * len(view.layers) if in_files else not written
 

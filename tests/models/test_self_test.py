@@ -1,4 +1,4 @@
-"""Which architectures are trusted: the self-test, what it says, and the table of all of them."""
+"""Which architectures are accepted: the self-test, what it reports, and the table of all architectures."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ def test_an_architecture_that_scales_with_a_width_is_found_out(monkeypatch: pyte
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) / self.intermediate_size**0.5
 
-    # Values that no other test shrinks to, because results are kept.
+    # A configuration that no other test uses, because the self-test's results are cached.
     config = LlamaConfig(rms_norm_eps=1.25e-5)
     monkeypatch.setattr(LlamaMLP, "forward", scaled)
     found = self_test(config)
@@ -74,7 +74,7 @@ def test_an_option_that_changes_the_architecture_is_tested_too() -> None:
 
 
 def test_attention_that_one_layer_of_a_type_has_is_cut_in_part_too() -> None:
-    """Norms of queries and keys span all heads, which a block that goes whole does not show."""
+    """The norms of queries and keys span all heads, which removing the whole block would not show."""
     types = ["linear_attention"] * 3 + ["full_attention"]
     found = self_test(OlmoHybridConfig(num_hidden_layers=8, layer_types=types * 2))
     assert found.accepted == ("mlp",)
@@ -83,7 +83,7 @@ def test_attention_that_one_layer_of_a_type_has_is_cut_in_part_too() -> None:
 
 @pytest.mark.parametrize("architecture", sorted(set().union(*CLASSES_BY_AUTO.values())))
 def test_model_and_configuration_of_a_pruned_checkpoint_belong_together(architecture: str) -> None:
-    """As transformers compares them by name: some architectures have the model's class of another."""
+    """Transformers compares them by name, and some architectures use the model class of another architecture."""
     names = class_names(architecture)
     config = auto_class(architecture, "AutoConfig")
     for auto in names.keys() - {"AutoConfig"}:

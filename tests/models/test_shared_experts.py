@@ -1,4 +1,4 @@
-"""Shared experts beside routed ones: MLPs that all tokens pass, often as wide as a multiple of the routed ones."""
+"""Shared experts: MLPs that process every token, often as wide as a multiple of the routed experts beside them."""
 
 from pathlib import Path
 

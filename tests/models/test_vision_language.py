@@ -1,4 +1,4 @@
-"""Vision-language models: the decoder is pruned by text, and images still pass through the whole."""
+"""Vision-language models: the decoder is pruned on text, and images still pass through the whole model."""
 
 import logging
 from pathlib import Path
@@ -22,7 +22,7 @@ PICTURE = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0, 0]])
 
 
 def inputs_of(architecture: str) -> dict[str, torch.Tensor]:
-    """A text with an image of four tokens inside."""
+    """The inputs for a text that contains an image of four tokens."""
     if not architecture.startswith("qwen"):
         return {"input_ids": IDS.where(PICTURE == 0, 60), "pixel_values": IMAGE, "token_type_ids": PICTURE}
     patches = IMAGE.unfold(2, 4, 4).unfold(3, 4, 4).permute(2, 3, 0, 1, 4, 5).reshape(4, -1)

@@ -1,4 +1,4 @@
-"""Whole experts: their importances, cutting them with their rows of the router, and whole runs."""
+"""Whole experts: their importances, cutting them together with their rows of the router, and whole runs."""
 
 import sys
 from pathlib import Path
@@ -29,14 +29,14 @@ from helpers.pipeline_runs import run
 from helpers.routing import route, routed, router_of, without_experts
 from helpers.tiny_models import tiny_ids, tiny_model
 
-# Routers compute in fp32, and of other rows together.
+# Routers compute in fp32, and the cut model's routers multiply other rows together.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 METHODS = ("taylor", "fisher", "group_fisher")
 ALL = (*MIXTURES, *WITH_SHARED)
 
 
 def scored(model, ids, batch_size: int = 2, method: str = "taylor_2nd", **options) -> dict[str, list[torch.Tensor]]:
-    """By method, the importances of the experts per layer."""
+    """By method, each layer's importances of the experts."""
     with ImportanceEngine(model, method, backend="reference", kinds=["experts"], **options) as engine:
         for part in ids.split(batch_size):
             engine.step(part)
@@ -47,7 +47,7 @@ def scored(model, ids, batch_size: int = 2, method: str = "taylor_2nd", **option
 
 
 def expert_importances(model, ids) -> dict[str, list[torch.Tensor]]:
-    """By method, per layer [E]: from dense gradients of every sample's loss, in the model's own computation."""
+    """By method, each layer's expert importances [E], from autograd's gradients of every sample's loss."""
     layers = model.model.layers
     found = {method: [torch.zeros(len(layer.mlp.experts.down_proj)).double() for layer in layers] for method in METHODS}
     for sample in ids.split(1):
@@ -67,7 +67,7 @@ def expert_importances(model, ids) -> dict[str, list[torch.Tensor]]:
 
 
 def reap(model, ids) -> list[torch.Tensor]:
-    """Per layer [E]: mean over the tokens that an expert sees of its factor times the norm of what it computes."""
+    """Each layer's `reap` importances [E]: the mean, over an expert's tokens, of its factor times its output's norm."""
     entered: list[torch.Tensor] = []
     handles = [
         layer.mlp.register_forward_pre_hook(lambda _module, args: entered.append(args[0].flatten(0, 1)))
@@ -93,7 +93,7 @@ def reap(model, ids) -> list[torch.Tensor]:
 
 
 def expert_masks(model, keep: int, seed: int = 0) -> GroupMasks:
-    """Each layer keeps so many experts, drawn anew, the same number of each of the router's sets."""
+    """Masks that keep `keep` random experts of each layer, the same number from each of the router's sets."""
     generator, masks = torch.Generator().manual_seed(seed), {}
     for block in describe(model, ["experts"]).blocks:
         drawn = torch.rand(block.sets, block.groups // block.sets, generator=generator).argsort(1).argsort(1)
@@ -133,7 +133,7 @@ def test_any_number_of_experts_a_token(top_k: int) -> None:
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_experts_that_see_all_tokens_one_token_or_none(architecture: str) -> None:
     model, ids = tiny_mixture(architecture), tiny_ids(2, 5)
-    # Of the second sample's tokens, one goes to expert 1; expert 3 sees none.
+    # One token of each sample is routed to expert 1, and none to expert 3.
     chosen = torch.tensor([[0, 2]] * 5)
     chosen[3] = torch.tensor([0, 1])
     with routed(model, chosen):
@@ -149,7 +149,7 @@ def test_experts_that_see_all_tokens_one_token_or_none(architecture: str) -> Non
 def test_importances_do_not_depend_on_batches_or_recomputation(method: str) -> None:
     model, ids = tiny_mixture(), tiny_ids(5)
     alone = scored(model, ids, 1, method)
-    # The first steps take weights' gradients, the others what the method needs.
+    # The first step computes weight gradients, the others only what the method needs.
     options = {"use_gradient_checkpointing": True, "weight_gradient_steps": 1}
     for batch_size in (1, 2, 5):
         assert_importances_equal(scored(model, ids, batch_size, method, **options), {"reap": alone["reap"]})
@@ -168,7 +168,7 @@ def test_cutting_is_sending_no_token_there_and_gives_a_plain_checkpoint(
     pruned = cut(model, masks)
     stock = assert_cut_as(rerouted, model, pruned, ids, tmp_path / "x", TOLERANCE)
     assert {len(module.down_proj) for module in experts_of(stock)} == {keep}
-    # As many parameters less as the groups' costs say.
+    # The number of removed parameters is the sum of the groups' costs.
     costs = sum(block.cost for block in describe(model, ["experts"]).blocks)
     assert model.num_parameters() - pruned.num_parameters() == (EXPERTS - keep) * costs
 
