@@ -1,4 +1,4 @@
-"""The backends on whole models: the same scores, and the same groups first, as the reference."""
+"""Every backend on whole models: the same scores as the reference, in the same order."""
 
 import pytest
 import torch

@@ -24,7 +24,7 @@ class Products(TorchDispatchMode):
 
 
 def products(architecture: str, recompute: bool) -> list[tuple[int, int]]:
-    """The products of the forward and the backward pass of two steps, without the head's."""
+    """The numbers of products in the forward pass, without the head's, and in the backward pass of each of two steps."""
     model, ids = tiny_model(architecture, layers=LAYERS), tiny_ids()
     view = describe(model)
     observers = {entry.linear: lambda *_: None for block in view.blocks for entry in block.projections}
@@ -44,7 +44,10 @@ def _count(model, ids: torch.Tensor) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("architecture", "linears"), [("llama", 7), ("qwen2", 7), ("phi3", 4)])
 def test_nothing_is_computed_for_nothing(architecture: str, linears: int) -> None:
-    """Backward: each layer's dx, and no weight's gradient; from the second step on all but the last is recomputed."""
+    """The backward pass computes each linear layer's dx, and no weight gradient.
+
+    From the second step on, recomputing leaves out each decoder layer's last product.
+    """
     forward = LAYERS * linears
     assert products(architecture, recompute=False) == [(forward, LAYERS * linears)] * 2
     assert products(architecture, recompute=True) == [(forward, 2 * LAYERS * linears), (forward, 2 * forward - LAYERS)]

@@ -1,4 +1,4 @@
-"""Factors and inverses against torch's own, and their bits at different numbers of threads."""
+"""Cholesky factors and inverses against torch's own, and their bits at different numbers of threads."""
 
 import pytest
 import torch

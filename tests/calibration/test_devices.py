@@ -1,4 +1,4 @@
-"""The engine and what follows it on every device: exact against fp64 autograd, and the same bits every time."""
+"""The engine on every device: its scores equal those by fp64 autograd, and are the same bits every time."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from helpers.engine_runs import run_engine
 from helpers.oracle import oracle_scores
 from helpers.tiny_models import tiny_ids, tiny_model
 
-# Of the oracle in fp64: squares of sums whose terms nearly cancel, and what an inverse gives, are less exact.
+# Relative to the oracle in fp64. Squares of sums whose terms nearly cancel, and results of an inverse, are less exact.
 TOLERANCE: dict[Method, float] = {
     "taylor_2nd": 1e-5, "fisher": 1e-5, "group_fisher": 3e-5, "wanda": 1e-5, "magnitude": 1e-5, "obs": 1e-3
 }  # fmt: skip
@@ -33,7 +33,7 @@ def test_every_group_equals_fp64_autograd(device: str, method: Method, architect
 @pytest.mark.parametrize("method", ["taylor_2nd", "group_fisher"])
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
 def test_every_group_of_an_fp64_model_equals_fp64_autograd(device: str, reduction: str, method: Method) -> None:
-    """Its attention is not a fused one on a GPU, and nothing of it is Triton's."""
+    """In fp64 no attention on a GPU is fused, and no Triton kernel takes part."""
     model, ids = tiny_model(layers=2), tiny_ids()
     expected = torch.cat([block for kind in oracle_scores(model, ids, method, reduction, 2) for block in kind])
     found = run_engine(model.to(device), ids, method, reduction)

@@ -45,7 +45,7 @@ def test_an_fp32_model_is_exact_to_1e_5(method: str, backend: str) -> None:
 
 
 def test_removal_costs_of_an_fp32_model_are_as_exact_as_an_inverse_lets_them() -> None:
-    """The Gram matrix is summed in fp32 and its condition number is 1e2 to 1e3 here."""
+    """The Gram matrix is summed in fp32, and its condition number is 1e2 to 1e3 here."""
     model, ids = tiny_model("llama", channels=30, dtype=torch.float32), tiny_ids(samples=6, tokens=17)
     assert_scores_close(run_engine(model, ids, "obs"), oracle_scores(model, ids, "obs", "sample", 2), rtol=1e-3)
 
@@ -120,7 +120,7 @@ def test_planted_dead_groups_score_lowest(architecture: str, ratio: int) -> None
 
 
 def _plant_dead_groups(model, ratio, generator):
-    """Zero what one KV group and two channels a layer write; returns which, by layer."""
+    """Zero what one KV group and two MLP channels of each layer write; return their indices by layer."""
     heads, channels = [], []
     with torch.no_grad():
         for layer in model.model.layers:
@@ -243,7 +243,7 @@ def test_a_nan_gradient_with_finite_loss_names_sample_and_layer() -> None:
 
 @pytest.mark.parametrize(("sum_abs", "non_finite"), [(float("inf"), 0.0), (float("nan"), 0.0), (1.0, 2.0)])
 def test_a_weight_s_gradient_that_overflows_is_named(sum_abs: float, non_finite: float) -> None:
-    """Whether a backend counts the elements or has them in the sum; in a later step alone."""
+    """This holds whether a backend counts such elements or only sums them up, and if only a later step has any."""
     right = GradientStatistics.unpack(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]))
     wrong = GradientStatistics.unpack(torch.tensor([sum_abs, 1.0, 1.0, 0.0, non_finite]))
     records = {BlockKey(1, "mlp"): [StepRecord({"up_proj": right}), StepRecord({"up_proj": wrong})]}

@@ -34,7 +34,7 @@ def test_a_step_that_raised_leaves_no_trace(reduction: str) -> None:
         engine.step(ids[:2])
         with pytest.raises(GradPruneError, match="vocabulary"):
             engine.step(torch.full((2, 12), 10**6))
-        # In the backward pass, after the later layers have been seen.
+        # In the backward pass, after the engine has observed the later layers.
         handle = broken.register_full_backward_pre_hook(interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.step(ids[2:])

@@ -111,7 +111,7 @@ def test_a_nan_importance_is_named() -> None:
     found = ImportanceEngine(tiny_model(), "magnitude").evidence()
     values = found.components["magnitude"].clone()
     groups = list(found.blocks.values())
-    # The fifth channel of layer 1, behind two blocks of layer 0 and one of layer 1.
+    # The fifth channel of layer 1, after both blocks of layer 0 and the attention of layer 1.
     values[sum(groups[:3]) + 4] = float("nan")
     with pytest.raises(NonFiniteError, match="mlp group 4 of layer 1"):
         replace(found, components={"magnitude": values})

@@ -1,4 +1,4 @@
-"""`obs` of experts' channels: what removing them costs once the expert's others have made up for it."""
+"""`obs` of expert channels: the cost of removing a channel once least squares has re-solved the expert's others."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from helpers.tiny_models import tiny_ids, tiny_model
 
 
 def scores(model, ids: torch.Tensor) -> list[torch.Tensor]:
-    """Per layer [E * C]."""
+    """Each layer's `obs` importances of the expert channels, [E * C]."""
     with ImportanceEngine(model, "obs", backend="reference") as engine:
         for part in ids.split(2):
             engine.step(part)
@@ -23,7 +23,7 @@ def scores(model, ids: torch.Tensor) -> list[torch.Tensor]:
 
 
 def of_rows(model, ids: torch.Tensor, layer: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """By expert, its channels z [r, C], and the gradients [r, O] of the samples' losses to what it writes."""
+    """By expert, the channels z [r, C] of its r tokens, and the losses' gradients [r, O] with respect to its outputs."""
     module, z, dy = experts_of(model)[layer], [[] for _ in range(EXPERTS)], [[] for _ in range(EXPERTS)]
     for sample in ids.split(1):
         seen = []
@@ -45,7 +45,7 @@ def of_rows(model, ids: torch.Tensor, layer: int) -> tuple[list[torch.Tensor], l
 
 
 def removal_costs(weight: torch.Tensor, z: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
-    """[C]: remove the channel whose least-squares optimum is cheapest, again and again; what each adds, ascending."""
+    """Repeatedly remove the channel with the cheapest least-squares optimum; the added costs [C], made to ascend."""
     gram = z.T @ z / len(z)
     gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram)).double()
 
@@ -75,13 +75,13 @@ def test_costs_are_those_of_each_expert_on_its_tokens(architecture: str) -> None
     for expert in range(EXPERTS):
         curvature = dy[expert].detach().square().sum() / (len(ids) * dy[expert].shape[1])
         expected.append(removal_costs(weights[expert].T, z[expert], curvature))
-    # The reach is the block's.
+    # All experts of a block share its reach.
     ratio = found / torch.stack(expected)
     torch.testing.assert_close(ratio, ratio[0, :1].expand_as(ratio), rtol=1e-4, atol=0.0)
 
 
 def test_curvatures_are_means_over_the_samples_and_what_an_expert_writes() -> None:
-    """As those of other blocks, beside which they say what a removal costs."""
+    """They are defined as for other blocks, so that costs are comparable between blocks."""
     model, ids = tiny_mixture(), tiny_ids(6, 12)
     with ImportanceEngine(model, "obs", backend="reference") as engine:
         for part in ids.split(2):
@@ -104,8 +104,8 @@ def test_channels_of_an_expert_without_tokens_cost_next_to_nothing() -> None:
 
 
 def test_curvatures_of_experts_are_of_all_samples() -> None:
-    """Each expert sees few of a sample's tokens. A dense model's gradients are taken of 32 samples, and no more."""
+    """Each expert sees few of a sample's tokens. A dense model's curvatures come from only 32 samples."""
     options = {"importance_method": "obs", "num_samples": 36, "seq_len": 8, "batch_size": 12, "repair": "none"}
-    # Only gradients of all samples make a taylor prior.
+    # There is a taylor prior only if gradients of all samples were computed.
     assert "taylor" in run(tiny_mixture(), **options).evidence.priors
     assert "taylor" not in run(tiny_model(), **options).evidence.priors

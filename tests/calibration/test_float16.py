@@ -15,7 +15,7 @@ from helpers.tiny_models import tiny_ids, tiny_model
 
 
 def with_small_gradients() -> PreTrainedModel:
-    """Its head makes gradients that are about 2^-14 of a usual model's."""
+    """A model whose head makes gradients about 2^-14 times as large as usual."""
     model = tiny_model(layers=2, channels=32, dtype=torch.float16)
     with torch.no_grad():
         model.lm_head.weight *= 2.0**-14
@@ -36,7 +36,7 @@ def test_gradients_below_the_type_s_range_follow_fp64(method: str, reduction: st
 
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
 def test_dividing_a_power_of_two_out_changes_no_bit(monkeypatch: pytest.MonkeyPatch, reduction: str) -> None:
-    """Of any sum, gate or statistic that a step leaves; "obs" collects all."""
+    """Compared are all sums, gates and statistics that a step leaves; "obs" collects every one of them."""
     model, states = tiny_model(dtype=torch.float32), []
     for scale in (1.0, 2.0**10):
         monkeypatch.setattr("gradprune.models.backward.loss_scale", lambda _dtype, scale=scale: scale)

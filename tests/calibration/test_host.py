@@ -1,4 +1,4 @@
-"""What is read on the host comes by one copy for each device and dtype."""
+"""Tensors that are read on the host are copied there in one copy for each device and dtype."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ KEY = BlockKey(0, "mlp")
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype, int]]:
-    """Of tensors of another device, for which the meta device stands: dtype and number of elements of each copy."""
+    """Dtype and number of elements of each copy from another device, for which the meta device stands."""
     found: list[tuple[torch.dtype, int]] = []
 
     def copied(tensor: Tensor) -> Tensor:

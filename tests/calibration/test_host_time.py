@@ -1,6 +1,6 @@
-"""The host's time of a step, measured without a GPU against the plain pass: a gate, and an engine that it refuses.
+"""The host time of a step relative to the plain pass, measured without a GPU: gates, and an engine that fails them.
 
-Each measurement is a program of its own, in which Triton is not interpreted.
+Each measurement runs in a process of its own, in which Triton does not interpret its kernels.
 """
 
 import json
@@ -34,7 +34,7 @@ print(json.dumps(host_ratio(evidence, 7, recompute)))
 
 
 def ratio(evidence: str, recompute: bool = True, slower: float = 0.0) -> float:
-    """To the plain pass' time; `slower`: seconds that the engine takes longer for each block."""
+    """The host time of a step divided by that of the plain pass; `slower`: seconds that the engine wastes per block."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     variables.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-W", "ignore", "-c", MEASURE, evidence, str(recompute), str(slower)]
@@ -45,7 +45,7 @@ def ratio(evidence: str, recompute: bool = True, slower: float = 0.0) -> float:
 
 
 def assert_at_most(most: float, evidence: str, recompute: bool = True) -> None:
-    """In one of three measurements: other work on the same cores makes some of them larger."""
+    """Check that one of up to three measurements is small enough: other work on the same cores makes some larger."""
     found: list[float] = []
     while not found or (found[-1] > most and len(found) < 3):
         found.append(ratio(evidence, recompute))
@@ -54,7 +54,7 @@ def assert_at_most(most: float, evidence: str, recompute: bool = True) -> None:
 
 @pytest.mark.parametrize("evidence", ["needed", "all", "needed by obs", "all, with obs"])
 def test_a_step_takes_the_host_little_longer_than_the_plain_pass(evidence: str) -> None:
-    """Activations recomputed, as where a model is large. It takes less where no weight's gradient is needed."""
+    """Activations are recomputed, as for large models. If no weight gradient is needed, a step must take even less."""
     assert_at_most(1.1 if evidence.startswith("needed") else MOST, evidence)
 
 
@@ -63,6 +63,6 @@ def test_without_recomputation_too_where_no_weight_s_gradient_is_needed() -> Non
 
 
 def test_a_slower_engine_is_refused() -> None:
-    """By a millisecond for each block."""
+    """A millisecond more for each block fails the gates."""
     assert ratio("all", slower=1e-3) > MOST
     assert ratio("needed", slower=1e-3) > 1.1

@@ -1,6 +1,6 @@
-"""What a step takes on a GPU, counted without one, at the shapes of Llama-3: gates on launches, bytes and memory.
+"""Gates on the launches, bytes and memory of a step on a GPU, counted without one, at the shapes of Llama-3.
 
-A gate that nothing fails shows nothing, so each is tried on an engine that was made worse.
+A gate that nothing fails proves nothing, so each is also tried on an engine that was made worse.
 """
 
 from collections import Counter
@@ -23,21 +23,22 @@ from gradprune.models.blocks import OutputLinear
 
 SAMPLES, TOKENS = 4, 2048
 SIZES = {"8B": 4096, "70B": 8192, "405B": 16384}
-# By what a step collects: the method, and whether it is what every method needs.
+# By what a step collects: the method, and whether the evidence of every method is collected.
 EVIDENCE: dict[str, tuple[Method, bool]] = {
     "taylor_2nd": ("taylor_2nd", False),
     "group_fisher": ("group_fisher", False),
     "obs": ("obs", False),
     "all, with obs": ("obs", True),
 }
-# Of a layer of seven projections, beside the plain pass': the most launches, and part of the bytes.
+# For a layer of seven projections: the most launches that the engine may add to the plain pass, and the most bytes, as
+# a share of the plain pass's.
 LAUNCHES = {"taylor_2nd": 33, "group_fisher": 10, "obs": 14, "all, with obs": 37}
 BYTES = {"taylor_2nd": 0.14, "group_fisher": 0.03, "obs": 0.035, "all, with obs": 0.15}
 
 
 @dataclass(frozen=True)
 class Taken:
-    """Steps of a model of one layer, and of one of two: with the engine, and plain."""
+    """Steps of a model of one layer and of a model of two layers, with the engine and plain."""
 
     size: str
     evidence: str
@@ -45,7 +46,7 @@ class Taken:
     plain: tuple[Counted, Counted]
 
     def a_layer_s(self, count: Callable[[Counted], int]) -> int:
-        """What the engine adds to the second layer."""
+        """The count that the engine adds to the plain pass of one layer, the second."""
         ((ours, plain),) = pairwise(count(two) - count(one) for one, two in (self.ours, self.plain))
         return ours - plain
 
@@ -60,18 +61,18 @@ def too_many_bytes(taken: Taken) -> bool:
 
 
 def too_much_memory(taken: Taken) -> bool:
-    """At its peak the engine may need its partial sums more than the plain pass."""
+    """Whether the engine's peak exceeds the plain pass's by more than the partial sums."""
     return taken.ours[1].peak > taken.plain[1].peak + WORKSPACE
 
 
 def memory_that_grows(taken: Taken) -> bool:
-    """A further layer takes its input, which is recomputed from, and a few vectors."""
+    """Whether one more layer adds more to the peak than its input, from which it is recomputed, and a few vectors."""
     one, two = taken.ours
     return two.peak - one.peak > 1.01 * SAMPLES * TOKENS * SIZES[taken.size] * 2
 
 
 def too_large_a_workspace(taken: Taken) -> bool:
-    """Of one product's partial sums."""
+    """Whether the partial sums of one product exceed their budget."""
     return taken.ours[1].workspace > WORKSPACE
 
 
@@ -95,7 +96,7 @@ taken = cache(steps)
 @pytest.mark.parametrize("evidence", EVIDENCE)
 @pytest.mark.parametrize("size", SIZES)
 def test_a_step_is_within_its_budgets(size: str, evidence: str, gate: Callable[[Taken], bool]) -> None:
-    """That no step reads anything back to the host is checked too: it would raise."""
+    """This also checks that no step reads anything back to the host, which would raise."""
     assert not gate(taken(size, evidence))
 
 
@@ -156,7 +157,7 @@ def compilations(kernels: list[tuple[str, tuple[object, ...]]]) -> dict[str, int
 
 
 def test_a_model_takes_few_compilations_whatever_the_batches() -> None:
-    """Of the product by rows and by columns, and the same ones for one sample and for tokens of any number."""
+    """The product is compiled by rows and by columns, and both serve any number of samples and of tokens."""
     found = taken("8B", "taylor_2nd").ours[0].kernels
     assert compilations(found) == {"linear_importance": 2, "merge": 1, "add": 1, "mask_gradient": 1}
     other = engine_step("8B", 1, "taylor_2nd", 1, 1001).kernels

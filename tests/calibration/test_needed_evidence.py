@@ -1,4 +1,4 @@
-"""What a calibration collects where `evidence` is "needed": no more than the method asks for."""
+"""What a calibration collects if `evidence` is "needed": no more than the method requires."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ HOLDS = {
 
 
 def engine_of(model, ids, method="group_fisher", steps=1, batch_size=2, **options) -> ImportanceEngine:
-    """An engine that has run `ids` in batches and took every weight's gradient in the first `steps`."""
+    """An engine that has run `ids` in batches, and has computed every weight gradient in the first `steps` of them."""
     engine = ImportanceEngine(model, method, backend="reference", weight_gradient_steps=steps, **options)
     with engine:
         for batch in ids.split(batch_size):
@@ -54,7 +54,7 @@ def test_scores_are_those_of_an_engine_that_collects_everything(method: str, red
 
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
 def test_after_the_first_steps_no_weights_gradient_is_computed(reduction: str) -> None:
-    """One product of dy and x per projection, 2 N T O I operations each, is the whole difference."""
+    """The only difference is one product of dy and x per projection, with 2 N T O I operations each."""
     model, ids = tiny_model(dtype=torch.float32), tiny_ids(samples=4, tokens=9)
     engine = ImportanceEngine(model, "group_fisher", reduction, "reference", weight_gradient_steps=1)
     first, second = flops(engine, ids), flops(engine, ids)
@@ -192,7 +192,7 @@ def test_a_prior_that_is_not_there_is_refused_with_the_remedy(tmp_path: Path) ->
 
 
 def test_obs_reads_samples_beyond_those_that_give_its_curvatures() -> None:
-    """Costs are those of all samples' second moments; the steps alone say how much kinds cost beside each other."""
+    """Costs use second moments of all samples; only their ratio between kinds depends on the samples of the steps."""
     model, ids = tiny_model("qwen2"), tiny_ids(samples=6)
     everything = engine_of(model, ids, "obs")
     stepped = engine_of(model, ids[:4], "obs")

@@ -1,4 +1,4 @@
-"""Repair-aware costs against brute force in fp64 on small blocks."""
+"""The removal costs of `obs` against brute force in fp64 on small blocks."""
 
 import itertools
 
@@ -51,7 +51,7 @@ def test_every_cost_along_the_path_is_the_optimums_increase(groups: int, columns
 
 @pytest.mark.parametrize("seed", range(5))
 def test_each_group_is_the_cheapest_at_its_turn_where_a_round_is_one_group(seed: int) -> None:
-    """Brute force over the next group."""
+    """Every other group that could have been removed next is tried by brute force."""
     weight, _, gram = block(9, seed=seed)
     order = removal_path(weight, gram, 1).order.tolist()
     for turn, group in enumerate(order):
@@ -71,7 +71,7 @@ def test_rounds_lose_little_to_the_best_of_all_subsets() -> None:
 
 
 def test_cheap_groups_outside_a_round_go_before_dear_ones_inside() -> None:
-    """16 channels of large weights are combinations of 14: two go for nothing. The 48 others have small weights."""
+    """Of 16 channels with large weights, which span 14 dimensions, two are free. The other 48 have small weights."""
     mixed = torch.randn(16, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gram = torch.eye(64, dtype=torch.float64)
     gram[:16, :16] = mixed @ mixed.T + 1e-9 * torch.eye(16)
@@ -84,7 +84,7 @@ def test_cheap_groups_outside_a_round_go_before_dear_ones_inside() -> None:
 
 @pytest.mark.parametrize("channels", [10, 64])
 def test_twins_are_not_both_removed_before_an_independent_channel_of_the_same_cost(channels: int) -> None:
-    """Of two equal channels one is free; then the other carries both, at four times its own cost."""
+    """The first of two equal channels is removed for free; the other then carries both, at four times its own cost."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, channels, generator=generator, dtype=torch.float64)
     x[:, 1], x[:, 5] = x[:, 0], x[:, 4]
@@ -112,7 +112,7 @@ def test_exact_combinations_are_free(groups: int) -> None:
 
 def test_the_importance_sorts_into_the_paths_order_even_in_fp32() -> None:
     weight, x, _ = block(40, tokens=400)
-    weight[:, 10:20] = 0.0  # equal costs, of zero
+    weight[:, 10:20] = 0.0  # equal costs of zero
     path = removal_path(weight, with_ridge(x.T @ x / len(x)), 1)
     importance = path.importance()
     for scale in (1.0, 1.7, 1e6):
@@ -156,7 +156,7 @@ def test_the_same_bytes_at_any_number_of_threads(
 
 
 def test_a_path_holds_what_the_plan_counts() -> None:
-    """A matrix twice at most, beside the weights: more would be the peak of a whole run."""
+    """At most two copies of the matrix beside the weights: any more would be the peak of a whole run."""
     pytest.importorskip("triton", reason="triton is not installed: what a removal path holds is NOT counted here")
     from benchmarks.predicted.counted import Counted
 
@@ -181,7 +181,7 @@ def test_a_ridge_makes_any_gram_matrix_positive_definite() -> None:
 
 
 def test_what_writes_nothing_is_no_part_of_the_half_that_tells_the_reach() -> None:
-    """As after an earlier shot: a third of the groups is gone already, and of the others half goes."""
+    """As after an earlier shot, a third of the groups is already removed; for the reach, half of the others are."""
     weight, _, gram = block(12, 2)
     weight[:, :8] = 0.0
     path = removal_path(weight, gram, 2)

@@ -1,4 +1,4 @@
-"""How far a block's error reaches the predictions; that dense models' costs have it: `test_engine`, by the oracle."""
+"""How far a block's error reaches the predictions; `test_engine` checks a dense model's reach, by the oracle."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ A, B, C, D = (BlockKey(layer, "mlp") for layer in range(4))
 
 
 def pruned_experts(block: ExpertsBlock) -> list[torch.Tensor]:
-    """Output projections [O, I] of which the first channels are gone."""
+    """The experts' output projections [O, I], without their first three channels."""
     weights = [block.down.weight(expert).clone() for expert in range(block.experts)]
     for weight in weights:
         weight[:, :3] = 0.0
@@ -52,7 +52,7 @@ def test_ranks_follow_a_block_each_in_turn_and_find_the_same() -> None:
     solved = {block.key: [0.5 * block.output.weight] for block in view.blocks}
 
     class Rank(Ranks):
-        """One of two, which is told what the other found."""
+        """One of two ranks; both write what they found to the same list and read it there."""
 
         world = 2
 
@@ -72,7 +72,7 @@ def test_ranks_follow_a_block_each_in_turn_and_find_the_same() -> None:
         try:
             by_rank.append(followed.divergences())
         except IndexError:
-            # The other rank has found nothing yet.
+            # Rank 1 has not run yet, so its results are missing.
             assert ranks.rank == 0
     assert by_rank[0] == by_rank[1]
 
@@ -81,7 +81,7 @@ def test_ranks_follow_a_block_each_in_turn_and_find_the_same() -> None:
     ("samples", "blocks", "followed"), [(256, 60, 4), (128, 64, 2), (1, 60, 1), (8, 4, 2), (64, 1, 64)]
 )
 def test_as_many_samples_are_followed_as_take_a_sixth_of_a_pass(samples: int, blocks: int, followed: int) -> None:
-    """Two at least, and no more than there are."""
+    """They are at least two, and no more than there are."""
     assert samples_followed(samples, blocks) == followed
     if 2 < followed < samples:
         assert followed * blocks / 2 <= FOLLOWED_SHARE * 3 * samples < (followed + 1) * blocks / 2
@@ -95,7 +95,7 @@ def test_reach_is_relative_to_the_median_of_the_kind() -> None:
 
 
 def test_what_is_free_tells_nothing() -> None:
-    """A part that costs nothing, or changes nothing: rounding errors would decide. Nor does what overflows."""
+    """If the removed half costs or changes nothing, rounding errors would decide; divergences may overflow, too."""
     overflown = BlockKey(4, "mlp")
     divergences = {A: 1e-20, B: 4.0, C: 8.0, D: 0.0, overflown: float("inf")}
     costs = {A: (1e-12, 1.0), B: (1.0, 2.0), C: (1.0, 2.0), D: (1.0, 2.0), overflown: (1.0, 2.0)}

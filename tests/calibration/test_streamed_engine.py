@@ -99,7 +99,7 @@ def test_priors_have_the_same_bits(tmp_path) -> None:
 
 
 def test_each_layer_runs_twice_for_each_batch(tmp_path) -> None:
-    """Forward without gradients, and again in the backward pass, whether or not recomputing is asked for."""
+    """Once in the forward pass, without gradients, and again in the backward pass, even if not asked to recompute."""
     _, streamed = both(tiny_model(), tmp_path)
     calls: list[int] = []
     for layer, module in enumerate(streamed.model.layers):

@@ -15,7 +15,7 @@ from helpers.tiny_models import tiny_ids, tiny_model
 
 
 class Layer(nn.Module):
-    """A layer that adds a product to its input; with `read` it squares the sum, so that a gradient reads the product."""
+    """A layer that adds a product to its input; with `read` it squares the sum, so a gradient reads the product."""
 
     def __init__(self, read: bool = False) -> None:
         super().__init__()
