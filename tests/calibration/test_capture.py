@@ -24,7 +24,7 @@ class Products(TorchDispatchMode):
 
 
 def products(architecture: str, recompute: bool) -> list[tuple[int, int]]:
-    """The numbers of products in the forward pass, without the head's, and in the backward pass of each of two steps."""
+    """The numbers of products in each of two steps' forward passes, without the head's, and backward passes."""
     model, ids = tiny_model(architecture, layers=LAYERS), tiny_ids()
     view = describe(model)
     observers = {entry.linear: lambda *_: None for block in view.blocks for entry in block.projections}

@@ -23,7 +23,7 @@ def scores(model, ids: torch.Tensor) -> list[torch.Tensor]:
 
 
 def of_rows(model, ids: torch.Tensor, layer: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """By expert, the channels z [r, C] of its r tokens, and the losses' gradients [r, O] with respect to its outputs."""
+    """By expert, the channels z [r, C] of its r tokens, and the losses' gradients [r, O] with respect to its output."""
     module, z, dy = experts_of(model)[layer], [[] for _ in range(EXPERTS)], [[] for _ in range(EXPERTS)]
     for sample in ids.split(1):
         seen = []

@@ -20,7 +20,7 @@ from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
 
 def scored_table():
-    """With importance per parameter as score, as `modulate` takes it."""
+    """A table whose scores are importances per parameter, as `modulate` requires."""
     table = make_table()
     return replace(table, score=normalized_scores(table, Scoring()))
 
@@ -36,7 +36,7 @@ PRIORS = Priors(
 
 
 def prior_of(tau: float | None, layer: int, kind: str) -> float:
-    """By the definition: below tau the layer's prior, else the block's."""
+    """The prior by definition: the layer's if that is below tau, else the block's."""
     gate = np.percentile([1.0, 2.0, 3.0, 4.0], 25) if tau is None else tau
     return PRIORS.layer[layer] if PRIORS.layer[layer] < gate else PRIORS.block[layer, kind]
 
@@ -89,7 +89,7 @@ def test_removal_is_the_loss_without_the_block(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURE_NAMES, "granite", "glm4"])
 def test_similarity_is_one_minus_the_cosine_of_the_residual_stream(architecture: str) -> None:
-    """Granite adds half of what a block writes; in GLM-4 a norm stands between."""
+    """Granite adds half of what a block writes; in GLM-4 a norm stands between the block and the residual stream."""
     model, ids = tiny(architecture) if architecture not in ARCHITECTURE_NAMES else tiny_model(architecture), tiny_ids()
     priors = similarity_priors(describe(model), [ids[:3], ids[3:]], lambda: None)
     seen: dict[str, torch.Tensor] = {}
@@ -111,7 +111,7 @@ def test_similarity_is_one_minus_the_cosine_of_the_residual_stream(architecture:
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURE_NAMES, "gemma2", "gemma3_text", "glm4"])
 def test_taylor_is_the_gradient_of_a_gate_on_what_a_block_adds(architecture: str, reduction: str) -> None:
-    """In some architectures a norm stands between, which takes the factor of a gate before it out again."""
+    """In some architectures a norm stands between, so the gate has to be after it: the norm would cancel its factor."""
     model, ids = tiny(architecture) if architecture not in ARCHITECTURE_NAMES else tiny_model(architecture), tiny_ids()
     with ImportanceEngine(model, "taylor", reduction, "reference") as engine:
         for batch in ids.split(2):

@@ -25,7 +25,7 @@ def widths(table: GroupTable, pruned: np.ndarray, kind: str) -> list[int]:
 
 
 def greedy(table: GroupTable, budget: float) -> np.ndarray:
-    """The rule as it is written: sort by score, take what fits, skip what does not."""
+    """The selection rule written out: sort by score, take each group that still fits the budget, skip any other."""
     pruned, spent = np.zeros(len(table), bool), 0
     rows = range(len(table))
     for row in sorted(rows, key=lambda r: (table.score[r], table.layer[r], table.kind[r], table.index[r])):
@@ -61,7 +61,7 @@ def test_the_budget_is_kept_and_nearly_used(
     try:
         pruned = select(table, ratio, parameters, constraints)
     except SelectionError:
-        # Only where what may go at all is less than the budget.
+        # This is right only if all that may be removed is less than the budget.
         assert limit < 1.0 or uniform
         assert ratio > 0.4
         return
@@ -111,7 +111,7 @@ def test_uniform_keeps_the_same_widths_everywhere() -> None:
 
 
 def test_uniform_keeps_each_layers_limit_where_layers_have_other_kinds_of_blocks() -> None:
-    """The first layer is an MLP alone, the last attention alone: neither may make up for the others."""
+    """The first layer has only an MLP, the last only attention; no layer may exceed its limit to make up for others."""
     whole = make_table(heads=4, channels=24)
     there = ~((whole.layer == 0) & (whole.kind == 0) | (whole.layer == 3) & (whole.kind == 1))
     columns = ("layer", "kind", "index", "cost", "score")
@@ -187,7 +187,7 @@ def test_epsilon_drops_thin_layers_whole() -> None:
     assert not kept[table.layer == 1].all()
     assert dropped[table.layer == 1].all()
     np.testing.assert_array_equal(kept[table.layer != 1], dropped[table.layer != 1])
-    # A layer that keeps just that much stays.
+    # A layer that keeps exactly epsilon is not removed.
     fraction = float(np.mean([1.0 - kept[(table.layer == 1) & (table.kind == kind)].mean() for kind in (0, 1)]))
     np.testing.assert_array_equal(kept, select(table, most_of_layer_1, parameters, Constraints(epsilon=fraction)))
 
@@ -214,7 +214,7 @@ def test_epsilon_refuses_nothing_before_scores_are_known() -> None:
 
 
 def without(table: GroupTable, rows: np.ndarray) -> GroupTable:
-    """The table without these rows."""
+    """The table without the given rows, a boolean mask."""
     columns = {name: values[~rows] for name, values in vars(table).items() if isinstance(values, np.ndarray)}
     return replace(table, **columns)
 

@@ -49,7 +49,7 @@ def test_extreme_selections_and_their_cached_generation(architecture: str) -> No
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
 @pytest.mark.parametrize(("architecture", "options"), [("llama", {}), ("mistral", {"sliding_window": 4})])
 def test_a_cache_filled_in_pieces_knows_its_length(architecture: str, options, cache_class) -> None:
-    # Outside generate the model asks the cache, and the cache its layers, for the position of the next token.
+    # Outside `generate` the model asks the cache for the position of the next token, and the cache asks its layers.
     model = tiny_model(architecture, **options)
     ids = tiny_ids()
     size = {"max_cache_len": 16} if cache_class is StaticCache else {}
@@ -202,7 +202,7 @@ def test_a_cut_model_can_be_cut_again(architecture: str) -> None:
 
 
 def test_a_model_that_was_saved_can_be_cut_again(tmp_path: Path) -> None:
-    """Saving leaves the name of the dtype in the configuration, by which some layers make parameters."""
+    """Saving leaves the dtype's name in the configuration, where some layers read it to create their parameters."""
     model, ids = tiny("apertus"), tiny_ids()
     once = cut(model, random_masks(model, 0.7, seed=3))
     once.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Distillation against its formula by autograd over all logits, and what it may never do."""
+"""Distillation against its formula by autograd over all logits, and what it must never do."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ from helpers.mixtures import tiny_mixture
 from helpers.pipeline_runs import run
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
 
-# Random tokens teach nothing of others, so that they are judged on some of their own.
+# Training on random tokens does not help with other random tokens, so the held-out samples are some of the same ones.
 SAMPLES = tiny_ids(samples=8)
 HELD_OUT = SAMPLES[:4]
 STEP = distill_step(SAMPLES.shape[1])
@@ -33,16 +33,16 @@ STEP = distill_step(SAMPLES.shape[1])
 
 @pytest.fixture
 def held_out_losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What is measured on held-out samples, one after the other: before distillation, and with more and more of it."""
+    """The losses that held-out samples are given, in order: before distillation, then with ever less of the change."""
     losses = [1.0, 0.5]
     monkeypatch.setattr("gradprune.surgery.distillation.mean_loss", lambda *_: losses.pop(0))
     return losses
 
 
 def pruned(model: PreTrainedModel, samples: Tensor = SAMPLES) -> tuple[PreTrainedModel, Tensor]:
-    """The cut model, a third of whose groups are gone but for the first layer's, and the dense model's streams.
+    """The cut model, without a third of the groups except in the first layer, and the dense model's streams.
 
-    Of the samples, and then of the held-out ones.
+    The streams are those of the samples, followed by those of four held-out samples.
     """
     view = describe(model)
     own = sharing_copy(model)
@@ -53,7 +53,7 @@ def pruned(model: PreTrainedModel, samples: Tensor = SAMPLES) -> tuple[PreTraine
 
 
 def divergence(dense: PreTrainedModel, model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Mean over tokens of KL(dense || model), of all logits at once."""
+    """Mean over tokens of KL(dense || model), from all logits at once."""
     with torch.no_grad():
         expected = F.log_softmax(dense(ids).logits.flatten(0, 1), -1)
     found = F.log_softmax(model(ids).logits.flatten(0, 1), -1)
@@ -61,7 +61,7 @@ def divergence(dense: PreTrainedModel, model: PreTrainedModel, ids: Tensor) -> T
 
 
 def descended(dense: PreTrainedModel, model: PreTrainedModel, ids: Tensor, text: float) -> tuple[Tensor, Tensor]:
-    """What a step descends, of all logits at once: each token but a sample's last; and the divergence alone."""
+    """The loss that a step reduces, and the divergence in it, from all logits at once except each sample's last."""
     with torch.no_grad():
         expected = F.log_softmax(dense(ids).logits[:, :-1].flatten(0, 1), -1)
     found = F.log_softmax(model(ids).logits[:, :-1].flatten(0, 1), -1)
@@ -270,14 +270,14 @@ def test_without_held_out_samples_nothing_is_distilled_and_that_is_told(caplog: 
 
 
 def test_gradients_of_float16_models_stay_within_its_range(device: str) -> None:
-    """A model that is far from its teacher, at as many tokens as a step takes."""
+    """The model is far from its teacher, and its steps have full size."""
     dense = tiny_model(layers=2, dtype=torch.float16).to(device)
     with torch.no_grad():
         dense.lm_head.weight *= 40.0
     generator = torch.Generator().manual_seed(0)
     samples = torch.randint(61, (8, 60), generator=generator)
     model, streams = pruned(dense, samples)
-    # Random tokens teach nothing of others.
+    # Training on random tokens does not help with others, so the model is judged on the same ones.
     found = distil(describe(model), samples, samples, streams[:8], text=0.5)
     assert found.factor > 0.0
     assert all(parameter.isfinite().all() for parameter in model.parameters())

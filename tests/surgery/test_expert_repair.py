@@ -1,4 +1,4 @@
-"""Experts are re-solved on the tokens that they see, against solutions by numpy."""
+"""The re-solved weights of experts, each on its own tokens, against solutions by numpy."""
 
 import copy
 
@@ -20,7 +20,7 @@ KEPT = 8
 
 
 def masks_of(view, layer: int, kept: torch.Tensor) -> GroupMasks:
-    """All groups but those of the last kind of a layer, of which `kept` stay."""
+    """Masks that keep `kept` of a layer's last block, and all groups of every other block."""
     masks = {block.key: torch.ones(block.groups, dtype=torch.bool) for block in view.blocks}
     masks[[key for key in masks if key.layer == layer][-1]] = kept
     return GroupMasks(masks, len(view.layers))
@@ -32,7 +32,10 @@ def channels_drawn(keep: int = KEPT) -> torch.Tensor:
 
 
 def what_experts_do(model, ids: torch.Tensor, layer: int) -> tuple[list, torch.Tensor, torch.Tensor]:
-    """Of a layer's experts: per expert its tokens, their factors and channels z; what all write; the stream before."""
+    """For each expert of a layer its tokens, factors and channels z; what all write; and the residual stream before.
+
+    The stream is the one that enters the norm before the experts.
+    """
     module, seen, streams = experts_of(model)[layer], [], []
     handles = [
         module.register_forward_hook(lambda _module, args, output: seen.append((*args, output))),
@@ -87,7 +90,7 @@ def assert_solved(
 
 
 def errors(model, dense, layer: int, kept: torch.Tensor, experts: list) -> list[float]:
-    """||W x - W' x||^2 / ||W x||^2 of all experts together, for W' as W was without what goes, and as it is now."""
+    """||W x - W' x||^2 / ||W x||^2 of all experts together, for W' = W without the removed columns and W' re-solved."""
     before, after = (down_columns(experts_of(each)[layer]) for each in (dense, model))
     squares = torch.zeros(3, dtype=torch.float64)
     for whole, cut, now, (_, factors, z) in zip(before, before * kept[..., None], after, experts, strict=True):
@@ -111,7 +114,7 @@ def test_each_expert_solves_its_least_squares_problem(architecture: str) -> None
 
 
 def test_solutions_that_are_worse_on_held_out_samples_are_not_taken() -> None:
-    """Nine tokens, fitted without a ridge, say nothing of others."""
+    """A fit to nine tokens with next to no ridge does not carry over to others."""
     model = tiny_mixture()
     view, kept, before = describe(model), channels_drawn(), down_columns(experts_of(model)[1]).clone()
     (repair,) = least_squares(
@@ -133,12 +136,12 @@ def test_experts_that_write_nothing_have_no_error() -> None:
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
 def test_experts_share_in_what_the_stream_lacks(architecture: str) -> None:
-    """With a blend, the second layer's experts, which keep all, compensate for what the first layer's do not write."""
+    """With a blend, the second layer's experts, which keep all channels, make up for what the first layer's lost."""
     model, ids = tiny_mixture(architecture), tiny_ids(12, 12)
     dense, view = copy.deepcopy(model), describe(model)
     repairs = least_squares(view, masks_of(view, 0, channels_drawn()), [ids], [], blend=0.5, ridges=(RIDGE,)).blocks
     assert ("expert_channels", 1) in {(repair.kind, repair.layer) for repair in repairs}
-    # Up to the second layer's experts the model is as it was when they were solved for.
+    # The model as it was when the second layer's experts were re-solved: the layers before them are repaired already.
     as_then = copy.deepcopy(model)
     with torch.no_grad():
         experts_of(as_then)[1].down_proj.copy_(experts_of(dense)[1].down_proj)
@@ -165,7 +168,7 @@ def test_the_others_make_up_for_experts_that_go(architecture: str) -> None:
 
 
 def test_an_expert_that_sees_few_tokens_or_none_is_left_as_it_is() -> None:
-    """Of 40 tokens two see expert 1, too few for the 8 channels that it keeps; none sees expert 3."""
+    """Of 40 tokens, two are routed to expert 1, too few for the 8 channels that it keeps, and none to expert 3."""
     model, ids, kept = tiny_mixture(), tiny_ids(4, 10), channels_drawn()
     dense = copy.deepcopy(model)
     chosen = torch.tensor([[0, 2]] * 40)
@@ -193,7 +196,7 @@ class TwoAlike(Ranks):
 
 
 def test_an_expert_is_solved_for_where_the_tokens_of_all_ranks_are_enough() -> None:
-    """On each of two ranks, 2 tokens see expert 1, which keeps 8 channels."""
+    """On each of two ranks, two tokens are routed to expert 1, which keeps 8 channels."""
     ids, kept, chosen = tiny_ids(4, 10), channels_drawn(), torch.tensor([[0, 2]] * 40)
     chosen[[3, 17], 1] = 1
     found = []

@@ -1,4 +1,4 @@
-"""Least squares against independent fp64 maths, and what it may never do."""
+"""Least squares against independent fp64 maths, and what it must never do."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def inputs_of(model, linear, ids) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
 def test_one_block_equals_an_independent_lstsq(architecture: str, kind: str, device: str) -> None:
-    """argmin ||W x - W' x_K||^2 + ridge ||W' - W_K||^2 as one stacked system, by numpy's SVD."""
+    """Numpy's SVD solves argmin ||W x - W' x_K||^2 + ridge ||W' - W_K||^2 as one stacked system."""
     model, ids = tiny_model(architecture, kv_heads=3, channels=10).to(device), tiny_ids(samples=6).to(device)
     view = describe(model)
     block = view.of_kind(kind)[1]
@@ -72,7 +72,7 @@ def test_removed_channels_that_are_combinations_of_kept_ones_cost_nothing() -> N
     model, ids = tiny_model(channels=10), tiny_ids(samples=6)
     with torch.no_grad():
         for layer in model.model.layers:
-            # Channels 7 to 9 are twice, three times and minus channels 0 to 2: up scales, gate is the same.
+            # Channels 7 to 9 are 2, 3 and -1 times channels 0 to 2: up's rows are scaled, gate's rows are the same.
             layer.mlp.gate_proj.weight[7:] = layer.mlp.gate_proj.weight[:3]
             layer.mlp.up_proj.weight[7:] = layer.mlp.up_proj.weight[:3] * torch.tensor([[2.0], [3.0], [-1.0]])
         dense = model(ids).logits
@@ -98,7 +98,7 @@ def test_no_block_is_worse_on_the_calibration_data(seed: int, blend: float, devi
 
 
 def test_blocks_are_solved_in_order_on_the_model_repaired_so_far() -> None:
-    """The second layer's solution fits the inputs it gets behind the repaired first layer, not the dense ones."""
+    """Each block's solution fits the inputs that it gets after the repaired blocks before it, not the dense ones."""
     model, ids = tiny_model(channels=10), tiny_ids(samples=6)
     view, twin = describe(model), tiny_model(channels=10)
     masks = random_masks(view, 3)
@@ -137,7 +137,7 @@ def test_a_blend_brings_the_loss_closer_than_pruning_alone(architecture: str, de
 
 @pytest.mark.parametrize(("tokens", "samples"), [(9, 4), (9, 8), (12, 40)])
 def test_the_ridge_with_the_least_held_out_error_is_found(tokens: int, samples: int) -> None:
-    """As by trying all of them, from two tokens a column to twenty; and with fewer attempts."""
+    """It is the best of all ridges, from two to twenty tokens per column, but is found with fewer attempts."""
     model = tiny_model(channels=24, dtype=torch.float64)
     view, attempts = describe(model), 0
     masks = only(view, 0, "mlp", torch.arange(24) % 3 > 0)
@@ -162,7 +162,7 @@ def test_the_ridge_with_the_least_held_out_error_is_found(tokens: int, samples: 
 
 
 def test_a_solution_that_is_worse_on_held_out_samples_is_not_taken() -> None:
-    """Nine tokens, fitted without a ridge, say nothing of others."""
+    """A fit to nine tokens with next to no ridge does not carry over to others."""
     model = tiny_model(channels=24)
     view, kept = describe(model), torch.arange(24) % 3 > 0
     output = view.of_kind("mlp")[0].output.linear.weight
@@ -238,7 +238,7 @@ def test_a_nan_input_is_named() -> None:
 
 @pytest.mark.parametrize(("samples", "warned"), [(9, True), (10, False)])
 def test_too_few_tokens_for_the_widest_projection_are_told(samples: int, warned: bool) -> None:
-    """200 columns want 400 tokens."""
+    """200 columns need 400 tokens."""
     found = repair_warning(200, PruneConfig(num_samples=samples, seq_len=40))
     assert (found is not None) == warned
     if found is not None:

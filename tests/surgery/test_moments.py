@@ -1,4 +1,4 @@
-"""The repair's problems against what the same tokens give one by one."""
+"""The repair's least-squares problems against errors that are computed from the same tokens one by one."""
 
 import pytest
 import torch
