@@ -53,7 +53,7 @@ def shapes_of(architecture: str) -> tuple[tuple[int, int], ...]:
 CASES = [(architecture, *shape) for architecture in OPTIONS for shape in shapes_of(architecture)]
 
 
-def test_the_tested_list_is_what_is_tested_here_and_by_the_suite() -> None:
+def test_the_tests_cover_the_tested_list() -> None:
     assert set(TESTED) == set(OPTIONS) | set(CLASSES) | set(MIXTURES) | set(WITH_SHARED)
 
 
@@ -129,7 +129,7 @@ def sample_gradients(model, block, ids):
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "glm4"])
-def test_the_only_kv_head_before_a_norm_is_scored_by_what_the_norm_adds(architecture: str) -> None:
+def test_a_single_kv_head_before_a_norm_is_scored_by_a_mask_after_the_norm(architecture: str) -> None:
     """The norm removes the scale of its input, so the gradient of a mask before it would be only rounding error."""
     model, ids = tiny(architecture, kv_heads=1, ratio=4), tiny_ids()
     with ImportanceEngine(model, method="group_fisher", backend="reference") as engine:
@@ -146,7 +146,7 @@ def test_the_only_kv_head_before_a_norm_is_scored_by_what_the_norm_adds(architec
         torch.testing.assert_close(found[block.layer].double(), torch.stack(squares).mean().view(1), rtol=1e-4, atol=0)
 
 
-def test_weights_that_are_stored_transposed_are_scored_as_they_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transposed_weights_are_scored_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-2 stores its weights transposed; scoring them must not copy any."""
     model, scored, ops = tiny("gpt2").float(), [], select_ops("cpp", "cpu")
 
@@ -164,7 +164,7 @@ def test_weights_that_are_stored_transposed_are_scored_as_they_are_stored(monkey
     assert all(w.is_contiguous() and w.data_ptr() in stored for w in scored)
 
 
-def test_a_batch_of_one_sample_scores_transposed_weights_as_the_sample() -> None:
+def test_batch_reduction_of_one_sample_scores_transposed_weights_like_sample_reduction() -> None:
     found = []
     for reduction in ("sample", "batch"):
         with ImportanceEngine(tiny("gpt2"), method="taylor_2nd", reduction=reduction, backend="reference") as engine:
@@ -176,14 +176,14 @@ def test_a_batch_of_one_sample_scores_transposed_weights_as_the_sample() -> None
 
 
 @pytest.mark.parametrize("architecture", OPTIONS)
-def test_the_loss_is_that_of_the_model_s_own_logits(architecture: str) -> None:
+def test_the_loss_equals_the_loss_from_the_models_own_logits(architecture: str) -> None:
     model, ids = tiny(architecture, seed=1), tiny_ids(2)
     logits = model(ids).logits[:, :-1]
     expected = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
     torch.testing.assert_close(sample_losses(model, ids, chunk=5), expected)
 
 
-def test_a_width_that_a_configuration_does_not_state_stays_where_layers_are_alike() -> None:
+def test_uniform_keeps_a_width_that_the_configuration_cannot_state() -> None:
     model = tiny("bloom")
     assert plain_widths(describe(model)) == {"mlp": frozenset({96})}
     with pytest.raises(SelectionError, match=r"pruning_ratio: 0\.1 cannot be reached"):
@@ -195,10 +195,10 @@ def test_a_uniform_result_is_a_plain_checkpoint(architecture: str, tmp_path: Pat
     model, ids = tiny(architecture, kv_heads=4), tiny_ids(2)
     masks = random_masks_of(model, 2.0)
     # A plain checkpoint of these architectures cannot have fewer heads: their attention is as wide as the model.
-    heads_can_go = architecture not in ("falcon", "gpt2", "gpt_neox", "helium", "qwen2_vl", "qwen2_5_vl")
-    assert (2 in plain_widths(describe(model)).get("attention", {2})) is heads_can_go
+    heads_can_be_removed = architecture not in ("falcon", "gpt2", "gpt_neox", "helium", "qwen2_vl", "qwen2_5_vl")
+    assert (2 in plain_widths(describe(model)).get("attention", {2})) is heads_can_be_removed
     for key in masks:
-        if key.kind == "mlp" or heads_can_go:
+        if key.kind == "mlp" or heads_can_be_removed:
             masks[key][: len(masks[key]) // 2] = False
     save_checkpoint(cut(model, masks), None, tmp_path / "x")
     assert not list((tmp_path / "x").glob("*.py"))
@@ -208,7 +208,7 @@ def test_a_uniform_result_is_a_plain_checkpoint(architecture: str, tmp_path: Pat
         torch.testing.assert_close(found(ids).logits, model(ids).logits, **tolerance(architecture))
 
 
-def test_what_blocks_are_given_to_write_stays_as_it_is() -> None:
+def test_run_layer_leaves_the_given_block_outputs_unchanged() -> None:
     """Falcon's layers add in place to the tensor that the MLP returns."""
     streams = Streams(describe(tiny("falcon")), [tiny_ids(2)])
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_what_blocks_are_given_to_write_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "granite", "cohere"])
-def test_least_squares_brings_what_a_block_writes_closer(architecture: str) -> None:
+def test_least_squares_reduces_the_error_of_what_blocks_write(architecture: str) -> None:
     model, samples = tiny(architecture), [tiny_ids(8), tiny_ids(8, seed=2)]
     repairs = least_squares(describe(model), random_masks_of(model, 0.7), samples, [tiny_ids(4, seed=3)]).blocks
     assert repairs
@@ -229,7 +229,7 @@ def test_least_squares_brings_what_a_block_writes_closer(architecture: str) -> N
 
 
 @pytest.mark.parametrize("architecture", ["granite", "starcoder2", "cohere"])
-def test_a_later_layer_makes_up_for_an_earlier_one_where_it_has_a_channel_a_token(architecture: str) -> None:
+def test_a_later_layer_with_enough_channels_makes_up_for_an_earlier_one(architecture: str) -> None:
     """With 24 channels and only six tokens, the last MLP can restore the dense model's residual stream."""
     model, ids = tiny(architecture, ratio=1, intermediate_size=24), tiny_ids(1, 6)
     masks = full_masks(model)
@@ -243,7 +243,7 @@ def test_a_later_layer_makes_up_for_an_earlier_one_where_it_has_a_channel_a_toke
 
 
 @pytest.mark.parametrize("architecture", ["granite", "starcoder2", "cohere", "gemma2"])
-def test_the_first_block_that_loses_something_has_nothing_else_to_make_up_for(architecture: str) -> None:
+def test_the_first_pruned_block_has_the_same_solution_at_any_blend(architecture: str) -> None:
     """Before it the residual stream is the dense model's, so both targets that are blended are the same."""
     found = []
     for blend in (0.0, 1.0):
@@ -255,7 +255,7 @@ def test_the_first_block_that_loses_something_has_nothing_else_to_make_up_for(ar
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
 
 
-def test_without_gradprune_installed(tmp_path: Path) -> None:
+def test_checkpoints_load_without_gradprune(tmp_path: Path) -> None:
     ids, folders, expected = tiny_ids(2), [], []
     torch.save(ids, tmp_path / "ids.pt")
     for architecture in OPTIONS:
@@ -275,7 +275,7 @@ def test_without_gradprune_installed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ["gemma2", "olmo2", "gpt_neox"])
 @pytest.mark.parametrize("prior", ["removal", "similarity", "taylor"])
-def test_a_whole_run(architecture: str, prior: str, tmp_path: Path) -> None:
+def test_a_whole_run_prunes_and_its_checkpoint_loads(architecture: str, prior: str, tmp_path: Path) -> None:
     model = tiny(architecture, ratio=1)
     before = model.num_parameters()
     result = run(model, temperature=1.0, prior=prior, output_dir=str(tmp_path), output_name="out")
@@ -286,7 +286,7 @@ def test_a_whole_run(architecture: str, prior: str, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(ids).logits, result.model(ids).logits, **tolerance(architecture))
 
 
-def test_uniform_leaves_alone_what_an_architecture_does_not_prune() -> None:
+def test_uniform_leaves_kinds_that_are_not_pruned_alone() -> None:
     result = run(tiny("olmo2"), uniform=True, pruning_ratio=0.1)
     assert type(result.model).__name__ == "Olmo2ForCausalLM"
     assert len({block.groups for block in describe(result.model).blocks}) == 1

@@ -30,7 +30,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_attention_adds_in_fixed_order_and_nothing_else_is_asked_to(seen: list[bool], recompute: bool) -> None:
+def test_only_the_backward_pass_of_attention_is_deterministic(seen: list[bool], recompute: bool) -> None:
     """Deterministic algorithms would refuse other products, including those of an attention that is not fused."""
     model, elsewhere = tiny_model(layers=2), []
     for linear in (model.model.layers[0].mlp.down_proj, model.model.layers[0].self_attn.o_proj):
@@ -47,7 +47,7 @@ def test_attention_adds_in_fixed_order_and_nothing_else_is_asked_to(seen: list[b
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_what_was_asked_for_before_is_asked_for_again(seen: list[bool]) -> None:
+def test_the_callers_deterministic_setting_is_restored(seen: list[bool]) -> None:
     model = tiny_model(layers=1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -60,7 +60,7 @@ def test_what_was_asked_for_before_is_asked_for_again(seen: list[bool]) -> None:
     assert seen == [True, True]
 
 
-def test_a_backward_pass_that_raises_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backward_pass_that_raises_restores_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     model, attention, nodes = tiny_model(layers=1), F.scaled_dot_product_attention, []
 
     def watched(*args, **kwargs):
@@ -106,7 +106,7 @@ def test_engines_may_close_in_any_order(seen: list[bool]) -> None:
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_products_that_a_program_set_by_device_stay_as_it_set_them(seen: list[bool]) -> None:
+def test_a_precision_set_per_device_is_kept(seen: list[bool]) -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:

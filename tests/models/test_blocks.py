@@ -23,7 +23,7 @@ def test_blocks_come_in_the_order_of_the_residual_stream(architecture: str) -> N
         assert block.module is getattr(view.layers[block.layer], block.path)
 
 
-def test_removed_blocks_are_not_there() -> None:
+def test_removed_blocks_are_absent_from_the_description() -> None:
     model = tiny_model()
     masks = full_masks(model)
     masks[BlockKey(2, "attention")][:] = False

@@ -23,13 +23,13 @@ def model_of(**children: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
-def test_every_supported_architecture(architecture: str) -> None:
+def test_layers_of_every_supported_architecture_are_found(architecture: str) -> None:
     model = tiny_model(architecture)
     assert find_decoder_layers(model) is model.model.layers
     assert find_decoder_layers(model.model) is model.model.layers
 
 
-def test_architectures_without_a_description() -> None:
+def test_layers_of_architectures_without_a_description_are_found() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=3, vocab_size=11, n_positions=16))
     assert find_decoder_layers(gpt2) is gpt2.transformer.h
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 11}
@@ -39,12 +39,12 @@ def test_architectures_without_a_description() -> None:
     assert find_decoder_layers(opt) is opt.model.decoder.layers
 
 
-def test_experts_of_a_layer_do_not_win() -> None:
+def test_a_longer_list_of_experts_within_a_layer_does_not_win() -> None:
     layers = nn.ModuleList(Layer(experts=8) for _ in range(2))
     assert find_decoder_layers(model_of(embed=nn.Embedding(3, 2), layers=layers)) is layers
 
 
-def test_the_longest_list_wins_then_the_larger() -> None:
+def test_the_longest_list_wins_and_of_equal_lengths_the_one_with_more_parameters() -> None:
     short, long = (nn.ModuleList(Layer() for _ in range(length)) for length in (3, 5))
     short.append(Layer(experts=99))
     assert find_decoder_layers(model_of(vision=short, text=long)) is long

@@ -13,7 +13,9 @@ from helpers.tiny_models import tiny_ids
 # A plain head, a head with a bias, and logits that are scaled after the head.
 @pytest.mark.parametrize("architecture", ["starcoder2", "phi", "granite"])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_it_is_the_weighted_average_of_both(architecture: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_is_the_weighted_average_of_divergence_and_text_loss(
+    architecture: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dense = tiny(architecture)
     student = cut(dense, random_masks_of(dense, 0.6))
     ids = tiny_ids()

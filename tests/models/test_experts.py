@@ -86,12 +86,12 @@ def test_importances_equal_fp64_autograd(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, EXPERTS])
-def test_any_number_of_experts_a_token(top_k: int) -> None:
+def test_importances_are_exact_for_any_number_of_experts_per_token(top_k: int) -> None:
     model, ids = tiny_mixture(top_k=top_k), tiny_ids(3)
     assert_importances_equal(scored(model, ids), channel_importances(model, ids))
 
 
-def test_many_experts_a_token_give_the_same_bits_every_time(device: str, restore_threads: None) -> None:
+def test_many_experts_per_token_give_the_same_bits_every_time(device: str, restore_threads: None) -> None:
     """A token's terms are added in the order of its experts; 480 tokens are enough for several threads to be used."""
     model, ids = tiny_mixture(top_k=EXPERTS, hidden_size=128).float().to(device), tiny_ids(8, 60)
     torch.set_num_threads(2)
@@ -138,7 +138,7 @@ def test_recomputed_layers_count_their_tokens_once() -> None:
         torch.testing.assert_close(found[0][block], found[1][block])
 
 
-def test_statistics_of_gradients_are_those_of_all_experts() -> None:
+def test_gradient_statistics_cover_all_experts() -> None:
     model, ids = tiny_mixture(), tiny_ids(2)
     with ImportanceEngine(model, "taylor_2nd", backend="reference") as engine:
         engine.step(ids)
@@ -177,7 +177,7 @@ def test_layers_of_different_widths_survive_saving(tmp_path: Path) -> None:
         torch.testing.assert_close(found(ids).logits, without_channels(model, masks)(ids).logits, **TOLERANCE)
 
 
-def test_the_body_alone_of_a_mixture_whose_attention_was_pruned_loads_with_its_weights(tmp_path: Path) -> None:
+def test_the_base_model_of_a_mixture_with_pruned_attention_loads_all_weights(tmp_path: Path) -> None:
     """The files hold each expert's weights; transformers merges these, except for classes of custom code."""
     model = tiny_mixture().float()
     masks = {block.key: torch.ones(block.groups, dtype=torch.bool) for block in describe(model).blocks}
@@ -191,7 +191,7 @@ def test_the_body_alone_of_a_mixture_whose_attention_was_pruned_loads_with_its_w
         torch.testing.assert_close(body(ids).last_hidden_state, pruned.model(ids).last_hidden_state)
 
 
-def test_experts_that_keep_different_numbers_are_refused_before_anything_is_cut() -> None:
+def test_experts_that_keep_different_numbers_of_channels_are_refused_before_anything_is_cut() -> None:
     model, ids = tiny_mixture(), tiny_ids(2)
     masks = equal_masks(model, 2)
     key = next(key for key in masks if key.kind == "expert_channels" and key.layer == 1)
@@ -217,14 +217,14 @@ def test_a_whole_run_gives_equal_widths_everywhere(prior: str, tmp_path: Path) -
         torch.testing.assert_close(stock(ids).logits, result.model(ids).logits, **TOLERANCE)
 
 
-def test_layers_with_and_without_experts() -> None:
+def test_layers_with_and_without_experts_are_pruned_together() -> None:
     model = tiny_mixture(mlp_only_layers=[0], intermediate_size=10)
     result = run(model, pruning_ratio=0.3)
     assert {block.kind.name for block in describe(result.model).blocks} == {"attention", "mlp", "expert_channels"}
     assert type(result.model) is type(model)
 
 
-def test_the_lowest_channels_of_every_expert_go() -> None:
+def test_the_lowest_scoring_channels_of_every_expert_are_removed() -> None:
     table = empty_table(describe(tiny_mixture()))
     generator = torch.Generator().manual_seed(0)
     table.score[:] = torch.rand(len(table), generator=generator).numpy()
@@ -252,29 +252,29 @@ def test_the_lowest_channels_of_every_expert_go() -> None:
         ({"freeze_last_n_layers": 2}, "^freeze_last_n_layers: 2 would"),
     ],
 )
-def test_what_there_is_not_for_experts_is_refused(options: dict[str, object], message: str) -> None:
+def test_options_that_experts_do_not_support_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(tiny_mixture(), **options)
 
 
 @pytest.mark.parametrize("option", [{"epsilon": 0.1}, {"freeze_first_n_layers": 1}, {"freeze_last_n_layers": 1}])
-def test_constraints_that_there_are_not_for_experts_are_refused_before_anything_is_scored(option) -> None:
+def test_constraints_that_experts_do_not_support_are_refused_before_anything_is_scored(option) -> None:
     with pytest.raises(ConfigError, match=f"^{next(iter(option))}: .* mixture of experts .*; leave it out"):
         check_reachable(empty_table(describe(tiny_mixture())), 0.1, 12_000, Constraints(**option))
 
 
-def test_no_gguf_file_is_written_and_that_is_known_at_the_start() -> None:
+def test_export_to_gguf_is_refused_by_the_configuration_alone() -> None:
     with pytest.raises(ExportError, match="no gguf file of the architecture 'qwen3_moe'"):
         check_config(tiny_mixture().config, alike=True)
 
 
-def test_auto_searches_among_the_methods_that_experts_have() -> None:
+def test_auto_searches_among_the_methods_that_support_experts() -> None:
     result = run(tiny_mixture(), pruning_ratio=0.3, importance_method="auto", search_minutes=0.02)
     assert result.search is not None
     assert "obs" in result.evidence.components
 
 
-def test_from_the_command_line(
+def test_the_command_line_prunes_expert_channels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_mixture(vocab_size=300).float()
@@ -297,7 +297,7 @@ def test_from_the_command_line(
     assert groups.count("expert_channels") == 2 * EXPERTS * CHANNELS
 
 
-def test_the_host_reads_how_many_tokens_experts_see_once_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_reads_the_tokens_per_expert_once_per_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     model, counted = tiny_mixture(), []
     bincount = torch.bincount
     # `bincount` reads the largest of its input values on the host.

@@ -49,7 +49,7 @@ def stage(found: Footprint, name: str) -> Stage:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
-def test_sizes_are_those_of_the_modules(architecture: str) -> None:
+def test_sizes_match_the_modules(architecture: str) -> None:
     model = tiny_model(architecture, dtype=torch.bfloat16)
     shape = model_shape(model)
     assert shape.bytes == sum(parameter.nbytes for parameter in model.parameters())
@@ -60,7 +60,7 @@ def test_sizes_are_those_of_the_modules(architecture: str) -> None:
     assert shape.groups == 3 * (3 + 10)
 
 
-def test_a_streamed_model_holds_as_much_whatever_its_number_of_layers_and_samples() -> None:
+def test_a_streamed_models_memory_hardly_depends_on_layers_and_samples() -> None:
     few, many = (held(shape_of(layers), streamed=True) for layers in (4, 64))
     # Only the sums for each layer's groups grow: 8 KV groups and 1536 channels, of 64 bytes each.
     assert stage(few, "evaluation").device == stage(many, "evaluation").device
@@ -154,12 +154,12 @@ def test_a_later_shot_calibrates_a_repaired_copy() -> None:
         ({"importance_method": "auto", "prune_kinds": "experts"}, False),
     ],
 )
-def test_a_second_pass_is_planned_where_obs_is_collected(options: dict[str, str], passes: bool) -> None:
+def test_a_second_pass_is_predicted_if_obs_is_collected(options: dict[str, str], passes: bool) -> None:
     found = held(shape_of(), replace(CONFIG, **options), streamed=True)
     assert (stage(found, "importance").host > 0) == passes
 
 
-def test_obs_alone_takes_the_gradients_of_32_samples() -> None:
+def test_obs_needs_the_gradients_of_32_samples_only() -> None:
     shape, little = shape_of(), replace(OBS, num_samples=128, stream_memory="40MiB")
     assert held(shape, little, streamed=True).waves == 8  # of four samples each
     assert held(shape, replace(little, evidence="all"), streamed=True).waves == 32
@@ -195,7 +195,7 @@ def test_a_cpu_holds_everything_in_one_memory() -> None:
     assert here.host < there.device + there.host
 
 
-def test_options_count() -> None:
+def test_options_change_the_prediction() -> None:
     shape = shape_of()
     stages = {stage.name for stage in held(shape, replace(CONFIG, repair="none"), streamed=False).stages}
     assert stages == {"calibration", "importance", "evaluation", "saving"}
@@ -220,7 +220,7 @@ def made(architecture: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURE_NAMES, *OPTIONS, *MIXTURES, *WITH_SHARED, "lfm2"])
-def test_keys_and_values_are_those_that_a_model_keeps_while_it_writes(architecture: str) -> None:
+def test_predicted_keys_and_values_are_those_cached_during_generation(architecture: str) -> None:
     model = made(architecture).eval()
     # The sequence fits the sliding windows of these models.
     begun, tokens = torch.full((2, 1), 5), 3

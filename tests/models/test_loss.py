@@ -20,7 +20,9 @@ def plain_losses(model, ids):
 @pytest.mark.parametrize("frozen_head", [False, True])
 @pytest.mark.parametrize("chunk", [1, 5, None])
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
-def test_losses_and_gradients_equal_the_whole_logits(architecture: str, chunk: int | None, frozen_head: bool) -> None:
+def test_losses_and_gradients_equal_those_from_whole_logits(
+    architecture: str, chunk: int | None, frozen_head: bool
+) -> None:
     model, ids = tiny_model(architecture), tiny_ids()
     model.get_output_embeddings().requires_grad_(not frozen_head)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -49,7 +51,7 @@ def test_logits_never_exist_whole(frozen_head: bool, made: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_gradients_are_as_good_as_their_rounding(dtype: torch.dtype) -> None:
+def test_half_precision_gradients_are_as_exact_as_rounding_allows(dtype: torch.dtype) -> None:
     ids = tiny_ids(samples=3, tokens=12)
 
     def gradient(model: PreTrainedModel, losses_of: Callable[..., Tensor]) -> Tensor:
@@ -65,7 +67,7 @@ def test_half_precision_gradients_are_as_good_as_their_rounding(dtype: torch.dty
 
 
 @pytest.mark.parametrize("chunk", [5, None])
-def test_single_precision_is_as_good_as_its_rounding(chunk: int | None) -> None:
+def test_single_precision_losses_are_as_exact_as_rounding_allows(chunk: int | None) -> None:
     ids = tiny_ids(samples=3, tokens=12)
     exact = plain_losses(tiny_model(), ids)
     found = sample_losses(tiny_model(dtype=torch.float32), ids, chunk)
@@ -76,7 +78,7 @@ def test_single_precision_is_as_good_as_its_rounding(chunk: int | None) -> None:
 
 
 @pytest.mark.parametrize(("samples", "tokens"), [(1, 2), (1, 9), (5, 2)])
-def test_the_smallest_shapes(samples: int, tokens: int) -> None:
+def test_the_smallest_shapes_give_the_same_losses(samples: int, tokens: int) -> None:
     model, ids = tiny_model(), tiny_ids(samples, tokens)
     torch.testing.assert_close(sample_losses(model, ids, 1), plain_losses(model, ids), rtol=1e-12, atol=0.0)
 
@@ -93,7 +95,7 @@ class _HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("frozen_head", [False, True])
 @pytest.mark.parametrize("chunk", [5, None])
-def test_nothing_but_the_decoder_reads_back_to_the_host(chunk: int | None, frozen_head: bool) -> None:
+def test_the_loss_reads_nothing_back_to_the_host(chunk: int | None, frozen_head: bool) -> None:
     model, ids = tiny_model(tied=True), tiny_ids()
     model.get_output_embeddings().requires_grad_(not frozen_head)
     with _HostReads() as decoder:

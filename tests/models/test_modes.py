@@ -6,7 +6,7 @@ import torch
 from gradprune.models.modes import seeded
 
 
-def test_random_numbers_are_the_seed_s_inside_and_the_caller_s_outside() -> None:
+def test_seeded_leaves_the_callers_random_numbers_unchanged() -> None:
     torch.manual_seed(1)
     expected = torch.rand(4)
     torch.manual_seed(2)

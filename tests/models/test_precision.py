@@ -26,7 +26,7 @@ def in_attention(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     return found
 
 
-def test_products_are_rounded_but_those_of_attention(in_attention: list[str | None]) -> None:
+def test_products_are_rounded_except_those_of_attention(in_attention: list[str | None]) -> None:
     model, elsewhere = tiny_model(layers=2), []
     for linear in (model.model.layers[0].mlp.down_proj, model.model.layers[0].self_attn.o_proj):
         linear.register_forward_hook(lambda *_: elsewhere.append(products()))
@@ -39,7 +39,7 @@ def test_products_are_rounded_but_those_of_attention(in_attention: list[str | No
     assert products() == "highest"
 
 
-def test_what_was_set_before_is_set_again_whatever_happens() -> None:
+def test_the_previous_precision_is_restored_after_an_exception() -> None:
     torch.set_float32_matmul_precision("high")
     try:
         with pytest.raises(RuntimeError, match="boom"), rounded_products():
@@ -49,7 +49,7 @@ def test_what_was_set_before_is_set_again_whatever_happens() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def test_what_a_program_set_by_device_stays() -> None:
+def test_a_precision_set_per_device_is_kept() -> None:
     backend = torch.backends.mkldnn.matmul
     before = backend.fp32_precision
     backend.fp32_precision = "tf32"
@@ -63,7 +63,7 @@ def test_what_a_program_set_by_device_stays() -> None:
     assert products() == "highest"
 
 
-def test_fp32_sums_of_a_large_product_are_near_those_of_fp64_and_fp64_is_exact() -> None:
+def test_rounded_fp32_products_are_near_those_in_fp64_and_fp64_is_exact() -> None:
     left, right = (torch.randn(256, 300, generator=torch.Generator().manual_seed(k)) for k in range(2))
     expected = left.double() @ right.double().T
     with rounded_products():
@@ -73,7 +73,7 @@ def test_fp32_sums_of_a_large_product_are_near_those_of_fp64_and_fp64_is_exact()
     assert (found - expected).square().mean().sqrt().item() < 2.0**-8 * 300**0.5
 
 
-def test_a_run_rounds_in_repair_and_distillation_alone(in_attention: list[str | None], monkeypatch) -> None:
+def test_a_run_rounds_products_only_in_repair_and_distillation(in_attention: list[str | None], monkeypatch) -> None:
     seen: dict[str, str | None] = {}
     for module, name in ((repair, "least_squares"), (distillation, "distil")):
         called = getattr(module, name)

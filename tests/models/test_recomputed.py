@@ -50,7 +50,7 @@ def gradients(layer: Layer, again: bool) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("read", [False, True])
-def test_gradients_are_those_of_the_layer_itself(read: bool) -> None:
+def test_gradients_equal_those_without_recomputation(read: bool) -> None:
     """This includes inputs nested in other arguments, beside values that have no gradient."""
     layer = Layer(read)
     expected = gradients(layer, again=False)
@@ -60,7 +60,7 @@ def test_gradients_are_those_of_the_layer_itself(read: bool) -> None:
 
 
 @pytest.mark.parametrize("read", [False, True])
-def test_a_last_product_is_left_out_where_nothing_reads_it(read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_product_is_left_out_if_nothing_reads_it(read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, products = Layer(read), []
     product = F.linear
     monkeypatch.setattr(F, "linear", lambda *args: [products.append(1), product(*args)][1])
@@ -72,7 +72,7 @@ def test_a_last_product_is_left_out_where_nothing_reads_it(read: bool, monkeypat
     assert counts == ([2, 2, 2] if read else [2, 1, 1])
 
 
-def test_what_was_not_computed_enters_no_result() -> None:
+def test_a_product_that_is_left_out_enters_no_result() -> None:
     """With deterministic algorithms on, torch fills uninitialised memory with NaN, which would show in the scores."""
     model, ids = tiny_model(layers=2), tiny_ids()
     expected = run_engine(model, ids)
@@ -86,7 +86,7 @@ def test_what_was_not_computed_enters_no_result() -> None:
 
 
 @pytest.mark.parametrize(("architecture", "left_out"), [("granite", True), ("gpt_neox", True), ("gemma2", False)])
-def test_a_norm_reads_what_is_behind_it(architecture: str, left_out: bool) -> None:
+def test_the_last_product_is_not_left_out_if_a_norm_follows(architecture: str, left_out: bool) -> None:
     """In Gemma 2 a norm follows the MLP, and its gradient reads the last product."""
     model, ids = tiny(architecture), tiny_ids(vocab=50)
     counts = []
@@ -100,7 +100,7 @@ def test_a_norm_reads_what_is_behind_it(architecture: str, left_out: bool) -> No
     assert (counts[0] == counts[1]) != left_out
 
 
-def test_a_layer_that_raises_is_looked_at_again() -> None:
+def test_nothing_is_left_out_of_a_layer_that_raised() -> None:
     layer = Layer()
     recomputation = layer.recomputation
 

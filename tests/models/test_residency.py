@@ -65,7 +65,7 @@ def calibration(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize(("work", "reads"), [(loss, 1), (calibration, 2)])
-def test_layers_that_are_not_needed_are_gone(
+def test_layers_that_are_not_needed_are_released(
     work: Callable[..., None], reads: int, prefetch: bool, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each time a layer has been read, count the layers whose weights are still referenced."""
@@ -143,7 +143,7 @@ def test_the_repair_keeps_streams_beyond_the_budget_in_files(
     assert sum(size >= one for size in written) >= 3 * len(view.layers) if in_files else not written
 
 
-def test_the_folder_for_files_goes_with_the_last_model_without_a_warning(tmp_path) -> None:
+def test_the_scratch_folder_is_removed_with_the_last_model_without_a_warning(tmp_path) -> None:
     saved(tiny_model(), tmp_path)
     residency = residency_of(load_model(tmp_path, stream_layers="on")[0])
     assert residency is not None
@@ -161,7 +161,7 @@ def test_the_folder_for_files_goes_with_the_last_model_without_a_warning(tmp_pat
     assert not [str(each.message) for each in seen if "gradprune" in str(each.message)]
 
 
-def test_a_full_disk_is_named(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_with_the_folder(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tiny_model(), tmp_path)
     residency = residency_of(load_model(tmp_path, stream_layers="on", stream_memory="3MiB")[0])
     assert residency is not None
@@ -177,7 +177,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None
         residency.spill(torch.ones(2))
 
 
-def test_a_missing_folder_for_files_is_named(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_scratch_folder_is_reported(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tiny_model(), tmp_path)
     residency = residency_of(load_model(tmp_path, stream_layers="on")[0])
     assert residency is not None

@@ -19,7 +19,7 @@ from gradprune.models.survey import cells, support
 DOCS = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 
-def test_an_architecture_that_scales_with_a_width_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_architecture_that_divides_by_a_width_fails_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) / self.intermediate_size**0.5
 
@@ -33,7 +33,7 @@ def test_an_architecture_that_scales_with_a_width_is_found_out(monkeypatch: pyte
     }
 
 
-def test_what_the_self_test_found_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_result_of_a_self_test_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="gradprune"):
         assert accepted_kinds(StableLmConfig()) == ("attention", "mlp")
         assert accepted_kinds(StableLmConfig(num_hidden_layers=3)) == ("attention", "mlp")
@@ -44,7 +44,7 @@ def test_what_the_self_test_found_is_said_once(caplog: pytest.LogCaptureFixture)
     ]
 
 
-def test_what_a_tested_architecture_leaves_whole_is_said_once(
+def test_kinds_that_a_tested_architecture_leaves_whole_are_logged_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules["gradprune.models.describe"], "_LOGGED", set())
@@ -73,7 +73,7 @@ def test_an_option_that_changes_the_architecture_is_tested_too() -> None:
     assert "attention" in found.refused
 
 
-def test_attention_that_one_layer_of_a_type_has_is_cut_in_part_too() -> None:
+def test_attention_that_only_one_layer_has_is_cut_in_part_too() -> None:
     """The norms of queries and keys span all heads, which removing the whole block would not show."""
     types = ["linear_attention"] * 3 + ["full_attention"]
     found = self_test(OlmoHybridConfig(num_hidden_layers=8, layer_types=types * 2))
@@ -103,7 +103,9 @@ def test_the_table_of_the_docs_is_current(architecture: str) -> None:
     assert row in DOCS.read_text(encoding="utf-8").splitlines()
 
 
-def test_the_command_lists_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_info_command_lists_the_architectures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from gradprune import cli
 
     heads = {"AutoModelForCausalLM": {"llama": "LlamaForCausalLM", "ctrl": "CTRLLMHeadModel"}}

@@ -31,7 +31,7 @@ def shared_of(layer):
     return layer.mlp.shared_expert if hasattr(layer.mlp, "shared_expert") else layer.mlp.shared_experts
 
 
-def every_third_goes(model) -> GroupMasks:
+def without_every_third_group(model) -> GroupMasks:
     blocks = describe(model, ["expert_channels", "shared_experts"]).blocks
     masks = {block.key: torch.arange(block.groups) % 3 > 0 for block in blocks}
     return GroupMasks(masks, len(model.model.layers))
@@ -67,7 +67,7 @@ def test_cutting_equals_masking_and_gives_a_plain_checkpoint(architecture: str, 
     name = "shared_expert_intermediate_size" if architecture == "qwen2_moe" else "n_shared_experts"
     options = {name: 9 * shared if architecture == "qwen2_moe" else shared}
     model, ids = tiny_mixture(architecture, **options), tiny_ids(2)
-    masks = every_third_goes(model)
+    masks = without_every_third_group(model)
     with torch.no_grad():
         before = model(ids).logits
         with masked(describe(model, ["expert_channels", "shared_experts"]), masks):
@@ -82,7 +82,7 @@ def test_cutting_equals_masking_and_gives_a_plain_checkpoint(architecture: str, 
 
 
 @pytest.mark.parametrize("shared", [1, 2])
-def test_shared_experts_keep_as_many_channels_as_their_configuration_says(shared: int) -> None:
+def test_shared_experts_lose_a_multiple_of_the_routed_experts_channels(shared: int) -> None:
     table = empty_table(describe(tiny_mixture("deepseek_v3", n_shared_experts=shared)))
     table.score[:] = torch.rand(len(table), generator=torch.Generator().manual_seed(0)).numpy()
     pruned = select(table, 0.4, 12_000, Constraints())
@@ -109,7 +109,7 @@ def test_a_whole_run_repairs_shared_experts(architecture: str, tmp_path: Path) -
         torch.testing.assert_close(stock(ids).logits, result.model(ids).logits, **TOLERANCE)
 
 
-def test_dead_channels_of_shared_experts_have_the_lowest_scores() -> None:
+def test_dead_channels_are_removed_first() -> None:
     model = tiny_mixture("glm4_moe")
     dead = np.arange(0, CHANNELS, 3)
     with torch.no_grad():
@@ -128,9 +128,9 @@ def test_widths_that_the_configuration_states_together_are_pruned_together(kinds
         assert run(tiny_mixture("qwen2_moe"), prune_kinds=kinds, pruning_ratio=0.02).after.parameters > 0
 
 
-def test_a_shared_expert_keeps_a_channel() -> None:
+def test_a_shared_expert_has_to_keep_a_channel() -> None:
     model = tiny_mixture("glm4_moe")
-    masks = every_third_goes(model)
+    masks = without_every_third_group(model)
     for key in masks:
         if key.kind == "shared_experts":
             masks[key][:] = False

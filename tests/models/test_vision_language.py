@@ -55,7 +55,7 @@ def test_images_pass_through_the_pruned_model_as_through_the_masked_one(architec
         assert torch.equal(parameter, model.get_parameter(name)), name
 
 
-def test_what_turns_images_into_inputs_is_saved_too(tmp_path: Path) -> None:
+def test_the_image_preprocessors_configuration_is_saved_too(tmp_path: Path) -> None:
     model = tiny("llava")
     model.save_pretrained(tmp_path / "dense")
     (tmp_path / "dense" / "preprocessor_config.json").write_text('{"size": 8}')
@@ -65,7 +65,7 @@ def test_what_turns_images_into_inputs_is_saved_too(tmp_path: Path) -> None:
     assert not (tmp_path / "x" / "processor_config.json").exists()
 
 
-def test_a_decoder_that_is_not_tested_has_to_pass_the_self_test(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_untested_decoder_has_to_pass_the_self_test(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="gradprune"):
         assert accepted_kinds(LlavaConfig()) == ("attention", "mlp")
         assert not caplog.messages
@@ -73,5 +73,5 @@ def test_a_decoder_that_is_not_tested_has_to_pass_the_self_test(caplog: pytest.L
     assert "architecture 'llava' is not on the tested list" in caplog.text
 
 
-def test_a_decoder_that_sees_what_follows_is_refused() -> None:
+def test_a_decoder_that_attends_to_later_tokens_is_refused() -> None:
     assert self_test(PaliGemmaConfig()).refused == {"model": "its logits depend on tokens that follow"}

@@ -125,7 +125,7 @@ def test_importances_equal_fp64_autograd(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, EXPERTS])
-def test_any_number_of_experts_a_token(top_k: int) -> None:
+def test_importances_are_exact_for_any_number_of_experts_per_token(top_k: int) -> None:
     model, ids = tiny_mixture(top_k=top_k), tiny_ids(3)
     assert_importances_equal(scored(model, ids), {**expert_importances(model, ids), "reap": reap(model, ids)})
 
@@ -146,7 +146,7 @@ def test_experts_that_see_all_tokens_one_token_or_none(architecture: str) -> Non
 
 
 @pytest.mark.parametrize("method", ["reap", "taylor_2nd"])
-def test_importances_do_not_depend_on_batches_or_recomputation(method: str) -> None:
+def test_reap_does_not_depend_on_batches_or_recomputation(method: str) -> None:
     model, ids = tiny_mixture(), tiny_ids(5)
     alone = scored(model, ids, 1, method)
     # The first step computes weight gradients, the others only what the method needs.
@@ -157,9 +157,7 @@ def test_importances_do_not_depend_on_batches_or_recomputation(method: str) -> N
 
 @pytest.mark.parametrize("architecture", ALL)
 @pytest.mark.parametrize("keep", [2, 3])
-def test_cutting_is_sending_no_token_there_and_gives_a_plain_checkpoint(
-    architecture: str, keep: int, tmp_path: Path
-) -> None:
+def test_cutting_equals_rerouting_and_gives_a_plain_checkpoint(architecture: str, keep: int, tmp_path: Path) -> None:
     model, ids = tiny_mixture(architecture), tiny_ids(2)
     masks = expert_masks(model, keep)
     rerouted = without_experts(model, masks)
@@ -173,7 +171,7 @@ def test_cutting_is_sending_no_token_there_and_gives_a_plain_checkpoint(
     assert model.num_parameters() - pruned.num_parameters() == (EXPERTS - keep) * costs
 
 
-def test_a_model_is_as_it_was_after_masking() -> None:
+def test_masking_leaves_the_model_unchanged() -> None:
     model, ids = tiny_mixture("deepseek_v3"), tiny_ids(2)
     with torch.no_grad():
         before = model(ids).logits
@@ -183,7 +181,7 @@ def test_a_model_is_as_it_was_after_masking() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["deepseek_v2", "deepseek_v3"])
-def test_routers_that_choose_among_sets_of_experts_keep_as_many_of_each(architecture: str) -> None:
+def test_every_set_of_a_routers_experts_keeps_the_same_number(architecture: str) -> None:
     method = {"topk_method": "group_limited_greedy"} if architecture == "deepseek_v2" else {}
     model, ids = tiny_mixture(architecture, n_routed_experts=8, n_group=2, topk_group=1, **method), tiny_ids(3)
     masks = expert_masks(model, 4)
@@ -197,7 +195,7 @@ def test_routers_that_choose_among_sets_of_experts_keep_as_many_of_each(architec
     assert_importances_equal(scored(model, ids), expert_importances(model, ids))
 
 
-def test_layers_that_keep_different_numbers_survive_saving(tmp_path: Path) -> None:
+def test_layers_that_keep_different_numbers_of_experts_survive_saving(tmp_path: Path) -> None:
     model, ids = tiny_mixture(), tiny_ids(2)
     masks, more = expert_masks(model, 2), expert_masks(model, 3)
     for key in masks:
@@ -223,7 +221,7 @@ def test_experts_and_their_channels_are_cut_together() -> None:
         assert torch.equal(both(ids).logits, expected)
 
 
-def test_fewer_experts_than_a_token_gets_are_refused() -> None:
+def test_fewer_experts_than_a_token_is_routed_to_are_refused() -> None:
     model = tiny_mixture(top_k=3)
     with pytest.raises(ValueError, match=r"layer 0 keeps 2 to 2 experts; .* at least 3"):
         cut(model, expert_masks(model, 2))
@@ -236,7 +234,7 @@ def test_fewer_experts_than_a_token_gets_are_refused() -> None:
 
 
 @pytest.mark.parametrize("method", ["group_fisher", "taylor_2nd", "wanda", "magnitude", "reap"])
-def test_a_whole_run_keeps_as_many_experts_everywhere(method: str, tmp_path: Path) -> None:
+def test_a_whole_run_keeps_the_same_number_of_experts_in_every_layer(method: str, tmp_path: Path) -> None:
     model, kinds = tiny_mixture(), "experts" if method == "reap" else "attention,experts"
     result = run(
         model, pruning_ratio=0.3, importance_method=method, prune_kinds=kinds, output_dir=str(tmp_path), output_name="x"
@@ -257,7 +255,7 @@ def test_a_whole_run_keeps_as_many_experts_everywhere(method: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("architecture", ["deepseek_v3", "glm4_moe"])
-def test_priors_and_search_know_whole_experts(architecture: str) -> None:
+def test_priors_and_search_support_whole_experts(architecture: str) -> None:
     result = run(
         tiny_mixture(architecture),
         pruning_ratio=0.2,
@@ -287,7 +285,7 @@ def test_options_that_contradict_each_other_are_refused(options: dict[str, str],
         PruneConfig(**options)
 
 
-def test_kinds_that_a_model_has_not_are_refused() -> None:
+def test_kinds_that_a_model_does_not_have_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"prune_kinds: this model, a llama, has no experts .* it has attention, mlp"):
         run(tiny_model(), prune_kinds="experts", importance_method="reap")
     with pytest.raises(ConfigError, match="'reap' scores whole experts only, not attention, mlp;"):
@@ -308,7 +306,7 @@ def test_a_router_of_two_modules_is_found() -> None:
     assert "experts" not in self_test(LlamaConfig()).accepted
 
 
-def test_from_the_command_line(
+def test_the_command_line_prunes_whole_experts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_mixture(vocab_size=300).float()
