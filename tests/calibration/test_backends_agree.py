@@ -21,7 +21,9 @@ def scores_by_method(model, ids: torch.Tensor, backend: ImportanceBackend) -> di
 
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_scores_and_order_are_the_reference_s(architecture: str, backend: ImportanceBackend, device: str) -> None:
+def test_scores_and_their_order_equal_the_references(
+    architecture: str, backend: ImportanceBackend, device: str
+) -> None:
     require_backend(backend, device)
     model = tiny_model(architecture, layers=2, channels=37, dtype=torch.float32).to(device)
     ids = tiny_ids(samples=3, tokens=17)

@@ -43,7 +43,7 @@ def _count(model, ids: torch.Tensor) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("architecture", "linears"), [("llama", 7), ("qwen2", 7), ("phi3", 4)])
-def test_nothing_is_computed_for_nothing(architecture: str, linears: int) -> None:
+def test_only_needed_products_are_computed(architecture: str, linears: int) -> None:
     """The backward pass computes each linear layer's dx, and no weight gradient.
 
     From the second step on, recomputing leaves out each decoder layer's last product.

@@ -16,7 +16,7 @@ def positive(size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_factor_inverse_and_solution(size: int) -> None:
+def test_factor_inverse_and_solution_equal_torchs(size: int) -> None:
     matrix, right = positive(size), torch.randn(size, 5, dtype=torch.float64)
     factor = cholesky(matrix)
     torch.testing.assert_close(factor, torch.linalg.cholesky(matrix), rtol=1e-10, atol=1e-10)
@@ -26,7 +26,7 @@ def test_factor_inverse_and_solution(size: int) -> None:
     assert inverted.data_ptr() == factor.data_ptr()
 
 
-def test_a_factor_takes_the_place_of_its_matrix_where_it_may() -> None:
+def test_a_factor_overwrites_its_matrix_only_on_request() -> None:
     matrix = positive(300)
     kept, given = matrix.clone(), matrix.clone()
     factor = cholesky(given, overwrite=True)
@@ -36,7 +36,7 @@ def test_a_factor_takes_the_place_of_its_matrix_where_it_may() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_what_is_not_positive_definite_has_no_factor(size: int) -> None:
+def test_a_matrix_that_is_not_positive_definite_has_no_factor(size: int) -> None:
     matrix = positive(size)
     matrix[-1, -1] = -1.0
     assert cholesky(matrix) is None
@@ -56,7 +56,7 @@ def test_the_same_bits_at_any_number_of_threads(size: int, restore_threads: None
 
 
 @pytest.mark.parametrize("width", [1, 191, 192, 384, 385, 1024, 1600])
-def test_half_the_products_make_the_whole_gram_matrix(width: int) -> None:
+def test_mirroring_one_half_gives_the_whole_gram_matrix(width: int) -> None:
     x = torch.randn(20, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gram = torch.full((width, width), torch.nan, dtype=torch.float64).triu(1)
     add_gram(gram, x[:13])

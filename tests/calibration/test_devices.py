@@ -76,7 +76,7 @@ def test_products_of_half_precision_are_summed_exactly(device: str, half: torch.
     assert torch.equal(found, 1.0 + (left.double().T @ right.double()).to(total))
 
 
-def test_input_ids_may_lie_anywhere(device: str) -> None:
+def test_input_ids_may_be_int32_and_on_any_device(device: str) -> None:
     model, ids = tiny_model(layers=1, dtype=torch.float32).to(device), tiny_ids()
     with ImportanceEngine(model, backend="auto") as engine:
         engine.step(ids.to(torch.int32))

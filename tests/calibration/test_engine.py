@@ -44,7 +44,7 @@ def test_an_fp32_model_is_exact_to_1e_5(method: str, backend: str) -> None:
     )
 
 
-def test_removal_costs_of_an_fp32_model_are_as_exact_as_an_inverse_lets_them() -> None:
+def test_removal_costs_of_an_fp32_model_are_as_exact_as_an_inverse_allows() -> None:
     """The Gram matrix is summed in fp32, and its condition number is 1e2 to 1e3 here."""
     model, ids = tiny_model("llama", channels=30, dtype=torch.float32), tiny_ids(samples=6, tokens=17)
     assert_scores_close(run_engine(model, ids, "obs"), oracle_scores(model, ids, "obs", "sample", 2), rtol=1e-3)
@@ -181,7 +181,7 @@ def test_the_model_is_restored_when_a_step_fails() -> None:
     assert not model.get_input_embeddings()._forward_hooks
 
 
-def test_no_gradient_is_kept_inside_the_context() -> None:
+def test_no_gradient_is_kept_while_the_engine_is_open() -> None:
     model = tiny_model()
     with ImportanceEngine(model, backend="reference") as engine:
         engine.step(tiny_ids())
@@ -242,7 +242,7 @@ def test_a_nan_gradient_with_finite_loss_names_sample_and_layer() -> None:
 
 
 @pytest.mark.parametrize(("sum_abs", "non_finite"), [(float("inf"), 0.0), (float("nan"), 0.0), (1.0, 2.0)])
-def test_a_weight_s_gradient_that_overflows_is_named(sum_abs: float, non_finite: float) -> None:
+def test_an_overflow_in_a_weight_gradient_names_the_projection(sum_abs: float, non_finite: float) -> None:
     """This holds whether a backend counts such elements or only sums them up, and if only a later step has any."""
     right = GradientStatistics.unpack(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]))
     wrong = GradientStatistics.unpack(torch.tensor([sum_abs, 1.0, 1.0, 0.0, non_finite]))
@@ -252,7 +252,7 @@ def test_a_weight_s_gradient_that_overflows_is_named(sum_abs: float, non_finite:
     raise_overflow({BlockKey(1, "mlp"): [StepRecord({"up_proj": right}), StepRecord()]})
 
 
-def test_wrong_use_is_told() -> None:
+def test_misuse_is_an_error_with_a_reason() -> None:
     model = tiny_model()
     engine = ImportanceEngine(model, backend="reference")
     with pytest.raises(GradPruneError, match="with engine"):
@@ -280,7 +280,9 @@ def test_magnitude_needs_no_calibration() -> None:
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("at_once", [1, 20, 45, 1000])
-def test_weights_are_summed_some_rows_at_a_time(dim: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absolute_sums_do_not_depend_on_how_many_elements_are_summed_at_a_time(
+    dim: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gradprune.calibration.accumulator.FOLDED", at_once)
     weight = torch.randn(9, 10, generator=torch.Generator().manual_seed(0)).requires_grad_()
     found = absolute_sums(weight, dim)

@@ -61,7 +61,7 @@ def test_an_engine_is_entered_once_at_a_time() -> None:
     assert_untouched(model)
 
 
-def test_two_engines_do_not_observe_one_model_at_once() -> None:
+def test_two_engines_cannot_observe_one_model_at_the_same_time() -> None:
     model, ids = tiny_model(), tiny_ids(samples=2, tokens=8)
     with ImportanceEngine(model) as outer:
         with pytest.raises(GradPruneError, match="another engine observes this model"):
@@ -88,7 +88,7 @@ def test_two_engines_do_not_observe_one_model_at_once() -> None:
         (torch.full((2, 8), -1), "go from -1"),
     ],
 )
-def test_what_is_no_batch_of_ids_is_refused(ids, named: str) -> None:
+def test_invalid_input_ids_are_refused(ids, named: str) -> None:
     model = tiny_model()
     with ImportanceEngine(model) as engine, pytest.raises(GradPruneError, match=rf"input_ids: .*{named}"):
         engine.step(ids)
@@ -96,7 +96,7 @@ def test_what_is_no_batch_of_ids_is_refused(ids, named: str) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_step_takes_gradients_whatever_mode_it_is_called_in(mode) -> None:
+def test_a_step_computes_gradients_in_any_mode_of_autograd(mode) -> None:
     model, ids = tiny_model(), tiny_ids(samples=2, tokens=8)
     with ImportanceEngine(model) as expected:
         expected.step(ids)
@@ -134,7 +134,7 @@ def test_a_model_without_weights_is_refused() -> None:
         ImportanceEngine(tiny_model().to("meta"))
 
 
-def test_dropout_is_off_and_each_module_is_in_its_own_mode_again() -> None:
+def test_dropout_is_off_and_each_modules_own_mode_is_restored() -> None:
     model, ids = tiny_model(), tiny_ids(samples=2, tokens=8)
     model.train()
     model.model.layers[0].eval()

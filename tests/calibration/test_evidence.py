@@ -32,7 +32,7 @@ SAME = ("model/model.safetensors", "model/config.json", "analysis/groups.csv", "
         {"prior": "taylor", "temperature": 0.5},
     ],
 )
-def test_scores_of_a_file_give_the_bytes_of_the_full_run(options, tmp_path: Path) -> None:
+def test_pruning_from_an_evidence_file_gives_the_bytes_of_a_full_run(options, tmp_path: Path) -> None:
     full = {"output_dir": str(tmp_path), **options}
     run(tiny_model(dtype=torch.float32), output_name="first", pruning_ratio=0.3, **full)
     run(tiny_model(dtype=torch.float32), output_name="full", pruning_ratio=0.1, **full)
@@ -73,7 +73,7 @@ def test_another_models_scores_are_refused(tmp_path: Path) -> None:
         run(tiny_model(), evidence_file=str(scores))
 
 
-def test_batches_cannot_be_scaled_afterwards(tmp_path: Path) -> None:
+def test_evidence_with_batch_reduction_cannot_be_rescaled(tmp_path: Path) -> None:
     options = {"importance_method": "taylor", "reduction": "batch"}
     run(tiny_model(), output_name="a", output_dir=str(tmp_path), gradient_fix="adaptive", **options)
     scores = str(tmp_path / "a" / "analysis" / "evidence.safetensors")
@@ -94,7 +94,7 @@ def test_a_saved_file_reads_back_equal(tmp_path: Path) -> None:
         assert torch.equal(again.components[name], evidence.components[name])
 
 
-def test_windows_that_were_taken_are_those_of_the_text_alone() -> None:
+def test_only_windows_of_the_same_text_and_options_count_as_taken() -> None:
     found = replace(
         ImportanceEngine(tiny_model(), "magnitude").evidence(),
         num_samples=10,

@@ -22,7 +22,9 @@ def scores(model, ids: torch.Tensor) -> list[torch.Tensor]:
     return [found.importance[block].double() for block in blocks]
 
 
-def of_rows(model, ids: torch.Tensor, layer: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def channels_and_output_gradients(
+    model, ids: torch.Tensor, layer: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """By expert, the channels z [r, C] of its r tokens, and the losses' gradients [r, O] with respect to its output."""
     module, z, dy = experts_of(model)[layer], [[] for _ in range(EXPERTS)], [[] for _ in range(EXPERTS)]
     for sample in ids.split(1):
@@ -66,10 +68,10 @@ def removal_costs(weight: torch.Tensor, z: torch.Tensor, curvature: torch.Tensor
 
 
 @pytest.mark.parametrize("architecture", MIXTURES)
-def test_costs_are_those_of_each_expert_on_its_tokens(architecture: str) -> None:
+def test_each_experts_costs_come_from_its_own_tokens(architecture: str) -> None:
     model, ids = tiny_mixture(architecture), tiny_ids(6, 12)
     found = scores(model, ids)[1].view(EXPERTS, CHANNELS)
-    z, dy = of_rows(model, ids, 1)
+    z, dy = channels_and_output_gradients(model, ids, 1)
     weights = down_columns(experts_of(model)[1]).detach()
     expected = []
     for expert in range(EXPERTS):
@@ -80,14 +82,14 @@ def test_costs_are_those_of_each_expert_on_its_tokens(architecture: str) -> None
     torch.testing.assert_close(ratio, ratio[0, :1].expand_as(ratio), rtol=1e-4, atol=0.0)
 
 
-def test_curvatures_are_means_over_the_samples_and_what_an_expert_writes() -> None:
+def test_curvatures_are_means_over_the_samples_and_the_output_width() -> None:
     """They are defined as for other blocks, so that costs are comparable between blocks."""
     model, ids = tiny_mixture(), tiny_ids(6, 12)
     with ImportanceEngine(model, "obs", backend="reference") as engine:
         for part in ids.split(2):
             engine.step(part)
     found = engine._accumulators[BlockKey(1, "expert_channels")].curvatures(len(ids))
-    _, dy = of_rows(model, ids, 1)
+    _, dy = channels_and_output_gradients(model, ids, 1)
     width = model.config.hidden_size
     assert width != CHANNELS
     expected = torch.stack([of_expert.detach().square().sum() / (len(ids) * width) for of_expert in dy])
@@ -103,7 +105,7 @@ def test_channels_of_an_expert_without_tokens_cost_next_to_nothing() -> None:
     assert (found > 0.0).all()
 
 
-def test_curvatures_of_experts_are_of_all_samples() -> None:
+def test_curvatures_of_experts_come_from_all_samples() -> None:
     """Each expert sees few of a sample's tokens. A dense model's curvatures come from only 32 samples."""
     options = {"importance_method": "obs", "num_samples": 36, "seq_len": 8, "batch_size": 12, "repair": "none"}
     # There is a taylor prior only if gradients of all samples were computed.

@@ -24,7 +24,7 @@ def with_small_gradients() -> PreTrainedModel:
 
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
 @pytest.mark.parametrize("method", ["taylor_2nd", "group_fisher"])
-def test_gradients_below_the_type_s_range_follow_fp64(method: str, reduction: str) -> None:
+def test_gradients_below_the_range_of_float16_follow_fp64(method: str, reduction: str) -> None:
     model, ids = with_small_gradients(), tiny_ids(samples=4, tokens=17)
     found = run_engine(model, ids, method, reduction)
     expected = oracle_scores(model, ids, method, reduction, 2)

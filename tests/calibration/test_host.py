@@ -25,7 +25,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype, int]]:
     return found
 
 
-def test_many_tensors_come_by_one_copy_for_each_dtype(copies: list[tuple[torch.dtype, int]]) -> None:
+def test_many_tensors_are_copied_once_for_each_dtype(copies: list[tuple[torch.dtype, int]]) -> None:
     here = torch.ones(3)
     there = [torch.empty(shape, device="meta") for shape in ((), (2, 2), (3,))]
     wide = torch.empty(2, dtype=torch.float64, device="meta")
@@ -37,7 +37,7 @@ def test_many_tensors_come_by_one_copy_for_each_dtype(copies: list[tuple[torch.d
     ]  # fmt: skip
 
 
-def test_all_records_come_by_one_copy(copies: list[tuple[torch.dtype, int]]) -> None:
+def test_all_records_are_copied_at_once(copies: list[tuple[torch.dtype, int]]) -> None:
     statistics = GradientStatistics.unpack(torch.empty(5, device="meta"))
     records = [StepRecord({"q": statistics, "k": statistics}, torch.empty(4, device="meta"), 2.0), StepRecord()]
     first, second = records_on_host({KEY: records})[KEY]

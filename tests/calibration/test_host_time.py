@@ -58,11 +58,11 @@ def test_a_step_takes_the_host_little_longer_than_the_plain_pass(evidence: str) 
     assert_at_most(1.1 if evidence.startswith("needed") else MOST, evidence)
 
 
-def test_without_recomputation_too_where_no_weight_s_gradient_is_needed() -> None:
+def test_without_recomputation_and_weight_gradients_the_host_time_is_small_too() -> None:
     assert_at_most(MOST, "needed", recompute=False)
 
 
-def test_a_slower_engine_is_refused() -> None:
+def test_a_slower_engine_fails_the_gates() -> None:
     """A millisecond more for each block fails the gates."""
     assert ratio("all", slower=1e-3) > MOST
     assert ratio("needed", slower=1e-3) > 1.1

@@ -45,19 +45,19 @@ class Taken:
     ours: tuple[Counted, Counted]
     plain: tuple[Counted, Counted]
 
-    def a_layer_s(self, count: Callable[[Counted], int]) -> int:
+    def added_by_a_layer(self, count: Callable[[Counted], int]) -> int:
         """The count that the engine adds to the plain pass of one layer, the second."""
         ((ours, plain),) = pairwise(count(two) - count(one) for one, two in (self.ours, self.plain))
         return ours - plain
 
 
 def too_many_launches(taken: Taken) -> bool:
-    return not 0 < taken.a_layer_s(lambda step: step.total) <= LAUNCHES[taken.evidence]
+    return not 0 < taken.added_by_a_layer(lambda step: step.total) <= LAUNCHES[taken.evidence]
 
 
 def too_many_bytes(taken: Taken) -> bool:
     of_plain = taken.plain[1].bytes - taken.plain[0].bytes
-    return not 0 < taken.a_layer_s(lambda step: step.bytes) <= BYTES[taken.evidence] * of_plain
+    return not 0 < taken.added_by_a_layer(lambda step: step.bytes) <= BYTES[taken.evidence] * of_plain
 
 
 def too_much_memory(taken: Taken) -> bool:
@@ -100,12 +100,12 @@ def test_a_step_is_within_its_budgets(size: str, evidence: str, gate: Callable[[
     assert not gate(taken(size, evidence))
 
 
-def test_all_memory_is_let_go_in_the_end() -> None:
+def test_all_memory_is_freed_in_the_end() -> None:
     assert [step.held for step in taken("8B", "taylor_2nd").ours] == [0, 0]
 
 
 @pytest.mark.parametrize("evidence", EVIDENCE)
-def test_an_engine_that_scores_twice_is_refused(evidence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_scores_twice_fails_the_gates(evidence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, mask = SampleAccumulator._observe_weight, LinearAccumulator._input_gradient
 
     def scored_twice(self, entry, x, dy):
@@ -121,7 +121,7 @@ def test_an_engine_that_scores_twice_is_refused(evidence: str, monkeypatch: pyte
     assert too_many_bytes(found)
 
 
-def test_an_engine_that_keeps_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_keeps_gradients_fails_the_gates(monkeypatch: pytest.MonkeyPatch) -> None:
     observe, kept = LinearAccumulator._observe, []
     monkeypatch.setattr(
         LinearAccumulator, "_observe", lambda self, entry, x, dy, dx: [kept.append(dy), observe(self, entry, x, dy, dx)]
@@ -131,7 +131,7 @@ def test_an_engine_that_keeps_gradients_is_refused(monkeypatch: pytest.MonkeyPat
     assert memory_that_grows(found)
 
 
-def test_partial_sums_of_many_samples_are_refused_unless_they_are_taken_in_turn(
+def test_partial_sums_of_many_samples_fit_only_if_samples_are_taken_in_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert not too_large_a_workspace(steps("8B", "taylor_2nd", samples=32))
@@ -139,7 +139,7 @@ def test_partial_sums_of_many_samples_are_refused_unless_they_are_taken_in_turn(
     assert too_large_a_workspace(steps("8B", "taylor_2nd", samples=32))
 
 
-def test_a_host_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_a_value_on_the_host_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = LinearAccumulator._observe_mask
 
     def read(self, gradient, dy):
@@ -156,7 +156,7 @@ def compilations(kernels: list[tuple[str, tuple[object, ...]]]) -> dict[str, int
     return dict(Counter(name for name, _ in set(kernels)))
 
 
-def test_a_model_takes_few_compilations_whatever_the_batches() -> None:
+def test_a_model_needs_few_compilations_whatever_the_batches() -> None:
     """The product is compiled by rows and by columns, and both serve any number of samples and of tokens."""
     found = taken("8B", "taylor_2nd").ours[0].kernels
     assert compilations(found) == {"linear_importance": 2, "merge": 1, "add": 1, "mask_gradient": 1}

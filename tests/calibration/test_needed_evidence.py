@@ -43,7 +43,7 @@ def flops(engine: ImportanceEngine, ids) -> int:
 
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
 @pytest.mark.parametrize("method", METHODS)
-def test_scores_are_those_of_an_engine_that_collects_everything(method: str, reduction: str) -> None:
+def test_scores_equal_those_of_an_engine_that_collects_everything(method: str, reduction: str) -> None:
     model, ids = tiny_model("qwen2"), tiny_ids(samples=6)
     needed = engine_of(model, ids, method, reduction=reduction).scores()
     everything = run_engine(model, ids, method, reduction)
@@ -53,7 +53,7 @@ def test_scores_are_those_of_an_engine_that_collects_everything(method: str, red
 
 
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
-def test_after_the_first_steps_no_weights_gradient_is_computed(reduction: str) -> None:
+def test_no_weight_gradient_is_computed_after_the_first_steps(reduction: str) -> None:
     """The only difference is one product of dy and x per projection, with 2 N T O I operations each."""
     model, ids = tiny_model(dtype=torch.float32), tiny_ids(samples=4, tokens=9)
     engine = ImportanceEngine(model, "group_fisher", reduction, "reference", weight_gradient_steps=1)
@@ -73,7 +73,7 @@ def test_a_method_runs_the_model_no_more_often_than_it_needs(method: str, forwar
     assert gradients == [step == 0 or method == "group_fisher" for step in range(forward_passes)]
 
 
-def test_the_diagnosis_is_of_the_first_batches() -> None:
+def test_only_the_first_batches_are_diagnosed() -> None:
     model, ids = tiny_model(), tiny_ids(samples=6)
     needed = engine_of(model, ids, steps=2).evidence(steps=3)
     assert needed.gradients == run_engine(model, ids[:4]).gradients
@@ -92,7 +92,7 @@ def test_the_first_batches_are_counted_over_all_ranks() -> None:
     assert state["1.mlp.statistics.up_proj"].shape == (2, 5)
 
 
-def test_a_gradient_fix_takes_all_samples_gradients() -> None:
+def test_a_gradient_fix_needs_the_gradients_of_all_samples() -> None:
     model, ids = tiny_model(), tiny_ids(samples=6)
     fixed = engine_of(model, ids, gradient_fix="adaptive")
     everything = run_engine(model, ids, "group_fisher", gradient_fix="adaptive")
@@ -100,7 +100,7 @@ def test_a_gradient_fix_takes_all_samples_gradients() -> None:
     assert fixed.evidence().diagnosed_samples == 6
 
 
-def test_fixes_that_a_search_can_still_try() -> None:
+def test_the_evidence_knows_which_fixes_a_search_can_still_try() -> None:
     model, ids, wanted = tiny_model(), tiny_ids(samples=4), ("none", "adaptive")
     assert engine_of(model, ids).evidence().fixes(wanted) == ("none",)
     assert engine_of(model, ids, steps=2).evidence().fixes(wanted) == wanted
@@ -136,7 +136,7 @@ def test_the_model_is_as_it_was_after_steps_that_differ() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_file_says_what_it_holds(method: str, tmp_path: Path) -> None:
+def test_an_evidence_file_holds_what_its_method_needs(method: str, tmp_path: Path) -> None:
     model = tiny_model(dtype=torch.float32)
     options = {"importance_method": method, "batch_size": 2, "collect_batches": 2, "repair": "none"}
     run(model, output_name="a", output_dir=str(tmp_path), **options)
@@ -167,12 +167,12 @@ def needed_file(tmp_path: Path) -> str:
         ),
     ],
 )
-def test_what_is_not_there_is_refused_with_the_remedy(options, error, named: str, needed_file: str) -> None:
+def test_missing_evidence_is_refused_with_the_remedy(options, error, named: str, needed_file: str) -> None:
     with pytest.raises(error, match=named):
         run(tiny_model(), evidence_file=needed_file, repair="none", **options)
 
 
-def test_a_method_that_is_not_there_is_refused_before_anything_is_measured(needed_file: str, monkeypatch) -> None:
+def test_a_method_without_evidence_is_refused_before_anything_is_measured(needed_file: str, monkeypatch) -> None:
     monkeypatch.setattr("gradprune.pipeline.perplexity", None)
     with pytest.raises(
         GradPruneError, match=r"'obs'.* name one of those that were, magnitude, wanda, group_fisher, or"
@@ -180,7 +180,7 @@ def test_a_method_that_is_not_there_is_refused_before_anything_is_measured(neede
         run(tiny_model(), evidence_file=needed_file)
 
 
-def test_a_prior_that_is_not_there_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_a_missing_prior_is_refused_with_the_remedy(tmp_path: Path) -> None:
     options = {"importance_method": "wanda", "repair": "none"}
     run(tiny_model(), output_name="a", output_dir=str(tmp_path), **options)
     file = str(tmp_path / "a" / "analysis" / "evidence.safetensors")
@@ -211,7 +211,7 @@ def test_obs_reads_samples_beyond_those_that_give_its_curvatures() -> None:
     assert of_kinds[0][0] != of_kinds[1][0]
 
 
-def test_batches_are_read_one_after_the_other_even_after_costs_were_computed() -> None:
+def test_batches_may_be_read_after_costs_were_computed() -> None:
     model, ids = tiny_model("qwen2"), tiny_ids(samples=6)
     at_once, by_turns = (engine_of(model, ids[:2], "obs") for _ in range(2))
     at_once.read(ids[2:].split(2))
@@ -239,7 +239,7 @@ def test_only_obs_reads_samples_without_their_gradients() -> None:
         ({"gradient_fix": "adaptive"}, 3),
     ],
 )
-def test_obs_takes_the_gradients_of_so_many_samples_as_something_needs(options, backward_passes, monkeypatch) -> None:
+def test_obs_runs_only_as_many_backward_passes_as_are_needed(options, backward_passes, monkeypatch) -> None:
     monkeypatch.setattr("gradprune.calibration.gather.CURVATURE_SAMPLES", 4)
     model, gradients = tiny_model(), []
     model.get_input_embeddings().register_forward_hook(lambda *_: gradients.append(torch.is_grad_enabled()))

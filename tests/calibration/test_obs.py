@@ -40,7 +40,7 @@ def least_increase(weight: Tensor, gram: Tensor, gone: list[int], columns: int) 
     ("groups", "columns"), [(1, 1), (3, 1), (9, 1), (37, 1), (100, 1), (3, 8), (5, 4), (20, 2), (64, 2)]
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_every_cost_along_the_path_is_the_optimums_increase(groups: int, columns: int, seed: int) -> None:
+def test_every_cost_along_the_path_is_the_increase_of_the_optimum(groups: int, columns: int, seed: int) -> None:
     weight, _, gram = block(groups, columns, seed=seed)
     path = removal_path(weight, gram, columns)
     assert sorted(path.order.tolist()) == list(range(groups))
@@ -50,7 +50,7 @@ def test_every_cost_along_the_path_is_the_optimums_increase(groups: int, columns
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_each_group_is_the_cheapest_at_its_turn_where_a_round_is_one_group(seed: int) -> None:
+def test_each_removed_group_is_the_cheapest_if_a_round_removes_one_group(seed: int) -> None:
     """Every other group that could have been removed next is tried by brute force."""
     weight, _, gram = block(9, seed=seed)
     order = removal_path(weight, gram, 1).order.tolist()
@@ -59,7 +59,7 @@ def test_each_group_is_the_cheapest_at_its_turn_where_a_round_is_one_group(seed:
         assert group == min(increases, key=increases.__getitem__)
 
 
-def test_rounds_lose_little_to_the_best_of_all_subsets() -> None:
+def test_rounds_cost_little_more_than_the_best_of_all_subsets() -> None:
     lost = []
     for seed in range(10):
         weight, _, gram = block(8, seed=seed)
@@ -70,7 +70,7 @@ def test_rounds_lose_little_to_the_best_of_all_subsets() -> None:
     assert np.median(lost) < 1.05
 
 
-def test_cheap_groups_outside_a_round_go_before_dear_ones_inside() -> None:
+def test_cheap_groups_outside_a_round_are_removed_before_expensive_ones_inside() -> None:
     """Of 16 channels with large weights, which span 14 dimensions, two are free. The other 48 have small weights."""
     mixed = torch.randn(16, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gram = torch.eye(64, dtype=torch.float64)
@@ -155,7 +155,7 @@ def test_the_same_bytes_at_any_number_of_threads(
     assert all(other == found[0] for other in found)
 
 
-def test_a_path_holds_what_the_plan_counts() -> None:
+def test_a_path_needs_the_memory_that_is_planned() -> None:
     """At most two copies of the matrix beside the weights: any more would be the peak of a whole run."""
     pytest.importorskip("triton", reason="triton is not installed: what a removal path holds is NOT counted here")
     from benchmarks.predicted.counted import Counted
@@ -180,7 +180,7 @@ def test_a_ridge_makes_any_gram_matrix_positive_definite() -> None:
     assert removal_path(torch.ones(2, 4), with_ridge(torch.zeros(4, 4)), 2).cost.tolist() == [2.0, 2.0]
 
 
-def test_what_writes_nothing_is_no_part_of_the_half_that_tells_the_reach() -> None:
+def test_the_reach_comes_from_half_of_the_groups_that_still_write() -> None:
     """As after an earlier shot, a third of the groups is already removed; for the reach, half of the others are."""
     weight, _, gram = block(12, 2)
     weight[:, :8] = 0.0

@@ -25,7 +25,7 @@ def pruned_experts(block: ExpertsBlock) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("architecture", MIXTURES)
 @torch.no_grad()
-def test_experts_change_the_predictions_as_when_they_are_changed(architecture: str) -> None:
+def test_divergences_of_experts_equal_those_of_a_changed_model(architecture: str) -> None:
     model, ids = tiny_mixture(architecture).double(), tiny_ids(40, 16)
     view = describe(model)
     followed, solved = Followed(view, list(ids.split(3)), ALONE), {}
@@ -47,7 +47,7 @@ def test_experts_change_the_predictions_as_when_they_are_changed(architecture: s
 
 
 @torch.no_grad()
-def test_ranks_follow_a_block_each_in_turn_and_find_the_same() -> None:
+def test_ranks_that_share_the_blocks_find_what_one_process_finds() -> None:
     view, ids = describe(tiny_model(dtype=torch.float64)), tiny_ids(6, 10)
     solved = {block.key: [0.5 * block.output.weight] for block in view.blocks}
 
@@ -94,7 +94,7 @@ def test_reach_is_relative_to_the_median_of_the_kind() -> None:
     assert reaches(divergences, costs) == {A: 0.5, B: 1.0, C: 3.0, other: 1.0}
 
 
-def test_what_is_free_tells_nothing() -> None:
+def test_a_reach_that_cannot_be_measured_is_one() -> None:
     """If the removed half costs or changes nothing, rounding errors would decide; divergences may overflow, too."""
     overflown = BlockKey(4, "mlp")
     divergences = {A: 1e-20, B: 4.0, C: 8.0, D: 0.0, overflown: float("inf")}

@@ -49,7 +49,7 @@ def test_waves_change_nothing(cuts: tuple[int, ...], tmp_path) -> None:
     assert_same(evidence(streamed, batches, waves=waves), evidence(whole, list(batches)))
 
 
-def test_stream_memory_divides_the_samples(tmp_path) -> None:
+def test_stream_memory_divides_the_samples_into_waves(tmp_path) -> None:
     saved(tiny_model(hidden=16), tmp_path)
     batches = list(tiny_ids(samples=6).split(2))
     # A batch's stream is 2 samples x 9 tokens x 96 x 8 bytes = 13,824 bytes, kept at 4 boundaries.
@@ -58,7 +58,7 @@ def test_stream_memory_divides_the_samples(tmp_path) -> None:
         assert [len(wave) for wave in engine.waves(batches)] == sizes
 
 
-def test_auto_streams_where_calibration_alone_would_not_fit(tmp_path, monkeypatch) -> None:
+def test_auto_streams_only_if_calibration_would_not_fit(tmp_path, monkeypatch) -> None:
     saved(tiny_model(dtype=torch.float32), tmp_path)
     shape, cpu = load_shape(tmp_path), torch.device("cpu")
 

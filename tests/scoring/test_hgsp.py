@@ -69,7 +69,7 @@ def mean_loss(model, ids) -> float:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
-def test_removal_is_the_loss_without_the_block(architecture: str) -> None:
+def test_the_removal_prior_is_the_added_loss_without_the_block(architecture: str) -> None:
     model, ids, steps = tiny_model(architecture), tiny_ids(), []
     view = describe(model)
     priors = removal_priors(view, [ids[:1], ids[1:]], lambda: steps.append(1))
@@ -88,7 +88,7 @@ def test_removal_is_the_loss_without_the_block(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURE_NAMES, "granite", "glm4"])
-def test_similarity_is_one_minus_the_cosine_of_the_residual_stream(architecture: str) -> None:
+def test_the_similarity_prior_is_one_minus_the_cosine_of_the_residual_stream(architecture: str) -> None:
     """Granite adds half of what a block writes; in GLM-4 a norm stands between the block and the residual stream."""
     model, ids = tiny(architecture) if architecture not in ARCHITECTURE_NAMES else tiny_model(architecture), tiny_ids()
     priors = similarity_priors(describe(model), [ids[:3], ids[3:]], lambda: None)
@@ -110,7 +110,7 @@ def test_similarity_is_one_minus_the_cosine_of_the_residual_stream(architecture:
 
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURE_NAMES, "gemma2", "gemma3_text", "glm4"])
-def test_taylor_is_the_gradient_of_a_gate_on_what_a_block_adds(architecture: str, reduction: str) -> None:
+def test_the_taylor_prior_is_the_gradient_of_a_gate_on_what_a_block_adds(architecture: str, reduction: str) -> None:
     """In some architectures a norm stands between, so the gate has to be after it: the norm would cancel its factor."""
     model, ids = tiny(architecture) if architecture not in ARCHITECTURE_NAMES else tiny_model(architecture), tiny_ids()
     with ImportanceEngine(model, "taylor", reduction, "reference") as engine:

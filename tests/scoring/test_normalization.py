@@ -24,7 +24,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("per", ["layer", "block"])
 @pytest.mark.parametrize("method", FORMULAS)
-def test_follows_the_formula(method: str, per: str) -> None:
+def test_scores_follow_the_formula(method: str, per: str) -> None:
     table = make_table()
     expected = table.importance / table.cost
     for rows in by_unit(table, per):
@@ -45,7 +45,7 @@ def test_a_scaled_layer_scores_as_before(method: str) -> None:
     assert not np.allclose(normalized_scores(scaled, Scoring()), normalized_scores(table, Scoring()))
 
 
-def test_clipping_takes_outliers_in() -> None:
+def test_clipping_limits_outliers() -> None:
     table = make_table()
     importance = table.importance.copy()
     outlier = int(np.flatnonzero(table.layer == 0)[-1])

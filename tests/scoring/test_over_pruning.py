@@ -10,13 +10,13 @@ def masks(mlp_kept: list[int], channels: int = 100) -> GroupMasks:
     return GroupMasks.of_layers(attention=tuple(torch.ones(2, dtype=torch.bool) for _ in mlp_kept), mlp=kept)
 
 
-def test_a_block_over_90_percent_is_named_where_others_are_under_10() -> None:
+def test_a_block_over_90_percent_is_named_if_others_are_under_10() -> None:
     found = pruning_distribution(masks([100, 9, 10, 95]))
     assert found[1].pruned["mlp"] == 0.91
     assert over_pruned(found) == ["layer 1 mlp (91%)"]
 
 
-def test_no_warning_where_all_lose_alike() -> None:
+def test_no_warning_if_all_layers_lose_the_same_share() -> None:
     uniform = GroupMasks.of_layers(
         attention=tuple(torch.tensor([True, False]) for _ in range(2)),
         mlp=tuple(torch.arange(100) < 5 for _ in range(2)),
@@ -25,7 +25,7 @@ def test_no_warning_where_all_lose_alike() -> None:
     assert pruning_warning(pruning_distribution(uniform), PruneConfig()) is None
 
 
-def test_no_warning_where_none_loses_under_10_percent() -> None:
+def test_no_warning_if_no_block_loses_under_10_percent() -> None:
     mlp = tuple(torch.arange(100) < count for count in (5, 89))
     without_attention = GroupMasks.of_layers(attention=(torch.empty(0, dtype=torch.bool),) * 2, mlp=mlp)
     assert over_pruned(pruning_distribution(without_attention)) == []
@@ -42,7 +42,7 @@ def test_exactly_10_and_90_percent_are_neither_under_nor_over() -> None:
     assert over_pruned(pruning_distribution(GroupMasks.of_layers(mlp=[nearly_all, some]))) == ["layer 0 mlp (99%)"]
 
 
-def test_a_block_that_did_not_exist_is_left_out() -> None:
+def test_a_block_that_never_existed_is_left_out() -> None:
     found = pruning_distribution(
         GroupMasks.of_layers(attention=(torch.empty(0, dtype=torch.bool),), mlp=(torch.ones(3) > 0,))
     )
@@ -50,7 +50,7 @@ def test_a_block_that_did_not_exist_is_left_out() -> None:
     assert over_pruned(found) == []
 
 
-def test_the_advice_begins_with_what_measured_better() -> None:
+def test_the_advice_begins_with_the_options_that_measured_better() -> None:
     distribution = pruning_distribution(masks([100, 1]))
     steps = [
         ({"temperature": 1.0, "gradient_fix": "normalize", "repair": "none"}, "Try --temperature 0: "),

@@ -36,7 +36,7 @@ def greedy(table: GroupTable, budget: float) -> np.ndarray:
 
 
 @given(ratio=st.floats(0.01, 0.95), seed=st.integers(0, 100), ties=st.booleans())
-def test_equals_the_plain_greedy_rule(ratio: float, seed: int, ties: bool) -> None:
+def test_selection_equals_the_plain_greedy_rule(ratio: float, seed: int, ties: bool) -> None:
     table = make_table(seed=seed)
     if ties:
         table = dataclasses.replace(table, score=np.floor(table.score / 7))
@@ -85,7 +85,7 @@ def test_round_to_makes_every_kept_width_a_multiple(round_to: int) -> None:
     assert len(set(kept)) > 1
 
 
-def test_round_to_takes_the_lowest_channels_of_a_layer() -> None:
+def test_round_to_removes_the_lowest_scoring_channels_of_a_layer() -> None:
     table = make_table(channels=37)
     pruned = select(table, 0.3, int(table.cost.sum()), Constraints(round_to=8))
     for layer in range(table.layers):
@@ -94,7 +94,7 @@ def test_round_to_takes_the_lowest_channels_of_a_layer() -> None:
             assert table.score[channels & pruned].max() < table.score[channels & ~pruned].min()
 
 
-def test_of_equal_scores_the_first_channels_go() -> None:
+def test_ties_are_broken_by_the_lower_index() -> None:
     table = make_table(layers=1, heads=0, channels=64)
     score = table.index % 3.0
     pruned = select(replace(table, score=score), 0.5, int(table.cost.sum()), Constraints(round_to=8))
@@ -110,7 +110,7 @@ def test_uniform_keeps_the_same_widths_everywhere() -> None:
     assert channels.pop() % 4 == 0
 
 
-def test_uniform_keeps_each_layers_limit_where_layers_have_other_kinds_of_blocks() -> None:
+def test_uniform_keeps_each_layers_limit_if_layers_have_different_kinds_of_blocks() -> None:
     """The first layer has only an MLP, the last only attention; no layer may exceed its limit to make up for others."""
     whole = make_table(heads=4, channels=24)
     there = ~((whole.layer == 0) & (whole.kind == 0) | (whole.layer == 3) & (whole.kind == 1))
@@ -125,7 +125,7 @@ def test_uniform_keeps_each_layers_limit_where_layers_have_other_kinds_of_blocks
         assert pruned.any()
 
 
-def test_a_limit_that_no_layer_comes_to_changes_nothing_where_all_lose_alike() -> None:
+def test_a_limit_that_no_layer_reaches_changes_nothing() -> None:
     table = make_table(heads=4, channels=24)
     limited, free = (
         select(table, 0.4, int(table.cost.sum()), Constraints(uniform=True, max_layer_ratio=limit))
@@ -157,19 +157,19 @@ def test_a_ratio_the_constraints_forbid_says_what_is_possible(ratio: float, cons
         select(table, ratio, int(table.cost.sum()), constraints)
 
 
-def test_all_that_the_freezes_leave_may_go() -> None:
+def test_everything_outside_the_frozen_layers_may_be_removed() -> None:
     table = make_table()
     pruned = select(table, 0.5, int(table.cost.sum()), Constraints(freeze_first_n_layers=2))
     np.testing.assert_array_equal(pruned, table.layer >= 2)
 
 
-def test_something_always_stays() -> None:
+def test_removing_everything_is_refused() -> None:
     table = make_table()
     with pytest.raises(SelectionError, match="cannot be reached"):
         select(table, 0.5, int(table.cost.sum()) * 2, Constraints())
 
 
-def test_whole_blocks_may_go() -> None:
+def test_whole_blocks_may_be_removed() -> None:
     table = make_table()
     score = np.where((table.layer == 1) & (table.kind == 0), -1.0, table.score)
     pruned = select(dataclasses.replace(table, score=score), 0.3, int(table.cost.sum()), Constraints())
@@ -192,7 +192,7 @@ def test_epsilon_drops_thin_layers_whole() -> None:
     np.testing.assert_array_equal(kept, select(table, most_of_layer_1, parameters, Constraints(epsilon=fraction)))
 
 
-def test_a_layer_that_keeps_a_tenth_keeps_no_less_than_an_epsilon_of_a_tenth() -> None:
+def test_a_layer_that_keeps_exactly_an_epsilon_of_a_tenth_stays() -> None:
     table = make_table(layers=2, heads=10, channels=10)
     going = table.layer == 1
     for kind in (0, 1):
@@ -205,7 +205,7 @@ def test_a_layer_that_keeps_a_tenth_keeps_no_less_than_an_epsilon_of_a_tenth() -
     np.testing.assert_array_equal(dropped, table.layer == 1)
 
 
-def test_epsilon_refuses_nothing_before_scores_are_known() -> None:
+def test_epsilon_is_not_checked_before_scores_are_known() -> None:
     table = make_table()
     arguments = table, 0.3, int(table.cost.sum()), Constraints(epsilon=1.0)
     with pytest.raises(SelectionError, match="epsilon: 1 would remove every layer"):
@@ -226,7 +226,7 @@ def test_uniform_needs_layers_of_one_width() -> None:
         select(uneven, 0.2, int(table.cost.sum()), Constraints(uniform=True))
 
 
-def test_uniform_passes_over_layers_that_never_had_a_block() -> None:
+def test_uniform_ignores_layers_that_never_had_a_block() -> None:
     table = make_table(heads=4, channels=24)
     hybrid = without(table, (table.kind == 0) & (table.layer % 2 == 0))
     pruned = select(hybrid, 0.4, int(hybrid.cost.sum()), Constraints(uniform=True))
@@ -236,7 +236,7 @@ def test_uniform_passes_over_layers_that_never_had_a_block() -> None:
     assert len(set(widths(hybrid, pruned, "mlp"))) == 1
 
 
-def test_uniform_says_what_an_earlier_pruning_removed() -> None:
+def test_uniform_names_the_blocks_that_an_earlier_pruning_removed() -> None:
     model = tiny_model(layers=3)
     masks = random_masks(model, 2.0)
     masks[BlockKey(1, "attention")][:] = False
@@ -248,7 +248,7 @@ def test_uniform_says_what_an_earlier_pruning_removed() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3"])
-def test_costs_are_the_parameters_removed(architecture: str) -> None:
+def test_costs_are_the_numbers_of_removed_parameters(architecture: str) -> None:
     model = tiny_model(architecture, kv_heads=2, ratio=3, channels=5)
     config = model.config
     table = empty_table(describe(model))

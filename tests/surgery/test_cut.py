@@ -28,14 +28,14 @@ def test_cutting_equals_masking(architecture: str, ratio: int) -> None:
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), keep=st.floats(0.0, 1.0), architecture=st.sampled_from(ARCHITECTURE_NAMES))
-def test_any_masks_cut_like_they_mask(seed: int, keep: float, architecture: str) -> None:
+def test_cutting_by_any_masks_equals_masking(seed: int, keep: float, architecture: str) -> None:
     model = tiny_model(architecture, layers=2, channels=5)
     masks = random_masks(model, keep, seed)
     assert_same(cut(model, masks), masked(model, masks))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
-def test_extreme_selections_and_their_cached_generation(architecture: str) -> None:
+def test_extreme_selections_equal_masking_and_generate_with_a_cache(architecture: str) -> None:
     model = tiny_model(architecture)
     ids = tiny_ids(samples=2)
     for name, masks in extreme_masks(model):
@@ -72,7 +72,7 @@ def test_a_cache_filled_in_pieces_knows_its_length(architecture: str, options, c
         ("phi3", {"sliding_window": 4}),
     ],
 )
-def test_sliding_windows_stay_right(architecture: str, options) -> None:
+def test_sliding_windows_are_preserved(architecture: str, options) -> None:
     model = tiny_model(architecture, layers=4, **options)
     ids = tiny_ids(samples=2, tokens=11)
     for _, masks in [("random", random_masks(model, 0.5)), *extreme_masks(model)]:
@@ -82,7 +82,7 @@ def test_sliding_windows_stay_right(architecture: str, options) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_embeddings_tied_or_not_stay_so(tied: bool) -> None:
+def test_embeddings_stay_tied_or_untied(tied: bool) -> None:
     model = tiny_model(tied=tied)
     masks = random_masks(model, 0.5)
     found = cut(model, masks)
@@ -90,7 +90,7 @@ def test_embeddings_tied_or_not_stay_so(tied: bool) -> None:
     assert (found.lm_head.weight is found.model.embed_tokens.weight) == tied
 
 
-def test_batches_with_left_padding() -> None:
+def test_left_padded_batches_generate_the_same_tokens() -> None:
     model = tiny_model()
     masks = random_masks(model, 0.5)
     masks.attention[0][:] = False
@@ -116,7 +116,7 @@ def test_the_attention_implementation_can_be_changed(architecture: str, implemen
     assert_same(found, expected)
 
 
-def test_the_original_stays_as_it_was_and_untouched_memory_is_shared() -> None:
+def test_the_original_is_unchanged_and_untouched_memory_is_shared() -> None:
     model = tiny_model()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     config = model.config.to_dict()
@@ -163,7 +163,7 @@ def test_the_parameters_removed_are_the_groups_costs() -> None:
         assert removed == cost
 
 
-def test_a_dropped_block_takes_its_norm_along() -> None:
+def test_dropping_a_block_removes_its_norm_too() -> None:
     model = tiny_model()
     view = describe(model)
     for kind in ("attention", "mlp"):
@@ -211,7 +211,7 @@ def test_a_model_that_was_saved_can_be_cut_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_works(dtype: torch.dtype) -> None:
+def test_half_precision_gives_finite_logits(dtype: torch.dtype) -> None:
     model = tiny_model(dtype=torch.float32)
     masks = random_masks(model, 0.6)
     found = cut(model, masks).to(dtype)

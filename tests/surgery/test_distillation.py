@@ -75,7 +75,7 @@ def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("text", [0.0, 0.3])
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
-def test_steps_are_the_formula_s_by_autograd(
+def test_steps_follow_the_formula_by_autograd(
     architecture: str, text: float, device: str, held_out_losses: list[float]
 ) -> None:
     dense = tiny_model(architecture).to(device)
@@ -131,7 +131,7 @@ def test_steps_bring_the_predictions_nearer_and_leave_the_dense_model(recompute:
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_the_same_bits_twice_and_recomputed() -> None:
+def test_repeated_and_recomputed_runs_give_the_same_bits() -> None:
     found = []
     for recompute in (False, False, True):
         model, streams = pruned(tiny_model(dtype=torch.float32))
@@ -141,7 +141,7 @@ def test_the_same_bits_twice_and_recomputed() -> None:
         assert all(torch.equal(value, other[name]) for name, value in found[0].items())
 
 
-def test_as_much_of_the_change_is_made_as_is_best_on_held_out_samples(held_out_losses: list[float]) -> None:
+def test_the_share_of_the_change_that_is_best_on_held_out_samples_is_kept(held_out_losses: list[float]) -> None:
     changes = {}
     for name, found, factor in (
         ("none", [1.0, 2.0, 1.5, 1.6], 0.0),
@@ -163,7 +163,7 @@ def test_as_much_of_the_change_is_made_as_is_best_on_held_out_samples(held_out_l
         torch.testing.assert_close(changes[name], factor * changes["all"], rtol=1e-4, atol=1e-7)
 
 
-def test_experts_stay_and_attention_moves(held_out_losses: list[float]) -> None:
+def test_attention_is_distilled_and_experts_are_not(held_out_losses: list[float]) -> None:
     dense = tiny_mixture("mixtral")
     model, streams = pruned(dense)
     before = weights_of(model)
@@ -186,7 +186,7 @@ def test_small_changes_of_bfloat16_weights_add_up() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_where_nothing_depends_on_a_weight_it_stays(dtype: torch.dtype) -> None:
+def test_weights_with_a_zero_gradient_do_not_change(dtype: torch.dtype) -> None:
     weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = weight.clone()
     gradient = torch.zeros(6, 5, dtype=torch.promote_types(dtype, torch.float32))
@@ -211,14 +211,14 @@ def test_where_nothing_depends_on_a_weight_it_stays(dtype: torch.dtype) -> None:
         ({"distill_samples": 32}, 8_000_000_000, 32),
     ],
 )
-def test_by_default_so_many_tokens_distil_a_model_that_is_not_too_large(
+def test_the_default_number_of_samples_depends_on_length_and_model_size(
     options: dict[str, Any], parameters: int, samples: int
 ) -> None:
     assert PruneConfig(**options).samples_distilled(parameters) == samples
 
 
 @pytest.mark.parametrize(("seq_len", "samples"), [(8, 4), (128, 4), (129, 3), (512, 1), (2048, 1)])
-def test_a_step_is_of_four_samples_or_512_tokens(seq_len: int, samples: int) -> None:
+def test_a_step_has_four_samples_or_fewer_if_these_exceed_512_tokens(seq_len: int, samples: int) -> None:
     assert distill_step(seq_len) == samples
 
 
@@ -238,7 +238,7 @@ def test_a_run_distils_unless_it_is_asked_not_to() -> None:
     assert "distillation" not in without.seconds
 
 
-def test_there_is_nothing_to_distil_without_a_repair() -> None:
+def test_options_of_a_distillation_that_is_off_are_refused() -> None:
     with pytest.raises(ConfigError, match="distill_samples: 8 teach a repaired model; leave out --repair none"):
         PruneConfig(repair="none", distill_samples=8)
     for options, left_out in (({"repair": "none"}, "--repair none"), ({"distill_samples": 0}, "--distill_samples 0")):
@@ -246,7 +246,7 @@ def test_there_is_nothing_to_distil_without_a_repair() -> None:
             PruneConfig(distill_text=0.5, **options)
 
 
-def test_blocks_that_are_not_to_be_pruned_stay_as_they_are(held_out_losses: list[float]) -> None:
+def test_kinds_that_are_not_pruned_are_not_distilled(held_out_losses: list[float]) -> None:
     held_out_losses += [0.9] * 4
     model = tiny_model(dtype=torch.float32)
     before = weights_of(model)
@@ -259,7 +259,7 @@ def test_blocks_that_are_not_to_be_pruned_stay_as_they_are(held_out_losses: list
     assert all(torch.equal(after[name], before[name]) for name in attention)
 
 
-def test_without_held_out_samples_nothing_is_distilled_and_that_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_held_out_samples_nothing_is_distilled_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(dtype=torch.float32)
     # All of the text's windows are calibration samples.
     config = PruneConfig(num_samples=8, seq_len=16, pruning_ratio=0.2)

@@ -31,7 +31,7 @@ def channels_drawn(keep: int = KEPT) -> torch.Tensor:
     return (drawn < keep).flatten()
 
 
-def what_experts_do(model, ids: torch.Tensor, layer: int) -> tuple[list, torch.Tensor, torch.Tensor]:
+def experts_at_work(model, ids: torch.Tensor, layer: int) -> tuple[list, torch.Tensor, torch.Tensor]:
     """For each expert of a layer its tokens, factors and channels z; what all write; and the residual stream before.
 
     The stream is the one that enters the norm before the experts.
@@ -107,13 +107,13 @@ def test_each_expert_solves_its_least_squares_problem(architecture: str) -> None
     repairs = least_squares(view, masks_of(view, 1, kept), [ids[:5], ids[5:]], [], blend=0.0, ridges=(RIDGE,)).blocks
     assert [(repair.kind, repair.layer) for repair in repairs] == [("expert_channels", 1)]
     assert repairs[0].error < 0.9 * repairs[0].error_before
-    experts, _, _ = what_experts_do(dense, ids, 1)
+    experts, _, _ = experts_at_work(dense, ids, 1)
     assert_solved(model, dense, 1, kept.view(EXPERTS, -1), experts, None)
     found = [repairs[0].error_before, repairs[0].error]
     assert found == pytest.approx(errors(model, dense, 1, kept.view(EXPERTS, -1), experts), rel=1e-6)
 
 
-def test_solutions_that_are_worse_on_held_out_samples_are_not_taken() -> None:
+def test_solutions_that_are_worse_on_held_out_samples_are_rejected() -> None:
     """A fit to nine tokens with next to no ridge does not carry over to others."""
     model = tiny_mixture()
     view, kept, before = describe(model), channels_drawn(), down_columns(experts_of(model)[1]).clone()
@@ -135,7 +135,7 @@ def test_experts_that_write_nothing_have_no_error() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
-def test_experts_share_in_what_the_stream_lacks(architecture: str) -> None:
+def test_experts_share_in_restoring_the_residual_stream(architecture: str) -> None:
     """With a blend, the second layer's experts, which keep all channels, make up for what the first layer's lost."""
     model, ids = tiny_mixture(architecture), tiny_ids(12, 12)
     dense, view = copy.deepcopy(model), describe(model)
@@ -145,23 +145,23 @@ def test_experts_share_in_what_the_stream_lacks(architecture: str) -> None:
     as_then = copy.deepcopy(model)
     with torch.no_grad():
         experts_of(as_then)[1].down_proj.copy_(experts_of(dense)[1].down_proj)
-    _, aimed_at, dense_stream = what_experts_do(dense, ids, 1)
-    experts, own, stream = what_experts_do(as_then, ids, 1)
+    _, aimed_at, dense_stream = experts_at_work(dense, ids, 1)
+    experts, own, stream = experts_at_work(as_then, ids, 1)
     lacking = 0.5 * (dense_stream - stream + aimed_at - own)
     assert lacking.abs().max() > 1e-3
     assert_solved(model, dense, 1, torch.ones(EXPERTS, CHANNELS, dtype=torch.bool), experts, lacking)
 
 
 @pytest.mark.parametrize("architecture", MIXTURES)
-def test_the_others_make_up_for_experts_that_go(architecture: str) -> None:
+def test_the_remaining_experts_make_up_for_removed_ones(architecture: str) -> None:
     model, ids = tiny_mixture(architecture), tiny_ids(12, 12)
     dense, view = copy.deepcopy(model), describe(model, ["experts"])
     kept = torch.arange(EXPERTS) != 1
     masks = masks_of(view, 1, kept)
     repairs = least_squares(view, masks, [ids[:5], ids[5:]], [], blend=0.0, ridges=(RIDGE,)).blocks
     assert [(repair.kind, repair.layer) for repair in repairs] == [("experts", 1)]
-    _, own, _ = what_experts_do(dense, ids, 1)
-    experts, now, _ = what_experts_do(without_experts(dense, masks), ids, 1)
+    _, own, _ = experts_at_work(dense, ids, 1)
+    experts, now, _ = experts_at_work(without_experts(dense, masks), ids, 1)
     assert not len(experts[1][0])
     # Routers compute factors in fp32; here they are written out in fp64.
     assert_solved(model, dense, 1, kept[:, None].expand(-1, CHANNELS), experts, own - now, atol=1e-6)
@@ -188,19 +188,19 @@ def test_an_expert_that_sees_few_tokens_or_none_is_left_as_it_is() -> None:
         assert not after[~stays].any()
 
 
-class TwoAlike(Ranks):
+class TwoRanksWithTheSameSamples(Ranks):
     """Two ranks that have the same samples."""
 
     def sum(self, own: torch.Tensor) -> torch.Tensor:
         return own + own
 
 
-def test_an_expert_is_solved_for_where_the_tokens_of_all_ranks_are_enough() -> None:
+def test_an_expert_is_re_solved_if_all_ranks_together_have_enough_tokens() -> None:
     """On each of two ranks, two tokens are routed to expert 1, which keeps 8 channels."""
     ids, kept, chosen = tiny_ids(4, 10), channels_drawn(), torch.tensor([[0, 2]] * 40)
     chosen[[3, 17], 1] = 1
     found = []
-    for batches, ranks in (([ids], TwoAlike()), ([ids, ids], ALONE), ([ids], ALONE)):
+    for batches, ranks in (([ids], TwoRanksWithTheSameSamples()), ([ids, ids], ALONE), ([ids], ALONE)):
         model = tiny_mixture()
         view = describe(model)
         with routed(model, chosen):
@@ -237,7 +237,7 @@ def test_the_repaired_model_is_closer_to_the_dense_one(kinds: list[str] | None) 
     assert logits[0.5] < 0.9 * logits[float("inf")]
 
 
-def test_experts_of_a_layer_before_the_first_loss_stay() -> None:
+def test_experts_before_the_first_pruned_block_do_not_change() -> None:
     model, ids = tiny_mixture(), tiny_ids(6, 12)
     view = describe(model)
     before = experts_of(model)[0].down_proj.clone()

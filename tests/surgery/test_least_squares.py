@@ -120,7 +120,7 @@ def test_blocks_are_solved_in_order_on_the_model_repaired_so_far() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
-def test_a_blend_brings_the_loss_closer_than_pruning_alone(architecture: str, device: str) -> None:
+def test_repaired_logits_are_closer_than_pruned_ones_with_and_without_a_blend(architecture: str, device: str) -> None:
     model = tiny_model(architecture, channels=24, dtype=torch.float32).to(device)
     ids = tiny_ids(samples=24, tokens=12).to(device)
     view, batches = describe(model), list(ids.split(8))
@@ -161,7 +161,7 @@ def test_the_ridge_with_the_least_held_out_error_is_found(tokens: int, samples: 
     assert attempts < len(RIDGES)
 
 
-def test_a_solution_that_is_worse_on_held_out_samples_is_not_taken() -> None:
+def test_a_solution_that_is_worse_on_held_out_samples_is_rejected() -> None:
     """A fit to nine tokens with next to no ridge does not carry over to others."""
     model = tiny_model(channels=24)
     view, kept = describe(model), torch.arange(24) % 3 > 0
@@ -215,7 +215,7 @@ def test_bf16_weights_are_rounded_once(device: str) -> None:
     torch.testing.assert_close(b, a, rtol=0.1, atol=0.03)
 
 
-def test_constant_inputs_that_do_not_factor_are_solved_with_more_ridge() -> None:
+def test_inputs_that_are_zero_leave_the_kept_weights_unchanged() -> None:
     model, ids = tiny_model(channels=10), tiny_ids()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.zero_()  # every input of down_proj is 0
@@ -237,7 +237,7 @@ def test_a_nan_input_is_named() -> None:
 
 
 @pytest.mark.parametrize(("samples", "warned"), [(9, True), (10, False)])
-def test_too_few_tokens_for_the_widest_projection_are_told(samples: int, warned: bool) -> None:
+def test_too_few_tokens_for_the_widest_projection_cause_a_warning(samples: int, warned: bool) -> None:
     """200 columns need 400 tokens."""
     found = repair_warning(200, PruneConfig(num_samples=samples, seq_len=40))
     assert (found is not None) == warned
@@ -247,7 +247,7 @@ def test_too_few_tokens_for_the_widest_projection_are_told(samples: int, warned:
     assert repair_warning(200, PruneConfig(num_samples=samples, seq_len=40, repair="none")) is None
 
 
-def test_blocks_before_the_first_loss_stay_and_those_behind_are_repaired() -> None:
+def test_only_blocks_from_the_first_pruned_one_on_are_repaired() -> None:
     model, ids = tiny_model(channels=10), tiny_ids(samples=6)
     view = describe(model)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

@@ -13,7 +13,7 @@ def drawn(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("blend", [0.0, 0.3, 1.0])
-def test_errors_are_those_of_what_is_written(blend: float) -> None:
+def test_errors_equal_those_computed_token_by_token(blend: float) -> None:
     w, x, z, columns = drawn(5, 8), drawn(40, 8), drawn(40, 5), torch.tensor([0, 2, 3, 7])
     sums = MomentSums(w, aimed=True)
     sums.add(x[:30], z[:30])
@@ -28,12 +28,12 @@ def test_errors_are_those_of_what_is_written(blend: float) -> None:
     assert problem.error(change) == pytest.approx(error(w[:, columns] + change), rel=1e-10)
 
 
-def test_twins_that_do_not_factor_share_the_change() -> None:
+def test_equal_columns_that_do_not_factor_share_the_change() -> None:
     twins = Problem(torch.ones(2, 2).double(), torch.tensor([[3.0, 3.0]]).double(), *torch.ones(2).double())
     torch.testing.assert_close(twins.solution(0.0), torch.tensor([[1.5, 1.5]]).double(), rtol=1e-6, atol=0.0)
 
 
-def test_what_is_wanted_and_not_finite_is_named() -> None:
+def test_a_target_that_is_not_finite_is_reported() -> None:
     sums = MomentSums(drawn(5, 8), aimed=True)
     sums.add(drawn(40, 8), drawn(40, 5) / 0.0)
     with pytest.raises(NonFiniteError, match="repair: what w should write is not finite"):
