@@ -73,7 +73,7 @@ def test_an_option_that_changes_the_architecture_is_tested_too() -> None:
     assert "attention" in found.refused
 
 
-def test_attention_that_only_one_layer_has_is_cut_in_part_too() -> None:
+def test_attention_that_few_layers_have_is_cut_in_part_too() -> None:
     """The norms of queries and keys span all heads, which removing the whole block would not show."""
     types = ["linear_attention"] * 3 + ["full_attention"]
     found = self_test(OlmoHybridConfig(num_hidden_layers=8, layer_types=types * 2))
