@@ -31,7 +31,7 @@ def test_scores_and_their_order_equal_the_references(
     for method in METHODS:
         for kind in ("attention", "mlp"):
             want, have = (torch.cat(getattr(scores[method], kind)) for scores in (expected, found))
-            # Sums of at most 40 * 72 fp32 terms of gradients of 17 tokens, in another order.
+            # The backends add at most 40 * 72 fp32 terms, from gradients over 17 tokens, in different orders.
             torch.testing.assert_close(have, want, rtol=1e-5, atol=0.0)
             assert torch.equal(have.argsort(), want.argsort()), (method, kind)
 

@@ -45,7 +45,7 @@ def test_a_half_precision_model_follows_fp64(device: str, half: torch.dtype) -> 
     model, ids = tiny_model(layers=2, channels=32, head_dim=16, dtype=half), tiny_ids(tokens=17)
     expected = torch.cat([block for kind in oracle_scores(model, ids, "taylor_2nd", "sample", 2) for block in kind])
     found = bits(run_engine(model.to(device), ids, "taylor_2nd", backend="auto")).double()
-    # Values of 8 or 11 bits, through two layers.
+    # Values have 8 or 11 significant bits, and their errors pass through two layers.
     assert (found - expected).norm() <= 0.05 * expected.norm()
 
 

@@ -31,12 +31,12 @@ def assert_scores_close(scores: Scores, expected, rtol: float) -> None:
 def test_every_group_equals_fp64_autograd(architecture: str, method: str, reduction: str, backend: str) -> None:
     model, ids = tiny_model(architecture), tiny_ids()
     scores = run_engine(model, ids, method, reduction, backend=backend)
-    # The engine computes in fp64 here and gives fp32: half an ulp is 6e-8.
+    # The engine computes in fp64 here and returns fp32: half an ulp is 6e-8.
     assert_scores_close(scores, oracle_scores(model, ids, method, reduction, 2), rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "obs"])  # an inverse: see below
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "obs"])  # see the next test
 def test_an_fp32_model_is_exact_to_1e_5(method: str, backend: str) -> None:
     model, ids = tiny_model("llama", channels=33, dtype=torch.float32), tiny_ids(samples=6, tokens=17)
     assert_scores_close(

@@ -30,7 +30,7 @@ def test_gradients_below_the_range_of_float16_follow_fp64(method: str, reduction
     expected = oracle_scores(model, ids, method, reduction, 2)
     for kind, blocks in zip(("attention", "mlp"), expected, strict=True):
         have, want = torch.cat(getattr(found, kind)).double(), torch.cat(blocks)
-        # Values of 11 bits, through two layers.
+        # Values have 11 significant bits, and their errors pass through two layers.
         assert (have - want).norm() <= 0.03 * want.norm(), (kind, have, want)
 
 

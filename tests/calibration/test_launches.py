@@ -46,7 +46,7 @@ class Taken:
     plain: tuple[Counted, Counted]
 
     def added_by_a_layer(self, count: Callable[[Counted], int]) -> int:
-        """The count that the engine adds to the plain pass of one layer, the second."""
+        """The count that the engine adds to the plain pass for one more layer."""
         ((ours, plain),) = pairwise(count(two) - count(one) for one, two in (self.ours, self.plain))
         return ours - plain
 

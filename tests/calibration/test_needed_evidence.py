@@ -192,7 +192,7 @@ def test_a_missing_prior_is_refused_with_the_remedy(tmp_path: Path) -> None:
 
 
 def test_obs_reads_samples_beyond_those_that_give_its_curvatures() -> None:
-    """Costs use second moments of all samples; only their ratio between kinds depends on the samples of the steps."""
+    """Costs use all samples' second moments; only the ratio between kinds depends on which samples had gradients."""
     model, ids = tiny_model("qwen2"), tiny_ids(samples=6)
     everything = engine_of(model, ids, "obs")
     stepped = engine_of(model, ids[:4], "obs")

@@ -54,7 +54,7 @@ def start(cwd: Path, *arguments: object, prepare: Callable[[], object] = lambda:
     code = 1
     try:
         os.chdir(cwd)
-        # The handlers of a program that is started from a terminal, even if this process ignores these signals.
+        # Handle signals as a program started from a terminal does, even if this process ignores them.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         for stream in (1, 2):

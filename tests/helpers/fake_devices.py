@@ -45,7 +45,7 @@ class _OnSecond(Tensor):
 
     @data.setter
     def data(self, value: "_OnSecond") -> None:
-        # As with any tensor, references to this one see the new values; tensors that shared its memory keep the old.
+        # As with any tensor, references to it see the new values; tensors that shared its memory keep the old ones.
         self.held = value.held
 
     @classmethod

@@ -86,7 +86,7 @@ def test_cutting_equals_silencing_and_survives_saving(
 def test_importances_equal_fp64_autograd_and_dead_groups_are_lowest(architecture: str) -> None:
     model, ids = tiny(architecture, ratio=1), tiny_ids(3)
     for block in describe(model).blocks:
-        # The last group reads and writes nothing.
+        # The last group writes nothing.
         dead = torch.tensor([block.groups - 1])
         with torch.no_grad():
             block.output.weight[:, block.output.columns_of(dead)] = 0.0

@@ -70,7 +70,7 @@ def test_the_budget_is_kept_and_nearly_used(
     for layer in range(table.layers):
         of_layer = table.layer == layer
         assert table.cost[of_layer & pruned].sum() <= limit * table.cost[of_layer].sum() + 1e-9
-    # What is left of the budget is less than the largest unit, unless a layer's limit stands in the way.
+    # What is left of the budget is less than the largest unit, unless a layer's limit prevents using it.
     unit = max(ATTENTION_COST, MLP_COST * round_to) * (table.layers if uniform else 1)
     assert limit < 1.0 or uniform or ratio * parameters - removed < unit
 

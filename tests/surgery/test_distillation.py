@@ -177,7 +177,7 @@ def test_small_changes_of_bfloat16_weights_add_up() -> None:
     weight = torch.ones(64, 64, dtype=torch.bfloat16)
     gradient = torch.ones(64, 64)
     generator = torch.Generator().manual_seed(0)
-    # A hundred steps, each a tenth of the distance to the next number below.
+    # A hundred steps, each a tenth of the distance to the next smaller number.
     for _ in range(100):
         descend(weight, gradient.clone(), 2.0**-8 / 10, generator)
     assert weight.float().mean().item() == pytest.approx((1 - 2.0**-8 / 10) ** 100, rel=2e-3)
@@ -261,7 +261,7 @@ def test_kinds_that_are_not_pruned_are_not_distilled(held_out_losses: list[float
 
 def test_without_held_out_samples_nothing_is_distilled_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(dtype=torch.float32)
-    # All of the text's windows are calibration samples.
+    # All windows of the text are used as calibration samples.
     config = PruneConfig(num_samples=8, seq_len=16, pruning_ratio=0.2)
     tokens = tiny_ids(samples=1, tokens=8 * 16).flatten()
     found = prune(model, None, config, calibration=tokens, evaluation=tokens)
