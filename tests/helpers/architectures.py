@@ -113,14 +113,14 @@ def tiny(architecture: str, *, ratio: int = 2, kv_heads: int = 3, head_dim: int 
 
 def _with_vision(architecture: str, text: dict[str, Any]) -> dict[str, Any]:
     """The values of a vision-language model's configuration, given those of its decoder."""
-    of_vision = dict(VISION[architecture])
-    tower = of_vision["vision_config"]
-    of_vision["vision_config"] = {k: text["hidden_size"] if value is None else value for k, value in tower.items()}
+    vision = dict(VISION[architecture])
+    tower = vision["vision_config"]
+    vision["vision_config"] = {k: text["hidden_size"] if value is None else value for k, value in tower.items()}
     if architecture.startswith("qwen"):
         half = text["head_dim"] // 2
         sections = [half - half // 2, half // 2 - half // 4, half // 4]
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections}
-    return {**of_vision, "text_config": text, "tie_word_embeddings": text["tie_word_embeddings"]}
+    return {**vision, "text_config": text, "tie_word_embeddings": text["tie_word_embeddings"]}
 
 
 def random_masks_of(model, keep: float, seed: int = 0):

@@ -36,12 +36,12 @@ class Process:
         alarm.start()
         try:
             with os.fdopen(self.output, "rb") as output:
-                said = output.read().decode(errors="replace")
+                printed = output.read().decode(errors="replace")
             code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         finally:
             alarm.cancel()
-        assert code != -signal.SIGABRT, f"not done after {DEADLINE:.0f} s:\n{said}"
-        return code, said
+        assert code != -signal.SIGABRT, f"not done after {DEADLINE:.0f} s:\n{printed}"
+        return code, printed
 
 
 def start(cwd: Path, *arguments: object, prepare: Callable[[], object] = lambda: None) -> Process:

@@ -50,17 +50,17 @@ class _OnSecond(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return _computed(func, args, kwargs)
+        return _compute_on_cpu(func, args, kwargs)
 
 
 class _Devices(TorchDispatchMode):
     """Handles also operations that create tensors on a device, or copy them from one device to the other."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return _computed(func, args, kwargs)
+        return _compute_on_cpu(func, args, kwargs)
 
 
-def _computed(func, args, kwargs):
+def _compute_on_cpu(func, args, kwargs):
     """Compute on the CPU; the result is on the device that was asked for, or else on the device of the tensors."""
     kwargs = dict(kwargs or {})
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
@@ -91,7 +91,7 @@ def second_device() -> Iterator[None]:
         yield
 
 
-class _Moved(ModelHook):
+class _MoveArguments(ModelHook):
     """Moves a module's arguments to its device, as accelerate's own hook does."""
 
     def __init__(self, device: torch.device) -> None:
@@ -110,7 +110,7 @@ def divided(model: nn.Module, first: int) -> nn.Module:
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(parameter.detach().to(device), requires_grad=False)
     for module in [*model.model.layers, *upper[-2:]]:
-        add_hook_to_module(module, _Moved(next(module.parameters()).device))
+        add_hook_to_module(module, _MoveArguments(next(module.parameters()).device))
     return model
 
 

@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 # Torch has no formulas for products that are added to a sum in place; each is counted as the operation given here.
-_ALIKE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}
+_COUNTED_AS = {torch.ops.aten.addmm_: torch.ops.aten.addmm}
 
 
 class CountFlops(TorchDispatchMode):
@@ -18,7 +18,7 @@ class CountFlops(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         op = func._overloadpacket
-        formula = flop_registry.get(_ALIKE.get(op, op))
+        formula = flop_registry.get(_COUNTED_AS.get(op, op))
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out

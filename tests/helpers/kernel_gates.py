@@ -24,8 +24,8 @@ PROGRAM = ROOT / "benchmarks" / "predicted" / "compile_kernels.py"
 OTHER = ROOT / ".venv" / "triton-3.6.0"
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes by compute capability, the most that a block may have
-OF_SM = 228 * 1024  # bytes of shared memory on Hopper, of which each block takes 1 KiB more than it asks for
-REGISTERS_OF_SM = 65536
+SM_SHARED_MEMORY = 228 * 1024  # bytes of shared memory on Hopper, of which each block takes 1 KiB more than it asks for
+SM_REGISTERS = 65536
 
 
 def all_compiled(version: str) -> list[Compiled]:
@@ -112,7 +112,7 @@ def slow_products(entry: Compiled) -> bool:
 def alone_on_its_sm(entry: Compiled) -> bool:
     """Whether two blocks do not fit on one SM, so that nothing else computes during a block's epilogue."""
     registers = entry["registers"] * entry["warps"] * 32
-    return bool(2 * (entry["shared"] + 1024) > OF_SM or 2 * registers > REGISTERS_OF_SM)
+    return bool(2 * (entry["shared"] + 1024) > SM_SHARED_MEMORY or 2 * registers > SM_REGISTERS)
 
 
 def long_epilogue(budget: float) -> Callable[[Compiled], bool]:

@@ -92,12 +92,12 @@ def down_columns(module) -> torch.Tensor:
     return module.down_proj if module.is_transposed else module.down_proj.transpose(1, 2)
 
 
-def input_rows(module, of: torch.Tensor) -> torch.Tensor:
+def input_rows(module, weights: torch.Tensor) -> torch.Tensor:
     """Each channel's rows of the gate and of the up projection, [E, I, 2, H].
 
-    of: a tensor of the shape of the module's gate_up_proj.
+    weights: the module's gate_up_proj, or a tensor of its shape.
     """
-    rows = of.transpose(1, 2) if module.is_transposed else of
+    rows = weights.transpose(1, 2) if module.is_transposed else weights
     experts, _, hidden = rows.shape
     if module.is_concatenated:
         return rows.view(experts, 2, -1, hidden).transpose(1, 2)
