@@ -14,7 +14,7 @@ from helpers.tiny_models import tiny_ids, tiny_model
 TOLERANCE: dict[Method, float] = {
     "taylor_2nd": 1e-5, "fisher": 1e-5, "group_fisher": 3e-5, "wanda": 1e-5, "magnitude": 1e-5, "obs": 1e-3
 }  # fmt: skip
-second_gpu = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs here")
+second_gpu = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has fewer than two GPUs")
 
 
 def bits(scores: Scores) -> torch.Tensor:

@@ -26,7 +26,7 @@ params.warmup = False
 params.fit_params = False
 params.n_gpu_layers = 0
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-# The reference keeps its keys and values in full.
+# The reference keeps its keys and values in full precision.
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 server = xllamacpp.Server(params)

@@ -47,7 +47,7 @@ def test_logits_never_exist_whole(frozen_head: bool, made: int) -> None:
     assert not [shape for shape in kept if shape[-1:] == (61,)], "logits are kept for the backward pass"
     losses.sum().backward()
     assert max(sizes) == 61 * 6
-    assert len(sizes) == made * 6, "each chunk is made once; where the head is trained once more in the backward pass"
+    assert len(sizes) == made * 6, "each chunk is made once, and if the head is trained, again in the backward pass"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
