@@ -48,17 +48,17 @@ if TYPE_CHECKING:
     from gradprune.result import PruneResult
     from gradprune.vanishing.diagnosis import Diagnosis
 
-# typer's usage errors share this base, in releases that depend on click as in those that carry their own.
+# The base class of typer's usage errors, both in releases that depend on click and in those that bundle a copy of it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
-# Text of the user's, such as a path, is never taken for markup.
+# The user's text, such as a path, is never interpreted as markup.
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 OUT = Console(**_PLAIN)
 PROGRESS = Console(stderr=True, **_PLAIN)
 
 app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
-    # The plain help: at 80 columns the boxed one cuts option names off.
+    # Use the plain help, because the boxed one cuts option names off at 80 columns.
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -67,10 +67,10 @@ app = typer.Typer(
 # The commands whose work several processes can share.
 _SHARED = ("prune", "search", "diagnose", "eval")
 
-# Of commands that prune nothing: there is no second model.
+# Options of commands that prune nothing: no second model is copied or timed.
 _UNCHANGED: dict[str, Any] = {"measure_speed": False, "in_place": True}
 
-# The section of the help that a command's model is in.
+# The section of the help that lists the option which names a command's model.
 _MODEL = "Model and target"
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
@@ -134,7 +134,7 @@ def search(options: dict[str, Any]) -> None:
 
 
 def _goal(config: PruneConfig, ratios: list[float]) -> str:
-    """What a run is to reach, for its name: its target, or else the ratios."""
+    """Return the part of a run's name that says how much is pruned: its target or, without one, the ratios."""
     if config.target is None:
         return "-".join(f"{ratio:g}" for ratio in ratios)
     return f"{config.target.removeprefix('target_')}-{config.target_value}"
@@ -204,7 +204,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a checkpoint's perplexity and zero-shot accuracy."""
-    # Here the option has another name, by which an error is to call it.
+    # This command calls the option --model, so errors about its value must say "model".
     config = PruneConfig(
         **options, base_model=replace(OPTIONS["base_model"], name="model").accepted(model), **_UNCHANGED
     )
@@ -362,13 +362,13 @@ def info(
 
 
 def main() -> NoReturn:
-    """Run the command; errors are one line on standard error, with exit code 2, and leave nothing half written."""
+    """Run the command; on an error, print one line to standard error, exit with 2 and leave nothing half written."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Names need not be text in the stream's encoding.
+            # File names may contain characters that the stream's encoding lacks.
             stream.reconfigure(errors="backslashreplace")
     arguments = [_hyphenated(argument) for argument in sys.argv[1:]]
-    # They belong to no command, so they may stand anywhere.
+    # These flags belong to no command, so they may appear anywhere on the command line.
     flags = [argument for argument in arguments if argument in ("--quiet", "--verbose")]
     try:
         with interruptible(), launched() as ranks:
@@ -376,7 +376,7 @@ def main() -> NoReturn:
         if ranks.world > 1:
             _end_at_once(code)
         if sys.stdout is not None:
-            # At exit it would be too late to say that it is full.
+            # Flush here, because at exit it is too late to report that the output's disk is full.
             sys.stdout.flush()
         sys.exit(code)
     except GradPruneError as error:
@@ -384,14 +384,14 @@ def main() -> NoReturn:
     except _UsageError as error:
         _fail(_usage(error))
     except SystemExit as end:
-        # Typer and rich end the program so where whoever read the output has seen enough.
+        # Typer and rich exit like this if the reader of the output has closed the pipe.
         if isinstance(end.__context__, BrokenPipeError):
             _end_of_pipe()
         raise
     except BrokenPipeError:
         _end_of_pipe()
     except OSError as error:
-        # Without a name it may come from anywhere; whether from standard output, a blank line tells.
+        # An error without a file name may come from anywhere; writing a blank line shows whether from standard output.
         where = error.filename or ("standard output" if _refuses(sys.stdout, "\n") else None)
         _fail(one_line(error) if where is None else f"{where}: {one_line(error)}")
     except Interrupted as interrupt:
@@ -402,20 +402,20 @@ def main() -> NoReturn:
 
 
 def _end_of_pipe() -> NoReturn:
-    """End as programs do whose output nobody reads any more."""
+    """Exit with the code of SIGPIPE, as programs do whose output is no longer read."""
     _drop_unwritten()
     sys.exit(128 + signal.SIGPIPE)
 
 
 def _drop_unwritten() -> None:
-    """Drop what a standard stream could not write: at exit it would fail again, and change the exit code."""
+    """Discard what a standard stream could not write, because failing again at exit would change the exit code."""
     for stream in (sys.stdout, sys.stderr):
         if _refuses(stream):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _refuses(stream: TextIO | None, text: str = "") -> bool:
-    """Whether a standard stream cannot write what its buffer holds, and `text`; None is one that was closed."""
+    """Whether a standard stream cannot write its buffered output and `text`; False for None, a closed stream."""
     try:
         if stream is not None:
             stream.write(text)
@@ -426,7 +426,7 @@ def _refuses(stream: TextIO | None, text: str = "") -> bool:
 
 
 def _usage(error: Any) -> str:
-    """What is wrong with the command line, with the value, which typer leaves out where pydantic refused it."""
+    """Return the message of a usage error, including the refused value, which typer omits if pydantic refused it."""
     message = str(error.format_message()).replace(": Value error, ", ": ")
     refused: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
     given = repr(refused[0]["input"]) if refused else ""
@@ -434,11 +434,11 @@ def _usage(error: Any) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    """End with an error on one line, whatever a name in it holds."""
+    """Exit with 2 after printing an error on one line; control characters in it, e.g. from a path, are escaped."""
     if not speaks():
         sys.exit(2)
     line = "".join(f"\\x{ord(character):02x}" if ord(character) < 32 else character for character in message)
-    # The exit code tells even where nothing can be said.
+    # The exit code reports the failure even if standard error cannot be written.
     with suppress(OSError, SystemExit):
         say(Console(stderr=True), f"error: {line}")
     _drop_unwritten()
@@ -446,7 +446,7 @@ def _fail(message: str) -> NoReturn:
 
 
 class _LogLines(logging.Handler):
-    """Shows gradprune's own log on standard error."""
+    """A log handler that prints gradprune's own log to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(Console(stderr=True), f"{record.levelname.lower()}: {record.getMessage()}")
@@ -459,7 +459,7 @@ def _log(level: str) -> None:
 
 
 def _end_at_once(code: int) -> NoReturn:
-    """End a rank that is done before Python takes itself apart, in which threads of PyTorch's may abort the process."""
+    """Exit a finished rank without Python's finalization, during which threads of PyTorch may abort the process."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     atexit._run_exitfuncs()
@@ -467,7 +467,7 @@ def _end_at_once(code: int) -> NoReturn:
 
 
 def _hyphenated(argument: str) -> str:
-    """`--pruning_ratio=0.2` as `--pruning-ratio=0.2`; values stay as they are."""
+    """Replace underscores in an option's name, not in its value: `--output_name=my_run` -> `--output-name=my_run`."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
@@ -475,7 +475,7 @@ def _hyphenated(argument: str) -> str:
 
 
 def _named(config: PruneConfig, name: str) -> PruneConfig:
-    """With a results folder, by default named after the model, and `name`; of several ranks the leading one's alone."""
+    """Return the options with `output_name` set, by default to the model's name and `name`; None on all ranks but 0."""
     if not current().leads:
         return replace(config, output_name=None)
     if config.output_name is not None:
@@ -485,12 +485,12 @@ def _named(config: PruneConfig, name: str) -> PruneConfig:
 
 
 def _pruning_config(options: dict[str, Any]) -> PruneConfig:
-    """The options of a command that prunes: nobody needs the dense model any more, unless it is timed."""
+    """Return the options of a command that prunes, in place unless the dense model is kept to be timed."""
     return PruneConfig(**options, in_place=not options["measure_speed"])
 
 
 def _evaluated(config: PruneConfig, protocol: str | None) -> "tuple[Perplexity, tuple[TaskAccuracy, ...], int]":
-    """A checkpoint's perplexity, its accuracy on the tasks that are asked for, and its number of parameters."""
+    """Return a checkpoint's perplexity, its accuracy on the requested tasks and its number of parameters."""
     from gradprune.data.agreement import check_same_options
     from gradprune.evaluation.protocols import protocol_window
     from gradprune.evaluation.size import model_size
@@ -517,7 +517,7 @@ def _evaluated(config: PruneConfig, protocol: str | None) -> "tuple[Perplexity, 
 def _measure_perplexity(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", config: PruneConfig, protocol: str | None
 ) -> "Perplexity":
-    """By a protocol of the literature, or on the windows that the options say."""
+    """Measure perplexity by a protocol of the literature or, if that is None, as the options specify."""
     from gradprune.data.agreement import check_same_inputs
     from gradprune.data.sources import load_tokens
     from gradprune.data.windows import check_context
@@ -552,7 +552,7 @@ def _measure_perplexity(
 
 
 def _diagnoses(config: PruneConfig, lengths: list[int]) -> "dict[int, Diagnosis]":
-    """The model's diagnosis at each length, in tokens."""
+    """Return the diagnosis of the model's gradients for each sample length (in tokens)."""
     from gradprune.calibration.engine import ImportanceEngine
     from gradprune.calibration.gather import calibrate
     from gradprune.data.agreement import check_same_inputs, check_same_options
@@ -587,7 +587,7 @@ def _diagnoses(config: PruneConfig, lengths: list[int]) -> "dict[int, Diagnosis]
 
 @contextmanager
 def _advised(state: Callable[[], Path | None], advice: str) -> Iterator[None]:
-    """Where a signal ends the body and a state was written down, its message says how to go on."""
+    """If a signal ends the body and `state()` is a file or folder that exists, add `advice` to the final message."""
     try:
         yield
     except Interrupted as interrupt:
@@ -598,7 +598,7 @@ def _advised(state: Callable[[], Path | None], advice: str) -> Iterator[None]:
 
 
 def _resumable(config: PruneConfig) -> AbstractContextManager[None]:
-    """`_advised` of a calibration that is written down."""
+    """If a signal ends the body and the calibration's state was saved, advise in the final message to resume it."""
 
     def state() -> Path | None:
         from gradprune.calibration.resume import calibration_file
@@ -652,7 +652,7 @@ def _prune_ratios(config: PruneConfig, ratios: list[float]) -> None:
 
 
 def _warn(line: str) -> None:
-    """Show a warning beside the results or, where --quiet holds these back, on standard error."""
+    """Print a warning with the results or, if --quiet suppresses these, to standard error."""
     if not OUT.quiet:
         say(OUT, line)
     elif current().leads:
@@ -666,10 +666,10 @@ def _load(
     streams: bool = True,
     stages: "tuple[StageName, ...] | None" = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
-    """The model on its device, and its tokenizer; the demo's, which is trained if need be, where none is named.
+    """Load the model that the options name onto its device, with its tokenizer; without a name, the demo's.
 
-    argument: the option that names it. streams: whether its layers may be streamed. stages: what the command does with
-    it, where that is not all of `prune`.
+    The demo's model is trained first if necessary. argument: the option that names the model, for messages. streams:
+    whether its layers may be streamed. stages: the stages that the command runs; None means all those of `prune`.
     """
     import torch
     from transformers.utils import logging as transformers_logging

@@ -1,4 +1,4 @@
-"""What `gradprune info` shows: versions, devices, and which backends work and why others do not."""
+"""The content of `gradprune info`: versions, devices, which backends work here, and why the others do not."""
 
 import importlib.metadata
 import platform
@@ -13,9 +13,10 @@ from gradprune.version import __version__
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and, per device type and backend, None if it works, else the reason why not.
+    """Return versions, devices and, by device type and backend, None if the backend works, else the reason why not.
 
-    `backends`: for the importance ops, the choices of `--backend`; `gradient_backends`: for the gradient ops.
+    `backends` are those of the importance ops, the choices of `--backend`; `gradient_backends` those of the gradient
+    ops.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
@@ -36,7 +37,7 @@ def environment() -> dict[str, Any]:
 
 
 def _named(backends: Any) -> list[Any]:
-    """The members of a `Literal` of backends, without "auto"."""
+    """Return the members of a `Literal` of backends, without "auto"."""
     return [backend for backend in get_args(backends) if backend != "auto"]
 
 

@@ -10,7 +10,7 @@ class ConfigError(GradPruneError):
 
 
 class UnsupportedArchitectureError(GradPruneError):
-    """The architecture is neither tested nor passes its self-test, or a projection is no plain linear layer."""
+    """The architecture is untested and fails its self-test, or a projection is not a plain linear layer."""
 
 
 class CalibrationError(GradPruneError):
@@ -46,7 +46,7 @@ class RecoveryError(GradPruneError):
 
 
 class RankError(GradPruneError):
-    """One of the processes that torchrun started has failed or gone; says which and why."""
+    """One of the processes that torchrun started failed or disappeared; the message says which and why."""
 
 
 class OutOfMemoryError(GradPruneError):
@@ -54,12 +54,15 @@ class OutOfMemoryError(GradPruneError):
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things in words: "1 sample", "1,024 samples"."""
+    """Return a number with its noun in the singular or plural: "1 sample", "1,024 samples"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def one_line(error: BaseException) -> str:
-    """The start of another library's error message, on one line and without a full stop; of the system's, its words."""
+    """Return the message of an error that is not gradprune's: one line, no full stop, cut at about 200 characters.
+
+    Of an `OSError`, only the operating system's explanation is returned, without the error number and the file name.
+    """
     system = isinstance(error, OSError) and error.strerror
     words = " ".join(str(system or error).split())
     if not words or isinstance(error, KeyError):  # its message is only the key

@@ -1,4 +1,4 @@
-"""Signals that end a command: it unwinds as after an error, so that nothing half-written remains."""
+"""Signals that end a command: they raise an exception, so that it cleans up as after an error."""
 
 import signal
 import sys
@@ -6,28 +6,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# Ctrl-C, `kill` and batch systems, and a terminal that is closed.
+# Sent by Ctrl-C, by `kill` and batch systems, and by a terminal that is closed.
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
-    """One of these signals came. Not a KeyboardInterrupt, which libraries catch and convert to other errors."""
+    """A signal is ending the command. Not a KeyboardInterrupt, which libraries catch and convert to other errors."""
 
     def __init__(self, number: int) -> None:
-        """number: the signal's."""
+        """number: the signal's number."""
         super().__init__(number)
         self.name = signal.Signals(number).name
         self.exit_code = 128 + number
-        # What can be done next, to follow the message.
+        # What the user can do next; appended to the message.
         self.advice = ""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Each of SIGINT, SIGTERM and SIGHUP raises `Interrupted`; while one unwinds, others cannot disturb it.
+    """While active, SIGINT, SIGTERM and SIGHUP raise `Interrupted`; while it is being handled, they are ignored.
 
-    Where a library swallows it or converts it to another error, it is raised again at the end, or by the next signal.
-    A signal that is ignored when this begins, as SIGHUP is under `nohup`, stays so.
+    If a library swallows the exception or converts it to another error, it is raised again when the body ends, or when
+    the next signal arrives. A signal that is already ignored on entry, as SIGHUP is under `nohup`, stays ignored.
     """
     handlers = {number: signal.getsignal(number) for number in _ENDING}
     raised: list[Interrupted] = []
@@ -54,7 +54,7 @@ def interruptible() -> Iterator[None]:
 
 
 def _unwinds(error: BaseException) -> bool:
-    """Whether it, or an error that it was converted to, is being handled where this is called."""
+    """Whether `error`, or an error that it was converted to, is being handled where this function is called."""
     handled = sys.exc_info()[1]
     while handled is not None and handled is not error:
         handled = handled.__context__

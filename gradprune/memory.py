@@ -1,4 +1,4 @@
-"""Running out of memory, told in one line: what was running, what it needed, and which options need less."""
+"""Reporting in one line that memory ran out: what was running, what it needed, and which options need less."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from gradprune.errors import OutOfMemoryError
 from gradprune.progress import Clock
 
 _CPU = re.compile(
-    # The last is oneDNN's, which does not say that there was no memory for the code that it generates.
+    # The last message is oneDNN's if there is no memory for the code that it generates, which it does not mention.
     r"can't allocate memory|not enough memory|bad_alloc|cannot allocate memory|could not create a primitive$",
     re.IGNORECASE,
 )
@@ -20,7 +20,7 @@ _AMOUNT = re.compile(r"allocate ([\d.]+ ?(?:[KMGT]i?B|bytes))")
 
 @contextmanager
 def memory_advice(clock: Clock, config: PruneConfig) -> Iterator[None]:
-    """Turn running out of memory into a `GradPruneError` that says what to do.
+    """If the body runs out of memory, raise a `GradPruneError` that says what to do.
 
     Raises:
         OutOfMemoryError: the body ran out of memory, on the CPU or an accelerator.
@@ -39,10 +39,10 @@ def memory_advice(clock: Clock, config: PruneConfig) -> Iterator[None]:
 
 
 def _cheaper(stage: str, config: PruneConfig) -> list[str]:
-    """Options that need less memory than those of `config`, in the order of what they cost."""
+    """List the options that would need less memory than those of `config`, the cheapest change first."""
     advice = []
     if config.batch_size > 1 and stage != "speed":
-        # Each batch of own text has a seed of its own, so other batches are other text.
+        # Each batch of own text has its own seed, so another batch size writes other text.
         same = config.reduction == "sample" and not config.own_text
         cost = "the same result" if same else "another result"
         advice.append(f"--batch_size {max(1, config.batch_size // 4)} ({cost})")

@@ -66,15 +66,16 @@ def prune(
         model: left unchanged, its mode included, unless `config.in_place`: then the model itself is cut, which saves
             the memory of a copy of its prunable weights. It is run in evaluation mode.
         tokenizer: for text datasets, and saved with the model; may be None with `calibration` and `evaluation`.
-        config: the options; a results folder is written only where `config.output_name` is set.
+        config: the options; None means the defaults. A results folder is written only if `config.output_name` is set.
         calibration: [tokens] int64 to draw calibration samples from, instead of `config.dataset`.
         evaluation: [tokens] int64 held-out tokens for perplexity, instead of `config.eval_dataset`.
         console: where progress is shown; nowhere by default.
-        ranks: the processes that share the work, each with the same arguments, see `gradprune.ranks`; the leading one
-            writes.
+        ranks: the processes that share the work, each with the same arguments, see `gradprune.ranks`; only the leading
+            one writes.
 
     Raises:
-        GradPruneError: an option, the data, the model or the requested ratio does not work; says what would.
+        GradPruneError: an option, the data, the model or the requested ratio does not work; the message says what
+            would.
     """
     config = _of_rank(config or PruneConfig(), ranks)
     check_class(model)
@@ -106,13 +107,13 @@ def prune_ratios(
     Args:
         model: left unchanged, whatever `config.in_place` says.
         tokenizer, console, ranks: as for `prune`.
-        config: with `output_name`; each ratio's results go to a folder of its name in that folder, beside
-            `report.html`, which has the curve of perplexity against size. `pruning_ratio` is not read.
-        ratios: ascending, each once.
+        config: the options; `pruning_ratio` is not read. If `output_name` is set, each ratio's results are written to a
+            subfolder named after the ratio, beside `report.html`, which has the curve of perplexity against size.
+        ratios: in ascending order, without duplicates.
 
     Raises:
-        GradPruneError: as `prune`, and before anything is calibrated where one of the ratios cannot be reached, or a
-            target is set, too.
+        GradPruneError: as for `prune`; also if a target is set. A ratio that cannot be reached is refused before
+            anything is calibrated.
     """
     config = _of_rank(config, ranks)
     if config.target is not None:
@@ -148,17 +149,17 @@ def prune_ratios(
 
 
 def _whole(config: PruneConfig, output: Path | None) -> AbstractContextManager[Path | None]:
-    """The folder to write to, which becomes `output` at the end; None without one."""
+    """Context manager that yields a folder to write to, which becomes `output` at the end; None if `output` is None."""
     if output is None:
         return nullcontext()
     return atomic_directory(output, overwrite=config.overwrite, argument="output_name")
 
 
 def _of_rank(config: PruneConfig, ranks: Ranks) -> PruneConfig:
-    """The options as this rank follows them: only the leading one writes and measures speed.
+    """Return the options for this rank: only the leading rank writes results and measures speed.
 
     Raises:
-        ConfigError: they need a single process.
+        ConfigError: an option works only with a single process.
     """
     if ranks.world == 1:
         return config
@@ -171,7 +172,7 @@ def _of_rank(config: PruneConfig, ranks: Ranks) -> PruneConfig:
 
 
 def _written(run: Run, result: PruneResult, tokenizer: PreTrainedTokenizerBase | None, output: Path) -> PruneResult:
-    """The result, after it has been written to `output`."""
+    """Write the result to `output`; return it with that folder and the size of its weight files."""
     with run.clock.stage("writing"):
         return write_results(result, tokenizer, output)
 
@@ -185,9 +186,9 @@ def _start(
     clock: Clock,
     ranks: Ranks,
 ) -> tuple[Run, Evidence | None]:
-    """The run of the first of `configs`, which differ in ratio, and the evidence that it is given, if any.
+    """Return the run of the first of `configs`, which differ only in ratio, and the evidence in `evidence_file`.
 
-    Raises what would fail only after calibration.
+    The evidence is None if no file is given. Checks beforehand what would otherwise fail only after calibration.
     """
     check_same_options(ranks, configs)
     check_placement(model)
@@ -238,7 +239,7 @@ def _start(
 
 
 def _check_reachable(view: PrunableModel, groups: GroupTable, config: PruneConfig) -> None:
-    """Raise if the constraints keep a model from its ratio or size; a speed has to be measured."""
+    """Raise if the constraints rule out the ratio or the target size; a target speed can only be measured."""
     config.check_speed(streamed=view.residency is not None)
     if config.target_speedup is not None:
         return
@@ -252,7 +253,7 @@ def _check_reachable(view: PrunableModel, groups: GroupTable, config: PruneConfi
 
 
 def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResult:
-    """Choose, repair, cut and measure."""
+    """Choose the groups, repair and cut the model, and measure it."""
     found = None
     run = _at_target(run, evidence)
     if run.config.importance_method == "auto":
@@ -261,7 +262,7 @@ def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResul
         run = _at_target(replace(run, config=run.config.with_part(found.winner.scoring)), evidence)
     scored = after_shots(run, evidence)
     if run.config.shots > 1:
-        # With other scores, another ratio leads to the target.
+        # The last shot's scores differ, so another ratio may be needed to meet the target.
         run = _at_target(run, scored)
     config = run.config
     with run.clock.stage("selection"):
@@ -295,13 +296,13 @@ def _at_target(run: Run, evidence: Evidence) -> Run:
 
 
 def _repair_and_cut(run: Run, masks: GroupMasks) -> tuple[PreTrainedModel, list[BlockRepair], Distillation | None]:
-    """The cut model, what the repair did to its blocks, and what distillation brought."""
-    # Weights that are re-solved and cut no longer share the dense model's memory.
+    """Return the cut model, the repair of each block and the outcome of distillation, if there was any."""
+    # Weights that are re-solved or cut no longer share the dense model's memory.
     model = run.view.model if run.config.in_place else sharing_copy(run.view.model)
     with run.clock.stage("repair"):
         repaired = REPAIRS[run.config.repair](replace(run, view=describe(model, run.config.kinds)), masks)
         blocks, taught = repaired.blocks, taught_samples(run, repaired)
-        # The streams of samples that teach nothing go.
+        # Free the residual streams of samples that distillation does not use.
         del repaired
     with run.clock.stage("surgery"):
         pruned = cut(model, masks, inplace=True)
@@ -323,7 +324,7 @@ def _measure_dense(run: Run) -> Measured:
 
 
 def _measure_pruned(run: Run, pruned_model: PreTrainedModel, dense: Measured) -> tuple[Measured, Measured]:
-    """The dense and the pruned model's measurements; their speed, if requested, measured in alternation."""
+    """Return the dense and the pruned model's measurements; speeds, if requested, are measured in alternation."""
     with run.clock.stage("perplexity_after"):
         size = model_size(pruned_model)
         measured = _perplexity(run, pruned_model)
@@ -352,7 +353,7 @@ def _perplexity(run: Run, model: PreTrainedModel) -> Perplexity:
 
 
 def _tasks(run: Run, model: PreTrainedModel, stage: str) -> tuple[TaskAccuracy, ...]:
-    """The zero-shot accuracies that are asked for, timed as `stage`."""
+    """Measure the requested zero-shot accuracies, timed as `stage`."""
     config = run.config
     if run.tasks is None:
         return ()

@@ -1,4 +1,4 @@
-"""The plan of a run: what it would hold in memory, whole, streamed or divided among ranks, and what of that fits."""
+"""The plan of a run: the memory that it would take whole, streamed or divided among ranks, and which of these fit."""
 
 import bisect
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +14,11 @@ from gradprune.models.sizes import ModelShape, free_memory
 
 @dataclass(frozen=True)
 class Room:
-    """Where a run is to compute: a name for it, its bytes, and whether it has memory of its own beside the host's."""
+    """The memory that a run computes in.
+
+    name: of the device, or the size as it was given. bytes: how many are free. accelerated: whether it is the memory of
+    an accelerator, separate from the host's.
+    """
 
     name: str
     bytes: int
@@ -23,10 +27,11 @@ class Room:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One way to run.
+    """One way to execute a run, and the memory that it takes.
 
-    recomputed: as with `use_gradient_checkpointing`. ranks: how many processes; the figures are of one of them.
-    largest_batch: the largest batch_size that fits; 0 where none does.
+    recomputed: whether activations are recomputed, as with `use_gradient_checkpointing`. ranks: the number of
+    processes; footprint and fits are those of one process. largest_batch: the largest batch_size that fits, at most
+    num_samples; 0 if none does.
     """
 
     name: str
@@ -38,16 +43,16 @@ class PlannedRun:
     largest_batch: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-serialisable values."""
+        """Return the planned run as a JSON-serialisable dict."""
         totals = {name: getattr(self.footprint, name) for name in ("device", "host", "moved")}
         return {**asdict(self), "footprint": {**asdict(self.footprint), **totals}}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All ways to run on one device.
+    """All ways to execute a run on one device.
 
-    one_wave: the stream_memory with which a streamed model's samples pass through the layers together.
+    one_wave: the stream_memory, in bytes, at which all samples pass through a streamed model's layers in one wave.
     """
 
     shape: ModelShape
@@ -57,7 +62,7 @@ class Plan:
 
     @property
     def streams(self) -> bool:
-        """What `stream_layers` "auto" does without `use_gradient_checkpointing`."""
+        """Whether `stream_layers` "auto" would stream, without `use_gradient_checkpointing`."""
         return self.streamable and not self.runs[0].fits
 
     @property
@@ -66,7 +71,7 @@ class Plan:
         return any(run.streamed for run in self.runs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-serialisable values; sizes in bytes."""
+        """Return the plan as a JSON-serialisable dict, with sizes in bytes."""
         return {
             "model": {"parameters": self.shape.parameters, "bytes": self.shape.bytes},
             "device": asdict(self.room),
@@ -77,10 +82,10 @@ class Plan:
 
 
 def room_on(device: str) -> Room:
-    """The room that a size such as "80GB" stands for, on an accelerator, or what is free on a device of this machine.
+    """Return the room of an accelerator with a memory of, e.g., "80GB", or what is free on a device of this machine.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: `device` is neither a size nor a device that works here.
     """
     try:
         size = bytes_of(device)
@@ -103,18 +108,18 @@ def room_on(device: str) -> Room:
 
 
 def planned(shape: ModelShape, config: PruneConfig, room: Room, ranks: int, *, streamable: bool = True) -> Plan:
-    """Every way to run: whole, whole with recomputed activations, streamed; the first and the last in ranks, too.
+    """Plan every way to run: whole, whole with recomputed activations, streamed, and whole and streamed with ranks.
 
-    With `reduction` "batch", which keeps a gradient of every weight, a run is neither streamed nor divided; with
-    `own_text`, which a streamed model cannot write, it is not streamed.
+    With `reduction` "batch", which keeps a gradient of every weight, a run is neither streamed nor divided among ranks;
+    with `own_text`, which a streamed model cannot write, it is not streamed.
 
     Args:
-        shape: of the model.
-        config: the options of the run; whether layers are streamed or recomputed, and the batch size of
-            `largest_batch`, are varied.
-        room: where it computes.
-        ranks: how many processes share the work, each with a device of its own.
-        streamable: whether the checkpoint can be streamed: a GGUF file cannot.
+        shape: the model's sizes.
+        config: the options of the run, except that streaming, recomputation and, to find `largest_batch`, the batch
+            size are varied.
+        room: the memory that the run computes in; with ranks, each has as much.
+        ranks: the number of processes that share the work, each with its own device.
+        streamable: whether the checkpoint can be streamed, which a GGUF file cannot.
     """
     ways = [
         ("whole", False, False, 1),
@@ -143,7 +148,7 @@ def _planned(
         return footprint(shape, options, streamed=streamed, accelerated=room.accelerated, world=ranks)
 
     found = held(config.batch_size)
-    # Larger batches hold more.
+    # A larger batch takes more memory, so the largest that fits is found by bisection.
     sizes = range(1, config.num_samples + 1)
     largest = bisect.bisect_right(sizes, room.bytes, key=lambda size: held(size).peak)
     return PlannedRun(name, streamed, recomputed, ranks, found, found.fits(room.bytes), largest)

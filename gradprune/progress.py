@@ -51,7 +51,7 @@ def progress(
         description: what is running.
         total: number of steps.
         unit: what a step is, in the plural.
-        done: steps that an earlier process did, which say nothing about the rate.
+        done: steps that an earlier process completed, which do not count towards the rate.
     """
     if not console.is_terminal:
         lines = _Lines(console, description, total, unit, done)
@@ -126,7 +126,7 @@ class Clock:
     """
 
     def __init__(self, console: Console = QUIET) -> None:
-        """Start without stages. Each is announced on `console` when it begins, unless that is a terminal (bars)."""
+        """Start without stages. Each is announced on `console` when it begins, unless that is a terminal with bars."""
         self.seconds: dict[str, float] = {}
         self.running: str | None = None
         self.console = console

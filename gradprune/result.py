@@ -27,8 +27,9 @@ from gradprune.vanishing.analysis import GradientAnalysis
 class Measured:
     """Measurements of a model before or after pruning.
 
-    parameters: tied ones count once. bytes_on_disk: of the weight files, or of the tensors if there are no files.
-    tasks: zero-shot accuracies on the requested tasks. generations: what it writes after each of the run's prompts.
+    parameters: their number; tied ones count once. bytes_on_disk: size of the weight files, or of the tensors if there
+    are no files. tasks: zero-shot accuracies on the requested tasks. generations: the model's continuation of each of
+    the run's prompts.
     """
 
     parameters: int
@@ -47,11 +48,11 @@ class PruneResult:
     table, pruned: every group with its score, and whether it was pruned.
     masks: which groups each block kept. gradients: the layers' gradients before and after scaling.
     evidence: statistics from calibration, to rescore without calibrating again. repairs: the least-squares repair of
-        each block. distillation: what it brought; None where there was none.
+        each block. distillation: the outcome of distillation; None if there was none.
     search: the trials, if importance_method was "auto"; `config` then holds the chosen settings.
     seconds: wall time by stage. output: the results folder; None if nothing was written.
     evaluation_overlap: the fraction of the evaluation text that occurs in the calibration text.
-    prompts: what the models' `generations` continue.
+    prompts: the texts that the models' `generations` continue.
     """
 
     model: PreTrainedModel

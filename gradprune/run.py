@@ -21,8 +21,8 @@ class Run:
     """A model with the options and the samples of one run.
 
     view: the model with its prunable blocks. tokenizer: the model's, for evaluation on tasks.
-    tasks: what both models are asked, if anything. prompts: what both are to continue. clock: times the stages.
-    console: where progress is shown. ranks: the processes that share the work.
+    tasks: zero-shot questions for the dense and the pruned model, if any. prompts: texts that both models continue.
+    clock: times the stages. console: where progress is shown. ranks: the processes that share the work.
     """
 
     view: PrunableModel

@@ -3,15 +3,15 @@
 One calibration pass yields the evidence for every method, so a candidate costs no more than masking groups and a
 few forward passes. Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): all candidates on few samples,
 the best quarter on four times as many, and the finalists on all of them. If repair is asked for, the finalists are
-re-solved by least squares, but not distilled. The fixed settings, every method without and with plain H-GSP, always
-reach the last round. What is best without repair need not be so with it: if repair is asked for, only re-solved
-candidates can take the default's place.
+re-solved by least squares, but not distilled. The fixed settings, which are every method without and with plain H-GSP,
+always reach the last round. The best candidate without repair need not be the best with it: if repair is asked for,
+only re-solved candidates can replace the default.
 
-The least of many measured losses is partly luck. So each candidate is compared with the default setting sample by
-sample, and the default stays unless a candidate's mean difference is below zero by more than `threshold` of its
-standard errors: sqrt(2 ln n), about where the luckiest of n candidates that are no better is expected (the maximum of n
-standard normal values), and 2 at least. The samples are apart from those that calibration and repair see, and
-the evaluation text is never looked at.
+The lowest of many measured losses is partly luck. So each candidate is compared with the default setting sample by
+sample, and the default stays unless a candidate's mean difference is below zero by more than `threshold` standard
+errors. The threshold is sqrt(2 ln n), about where the luckiest of n candidates that are no better is expected (the
+maximum of n standard normal values), but at least 2. The search has samples of its own, which neither calibration nor
+repair uses, and it never reads the evaluation text.
 """
 
 import itertools
@@ -53,9 +53,9 @@ _FINALISTS = 8
 class Trial:
     """A candidate with its loss in the last round it reached.
 
-    loss: mean held-out loss in nats per token, over `samples` samples. difference: its loss minus that of the default
-    setting in the same round, sample by sample, and `error` that mean's standard error; both 0 for the default.
-    repaired: with the repair of the run. fixed: one of the fixed settings.
+    loss: mean held-out loss in nats per token, over `samples` samples. difference: mean over samples of its loss minus
+    the loss of the default setting in the same round. error: the standard error of that mean. Both are 0 for the
+    default. repaired: whether the repair of the run was applied. fixed: whether it is one of the fixed settings.
     """
 
     scoring: Scoring
@@ -69,12 +69,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The result of a search.
 
-    trials: the last round by loss, then the earlier rounds, latest first, each by loss.
-    candidates: how many different selections were tried. cut_short: time ran out before the last round was over.
-    default: the setting that all are compared with, as it did in the deciding round.
-    decides: whether the deciding round is one that can: others than the default are repaired, if a repair is asked for.
+    trials: each candidate's trial in the last round that it reached; those of the last round first, each round by loss.
+    candidates: the number of different selections. cut_short: whether time ran out before the last round was over.
+    default: the deciding round's trial of the setting that all candidates are compared with.
+    decides: whether the deciding round may replace the default; if repair is asked for, this requires that another
+        candidate was repaired, too.
     """
 
     trials: list[Trial]
@@ -85,26 +86,26 @@ class SearchResult:
 
     @property
     def threshold(self) -> float:
-        """How many standard errors below the default's a loss has to be."""
+        """By how many standard errors a loss must be below the default's to replace it."""
         return max(2.0, math.sqrt(2.0 * math.log(self.candidates)))
 
     @property
     def winner(self) -> Trial:
-        """The candidate with the least loss of those that are surely better than the default; else the default."""
+        """The trial with the lowest loss among those surely better than the default; the default if there is none."""
         return next((trial for trial in self.deciding if self.surely_better(trial)), self.default)
 
     @property
     def best_other(self) -> Trial | None:
-        """The candidate other than the default with the least loss in the deciding round, if there is any."""
+        """The trial with the lowest loss in the deciding round, except the default; None if there is no other."""
         return next((trial for trial in self.deciding if trial != self.default), None)
 
     def surely_better(self, trial: Trial) -> bool:
-        """Whether it is better than the default by more than `threshold` standard errors, in a round that decides."""
+        """Whether `trial` beats the default by over `threshold` standard errors, in a round that may replace it."""
         return self.decides and trial.difference < -self.threshold * trial.error
 
     @property
     def deciding(self) -> list[Trial]:
-        """The trials of the deciding round, which is the last that `default` took part in, by loss."""
+        """The trials of the deciding round, which is the last one that `default` took part in, by loss."""
         last = (self.default.samples, self.default.repaired)
         return [trial for trial in self.trials if (trial.samples, trial.repaired) == last]
 
@@ -117,18 +118,18 @@ class _Candidate:
 
 
 def search(run: Run, evidence: Evidence) -> SearchResult:
-    """Find a scoring that is better than the default at the ratio of the run, if there is one.
+    """Find a scoring that is better than the default at the run's pruning ratio, if there is one.
 
     Args:
-        run: the model, which is restored afterwards; ratio, constraints, repair and `search_minutes` of its options;
-            search samples, two at least.
-        evidence: of its calibration, with the priors of `config.prior`.
+        run: the model, which is left as it was; the ratio, constraints, repair and `search_minutes` of its options; and
+            at least two search samples.
+        evidence: the evidence of the model's calibration, with the priors of `config.prior`.
 
     Raises:
         SelectionError: `epsilon` would leave no layer under any scoring.
 
-    Deterministic, unless `search_minutes` cuts it short: then the latest complete round decides, or those that were
-    repaired until then. The first round is always completed.
+    Deterministic, unless `search_minutes` cuts it short: then the last complete round decides, or the candidates that
+    were repaired by then. The first round is always completed.
     """
     pool = list(_candidates(run, evidence))
     if not pool:
@@ -137,13 +138,13 @@ def search(run: Run, evidence: Evidence) -> SearchResult:
         )
     repaired = run.config.repair != "none"
     samples = len(run.samples.searched)
-    # An upper bound: selections that come twice are tried once.
+    # The planned number of trials is an upper bound, because fixed settings may also be among a round's best.
     with progress(run.console, "Searching", _planned(pool, samples, repaired), "trials") as advance:
         return _Tournament(run, pool, advance).play(repaired)
 
 
 class _Tournament:
-    """Rounds of candidates on ever more samples, until time runs out. The pool's first is the default."""
+    """Rounds of candidates on ever more samples, until time runs out; the pool's first candidate is the default."""
 
     def __init__(self, run: Run, pool: list[_Candidate], advance: Callable[[], None]) -> None:
         self._run = run
@@ -152,7 +153,7 @@ class _Tournament:
         self._deadline = time.monotonic() + 60.0 * run.config.search_minutes
 
     def play(self, repaired: bool) -> SearchResult:
-        """Play all rounds; the last one is of repaired candidates if `repaired`."""
+        """Play all rounds; if `repaired`, a last round repairs the candidates that are left."""
         rounds: list[list[Trial]] = []
         alive = self._pool
         searched = self._run.samples.searched
@@ -166,7 +167,7 @@ class _Tournament:
             alive = _survivors(alive, rounds[-1])
         if not repaired:
             return _result(rounds, self._pool, cut_short=False, decides=True)
-        # The default, and then the best first: time may run out.
+        # Because time may run out, the default goes first, then the candidates in the order of their losses.
         place = {trial.scoring: number for number, trial in enumerate(rounds[-1])}
         alive = [alive[0], *sorted(alive[1:], key=lambda candidate: place[candidate.scoring])]
         last = self._round(alive, partial(_repaired_losses, self._run, parts), repaired=True, may_end=True)
@@ -182,9 +183,10 @@ class _Tournament:
         repaired: bool,
         may_end: bool,
     ) -> list[Trial]:
-        """One round, given what yields candidates' losses [samples]; divided over the ranks.
+        """Play one round, divided over the ranks; return the trials of the candidates in order.
 
-        Fewer than the candidates, the first of them, if it may end where time runs out.
+        alive: the candidates; `losses` yields each one's losses, [samples]. may_end: whether the round may end when
+        time runs out, with trials of only the first candidates.
         """
         ranks = self._run.ranks
         own: list[Tensor] = []
@@ -195,7 +197,7 @@ class _Tournament:
                 break
             own.append(next(own_losses))
             self._advance()
-        # The first that a rank has not come to ends what all have.
+        # The round is complete up to the first candidate that some rank did not get to.
         next_ones = [rank + ranks.world * count for rank, count in enumerate(ranks.gather_json(len(own)))]
         played = alive[: min(next_ones)]
         for _ in played[len(own) :]:
@@ -208,7 +210,7 @@ class _Tournament:
 
 
 def _compared(candidate: _Candidate, losses: Tensor, default: Tensor, *, repaired: bool) -> Trial:
-    """Of a candidate's losses and the default's, [samples] each."""
+    """Return a candidate's trial from its losses and the default's, [samples] each."""
     difference = losses - default
     error = difference.std().item() / math.sqrt(len(losses))
     return Trial(
@@ -217,7 +219,7 @@ def _compared(candidate: _Candidate, losses: Tensor, default: Tensor, *, repaire
 
 
 def _candidates(run: Run, evidence: Evidence) -> Iterator[_Candidate]:
-    """Every scoring of the space that selects something new; first the default, then the other fixed settings."""
+    """Yield a candidate for each scoring that selects something new: the default, other fixed settings, the space."""
     config = run.config
     seen: set[bytes] = set()
     fixed = list(_fixed(config.scoring, evidence, evidence.default_method(config.repair)))
@@ -234,7 +236,7 @@ def _candidates(run: Run, evidence: Evidence) -> Iterator[_Candidate]:
 
 
 def _fixed(scoring: Scoring, evidence: Evidence, default: Method) -> Iterator[Scoring]:
-    """Every method without and with plain H-GSP, the default first; no fix but one that batches already had."""
+    """Yield every method without and with plain H-GSP, the default first; no fix unless batches already had one."""
     fix = evidence.fixes(FIXES)[0]
     methods = sorted(evidence.methods, key=lambda method: method != default)
     for method, (temperature, tau) in itertools.product(methods, (TEMPERATURES[0], TEMPERATURES[2])):
@@ -260,7 +262,7 @@ def _space(scoring: Scoring, evidence: Evidence) -> Iterator[Scoring]:
 
 
 def _round_sizes(samples: int) -> list[int]:
-    """Samples in each round before the last, e.g. 4, 16, 64."""
+    """Return the number of samples in each round of unrepaired candidates, e.g. 4, 16, 64."""
     sizes = [samples]
     while sizes[0] // _KEPT >= 2:
         sizes.insert(0, sizes[0] // _KEPT)
@@ -268,14 +270,14 @@ def _round_sizes(samples: int) -> list[int]:
 
 
 def _survivors(alive: list[_Candidate], ranked: list[Trial]) -> list[_Candidate]:
-    """The best quarter, at least the finalists, and all fixed settings."""
+    """Return the best quarter of the candidates, but at least `_FINALISTS`, and all fixed settings."""
     count = max(_FINALISTS, len(alive) // _KEPT)
     best = {trial.scoring for trial in ranked[:count]}
     return [candidate for candidate in alive if candidate.fixed or candidate.scoring in best]
 
 
 def _planned(pool: list[_Candidate], samples: int, repaired: bool) -> int:
-    """An upper bound on the number of evaluations."""
+    """Return an upper bound on the number of trials in all rounds."""
     fixed, count, total = sum(c.fixed for c in pool), len(pool), 0
     for _ in _round_sizes(samples):
         total += count
@@ -297,13 +299,13 @@ def _repaired_losses(run: Run, searched: Sequence[Tensor], candidates: Sequence[
     repair = REPAIRS[run.config.repair]
     for candidate in candidates:
         model = sharing_copy(run.view.model)
-        # Ranks divide the candidates, and not a candidate's repair.
+        # The ranks divide the candidates among them, so a candidate's repair is not divided again.
         repair(replace(run, view=describe(model, run.config.kinds), ranks=ALONE, console=QUIET), candidate.masks)
         yield losses_of(model, searched)
 
 
 def _ranked(trials: list[Trial]) -> list[Trial]:
-    """By loss, least first, NaN last; ties keep their order."""
+    """Sort trials by loss, the lowest first and NaN last; ties keep their order."""
     return sorted(trials, key=lambda trial: math.inf if math.isnan(trial.loss) else trial.loss)
 
 

@@ -1,8 +1,9 @@
-"""Pruning in several shots: what goes first is repaired before the rest is scored again.
+"""Pruning in several shots: the model is repaired after each shot, and the remaining groups are scored again.
 
-Importances are those of the model that was calibrated, so a group's is out of date once many others are gone. With
-`shots` K, the selection at 1/K of the ratio is made and repaired, the repaired model is calibrated, and so on; what the
-last calibration says chooses at the whole ratio, and that is removed from the dense model and repaired once.
+A group's importance is measured on the model that was calibrated, so it is out of date once many other groups have been
+removed. With `shots` K, groups are selected at 1/K of the ratio, a copy without them is repaired and calibrated, the
+next are selected at 2/K, and so on. The evidence of the last calibration selects the groups at the whole ratio; these
+are removed from the dense model, which is repaired once.
 """
 
 from dataclasses import replace
@@ -21,14 +22,14 @@ from gradprune.surgery.repair import REPAIRS
 
 
 def after_shots(run: Run, evidence: Evidence) -> Evidence:
-    """What the last shot's calibration says; `evidence` itself with one shot.
+    """Return the evidence of the last shot's calibration; with one shot, `evidence` itself.
 
     Args:
-        run: the dense model, which stays as it is, and the ratio at the end.
-        evidence: of the dense model.
+        run: the dense model, which is left unchanged, and the final ratio.
+        evidence: the evidence of the dense model.
 
-    Groups that an earlier shot removed have importance 0, so they go first, unless a normalisation shifts scores. The
-    time of shot K is stage `shot_K`.
+    Groups that an earlier shot removed have importance 0, so they are selected first again, unless a normalisation
+    shifts scores. The time of shot K is recorded as stage `shot_K`.
     """
     config = run.config
     for shot in range(1, config.shots):
@@ -40,18 +41,18 @@ def after_shots(run: Run, evidence: Evidence) -> Evidence:
 
 
 def _calibrated_again(run: Run, masks: GroupMasks) -> Evidence:
-    """The evidence of the model without what `masks` remove, repaired."""
+    """Repair a copy of the model without the groups that `masks` remove, and return the evidence of its calibration."""
     view = describe(sharing_copy(run.view.model), run.config.kinds)
     REPAIRS[run.config.repair](replace(run, view=view), masks)
-    # The state of an unfinished calibration is that of the dense model's.
+    # An earlier run's evidence and a calibration's saved state are those of the dense model.
     config = replace(run.config, evidence_file=None, output_name=None, checkpoint_every=None, resume=False)
     of_copy = replace(run, view=view.with_groups(), config=config, clock=Clock())
-    # The copy is gone when the shot ends: no evidence of it is ever read from a file.
+    # The copy does not outlive the shot, so its evidence, never read from a file, needs no digest of the weights.
     return gather_evidence(of_copy, bound=False)
 
 
 def _without(evidence: Evidence, masks: GroupMasks) -> Evidence:
-    """The evidence with importance 0 for groups that are gone."""
+    """Return the evidence with importance 0 for the groups that `masks` remove."""
     gone = torch.cat([~masks[block] for block in evidence.blocks])
     return replace(
         evidence, components={name: values.masked_fill(gone, 0.0) for name, values in evidence.components.items()}

@@ -1,4 +1,4 @@
-"""Targets other than a ratio: the pruning ratio with which a model comes to a size, or to a speed measured here."""
+"""Targets other than a ratio: finding the pruning ratio at which a model has a given size or measured speed."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,14 +15,14 @@ from gradprune.scoring.choose import Choice, choose
 from gradprune.surgery.cut import cut
 
 _HALVINGS = 7
-"""So a ratio that a speed asks for is known to 1/128."""
+"""Bisection steps for a target speed, which determine its ratio to 1/128."""
 
 
 def ratio_of_size(view: PrunableModel, config: PruneConfig) -> float | None:
-    """The fraction of the model's parameters that a target size leaves no room for; None where no size is the target.
+    """Return the fraction of the model's parameters to remove to meet a target size; None if a size is not the target.
 
     Raises:
-        SelectionError: the model is no larger than that already.
+        SelectionError: the model already is no larger than the target.
     """
     size = model_size(view.model)
     if config.target_parameters is not None:
@@ -35,21 +35,21 @@ def ratio_of_size(view: PrunableModel, config: PruneConfig) -> float | None:
         return None
     if left >= held:
         raise SelectionError(f"{name}: '{given}' is no target for this model, which has {held:,} {unit}; give less")
-    # What the groups hold has one type; of bytes, that of the model.
+    # Groups hold weights of the model's dtype, so each parameter that is removed saves the bytes of one element.
     each = 1 if unit == "parameters" else view.model.dtype.itemsize
     return (held - left) / (each * size.parameters)
 
 
 def at_target(run: Run, evidence: Evidence) -> Run:
-    """The run, which has a target, with the smallest `pruning_ratio` that meets it.
+    """Return a run that has a target with the smallest `pruning_ratio` that meets the target.
 
     Raises:
-        SelectionError: nothing that may be pruned brings the model there.
+        SelectionError: no selection that the constraints allow meets the target.
     """
     config = run.config
     scoring = config.scoring
     if config.importance_method == "auto":
-        # What search compares with, until it has chosen.
+        # Until the search has chosen a method, use the default that it compares the others with.
         scoring = replace(scoring, importance_method=evidence.default_method(config.repair))
 
     def chosen(ratio: float) -> Choice:
@@ -70,13 +70,14 @@ def at_target(run: Run, evidence: Evidence) -> Run:
 
 
 def _of_size(chosen: Callable[[float], Choice], fraction: float, parameters: int) -> float | None:
-    """The smallest ratio with which at least that fraction is gone, to half a group; None where there is none.
+    """Return the smallest ratio that removes at least `fraction` of the parameters, to half a group; None if none does.
 
-    A selection stays below its ratio by up to what goes together: a group, or as many as keep widths equal.
+    A selection may fall short of its ratio by up to the groups that are removed together: one, or as many as keep
+    widths equal. So the ratio to ask for can be larger than the fraction.
     """
 
     def short_at(ratio: float) -> float | None:
-        """By how much of the parameters too little goes; None where so much cannot go at all."""
+        """Return the fraction of the parameters by which a ratio's selection falls short; None if there is none."""
         try:
             choice = chosen(ratio)
         except SelectionError:
@@ -100,7 +101,7 @@ def _of_size(chosen: Callable[[float], Choice], fraction: float, parameters: int
 
 
 def _of_speed(run: Run, chosen: Callable[[float], Choice], speedup: float) -> float:
-    """The smallest ratio with which the pruned model was that many times as fast, by halving."""
+    """Find by bisection the smallest ratio at which the pruned model is at least `speedup` times as fast."""
     low, high, fastest, found = 0.0, 1.0, 1.0, None
     with progress(run.console, "Measuring speed", _HALVINGS, "ratios") as advance:
         for _ in range(_HALVINGS):
@@ -122,7 +123,7 @@ def _of_speed(run: Run, chosen: Callable[[float], Choice], speedup: float) -> fl
 
 
 def _speedup(run: Run, chosen: Callable[[float], Choice], ratio: float) -> float | None:
-    """How many times as fast the leading rank found the model, cut but not repaired; None where it cannot be cut."""
+    """Measure on the leading rank how many times as fast the cut model is; None if `ratio` cannot be reached."""
     try:
         choice = chosen(ratio)
     except SelectionError:
