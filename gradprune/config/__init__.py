@@ -1,4 +1,4 @@
-"""The options of a run. Each is defined once, with its default, help and domain, in `gradprune.config.parts`."""
+"""The options of a run. Each is defined once, in `gradprune.config.parts`, with its default, help and domain."""
 
 from gradprune.config.command_line import command_line, rerun_command
 from gradprune.config.domains import bytes_of, count_of, device_map_of

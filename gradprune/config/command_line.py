@@ -1,4 +1,4 @@
-"""Configurations as shell commands."""
+"""Writing a configuration as a shell command."""
 
 import shlex
 from dataclasses import replace
@@ -7,7 +7,7 @@ from gradprune.config.prune_config import OPTIONS, PruneConfig
 
 
 def command_line(config: PruneConfig) -> str:
-    """The exact `gradprune prune` command of a configuration: every option that is not at its default."""
+    """Return the `gradprune prune` command of a configuration, with every option that differs from its default."""
     words = ["gradprune", "prune"]
     for name, option in OPTIONS.items():
         value = getattr(config, name)
@@ -18,7 +18,7 @@ def command_line(config: PruneConfig) -> str:
 
 
 def rerun_command(config: PruneConfig) -> str:
-    """The command that repeats a run into a results folder of its own, so that it can run beside the first results."""
+    """Return the command that repeats a run and writes to a new results folder, so that the first results remain."""
     if config.output_name is not None:
         config = replace(config, output_name=f"{config.output_name}-again", resume=False)
     return command_line(config)

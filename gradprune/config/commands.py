@@ -1,4 +1,4 @@
-"""Commands of the command line whose parameters are options."""
+"""Typer commands whose parameters are made from options."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from gradprune.config.options_file import options_from_file
 from gradprune.config.prune_config import OPTIONS
 from gradprune.errors import ConfigError
 
-# Longer lists of choices stand in the help text instead of beside the option's name.
+# Lists of choices longer than this many characters are shown in the help text instead of beside the option's name.
 _LONGEST_CHOICES = 45
 
 # The parameter that names a file of options.
@@ -45,17 +45,19 @@ def takes(
     from_file: bool = False,
     evaluates: bool = False,
 ) -> Callable[[Command], Command]:
-    """Give a typer command options as parameters.
+    """Return a decorator that gives a typer command options as parameters.
 
-    The function below it is called with their values, as a mapping by name, and then with parameters of its own.
+    The decorated function is called with the options' values, as a mapping by name, and with its own parameters as
+    keyword arguments.
 
     Args:
-        wanted: groups of options, or options by name.
-        defaults: by name, where the command's default is not the option's.
-        several: by name of an option that takes several numbers separated by commas, what these are for. Their value
-            in the mapping is a list of numbers, each once and within the option's domain.
-        from_file: whether `--config` names a file that all parameters may stand in, too.
-        evaluates: whether its dataset is text to measure on; see `options_from_file`.
+        wanted: groups of options, or names of options.
+        defaults: the command's defaults, by name of the option, where they differ from the option's.
+        several: the options that accept several comma-separated numbers, and for each of them a sentence for the help
+            that says what several are for. Such an option's value in the mapping is a list of numbers within its
+            domain, without duplicates.
+        from_file: whether `--config` names a file that may set any of the parameters, too.
+        evaluates: whether the command's dataset is text to measure on; see `options_from_file`.
     """
     options: dict[str, Option] = {}
     for each in wanted:
@@ -86,7 +88,7 @@ def takes(
 
 
 def _parameter(option: Option, default: Any, several: str | None) -> inspect.Parameter:
-    """The option as a parameter of a typer command; `several` says what more than one number is for."""
+    """Return an option as a parameter of a typer command; `several`: its sentence in `takes`, None if it takes one."""
     long = len("|".join(option.choices)) > _LONGEST_CHOICES
     help = f"{option.help} {several}" if several else option.help
     info = typer.Option(
@@ -104,7 +106,7 @@ def _parameter(option: Option, default: Any, several: str | None) -> inspect.Par
 
 def _config_parameter(*, evaluates: bool) -> inspect.Parameter:
     def read(context: typer.Context, value: str | None) -> str | None:
-        """Make what the file says the defaults of the command's parameters, which are read after this one."""
+        """Make the file's values the defaults of the command's other parameters, which are read after this one."""
         if value is not None:
             names = [str(parameter.name) for parameter in context.command.params]
             taken = [name for name in names if name not in (_CONFIG, "help")]
@@ -122,10 +124,10 @@ def _config_parameter(*, evaluates: bool) -> inspect.Parameter:
 
 
 def _numbers(option: Option, text: str) -> list[Any]:
-    """The numbers of a comma-separated list, each once.
+    """Parse a comma-separated list of numbers, dropping duplicates.
 
     Raises:
-        ConfigError: one of them is no number, or outside the option's domain.
+        ConfigError: an item is not a number, or is outside the option's domain.
     """
     try:
         found = dict.fromkeys(option.kind(number) for number in text.split(","))

@@ -1,4 +1,4 @@
-"""Domains: which values of its type an option takes, and in which words it refuses the others."""
+"""Domains: which values of its type an option accepts, and the messages with which it refuses the others."""
 
 import json
 import math
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Sizes and counts end up in C++ ints and in indices of tensors; seeds in 64-bit generators.
+# Sizes and counts end up in C++ ints and in tensor indices, seeds in 64-bit generators.
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Part of the values of a type.
+    """The set of values that an option accepts, a subset of its type.
 
-    words: what belongs to it, as in "a number between 0 and 1"; empty where that is the whole type.
-    fault: what is wrong with a value, worded to follow "name: "; None for a value that belongs to it.
+    words: a phrase that describes the values, such as "a number between 0 and 1"; empty if all of the type's are valid.
+    fault: returns what is wrong with a value, worded to follow "name: ", or None if the value is valid.
     """
 
     words: str
@@ -29,7 +29,7 @@ ANYTHING = Domain("", lambda value: None)
 
 
 def at_least(least: int, most: int = INT32_MAX) -> Domain:
-    """Whole numbers from `least` to `most`, which is only mentioned where a value exceeds it."""
+    """Whole numbers from `least` to `most`; messages mention `most` only if a value exceeds it."""
     words = f"a whole number of at least {least}"
 
     def fault(value: int) -> str | None:
@@ -41,12 +41,12 @@ def at_least(least: int, most: int = INT32_MAX) -> Domain:
 
 
 def numbers(words: str, contains: Callable[[float], bool]) -> Domain:
-    """The numbers for which `contains` holds. It must not hold for NaN."""
+    """The numbers for which `contains` is true; it must be false for NaN."""
     return Domain(f"a number {words}", lambda value: None if contains(value) else f"{value} is not {words}")
 
 
 def finite(words: str, contains: Callable[[float], bool]) -> Domain:
-    """The finite numbers for which `contains` holds."""
+    """The finite numbers for which `contains` is true."""
     phrase = f"a finite number {words}"
     return Domain(
         phrase, lambda value: None if math.isfinite(value) and contains(value) else f"{value} is not {phrase}"
@@ -59,12 +59,12 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?B)?", re.IGNORECASE)
 
 
 def bytes_of(size: str) -> int:
-    """The bytes of a size such as "4GiB", "512 MiB", "1.5G" or "80GB".
+    """Return the number of bytes of a size such as "4GiB", "512 MiB", "1.5G" or "80GB".
 
-    KB, MB, GB and TB are powers of 1000; KiB and K, and so on, are powers of 1024.
+    KB, MB, GB and TB are powers of 1000; K and KiB, M and MiB, and so on, are powers of 1024.
 
     Raises:
-        ValueError: it is no size.
+        ValueError: `size` is not a size.
     """
     match = _SIZE.fullmatch(size.strip())
     if match is None:
@@ -75,7 +75,7 @@ def bytes_of(size: str) -> int:
 
 
 def memory_size() -> Domain:
-    """Text that says how much memory: at least one byte."""
+    """Text that `bytes_of` reads as at least one byte."""
     words = "a size such as 4GiB or 512MiB"
 
     def fault(value: str) -> str | None:
@@ -88,10 +88,10 @@ def memory_size() -> Domain:
 
 
 def count_of(number: str) -> int:
-    """The whole number that is written as such, or as "350M" or "1.5B" (K, M, B and T are powers of 1000).
+    """Return the whole number written in full or as "350M" or "1.5B" (K, M, B and T are powers of 1000).
 
     Raises:
-        ValueError: it is no number of at least 1.
+        ValueError: `number` is not a number of at least 1.
     """
     match = _COUNT.fullmatch(number.strip())
     if match is None or (found := int(float(match[1]) * 1000 ** "_KMBT".index(match[2].upper() or "_"))) < 1:
@@ -100,7 +100,7 @@ def count_of(number: str) -> int:
 
 
 def count() -> Domain:
-    """Text that says how many."""
+    """Text that `count_of` reads."""
     words = "a number such as 350M or 1.5B"
 
     def fault(value: str) -> str | None:
@@ -114,7 +114,7 @@ def count() -> Domain:
 
 
 def names_among(names: tuple[str, ...]) -> Domain:
-    """Text with one or several of the names, separated by commas, each once."""
+    """Text of one or several of `names`, separated by commas, without duplicates."""
     words = f"one or several of {', '.join(names)}, separated by commas"
 
     def fault(value: str) -> str | None:
@@ -131,23 +131,23 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def device_map_of(value: str) -> str | dict[str, str | int]:
-    """What transformers takes as `device_map`: one of `DEVICE_MAPS`, or JSON, devices by the modules' names.
+    """Return what transformers accepts as `device_map`: one of `DEVICE_MAPS`, or JSON as a dict of devices by module.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: `value` is neither.
     """
     if value in DEVICE_MAPS:
         return value
     found = json.loads(value)
     places = found.values() if isinstance(found, dict) else ()
-    # What would be left on disk is streamed.
+    # "disk" is refused, because layers that do not fit in memory are streamed instead.
     if not places or not all(type(place) in (str, int) and place != "disk" for place in places):
         raise ValueError(value)
     return dict(found)
 
 
 def device_map() -> Domain:
-    """Text that says where modules go."""
+    """Text that `device_map_of` reads."""
     words = f'one of {", ".join(DEVICE_MAPS)}, or JSON such as {{"model.embed_tokens": 0, "model.layers.0": 1}}'
 
     def fault(value: str) -> str | None:
@@ -161,7 +161,7 @@ def device_map() -> Domain:
 
 
 def path(what: str) -> Domain:
-    """Text that can be a path, or the name of something to load; `what` says of what."""
+    """Text that can be a path or the name of something to load; `what` is a phrase that describes it."""
 
     def fault(value: str) -> str | None:
         if not value:
@@ -172,14 +172,14 @@ def path(what: str) -> Domain:
 
 
 def folder_name() -> Domain:
-    """Text that can name one folder."""
+    """Text that can be the name of a single folder."""
 
     def fault(value: str) -> str | None:
         if value in ("", ".", "..") or Path(value).name != value:
             return f"{value!r} is not a plain folder name; put its parent in output_dir"
         if value.startswith("-"):
             return f"{value!r} looks like an option; a name begins with something else"
-        # Control characters, and bytes of the command line that are not UTF-8.
+        # Cc are control characters; Cs, surrogates, stand for bytes of the command line that are not UTF-8.
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
             return f"{value!r} holds control characters; use letters, digits, '.', '_' and '-'"
         return None

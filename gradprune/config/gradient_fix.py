@@ -3,7 +3,7 @@
 from gradprune.config.domains import Domain
 from gradprune.errors import ConfigError
 
-# Several joined by "+" are one too.
+# Several of these joined by "+" are a fix, too.
 GRADIENT_FIXES = ("adaptive", "normalize", "depth:linear", "depth:sqrt", "depth:log")
 
 
@@ -11,7 +11,7 @@ def check_gradient_fix(fix: str) -> None:
     """Accept "none", "auto", one of `GRADIENT_FIXES`, or several of these joined by "+".
 
     Raises:
-        ConfigError: naming the fix that is unknown.
+        ConfigError: a fix is unknown; the message names it.
     """
     fault = _fault(fix)
     if fault is not None:

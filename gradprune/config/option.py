@@ -1,4 +1,4 @@
-"""`option`: one option of a run, written as one line, and `Options`: what a group of them has in common.
+"""`option`, which declares an option of a run in one line, and `Options`, the base class of groups of options.
 
 A group is a frozen dataclass derived from `Options`:
 
@@ -6,8 +6,8 @@ A group is a frozen dataclass derived from `Options`:
     class Data(Options):
         seq_len: int = option(128, "Tokens per sample.", at_least(2))
 
-The command line, the validation, `run.json` and the documentation are made from the field's name, type, default, help
-and domain. A type is str, int, float, bool or a `Literal`, and may be `| None`.
+The command line, the validation, `run.json` and the documentation are derived from the field's name, type, default,
+help and domain. A type is str, int, float, bool or a `Literal`, and may be `| None`.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: 
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option.
+    """The properties of an option.
 
-    type: as annotated, and kind: the plain type of its values: bool, int, float or str.
-    choices: the values of a `Literal`, else empty. optional: whether None is a value.
-    stage: title of the group it belongs to.
-    library_only: whether it is no option of the command line.
+    type: the annotated type. kind: the plain type of its values, which is bool, int, float or str.
+    choices: the values of a `Literal`, else empty. optional: whether None is a valid value.
+    stage: the title of the group that it belongs to.
+    library_only: whether it exists only in programs and not on the command line.
     """
 
     name: str
@@ -47,16 +47,16 @@ class Option:
 
     @property
     def values(self) -> str:
-        """The values it takes, in words."""
+        """The valid values, in words."""
         return ", ".join(self.choices) or self.domain.words or _WORDS[self.kind]
 
     def accepted(self, value: Any) -> Any:
-        """`value` as the plain bool, int, float or str that is kept.
+        """Return `value` as the plain bool, int, float or str that is stored; None only for an optional option.
 
-        NumPy's numbers, whole numbers for a float, and `Path`s for text are taken, too.
+        NumPy's numbers, whole numbers for a float, and `Path`s for text are accepted, too.
 
         Raises:
-            ConfigError: it is of another type, or outside the domain.
+            ConfigError: `value` is of another type, or outside the domain.
         """
         if value is None and self.optional:
             return None
@@ -74,20 +74,20 @@ class Option:
 
 
 def option(default: Any, help: str, domain: Domain = ANYTHING, *, library_only: bool = False) -> Any:
-    """A dataclass field that is an option; see `Option`."""
+    """Return a dataclass field that is an option; see `Option`."""
     known = {"help": help, "domain": domain, "library_only": library_only}
     return dataclasses.field(default=default, metadata=known)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Base of the groups of options: a value is checked, and made plain, when it is given."""
+    """Base class of the groups of options; it checks every value and converts it to its plain type."""
 
     def __post_init__(self) -> None:
         """Reject every value outside its domain, and values that contradict each other.
 
         Raises:
-            ConfigError: naming the option, its value and what would be right.
+            ConfigError: a value is rejected; the message names the option, its value and what would be right.
         """
         for name, known in options_of(type(self)).items():
             object.__setattr__(self, name, known.accepted(getattr(self, name)))
@@ -95,14 +95,14 @@ class Options:
         self.check_together()
 
     def decide(self) -> None:
-        """Set what was left to the other options, by `object.__setattr__`; an override calls this one."""
+        """Set unset options that depend on others, using `object.__setattr__`; an override must call this method."""
 
     def check_together(self) -> None:
-        """Raise ConfigError where values contradict each other; an override calls this one first."""
+        """Raise ConfigError if values contradict each other; an override must call this method first."""
 
 
 def options_of(group: type[Options]) -> MappingProxyType[str, Option]:
-    """The options of a group by name, in the order in which they stand."""
+    """Return the options of a group by name, in the order of its fields."""
     # Any, because mypy mistakes the `__hash__` of the group's instances for that of the class.
     hashable: Any = group
     return _options_of(hashable)
@@ -125,13 +125,13 @@ def _option(field: "dataclasses.Field[Any]", annotated: Any, stage: str) -> Opti
 
 
 def _stage(group: type[Options], name: str) -> str:
-    """The first line of the docstring of the group that defines the option."""
+    """Return the title of the group that defines the option: the first line of its docstring."""
     home = next(base for base in group.__mro__ if name in vars(base).get("__annotations__", ()))
     return (home.__doc__ or home.__name__).splitlines()[0].rstrip(".")
 
 
 def _plain(value: Any, kind: type) -> bool | int | float | str | None:
-    """`value` as `kind`, or None where it is something else."""
+    """Return `value` as `kind`, or None if it is of another type."""
     if kind is str:
         return str(value) if isinstance(value, str | PurePath) else None
     if kind is bool or isinstance(value, bool):
@@ -145,5 +145,5 @@ def _plain(value: Any, kind: type) -> bool | int | float | str | None:
 
 
 def _shown(value: Any) -> str:
-    """On one line."""
+    """Return the `repr` of a value on one line."""
     return " ".join(repr(value).split())

@@ -1,4 +1,4 @@
-"""`--config FILE`: options of a command from a YAML file, or from the `run.json` of an earlier run."""
+"""`--config FILE`: reading a command's options from a YAML file, or from the `run.json` of an earlier run."""
 
 import logging
 from collections.abc import Collection
@@ -17,17 +17,17 @@ _NOTHING = ("null", "~", "")
 
 
 def options_from_file(path: str, taken: Collection[str], command: str, *, evaluates: bool = False) -> dict[str, str]:
-    """The options that a file gives, as text, as they would stand on the command line.
+    """Read options from a file; return their values by name, as the text that the command line would have.
 
     Args:
-        path: a YAML file that maps names to values, of which a list means several and null means none; or a `run.json`,
-            whose options that this command does not take are left out.
-        taken: names of the options that the command takes.
-        command: its name, for messages.
-        evaluates: whether its dataset is text to measure on, as the eval_dataset of a run is.
+        path: a YAML file that maps names to values, where a list stands for several comma-separated values and null
+            for an unset option; or a `run.json`, whose options that this command does not take are ignored.
+        taken: the names of the options that the command takes.
+        command: the command's name, for messages.
+        evaluates: whether the command's dataset is text to measure on, so that it is the eval_dataset of a run.
 
     Raises:
-        ConfigError: the file cannot be read, holds no mapping, or names an option that the command does not take.
+        ConfigError: the file cannot be read, is not a mapping, or names an option that the command does not take.
     """
     given = _mapping(path)
     recorded = given.get("config")
@@ -52,7 +52,7 @@ def options_from_file(path: str, taken: Collection[str], command: str, *, evalua
 
 
 def _evaluating(recorded: dict[Any, Any], path: str) -> dict[Any, Any]:
-    """A run's options for a command that measures."""
+    """Return a run's recorded options for a command that measures, whose dataset is the run's eval_dataset."""
     if (text := recorded.get("eval_dataset")) not in (None, *_NOTHING):
         return {**recorded, "dataset": text}
     if recorded.get("dataset") not in (None, *_NOTHING):
@@ -66,7 +66,7 @@ def _evaluating(recorded: dict[Any, Any], path: str) -> dict[Any, Any]:
 
 def _mapping(path: str) -> dict[Any, Any]:
     try:
-        # Every value stays text, so that it means what it means on the command line. JSON is YAML, too.
+        # Keep every value as text, so that it means the same as on the command line. JSON is read as YAML, too.
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"config: '{path}' cannot be read as YAML: {one_line(error)}") from error

@@ -1,7 +1,7 @@
 """Every option, grouped by the stage that reads it.
 
-The command line, its help and the validation follow from the fields here; `python -m gradprune.config.table >
-docs/options.md` renews the documentation. The first line of a group's docstring is its title in both.
+The command line, its help and the validation are derived from the fields here; `python -m gradprune.config.table >
+docs/options.md` regenerates the documentation. The first line of a group's docstring is its title in both.
 """
 
 import math
@@ -26,22 +26,22 @@ from gradprune.config.option import Options, option
 from gradprune.errors import ConfigError
 
 Method = Literal["magnitude", "wanda", "taylor", "taylor_2nd", "fisher", "group_fisher", "obs", "reap"]
-# "auto" searches, see `gradprune.search`.
+# "auto" searches for the best scoring; see `gradprune.search`.
 MethodOption = Literal["auto", Method]
 ReductionName = Literal["sample", "batch"]
 Prior = Literal["removal", "similarity", "taylor"]
 Normalize = Literal["none", "log", "minmax", "zscore", "sqrt"]
 NormalizePer = Literal["layer", "block"]
-# What the result is loaded by; see `docs/serving.md`.
+# The program that must be able to load the result; see `docs/serving.md`.
 Serve = Literal["hf", "vllm", "gguf", "uniform"]
-# Kinds of groups; `gradprune.models.kinds` has what is known of each.
+# Kinds of groups; `gradprune.models.kinds` defines the properties of each.
 KindName = Literal["attention", "mlp", "expert_channels", "experts", "shared_experts"]
 RepairName = Literal["none", "least_squares"]
 EvidenceName = Literal["needed", "all"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 # Whether decoder layers pass through the device one at a time; see `gradprune.models.residency`.
 StreamLayers = Literal["auto", "on", "off"]
-# Who computes the importance ops, and the gradient ops; see `gradprune.ops.dispatch`.
+# Implementations of the importance ops and of the gradient ops; see `gradprune.ops.dispatch`.
 ImportanceBackend = Literal["auto", "reference", "cpp", "triton"]
 GradientBackend = Literal["auto", "reference", "cpp", "cuda"]
 
@@ -49,18 +49,20 @@ TARGETS = ("target_parameters", "target_bytes", "target_speedup")
 METHODS: tuple[Method, ...] = get_args(Method)
 GRADIENT_METHODS = ("taylor", "taylor_2nd", "fisher", "group_fisher", "obs")
 DEFAULT_METHODS: tuple[Method, ...] = ("obs", "group_fisher")
-"""The default method is the first of these that there is for what is pruned; without repair, which "obs" counts on, the
-second."""
+"""The default method is the first of these that applies: "obs" assumes that the repair follows, and cannot score whole
+experts."""
 CURVATURE_SAMPLES = 32
-"""Samples whose gradients give "obs" the blocks' curvatures, one number each, where nothing else needs gradients: those
-of SmolLM2-135M's 60 blocks from 32 samples of 128 tokens vary by 10 % around those from 128."""
+"""Number of samples from whose gradients "obs" estimates the blocks' curvatures, one number a block, if nothing else
+needs gradients: the curvatures of SmolLM2-135M's 60 blocks from 32 samples of 128 tokens vary by 10 % around those from
+128 samples."""
 DISTILL_JUDGED = 16
-"""Held-out samples, at most, on which distillation is judged."""
+"""Largest number of held-out samples on which distillation is judged."""
 DISTILL_TOKENS, DISTILL_PARAMETERS = 16_384, 2_000_000_000
-"""By default models of at most DISTILL_PARAMETERS are distilled, on DISTILL_TOKENS calibration tokens. Larger ones have
-not been measured; distilling them would hold the weights that stay twice or, streamed, read all twice a step."""
+"""By default, models of at most DISTILL_PARAMETERS parameters are distilled, on DISTILL_TOKENS calibration tokens.
+Larger ones have not been measured; distilling them would hold the remaining weights twice in memory or, if streamed,
+read all of them twice per step."""
 DISTILL_TEXT = 0.1
-"""See docs/methods.md for what other shares bring on text of the calibration's kind, and cost on other text."""
+"""See docs/methods.md for what other shares gain on text like the calibration text, and cost on other text."""
 
 _DATASET = path("a .txt, .jsonl or .npy file, or wikitext2, ptb or c4, or several as a.txt:0.7,b.jsonl:0.3")
 _UNIT_INTERVAL = numbers("between 0 and 1 (both excluded)", lambda x: 0.0 < x < 1.0)
@@ -68,12 +70,12 @@ _UNIT_OR_ONE = numbers("above 0 and at most 1", lambda x: 0.0 < x <= 1.0)
 
 
 def distill_step(seq_len: int) -> int:
-    """Samples of a step of distillation: four, or as many as have 512 tokens together, at least one."""
+    """Return the number of samples per step of distillation: four, fewer if they exceed 512 tokens, at least one."""
     return max(1, min(4, 512 // seq_len))
 
 
 def default_methods(repair: RepairName, kinds: Collection[str] = ()) -> tuple[Method, ...]:
-    """What scores groups of these kinds where no method is named, best first; there is no "obs" for whole experts."""
+    """Return the default methods for groups of these kinds, best first; "obs" needs a repair and no whole experts."""
     with_obs = repair != "none" and "experts" not in kinds
     return tuple(method for method in DEFAULT_METHODS if method != "obs" or with_obs)
 
@@ -126,24 +128,26 @@ class Model(Options):
 
     @property
     def target(self) -> str | None:
-        """The option that says what is to come out instead of a ratio; None where none does."""
+        """The name of the option that sets a target instead of a ratio; None if none does."""
         return next((name for name in TARGETS if getattr(self, name) is not None), None)
 
     @property
     def target_value(self) -> str | float | None:
-        """What that option says."""
+        """The value of the option that `target` names; None if there is none."""
         return None if self.target is None else getattr(self, self.target)
 
     def check_speed(self, *, streamed: bool) -> None:
-        """Raise ConfigError where a speed is the target, which a streamed model does not have."""
+        """Raise ConfigError if a speed is the target and the model is streamed, so that its disk limits the speed."""
         if streamed and self.target_speedup is not None:
             raise ConfigError(
                 "target_speedup: the speed of a streamed model is that of its disk; choose another target"
             )
 
     def check_together(self) -> None:
-        """Refuse more than one target, the speed of a streamed model as one, whole experts together with their
-        channels, and a device_map beside `device` or streaming.
+        """Refuse options of the model that exclude each other.
+
+        These are several targets; a target speed with streaming; whole experts together with their channels; and a
+        device_map together with `device` or streaming.
         """
         super().check_together()
         targets = [name for name in TARGETS if getattr(self, name) is not None]
@@ -275,13 +279,13 @@ class Scoring(Options):
 
     @property
     def method(self) -> Method:
-        """How groups are scored, once "auto" has been decided."""
+        """The importance method, which must not be "auto" any more."""
         assert self.importance_method is not None
         assert self.importance_method != "auto"
         return self.importance_method
 
     def decide(self) -> None:
-        """Where no method is named, it is the default one; afterwards there always is one."""
+        """Set the default method if none is named, so that there always is one."""
         super().decide()
         if self.importance_method is None:
             object.__setattr__(self, "importance_method", DEFAULT_METHODS[0])
@@ -332,16 +336,16 @@ class Constraints(Options):
 
     @property
     def same_widths(self) -> bool:
-        """Whether all layers keep the same widths."""
+        """Whether all layers must keep the same widths."""
         return self.uniform or self.serve == "uniform"
 
     @property
     def keeps_attention(self) -> bool:
-        """Whether every layer keeps attention."""
+        """Whether every layer must keep attention."""
         return self.serve == "vllm"
 
     def multiple(self, *, rounded: bool) -> int:
-        """A pruned block keeps a multiple of this many groups; `rounded`: of a kind that `round_to` is for."""
+        """Return what a pruned block's number of groups must be a multiple of; rounded: `round_to` applies to it."""
         # llama.cpp's common types store 32 values at a time.
         own = math.lcm(self.round_to, 32 if self.serve == "gguf" else 1) if rounded else 1
         return math.lcm(own, self.tensor_parallel)
@@ -382,7 +386,7 @@ class Repair(Options):
     shots: int = option(1, "Prune in this many steps, with repair and another calibration between them.", at_least(1))
 
     def check_together(self) -> None:
-        """Refuse distillation or shots without a repair, and distill_text without distillation."""
+        """Refuse distillation or several shots without a repair, and distill_text without distillation."""
         super().check_together()
         if self.distill_text != DISTILL_TEXT and (self.repair == "none" or self.distill_samples == 0):
             raise ConfigError(

@@ -42,6 +42,6 @@ class RecoveryConfig(Options):
         return self.learning_rate or {"lora": 2e-3, "full": 5e-4}[self.method]
 
     def check_teacher(self, *, given: bool) -> None:
-        """Raise RecoveryError where the loss needs a teacher and there is none."""
+        """Raise RecoveryError if the loss needs a teacher and none is given."""
         if self.loss == "kd" and not given:
             raise RecoveryError("teacher: loss 'kd' learns from the dense model; name it, or choose loss 'lm'")

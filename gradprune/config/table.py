@@ -1,4 +1,4 @@
-"""The documentation's page of all options. `python -m gradprune.config.table > docs/options.md` renews it."""
+"""The documentation's page of all options. `python -m gradprune.config.table > docs/options.md` regenerates it."""
 
 from gradprune.config.option import Option, Options, options_of
 from gradprune.config.parts import PARTS
@@ -20,7 +20,7 @@ Besides those below it takes, from `gradprune prune`: `device`, `dtype`, `trust_
 
 
 def options_page() -> str:
-    """The content of `docs/options.md`."""
+    """Return the content of `docs/options.md`."""
     sections = [_HEAD, *(_section(part) for part in PARTS), _RECOVERY, _section(RecoveryConfig)]
     return "\n".join(sections)
 

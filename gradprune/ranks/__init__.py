@@ -1,8 +1,8 @@
 """The ranks of a job: processes, started by torchrun, that share its work and end together.
 
-Work is divided by striding: of a sequence of parts, rank r takes parts r, r + world, ... What they find is put together
-in the order of the parts, or added in the order of the ranks, so every rank holds the same bits. With one process
-(`ALONE`) all of it is the identity. Nothing is pickled: JSON and safetensors travel.
+Work is divided by striding: of a sequence of parts, rank r takes parts r, r + world, ... The results are joined in the
+order of the parts, or added in the order of the ranks, so every rank holds the same bits. With one process (`ALONE`)
+each of these operations is the identity. Nothing is pickled: the ranks exchange JSON, safetensors and plain tensors.
 """
 
 import os
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 PIECE = 2**24
-"""Tensors are added in pieces of this many bytes, of which every rank holds one of each rank."""
+"""Tensors are added in pieces of this many bytes; at any time every rank holds one piece from each rank."""
 
-# What a launcher sets for each process.
+# The environment variables that a launcher sets for each process.
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Ranks:
-    """One process of a job; this one is all of it.
+    """A process of a job; an instance of this class itself is the job's only process.
 
-    rank, world: which one, and of how many. local: its number on its machine.
+    rank: its number, from 0. world: the number of processes. local: its number on its machine.
     """
 
     rank = 0
@@ -36,42 +36,42 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the one that prints and writes."""
+        """Whether this is the rank that prints and writes."""
         return self.rank == 0
 
     def share(self, parts: Sequence[_T]) -> Sequence[_T]:
-        """The parts that are this rank's to work on."""
+        """Return the parts that this rank works on."""
         return parts if self.world == 1 else parts[self.rank :: self.world]
 
     def gather(self, tensors: "Mapping[str, Tensor]") -> "list[dict[str, Tensor]]":
-        """Every rank's tensors in the order of the ranks; those that travelled are on the CPU, sorted by name."""
+        """Return every rank's tensors in the order of the ranks; if exchanged, they are on the CPU, sorted by name."""
         return [dict(tensors)]
 
     def gather_json(self, value: Any) -> list[Any]:
-        """Every rank's JSON-serialisable value, in the order of the ranks."""
+        """Return every rank's JSON-serialisable value, in the order of the ranks."""
         return [value]
 
     def joined(self, own: "Sequence[Tensor]") -> "list[Tensor]":
-        """The tensors of all parts in their order, where `own` are those of this rank's share."""
+        """Return one tensor per part, in the order of the parts; `own`: the tensors of this rank's share."""
         if self.world == 1:
             return list(own)
         return in_order([list(found.values()) for found in self.gather({f"{k:09}": own[k] for k in range(len(own))})])
 
     def joined_json(self, own: Sequence[Any]) -> list[Any]:
-        """As `joined`, of JSON-serialisable values."""
+        """Return one JSON-serialisable value per part, in the order of the parts; `own`: those of this rank's share."""
         return in_order(self.gather_json(list(own)))
 
     def sum(self, own: "Tensor") -> "Tensor":
-        """The ranks' tensors of one shape, added in the order of the ranks in their own dtype and on their device."""
+        """Add the ranks' tensors of one shape in rank order and in their dtype; the sum is on the device of `own`."""
         return own
 
     def check_same(self, stated: Mapping[str, Any]) -> None:
-        """Raise, on all ranks, unless all of them state the same.
+        """Raise, on all ranks, unless all of them state the same values.
 
-        stated: JSON-serialisable values by the option or file that they are of.
+        stated: JSON-serialisable values by the name of the option or file that they come from.
 
         Raises:
-            ConfigError: naming the first that differs.
+            ConfigError: a value differs; the message names the first one that does.
         """
         first, *others = self.gather_json(dict(stated))
         for rank, other in enumerate(others, start=1):
@@ -83,7 +83,7 @@ class Ranks:
                     )
 
     def after_lead(self, act: Callable[[], _T]) -> _T:
-        """`act()`, which the leading rank finishes before the others begin, so that they find what it made."""
+        """Return `act()`, which the leading rank finishes before the others begin, so that they find what it made."""
         if self.leads:
             found = act()
             self.gather_json(None)
@@ -96,13 +96,13 @@ ALONE = Ranks()
 
 
 def in_order(shares: Sequence[Sequence[_T]]) -> list[_T]:
-    """The parts of all ranks' shares in the order that they had before they were divided."""
+    """Return the parts of all ranks' shares in the order that they had before they were divided."""
     world = len(shares)
     return [shares[k % world][k // world] for k in range(sum(map(len, shares)))]
 
 
 _current: Ranks = ALONE
-# Whether this process says how the job ended; None where it has not met the other ranks.
+# Whether this process reports how the job ended; None if it has not connected to the other ranks.
 _speaks: bool | None = None
 
 
@@ -112,7 +112,7 @@ def current() -> Ranks:
 
 
 def speaks() -> bool:
-    """Whether this process says how the job ended; also where it has not met the other ranks."""
+    """Whether this process reports how the job ended; defined even if it has not connected to the other ranks."""
     if _speaks is not None:
         return _speaks
     alone = None in [os.environ.get(name) for name in _LAUNCHED]
@@ -121,11 +121,11 @@ def speaks() -> bool:
 
 @contextmanager
 def launched() -> Iterator[Ranks]:
-    """The ranks that a launcher started, from the first to the last: they all leave together.
+    """Context manager that connects the ranks that a launcher started; at the end they all leave together.
 
     Raises:
-        RankError: on every rank, where one of them failed; names it and says why.
-        ConfigError: what the launcher says is no rank.
+        RankError: on every rank, if one of them failed; the message names it and says why.
+        ConfigError: the launcher's environment variables do not state a rank.
     """
     global _current, _speaks
     place = _launcher()
@@ -148,7 +148,7 @@ def launched() -> Iterator[Ranks]:
 
 
 def _launcher() -> tuple[int, int, int] | None:
-    """This process's rank, their number and its number on its machine, where a launcher started several."""
+    """Return this process's rank, the number of ranks and its number on its machine; None if it was started alone."""
     said = [os.environ.get(name) for name in _LAUNCHED]
     if None in said or said[1] == "1":
         return None

@@ -1,4 +1,4 @@
-"""Ranks that exchange by `torch.distributed`."""
+"""Ranks that exchange data through `torch.distributed`."""
 
 import json
 import os
@@ -21,41 +21,41 @@ from gradprune.errors import ConfigError, GradPruneError, RankError, one_line
 from gradprune.ranks import PIECE, Ranks
 
 _TIMEOUT = "GRADPRUNE_RANK_TIMEOUT"
-# Seconds that the end of a process takes, at most.
+# An upper bound, in seconds, on how long a process takes to end.
 _ENDING = 0.5
 
 
 class _LostError(RankError):
-    """Another rank was ended, or does not answer."""
+    """Another rank was terminated, or does not answer."""
 
 
 class LaunchedRanks(Ranks):
-    """One of several processes. Every exchange begins with whether each of them is well.
+    """One of several processes. Every exchange begins with a check of whether any of them has failed.
 
-    speaks: whether this one says what went wrong: the first one or, where the ranks have lost each other, the one that
-        notices first.
+    speaks: whether this rank reports what went wrong. That is rank 0 or, if the ranks have lost each other, the rank
+        that notices first.
     """
 
     def __init__(self, rank: int, world: int, local: int, store: Store) -> None:
-        """The process group is there already; `store` is what its processes met at."""
+        """The process group must exist already; `store` is the one through which its processes met."""
         self.rank, self.world, self.local = rank, world, local
         self.speaks = self.leads
         self._store = store
         self._connected = True
 
     def gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """As `Ranks.gather`."""
+        """See `Ranks.gather`."""
         own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         exchanged = map(safetensors.torch.load, self._exchange(safetensors.torch.save(own)))
-        # Which come in an order of their own in each process.
+        # Sort by name, because each process loads them in a different order.
         return [{name: found[name] for name in sorted(found)} for found in exchanged]
 
     def gather_json(self, value: Any) -> list[Any]:
-        """As `Ranks.gather_json`."""
+        """See `Ranks.gather_json`."""
         return [json.loads(found) for found in self._exchange(json.dumps(value).encode())]
 
     def sum(self, own: Tensor) -> Tensor:
-        """As `Ranks.sum`."""
+        """See `Ranks.sum`."""
         self._exchange(b"")
         flat = own.contiguous().flatten()
         total = torch.empty_like(flat)
@@ -68,10 +68,11 @@ class LaunchedRanks(Ranks):
         return total.view_as(own)
 
     def fail(self, error: Exception) -> None:
-        """Tell the others, who hear it in their next exchange, why this rank ends.
+        """Tell the other ranks, which learn it in their next exchange, why this rank ends.
 
         Raises:
-            RankError: what all of them say, in the words of the first that failed.
+            RankError: always, unless the ranks have lost each other; on every rank with the message of the first rank
+                that failed.
         """
         if not self._connected:
             return
@@ -79,11 +80,11 @@ class LaunchedRanks(Ranks):
         try:
             self._exchange((words or type(error).__name__).encode(), well=False)
         except _LostError:
-            # The error itself says more than that there is nobody to tell.
+            # The error itself is more informative than the fact that the other ranks are lost.
             return
 
     def finish(self) -> None:
-        """Wait until all are done."""
+        """Wait until all ranks are done."""
         self._exchange(b"")
 
     def leave(self) -> None:
@@ -91,10 +92,10 @@ class LaunchedRanks(Ranks):
         torch.distributed.destroy_process_group()
 
     def _exchange(self, payload: bytes, *, well: bool = True) -> list[bytes]:
-        """Every rank's payload.
+        """Return every rank's payload. `well` is False if this rank has failed and its payload is the reason.
 
         Raises:
-            RankError: one of them is not well, and its payload says why; or one does not answer.
+            RankError: a rank has failed, for the reason in its payload; or one does not answer.
         """
         heads = torch.stack(self._all(torch.tensor([int(well), len(payload)]))).tolist()
         longest = max(length for _, length in heads)
@@ -125,23 +126,23 @@ class LaunchedRanks(Ranks):
         return found
 
     def _first_to_notice(self) -> bool:
-        """Whether no other rank has said yet that the ranks have lost each other."""
-        # A process that is ending closes one connection after the other.
+        """Whether no other rank has reported yet that the ranks have lost each other."""
+        # Wait, because a process that is ending closes one connection after the other.
         time.sleep(_ENDING)
         try:
-            # PyTorch would write to standard error if it found nothing there.
+            # Try the address first, because PyTorch would write to standard error if the store were not there.
             socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5.0).close()
             return int(self._store.add("lost", 1)) == 1
         except (OSError, RuntimeError):
-            # The store was in rank 0, which is gone.
+            # The store was in rank 0, which has ended, so rank 1 reports it.
             return self.rank == 1
 
 
 def connected(rank: int, world: int, local: int) -> LaunchedRanks:
-    """Meet the other ranks: gloo on the CPU, NCCL on the GPU that has this one's number on its machine.
+    """Connect to the other ranks: by gloo on the CPU, by NCCL on the GPU with this rank's number on its machine.
 
     Raises:
-        RankError: they do not come.
+        RankError: the ranks cannot connect within the timeout.
     """
     cuda = torch.cuda.is_available()
     try:
@@ -159,7 +160,7 @@ def connected(rank: int, world: int, local: int) -> LaunchedRanks:
 
 @contextmanager
 def _nothing_printed() -> Iterator[None]:
-    """Older PyTorch writes to standard output, where a result may be expected, that gloo's ranks have met."""
+    """Silence standard output: older PyTorch writes there that gloo has connected, where a result may be expected."""
     if sys.__stdout__ is None:
         yield
         return
@@ -174,7 +175,7 @@ def _nothing_printed() -> Iterator[None]:
 
 
 def _seconds() -> float:
-    """How long a rank waits for the others."""
+    """Return how many seconds a rank waits for the others."""
     said = os.environ.get(_TIMEOUT, "3600")
     try:
         seconds = float(said)
