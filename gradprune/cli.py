@@ -81,15 +81,15 @@ def gradprune(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Say more, such as how long each stage took.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print more, such as how long each stage took.")] = False,
 ) -> None:
     """Gradient-based structured pruning of large language models. Options may be written with _ or -."""
     OUT.quiet = PROGRESS.quiet = quiet or not current().leads
     _log("ERROR" if not current().leads else "INFO" if verbose else "WARNING")
     if current().world > 1 and context.invoked_subcommand not in _SHARED:
         raise ConfigError(
-            f"{context.invoked_subcommand or 'gradprune'}: is work for one process; start it without torchrun "
-            f"(what several share is {', '.join(_SHARED)})"
+            f"{context.invoked_subcommand or 'gradprune'}: runs in one process only; start it without torchrun "
+            f"(several processes can share {', '.join(_SHARED)})"
         )
     if version:
         print(f"gradprune {__version__}")
@@ -99,7 +99,7 @@ def gradprune(
 
 
 @app.command(cls=StagedCommand)
-@takes(*PARTS, several={"pruning_ratio": "Several, as 0.1,0.2,0.3, are pruned from one calibration."}, from_file=True)
+@takes(*PARTS, several={"pruning_ratio": "Several, such as 0.1,0.2,0.3, share one calibration."}, from_file=True)
 def prune(
     options: dict[str, Any],
     fix_gradient_vanishing: Annotated[
@@ -111,13 +111,14 @@ def prune(
     if fix_gradient_vanishing:
         if options["gradient_fix"] not in ("none", "adaptive"):
             raise ConfigError(
-                f"fix_gradient_vanishing: means gradient_fix 'adaptive', but '{options['gradient_fix']}' is given too"
+                f"fix_gradient_vanishing: means gradient_fix 'adaptive', but '{options['gradient_fix']}' is given too; "
+                "leave out one or the other"
             )
         options["gradient_fix"] = "adaptive"
     ratios = options.pop("pruning_ratio")
     config = _pruning_config({**options, "pruning_ratio": ratios[0]})
     if config.target is not None and len(ratios) > 1:
-        raise ConfigError("pruning_ratio: several are given, and a target too; leave out one or the other")
+        raise ConfigError(f"pruning_ratio: several are given, and {config.target} too; leave out one or the other")
     config = _named(config, f"{config.importance_method}-{_goal(config, ratios)}")
     if len(ratios) == 1:
         _prune(config)
@@ -160,7 +161,7 @@ def demo(options: dict[str, Any]) -> None:
     *("dataset", "seq_len", "num_samples", "batch_size", "seed"),
     *("reduction", "backend", "use_gradient_checkpointing"),
     defaults={"seq_len": 256, "num_samples": 32},
-    several={"seq_len": "Several, as 128,256,512, are compared."},
+    several={"seq_len": "Several, such as 128,256,512, are compared."},
     from_file=True,
 )
 def diagnose(options: dict[str, Any], as_json: AsJson = False) -> None:
@@ -179,7 +180,7 @@ def diagnose(options: dict[str, Any], as_json: AsJson = False) -> None:
         OUT.print(diagnosis.verdict_text())
     if len(lengths) > 1:
         OUT.print(comparison_table(diagnoses))
-        OUT.print(f"Stablest: {stablest(diagnoses)} tokens per sample, the smallest ratio.")
+        OUT.print(f"Most stable: {stablest(diagnoses)} tokens per sample, with the smallest ratio.")
 
 
 @app.command("eval", cls=StagedCommand)
@@ -197,7 +198,8 @@ def evaluate(
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="Perplexity as papers do: wikitext2-128 or wikitext2-2048; dataset may be its text.",
+            help="Measure perplexity as papers do, on WikiText-2 in windows of 128 or 2048 tokens: wikitext2-128 or "
+            "wikitext2-2048. dataset may then name a local file with WikiText-2's test text.",
             rich_help_panel="Data",
         ),
     ] = None,
@@ -226,9 +228,11 @@ def export(
         str | None, typer.Option(help="Dense or pruned checkpoint; default the demo model.", rich_help_panel=_MODEL)
     ] = None,
     output: Annotated[str, typer.Option(help="File to write.", rich_help_panel="Output")] = "model.gguf",
-    format: Annotated[str, typer.Option(help="Only gguf so far: llama.cpp's.", rich_help_panel="Output")] = "gguf",
+    format: Annotated[
+        str, typer.Option(help="File format; so far only gguf, which llama.cpp loads.", rich_help_panel="Output")
+    ] = "gguf",
     outtype: Annotated[
-        str, typer.Option(help="Type of the matrices: f32, f16, bf16 or q8_0.", rich_help_panel="Output")
+        str, typer.Option(help="Data type of the weight matrices: f32, f16, bf16 or q8_0.", rich_help_panel="Output")
     ] = "f16",
     overwrite: Annotated[bool, typer.Option(help="Replace an existing GGUF file.", rich_help_panel="Output")] = False,
 ) -> None:
@@ -256,10 +260,11 @@ def recover(
     options: dict[str, Any],
     model: Annotated[str, typer.Option(help="Pruned checkpoint.", rich_help_panel=_MODEL)],
     teacher: Annotated[
-        str | None, typer.Option(help="The dense model that --loss kd learns from.", rich_help_panel=_MODEL)
+        str | None,
+        typer.Option(help="Dense model whose predictions are matched; required by --loss kd.", rich_help_panel=_MODEL),
     ] = None,
 ) -> None:
-    """Train a pruned model, and write it again."""
+    """Train a pruned model to recover quality, and save it."""
     from gradprune.recovery.job import recover_checkpoint, state_folder
 
     config = RecoveryConfig(**{name: options.pop(name) for name in options_of(RecoveryConfig)})
@@ -269,7 +274,8 @@ def recover(
     places = PruneConfig(**options, base_model=model, seq_len=config.seq_len)
     reads = {"model": model, "teacher": teacher, "dataset": places.dataset, "eval_dataset": places.eval_dataset}
     state = state_folder(Path(places.output_dir, options["output_name"]))
-    with _advised(lambda: state, "the same command goes on from its last check"), claimed_results(places, reads=reads):
+    advice = "repeat the command to continue from its last check"
+    with _advised(lambda: state, advice), claimed_results(places, reads=reads):
         loaded, tokenizer = _load(places, "model", streams=False)
         dense = None if teacher is None else _load(replace(places, base_model=teacher), "teacher", streams=False)[0]
         summary = recover_checkpoint(loaded, tokenizer, dense, config, places, console=PROGRESS)
@@ -291,12 +297,23 @@ def plan(
     options: dict[str, Any],
     device: Annotated[
         str,
-        typer.Option(help="Memory, such as 80GB, or a device here, whose free memory counts.", rich_help_panel=_MODEL),
+        typer.Option(
+            help="Memory to fit into: a size such as 80GB, or a device of this machine, whose free memory counts: cpu, "
+            "cuda, cuda:1, ...; auto takes CUDA if available.",
+            rich_help_panel=_MODEL,
+        ),
     ] = "auto",
-    ranks: Annotated[int, typer.Option(help="Processes that share the work.", min=2, rich_help_panel=_MODEL)] = 2,
+    ranks: Annotated[
+        int,
+        typer.Option(
+            help="Number of processes in the plans where several share the work, each with such a device.",
+            min=2,
+            rich_help_panel=_MODEL,
+        ),
+    ] = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Say what memory a run would take, and what fits."""
+    """Show how much memory a run would take, and what fits."""
     from gradprune.checkpoint.gguf_source import find_gguf
     from gradprune.checkpoint.load import load_shape
     from gradprune.demo import demo_model_path
@@ -327,7 +344,7 @@ def push(
     model: Annotated[str, typer.Option(help="Checkpoint that gradprune wrote.", rich_help_panel="Model")],
     repo: Annotated[str, typer.Option(help="Repository on the hub, as user/name.", rich_help_panel="Output")],
     private: Annotated[
-        bool, typer.Option("--private", help="A new repository is private.", rich_help_panel="Output")
+        bool, typer.Option("--private", help="Make the repository private if it is new.", rich_help_panel="Output")
     ] = False,
 ) -> None:
     """Share a pruned checkpoint on the Hugging Face hub."""
@@ -340,7 +357,7 @@ def push(
 def info(
     as_json: AsJson = False,
     architectures: Annotated[
-        bool, typer.Option("--architectures", help="Which causal LMs of the installed transformers can be pruned.")
+        bool, typer.Option("--architectures", help="List which causal LMs of the installed transformers can be pruned.")
     ] = False,
 ) -> None:
     """Show versions, devices, and which backends work here."""
@@ -605,7 +622,7 @@ def _resumable(config: PruneConfig) -> AbstractContextManager[None]:
 
         return calibration_file(config) if config.checkpoint_every is not None else None
 
-    return _advised(state, "with --resume the same command goes on from its calibration")
+    return _advised(state, "repeat the command with --resume to continue its calibration")
 
 
 def _prune(config: PruneConfig) -> "PruneResult":
@@ -686,7 +703,7 @@ def _load(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if config.device_map is not None and current().world > 1:
-        raise ConfigError("device_map: one process uses all its devices; start it without torchrun")
+        raise ConfigError("device_map: a single process uses all the devices; start it without torchrun")
     device = config.device
     if device in ("auto", "cuda") and current().world > 1 and torch.cuda.is_available():
         device = f"cuda:{current().local}"

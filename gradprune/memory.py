@@ -33,8 +33,8 @@ def memory_advice(clock: Clock, config: PruneConfig) -> Iterator[None]:
         amount = _AMOUNT.search(str(error))
         stage = (clock.running or "the run").replace("_", " ")
         raise OutOfMemoryError(
-            f"memory: {stage} ran out of it{f' when it needed another {amount[1]}' if amount else ''}; what needs "
-            f"less, cheapest first: {'; '.join(_cheaper(clock.running or '', config))}"
+            f"memory: {stage} ran out of memory{f' when it needed another {amount[1]}' if amount else ''}; what would "
+            f"help, cheapest first: {'; '.join(_cheaper(clock.running or '', config))}"
         ) from error
 
 

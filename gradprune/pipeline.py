@@ -118,10 +118,10 @@ def prune_ratios(
     config = _of_rank(config, ranks)
     if config.target is not None:
         raise ConfigError(
-            f"{config.target}: {config.target_value} takes the place of ratios; leave out one or the other"
+            f"{config.target}: {config.target_value} is given, and ratios too; leave out one or the other"
         )
     if not len(ratios) or list(ratios) != sorted(set(ratios)):
-        raise ConfigError(f"ratios: {list(ratios)} is not one or several, ascending, each once")
+        raise ConfigError(f"ratios: {list(ratios)} is empty, or not in ascending order without duplicates")
     configs = [replace(config, pruning_ratio=ratio, in_place=False) for ratio in ratios]
     check_class(model)
     check_copyable(model)
@@ -166,7 +166,8 @@ def _of_rank(config: PruneConfig, ranks: Ranks) -> PruneConfig:
     for name in ("checkpoint_every", "resume"):
         if getattr(config, name):
             raise ConfigError(
-                f"{name}: the sums of an unfinished calibration lie in {ranks.world} ranks; it works with one process"
+                f"{name}: works with one process only, because each of the {ranks.world} ranks holds a part of an "
+                "unfinished calibration"
             )
     return config if ranks.leads else replace(config, output_name=None, measure_speed=False)
 

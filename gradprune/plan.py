@@ -93,17 +93,17 @@ def room_on(device: str) -> Room:
         pass
     else:
         if size < 1:
-            raise ConfigError(f"device: '{device}' is no memory at all; give a size such as 80GB")
+            raise ConfigError(f"device: '{device}' is less than one byte; give a size such as 80GB")
         return Room(device, size, accelerated=True)
     name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(name)
         if place.type not in ("cpu", "cuda"):
-            raise ConfigError(f"device: '{name}' says nothing of its memory; give a size such as 80GB, cpu or cuda")
+            raise ConfigError(f"device: '{name}' does not report its memory; give a size such as 80GB, cpu or cuda")
         return Room(name, free_memory(place), place.type != "cpu")
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device: '{name}' is no size such as 80GB, and does not work here: {one_line(error)}"
+            f"device: '{name}' is neither a size such as 80GB nor a device that works here: {one_line(error)}"
         ) from error
 
 

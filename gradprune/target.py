@@ -34,7 +34,7 @@ def ratio_of_size(view: PrunableModel, config: PruneConfig) -> float | None:
     else:
         return None
     if left >= held:
-        raise SelectionError(f"{name}: '{given}' is no target for this model, which has {held:,} {unit}; give less")
+        raise SelectionError(f"{name}: '{given}' is no less than this model's {held:,} {unit}; give less")
     # Groups hold weights of the model's dtype, so each parameter that is removed saves the bytes of one element.
     each = 1 if unit == "parameters" else view.model.dtype.itemsize
     return (held - left) / (each * size.parameters)
@@ -60,8 +60,8 @@ def at_target(run: Run, evidence: Evidence) -> Run:
         ratio = _of_size(chosen, fraction, run.view.parameters)
         if ratio is None:
             raise SelectionError(
-                f"{config.target}: {config.target_value} cannot be reached: constraints, and groups "
-                "that go together, leave more; give more, or constrain less"
+                f"{config.target}: {config.target_value} cannot be reached, because of the constraints and of groups "
+                "that must be removed together; give more, or constrain less"
             )
     else:
         assert config.target_speedup is not None
@@ -116,7 +116,7 @@ def _of_speed(run: Run, chosen: Callable[[float], Choice], speedup: float) -> fl
             advance(1)
     if found is None:
         raise SelectionError(
-            f"target_speedup: {speedup:g} cannot be reached; pruned as far as it can be, the model was "
+            f"target_speedup: {speedup:g} cannot be reached; at the ratios that were tried, the model was at most "
             f"{fastest:.2f} times as fast on {run.view.device}"
         )
     return found

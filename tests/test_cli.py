@@ -149,10 +149,10 @@ def test_a_run_with_a_target_is_named_by_it(gradprune, model_folder: Path, ids_f
     ("arguments", "message"),
     [
         (["--target_parameters", "10K", "--target_bytes", "1KB"], "target_bytes: target_parameters is given too"),
-        (["--target_bytes", "4GiB"], "target_bytes: '4GiB' is no target for this model"),
+        (["--target_bytes", "4GiB"], "target_bytes: '4GiB' is no less than this model's"),
         (
             ["--target_parameters", "10K", "--pruning_ratio", "0.1,0.2"],
-            "pruning_ratio: several are given, and a target",
+            "pruning_ratio: several are given, and target_parameters too",
         ),
         (["--pruning_ratio", "1.5"], "pruning_ratio: 1.5 is not between 0 and 1"),
         (["--pruning_ratio", "much"], "pruning_ratio: 'much' is not a number"),

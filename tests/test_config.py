@@ -118,12 +118,12 @@ def test_a_new_option_is_one_line() -> None:
         ({"backend": "cuda"}, "backend: 'cuda' is unknown; choose one of auto, reference, cpp, triton"),
         ({"output_name": 5}, "output_name: 5 is not a plain folder name"),
         ({"output_name": ""}, "output_name: '' is not a plain folder name"),
-        ({"output_name": "a\nb"}, r"output_name: 'a\\nb' holds control characters; use letters"),
-        ({"output_name": "a\x1b[0m"}, "output_name: .* holds control characters"),
-        ({"output_name": "a\udc80"}, "output_name: .* holds control characters"),
+        ({"output_name": "a\nb"}, r"output_name: 'a\\nb' contains control characters; use letters"),
+        ({"output_name": "a\x1b[0m"}, "output_name: .* contains control characters"),
+        ({"output_name": "a\udc80"}, "output_name: .* contains control characters"),
         ({"output_dir": ""}, "output_dir: '' is empty; give a folder, or leave the option out"),
         ({"base_model": ""}, "base_model: '' is empty; give a model folder or hub id"),
-        ({"base_model": "a\0b"}, "base_model: .* holds a NUL character"),
+        ({"base_model": "a\0b"}, "base_model: .* contains a NUL character"),
         ({"dataset": ""}, "dataset: '' is empty; give a .txt"),
         ({"evidence_file": ""}, "evidence_file: '' is empty"),
         ({"device": ""}, "device: '' is empty"),
@@ -136,7 +136,7 @@ def test_a_new_option_is_one_line() -> None:
         ({"round_to": 2**31}, f"round_to: {2**31} is too large"),
         ({"in_place": True}, "in_place: leaves no dense model to time; give measure_speed=False too"),
         ({"uniform": True, "freeze_first_n_layers": 1}, "uniform: cannot be combined"),
-        ({"task_questions": 3}, "task_questions: 3 questions of each task are asked, but tasks names none; give both"),
+        ({"task_questions": 3}, "task_questions: 3 is given, but tasks is not; give both"),
         ({"importance_method": "auto", "tau": 0.0}, "tau: importance_method 'auto' chooses it"),
     ],
 )
@@ -190,7 +190,7 @@ def test_what_is_written_reads_back_equal() -> None:
 def test_what_is_missing_is_default_and_what_is_unknown_refused() -> None:
     assert PruneConfig.from_dict({"pruning_ratio": 0.3}) == PruneConfig(pruning_ratio=0.3)
     assert PruneConfig.from_dict({}) == PruneConfig()
-    with pytest.raises(ConfigError, match=r"widgets: is no option; the options are base_model, pruning_ratio"):
+    with pytest.raises(ConfigError, match=r"widgets: is not an option; the options are base_model, pruning_ratio"):
         PruneConfig.from_dict({"widgets": 1})
 
 

@@ -109,7 +109,7 @@ def test_what_does_not_go_together_is_refused(options: tuple[str, ...], message:
 
 def test_several_processes_do_not_share_a_map(tmp_path: Path) -> None:
     ended = run_ranks(tmp_path, 2, "eval", "--device_map", "auto")
-    assert ended[0] == (2, "error: device_map: one process uses all its devices; start it without torchrun\n")
+    assert ended[0] == (2, "error: device_map: a single process uses all the devices; start it without torchrun\n")
 
 
 def test_a_layer_on_two_devices_is_refused() -> None:

@@ -133,7 +133,7 @@ def test_a_signal_after_a_calibration_was_written_down_says_how_to_go_on(work: P
         arguments = ("prune", *given_files, "--output_name", "x", *every)
         code, err = run(work, *arguments, prepare=at_stage(stage, signalled(signal.SIGTERM)))
         assert code == 143, err
-        advised = err.splitlines()[-1].endswith("; with --resume the same command goes on from its calibration")
+        advised = err.splitlines()[-1].endswith("; repeat the command with --resume to continue its calibration")
         assert advised == (bool(every) and stage == "repair")
     code, err = run(work, *arguments, "--resume")
     assert code == 0, err
@@ -159,7 +159,7 @@ def test_a_signal_during_recovery_says_that_the_same_command_goes_on(work: Path,
     for step in (0, 1):
         code, err = run(work, *arguments, prepare=at_step(step))
         assert code == 143, err
-        assert err.splitlines()[-1].endswith("; the same command goes on from its last check") == (step == 1)
+        assert err.splitlines()[-1].endswith("; repeat the command to continue from its last check") == (step == 1)
     code, err = run(work, *arguments)
     assert code == 0, err
     assert names(work / "results") == ["x"]

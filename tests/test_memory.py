@@ -34,7 +34,7 @@ def told(error: Exception, stage: str = "calibration", **options) -> str:
 )
 def test_out_of_memory_says_what_ran_what_it_needed_and_what_needs_less(error: Exception, needed: str) -> None:
     message = told(error)
-    assert message.startswith("memory: calibration ran out of it")
+    assert message.startswith("memory: calibration ran out of memory")
     assert needed in message
     order = ["--batch_size 2", "--use_gradient_checkpointing", "--no_measure_speed", "--dtype bfloat16"]
     assert sorted(order, key=message.index) == order

@@ -104,8 +104,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(gradprune, work: Path) 
     code, _, err = gradprune("prune", "--config", written(work, "pruning_ration: 0.3\n"))
     assert code == 2
     assert err == (
-        f"error: config: 'pruning_ration' in '{work / 'x.yaml'}' is no option of gradprune prune; pruning_ratio is "
-        "nearest\n"
+        f"error: config: 'pruning_ration' in '{work / 'x.yaml'}' is not an option of gradprune prune; the nearest "
+        "is pruning_ratio\n"
     )
     code, _, err = gradprune("eval", "--config", written(work, "temperature: 1\n"))
     assert code == 2

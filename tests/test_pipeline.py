@@ -280,13 +280,13 @@ def test_ids_of_any_integer_type_are_taken() -> None:
 
 
 def test_several_ratios_and_a_target_are_refused_together() -> None:
-    with pytest.raises(ConfigError, match="target_parameters: 9K takes the place of ratios"):
+    with pytest.raises(ConfigError, match="target_parameters: 9K is given, and ratios too"):
         prune_ratios(tiny_model(), None, PruneConfig(target_parameters="9K"), [0.1, 0.2])
 
 
 @pytest.mark.parametrize("ratios", [[], [0.3, 0.1], [0.1, 0.1]])
 def test_ratios_are_ascending_and_each_once(ratios: list[float]) -> None:
-    with pytest.raises(ConfigError, match=r"ratios: \[.*\] is not one or several, ascending, each once"):
+    with pytest.raises(ConfigError, match=r"ratios: \[.*\] is empty, or not in ascending order without duplicates"):
         prune_ratios(tiny_model(), None, PruneConfig(), ratios)
 
 

@@ -154,7 +154,7 @@ def test_rooms() -> None:
     assert not here.accelerated
     assert here.bytes > 2**20
     assert room_on("auto").name == ("cuda" if torch.cuda.is_available() else "cpu")
-    for device, words in (("0GB", "no memory"), ("meta", "says nothing"), ("much", "no size such as 80GB")):
+    for device, words in (("0GB", "less than one byte"), ("meta", "does not report"), ("much", "neither a size")):
         with pytest.raises(ConfigError, match=f"device: '{device}'.*{words}"):
             room_on(device)
 

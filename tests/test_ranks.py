@@ -236,7 +236,7 @@ def assert_lost_in_one_line(ended: list[tuple[int, str]]) -> None:
     [
         (("prune", "--checkpoint_every", 4), "checkpoint_every: "),
         (("prune", "--reduction", "batch"), "reduction: 'batch' keeps"),
-        (("info",), "info: is work for one process"),
+        (("info",), "info: runs in one process only"),
     ],
 )
 def test_what_needs_one_process_is_refused(place: Path, command: tuple[object, ...], message: str) -> None:

@@ -99,8 +99,8 @@ def test_a_target_is_met_by_the_last_scores() -> None:
     ("options", "message"),
     [
         ({"shots": 0}, "shots: 0 is not a whole number of at least 1"),
-        ({"shots": 2, "repair": "none"}, "shots: 2 calibrate a repaired model again; leave out --repair none"),
-        ({"shots": 2, "prune_kinds": "experts"}, "shots: 2 need a model whose router knows"),
+        ({"shots": 2, "repair": "none"}, "shots: 2 is given, but each further shot calibrates a repaired model"),
+        ({"shots": 2, "prune_kinds": "experts"}, "shots: 2 is not possible with whole experts"),
     ],
 )
 def test_what_shots_cannot_do_is_refused(options: dict, message: str) -> None:

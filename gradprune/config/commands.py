@@ -114,7 +114,7 @@ def _config_parameter(*, evaluates: bool) -> inspect.Parameter:
         return value
 
     info = typer.Option(
-        help="YAML file of options, or the run.json of a run; the command line comes first.",
+        help="YAML file of options, or the run.json of an earlier run; options on the command line take precedence.",
         callback=read,
         is_eager=True,
     )

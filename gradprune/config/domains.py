@@ -80,7 +80,7 @@ def memory_size() -> Domain:
 
     def fault(value: str) -> str | None:
         try:
-            return None if bytes_of(value) > 0 else f"{value!r} is nothing; give {words}"
+            return None if bytes_of(value) > 0 else f"{value!r} is less than one byte; give {words}"
         except ValueError:
             return f"{value!r} is not {words}"
 
@@ -122,7 +122,7 @@ def names_among(names: tuple[str, ...]) -> Domain:
         unknown = [name for name in given if name not in names]
         if unknown:
             return f"{unknown[0]!r} is unknown; give {words}"
-        return f"{value!r} names one twice" if len(set(given)) < len(given) else None
+        return f"{value!r} names one of them twice" if len(set(given)) < len(given) else None
 
     return Domain(words, fault)
 
@@ -166,7 +166,7 @@ def path(what: str) -> Domain:
     def fault(value: str) -> str | None:
         if not value:
             return f"'' is empty; give {what}, or leave the option out"
-        return f"{value!r} holds a NUL character" if "\0" in value else None
+        return f"{value!r} contains a NUL character" if "\0" in value else None
 
     return Domain(what, fault)
 
@@ -178,10 +178,10 @@ def folder_name() -> Domain:
         if value in ("", ".", "..") or Path(value).name != value:
             return f"{value!r} is not a plain folder name; put its parent in output_dir"
         if value.startswith("-"):
-            return f"{value!r} looks like an option; a name begins with something else"
+            return f"{value!r} looks like an option; give a name that does not begin with '-'"
         # Cc are control characters; Cs, surrogates, stand for bytes of the command line that are not UTF-8.
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-            return f"{value!r} holds control characters; use letters, digits, '.', '_' and '-'"
+            return f"{value!r} contains control characters; use letters, digits, '.', '_' and '-'"
         return None
 
     return Domain("a plain folder name", fault)

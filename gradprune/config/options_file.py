@@ -41,7 +41,8 @@ def options_from_file(path: str, taken: Collection[str], command: str, *, evalua
             if options is recorded and name in OPTIONS:
                 continue
             raise ConfigError(
-                f"config: '{key}' in '{path}' is no option of gradprune {command}; {_nearest(name, taken)} is nearest"
+                f"config: '{key}' in '{path}' is not an option of gradprune {command}; the nearest is "
+                f"{_nearest(name, taken)}"
             )
         if isinstance(value, dict) or (isinstance(value, list) and not all(isinstance(each, str) for each in value)):
             raise ConfigError(f"config: '{key}' in '{path}' is neither a value nor a list of values")
@@ -57,8 +58,8 @@ def _evaluating(recorded: dict[Any, Any], path: str) -> dict[Any, Any]:
         return {**recorded, "dataset": text}
     if recorded.get("dataset") not in (None, *_NOTHING):
         logger.warning(
-            "config: '%s' has no eval_dataset; unless --dataset names another text, perplexity is of the dataset that "
-            "the run calibrated on",
+            "config: '%s' has no eval_dataset; unless --dataset names another text, perplexity is measured on the "
+            "dataset that the run calibrated on",
             path,
         )
     return recorded
@@ -71,7 +72,7 @@ def _mapping(path: str) -> dict[Any, Any]:
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"config: '{path}' cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"config: '{path}' maps no names of options to values")
+        raise ConfigError(f"config: '{path}' is not a mapping from options to values")
     return content
 
 

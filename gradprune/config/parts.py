@@ -105,19 +105,21 @@ class Model(Options):
         "rest stays as it is.",
         names_among(get_args(KindName)),
     )
-    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA if available.", path("a device of PyTorch"))
+    device: str = option(
+        "auto", "Device to compute on: cpu, cuda, cuda:1, ...; auto takes CUDA if available.", path("a PyTorch device")
+    )
     device_map: str | None = option(
         None, "Divide the model's layers over several GPUs: auto, or JSON that maps modules to devices.", device_map()
     )
-    dtype: Dtype = option("auto", "Type of the weights; auto keeps the checkpoint's.")
+    dtype: Dtype = option("auto", "Data type of the weights; auto keeps the checkpoint's.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
     stream_layers: StreamLayers = option(
-        "auto", "Keep one decoder layer in memory at a time; auto does where the whole model would not fit."
+        "auto", "Keep one decoder layer in memory at a time; auto does so if the whole model would not fit."
     )
     stream_memory: str = option(
         "4GiB",
-        "Memory for the residual streams of streamed samples; more of it reads the weights less often. What does not "
-        "fit goes to disk.",
+        "With streamed layers: memory for the samples' residual streams. The more there is, the less often the weights "
+        "are read; streams that do not fit go to disk.",
         memory_size(),
     )
 
@@ -156,15 +158,15 @@ class Model(Options):
         self.check_speed(streamed=self.stream_layers == "on")
         if {"experts", "expert_channels"} <= set(self.kinds or ()):
             raise ConfigError(
-                f"prune_kinds: '{self.prune_kinds}' names whole experts and their channels; prune one, and then the "
-                "result by the other"
+                f"prune_kinds: '{self.prune_kinds}' names whole experts and their channels; prune by one of them, and "
+                "then the result by the other"
             )
         if self.device_map is None:
             return
         if self.device != "auto":
-            raise ConfigError(f"device: '{self.device}' is one device, but device_map names them all; leave it out")
+            raise ConfigError(f"device: '{self.device}' is one device, but device_map uses several; leave one out")
         if self.stream_layers == "on":
-            raise ConfigError("device_map: keeps all layers on the devices; with it stream_layers is 'auto' or 'off'")
+            raise ConfigError("device_map: keeps all layers on the devices; set stream_layers to 'auto' or 'off'")
 
 
 @dataclass(frozen=True)
@@ -173,15 +175,17 @@ class Data(Options):
 
     dataset: str | None = option(
         None,
-        "Text: a .txt, .jsonl or .npy file, or wikitext2, ptb, c4, or several as a.txt:0.7,b.jsonl:0.3; default the "
-        "embedded text.",
+        "Text: a .txt, .jsonl or .npy file, or wikitext2, ptb or c4, or several with their shares, such as "
+        "a.txt:0.7,b.jsonl:0.3; default the embedded text.",
         _DATASET,
     )
-    eval_dataset: str | None = option(None, "Held-out text for perplexity; default the end of dataset.", _DATASET)
+    eval_dataset: str | None = option(
+        None, "Held-out text on which perplexity is measured; default the end of dataset.", _DATASET
+    )
     own_text: float = option(
         0.0,
         "Share of the calibration and held-out samples that the model writes itself, to preserve what dataset does not "
-        "cover; 1 calibrates on such samples alone.",
+        "cover; 1 calibrates only on such samples.",
         numbers("between 0 and 1", lambda x: 0.0 <= x <= 1.0),
     )
     num_samples: int = option(256, "Calibration samples, drawn without replacement.", at_least(1))
@@ -190,16 +194,18 @@ class Data(Options):
     held_out_samples: int = option(
         32, "Held-out samples on which repair and distillation choose their settings.", at_least(1)
     )
-    eval_samples: int | None = option(None, "Windows for perplexity, at most; default all.", at_least(1))
+    eval_samples: int | None = option(
+        None, "Largest number of windows of text on which perplexity is measured; default all.", at_least(1)
+    )
     tasks: str | None = option(
         None,
-        "Zero-shot tasks, separated by commas: .jsonl files of questions, or lm-eval's names.",
+        "Zero-shot tasks, separated by commas: .jsonl files of questions, or names of lm-eval's tasks.",
         path("files of questions or names of tasks"),
     )
-    task_questions: int | None = option(None, "Questions per task, at most; default all.", at_least(1))
+    task_questions: int | None = option(None, "Largest number of questions per task; default all.", at_least(1))
     prompts: str | None = option(
         None,
-        "Text file, a prompt per line, for the report's continuations; default from eval_dataset.",
+        "Text file with one prompt per line, which both models continue in the report; default from eval_dataset.",
         path("a text file"),
     )
     generations: bool = option(True, "Show in the report what the dense and the pruned model write after the prompts.")
@@ -210,8 +216,7 @@ class Data(Options):
         super().check_together()
         if self.task_questions is not None and self.tasks is None:
             raise ConfigError(
-                f"task_questions: {self.task_questions} questions of each task are asked, but tasks names none; give "
-                "both, or neither"
+                f"task_questions: {self.task_questions} is given, but tasks is not; give both, or neither"
             )
 
 
@@ -220,20 +225,22 @@ class Calibration(Options):
     """Calibration."""
 
     reduction: ReductionName = option(
-        "sample", "Exact per-sample gradients, or the cheaper gradient of each batch's mean."
+        "sample", "Use each sample's own gradient (sample), or the cheaper mean gradient of each batch (batch)."
     )
     backend: ImportanceBackend = option(
         "auto", "Implementation that computes importances; auto takes the fastest available."
     )
-    use_gradient_checkpointing: bool = option(False, "Recompute activations: less memory, more time.")
+    use_gradient_checkpointing: bool = option(False, "Recompute activations, for less memory and more time.")
     prior_samples: int = option(16, "Calibration samples on which H-GSP's priors are measured.", at_least(1))
     evidence: EvidenceName = option(
-        "needed", "Collect what importance_method needs, or what every method and gradient_fix does; auto needs all."
+        "needed",
+        "Collect what importance_method needs (needed), or what every method and gradient_fix needs (all); with "
+        "importance_method auto, always all.",
     )
     collect_batches: int = option(
         2,
-        "Number of batches, from the first, whose gradients are diagnosed and plotted; with obs at most the first "
-        f"{CURVATURE_SAMPLES} samples, with evidence all every batch.",
+        "Number of batches, from the first, whose gradients are diagnosed and plotted; with obs, no more than the "
+        f"first {CURVATURE_SAMPLES} samples; with --evidence all, every batch.",
         at_least(1),
     )
     evidence_file: str | None = option(
@@ -248,7 +255,9 @@ class Scoring(Options):
     """Scoring."""
 
     importance_method: MethodOption | None = option(
-        None, "How groups are scored; auto searches; default obs, or group_fisher for whole experts or without repair."
+        None,
+        "How groups are scored; auto searches for the best method and settings. Default obs; for whole experts or "
+        "without repair, group_fisher.",
     )
     gradient_fix: str = option(
         "none",
@@ -260,7 +269,7 @@ class Scoring(Options):
     normalize_per: NormalizePer = option("layer", "Unit within which scores are normalized and clipped.")
     clip_percentile: float = option(
         100.0,
-        "Percentile at which scores are clipped first; 100 is off.",
+        "Percentile at which scores are clipped before they are normalized; 100 does not clip.",
         numbers("above 50 and at most 100", lambda x: 50.0 < x <= 100.0),
     )
     attention_factor: float = option(
@@ -268,11 +277,16 @@ class Scoring(Options):
         "Factor on the scores of KV groups, to balance them against channels.",
         finite("above 0", lambda x: x > 0.0),
     )
-    temperature: float = option(0.0, "H-GSP temperature T; 0 is off.", finite("of at least 0", lambda x: x >= 0.0))
+    temperature: float = option(
+        0.0,
+        "H-GSP temperature: how strongly the importance of its block or layer changes a group's score; 0 turns H-GSP "
+        "off.",
+        finite("of at least 0", lambda x: x >= 0.0),
+    )
     tau: float | None = option(
         None,
-        "H-GSP gate: a layer of less importance is modulated as a whole, others block by block; default the 25th "
-        "percentile of the layers' importances.",
+        "H-GSP gate: layers less important than this are modulated as a whole, the others block by block; default the "
+        "25th percentile of the layers' importances.",
         numbers("between 0 and inf (both included)", lambda x: x >= 0.0),
     )
     prior: Prior = option("removal", "How H-GSP measures the importance of a block.")
@@ -309,7 +323,8 @@ class Search(Options):
     )
     search_minutes: float = option(
         30.0,
-        "Time limit of the search (importance_method auto), in minutes; it then decides by what it has measured.",
+        "Time limit of the search (importance_method auto), in minutes; when time runs out, the search decides by what "
+        "it has measured.",
         numbers("above 0", lambda x: x > 0.0),
     )
 
@@ -321,8 +336,10 @@ class Constraints(Options):
     freeze_first_n_layers: int = option(0, "Number of leading decoder layers to leave unpruned.", at_least(0))
     freeze_last_n_layers: int = option(0, "Number of trailing decoder layers to leave unpruned.", at_least(0))
     max_layer_ratio: float = option(1.0, "Largest fraction of a layer's prunable parameters to remove.", _UNIT_OR_ONE)
-    round_to: int = option(1, "MLP widths are a multiple of this, e.g. 64 for tensor cores.", at_least(1))
-    uniform: bool = option(False, "Same widths in all layers: a plain checkpoint.")
+    round_to: int = option(1, "Keep MLP widths that are multiples of this, e.g. 64 for tensor cores.", at_least(1))
+    uniform: bool = option(
+        False, "Keep the same widths in all layers: the result is a plain checkpoint of the original architecture."
+    )
     epsilon: float = option(
         0.0,
         "Drop whole layers that would keep less than this fraction of their groups; 0 drops none.",
@@ -330,7 +347,8 @@ class Constraints(Options):
     )
     serve: Serve | None = option(
         None,
-        "What must load the result: hf, vllm, gguf (llama.cpp; also writes model.gguf), or uniform, for any tool.",
+        "Prune so that a program can load the result: hf (transformers), vllm, gguf (llama.cpp; also writes "
+        "model.gguf), or uniform, for any program.",
     )
     tensor_parallel: int = option(1, "Number of devices over which vLLM will split the result.", at_least(1))
 
@@ -370,12 +388,14 @@ class Constraints(Options):
 class Repair(Options):
     """Repair of the remaining weights."""
 
-    repair: RepairName = option("least_squares", "Re-solve the output projections of pruned blocks.")
+    repair: RepairName = option(
+        "least_squares", "Re-solve the output projections of pruned blocks by least squares, or leave them (none)."
+    )
     distill_samples: int | None = option(
         None,
-        "Calibration samples to distil the repaired weights on, towards the dense model's predictions; 4 samples a "
-        f"step, fewer if they exceed 512 tokens. Default {DISTILL_TOKENS:,} tokens; none above "
-        f"{DISTILL_PARAMETERS // 10**9} billion parameters.",
+        "Number of calibration samples on which the repaired weights are distilled, towards the dense model's "
+        "predictions; 4 samples a step, fewer if they exceed 512 tokens. Default as many as have "
+        f"{DISTILL_TOKENS:,} tokens; 0 for models above {DISTILL_PARAMETERS // 10**9} billion parameters.",
         at_least(0),
     )
     distill_text: float = option(
@@ -390,19 +410,20 @@ class Repair(Options):
         super().check_together()
         if self.distill_text != DISTILL_TEXT and (self.repair == "none" or self.distill_samples == 0):
             raise ConfigError(
-                f"distill_text: {self.distill_text:g} is a share of what samples teach a repaired model; leave out "
+                f"distill_text: {self.distill_text:g} changes nothing without distillation; leave out "
                 f"{'--repair none' if self.repair == 'none' else '--distill_samples 0'}, or distill_text"
             )
         if self.repair != "none":
             return
         if self.distill_samples:
             raise ConfigError(
-                f"distill_samples: {self.distill_samples} teach a repaired model; leave out --repair none, or give "
-                "distill_samples 0"
+                f"distill_samples: {self.distill_samples} is given, but only a repaired model is distilled; leave out "
+                "--repair none, or give distill_samples 0"
             )
         if self.shots > 1:
             raise ConfigError(
-                f"shots: {self.shots} calibrate a repaired model again; leave out --repair none, or give shots 1"
+                f"shots: {self.shots} is given, but each further shot calibrates a repaired model; leave out --repair "
+                "none, or give shots 1"
             )
 
 
@@ -410,20 +431,24 @@ class Repair(Options):
 class Output(Options):
     """Output."""
 
-    output_dir: str = option("results", "Folder of the results folders.", path("a folder"))
+    output_dir: str = option("results", "Folder in which results folders are created.", path("a folder"))
     output_name: str | None = option(
-        None, "Name of the results folder; default from the model and what is done to it.", folder_name()
+        None, "Name of the results folder; default made from the model's name and what is done to it.", folder_name()
     )
     overwrite: bool = option(False, "Replace an existing results folder.")
     max_shard_size: str = option(
-        "50GB", "Largest file of weights; a model that takes more is written into several.", memory_size()
+        "50GB", "Largest size of a file of weights; a larger model is split into several files.", memory_size()
     )
     checkpoint_every: int | None = option(
-        None, "Samples after which calibration is written down, for --resume; default never.", at_least(1)
+        None,
+        "Save the state of calibration every this many samples, so that --resume can continue; default never.",
+        at_least(1),
     )
-    resume: bool = option(False, "Go on with the calibration of an interrupted run of this name.")
-    measure_speed: bool = option(True, "Time the dense and the pruned model; both stay in memory.")
-    in_place: bool = option(False, "Cut the given model itself, which saves the memory of a second.", library_only=True)
+    resume: bool = option(False, "Continue the calibration of an interrupted run with the same output_name.")
+    measure_speed: bool = option(True, "Time the dense and the pruned model, which keeps both in memory.")
+    in_place: bool = option(
+        False, "Cut the given model itself, which saves the memory of a second model.", library_only=True
+    )
 
     def check_together(self) -> None:
         """Refuse in_place with measure_speed: after cutting in place there is no dense model left to time."""

@@ -105,8 +105,8 @@ class PruneConfig(Output, Repair, Constraints, Search, Scoring, Calibration, Dat
             )
         if self.shots > 1 and "experts" in (self.kinds or ()):
             raise ConfigError(
-                f"shots: {self.shots} need a model whose router knows which experts are gone; give shots 1 for whole "
-                "experts"
+                f"shots: {self.shots} is not possible with whole experts, because between shots the router would still "
+                "choose those that were removed; give shots 1, or another prune_kinds"
             )
         if self.importance_method != "auto":
             return
@@ -131,7 +131,7 @@ class PruneConfig(Output, Repair, Constraints, Search, Scoring, Calibration, Dat
         given = dict(options)
         for name, value in given.items():
             if name not in OPTIONS:
-                raise ConfigError(f"{name}: is no option; the options are {', '.join(OPTIONS)}")
+                raise ConfigError(f"{name}: is not an option; the options are {', '.join(OPTIONS)}")
             # JSON has no infinity, so `run.json` has it as text.
             if value == "inf" and OPTIONS[name].kind is float:
                 given[name] = float(value)

@@ -16,7 +16,7 @@ class RecoveryConfig(Options):
     """Recovery."""
 
     method: RecoveryMethod = option(
-        "full", "Train all weights (full), or in less memory low-rank updates that are merged at the end (lora)."
+        "full", "Train all weights (full) or, in less memory, low-rank updates that are merged at the end (lora)."
     )
     loss: Loss = option("kd", "Match the teacher's predictions (kd), or predict the text (lm).")
     minutes: float = option(
@@ -25,16 +25,16 @@ class RecoveryConfig(Options):
         numbers("above 0", lambda x: x > 0.0),
     )
     steps: int | None = option(
-        None, "Optimizer steps, instead of minutes; reproducible on the same machine.", at_least(1)
+        None, "Number of optimizer steps, instead of minutes; reproducible on the same machine.", at_least(1)
     )
     learning_rate: float | None = option(
         None, "Peak learning rate; default 2e-3 for lora, 5e-4 for full.", finite("above 0", lambda x: x > 0.0)
     )
-    lora_rank: int = option(16, "Rank of the updates of lora.", at_least(1))
+    lora_rank: int = option(16, "Rank of the low-rank updates of lora.", at_least(1))
     seq_len: int = option(128, "Tokens per sample.", at_least(2))
     batch_size: int = option(8, "Samples per step.", at_least(1))
-    checks: int = option(4, "Times that held-out loss is measured and the state saved.", at_least(1))
-    seed: int = option(0, "Seed of the samples' order and of the updates' start.", at_least(0))
+    checks: int = option(4, "Number of times that held-out loss is measured and the state is saved.", at_least(1))
+    seed: int = option(0, "Seed for the order of the samples and the initial low-rank updates.", at_least(0))
 
     @property
     def peak_rate(self) -> float:

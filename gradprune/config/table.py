@@ -6,16 +6,16 @@ from gradprune.config.recovery_config import RecoveryConfig
 
 _HEAD = """# Options
 
-Every option of `gradprune prune`, by the stage that reads it. On the command line it is `--name value`, or `--name` and
-`--no_name` where the values are True and False; `_` may be written as `-`. In a program it is
+Every option of `gradprune prune`, grouped by the stage that uses it. On the command line it is `--name value`, or
+`--name` and `--no_name` if its values are True and False; `_` may be written as `-`. In a program it is
 `PruneConfig(name=value)`. A default of `-` means unset. The other commands take some of these options;
-`gradprune COMMAND --help` says which.
+`gradprune COMMAND --help` lists them.
 """
 
 _RECOVERY = """# Options of `gradprune recover`
 
-Besides those below it takes, from `gradprune prune`: `device`, `dtype`, `trust_remote_code`, `dataset`, `eval_dataset`,
-`eval_samples`, `output_dir`, `output_name` and `overwrite`.
+Besides the options below, it takes these of `gradprune prune`: `device`, `dtype`, `trust_remote_code`, `dataset`,
+`eval_dataset`, `eval_samples`, `output_dir`, `output_name` and `overwrite`.
 """
 
 

@@ -156,6 +156,6 @@ def _launcher() -> tuple[int, int, int] | None:
         rank, world, local = (int(os.environ.get(name, said[0] or "")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     except ValueError:
         raise ConfigError(
-            f"RANK, WORLD_SIZE: '{said[0]}' and '{said[1]}' are no whole numbers; torchrun sets them"
+            f"RANK, WORLD_SIZE: '{said[0]}' and '{said[1]}' are not whole numbers; torchrun sets them"
         ) from None
     return rank, world, local

@@ -120,7 +120,7 @@ class LaunchedRanks(Ranks):
             self._connected = False
             self.speaks = self._first_to_notice()
             raise _LostError(
-                f"ranks: rank {self.rank} lost the others: one of them was ended, or did not answer within "
+                f"ranks: rank {self.rank} lost the others: one of them was terminated, or did not answer within "
                 f"{_seconds():g} seconds (environment variable {_TIMEOUT}): {one_line(error)}"
             ) from error
         return found
@@ -154,7 +154,7 @@ def connected(rank: int, world: int, local: int) -> LaunchedRanks:
         with _nothing_printed():
             torch.distributed.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
     except (RuntimeError, ValueError) as error:
-        raise RankError(f"ranks: rank {rank} of {world} cannot meet the others: {one_line(error)}") from error
+        raise RankError(f"ranks: rank {rank} of {world} cannot connect to the others: {one_line(error)}") from error
     return LaunchedRanks(rank, world, local, store)
 
 

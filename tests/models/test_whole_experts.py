@@ -275,7 +275,7 @@ def test_priors_and_search_support_whole_experts(architecture: str) -> None:
     [
         ({"prune_kinds": "experts,expert_channels"}, "names whole experts and their channels"),
         ({"prune_kinds": "experts,heads"}, "prune_kinds: 'heads' is unknown; give one or several of attention, mlp"),
-        ({"prune_kinds": "mlp,mlp"}, "prune_kinds: 'mlp,mlp' names one twice"),
+        ({"prune_kinds": "mlp,mlp"}, "prune_kinds: 'mlp,mlp' names one of them twice"),
         ({"importance_method": "reap"}, "importance_method: 'reap' scores whole experts and nothing else; add"),
         ({"importance_method": "reap", "prune_kinds": "attention,experts"}, "importance_method: 'reap'"),
     ],

@@ -239,10 +239,12 @@ def test_a_run_distils_unless_it_is_asked_not_to() -> None:
 
 
 def test_options_of_a_distillation_that_is_off_are_refused() -> None:
-    with pytest.raises(ConfigError, match="distill_samples: 8 teach a repaired model; leave out --repair none"):
+    with pytest.raises(ConfigError, match="distill_samples: 8 is given, but only a repaired model is distilled"):
         PruneConfig(repair="none", distill_samples=8)
     for options, left_out in (({"repair": "none"}, "--repair none"), ({"distill_samples": 0}, "--distill_samples 0")):
-        with pytest.raises(ConfigError, match=f"distill_text: 0.5 is a share of .* leave out {left_out}"):
+        with pytest.raises(
+            ConfigError, match=f"distill_text: 0.5 changes nothing without distillation; leave out {left_out}"
+        ):
             PruneConfig(distill_text=0.5, **options)
 
 
