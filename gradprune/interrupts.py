@@ -31,14 +31,14 @@ def interruptible() -> Iterator[None]:
     """
     handlers = {number: signal.getsignal(number) for number in _ENDING}
     raised: list[Interrupted] = []
-    heard = [number for number, handler in handlers.items() if handler != signal.SIG_IGN]
+    handled = [number for number, handler in handlers.items() if handler != signal.SIG_IGN]
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        if not (raised and _unwinds(raised[-1])):
+        if not (raised and _is_handled(raised[-1])):
             raised.append(Interrupted(number))
             raise raised[-1]
 
-    for number in heard:
+    for number in handled:
         signal.signal(number, interrupt)
     try:
         yield
@@ -49,11 +49,11 @@ def interruptible() -> Iterator[None]:
             raise raised[-1] from error
         raise
     finally:
-        for number in heard:
+        for number in handled:
             signal.signal(number, handlers[number])
 
 
-def _unwinds(error: BaseException) -> bool:
+def _is_handled(error: BaseException) -> bool:
     """Whether `error`, or an error that it was converted to, is being handled where this function is called."""
     handled = sys.exc_info()[1]
     while handled is not None and handled is not error:

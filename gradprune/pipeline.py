@@ -77,7 +77,7 @@ def prune(
         GradPruneError: an option, the data, the model or the requested ratio does not work; the message says what
             would.
     """
-    config = _of_rank(config or PruneConfig(), ranks)
+    config = _config_of_rank(config or PruneConfig(), ranks)
     check_class(model)
     if not config.in_place:
         check_copyable(model)
@@ -88,7 +88,7 @@ def prune(
         with evidence_kept(evidence, output), memory_advice(clock, config):
             result = _prune_at_ratio(run, evidence, _measure_dense(run))
             if output is not None:
-                result = _written(run, result, tokenizer, output)
+                result = _write(run, result, tokenizer, output)
         forget_calibration(config)
         return result
 
@@ -115,7 +115,7 @@ def prune_ratios(
         GradPruneError: as for `prune`; also if a target is set. A ratio that cannot be reached is refused before
             anything is calibrated.
     """
-    config = _of_rank(config, ranks)
+    config = _config_of_rank(config, ranks)
     if config.target is not None:
         raise ConfigError(
             f"{config.target}: {config.target_value} is given, and ratios too; leave out one or the other"
@@ -131,7 +131,7 @@ def prune_ratios(
         evidence = gather_evidence(run, earlier)
         with (
             evidence_kept(evidence, output),
-            _whole(config, output) as folder,
+            _results_folder(config, output) as folder,
         ):
             dense = _measure_dense(run)
             results = []
@@ -140,7 +140,7 @@ def prune_ratios(
                 with memory_advice(at_ratio.clock, each):
                     result = _prune_at_ratio(at_ratio, evidence, dense)
                     if folder is not None and output is not None:
-                        result = replace(_written(at_ratio, result, tokenizer, folder / name), output=output / name)
+                        result = replace(_write(at_ratio, result, tokenizer, folder / name), output=output / name)
                 results.append(result)
             if folder is not None:
                 write_curve_report(folder / "report.html", [summarize(result) for result in results])
@@ -148,14 +148,14 @@ def prune_ratios(
         return results
 
 
-def _whole(config: PruneConfig, output: Path | None) -> AbstractContextManager[Path | None]:
+def _results_folder(config: PruneConfig, output: Path | None) -> AbstractContextManager[Path | None]:
     """Context manager that yields a folder to write to, which becomes `output` at the end; None if `output` is None."""
     if output is None:
         return nullcontext()
     return atomic_directory(output, overwrite=config.overwrite, argument="output_name")
 
 
-def _of_rank(config: PruneConfig, ranks: Ranks) -> PruneConfig:
+def _config_of_rank(config: PruneConfig, ranks: Ranks) -> PruneConfig:
     """Return the options for this rank: only the leading rank writes results and measures speed.
 
     Raises:
@@ -172,7 +172,7 @@ def _of_rank(config: PruneConfig, ranks: Ranks) -> PruneConfig:
     return config if ranks.leads else replace(config, output_name=None, measure_speed=False)
 
 
-def _written(run: Run, result: PruneResult, tokenizer: PreTrainedTokenizerBase | None, output: Path) -> PruneResult:
+def _write(run: Run, result: PruneResult, tokenizer: PreTrainedTokenizerBase | None, output: Path) -> PruneResult:
     """Write the result to `output`; return it with that folder and the size of its weight files."""
     with run.clock.stage("writing"):
         return write_results(result, tokenizer, output)

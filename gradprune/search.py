@@ -139,7 +139,7 @@ def search(run: Run, evidence: Evidence) -> SearchResult:
     repaired = run.config.repair != "none"
     samples = len(run.samples.searched)
     # The planned number of trials is an upper bound, because fixed settings may also be among a round's best.
-    with progress(run.console, "Searching", _planned(pool, samples, repaired), "trials") as advance:
+    with progress(run.console, "Searching", _most_trials(pool, samples, repaired), "trials") as advance:
         return _Tournament(run, pool, advance).play(repaired)
 
 
@@ -276,7 +276,7 @@ def _survivors(alive: list[_Candidate], ranked: list[Trial]) -> list[_Candidate]
     return [candidate for candidate in alive if candidate.fixed or candidate.scoring in best]
 
 
-def _planned(pool: list[_Candidate], samples: int, repaired: bool) -> int:
+def _most_trials(pool: list[_Candidate], samples: int, repaired: bool) -> int:
     """Return an upper bound on the number of trials in all rounds."""
     fixed, count, total = sum(c.fixed for c in pool), len(pool), 0
     for _ in _round_sizes(samples):

@@ -53,7 +53,7 @@ def _calibrated_again(run: Run, masks: GroupMasks) -> Evidence:
 
 def _without(evidence: Evidence, masks: GroupMasks) -> Evidence:
     """Return the evidence with importance 0 for the groups that `masks` remove."""
-    gone = torch.cat([~masks[block] for block in evidence.blocks])
+    removed = torch.cat([~masks[block] for block in evidence.blocks])
     return replace(
-        evidence, components={name: values.masked_fill(gone, 0.0) for name, values in evidence.components.items()}
+        evidence, components={name: values.masked_fill(removed, 0.0) for name, values in evidence.components.items()}
     )

@@ -57,7 +57,7 @@ def at_target(run: Run, evidence: Evidence) -> Run:
 
     fraction = ratio_of_size(run.view, config)
     if fraction is not None:
-        ratio = _of_size(chosen, fraction, run.view.parameters)
+        ratio = _ratio_for_size(chosen, fraction, run.view.parameters)
         if ratio is None:
             raise SelectionError(
                 f"{config.target}: {config.target_value} cannot be reached, because of the constraints and of groups "
@@ -65,11 +65,11 @@ def at_target(run: Run, evidence: Evidence) -> Run:
             )
     else:
         assert config.target_speedup is not None
-        ratio = _of_speed(run, chosen, config.target_speedup)
+        ratio = _ratio_for_speed(run, chosen, config.target_speedup)
     return replace(run, config=replace(config, pruning_ratio=ratio))
 
 
-def _of_size(chosen: Callable[[float], Choice], fraction: float, parameters: int) -> float | None:
+def _ratio_for_size(chosen: Callable[[float], Choice], fraction: float, parameters: int) -> float | None:
     """Return the smallest ratio that removes at least `fraction` of the parameters, to half a group; None if none does.
 
     A selection may fall short of its ratio by up to the groups that are removed together: one, or as many as keep
@@ -100,7 +100,7 @@ def _of_size(chosen: Callable[[float], Choice], fraction: float, parameters: int
     return found
 
 
-def _of_speed(run: Run, chosen: Callable[[float], Choice], speedup: float) -> float:
+def _ratio_for_speed(run: Run, chosen: Callable[[float], Choice], speedup: float) -> float:
     """Find by bisection the smallest ratio at which the pruned model is at least `speedup` times as fast."""
     low, high, fastest, found = 0.0, 1.0, 1.0, None
     with progress(run.console, "Measuring speed", _HALVINGS, "ratios") as advance:
@@ -133,5 +133,5 @@ def _speedup(run: Run, chosen: Callable[[float], Choice], ratio: float) -> float
         models = {"dense": run.view.model, "pruned": cut(run.view.model, choice.masks)}
         speed = throughput(models, seq_len=run.config.seq_len, seed=run.config.seed, repeats=5)
         measured = speed["pruned"].p50 / speed["dense"].p50
-    told: float = run.ranks.gather_json(measured)[0]
-    return told
+    speedup: float = run.ranks.gather_json(measured)[0]
+    return speedup

@@ -126,10 +126,10 @@ def test_a_target_near_all_that_may_go_is_met_or_told_to_be_out_of_reach(
             return 0.0
 
     reached = share * max(gone(ratio) for ratio in np.linspace(0.5, 1.0, 200))
-    ratio = target._of_size(chosen, reached, parameters)
+    ratio = target._ratio_for_size(chosen, reached, parameters)
     assert ratio is not None
     assert gone(ratio) >= reached
-    assert target._of_size(chosen, table.cost.sum() / parameters - 1e-6, parameters) is None
+    assert target._ratio_for_size(chosen, table.cost.sum() / parameters - 1e-6, parameters) is None
 
 
 def test_one_target_at_a_time() -> None:

@@ -61,7 +61,7 @@ class LaunchedRanks(Ranks):
         total = torch.empty_like(flat)
         size = max(1, PIECE // flat.element_size())
         for piece, into in zip(flat.split(size), total.split(size), strict=True):
-            pieces = self._all(piece.contiguous())
+            pieces = self._all_gather(piece.contiguous())
             into.copy_(pieces[0])
             for other in pieces[1:]:
                 into += other
@@ -97,22 +97,24 @@ class LaunchedRanks(Ranks):
         Raises:
             RankError: a rank has failed, for the reason in its payload; or one does not answer.
         """
-        heads = torch.stack(self._all(torch.tensor([int(well), len(payload)]))).tolist()
+        heads = torch.stack(self._all_gather(torch.tensor([int(well), len(payload)]))).tolist()
         longest = max(length for _, length in heads)
         padded = torch.zeros(longest, dtype=torch.uint8)
         if payload:
             padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        found = self._all(padded) if longest else [padded] * self.world
+        found = self._all_gather(padded) if longest else [padded] * self.world
         payloads = [each[:length].numpy().tobytes() for each, (_, length) in zip(found, heads, strict=True)]
-        ill = {rank: payloads[rank].decode(errors="replace") for rank, (is_well, _) in enumerate(heads) if not is_well}
-        if ill:
+        failed = {
+            rank: payloads[rank].decode(errors="replace") for rank, (is_well, _) in enumerate(heads) if not is_well
+        }
+        if failed:
             self._connected = False
-            first, words = next(iter(ill.items()))
-            same = len(ill) == self.world and len(set(ill.values())) == 1
+            first, words = next(iter(failed.items()))
+            same = len(failed) == self.world and len(set(failed.values())) == 1
             raise RankError(words if same or first == 0 else f"rank {first}: {words}")
         return payloads
 
-    def _all(self, own: Tensor) -> list[Tensor]:
+    def _all_gather(self, own: Tensor) -> list[Tensor]:
         found = [torch.empty_like(own) for _ in range(self.world)]
         try:
             torch.distributed.all_gather(found, own)
