@@ -64,7 +64,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# The commands whose work several processes can share.
+# The commands that can run in several processes, which share the work.
 _SHARED = ("prune", "search", "diagnose", "eval")
 
 # Options of commands that prune nothing: no second model is copied or timed.

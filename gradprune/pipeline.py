@@ -331,7 +331,7 @@ def _measure_pruned(run: Run, pruned_model: PreTrainedModel, dense: Measured) ->
         measured = _perplexity(run, pruned_model)
     tasks = _tasks(run, pruned_model, "tasks_after")
     pruned = Measured(size.parameters, size.bytes, measured, tasks=tasks, generations=_generations(run, pruned_model))
-    # The speed of a streamed model would be that of its disk.
+    # A streamed model is not timed, because the result would be the speed of its disk.
     if not run.config.measure_speed or run.config.in_place or run.view.residency is not None:
         return dense, pruned
     with run.clock.stage("speed"):

@@ -28,7 +28,7 @@ _INTERVAL = 30.0  # seconds between lines if the output is not a terminal
 
 
 class _Rate(ProgressColumn):
-    """Units per second."""
+    """A column with the rate, in units per second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -132,7 +132,7 @@ class Clock:
         self.console = console
 
     def copy(self) -> "Clock":
-        """A new clock with the stages timed so far."""
+        """Return a new clock with the stages timed so far."""
         copied = Clock(self.console)
         copied.seconds = dict(self.seconds)
         return copied

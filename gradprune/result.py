@@ -74,7 +74,7 @@ class PruneResult:
 
     @property
     def distribution(self) -> list[LayerPruning]:
-        """Per layer, how much of each block was pruned."""
+        """By layer, the fraction of each block's groups that was pruned."""
         return pruning_distribution(self.masks)
 
     @property
@@ -89,7 +89,7 @@ class PruneResult:
 
     @property
     def warnings(self) -> list[str]:
-        """Everything that deviates from the request or looks wrong, the over-pruning warning last."""
+        """Warnings about deviations from the request and suspicious results; the over-pruning warning is the last."""
         found = list(selection_warnings(self.table, self.pruned, self.before.parameters, self.config))
         if not self.held_out:
             found.append(
