@@ -241,7 +241,7 @@ def export(
     from gradprune.export.gguf import check_export, export_gguf
 
     if format != "gguf":
-        raise ExportError(f"format: '{format}' is unknown; it can be gguf")
+        raise ExportError(f"format: '{format}' is unknown; the only format so far is gguf")
     config = PruneConfig(**options, base_model=replace(OPTIONS["base_model"], name="model").accepted(model))
     check_export(output, outtype, overwrite=overwrite, model=config.base_model)
     loaded, tokenizer = _load(config, "model", streams=False)
@@ -515,8 +515,8 @@ def _evaluated(config: PruneConfig, protocol: str | None) -> "tuple[Perplexity, 
 
     if protocol is not None and config.seq_len not in (OPTIONS["seq_len"].default, protocol_window(protocol)):
         raise ConfigError(
-            f"seq_len: {config.seq_len} is given, but protocol '{protocol}' has windows of {protocol_window(protocol)} "
-            "tokens; leave one out"
+            f"seq_len: {config.seq_len} is given, but protocol '{protocol}' uses windows of "
+            f"{protocol_window(protocol)} tokens; leave out one or the other"
         )
     check_same_options(current(), [config])
     current().check_same({"protocol": protocol})
@@ -663,7 +663,7 @@ def _prune_ratios(config: PruneConfig, ratios: list[float]) -> None:
     OUT.print(curve_table([summarize(result) for result in results]))
     for result in results:
         for warning in result.warnings:
-            _warn(f"Warning, at {result.config.pruning_ratio:g}: {warning}")
+            _warn(f"Warning, at pruning ratio {result.config.pruning_ratio:g}: {warning}")
     folder = Path(config.output_dir, str(config.output_name))
     say(OUT, f"Models: {folder}/*/model\nReport: {folder}/report.html")
 

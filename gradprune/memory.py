@@ -44,26 +44,26 @@ def _cheaper(stage: str, config: PruneConfig) -> list[str]:
     if config.batch_size > 1 and stage != "speed":
         # Each batch of own text has its own seed, so another batch size writes other text.
         same = config.reduction == "sample" and not config.own_text
-        cost = "the same result" if same else "another result"
+        cost = "the same result" if same else "a different result"
         advice.append(f"--batch_size {max(1, config.batch_size // 4)} ({cost})")
     if stage == "calibration" and not config.use_gradient_checkpointing:
-        advice.append("--use_gradient_checkpointing (a third more time)")
+        advice.append("--use_gradient_checkpointing (takes about a third longer)")
     if config.measure_speed:
-        advice.append("--no_measure_speed (no second model in memory)")
+        advice.append("--no_measure_speed (keeps no second model in memory)")
     if stage == "calibration" and config.reduction == "batch":
-        advice.append("--reduction sample (keeps no gradients)")
+        advice.append("--reduction sample (stores no gradients; a different result)")
     if stage == "importance" and config.importance_method == "obs":
-        advice.append("--importance_method group_fisher (another selection, without Gram matrices)")
+        advice.append("--importance_method group_fisher (stores no Gram matrices; a different selection)")
     if stage == "repair":
         advice.append("--repair none (higher perplexity)")
     if stage == "distillation":
         advice.append("--distill_samples 0 (higher perplexity)")
     if config.stream_layers != "on" and config.reduction == "sample" and not config.own_text:
-        advice.append("--stream_layers on (the same result, one decoder layer in memory at a time)")
+        advice.append("--stream_layers on (the same result, with one decoder layer in memory at a time)")
     if config.dtype in ("auto", "float32", "float64"):
-        advice.append("--dtype bfloat16 (coarser weights)")
+        advice.append("--dtype bfloat16 (less precise weights)")
     if config.seq_len > 128:
-        advice.append(f"--seq_len {config.seq_len // 2} (another calibration)")
+        advice.append(f"--seq_len {config.seq_len // 2} (shorter samples; a different result)")
     if config.device != "cpu":
         advice.append("--device cpu (slow)")
     return advice or ["a machine with more memory"]

@@ -250,7 +250,7 @@ def _check_reachable(view: PrunableModel, groups: GroupTable, config: PruneConfi
     except SelectionError as error:
         if config.target is None:
             raise
-        raise SelectionError(f"{config.target}: {config.target_value} asks for too much; {error}") from error
+        raise SelectionError(f"{config.target}: {config.target_value} cannot be met; {error}") from error
 
 
 def _prune_at_ratio(run: Run, evidence: Evidence, dense: Measured) -> PruneResult:

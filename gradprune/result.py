@@ -93,8 +93,8 @@ class PruneResult:
         found = list(selection_warnings(self.table, self.pruned, self.before.parameters, self.config))
         if not self.held_out:
             found.append(
-                f"{self.evaluation_overlap:.0%} of the evaluation text occurs in the calibration text, so that its "
-                "perplexity is not that of held-out text. Give another --eval_dataset."
+                f"{self.evaluation_overlap:.0%} of the evaluation text occurs in the calibration text, so "
+                "the perplexity is not measured on held-out text. Give another --eval_dataset."
             )
         widest = max((block.solved_columns for block in describe(self.model).blocks), default=0)
         if (hardly_determined := repair_warning(widest, self.config)) is not None:

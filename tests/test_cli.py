@@ -476,7 +476,10 @@ def test_a_protocol_fixes_the_windows_and_not_their_number(gradprune, model_fold
     measured = ["eval", "--model", model_folder, "--protocol", "wikitext2-128", "--dataset", ids_file]
     code, out, err = gradprune(*measured, "--seq_len", "64")
     assert (code, out) == (2, "")
-    assert err == "error: seq_len: 64 is given, but protocol 'wikitext2-128' has windows of 128 tokens; leave one out\n"
+    assert err == (
+        "error: seq_len: 64 is given, but protocol 'wikitext2-128' uses windows of 128 tokens; "
+        "leave out one or the other\n"
+    )
     for given, windows in (([], 23), (["--seq_len", "128", "--eval_samples", "3"], 3), (["--eval_samples", "99"], 23)):
         code, out, err = gradprune(*measured, *given, "--json")
         assert code == 0, err

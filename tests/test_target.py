@@ -104,7 +104,7 @@ def test_a_size_that_the_model_has_already_is_refused() -> None:
 
 
 def test_what_constraints_do_not_allow_is_refused_before_calibration() -> None:
-    with pytest.raises(SelectionError, match=r"target_parameters: 200 asks for too much; .*cannot be reached"):
+    with pytest.raises(SelectionError, match=r"target_parameters: 200 cannot be met; .*cannot be reached"):
         pruned(tiny_model(dtype=torch.float32), target_parameters="200")
 
 
