@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from gradprune.config.domains import (
+    DEVICE_MAPS,
     INT64_MAX,
     at_least,
     count,
@@ -101,15 +102,18 @@ class Model(Options):
     )
     prune_kinds: str | None = option(
         None,
-        f"Kinds of groups to prune, separated by commas: {', '.join(get_args(KindName))}; default all but experts. The "
-        "rest stays as it is.",
+        f"Kinds of groups to prune, separated by commas: {', '.join(get_args(KindName))}; default all but experts "
+        "(which removes whole experts). Groups of other kinds are kept.",
         names_among(get_args(KindName)),
     )
     device: str = option(
         "auto", "Device to compute on: cpu, cuda, cuda:1, ...; auto takes CUDA if available.", path("a PyTorch device")
     )
     device_map: str | None = option(
-        None, "Divide the model's layers over several GPUs: auto, or JSON that maps modules to devices.", device_map()
+        None,
+        f"Divide the model's layers among several GPUs: {', '.join(DEVICE_MAPS)}, or JSON that maps module names to "
+        "devices.",
+        device_map(),
     )
     dtype: Dtype = option("auto", "Data type of the weights; auto keeps the checkpoint's.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the checkpoint.")
@@ -209,7 +213,9 @@ class Data(Options):
         path("a text file"),
     )
     generations: bool = option(True, "Show in the report what the dense and the pruned model write after the prompts.")
-    seed: int = option(0, "Seed for drawing the samples.", at_least(0, most=INT64_MAX))
+    seed: int = option(
+        0, "Seed for drawing the samples, writing own_text, and rounding in distillation.", at_least(0, most=INT64_MAX)
+    )
 
     def check_together(self) -> None:
         """Refuse a number of questions without tasks."""
@@ -245,7 +251,7 @@ class Calibration(Options):
     )
     evidence_file: str | None = option(
         None,
-        "evidence.safetensors of an earlier run on this model, instead of calibrating again.",
+        "Reuse the calibration of an earlier run on this model, from its analysis/evidence.safetensors.",
         path("the analysis/evidence.safetensors of an earlier run"),
     )
 
@@ -265,7 +271,10 @@ class Scoring(Options):
         "or auto, which follows the diagnosis.",
         FIX_OR_CHAIN,
     )
-    normalize_scores: Normalize = option("none", "Make the scores of different layers comparable.")
+    normalize_scores: Normalize = option(
+        "none",
+        "How to normalize the scores within each layer (or block, see normalize_per), to make layers comparable.",
+    )
     normalize_per: NormalizePer = option("layer", "Unit within which scores are normalized and clipped.")
     clip_percentile: float = option(
         100.0,
@@ -289,7 +298,11 @@ class Scoring(Options):
         "25th percentile of the layers' importances.",
         numbers("between 0 and inf (both included)", lambda x: x >= 0.0),
     )
-    prior: Prior = option("removal", "How H-GSP measures the importance of a block.")
+    prior: Prior = option(
+        "removal",
+        "How H-GSP measures the importance of a block or layer: how much the loss rises without it (removal), how much "
+        "it turns the residual stream (similarity), or the gradient of a gate on its output (taylor).",
+    )
 
     @property
     def method(self) -> Method:
@@ -342,7 +355,8 @@ class Constraints(Options):
     )
     epsilon: float = option(
         0.0,
-        "Drop whole layers that would keep less than this fraction of their groups; 0 drops none.",
+        "Remove every layer whose blocks would keep, on average, less than this fraction of their groups; 0 removes no "
+        "layer.",
         numbers("between 0 and 1", lambda x: 0.0 <= x <= 1.0),
     )
     serve: Serve | None = option(
@@ -350,7 +364,7 @@ class Constraints(Options):
         "Prune so that a program can load the result: hf (transformers), vllm, gguf (llama.cpp; also writes "
         "model.gguf), or uniform, for any program.",
     )
-    tensor_parallel: int = option(1, "Number of devices over which vLLM will split the result.", at_least(1))
+    tensor_parallel: int = option(1, "Keep widths that vLLM can split over this many devices.", at_least(1))
 
     @property
     def same_widths(self) -> bool:
