@@ -158,7 +158,7 @@ class Model(Options):
         super().check_together()
         targets = [name for name in TARGETS if getattr(self, name) is not None]
         if len(targets) > 1:
-            raise ConfigError(f"{targets[1]}: {targets[0]} is given too; a run has one target")
+            raise ConfigError(f"{targets[1]}: {targets[0]} is given too, but a run has one target; leave one out")
         self.check_speed(streamed=self.stream_layers == "on")
         if {"experts", "expert_channels"} <= set(self.kinds or ()):
             raise ConfigError(
@@ -323,7 +323,8 @@ class Scoring(Options):
         if self.gradient_fix != "none" and self.importance_method not in ("auto", *GRADIENT_METHODS):
             raise ConfigError(
                 f"gradient_fix: '{self.gradient_fix}' changes nothing, because importance_method "
-                f"'{self.importance_method}' uses no gradients; choose one of {', '.join(GRADIENT_METHODS)}"
+                f"'{self.importance_method}' uses no gradients; leave it out, or choose importance_method "
+                f"{', '.join(GRADIENT_METHODS[:-1])} or {GRADIENT_METHODS[-1]}"
             )
 
 
@@ -388,13 +389,17 @@ class Constraints(Options):
         if self.same_widths and (self.freeze_first_n_layers or self.freeze_last_n_layers):
             raise ConfigError(
                 f"{'uniform' if self.uniform else 'serve'}: cannot be combined with freeze_first_n_layers or "
-                "freeze_last_n_layers; frozen layers keep their width, so all layers would"
+                "freeze_last_n_layers; frozen layers keep their full width, so all layers would have to"
             )
         if self.keeps_attention and self.epsilon > 0.0:
-            raise ConfigError("epsilon: drops whole layers, but vllm (serve) needs attention in each; leave one out")
+            raise ConfigError(
+                "epsilon: removes whole layers, but serve 'vllm' needs attention in every layer; leave out epsilon, or "
+                "choose another serve"
+            )
         if self.tensor_parallel > 1 and self.serve not in ("vllm", "uniform"):
             raise ConfigError(
-                f"tensor_parallel: {self.tensor_parallel} is for results that vLLM loads; add --serve vllm, or uniform"
+                f"tensor_parallel: {self.tensor_parallel} is only for results that vLLM loads; add --serve vllm or "
+                "--serve uniform"
             )
 
 

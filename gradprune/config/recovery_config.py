@@ -44,4 +44,6 @@ class RecoveryConfig(Options):
     def check_teacher(self, *, given: bool) -> None:
         """Raise RecoveryError if the loss needs a teacher and none is given."""
         if self.loss == "kd" and not given:
-            raise RecoveryError("teacher: loss 'kd' learns from the dense model; name it, or choose loss 'lm'")
+            raise RecoveryError(
+                "teacher: loss 'kd' learns from the dense model; give its folder or hub id, or choose loss 'lm'"
+            )
