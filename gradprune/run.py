@@ -20,7 +20,7 @@ from gradprune.ranks import ALONE, Ranks
 class Run:
     """A model with the options and the samples of one run.
 
-    view: the model with its prunable blocks. tokenizer: the model's, for evaluation on tasks.
+    view: the model with its prunable blocks. tokenizer: the model's, to continue the prompts; None if there is none.
     tasks: zero-shot questions for the dense and the pruned model, if any. prompts: texts that both models continue.
     clock: times the stages. console: where progress is shown. ranks: the processes that share the work.
     """

@@ -237,7 +237,9 @@ class Calibration(Options):
         "auto", "Implementation that computes importances; auto takes the fastest available."
     )
     use_gradient_checkpointing: bool = option(False, "Recompute activations, for less memory and more time.")
-    prior_samples: int = option(16, "Calibration samples on which H-GSP's priors are measured.", at_least(1))
+    prior_samples: int = option(
+        16, "Number of calibration samples on which the priors removal and similarity are measured.", at_least(1)
+    )
     evidence: EvidenceName = option(
         "needed",
         "Collect what importance_method needs (needed), or what every method and gradient_fix needs (all); with "
@@ -278,7 +280,7 @@ class Scoring(Options):
     normalize_per: NormalizePer = option("layer", "Unit within which scores are normalized and clipped.")
     clip_percentile: float = option(
         100.0,
-        "Percentile at which scores are clipped before they are normalized; 100 does not clip.",
+        "Clip scores, before they are normalized, at this percentile and at 100 minus it; 100 does not clip.",
         numbers("above 50 and at most 100", lambda x: 50.0 < x <= 100.0),
     )
     attention_factor: float = option(
@@ -288,8 +290,8 @@ class Scoring(Options):
     )
     temperature: float = option(
         0.0,
-        "H-GSP temperature: how strongly the importance of its block or layer changes a group's score; 0 turns H-GSP "
-        "off.",
+        "Temperature of H-GSP (hierarchical global structural pruning): how strongly the importance of its block or "
+        "layer changes a group's score; 0 turns H-GSP off.",
         finite("of at least 0", lambda x: x >= 0.0),
     )
     tau: float | None = option(
@@ -350,7 +352,9 @@ class Constraints(Options):
     freeze_first_n_layers: int = option(0, "Number of leading decoder layers to leave unpruned.", at_least(0))
     freeze_last_n_layers: int = option(0, "Number of trailing decoder layers to leave unpruned.", at_least(0))
     max_layer_ratio: float = option(1.0, "Largest fraction of a layer's prunable parameters to remove.", _UNIT_OR_ONE)
-    round_to: int = option(1, "Keep MLP widths that are multiples of this, e.g. 64 for tensor cores.", at_least(1))
+    round_to: int = option(
+        1, "Keep MLP and expert widths that are multiples of this, e.g. 64 for tensor cores.", at_least(1)
+    )
     uniform: bool = option(
         False, "Keep the same widths in all layers: the result is a plain checkpoint of the original architecture."
     )
