@@ -7,6 +7,7 @@ from gradprune import PruneConfig
 from gradprune.data.samples import Samples, draw_samples
 from gradprune.data.windows import sample_windows
 from gradprune.errors import CalibrationError
+from gradprune.ranks import Ranks
 from helpers.tiny_models import tiny_ids, tiny_model
 
 TOKENS = tiny_ids(samples=1, tokens=200).flatten()
@@ -34,3 +35,38 @@ def test_nothing_is_held_out_if_an_earlier_run_used_all_windows() -> None:
 def test_the_search_gets_two_thirds_of_too_little_text() -> None:
     found = drawn(13, held_out_samples=8, importance_method="auto", search_samples=64)
     assert [len(part) for part in (found.calibration, found.held_out, found.searched)] == [4, 3, 6]
+
+
+def test_the_seed_chooses_the_windows_and_what_the_model_writes() -> None:
+    first, second = (drawn(25, own_text=0.5, seed=seed) for seed in (0, 1))
+    assert not torch.equal(first.calibration[::2], second.calibration[::2])
+    assert not torch.equal(first.calibration[1::2], second.calibration[1::2])
+
+
+def test_overlap_is_the_share_of_the_evaluation_text_that_calibration_has() -> None:
+    """All of the eight evaluation tokens are in the calibration text, but hardly any of that is in them."""
+    assert drawn(20).overlap == 1.0
+
+
+def test_ranks_divide_the_samples_that_a_run_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four samples in batches of one: the second of two ranks, which hears nothing of the first, writes two."""
+    ranks = Ranks()
+    ranks.rank, ranks.world = 1, 2
+    monkeypatch.setattr(ranks, "joined", lambda own: own * 2)
+    config = PruneConfig(seq_len=8, num_samples=4, own_text=1.0, batch_size=1, repair="none")
+    found = draw_samples(tiny_model(), None, config, TOKENS[:0], TOKENS[:8], ranks=ranks).calibration
+    assert torch.equal(found[:2], found[2:])
+
+
+def test_the_first_id_outside_the_vocabulary_is_refused() -> None:
+    model = tiny_model()
+    ids = TOKENS.clone()
+    ids[-1] = model.config.vocab_size
+    with pytest.raises(CalibrationError, match=f"calibration: has ids from .* to {model.config.vocab_size}; "):
+        draw_samples(model, None, PruneConfig(seq_len=8, num_samples=4), ids, TOKENS[:8])
+
+
+def test_the_end_of_tokens_given_alone_is_held_out_for_evaluation() -> None:
+    found = draw_samples(tiny_model(), None, PruneConfig(seq_len=8, num_samples=4), TOKENS)
+    assert torch.equal(found.evaluation, TOKENS[180:])
+    assert found.calibration.shape == (4, 8)

@@ -489,3 +489,11 @@ def test_overlap_compares_whole_tokens() -> None:
     """In bytes, a sequence of ids 1 is part of a sequence of ids 256, shifted by one byte."""
     assert overlap_of(torch.full((64,), 1), torch.full((200,), 256)) == 0.0
     assert overlap_of(torch.full((64,), 256), torch.full((200,), 256)) == 1.0
+
+
+def test_a_record_with_a_text_and_a_chat_is_read_as_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "plain", **CHAT}), encoding="utf-8")
+    talking = byte_tokenizer()
+    talking.chat_template = TEMPLATE
+    assert talking.decode(load_tokens(str(path), talking)) == "plain"
