@@ -209,3 +209,9 @@ def test_the_numbers_of_samples_drawn_and_written(options: dict[str, str], sampl
     config = PruneConfig(num_samples=8, held_out_samples=4, own_text=0.25, **options)
     assert config.samples_drawn == samples
     assert config.samples_written == (samples[0] // 4, samples[1] // 4)
+
+
+def test_progress_counts_the_samples_that_other_ranks_write() -> None:
+    counted: list[int] = []
+    own_samples(tiny_model(), 10, 3, batch_size=4, seed=0, ranks=_OneOfTwo(1), advance=counted.append)
+    assert counted == [4, 6]
