@@ -128,3 +128,21 @@ def test_batch_reduction_is_refused_with_the_reason(tmp_path) -> None:
     _, streamed = both(tiny_model(), tmp_path)
     with pytest.raises(ConfigError, match="reduction: 'batch' keeps a gradient of every weight"):
         ImportanceEngine(streamed, reduction="batch")
+
+
+def test_a_wave_that_is_interrupted_within_a_layer_has_no_effect(tmp_path) -> None:
+    """In the backward pass, between the layer's MLP and its attention."""
+
+    def interrupted(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    whole, streamed = both(tiny_model(), tmp_path)
+    batches = list(tiny_ids(samples=6).split(2))
+    with ImportanceEngine(streamed, "obs", backend="reference") as engine:
+        engine.steps(batches[:1])
+        handle = streamed.model.layers[1].self_attn.o_proj.register_full_backward_pre_hook(interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.steps(batches[1:])
+        handle.remove()
+        engine.steps(batches[1:])
+    assert_same(engine.evidence(steps=3), evidence(whole, batches))

@@ -35,3 +35,8 @@ def test_packed_statistics_unpack_to_views() -> None:
     assert found.non_finite.tolist() == [4.0, 9.0]
     assert found.max_abs.data_ptr() == packed[0, 2].data_ptr()
     assert torch.equal(found.pack(), packed)
+
+
+def test_statistics_of_fp32_gradients_are_stacked_in_fp64() -> None:
+    found = GradientStatistics.stack([gradient_statistics(g.float()) for g in GRADIENTS])
+    assert found.pack().dtype == torch.float64

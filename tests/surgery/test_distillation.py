@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,17 @@ from transformers import PreTrainedModel
 
 from gradprune import prune
 from gradprune.config import DISTILL_TEXT, PruneConfig, distill_step
+from gradprune.data.samples import Samples
 from gradprune.errors import ConfigError
 from gradprune.models import describe
 from gradprune.models.masks import GroupMasks
 from gradprune.models.passes import mean_loss
+from gradprune.ranks import Ranks
 from gradprune.report.folder import summarize
+from gradprune.run import Run
 from gradprune.surgery.cut import cut, sharing_copy
-from gradprune.surgery.distillation import Distillation, descend, distil
-from gradprune.surgery.least_squares import least_squares
+from gradprune.surgery.distillation import Distillation, descend, distil, taught_samples
+from gradprune.surgery.least_squares import Repaired, least_squares
 from helpers.mixtures import tiny_mixture
 from helpers.pipeline_runs import run
 from helpers.tiny_models import ARCHITECTURE_NAMES, tiny_ids, tiny_model
@@ -283,3 +287,32 @@ def test_gradients_of_float16_models_stay_within_its_range(device: str) -> None:
     found = distil(describe(model), samples, samples, streams[:8], text=0.5)
     assert found.factor > 0.0
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+class _OneOfTwo(Ranks):
+    """One of two ranks, which shows the other in `shown` what it gives; until then it takes its own for the other's."""
+
+    world = 2
+
+    def __init__(self, rank: int, shown: dict[int, dict[str, Tensor]]) -> None:
+        self.rank, self._shown = rank, shown
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        self._shown[self.rank] = dict(tensors)
+        return [self._shown.get(rank, dict(tensors)) for rank in range(2)]
+
+
+def test_ranks_learn_from_the_dense_streams_of_the_same_samples() -> None:
+    """Seven of ten samples, in batches of two: the last batch and the held-out samples teach nothing."""
+    calibration, streams = torch.arange(10)[:, None], 10.0 + torch.arange(10)[:, None]
+    held_out = torch.arange(4)[:, None]
+    config = PruneConfig(num_samples=10, batch_size=2, distill_samples=7)
+    shown: dict[int, dict[str, Tensor]] = {}
+    for rank in (0, 1, 0):
+        ranks = _OneOfTwo(rank, shown)
+        samples = Samples(calibration, held_out, held_out[:0], held_out.flatten())
+        dense = [*ranks.share(streams.split(2)), *ranks.share((-1.0 - held_out).split(2))]
+        found = taught_samples(Run(describe(tiny_model()), config, samples, ranks=ranks), Repaired([], dense))
+        assert found is not None
+    assert torch.equal(found.samples, calibration[:7])
+    assert torch.equal(found.dense, streams[:7])
