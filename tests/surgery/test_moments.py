@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gradprune.errors import NonFiniteError
-from gradprune.ranks import ALONE
-from gradprune.surgery.moments import MomentSums, Problem
+from gradprune.ranks import ALONE, Ranks
+from gradprune.surgery.moments import Moments, MomentSums, Problem
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -38,3 +38,30 @@ def test_a_target_that_is_not_finite_is_reported() -> None:
     sums.add(drawn(40, 8), drawn(40, 5) / 0.0)
     with pytest.raises(NonFiniteError, match="repair: what w should write is not finite"):
         sums.total(ALONE, "w")
+
+
+class _Second(Ranks):
+    """The second of two ranks; `first` is what the first one adds, in order, and `given` what this one does."""
+
+    def __init__(self, first: list[torch.Tensor]) -> None:
+        self._first, self.given = iter(first), []
+
+    def sum(self, own: torch.Tensor) -> torch.Tensor:
+        self.given.append(own.clone())
+        return own + next(self._first, 0.0)
+
+
+def test_moments_are_those_of_the_tokens_of_all_ranks() -> None:
+    w, x, z = drawn(5, 8), drawn(40, 8), drawn(40, 5)
+
+    def moments(tokens: slice, ranks: Ranks) -> Moments:
+        sums = MomentSums(w, aimed=True)
+        sums.add(x[tokens], z[tokens])
+        return sums.total(ranks, "w")
+
+    one = _Second([])
+    moments(slice(0, 30), one)
+    found = moments(slice(30, 40), _Second(one.given))
+    torch.testing.assert_close(found.gram, x.T @ x)
+    torch.testing.assert_close(found.cross, z.T @ x)
+    torch.testing.assert_close(found.square, z.square().sum())
