@@ -2,7 +2,9 @@ import html
 import json
 import math
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from gradprune.config import Constraints, Scoring, command_line, default_methods
 from gradprune.data.samples import draw_samples
 from gradprune.errors import CalibrationError, ConfigError
 from gradprune.models import describe
+from gradprune.models.masks import GroupMasks
 from gradprune.models.passes import mean_loss
+from gradprune.ranks import Ranks
 from gradprune.report.tables import describe_scoring, search_verdict
 from gradprune.scoring.choose import score_groups
 from gradprune.scoring.selection import select
@@ -260,3 +264,27 @@ def test_what_auto_chooses_cannot_be_given_too(option) -> None:
 def test_no_text_to_search_on_is_told() -> None:
     with pytest.raises(CalibrationError, match="leave no text to search on"):
         found(num_samples=93)
+
+
+class _FirstOfTwo(Ranks):
+    """The first of two ranks; the second has measured only one of its candidates, whose loss is 1."""
+
+    world = 2
+
+    def gather_json(self, value: int) -> list[int]:
+        return [value, 1]
+
+    def gather(self, tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        return [dict(tensors), {"0": torch.ones(4)}]
+
+
+def test_where_time_runs_out_in_one_rank_all_end_with_the_same_candidates() -> None:
+    """Of five candidates this rank has measured 0, 2 and 4, and the other one 1 but not 3."""
+    pool = [search_module._Candidate(Scoring("wanda"), GroupMasks({}, 0), fixed=False) for _ in range(5)]
+    run_of_rank = SimpleNamespace(ranks=_FirstOfTwo(), config=SimpleNamespace(search_minutes=1.0))
+    shown: list[int] = []
+    tournament = search_module._Tournament(run_of_rank, pool, lambda: shown.append(1))
+    losses = (torch.full((4,), loss) for loss in (0.0, 2.0, 4.0))
+    trials = tournament._round(pool, lambda _own: losses, repaired=False, may_end=True)
+    assert [trial.loss for trial in trials] == [0.0, 1.0, 2.0]
+    assert [trial.difference for trial in trials] == [0.0, 1.0, 2.0]
