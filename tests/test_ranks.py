@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ from gradprune.calibration.engine import ImportanceEngine
 from gradprune.calibration.evidence import Evidence
 from gradprune.calibration.joined import joined_state
 from gradprune.checkpoint.load import load_pruned
-from gradprune.errors import GradPruneError
-from gradprune.ranks import ALONE, in_order
+from gradprune.config import PruneConfig
+from gradprune.errors import ConfigError, GradPruneError
+from gradprune.pipeline import _of_rank
+from gradprune.ranks import ALONE, Ranks, in_order
 from helpers.commands import QUICK, at_stage, run, signalled
 from helpers.launched import run_ranks, start_ranks
 from helpers.mixtures import tiny_mixture
@@ -315,3 +318,40 @@ def test_a_joined_state_is_that_of_one_engine() -> None:
     assert whole.keys() == joined.keys()
     for name, value in whole.items():
         torch.testing.assert_close(joined[name], value, rtol=1e-13, atol=0.0)
+
+
+def test_large_tensors_are_added_in_the_order_of_the_ranks(place: Path) -> None:
+    """On all of three ranks, of which the last one would lose its own summand by adding it first; in three pieces."""
+    program = (
+        "import torch\n"
+        "from gradprune.ranks import launched, process_group\n"
+        "process_group.PIECE = 64\n"
+        "numbers = torch.arange(1.0, 22.0, dtype=torch.float64).view(3, 7).T\n"
+        "with launched() as ranks:\n"
+        "    own = numbers * (1e16, -1e16, 1.0)[ranks.rank]\n"
+        "    assert torch.equal(ranks.sum(own), numbers), ranks.sum(own)\n"
+    )
+    (place / "added.py").write_text(program, encoding="utf-8")
+    done = run_program([*TORCHRUN[:-1], "3", str(place / "added.py")])
+    assert done.returncode == 0, done.stderr
+
+
+class _Stating(Ranks):
+    """Two ranks that state the same, and a third one that differs."""
+
+    world = 3
+
+    def gather_json(self, value: dict[str, int]) -> list[dict[str, int]]:
+        return [value, value, {**value, "seed": 7}]
+
+
+def test_every_rank_is_compared_with_the_first() -> None:
+    with pytest.raises(ConfigError, match="seed: is 0 in rank 0 and 7 in rank 2; give all ranks the same"):
+        _Stating().check_same({"num_samples": 4, "seed": 0})
+
+
+def test_only_the_leading_rank_writes_and_measures_speed() -> None:
+    config, first, second = PruneConfig(output_name="x", measure_speed=True), _Stating(), _Stating()
+    second.rank = 1
+    assert _of_rank(config, first) == config
+    assert _of_rank(config, second) == replace(config, output_name=None, measure_speed=False)
