@@ -140,7 +140,7 @@ def _checked(argument: str, tokens: Tensor, vocab_size: int) -> Tensor:
             f"{argument}: has ids from {int(tokens.min())} to {int(tokens.max())}; those of the model go from 0 to "
             f"{vocab_size - 1}"
         )
-    return tokens.long()
+    return tokens.long().cpu()
 
 
 def calibration_and_evaluation(

@@ -8,6 +8,7 @@ from gradprune.data.samples import Samples, draw_samples
 from gradprune.data.windows import sample_windows
 from gradprune.errors import CalibrationError
 from gradprune.ranks import Ranks
+from helpers.fake_devices import SECOND, second_device
 from helpers.tiny_models import tiny_ids, tiny_model
 
 TOKENS = tiny_ids(samples=1, tokens=200).flatten()
@@ -70,3 +71,13 @@ def test_the_end_of_tokens_given_alone_is_held_out_for_evaluation() -> None:
     found = draw_samples(tiny_model(), None, PruneConfig(seq_len=8, num_samples=4), TOKENS)
     assert torch.equal(found.evaluation, TOKENS[180:])
     assert found.calibration.shape == (4, 8)
+
+
+def test_tokens_may_be_on_another_device() -> None:
+    config, model = PruneConfig(seq_len=8, num_samples=4), tiny_model()
+    with second_device():
+        found = draw_samples(model, None, config, TOKENS.to(SECOND), TOKENS[:8].to(SECOND))
+    expected = draw_samples(model, None, config, TOKENS, TOKENS[:8])
+    assert torch.equal(found.calibration, expected.calibration)
+    assert torch.equal(found.evaluation, expected.evaluation)
+    assert found.overlap == 1.0
