@@ -23,7 +23,7 @@ from gradprune.checkpoint.load import load_pruned
 from gradprune.config import PruneConfig
 from gradprune.errors import ConfigError, GradPruneError
 from gradprune.pipeline import _of_rank
-from gradprune.ranks import ALONE, Ranks, in_order
+from gradprune.ranks import ALONE, Ranks, _launcher, in_order
 from helpers.commands import QUICK, at_stage, run, signalled
 from helpers.launched import run_ranks, start_ranks
 from helpers.mixtures import tiny_mixture
@@ -355,3 +355,32 @@ def test_only_the_leading_rank_writes_and_measures_speed() -> None:
     second.rank = 1
     assert _of_rank(config, first) == config
     assert _of_rank(config, second) == replace(config, output_name=None, measure_speed=False)
+
+
+@pytest.mark.parametrize(("rank", "order"), [(0, ["act", "met"]), (1, ["met", "act"])])
+def test_the_leading_rank_acts_before_the_others(rank: int, order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    ranks = Ranks()
+    ranks.rank, ranks.world = rank, 2
+    monkeypatch.setattr(ranks, "gather_json", lambda _value: events.append("met"))
+    ranks.after_lead(lambda: events.append("act"))
+    assert events == order
+
+
+@pytest.mark.parametrize(
+    ("launched_as", "expected"),
+    [
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4, 3)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"RANK": "3"}, None),
+    ],
+)
+def test_a_rank_knows_its_place_in_the_job_and_on_its_machine(
+    launched_as: dict[str, str], expected: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", **launched_as}.items():
+        monkeypatch.setenv(name, value)
+    assert _launcher() == expected
