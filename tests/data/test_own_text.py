@@ -215,3 +215,9 @@ def test_progress_counts_the_samples_that_other_ranks_write() -> None:
     counted: list[int] = []
     own_samples(tiny_model(), 10, 3, batch_size=4, seed=0, ranks=_OneOfTwo(1), advance=counted.append)
     assert counted == [4, 6]
+
+
+def test_unlikely_tokens_are_drawn_too() -> None:
+    """By default, transformers would draw one of the 50 likeliest tokens."""
+    found = written(tiny_model(vocab=200, layers=1), 800, 2, batch_size=800)
+    assert len(found[:, 1].unique()) > 80

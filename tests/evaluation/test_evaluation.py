@@ -203,3 +203,8 @@ def test_progress_disappears_when_the_work_fails(error: type[BaseException]) -> 
         fail()
     assert "3/3" in last_drawn(finished)
     assert last_drawn(failed) == ""
+
+
+def test_two_remaining_tokens_are_a_window() -> None:
+    two_left = perplexity(tiny_model(), TOKENS[:102], seq_len=10, batch_size=4)
+    assert (two_left.windows, two_left.tokens) == (11, 91)
