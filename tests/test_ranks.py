@@ -22,7 +22,7 @@ from gradprune.calibration.joined import joined_state
 from gradprune.checkpoint.load import load_pruned
 from gradprune.config import PruneConfig
 from gradprune.errors import ConfigError, GradPruneError
-from gradprune.pipeline import _of_rank
+from gradprune.pipeline import _config_of_rank
 from gradprune.ranks import ALONE, Ranks, _launcher, in_order
 from helpers.commands import QUICK, at_stage, run, signalled
 from helpers.launched import run_ranks, start_ranks
@@ -353,8 +353,8 @@ def test_every_rank_is_compared_with_the_first() -> None:
 def test_only_the_leading_rank_writes_and_measures_speed() -> None:
     config, first, second = PruneConfig(output_name="x", measure_speed=True), _Stating(), _Stating()
     second.rank = 1
-    assert _of_rank(config, first) == config
-    assert _of_rank(config, second) == replace(config, output_name=None, measure_speed=False)
+    assert _config_of_rank(config, first) == config
+    assert _config_of_rank(config, second) == replace(config, output_name=None, measure_speed=False)
 
 
 @pytest.mark.parametrize(("rank", "order"), [(0, ["act", "met"]), (1, ["met", "act"])])
