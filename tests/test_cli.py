@@ -36,7 +36,7 @@ QUICK = ["--num_samples", "8", "--seq_len", "16", "--batch_size", "4"]
 
 
 def only_line(err: str) -> str:
-    """The one line on standard error beside those that name the stages, as they do where it is no terminal."""
+    """The only line on standard error, except for the names of stages, which are shown if it is no terminal."""
     (line,) = [line for line in err.splitlines() if line.startswith("error") or not line.endswith(" ...")]
     return line
 
@@ -57,7 +57,7 @@ def ids_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def gradprune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Run the command in an empty folder; returns exit code, standard output and standard error."""
+    """A function that runs the command in an empty folder and returns exit code, standard output and error."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -65,7 +65,7 @@ def gradprune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Ca
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["gradprune", *map(str, arguments)])
-        capsys.readouterr()  # what the fixtures printed
+        capsys.readouterr()  # discard what the fixtures printed
         with pytest.raises(SystemExit) as exit_info:
             main()
         captured = capsys.readouterr()
@@ -138,7 +138,7 @@ def test_a_run_with_a_target_is_named_by_it(gradprune, model_folder: Path, ids_f
     assert gradprune("prune", "--base_model", model_folder, "--dataset", ids_file, *target, *QUICK)[0] == 0
     name = "results/tiny-obs-parameters-60.5K"
     assert json.loads(Path(name, "analysis/summary.json").read_text())["parameters"]["after"] <= 60_500
-    # As it is written down, the run can be done again.
+    # The recorded options repeat the run.
     assert gradprune("prune", "--config", f"{name}/run.json", "--output_name", "again")[0] == 0
     assert (
         Path("results/again/model/model.safetensors").read_bytes() == Path(name, "model/model.safetensors").read_bytes()
@@ -195,7 +195,7 @@ def test_an_error_of_a_device_is_short(gradprune, model_folder: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is always full")
 def test_a_standard_output_that_is_full_is_one_line(gradprune, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Never closed: closing it would write what is left once more.
+    # It is never closed, because closing it would try to write the rest again.
     full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", buffering=1, closefd=False)
     monkeypatch.setattr(sys, "stdout", full)
     code, _, err = gradprune("info", "--json")
@@ -205,7 +205,7 @@ def test_a_standard_output_that_is_full_is_one_line(gradprune, monkeypatch: pyte
 
 
 def in_shell(script: str, *arguments: str) -> tuple[int, str]:
-    """Exit code and standard error of a script that runs `gradprune arguments`, written "$@", with buffered output."""
+    """Exit code and standard error of a shell script in which "$@" runs `gradprune arguments` with buffered output."""
     program = [sys.executable, "-c", "from gradprune.cli import main; main()", *arguments]
     done = run_program(["sh", "-c", script, "sh", *program], environment={"PYTHONUNBUFFERED": ""})
     return done.returncode, done.stderr.strip()
@@ -580,7 +580,7 @@ def test_export_keeps_the_files_of_the_model_that_it_reads(gradprune, model_fold
     weights = model_folder / "model.safetensors"
     before = weights.read_bytes()
     code, _, err = gradprune("export", "--model", model_folder, "--output", weights, "--overwrite")
-    # Before the model is loaded.
+    # No stage is named, so the model has not been loaded.
     assert (code, err) == (
         2,
         f"error: output: '{weights}' exists, is no GGUF file, and is never overwritten; choose another name\n",
@@ -618,8 +618,8 @@ def test_a_terminated_run_leaves_nothing(tmp_path: Path, model_folder: Path, ids
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    # The results folder's hidden forerunner appears for a moment as the place is tried, and while the results are
-    # written. By `fnmatch`: a glob raises if the folder goes away while it looks.
+    # The hidden folder that becomes the results folder exists for a moment when the command checks that it can write
+    # there, and while the results are written. A glob would raise if the folder were removed while it is listed.
     while process.poll() is None and time.monotonic() < deadline:
         if fnmatch.filter(names(tmp_path / "results"), ".x.partial*"):
             break
@@ -630,7 +630,7 @@ def test_a_terminated_run_leaves_nothing(tmp_path: Path, model_folder: Path, ids
     finally:
         process.kill()
     left = [name for name in names(tmp_path / "results") if not name.startswith(".")]
-    # Either it was caught half way and took its folder with it, or it had just finished.
+    # Either the run was stopped half way and removed its folder, or it had just finished.
     assert left in ([], ["x"])
     assert not list(tmp_path.glob("results/.x*"))
 
@@ -640,7 +640,7 @@ def test_a_signal_while_it_starts_shows_no_traceback() -> None:
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.endswith(" gradprune.errors\n"):  # of the first modules
+            if line.endswith(" gradprune.errors\n"):  # one of the first modules to be imported
                 process.send_signal(signal.SIGINT)
                 break
         _, err = process.communicate(timeout=60)
@@ -649,7 +649,7 @@ def test_a_signal_while_it_starts_shows_no_traceback() -> None:
 
 
 def test_a_signal_that_another_error_hides_is_told_all_the_same() -> None:
-    # Some libraries' imports swallow any exception, and then fail for want of what was not imported.
+    # Some libraries' imports swallow every exception, and then fail because something was not imported.
     with pytest.raises(Interrupted) as error, interruptible():  # noqa: PT012
         with suppress(BaseException):
             signal.raise_signal(signal.SIGTERM)

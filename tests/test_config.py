@@ -30,7 +30,7 @@ from gradprune.report.strict_json import json_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A value of every option that is not its default.
+# For every option, a value that is not its default.
 OTHER = {
     "base_model": "a folder/model", "pruning_ratio": 0.35, "prune_kinds": "attention,mlp", "device": "cpu",
     "dtype": "bfloat16",
@@ -51,7 +51,7 @@ OTHER = {
 }  # fmt: skip
 
 
-# What contradicts others, as it is without them.
+# Values for those options whose values in `OTHER` contradict other options; these contradict none.
 _ALONE = {
     "device_map": None, "uniform": False, "tensor_parallel": 1, "target_bytes": None, "target_speedup": None,
     "shots": 1, "distill_samples": 0, "distill_text": 0.1,
@@ -195,7 +195,7 @@ def test_what_is_missing_is_default_and_what_is_unknown_refused() -> None:
 
 
 def _parsed(words: list[str]) -> dict[str, object]:
-    """What typer reads from the words after `gradprune prune`."""
+    """The options that typer reads from the words after `gradprune prune`, by name."""
     from typer.main import get_command
 
     command = get_command(app).commands["prune"]

@@ -1,4 +1,4 @@
-"""Models whose layers are on several devices: the run follows them, and gives the bits of one device."""
+"""Models with layers on several devices: the run follows them, and gives the same bits as on one device."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def run(model, **options):
     ],
 )
 def test_a_run_on_two_devices_gives_the_bits_of_one(architecture: str, options: dict[str, object]) -> None:
-    # Fused attention rounds differently from device to device.
+    # Eager attention, because fused attention rounds differently on different devices.
     models = [tiny_model(architecture, attn_implementation="eager") for _ in range(2)]
     one = run(models[0], **options)
     with second_device():
@@ -79,7 +79,7 @@ def test_the_stand_in_refuses_tensors_of_both_devices() -> None:
 
 @pytest.mark.parametrize("device_map", ["auto", '{"": "cpu"}'])
 def test_the_command_loads_with_a_map(device_map: str, tmp_path: Path) -> None:
-    """All on the CPU, the only device here."""
+    """Without a GPU, each of the maps puts the whole model on the CPU."""
     tiny_model().save_pretrained(tmp_path / "model")
     np.save(tmp_path / "text.npy", TOKENS.numpy())
     options = ("--base_model", "model", "--dataset", "text.npy", *QUICK, "--output_name")

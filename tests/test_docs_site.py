@@ -1,4 +1,4 @@
-"""The documentation's site builds, and no link in it leads nowhere."""
+"""The documentation's site builds, and none of its links is broken."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Other libraries' error messages, on one line."""
+"""Other libraries' error messages are shortened to one line."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The command, disturbed: earlier results are untouched or the new ones whole, and nothing else is left."""
+"""The command under faults: earlier results are untouched or new ones are complete, and nothing else is left."""
 
 import json
 import os
@@ -39,7 +39,7 @@ SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.S
 
 @pytest.fixture(scope="module")
 def given_files(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """Options that name a tiny model and text for it."""
+    """Options that name a tiny model and a text, and keep the run short."""
     folder = tmp_path_factory.mktemp("given")
     save_checkpoint(tiny_model(channels=24, vocab=300, dtype=torch.float32), byte_tokenizer(), folder / "tiny")
     np.save(folder / "ids.npy", np.random.default_rng(0).integers(3, 61, 3000))
@@ -58,7 +58,7 @@ def names(folder: Path) -> list[str]:
 
 
 def old_results(work: Path) -> Path:
-    """Results of an earlier run."""
+    """Make a results folder as an earlier run would have, and return it."""
     folder = work / "results" / "x"
     folder.mkdir(parents=True)
     (folder / "run.json").write_text("old")
@@ -66,7 +66,7 @@ def old_results(work: Path) -> Path:
 
 
 def assert_whole(folder: Path) -> None:
-    """Results that are all there."""
+    """Check that the folder holds complete results, with a model that loads."""
     assert names(folder) == ["analysis", "gradient_analysis", "model", "report.html", "run.json"]
     json.loads((folder / "run.json").read_text())
     load_model(folder / "model")
@@ -84,7 +84,7 @@ def test_a_signal_at_any_stage_leaves_the_old_results_and_nothing_else(
     work: Path, given_files: list[object], number: signal.Signals, stage: str
 ) -> None:
     old = old_results(work)
-    # Without H-GSP there are no priors.
+    # The temperature turns H-GSP on, because without it there is no stage for priors.
     arguments = ("prune", *given_files, "--output_name", "x", "--overwrite", "--temperature", "1")
     code, err = run(work, *arguments, prepare=at_stage(stage, signalled(number)))
     assert code == SIGNALS[number], err
@@ -240,7 +240,7 @@ def test_a_full_disk_for_changed_weights_is_one_line_and_keeps_the_evidence(
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
 
-        # The evidence has a disk of its own.
+        # The evidence is written as if to another disk, which is not full.
         def room(self: Evidence, path: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
             save(self, path)
@@ -310,7 +310,7 @@ def test_names_are_printed_as_they_are(work: Path, given_files: list[object], na
 
 
 def test_quiet_and_verbose(work: Path, given_files: list[object]) -> None:
-    # With equal widths there is nothing to warn of.
+    # With equal widths there is nothing to warn about.
     code, err = run(work, "prune", *given_files, "--output_name", "x", "--quiet", "--uniform")
     assert (code, err) == (0, "")
     code, err = run(work, "--verbose", "prune", *given_files, "--output_name", "y")
@@ -445,7 +445,7 @@ def test_a_killed_calibration_goes_on_to_the_same_bytes(
     code, err = run(work, *arguments, "--output_name", "undisturbed")
     assert code == 0, err
     resumed = (*arguments, "--output_name", "x", "--checkpoint_every", "4", "--resume")
-    moments = np.random.default_rng(0).integers(0, 6, 5)  # steps until the process kills itself
+    moments = np.random.default_rng(0).integers(0, 6, 5)  # how many steps the process does before it is killed
     seen = []
     for moment in moments:
         code, err = run(work, *resumed, prepare=lambda moment=moment: killed_after_steps(int(moment)))
@@ -474,7 +474,7 @@ def test_a_run_killed_after_its_calibration_does_not_repeat_it(work: Path, given
 
 
 def killed_after_steps(steps: int) -> None:
-    """For `prepare`: SIGKILL in the middle of a later step."""
+    """Make the process kill itself in the step that follows this number of steps; for `prepare`."""
     import gradprune.calibration.engine as engine
 
     run_step, done = engine.ImportanceEngine._run, []

@@ -1,4 +1,4 @@
-"""The commands and the code of docs/large-models.md, run as they are printed but on fewer samples."""
+"""The commands and the program of docs/large-models.md run as they are printed, but on fewer samples."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ PRUNING = (
     "--no_generations",
     "--no_measure_speed",
 )
-# What is added to each command, so that it is quick.
+# The options that are added to each command to make it quick.
 FEWER = {
     "prune": PRUNING,
     "search": (*PRUNING, "--search_samples", "4"),
@@ -45,7 +45,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what `gradprune demo`, the page's first command, makes."""
+    """A folder with the model that `gradprune demo`, the page's first command, would write."""
     folder = tmp_path_factory.mktemp("large")
     (folder / "results" / "demo").mkdir(parents=True)
     (folder / "results" / "demo" / "model").symlink_to(demo_model_path())
@@ -60,7 +60,7 @@ def test_every_command_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert {command[1] for command in commands if command[0] == "gradprune"} == set(FEWER)
     for command in commands:
         if command[0] == "gradprune":
-            # In this process, so that nothing is imported again; the ranks are forked from it.
+            # The command runs in this process, and the ranks are forked from it, so that nothing is imported again.
             monkeypatch.setattr(sys, "argv", [*command, *FEWER[command[1]]])
             with pytest.raises(SystemExit) as end, contextlib.redirect_stdout(io.StringIO()):
                 main()

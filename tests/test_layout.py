@@ -7,7 +7,7 @@ import gradprune
 
 PACKAGE = Path(gradprune.__file__).parent
 
-# From what everything uses up to the command. Parts are the folders and files right under `gradprune/`.
+# The parts, from those that everything uses to the command line: the folders and files directly under `gradprune/`.
 ORDER = (
     "version",
     "errors",
@@ -42,12 +42,12 @@ ORDER = (
     "cli",
     "__main__",
 )
-# The built extension and the Triton kernels, which import nothing of the package.
+# The built extension and the Triton kernels, which import nothing from the package.
 LEAVES = ("_C", "kernels")
 
 
 def imports_of(file: Path) -> set[str]:
-    """The parts that a file imports from, wherever in the file."""
+    """The parts that a file imports from, at the top or in its functions."""
     names = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gradprune":

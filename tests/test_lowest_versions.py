@@ -1,4 +1,4 @@
-"""The tests can be run with the lowest versions that the package accepts: with all of them, and no others."""
+"""The constraints for testing with the lowest versions are exactly the lowest versions that the package declares."""
 
 import re
 from pathlib import Path

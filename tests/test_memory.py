@@ -61,7 +61,7 @@ def test_only_what_is_not_yet_given_is_advised() -> None:
 def test_a_smaller_batch_gives_the_same_result_unless_batches_make_it() -> None:
     assert "--batch_size 2 (the same result)" in told(MemoryError())
     assert "--batch_size 2 (a different result)" in told(MemoryError(), reduction="batch")
-    # The model writes other text in other batches, and cannot write while it is streamed.
+    # The model generates different text in different batches, and cannot generate while it is streamed.
     own_text = told(MemoryError(), own_text=0.5)
     assert "--batch_size 2 (a different result)" in own_text
     assert "--stream_layers" not in own_text

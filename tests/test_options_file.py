@@ -65,7 +65,7 @@ def test_a_record_given_back_gives_the_same_model(gradprune, work: Path) -> None
     assert recorded("two") == {**recorded("one"), "output_name": "two"}
     weights = [(work / "results" / name / "model" / "model.safetensors").read_bytes() for name in ("one", "two")]
     assert weights[0] == weights[1]
-    # The other commands take what they have of it.
+    # Other commands read from the same record the options that they have.
     code, out, err = gradprune("eval", "--config", "results/one/run.json", "--model", "results/one/model", "--json")
     assert code == 0, err
     summary = json.loads((work / "results" / "one" / "analysis" / "summary.json").read_text())
@@ -83,7 +83,7 @@ def test_eval_measures_on_the_evaluation_text_of_a_record(gradprune, work: Path)
     code, out, err = gradprune("eval", "--config", "results/one/run.json", "--model", "results/one/model", "--json")
     assert (code, err) == (0, "Loading the model ...\n")
     assert json.loads(out)["perplexity"] == pytest.approx(summary["perplexity"]["after"], rel=1e-6)
-    # Without one, what calibrated is measured, too; which is said.
+    # Without an evaluation text, `eval` measures on the calibration text and warns about it.
     code, _, err = gradprune("prune", "--config", "run.yaml", "--output_name", "two")
     assert code == 0, err
     code, _, err = gradprune("eval", "--config", "results/two/run.json", "--model", "results/two/model")

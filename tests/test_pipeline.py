@@ -33,7 +33,7 @@ def test_removes_the_ratio_within_one_group(architecture: str, tied: bool, devic
     result = run(model)
     largest_group = empty_table(describe(model)).cost.max()
     removed = before - parameters(result.model)
-    # Norms of dropped blocks go beyond the budget, which counts groups.
+    # The norms of dropped blocks are removed in addition to the budget, which counts only groups.
     assert 0.2 * before - largest_group < removed <= 0.2 * before + 6 * model.config.hidden_size
     assert removed >= result.table.cost[result.pruned].sum()
     assert result.after.parameters == parameters(result.model)
@@ -118,7 +118,7 @@ def test_every_prior_changes_the_scores(prior: str, device: str) -> None:
 
 
 def test_a_gpu_chooses_and_repairs_as_a_cpu_does(device: str) -> None:
-    """In fp64, where the order of sums decides nothing."""
+    """In fp64, in which the order of sums does not change the selection."""
     ids = tiny_ids()
     there, here = (run(tiny_model(channels=40).to(name), temperature=1.0) for name in (device, "cpu"))
     assert (there.pruned == here.pruned).all()

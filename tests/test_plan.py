@@ -1,4 +1,4 @@
-"""`gradprune plan`: what a run would hold, from the configuration alone."""
+"""`gradprune plan`: the memory that a run would need, computed from the model's configuration only."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ LLAMA_3_8B = {
 
 @pytest.fixture(scope="module")
 def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a config.json and nothing else."""
+    """A folder that holds only a config.json, of the shape of Llama-3-8B."""
     folder = tmp_path_factory.mktemp("config")
     LlamaConfig(**LLAMA_3_8B).save_pretrained(folder)
     assert [path.name for path in folder.iterdir()] == ["config.json"]
@@ -91,7 +91,7 @@ def test_own_text_is_a_stage_of_runs_that_are_not_streamed(configuration: Path, 
     for run in found["runs"]:
         first = run["footprint"]["stages"][0]
         assert first["name"] == "own_text"
-        # 32 layers of 8 heads of 128 in 16 bits, for 8 samples: 2 GiB.
+        # The KV cache of 32 layers with 8 KV heads of 128 in 16 bits is 2 GiB for 8 samples of 2,048 tokens.
         assert 0 < first["device"] - 16_060_522_496 - 2 * 2**30 < 2**29
 
 

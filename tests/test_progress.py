@@ -15,7 +15,7 @@ def written(console: Console) -> str:
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, which the test sets."""
+    """A list whose only element is the current time; the test sets it."""
     time = [0.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: time[0])
     return time

@@ -1,4 +1,4 @@
-"""What a run says of itself, and how it leaves the model."""
+"""What a run reports about itself, and the state in which it leaves the model."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_a_ratio_that_prunes_nothing_says_what_would_prune_something(uniform: bo
     model = tiny_model()
     result = run(model, pruning_ratio=1e-9, uniform=uniform)
     assert not result.pruned.any()
-    # A channel; with the same widths everywhere, one of each layer.
+    # The least is one channel, or one channel of every layer if all widths must be equal.
     least = int(result.table.cost.min()) * (len(model.model.layers) if uniform else 1)
     (said,) = [warning for warning in result.warnings if warning.startswith("Nothing was pruned")]
     assert said.endswith(f"the least that can be removed is {least:,}.")

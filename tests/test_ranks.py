@@ -1,4 +1,4 @@
-"""Several ranks do what one process does, write once, and end together."""
+"""Several ranks give the result of one process, write it once, and end together."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ from helpers.tiny_models import tiny_ids, tiny_model
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and a text of tokens."""
+    """A folder with a tiny model and a file of token ids."""
     folder = tmp_path_factory.mktemp("ranks")
     tiny_model(channels=24).save_pretrained(folder / "model")
     np.save(folder / "text.npy", tiny_ids(samples=1, tokens=4000).flatten().numpy())
@@ -48,12 +48,12 @@ def options(name: str, *more: object, **changed: object) -> tuple[object, ...]:
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 WHOLE = {"stream_layers": "off"}
-# A wave for each batch, or nearly so.
+# With this memory there is about one wave per batch.
 STREAMED = {"stream_layers": "on", "stream_memory": "40KB"}
 
 
 def experts_one_by_one() -> None:
-    """For `prepare`: transformers' grouped matrix products, by which experts are run, are not made for fp64."""
+    """Run experts one by one, because transformers' grouped matrix products do not support fp64; for `prepare`."""
     pytest.MonkeyPatch().setattr(PreTrainedModel, "get_correct_experts_implementation", lambda *_: "eager")
 
 
@@ -83,7 +83,7 @@ def assert_same_result(place: Path, one: str, several: str, model: str = "model"
         (2, "model", "group_fisher", {"num_samples": 22}),  # batches of 4, 4, 4, 4, 4 and 2 samples
         (3, "model", "taylor_2nd", {"num_samples": 14, "temperature": 1, "collect_batches": 3}),
         (3, "model", "obs", {"num_samples": 8}),  # the last rank has no batch
-        (2, "model", "obs", {"num_samples": 4, "held_out_samples": 4}),  # nor any to judge on
+        (2, "model", "obs", {"num_samples": 4, "held_out_samples": 4}),  # the last rank has no held-out batch either
         (2, "model", "obs", {"num_samples": 12, "shots": 2}),
         (2, "experts", "obs", {"num_samples": 10, "pruning_ratio": 0.3}),
         # The second rank's share is one sample of three tokens.
@@ -93,7 +93,7 @@ def assert_same_result(place: Path, one: str, several: str, model: str = "model"
 def test_ranks_prune_what_one_process_prunes(
     place: Path, world: int, model: str, method: str, changed: dict[str, object]
 ) -> None:
-    """Whole and streamed."""
+    """Both with the whole model in each rank and streamed."""
     tiny_mixture().save_pretrained(place / "experts")
     given = {"importance_method": method, "base_model": model, **changed}
     one = f"{model}-{method}-{changed['num_samples']}"
@@ -109,10 +109,10 @@ def test_ranks_prune_what_one_process_prunes(
 
 
 def test_experts_are_repaired_from_the_tokens_of_all_ranks(place: Path) -> None:
-    """Whole and streamed; of the last batch's two samples one rank has none."""
+    """Both whole and streamed; the first rank has six of the samples and the second one four."""
     tiny_mixture().float().save_pretrained(place / "mixture")
     changed = {"base_model": "mixture", "num_samples": 10, "held_out_samples": 8, "pruning_ratio": 0.3}
-    # Whose steps make much of the last bits.
+    # There is no distillation, because its steps amplify differences in the last bits.
     changed["distill_samples"] = 0
     code, said = run(place, "prune", *options("mixture-one", **changed))
     assert code == 0, said
@@ -133,7 +133,7 @@ def test_experts_are_repaired_from_the_tokens_of_all_ranks(place: Path) -> None:
 
 
 def test_parts_are_joined_in_their_order_in_processes_that_share_no_beginning(place: Path) -> None:
-    """Forked processes would draw the same random order of a file's tensors; those that torchrun starts do not."""
+    """The ranks are started by torchrun: forked ones would draw the same random order of a file's tensors."""
     program = (
         "import torch\n"
         "from gradprune.ranks import launched\n"
@@ -209,7 +209,7 @@ def test_a_killed_rank_ends_the_others(place: Path, killed: int) -> None:
 
 
 def test_a_hung_rank_ends_the_others_after_the_time_limit(place: Path) -> None:
-    """The first one, which would have said what went wrong; torchrun kills it when the others have ended."""
+    """The first rank hangs, which normally reports errors; torchrun would kill it once the others have ended."""
     arguments = "--quiet", "prune", *options("hung", num_samples=12)
     hung, *others = start_ranks(place, 3, *arguments, prepare={0: at_stage("repair", signal.pause)}, timeout=5.0)
     ended = [process.wait() for process in others]
@@ -321,7 +321,7 @@ def test_a_joined_state_is_that_of_one_engine() -> None:
 
 
 def test_large_tensors_are_added_in_the_order_of_the_ranks(place: Path) -> None:
-    """On all of three ranks, of which the last one would lose its own summand by adding it first; in three pieces."""
+    """All three ranks get the sum, in three pieces; the last one's summand would be rounded away if it came first."""
     program = (
         "import torch\n"
         "from gradprune.ranks import launched, process_group\n"
@@ -337,7 +337,7 @@ def test_large_tensors_are_added_in_the_order_of_the_ranks(place: Path) -> None:
 
 
 class _Stating(Ranks):
-    """Two ranks that state the same, and a third one that differs."""
+    """Three ranks; the first two state the same values, and the third one states another seed."""
 
     world = 3
 

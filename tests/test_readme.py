@@ -1,4 +1,4 @@
-"""Every command and program that the README and the guide show is run, as it is printed; their figures are recorded."""
+"""The commands and programs in the README and the guide run as printed; the figures are those of the records."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def bounds(command: str) -> list[str]:
-    """As printed, but with fewer samples, so that all of them are quick."""
+    """The options that make a printed command quick, such as fewer samples."""
     few = {"eval": ["--eval_samples", "8"], "diagnose": ["--num_samples", "8"], "info": []}
     pruning = ["--num_samples", "16", "--eval_samples", "8", "--held_out_samples", "4"]
     return few.get(command, pruning + (["--search_minutes", "0.05"] if command == "search" else []))
@@ -98,7 +98,7 @@ def test_the_readme_is_short_and_shows_nothing_that_cannot_be_rebuilt() -> None:
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_the_figures_are_those_of_the_records(name: str) -> None:
-    """`python -m benchmarks.report` renews them."""
+    """If they are not, `python -m benchmarks.report` renews them."""
     text, records = (ROOT / name).read_text(encoding="utf-8"), latest(read(FOLDER))
     for section, made in SECTIONS[name].items():
         assert f"<!-- results: {section} -->\n{made(records)}\n<!-- end -->" in text, section

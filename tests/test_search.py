@@ -29,7 +29,7 @@ from gradprune.surgery.repair import REPAIRS
 from helpers.pipeline_runs import TOKENS, run
 from helpers.tiny_models import tiny_model
 
-# Of searches without repair, as here.
+# The default method of searches without repair.
 DEFAULT = default_methods("none")[0]
 
 
@@ -39,7 +39,7 @@ def found(model=None, **options):
 
 
 def test_every_difference_is_measured_sample_by_sample() -> None:
-    """Each method without and with H-GSP, its losses measured here once more, on the samples the search had."""
+    """The losses of each method, without and with H-GSP, are measured here again, on the search's samples."""
     model = tiny_model(channels=24, dtype=torch.float32)
     result = found(model)
     view = describe(model)
@@ -59,7 +59,7 @@ def test_every_difference_is_measured_sample_by_sample() -> None:
     default = losses[Scoring(DEFAULT)]
     trials = {trial.scoring: trial for trial in result.search.trials if trial.samples == 8}
     compared = [scoring for scoring in losses if scoring in trials]
-    assert len(compared) >= 6  # the others select what one before them does
+    assert len(compared) >= 6  # the others select the same groups as an earlier one
     for scoring in compared:
         difference = losses[scoring] - default
         assert trials[scoring].loss == pytest.approx(losses[scoring].mean(), rel=1e-5)
@@ -69,14 +69,14 @@ def test_every_difference_is_measured_sample_by_sample() -> None:
 
 @pytest.mark.parametrize(
     ("advantage", "noise", "method"),
-    # None is the default. With n selections, sqrt(2 ln n) standard errors are needed: about 3 here; in the first case
-    # 0.05 is 1.3.
+    # Method None means that the default wins. With n selections, sqrt(2 ln n) standard errors are needed, about 3 here;
+    # in the first case the advantage of 0.05 is 1.3 standard errors.
     [(0.05, 0.15, None), (0.05, 0.01, "wanda"), (-0.05, 0.01, None), (0.0, 0.0, None)],
 )
 def test_the_default_stays_unless_another_is_better_beyond_its_error(
     advantage: float, noise: float, method: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Planted losses: samples differ a lot, `wanda` is better than the default by `advantage` with a spread `noise`."""
+    """Planted losses: samples differ a lot; `wanda` beats the default by `advantage`, plus or minus `noise`."""
     of_samples = torch.linspace(1.0, 5.0, 16, dtype=torch.float64)
     spread = noise * torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(8)
 
@@ -177,7 +177,7 @@ def test_time_that_runs_out_leaves_the_first_round() -> None:
 def test_where_time_runs_out_only_repaired_ones_take_the_default_s_place(
     in_time: int, method: str | None, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Planted losses: without repair magnitude is best and wanda second, with it wanda is; so many are repaired."""
+    """Planted losses: magnitude is best without repair, wanda with it; `in_time` candidates are repaired in time."""
     default = default_methods("least_squares")[0]
     planted = {Scoring("magnitude"): (0.0, 3.0), Scoring("wanda"): (1.0, 1.0), Scoring(default): (2.0, 2.0)}
     late = False
@@ -201,7 +201,7 @@ def test_where_time_runs_out_only_repaired_ones_take_the_default_s_place(
 
 
 def test_where_time_runs_out_before_any_repair_the_default_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted losses: without repair wanda is best, and magnitude's is not a number."""
+    """Planted losses without repair: wanda has the lowest, and the loss of magnitude is not a number."""
     planted = {Scoring("wanda"): 1.0, Scoring("magnitude"): math.nan}
 
     def losses(_view, parts, candidates):
@@ -279,7 +279,7 @@ class _FirstOfTwo(Ranks):
 
 
 def test_where_time_runs_out_in_one_rank_all_end_with_the_same_candidates() -> None:
-    """Of five candidates this rank has measured 0, 2 and 4, and the other one 1 but not 3."""
+    """This rank has measured candidates 0, 2 and 4 of five; the other rank has measured 1, but not 3."""
     pool = [search_module._Candidate(Scoring("wanda"), GroupMasks({}, 0), fixed=False) for _ in range(5)]
     run_of_rank = SimpleNamespace(ranks=_FirstOfTwo(), config=SimpleNamespace(search_minutes=1.0))
     shown: list[int] = []

@@ -1,4 +1,4 @@
-"""The commands and the code of docs/serving.md, run as they are printed."""
+"""The commands and the program of docs/serving.md run as they are printed."""
 
 import os
 import re

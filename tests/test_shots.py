@@ -1,4 +1,4 @@
-"""Several shots: what goes first is repaired before the rest is scored again."""
+"""Pruning in several shots: after each shot the model is repaired before the remaining groups are scored again."""
 
 import copy
 
@@ -35,9 +35,9 @@ def test_one_shot_takes_the_evidence_as_it_is() -> None:
 
 @pytest.mark.parametrize("method", ["obs", "group_fisher"])
 def test_scores_are_those_of_the_repaired_model(method: str) -> None:
-    """By hand: the selection at half of the ratio, its repair, and an engine on what comes out.
+    """The expected scores are made by hand: select at half the ratio, repair, and score the repaired copy.
 
-    In fp64, whose products a run does not round.
+    The model is in fp64, because a run does not round products of fp64.
     """
     model = tiny_model()
     whole = run_of(model, importance_method=method, shots=2)
@@ -60,7 +60,7 @@ def test_scores_are_those_of_the_repaired_model(method: str) -> None:
 
 
 def test_only_the_dense_model_s_weights_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its evidence can be written; that of a shot's copy goes with it."""
+    """The dense model's evidence can be saved; a shot's copy is discarded together with its evidence."""
     hashed = []
     monkeypatch.setattr("gradprune.calibration.gather.model_digest", lambda model: hashed.append(model) or "digest")
     model = tiny_model(dtype=torch.float32)
@@ -76,7 +76,7 @@ def test_each_shot_removes_more(method: str) -> None:
     found = run(model, importance_method=method, pruning_ratio=0.4, shots=2)
     for block in describe(model).blocks:
         assert (found.masks[block] <= first.masks[block]).all()
-    # A block that loses all of its groups takes its norm along.
+    # A block that loses all its groups is removed together with its norm.
     assert 0.35 < 1.0 - found.after.parameters / found.before.parameters < 0.41
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

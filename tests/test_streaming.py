@@ -1,4 +1,4 @@
-"""Whole runs with `--stream_layers`: the files are those of the whole model, byte for byte."""
+"""Complete runs with `--stream_layers`: they write the same files as without it, byte for byte."""
 
 import json
 from dataclasses import replace
@@ -38,7 +38,7 @@ def run(model, folder: Path, **options):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All files but those that hold the time that a run took; without the name of the folder."""
+    """The files' bytes by relative path, without files that record times; the folder's name is removed from them."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("run.json", "report.html")]
     return {str(path.relative_to(folder)): path.read_bytes().replace(str(folder).encode(), b"") for path in paths}
 
@@ -63,7 +63,7 @@ def test_results_have_the_same_bytes_as_the_whole_model(architecture: str, tmp_p
 
 @pytest.mark.parametrize("architecture", OPTIONS)
 def test_architectures_found_by_inspection_are_streamed_bit_for_bit(architecture: str, tmp_path) -> None:
-    """Twice: the model, and what comes out, whose layers differ; both in several files."""
+    """Prune the model, then prune the result, whose layers differ in width; each checkpoint has several files."""
     tied = list(OPTIONS).index(architecture) % 2 == 0
     saved(tiny(architecture, tie_word_embeddings=tied).float(), tmp_path / "dense")
     first = {"pruning_ratio": 0.15, "epsilon": 0.3, "importance_method": "group_fisher"}
@@ -89,7 +89,7 @@ def test_architectures_found_by_inspection_are_streamed_bit_for_bit(architecture
     ],
 )
 def test_mixtures_of_experts_are_streamed_bit_for_bit(architecture: str, options: dict, tmp_path: Path) -> None:
-    """Files hold each expert's weights by themselves, and the model all experts' of a layer as one."""
+    """Files hold each expert's weights separately; the model holds those of all experts of a layer in one tensor."""
     model = tiny_mixture(architecture).to(torch.bfloat16 if "reap" in options.values() else torch.float32)
     whole, streamed = both(model, tmp_path / "model", stream_memory="20KB")
     assert_same_run(whole, streamed, tmp_path, **options)
@@ -108,7 +108,7 @@ def test_several_shots_are_streamed_bit_for_bit(architecture: str, tmp_path: Pat
 def test_distillation_is_streamed_bit_for_bit(
     architecture: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where half of the change is made, and where all of it is."""
+    """In the first run, half of the change to the weights is the best to keep; in the second, all of it."""
     whole, streamed = both(tiny_model(architecture, dtype=dtype), tmp_path / "model", stream_memory="1KB")
     for factor, found in ((0.5, [1.0, 0.9, 0.8, 0.85]), (1.0, [1.0, 0.9, 0.95])):
         losses = [*found, *found]
@@ -120,7 +120,7 @@ def test_distillation_is_streamed_bit_for_bit(
 
 
 def test_weights_that_transformers_keeps_in_fp32_are_so_when_streamed(tmp_path: Path) -> None:
-    """Of a gpt_oss in fp16 these are the norms."""
+    """In a gpt_oss that is loaded in fp16, these weights are the norms."""
     saved(tiny_mixture("gpt_oss").float(), tmp_path)
     whole, streamed = (load_model(tmp_path, dtype="float16", stream_layers=how)[0] for how in ("off", "on"))
     residency = residency_of(streamed)
@@ -196,7 +196,7 @@ def test_auto_streams_where_the_plan_says_that_the_run_does_not_fit(tmp_path, mo
     assert not streams(None, needed[3])
     assert streams(None, needed[3] - 1)
     assert "are free on cpu: decoder layers are streamed" in caplog.text
-    # In fp64 the weights take twice as much.
+    # In fp64 the weights need twice as much memory.
     assert streams(jobs[0], needed[0], "float64")
 
 

@@ -1,4 +1,4 @@
-"""Targets: the run comes to the size or the speed that was asked for, with no more pruned than that takes."""
+"""Targets: the pruned model has the requested size or speed, and no more is pruned than that requires."""
 
 import numpy as np
 import pytest
@@ -52,9 +52,10 @@ def test_a_number_of_parameters_is_met_to_the_last_group(architecture: str, shar
     wanted = int(share * model_size(model).parameters)
     result = pruned(model, target_parameters=str(wanted))
     left = model_size(result.model).parameters
-    # A step is at most twice what was missing, which is less than a group.
+    # A selection falls short of its ratio by up to a group, so the ratio that meets the target may exceed it by up to a
+    # group, and by another half because it is found by bisection; norms of dropped blocks are removed, too.
     assert wanted - 3 * largest_group(model) < left <= wanted
-    # The run is described by the ratio that led there.
+    # The configuration of the result has the ratio that meets the target.
     again = pruned(model, pruning_ratio=result.config.pruning_ratio)
     assert model_size(again.model).parameters == left
 
@@ -74,13 +75,13 @@ def test_widths_of_whole_multiples_go_beyond_the_target_rather_than_fall_short()
 
 
 def test_no_more_goes_than_the_target_takes_where_many_groups_go_together() -> None:
-    """Equal widths: a channel of every layer at once, or a KV head of every layer."""
+    """With equal widths, a channel of every layer or a KV head of every layer is removed at the same time."""
     model = tiny_model(channels=40, layers=4, dtype=torch.float32)
     wanted = int(0.8 * model_size(model).parameters)
     result = pruned(model, target_parameters=str(wanted), uniform=True)
     left = model_size(result.model).parameters
     assert left <= wanted
-    # With a ratio that is a little smaller, it would not be met.
+    # A slightly smaller ratio would miss the target.
     least = min(block.cost for block in describe(model).blocks) / model_size(model).parameters
     smaller = pruned(model, pruning_ratio=result.config.pruning_ratio - least, uniform=True)
     assert model_size(smaller.model).parameters > wanted
@@ -112,7 +113,7 @@ def test_what_constraints_do_not_allow_is_refused_before_calibration() -> None:
 def test_a_target_near_all_that_may_go_is_met_or_told_to_be_out_of_reach(
     seed: int, share: float, round_to: int
 ) -> None:
-    """A ratio that a selection can have is found, though the first one that is tried may be beyond all that can go."""
+    """A ratio that meets a possible target is found, even if the first one tried is more than can be removed."""
     table = make_table(layers=2, heads=2, channels=12, seed=seed)
     parameters, constraints = int(table.cost.sum()) + 30, Constraints(round_to=round_to)
 
@@ -144,7 +145,7 @@ def test_a_speed_takes_the_least_ratio_that_was_measured_to_be_enough(monkeypatc
     measured: list[float] = []
 
     def measured_by_size(models, **_options):
-        """As fast as the model is small."""
+        """Report throughputs that are inversely proportional to the sizes of the models."""
         sizes = {name: float(model_size(model).parameters) for name, model in models.items()}
         measured.append(sizes["dense"] / sizes["pruned"])
         return {name: Throughput(1 / size, 1 / size, 1 / size) for name, size in sizes.items()}
@@ -152,7 +153,7 @@ def test_a_speed_takes_the_least_ratio_that_was_measured_to_be_enough(monkeypatc
     monkeypatch.setattr(target, "throughput", measured_by_size)
     model = tiny_model(channels=64, dtype=torch.float32)
     result = pruned(model, target_speedup=1.25)
-    # A fifth is gone, to 1/128 and a group.
+    # A fifth is removed, give or take 1/128 and a group.
     assert result.config.pruning_ratio == pytest.approx(0.2, abs=0.03)
     assert model_size(model).parameters / model_size(result.model).parameters >= 1.25
     assert any(each < 1.25 for each in measured)
@@ -163,7 +164,7 @@ def test_a_speed_takes_the_least_ratio_that_was_measured_to_be_enough(monkeypatc
 
 
 def test_a_speed_is_measured_and_reached_on_this_machine() -> None:
-    """Half as wide layers of a model that has little else."""
+    """The model consists almost only of its layers, so that it becomes faster when they become narrower."""
     model = tiny_model(hidden=128, channels=2048, dtype=torch.float32)
     result = pruned(model, target_speedup=1.2)
     assert 0.0 < result.config.pruning_ratio < 0.9
