@@ -109,12 +109,16 @@ def test_quiet_keeps_warnings_and_nothing_else(gradprune, model_folder: Path, id
     assert "evaluation text occurs" not in err
 
 
-def test_the_default_output_name_tells_what_it_is(gradprune, model_folder: Path, ids_file: Path) -> None:
+def test_the_default_output_name_has_the_model_the_method_and_the_ratio(
+    gradprune, model_folder: Path, ids_file: Path
+) -> None:
     assert gradprune("prune", "--base_model", model_folder, "--dataset", ids_file, *QUICK)[0] == 0
     assert [path.name for path in Path("results").iterdir()] == ["tiny-obs-0.2"]
 
 
-def test_a_model_in_a_results_folder_has_the_name_of_the_results(gradprune, model_folder: Path, ids_file: Path) -> None:
+def test_a_model_in_a_results_folder_is_called_by_the_folder_s_name(
+    gradprune, model_folder: Path, ids_file: Path
+) -> None:
     options = ["--dataset", ids_file, "--pruning_ratio", "0.1", *QUICK]
     assert gradprune("prune", "--base_model", model_folder, "--output_name", "once", *options)[0] == 0
     code, _, err = gradprune("prune", "--base_model", "results/once/model", *options)
@@ -125,7 +129,7 @@ def test_a_model_in_a_results_folder_has_the_name_of_the_results(gradprune, mode
     assert "<title>gradprune: once pruned by " in (folder / "report.html").read_text()
 
 
-def test_a_model_of_several_ratios_has_the_name_of_all_and_its_ratio(gradprune, model_folder: Path) -> None:
+def test_a_model_of_several_ratios_is_called_by_the_folder_and_its_ratio(gradprune, model_folder: Path) -> None:
     several = Path("results/base/0.1/model")
     shutil.copytree(model_folder, several)
     assert model_name(several) == "0.1", "any folder may be called so"
@@ -133,7 +137,7 @@ def test_a_model_of_several_ratios_has_the_name_of_all_and_its_ratio(gradprune, 
     assert model_name(several) == "base-0.1"
 
 
-def test_a_run_with_a_target_is_named_by_it(gradprune, model_folder: Path, ids_file: Path) -> None:
+def test_the_default_output_name_has_the_target(gradprune, model_folder: Path, ids_file: Path) -> None:
     target = ("--target_parameters", "60.5K")
     assert gradprune("prune", "--base_model", model_folder, "--dataset", ids_file, *target, *QUICK)[0] == 0
     name = "results/tiny-obs-parameters-60.5K"
@@ -176,7 +180,7 @@ def test_a_run_with_a_target_is_named_by_it(gradprune, model_folder: Path, ids_f
         (["--base_model", "./nowhere"], "base_model: "),
     ],
 )
-def test_a_bad_argument_is_one_line_and_exit_code_2(
+def test_a_bad_argument_gives_a_one_line_error_and_exit_code_2(
     gradprune, model_folder: Path, ids_file: Path, arguments: list[str], message: str
 ) -> None:
     given = ["--base_model", model_folder, "--dataset", ids_file, *QUICK]
@@ -188,13 +192,13 @@ def test_a_bad_argument_is_one_line_and_exit_code_2(
     assert not Path("results").exists()
 
 
-def test_an_error_of_a_device_is_short(gradprune, model_folder: Path) -> None:
+def test_an_error_message_about_a_device_is_short(gradprune, model_folder: Path) -> None:
     _, _, err = gradprune("eval", "--model", model_folder, "--device", "mps")
     assert len(only_line(err)) < 300
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is always full")
-def test_a_standard_output_that_is_full_is_one_line(gradprune, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_standard_output_gives_a_one_line_error(gradprune, monkeypatch: pytest.MonkeyPatch) -> None:
     # It is never closed, because closing it would try to write the rest again.
     full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", buffering=1, closefd=False)
     monkeypatch.setattr(sys, "stdout", full)
@@ -212,18 +216,18 @@ def in_shell(script: str, *arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is always full")
-def test_a_full_output_is_told_even_where_it_is_found_at_the_end() -> None:
+def test_a_full_output_that_is_noticed_at_the_end_is_reported() -> None:
     assert in_shell('"$@" > /dev/full', "--version") == (2, "error: standard output: No space left on device")
     assert in_shell('"$@" 2> /dev/full', "--nonsense") == (2, "")
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("info",)])
-def test_whoever_stops_reading_ends_the_command_as_a_broken_pipe(arguments: tuple[str, ...]) -> None:
+def test_a_closed_pipe_ends_the_command_with_the_exit_code_of_sigpipe(arguments: tuple[str, ...]) -> None:
     # The pipe is closed before anything is written.
     assert in_shell('{ sleep 0.1; "$@"; echo $? >&2; } | true', *arguments) == (0, str(128 + signal.SIGPIPE))
 
 
-def test_an_error_of_the_system_that_names_no_file_is_not_put_on_standard_output(
+def test_a_system_error_without_a_file_is_not_blamed_on_standard_output(
     gradprune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
@@ -247,7 +251,7 @@ def test_an_error_of_the_system_that_names_no_file_is_not_put_on_standard_output
         ("recover --model nowhere", "teacher: loss 'kd' learns from the dense model"),
     ],
 )
-def test_what_needs_no_model_is_told_before_it_is_loaded(gradprune, command: str, message: str) -> None:
+def test_errors_that_need_no_model_are_reported_before_it_is_loaded(gradprune, command: str, message: str) -> None:
     code, _, err = gradprune(*command.split())
     assert code == 2
     assert err.startswith(f"error: {message}")
@@ -263,7 +267,7 @@ def test_what_needs_no_model_is_told_before_it_is_loaded(gradprune, command: str
         ("prune --importance_method group_fisher,obs", "'group_fisher,obs'"),
     ],
 )
-def test_a_value_of_another_type_is_named(gradprune, command: str, value: str) -> None:
+def test_a_value_of_the_wrong_type_is_named(gradprune, command: str, value: str) -> None:
     code, _, err = gradprune(*command.split())
     assert code == 2
     assert value in only_line(err)
@@ -278,7 +282,9 @@ def test_a_value_of_another_type_is_named(gradprune, command: str, value: str) -
         ("prune --prompts no.txt", "prompts: 'no.txt' cannot be read: No such file or directory"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_told_in_words(gradprune, model_folder: Path, command: str, line: str) -> None:
+def test_a_file_that_cannot_be_read_is_reported_in_words(
+    gradprune, model_folder: Path, command: str, line: str
+) -> None:
     _, _, err = gradprune(*command.split(), "--base_model", model_folder, "--seq_len", "16")
     assert only_line(err) == f"error: {line}"
 
@@ -388,18 +394,18 @@ def test_help_says_what_each_command_overwrites(gradprune) -> None:
         assert f"--overwrite / --no-overwrite Replace an existing {what}." in help
 
 
-def test_one_thread_is_no_threads() -> None:
+def test_a_single_thread_is_written_in_the_singular() -> None:
     torch.set_num_threads(1)
     assert environment()["devices"]["cpu"].endswith(", 1 thread")
 
 
-def test_alone_it_shows_the_help(gradprune) -> None:
+def test_without_arguments_the_command_shows_its_help(gradprune) -> None:
     code, out, err = gradprune()
     assert (code, err) == (0, "")
     assert out == gradprune("--help")[1]
 
 
-def test_it_tells_its_version(gradprune) -> None:
+def test_the_version_is_shown(gradprune) -> None:
     assert gradprune("--version") == (0, f"gradprune {__version__}\n", "")
 
 
@@ -414,14 +420,14 @@ def test_evidence_of_an_earlier_run_gives_the_same_groups(gradprune, model_folde
     assert groups[0] == groups[1]
 
 
-def test_the_model_is_cut_in_place_where_it_is_not_timed(gradprune, model_folder: Path, ids_file: Path) -> None:
+def test_the_model_is_cut_in_place_if_speed_is_not_measured(gradprune, model_folder: Path, ids_file: Path) -> None:
     given = ["--base_model", model_folder, "--dataset", ids_file, "--output_name", "x", "--overwrite", *QUICK]
     for extra, in_place in ((["--no_measure_speed"], True), ([], False)):
         assert gradprune("prune", *given, *extra)[0] == 0
         assert json.loads(Path("results/x/run.json").read_text())["config"]["in_place"] is in_place
 
 
-def test_several_ratios_have_a_folder_each(gradprune, model_folder: Path, ids_file: Path) -> None:
+def test_each_of_several_ratios_has_its_own_folder(gradprune, model_folder: Path, ids_file: Path) -> None:
     code, _, _ = gradprune("prune", "--base_model", model_folder, "--dataset", ids_file, *QUICK, "--no_measure_speed",
                            "--pruning_ratio", "0.2,0.1,0.2", "--output_name", "x")  # fmt: skip
     assert code == 0
@@ -437,7 +443,9 @@ def questions_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_tasks_are_measured_dense_and_pruned(gradprune, model_folder: Path, ids_file: Path, questions_file) -> None:
+def test_tasks_are_measured_on_the_dense_and_the_pruned_model(
+    gradprune, model_folder: Path, ids_file: Path, questions_file
+) -> None:
     asked = ["--tasks", questions_file, "--task_questions", "4", "--dataset", ids_file]
     code, out, err = gradprune("prune", "--base_model", model_folder, "--output_name", "x", *QUICK, *asked)
     assert code == 0, err
@@ -464,13 +472,15 @@ def test_files_of_questions_are_read_once(
     assert read == [str(questions_file)]
 
 
-def test_tasks_that_cannot_be_asked_are_told_before_calibration(gradprune, model_folder: Path) -> None:
+def test_missing_files_of_tasks_are_reported_before_calibration(gradprune, model_folder: Path) -> None:
     code, out, err = gradprune("prune", "--base_model", model_folder, *QUICK, "--tasks", "no.jsonl")
     assert (code, out) == (2, "")
     assert "no.jsonl" in err
 
 
-def test_a_protocol_fixes_the_windows_and_not_their_number(gradprune, model_folder: Path, ids_file: Path) -> None:
+def test_a_protocol_fixes_the_length_of_windows_but_not_their_number(
+    gradprune, model_folder: Path, ids_file: Path
+) -> None:
     config = json.loads((model_folder / "config.json").read_text())
     (model_folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 128}))
     measured = ["eval", "--model", model_folder, "--protocol", "wikitext2-128", "--dataset", ids_file]
@@ -486,7 +496,7 @@ def test_a_protocol_fixes_the_windows_and_not_their_number(gradprune, model_fold
         assert json.loads(out)["tokens"] == windows * 127
 
 
-def test_protocols_are_by_name(gradprune, model_folder: Path) -> None:
+def test_an_unknown_protocol_is_refused_with_the_known_names(gradprune, model_folder: Path) -> None:
     code, _, err = gradprune("eval", "--model", model_folder, "--protocol", "wikitext2-512")
     assert code == 2
     assert "wikitext2-128, wikitext2-2048" in err
@@ -569,7 +579,7 @@ def test_export_writes_one_file(gradprune, model_folder: Path) -> None:
         (("--outtype", "q2_k"), "outtype: 'q2_k' is unknown"),
     ],
 )
-def test_what_export_cannot_write_is_told_before_the_model_is_loaded(gradprune, given, message: str) -> None:
+def test_what_export_cannot_write_is_reported_before_the_model_is_loaded(gradprune, given, message: str) -> None:
     code, out, err = gradprune("export", "--model", "nowhere", *given)
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {message}")
@@ -588,13 +598,13 @@ def test_export_keeps_the_files_of_the_model_that_it_reads(gradprune, model_fold
     assert weights.read_bytes() == before
 
 
-def test_eval_calls_its_model_by_the_name_it_has_there(gradprune) -> None:
+def test_errors_of_eval_name_its_own_option_for_the_model(gradprune) -> None:
     code, _, err = gradprune("eval", "--model", "")
     assert code == 2
     assert err.startswith("error: model: '' is empty")
 
 
-def test_a_search_prints_a_command_that_prune_takes(gradprune, model_folder: Path, ids_file: Path) -> None:
+def test_search_prints_a_prune_command_that_works(gradprune, model_folder: Path, ids_file: Path) -> None:
     code, out, _ = gradprune("search", "--base_model", model_folder, "--dataset", ids_file, *QUICK, "--repair", "none",
                              "--held_out_samples", "2", "--no_measure_speed", "--output_name", "s")  # fmt: skip
     assert code == 0
@@ -635,7 +645,7 @@ def test_a_terminated_run_leaves_nothing(tmp_path: Path, model_folder: Path, ids
     assert not list(tmp_path.glob("results/.x*"))
 
 
-def test_a_signal_while_it_starts_shows_no_traceback() -> None:
+def test_a_signal_during_startup_shows_no_traceback() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "gradprune", "info"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -648,7 +658,7 @@ def test_a_signal_while_it_starts_shows_no_traceback() -> None:
     assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
 
 
-def test_a_signal_that_another_error_hides_is_told_all_the_same() -> None:
+def test_a_signal_hidden_by_another_error_is_still_reported() -> None:
     # Some libraries' imports swallow every exception, and then fail because something was not imported.
     with pytest.raises(Interrupted) as error, interruptible():  # noqa: PT012
         with suppress(BaseException):
@@ -657,7 +667,7 @@ def test_a_signal_that_another_error_hides_is_told_all_the_same() -> None:
     assert error.value.name == "SIGTERM"
 
 
-def test_a_signal_that_is_swallowed_is_told_at_the_end_and_the_next_one_is_heard() -> None:
+def test_a_swallowed_signal_is_reported_at_the_end_and_the_next_one_is_obeyed() -> None:
     with pytest.raises(Interrupted) as error, interruptible(), suppress(BaseException):
         signal.raise_signal(signal.SIGTERM)
     assert error.value.name == "SIGTERM"
@@ -669,7 +679,7 @@ def test_a_signal_that_is_swallowed_is_told_at_the_end_and_the_next_one_is_heard
     assert error.value.name == "SIGINT"
 
 
-def test_further_signals_do_not_disturb_the_unwinding() -> None:
+def test_further_signals_do_not_disturb_the_cleanup() -> None:
     unwound = []
     with pytest.raises(Interrupted) as error, interruptible(), ExitStack() as stack:  # noqa: PT012
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -685,7 +695,7 @@ def test_further_signals_do_not_disturb_the_unwinding() -> None:
 
 
 @pytest.mark.parametrize("blocked", ["triton", "gradprune._C"])
-def test_the_package_imports_without(blocked: str) -> None:
+def test_the_package_can_be_imported_without(blocked: str) -> None:
     code = (
         f"import sys; sys.modules[{blocked!r}] = None\n"
         "import gradprune, gradprune.cli, gradprune.config\n"

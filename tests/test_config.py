@@ -52,14 +52,14 @@ OTHER = {
 
 
 # Values for those options whose values in `OTHER` contradict other options; these contradict none.
-_ALONE = {
+_COMPATIBLE = {
     "device_map": None, "uniform": False, "tensor_parallel": 1, "target_bytes": None, "target_speedup": None,
     "shots": 1, "distill_samples": 0, "distill_text": 0.1,
 }  # fmt: skip
 
 
-def other(**changes) -> PruneConfig:
-    return PruneConfig(**{**OTHER, **_ALONE, **changes})
+def full_config(**changes) -> PruneConfig:
+    return PruneConfig(**{**OTHER, **_COMPATIBLE, **changes})
 
 
 def test_the_parts_hold_every_option_once() -> None:
@@ -77,10 +77,10 @@ def test_every_option_has_help() -> None:
 
 
 def test_a_part_is_a_hashable_value_of_its_own() -> None:
-    config = other()
+    config = full_config()
     scoring = config.scoring
     assert scoring == Scoring(**{name: OTHER[name] for name in options_of(Scoring)})
-    assert {scoring: 1}[other(seed=1).scoring] == 1
+    assert {scoring: 1}[full_config(seed=1).scoring] == 1
     assert scoring != PruneConfig().scoring
     assert config.constraints == Constraints(1, 2, 0.5, 8, epsilon=0.1, serve="hf")
     assert config.part(Data).seq_len == 7
@@ -88,7 +88,7 @@ def test_a_part_is_a_hashable_value_of_its_own() -> None:
     assert PruneConfig().with_part(scoring).constraints == Constraints()
 
 
-def test_a_new_option_is_one_line() -> None:
+def test_a_new_option_needs_only_one_line() -> None:
     @dataclass(frozen=True)
     class Added(Options):
         """Stage."""
@@ -140,20 +140,20 @@ def test_a_new_option_is_one_line() -> None:
         ({"importance_method": "auto", "tau": 0.0}, "tau: importance_method 'auto' chooses it"),
     ],
 )
-def test_a_bad_value_is_one_line_that_says_what_would_be_right(options, message: str) -> None:
+def test_a_bad_value_gives_a_one_line_error_that_says_what_is_allowed(options, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         PruneConfig(**options)
     assert "\n" not in str(error.value)
 
 
-def test_a_part_checks_like_the_whole() -> None:
+def test_a_part_checks_its_values_as_the_whole_configuration_does() -> None:
     with pytest.raises(ConfigError, match="tau: 'x'"):
         Scoring(tau="x")
     with pytest.raises(ConfigError, match="'wanda' uses no gradients"):
         Scoring("wanda", "adaptive")
 
 
-def test_the_default_method_is_decided_with_kinds_and_repair_and_recorded() -> None:
+def test_the_default_method_depends_on_kinds_and_repair_and_is_recorded() -> None:
     for options, method in (
         ({}, "obs"),
         ({"prune_kinds": "attention,expert_channels"}, "obs"),
@@ -168,7 +168,7 @@ def test_the_default_method_is_decided_with_kinds_and_repair_and_recorded() -> N
     assert PruneConfig(importance_method="obs", prune_kinds="experts").importance_method == "obs"
 
 
-def test_values_become_plain_so_that_they_can_be_written() -> None:
+def test_values_are_converted_to_plain_types_that_can_be_written() -> None:
     config = PruneConfig(
         base_model=Path("a/b"), output_dir=Path("c"), output_name=Path("d"), num_samples=np.int64(4), seed=np.uint8(3),
         pruning_ratio=np.float32(0.25), temperature=1, dataset=np.str_("text.txt"),
@@ -183,11 +183,11 @@ def test_values_become_plain_so_that_they_can_be_written() -> None:
 
 
 def test_what_is_written_reads_back_equal() -> None:
-    for config in (PruneConfig(), other(), PruneConfig(importance_method="auto", reduction="batch")):
+    for config in (PruneConfig(), full_config(), PruneConfig(importance_method="auto", reduction="batch")):
         assert PruneConfig.from_dict(json.loads(json_text(config.to_dict()))) == config
 
 
-def test_what_is_missing_is_default_and_what_is_unknown_refused() -> None:
+def test_missing_options_are_defaults_and_unknown_ones_are_refused() -> None:
     assert PruneConfig.from_dict({"pruning_ratio": 0.3}) == PruneConfig(pruning_ratio=0.3)
     assert PruneConfig.from_dict({}) == PruneConfig()
     with pytest.raises(ConfigError, match=r"widgets: is not an option; the options are base_model, pruning_ratio"):
@@ -204,7 +204,11 @@ def _parsed(words: list[str]) -> dict[str, object]:
 
 
 def test_the_printed_command_gives_the_configuration_back() -> None:
-    for config in (PruneConfig(), other(), other(uniform=True, freeze_first_n_layers=0, freeze_last_n_layers=0)):
+    for config in (
+        PruneConfig(),
+        full_config(),
+        full_config(uniform=True, freeze_first_n_layers=0, freeze_last_n_layers=0),
+    ):
         words = shlex.split(command_line(config))
         assert words[:2] == ["gradprune", "prune"]
         read = _parsed(words[2:])

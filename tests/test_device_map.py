@@ -36,7 +36,7 @@ def run(model, **options):
         ("llama", {"importance_method": "auto", "in_place": True, "search_samples": 4}),
     ],
 )
-def test_a_run_on_two_devices_gives_the_bits_of_one(architecture: str, options: dict[str, object]) -> None:
+def test_a_run_on_two_devices_gives_the_same_bits_as_on_one(architecture: str, options: dict[str, object]) -> None:
     # Eager attention, because fused attention rounds differently on different devices.
     models = [tiny_model(architecture, attn_implementation="eager") for _ in range(2)]
     one = run(models[0], **options)
@@ -55,7 +55,7 @@ def test_a_run_on_two_devices_gives_the_bits_of_one(architecture: str, options: 
         assert torch.equal(numbers_of(found), expected), name
 
 
-def test_between_the_layers_nothing_waits_on_a_device() -> None:
+def test_what_is_kept_between_layers_is_on_the_cpu() -> None:
     with second_device():
         view = describe(divided(tiny_model(attn_implementation="eager"), 1))
         streams = Streams(view, [tiny_ids()])
@@ -100,14 +100,14 @@ def test_the_command_loads_with_a_map(device_map: str, tmp_path: Path) -> None:
         (("--device_map", "auto", "--stream_layers", "on"), "error: device_map: keeps all layers on the devices"),
     ],
 )
-def test_what_does_not_go_together_is_refused(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+def test_impossible_maps_and_combinations_are_refused(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "model")
     code, said = command(tmp_path, "--quiet", "prune", "--base_model", "model", *options)
     assert code == 2
     assert said.startswith(message), said
 
 
-def test_several_processes_do_not_share_a_map(tmp_path: Path) -> None:
+def test_a_map_with_several_processes_is_refused(tmp_path: Path) -> None:
     ended = run_ranks(tmp_path, 2, "eval", "--device_map", "auto")
     assert ended[0] == (2, "error: device_map: a single process uses all the devices; start it without torchrun\n")
 
@@ -120,7 +120,7 @@ def test_a_layer_on_two_devices_is_refused() -> None:
             ImportanceEngine(model)
 
 
-def test_a_map_of_nothing_that_is_here_is_refused(tmp_path: Path) -> None:
+def test_a_map_that_leaves_weights_on_no_device_is_refused(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"on no device, first model\.embed_tokens"):
         load_model(tmp_path, device_map='{"": "meta"}')

@@ -23,7 +23,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert "gradprune prune" in (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
 
 
-def test_every_page_is_in_the_order_of_pages() -> None:
+def test_the_order_of_pages_lists_every_page() -> None:
     hooks = (ROOT / "docs" / "hooks.py").read_text(encoding="utf-8")
     missing = [path.name for path in (ROOT / "docs").glob("*.md") if f'"{path.name}"' not in hooks]
     assert not missing

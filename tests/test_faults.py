@@ -124,7 +124,7 @@ def test_a_run_that_is_killed_before_it_writes_leaves_nothing_to_remove(work: Pa
     assert "of 'results/x' was killed; it left nothing to remove" in err
 
 
-def test_a_signal_after_a_calibration_was_written_down_says_how_to_go_on(work: Path, given_files: list[object]) -> None:
+def test_a_signal_after_a_calibration_was_saved_says_how_to_resume_it(work: Path, given_files: list[object]) -> None:
     for every, stage in (
         ((), "repair"),
         (("--checkpoint_every", "4"), "loading the model"),
@@ -140,7 +140,9 @@ def test_a_signal_after_a_calibration_was_written_down_says_how_to_go_on(work: P
     assert "calibration goes on after 8 of 8 samples" in err
 
 
-def test_a_signal_during_recovery_says_that_the_same_command_goes_on(work: Path, given_files: list[object]) -> None:
+def test_a_signal_during_recovery_says_that_the_same_command_continues_it(
+    work: Path, given_files: list[object]
+) -> None:
     def at_step(number: int) -> Callable[[], None]:
         def prepare() -> None:
             step = _Trainer._step
@@ -175,7 +177,7 @@ def test_a_signal_that_is_ignored_stays_ignored(work: Path, given_files: list[ob
     assert_whole(work / "results" / "x")
 
 
-def test_of_two_runs_at_once_the_second_is_refused(work: Path, given_files: list[object]) -> None:
+def test_a_second_run_at_the_same_time_is_refused(work: Path, given_files: list[object]) -> None:
     reading, writing = os.pipe()
     arguments = ("prune", *given_files, "--output_name", "x")
     first = start(work, *arguments, prepare=at_stage("repair", lambda: os.read(reading, 1)))
@@ -210,7 +212,7 @@ def test_a_folder_that_appears_during_the_run_is_left_alone(work: Path, given_fi
 
 
 @pytest.mark.parametrize("bytes_", [0, 2_000, 40_000])
-def test_a_full_disk_is_one_line_and_keeps_the_evidence_where_it_fits(
+def test_a_full_disk_gives_a_one_line_error_and_keeps_the_evidence_if_it_fits(
     work: Path, given_files: list[object], bytes_: int
 ) -> None:
     old = old_results(work)
@@ -233,7 +235,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_evidence_where_it_fits(
         assert code == 0, err
 
 
-def test_a_full_disk_for_changed_weights_is_one_line_and_keeps_the_evidence(
+def test_a_full_disk_for_changed_weights_gives_a_one_line_error_and_keeps_the_evidence(
     work: Path, given_files: list[object]
 ) -> None:
     def full() -> None:
@@ -272,7 +274,7 @@ def test_a_killed_streamed_run_leaves_no_weights_among_the_temporary_files(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a read-only place that nobody can write to")
 @pytest.mark.parametrize("place", ["/proc", "/proc/x", "file", "file/below", "n" * 250])
-def test_a_place_that_cannot_be_written_is_one_line_before_anything_is_loaded(
+def test_an_unwritable_place_gives_a_one_line_error_before_anything_is_loaded(
     work: Path, given_files: list[object], place: str
 ) -> None:
     (work / "file").touch()
@@ -338,14 +340,14 @@ def test_the_same_text_twice_is_not_called_held_out(work: Path, given_files: lis
     assert "held-out tokens" in (work / "results" / "y" / "report.html").read_text()
 
 
-def test_ratios_with_one_name_are_refused(work: Path, given_files: list[object]) -> None:
+def test_ratios_whose_folders_have_the_same_name_are_refused(work: Path, given_files: list[object]) -> None:
     code, err = run(work, "prune", *given_files, "--pruning_ratio", "0.1,0.10000001", "--output_name", "x")
     assert code == 2
     assert "another one are both written to '0.1'" in err
     assert names(work) == []
 
 
-def test_epsilon_says_what_it_drops_and_leaves_a_layer(work: Path, given_files: list[object]) -> None:
+def test_an_epsilon_that_would_drop_every_layer_is_refused(work: Path, given_files: list[object]) -> None:
     code, err = run(work, "prune", *given_files, "--epsilon", "1", "--pruning_ratio", "0.3", "--output_name", "x")
     assert code == 2
     assert "epsilon: 1 would remove every layer" in err
@@ -372,7 +374,7 @@ def test_options_of_random_values_never_end_in_a_traceback(work: Path, given_fil
     check()
 
 
-def test_a_damaged_file_is_one_line_or_a_whole_result(work: Path, given_files: list[object]) -> None:
+def test_damaged_evidence_gives_a_one_line_error(work: Path, given_files: list[object]) -> None:
     code, err = run(work, "prune", *given_files, "--output_name", "x")
     assert code == 0, err
     evidence = work / "results" / "x" / "analysis" / "evidence.safetensors"
@@ -392,7 +394,7 @@ def test_a_damaged_file_is_one_line_or_a_whole_result(work: Path, given_files: l
     check()
 
 
-def test_a_damaged_model_is_one_line_or_a_whole_measurement(work: Path, given_files: list[object]) -> None:
+def test_a_damaged_model_gives_a_one_line_error_or_a_whole_measurement(work: Path, given_files: list[object]) -> None:
     whole = Path(str(given_files[1]))
     files = sorted(path.name for path in whole.iterdir())
 
@@ -437,7 +439,7 @@ def assert_same_results(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--reduction", "batch", "--gradient_fix", "adaptive", "--temperature", "1")])
-def test_a_killed_calibration_goes_on_to_the_same_bytes(
+def test_a_killed_calibration_is_resumed_to_the_same_bytes(
     work: Path, given_files: list[object], options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = ("--importance_method", "taylor", *options)
@@ -488,7 +490,7 @@ def killed_after_steps(steps: int) -> None:
     engine.ImportanceEngine._run = step
 
 
-def test_only_the_same_calibration_is_gone_on_with(work: Path, given_files: list[object]) -> None:
+def test_only_the_same_calibration_is_resumed(work: Path, given_files: list[object]) -> None:
     kept = work / "results" / ".x.calibration"
     arguments = ("prune", *given_files, "--output_name", "x", "--checkpoint_every", "4")
     assert run(work, *arguments, prepare=lambda: killed_after_steps(1))[0] == -9

@@ -73,7 +73,7 @@ def test_every_part_imports_from_parts_before_it() -> None:
     assert not against
 
 
-def test_kernels_import_nothing_of_the_package() -> None:
+def test_kernels_import_nothing_from_the_package() -> None:
     kernels = list((PACKAGE.parent / "kernels").rglob("*.py"))
     assert kernels
     assert all(imports_of(file) <= {"kernels"} for file in kernels)

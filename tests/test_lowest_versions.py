@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_lowest_versions_that_are_tested_are_those_that_are_declared() -> None:
+def test_the_tested_lowest_versions_equal_the_declared_ones() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     runtime = project.partition("\ndependencies = [")[2].partition("\ndocs = ")[0]
     declared = dict(re.findall(r'"([\w-]+)>=([\d.]+)', runtime))

@@ -10,7 +10,7 @@ CPU = "[enforce fail at alloc_cpu.cpp:127] can't allocate memory: you tried to a
 CUDA = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB."
 
 
-def told(error: Exception, stage: str = "calibration", **options) -> str:
+def advice_for(error: Exception, stage: str = "calibration", **options) -> str:
     clock = Clock()
 
     def fail() -> None:
@@ -32,15 +32,15 @@ def told(error: Exception, stage: str = "calibration", **options) -> str:
         (RuntimeError("could not create a primitive"), ""),
     ],
 )
-def test_out_of_memory_says_what_ran_what_it_needed_and_what_needs_less(error: Exception, needed: str) -> None:
-    message = told(error)
+def test_out_of_memory_says_what_ran_what_it_needed_and_what_would_need_less(error: Exception, needed: str) -> None:
+    message = advice_for(error)
     assert message.startswith("memory: calibration ran out of memory")
     assert needed in message
     order = ["--batch_size 2", "--use_gradient_checkpointing", "--no_measure_speed", "--dtype bfloat16"]
     assert sorted(order, key=message.index) == order
 
 
-def test_only_what_is_not_yet_given_is_advised() -> None:
+def test_only_options_that_are_not_yet_given_are_advised() -> None:
     given = {
         "use_gradient_checkpointing": True,
         "measure_speed": False,
@@ -48,21 +48,21 @@ def test_only_what_is_not_yet_given_is_advised() -> None:
         "batch_size": 1,
         "stream_layers": "on",
     }
-    assert told(MemoryError(), device="cpu", **given).endswith("a machine with more memory")
-    assert "--seq_len 512" in told(MemoryError(), seq_len=1024, **given)
-    assert "--repair none" in told(MemoryError(), "repair")
-    assert "--distill_samples 0" in told(MemoryError(), "distillation")
-    assert "--importance_method group_fisher" in told(MemoryError(), "importance", importance_method="obs")
-    assert "--importance_method" not in told(MemoryError(), "importance", importance_method="wanda")
-    assert "--stream_layers on" in told(MemoryError(), "repair")
-    assert "--stream_layers on" not in told(MemoryError(), reduction="batch")
+    assert advice_for(MemoryError(), device="cpu", **given).endswith("a machine with more memory")
+    assert "--seq_len 512" in advice_for(MemoryError(), seq_len=1024, **given)
+    assert "--repair none" in advice_for(MemoryError(), "repair")
+    assert "--distill_samples 0" in advice_for(MemoryError(), "distillation")
+    assert "--importance_method group_fisher" in advice_for(MemoryError(), "importance", importance_method="obs")
+    assert "--importance_method" not in advice_for(MemoryError(), "importance", importance_method="wanda")
+    assert "--stream_layers on" in advice_for(MemoryError(), "repair")
+    assert "--stream_layers on" not in advice_for(MemoryError(), reduction="batch")
 
 
-def test_a_smaller_batch_gives_the_same_result_unless_batches_make_it() -> None:
-    assert "--batch_size 2 (the same result)" in told(MemoryError())
-    assert "--batch_size 2 (a different result)" in told(MemoryError(), reduction="batch")
+def test_a_smaller_batch_is_said_to_give_the_same_result_unless_it_depends_on_batches() -> None:
+    assert "--batch_size 2 (the same result)" in advice_for(MemoryError())
+    assert "--batch_size 2 (a different result)" in advice_for(MemoryError(), reduction="batch")
     # The model generates different text in different batches, and cannot generate while it is streamed.
-    own_text = told(MemoryError(), own_text=0.5)
+    own_text = advice_for(MemoryError(), own_text=0.5)
     assert "--batch_size 2 (a different result)" in own_text
     assert "--stream_layers" not in own_text
 
@@ -72,6 +72,6 @@ def test_another_error_stays_as_it_is() -> None:
         raise RuntimeError("shapes do not match")
 
 
-def test_a_real_allocation_that_is_too_large_is_told() -> None:
+def test_a_real_allocation_that_is_too_large_is_reported() -> None:
     with pytest.raises(OutOfMemoryError, match="needed another"), memory_advice(Clock(), PruneConfig()):
         torch.empty(2**60, dtype=torch.uint8)

@@ -14,7 +14,7 @@ from gradprune.demo.model import byte_tokenizer
 from gradprune.errors import ConfigError
 from helpers.tiny_models import tiny_model
 
-TAKEN = ("base_model", "num_samples", "pruning_ratio", "measure_speed", "output_name", "evidence_file")
+ACCEPTED = ("base_model", "num_samples", "pruning_ratio", "measure_speed", "output_name", "evidence_file")
 QUICK = "num_samples: 8\nseq-len: 16\nbatch_size: 4\nbackend: reference\nmeasure_speed: false\n"
 
 
@@ -48,7 +48,7 @@ def written(folder: Path, text: str) -> str:
     return str(folder / "x.yaml")
 
 
-def test_the_file_gives_options_and_the_command_line_comes_first(gradprune) -> None:
+def test_the_file_gives_options_and_the_command_line_overrides_them(gradprune) -> None:
     code, _, err = gradprune("prune", "--num_samples", "4", "--config", "run.yaml", "--pruning_ratio", "0.1")
     assert code == 0, err
     config = recorded("2026-11-24")
@@ -56,7 +56,7 @@ def test_the_file_gives_options_and_the_command_line_comes_first(gradprune) -> N
     assert config["pruning_ratio"] == 0.1
 
 
-def test_a_record_given_back_gives_the_same_model(gradprune, work: Path) -> None:
+def test_a_run_repeated_from_its_record_gives_the_same_model(gradprune, work: Path) -> None:
     scoring = ["--importance_method", "fisher", "--temperature", "1", "--tau", "inf", "--clip_percentile", "99"]
     code, _, err = gradprune("prune", "--config", "run.yaml", "--output_name", "one", *scoring)
     assert code == 0, err
@@ -91,7 +91,7 @@ def test_eval_measures_on_the_evaluation_text_of_a_record(gradprune, work: Path)
     assert err.startswith("warning: config: 'results/two/run.json' has no eval_dataset; unless --dataset names another")
 
 
-def test_a_recovery_is_given_back_too(gradprune) -> None:
+def test_a_recovery_can_be_repeated_from_its_record(gradprune) -> None:
     train = ["--model", "tiny", "--method", "full", "--loss", "lm", "--steps", "2", "--seq_len", "16"]
     code, _, err = gradprune("recover", *train, "--dataset", "ids.npy", "--output_name", "one")
     assert code == 0, err
@@ -123,17 +123,17 @@ def test_a_value_outside_its_domain_is_refused_as_on_the_command_line(gradprune,
 @pytest.mark.parametrize(
     "text", ["- a\n", "just text", "", "a: [\n", "\t", "num_samples: {a: 1}\n", "num_samples: [[1]]\n"]
 )
-def test_what_is_no_mapping_of_options_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_no_mapping_of_options_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"^config: "):
-        options_from_file(written(tmp_path, text), TAKEN, "prune")
+        options_from_file(written(tmp_path, text), ACCEPTED, "prune")
 
 
-def test_names_may_have_hyphens_and_null_is_left_out(tmp_path: Path) -> None:
+def test_names_may_have_hyphens_and_null_values_are_left_out(tmp_path: Path) -> None:
     text = "evidence-file: a\nbase-model: ~\nnum_samples: 1e3\npruning_ratio: [0.1, 0.2]\noutput_name:\n"
-    found = options_from_file(written(tmp_path, text), TAKEN, "prune")
+    found = options_from_file(written(tmp_path, text), ACCEPTED, "prune")
     assert found == {"evidence_file": "a", "num_samples": "1e3", "pruning_ratio": "0.1,0.2"}
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
-        options_from_file(str(tmp_path / "nowhere.yaml"), TAKEN, "prune")
+        options_from_file(str(tmp_path / "nowhere.yaml"), ACCEPTED, "prune")

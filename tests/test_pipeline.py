@@ -27,7 +27,7 @@ def parameters(model) -> int:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_removes_the_ratio_within_one_group(architecture: str, tied: bool, device: str) -> None:
+def test_the_ratio_is_removed_to_within_one_group(architecture: str, tied: bool, device: str) -> None:
     model = tiny_model(architecture, channels=40, tied=tied).to(device)
     before = parameters(model)
     result = run(model)
@@ -39,7 +39,7 @@ def test_removes_the_ratio_within_one_group(architecture: str, tied: bool, devic
     assert result.after.parameters == parameters(result.model)
 
 
-def test_the_given_model_stays_as_it_was_and_nothing_is_written(tmp_path: Path, monkeypatch) -> None:
+def test_the_given_model_is_unchanged_and_nothing_is_written(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = tiny_model()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -50,7 +50,7 @@ def test_the_given_model_stays_as_it_was_and_nothing_is_written(tmp_path: Path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_in_place_the_given_model_is_cut(device: str) -> None:
+def test_with_in_place_the_given_model_is_cut(device: str) -> None:
     model = tiny_model().to(device)
     before = parameters(model)
     result = run(model, measure_speed=False, in_place=True)
@@ -149,7 +149,7 @@ def test_uniform_gives_a_plain_checkpoint(tmp_path: Path) -> None:
         ({"evaluation": TOKENS.numpy()}, CalibrationError, "evaluation: is a ndarray; a torch tensor, .tokens. int64"),
     ],
 )
-def test_what_cannot_be_done_is_told_before_anything_runs(options, error, message, tmp_path: Path) -> None:
+def test_impossible_runs_are_refused_before_anything_is_written(options, error, message, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
         run(tiny_model(), output_dir=str(tmp_path / "r"), output_name="x", **options)
     assert not (tmp_path / "r").exists()
@@ -202,7 +202,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_priors_of_another_number_of_samples_are_measured_again(tmp_path: Path) -> None:
+def test_priors_on_another_number_of_samples_are_measured_again(tmp_path: Path) -> None:
     model, options = tiny_model(), {"temperature": 1.0, "prior": "removal"}
     run(model, **options, prior_samples=2, output_dir=str(tmp_path), output_name="few")
     file = str(tmp_path / "few" / "analysis" / "evidence.safetensors")
@@ -212,7 +212,9 @@ def test_priors_of_another_number_of_samples_are_measured_again(tmp_path: Path) 
     assert (few.prior != many.prior).any()
 
 
-def test_priors_of_all_samples_are_enough_for_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_priors_on_all_samples_are_reused_if_more_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, options = tiny_model(), {"temperature": 1.0, "prior": "similarity", "prior_samples": 100}
     run(model, **options, output_dir=str(tmp_path), output_name="all")
     monkeypatch.setattr("gradprune.calibration.gather._priors", None)
@@ -229,7 +231,7 @@ def interrupted_after_its_calibration(monkeypatch: pytest.MonkeyPatch, **options
             run(tiny_model(), **options)
 
 
-def test_a_calibration_that_took_other_gradients_is_not_resumed(
+def test_a_calibration_with_gradients_of_more_samples_is_not_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"num_samples": 40, "output_dir": str(tmp_path), "output_name": "x", "checkpoint_every": 4}
@@ -252,7 +254,7 @@ def test_a_calibration_that_took_other_gradients_is_not_resumed(
         ({"model": tiny_model(seed=1)}, "model"),
     ],
 )
-def test_a_calibration_of_anything_else_is_not_resumed(
+def test_a_calibration_with_anything_different_is_not_resumed(
     options: dict[str, object], differs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {"output_dir": str(tmp_path), "output_name": "x", "checkpoint_every": 4}
@@ -261,7 +263,7 @@ def test_a_calibration_of_anything_else_is_not_resumed(
         run(**{"model": tiny_model(), **given, **options}, resume=True)
 
 
-def test_a_calibration_that_was_over_resumes_without_a_word_of_ranks(
+def test_resuming_a_finished_calibration_does_not_mention_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = {"output_dir": str(tmp_path), "output_name": "x", "checkpoint_every": 4}
@@ -271,7 +273,7 @@ def test_a_calibration_that_was_over_resumes_without_a_word_of_ranks(
     assert "ranks" not in caplog.text
 
 
-def test_ids_of_any_integer_type_are_taken() -> None:
+def test_ids_of_any_integer_type_are_accepted() -> None:
     plain = run(tiny_model())
     for dtype in (torch.int32, torch.uint8):
         again = run(tiny_model(), calibration=TOKENS[:1500].to(dtype), evaluation=TOKENS[1500:].to(dtype))
@@ -285,7 +287,7 @@ def test_several_ratios_and_a_target_are_refused_together() -> None:
 
 
 @pytest.mark.parametrize("ratios", [[], [0.3, 0.1], [0.1, 0.1]])
-def test_ratios_are_ascending_and_each_once(ratios: list[float]) -> None:
+def test_ratios_must_be_ascending_without_duplicates(ratios: list[float]) -> None:
     with pytest.raises(ConfigError, match=r"ratios: \[.*\] is empty, or not in ascending order without duplicates"):
         prune_ratios(tiny_model(), None, PruneConfig(), ratios)
 
@@ -318,7 +320,7 @@ def test_a_real_model_keeps_most_of_its_ability(method: str, stories_model: Path
 
 
 @pytest.mark.parametrize("given", [None, "gpt2", torch.nn.Linear(2, 2)])
-def test_what_is_no_model_of_transformers_is_named(given) -> None:
+def test_the_type_of_what_is_no_model_is_named(given) -> None:
     for call in (lambda: run(given), lambda: prune_ratios(given, None, PruneConfig(), [0.1])):
         with pytest.raises(UnsupportedArchitectureError, match=f"^model: is a {type(given).__name__}; a causal LM of"):
             call()
@@ -336,7 +338,7 @@ def test_a_forward_that_a_copy_would_run_on_the_dense_model_is_refused() -> None
     assert run(model).after.perplexity == expected
 
 
-def test_a_class_of_ones_own_is_refused_before_anything_is_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_model_class_is_refused_before_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     model.__class__ = type("MyLlama", (type(model),), {})
     monkeypatch.setattr("gradprune.pipeline.gather_evidence", lambda _run: pytest.fail("it calibrates"))

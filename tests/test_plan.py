@@ -30,7 +30,7 @@ def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_configuration_is_enough(configuration: Path, tmp_path: Path) -> None:
+def test_a_run_can_be_planned_from_a_configuration_only(configuration: Path, tmp_path: Path) -> None:
     given = ("--base_model", configuration, "--device", "80GB", "--seq_len", 2048, "--num_samples", 128)
     code, said = command(tmp_path, "plan", *given, "--json")
     assert code == 0, said
@@ -68,7 +68,7 @@ def test_a_configuration_is_enough(configuration: Path, tmp_path: Path) -> None:
     ],
     ids=lambda options: options[0],
 )
-def test_what_calibration_collects_counts(configuration: Path, tmp_path: Path, options) -> None:
+def test_what_calibration_collects_changes_the_planned_memory(configuration: Path, tmp_path: Path, options) -> None:
     given = ("plan", "--base_model", configuration, "--device", "80GB", "--num_samples", 4096, "--json")
     runs, others = (
         {run["name"]: run for run in json.loads(command(tmp_path, *given, *more)[1])["runs"]} for more in ((), options)
@@ -77,7 +77,7 @@ def test_what_calibration_collects_counts(configuration: Path, tmp_path: Path, o
     assert runs[name]["footprint"]["stages"][0] != others[name]["footprint"]["stages"][0]
 
 
-def test_a_gradient_of_every_weight_is_neither_streamed_nor_divided(configuration: Path, tmp_path: Path) -> None:
+def test_a_run_that_keeps_every_gradient_is_neither_streamed_nor_divided(configuration: Path, tmp_path: Path) -> None:
     given = ("--base_model", configuration, "--device", "80GB", "--reduction", "batch", "--json")
     found = json.loads(command(tmp_path, "plan", *given)[1])
     assert [run["name"] for run in found["runs"]] == ["whole", "whole, recomputing"]
@@ -108,7 +108,7 @@ def test_an_option_that_the_plan_does_not_read_is_refused(configuration: Path, t
         (("--prune_kinds", "experts"), "prune_kinds: this model, a llama, has no experts that could be pruned"),
     ],
 )
-def test_a_run_that_prune_refuses_is_not_said_to_fit(configuration: Path, tmp_path: Path, options, message) -> None:
+def test_a_run_that_prune_refuses_is_not_planned(configuration: Path, tmp_path: Path, options, message) -> None:
     code, said = command(tmp_path, "plan", "--base_model", configuration, "--device", "80GB", *options)
     assert code == 2
     assert said.startswith(f"error: {message}")
@@ -132,7 +132,7 @@ def test_a_gguf_file_is_planned_whole(tmp_path: Path) -> None:
     assert "stream" not in command(tmp_path, "plan", "--base_model", "smollm2-135m", "--device", "2GB")[1]
 
 
-def test_what_is_said_to_fit_fits_and_one_more_does_not(configuration: Path) -> None:
+def test_the_largest_batch_fits_and_one_more_sample_does_not(configuration: Path) -> None:
     shape, room = load_shape(configuration), Room("80GB", 80 * 10**9, accelerated=True)
     config = PruneConfig(seq_len=2048, repair="none", use_gradient_checkpointing=True, measure_speed=False)
     for way in planned(shape, config, room, 4).runs:
@@ -148,7 +148,7 @@ def test_what_is_said_to_fit_fits_and_one_more_does_not(configuration: Path) -> 
             assert found.fits(room.bytes) == fits, (way.name, size)
 
 
-def test_rooms() -> None:
+def test_devices_and_sizes_are_read_as_rooms() -> None:
     assert room_on("24GB") == Room("24GB", 24 * 10**9, accelerated=True)
     here = room_on("cpu")
     assert not here.accelerated
@@ -159,7 +159,7 @@ def test_rooms() -> None:
             room_on(device)
 
 
-def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_supported_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"base_model: .* has no config.json"):
         load_shape(tmp_path)
     LlamaConfig(**LLAMA_3_8B, hidden_act="unheard of").save_pretrained(tmp_path / "odd")

@@ -42,7 +42,7 @@ def test_more_than_an_hour_is_shown_in_hours(now: list[float]) -> None:
     assert written(console) == "Searching: 1 of 101 trials, 0.01 trials/s, 2:46:40 left\n"
 
 
-def test_what_an_earlier_process_did_is_counted_but_takes_no_part_in_the_rate(now: list[float]) -> None:
+def test_steps_of_an_earlier_process_are_counted_but_not_in_the_rate(now: list[float]) -> None:
     console, terminal = Console(file=io.StringIO()), Console(file=io.StringIO(), force_terminal=True, width=100)
     for each in (console, terminal):
         now[0] = 0.0
@@ -62,7 +62,7 @@ def test_a_quiet_console_shows_nothing(console: Console, now: list[float], capsy
     assert capsys.readouterr() == ("", "")
 
 
-def test_stages_are_named_where_there_is_no_terminal() -> None:
+def test_stages_are_named_if_there_is_no_terminal() -> None:
     file, terminal = Console(file=io.StringIO()), Console(file=io.StringIO(), force_terminal=True)
     for console in (file, terminal):
         clock = Clock(console)

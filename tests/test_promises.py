@@ -12,7 +12,7 @@ from helpers.pipeline_runs import TOKENS, run
 from helpers.tiny_models import tiny_model
 
 
-def test_dropout_is_off_for_the_whole_job_and_every_mode_is_restored() -> None:
+def test_dropout_is_off_for_the_whole_run_and_every_mode_is_restored() -> None:
     options = {"temperature": 1.0, "tau": 0.0, "pruning_ratio": 0.3}
     expected = run(tiny_model(attention_dropout=0.5), **options)
     model = tiny_model(attention_dropout=0.5).train()
@@ -31,7 +31,7 @@ def test_every_mode_is_restored_after_an_error() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_epsilon_beyond_the_ratio_is_said() -> None:
+def test_an_epsilon_that_removes_more_than_the_ratio_is_reported() -> None:
     result = run(tiny_model(), pruning_ratio=0.3, epsilon=0.5, attention_factor=1e-6)
     removed = result.table.cost[result.pruned].sum() / result.before.parameters
     said = [warning for warning in result.warnings if warning.startswith("epsilon 0.5 dropped whole layers")]
@@ -52,7 +52,7 @@ def test_a_ratio_that_prunes_nothing_says_what_would_prune_something(uniform: bo
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1e308, "tau": 0.0}, {"attention_factor": 5e-324}])
-def test_scores_that_came_out_as_zero_are_said(options: dict[str, float]) -> None:
+def test_scores_that_came_out_as_zero_are_reported(options: dict[str, float]) -> None:
     result = run(tiny_model(), **options)
     zeros = int((result.table.score == 0.0).sum())
     said = any("came out as 0" in warning for warning in result.warnings)
@@ -87,7 +87,7 @@ def test_the_record_states_what_the_evidence_was_made_with(tmp_path: Path) -> No
         run(tiny_model(), evidence_file=sample, reduction="batch")
 
 
-def test_held_out_samples_are_none_that_the_evidence_was_calibrated_on(
+def test_no_held_out_sample_is_one_that_the_evidence_was_calibrated_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
@@ -106,7 +106,7 @@ def test_held_out_samples_are_none_that_the_evidence_was_calibrated_on(
     assert not shared(second.searched, first.calibration)
 
 
-def test_evidence_that_is_not_there_is_told_before_the_model_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_evidence_file_is_reported_before_samples_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "draw_samples", lambda *_given, **_named: pytest.fail("samples are drawn"))
     with pytest.raises(CheckpointError, match="there is no file"):
         run(tiny_model(), evidence_file="nowhere.safetensors", own_text=0.5, repair="least_squares")

@@ -90,7 +90,7 @@ def assert_same_result(place: Path, one: str, several: str, model: str = "model"
         (2, "experts", "obs", {"num_samples": 3, "batch_size": 2, "seq_len": 3, "pruning_ratio": 0.3}),
     ],
 )
-def test_ranks_prune_what_one_process_prunes(
+def test_ranks_prune_the_same_groups_as_one_process(
     place: Path, world: int, model: str, method: str, changed: dict[str, object]
 ) -> None:
     """Both with the whole model in each rank and streamed."""
@@ -132,7 +132,7 @@ def test_experts_are_repaired_from_the_tokens_of_all_ranks(place: Path) -> None:
         assert [repair["ridge"] for repair in repairs(name)] == [repair["ridge"] for repair in repairs("mixture-one")]
 
 
-def test_parts_are_joined_in_their_order_in_processes_that_share_no_beginning(place: Path) -> None:
+def test_parts_are_joined_in_order_by_independently_started_processes(place: Path) -> None:
     """The ranks are started by torchrun: forked ones would draw the same random order of a file's tensors."""
     program = (
         "import torch\n"
@@ -146,7 +146,7 @@ def test_parts_are_joined_in_their_order_in_processes_that_share_no_beginning(pl
     assert done.returncode == 0, done.stderr
 
 
-def test_search_divides_its_candidates(place: Path) -> None:
+def test_a_search_by_two_ranks_chooses_the_same_as_one_process(place: Path) -> None:
     changed = {"num_samples": 8, "held_out_samples": 8}
     code, said = run(place, "search", *options("search-one", **changed))
     assert code == 0, said
@@ -165,13 +165,13 @@ def test_the_same_ranks_give_the_same_bytes_twice(place: Path) -> None:
         assert contents[0] == contents[1], file
 
 
-def test_perplexity_is_the_same_to_the_digit(place: Path) -> None:
+def test_perplexity_is_the_same_to_the_last_digit(place: Path) -> None:
     command = ("eval", "--model", "model", "--dataset", "text.npy", "--seq_len", 16, "--batch_size", 3, "--json")
     ended = run_ranks(place, 3, *command)
     assert ended == [run(place, *command), (0, ""), (0, "")]
 
 
-def test_diagnose_says_the_same_as_one_process(place: Path) -> None:
+def test_diagnose_prints_the_same_as_in_one_process(place: Path) -> None:
     command = ("--quiet", "diagnose", "--base_model", "model", "--dataset", "text.npy", "--seq_len", 16, "--json")
     ended = run_ranks(place, 2, *command, "--num_samples", 12, "--batch_size", 4)
     assert ended == [run(place, *command, "--num_samples", 12, "--batch_size", 4), (0, "")]
@@ -191,7 +191,7 @@ def test_a_rank_that_fails_ends_all_with_its_error_in_one_line(place: Path) -> N
     assert not (place / "results/failed").exists()
 
 
-def test_an_error_of_all_ranks_is_told_once(place: Path) -> None:
+def test_an_error_of_all_ranks_is_reported_once(place: Path) -> None:
     ended = run_ranks(place, 2, "prune", *options("wrong", pruning_ratio=1.5))
     assert [code for code, _ in ended] == [2, 2]
     assert ended[0][1].startswith("error: pruning_ratio")
@@ -220,7 +220,7 @@ def test_a_hung_rank_ends_the_others_after_the_time_limit(place: Path) -> None:
     assert "did not answer within 5 seconds" in "".join(said for _, said in ended)
 
 
-def test_an_error_is_not_lost_with_the_ranks_that_it_would_be_told_to(place: Path) -> None:
+def test_an_error_is_reported_even_if_the_other_ranks_are_dead(place: Path) -> None:
     prepare = {0: at_stage("repair", fail), 1: at_stage("repair", signalled(signal.SIGKILL))}
     ended = run_ranks(place, 2, "--quiet", "prune", *options("both"), prepare=prepare)
     assert [code for code, _ in ended] == [2, -signal.SIGKILL]
@@ -283,7 +283,7 @@ def test_ranks_that_differ_are_refused(place: Path, command: str, own: tuple[obj
     assert not (place / "results/different").exists()
 
 
-def test_ranks_may_find_the_same_content_under_other_names(place: Path) -> None:
+def test_ranks_may_read_the_same_content_under_other_names(place: Path) -> None:
     shutil.copytree(place / "model", place / "copied", dirs_exist_ok=True)
     shutil.copy(place / "text.npy", place / "copied.npy")
     own = ("--base_model", "copied", "--dataset", "copied.npy", "--stream_layers", "on")
@@ -291,20 +291,20 @@ def test_ranks_may_find_the_same_content_under_other_names(place: Path) -> None:
     assert [code for code, _ in ended] == [0, 0], ended
 
 
-def test_torchrun_starts_it(place: Path) -> None:
+def test_torchrun_can_start_the_command(place: Path) -> None:
     ended = run_program([*TORCHRUN, "-m", "gradprune", "prune", *map(str, options("torchrun"))], cwd=place)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("results/torchrun/model") == 1
     assert (place / "results/torchrun/model/model.safetensors").is_file()
 
 
-def test_shares_are_put_in_order_again() -> None:
+def test_shares_are_put_back_in_order() -> None:
     for world in (1, 2, 3, 5):
         assert in_order([range(7)[rank::world] for rank in range(world)]) == list(range(7))
     assert ALONE.joined_json([1, 2]) == [1, 2]
 
 
-def test_a_joined_state_is_that_of_one_engine() -> None:
+def test_a_joined_state_equals_the_state_of_one_engine() -> None:
     parts = [*tiny_ids(samples=7).split(3)]
 
     def state(batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -336,7 +336,7 @@ def test_large_tensors_are_added_in_the_order_of_the_ranks(place: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-class _Stating(Ranks):
+class _ThreeRanks(Ranks):
     """Three ranks; the first two state the same values, and the third one states another seed."""
 
     world = 3
@@ -347,11 +347,11 @@ class _Stating(Ranks):
 
 def test_every_rank_is_compared_with_the_first() -> None:
     with pytest.raises(ConfigError, match="seed: is 0 in rank 0 and 7 in rank 2; give all ranks the same"):
-        _Stating().check_same({"num_samples": 4, "seed": 0})
+        _ThreeRanks().check_same({"num_samples": 4, "seed": 0})
 
 
 def test_only_the_leading_rank_writes_and_measures_speed() -> None:
-    config, first, second = PruneConfig(output_name="x", measure_speed=True), _Stating(), _Stating()
+    config, first, second = PruneConfig(output_name="x", measure_speed=True), _ThreeRanks(), _ThreeRanks()
     second.rank = 1
     assert _config_of_rank(config, first) == config
     assert _config_of_rank(config, second) == replace(config, output_name=None, measure_speed=False)

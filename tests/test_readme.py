@@ -29,7 +29,7 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith("gradprune ")]
 
 
-def bounds(command: str) -> list[str]:
+def quick_options(command: str) -> list[str]:
     """The options that make a printed command quick, such as fewer samples."""
     few = {"eval": ["--eval_samples", "8"], "diagnose": ["--num_samples", "8"], "info": []}
     pruning = ["--num_samples", "16", "--eval_samples", "8", "--held_out_samples", "4"]
@@ -58,7 +58,7 @@ def test_every_command_runs_as_printed(workplace: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(workplace)
     assert len(commands(README)) == 6
     for arguments in commands(README):
-        run(arguments + bounds(arguments[1]), monkeypatch)
+        run(arguments + quick_options(arguments[1]), monkeypatch)
     assert (workplace / "results" / "test" / "model" / "model.safetensors").is_file()
     assert (workplace / "results" / "mine" / "report.html").is_file()
 
@@ -79,7 +79,7 @@ def test_the_guide_runs_as_printed(workplace: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(folder)
     assert len(commands(GUIDE)) == 8
     for arguments in commands(GUIDE):
-        run(arguments + bounds(arguments[1]), monkeypatch)
+        run(arguments + quick_options(arguments[1]), monkeypatch)
     found = [
         json.loads((folder / "results" / name / "analysis" / "gradients.json").read_text())["ratio"]
         for name in ("test", "test_fixed")
@@ -97,14 +97,14 @@ def test_the_readme_is_short_and_shows_nothing_that_cannot_be_rebuilt() -> None:
 
 
 @pytest.mark.parametrize("name", SECTIONS)
-def test_the_figures_are_those_of_the_records(name: str) -> None:
+def test_the_figures_equal_the_recorded_results(name: str) -> None:
     """If they are not, `python -m benchmarks.report` renews them."""
     text, records = (ROOT / name).read_text(encoding="utf-8"), latest(read(FOLDER))
     for section, made in SECTIONS[name].items():
         assert f"<!-- results: {section} -->\n{made(records)}\n<!-- end -->" in text, section
 
 
-def test_the_map_shows_every_folder() -> None:
+def test_the_map_of_the_package_shows_every_folder() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for folder in (ROOT / "gradprune").iterdir():
         if (folder / "__init__.py").exists():

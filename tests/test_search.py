@@ -33,7 +33,7 @@ from helpers.tiny_models import tiny_model
 DEFAULT = default_methods("none")[0]
 
 
-def found(model=None, **options):
+def run_search(model=None, **options):
     defaults = {"importance_method": "auto", "search_samples": 8, "repair": "none"}
     return run(model or tiny_model(channels=24, dtype=torch.float32), **{**defaults, **options})
 
@@ -41,7 +41,7 @@ def found(model=None, **options):
 def test_every_difference_is_measured_sample_by_sample() -> None:
     """The losses of each method, without and with H-GSP, are measured here again, on the search's samples."""
     model = tiny_model(channels=24, dtype=torch.float32)
-    result = found(model)
+    result = run_search(model)
     view = describe(model)
     config = PruneConfig(
         importance_method="auto", num_samples=8, seq_len=16, batch_size=4, search_samples=8, repair="none"
@@ -73,7 +73,7 @@ def test_every_difference_is_measured_sample_by_sample() -> None:
     # in the first case the advantage of 0.05 is 1.3 standard errors.
     [(0.05, 0.15, None), (0.05, 0.01, "wanda"), (-0.05, 0.01, None), (0.0, 0.0, None)],
 )
-def test_the_default_stays_unless_another_is_better_beyond_its_error(
+def test_the_default_wins_unless_another_is_better_by_more_than_its_error(
     advantage: float, noise: float, method: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted losses: samples differ a lot; `wanda` beats the default by `advantage`, plus or minus `noise`."""
@@ -90,7 +90,7 @@ def test_the_default_stays_unless_another_is_better_beyond_its_error(
         return (of_samples - better + spread)[:count]
 
     monkeypatch.setattr(search_module, "_masked_losses", planted)
-    result = found(search_samples=16)
+    result = run_search(search_samples=16)
     assert result.search.winner.scoring.importance_method == (method or DEFAULT)
     assert result.search.threshold == pytest.approx(math.sqrt(2 * math.log(result.search.candidates)))
     verdict = search_verdict(result.search)
@@ -101,14 +101,14 @@ def test_the_default_stays_unless_another_is_better_beyond_its_error(
 
 
 @pytest.mark.parametrize(("difference", "taken"), [(-0.19, False), (-0.2, False), (-0.21, True)])
-def test_of_few_candidates_two_standard_errors_are_needed(difference: float, taken: bool) -> None:
+def test_with_few_candidates_two_standard_errors_are_needed(difference: float, taken: bool) -> None:
     default = Trial(Scoring("taylor"), 1.0, 0.0, 0.0, 8, repaired=False, fixed=True)
     other = Trial(Scoring("wanda"), 1.0 + difference, difference, 0.1, 8, repaired=False, fixed=True)
     result = SearchResult([other, default], candidates=2, cut_short=False, default=default, decides=True)
     assert result.winner == (other if taken else default)
 
 
-def test_search_and_repair_choose_on_samples_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_and_repair_choose_on_different_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(channels=24, dtype=torch.float32)
     config = PruneConfig(importance_method="auto", num_samples=8, seq_len=16, held_out_samples=6, search_samples=10)
     samples = draw_samples(model, None, config, TOKENS[:1500], TOKENS[1500:])
@@ -124,7 +124,7 @@ def test_search_and_repair_choose_on_samples_of_their_own(monkeypatch: pytest.Mo
         return repair(run, masks)
 
     monkeypatch.setitem(REPAIRS, "least_squares", watched)
-    found(model, repair="least_squares", held_out_samples=6, search_samples=10)
+    run_search(model, repair="least_squares", held_out_samples=6, search_samples=10)
     assert seen
     assert all(torch.equal(one, samples.calibration) and torch.equal(other, samples.held_out) for one, other in seen)
 
@@ -132,7 +132,7 @@ def test_search_and_repair_choose_on_samples_of_their_own(monkeypatch: pytest.Mo
 def test_the_model_and_the_pruned_result_follow_the_winner() -> None:
     model = tiny_model(channels=24, dtype=torch.float32)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    result = found(model, repair="least_squares", held_out_samples=8)
+    result = run_search(model, repair="least_squares", held_out_samples=8)
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     assert result.search.default.repaired
     again = run(
@@ -154,19 +154,19 @@ def test_the_model_and_the_pruned_result_follow_the_winner() -> None:
         assert torch.equal(a, b)
 
 
-def test_it_is_deterministic() -> None:
-    assert found().search == found().search
+def test_a_search_is_deterministic() -> None:
+    assert run_search().search == run_search().search
 
 
-def test_time_that_runs_out_leaves_the_first_round() -> None:
-    result = found(search_minutes=1e-9)
+def test_the_first_round_is_completed_even_if_time_runs_out() -> None:
+    result = run_search(search_minutes=1e-9)
     assert result.search.cut_short
     assert result.search.default.samples == 2
     assert result.search.candidates == len(result.search.trials)
 
 
 @pytest.mark.parametrize(
-    ("in_time", "method", "told"),
+    ("in_time", "method", "verdict"),
     [
         (0, None, "no other setting was repaired"),
         (1, None, "no other setting was repaired"),
@@ -174,8 +174,8 @@ def test_time_that_runs_out_leaves_the_first_round() -> None:
         (3, "wanda", ""),
     ],
 )
-def test_where_time_runs_out_only_repaired_ones_take_the_default_s_place(
-    in_time: int, method: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+def test_if_time_runs_out_only_repaired_candidates_can_beat_the_default(
+    in_time: int, method: str | None, verdict: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted losses: magnitude is best without repair, wanda with it; `in_time` candidates are repaired in time."""
     default = default_methods("least_squares")[0]
@@ -192,15 +192,15 @@ def test_where_time_runs_out_only_repaired_ones_take_the_default_s_place(
     monkeypatch.setattr(search_module, "_masked_losses", lambda _view, _parts, those: losses(those, False))
     monkeypatch.setattr(search_module, "_repaired_losses", lambda _run, _parts, those: losses(those, True))
     monkeypatch.setattr(search_module.time, "monotonic", lambda: 1e9 * late)
-    result = found(repair="least_squares", search_samples=16).search
+    result = run_search(repair="least_squares", search_samples=16).search
     assert result.cut_short
     assert result.winner.scoring == Scoring(method or default)
-    assert told in search_verdict(result)
+    assert verdict in search_verdict(result)
     assert "Time ran out" in search_verdict(result)
     assert all(trial.repaired == (in_time > 0) for trial in result.deciding)
 
 
-def test_where_time_runs_out_before_any_repair_the_default_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_time_runs_out_before_any_repair_the_default_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted losses without repair: wanda has the lowest, and the loss of magnitude is not a number."""
     planted = {Scoring("wanda"): 1.0, Scoring("magnitude"): math.nan}
 
@@ -210,7 +210,7 @@ def test_where_time_runs_out_before_any_repair_the_default_stays(monkeypatch: py
             yield torch.full((sum(map(len, parts)),), loss, dtype=torch.float64)
 
     monkeypatch.setattr(search_module, "_masked_losses", losses)
-    result = found(repair="least_squares", search_samples=16, search_minutes=1e-9).search
+    result = run_search(repair="least_squares", search_samples=16, search_minutes=1e-9).search
     assert result.cut_short
     assert result.best_other.scoring == Scoring("wanda")
     assert math.isnan(result.deciding[-1].loss)
@@ -218,7 +218,7 @@ def test_where_time_runs_out_before_any_repair_the_default_stays(monkeypatch: py
 
 
 def test_results_and_command_line(tmp_path: Path) -> None:
-    result = found(output_dir=str(tmp_path), output_name="s")
+    result = run_search(output_dir=str(tmp_path), output_name="s")
     assert (tmp_path / "s" / "analysis" / "search.json").is_file()
     report = (tmp_path / "s" / "report.html").read_text()
     assert "<h2>Search</h2>" in report
@@ -236,7 +236,7 @@ def test_results_and_command_line(tmp_path: Path) -> None:
     assert "auto" not in words
 
 
-def test_a_scoring_is_told_in_words() -> None:
+def test_a_scoring_is_described_in_words() -> None:
     scoring = Scoring("fisher", "adaptive", temperature=1.0, tau=None)
     assert describe_scoring(scoring) == "fisher, T=1 tau=25th percentile, adaptive"
     assert PruneConfig().with_part(scoring).scoring == scoring
@@ -244,15 +244,15 @@ def test_a_scoring_is_told_in_words() -> None:
     assert describe_scoring(other) == "fisher, T=1 tau=0 prior=similarity, clipped at 99 % per block"
 
 
-def test_scorings_that_differ_in_any_option_are_told_apart() -> None:
+def test_scorings_that_differ_in_any_option_are_described_differently() -> None:
     options = {"importance_method": "fisher", "temperature": 1.0, "normalize_scores": "log"}
     others = {
         "importance_method": "taylor", "temperature": 2.0, "normalize_scores": "sqrt", "gradient_fix": "adaptive",
         "normalize_per": "block", "clip_percentile": 95.0, "attention_factor": 2.0, "tau": 0.5, "prior": "taylor",
     }  # fmt: skip
     assert others.keys() == options_of(Scoring).keys()
-    told = [describe_scoring(Scoring(**{**options, name: value})) for name, value in others.items()]
-    assert len({describe_scoring(Scoring(**options)), *told}) == 1 + len(others)
+    descriptions = [describe_scoring(Scoring(**{**options, name: value})) for name, value in others.items()]
+    assert len({describe_scoring(Scoring(**options)), *descriptions}) == 1 + len(others)
 
 
 @pytest.mark.parametrize("option", [{"temperature": 1.0}, {"gradient_fix": "adaptive"}, {"attention_factor": 2.0}])
@@ -261,9 +261,9 @@ def test_what_auto_chooses_cannot_be_given_too(option) -> None:
         PruneConfig(importance_method="auto", **option)
 
 
-def test_no_text_to_search_on_is_told() -> None:
+def test_a_text_that_leaves_nothing_to_search_on_is_refused() -> None:
     with pytest.raises(CalibrationError, match="leave no text to search on"):
-        found(num_samples=93)
+        run_search(num_samples=93)
 
 
 class _FirstOfTwo(Ranks):
@@ -278,7 +278,7 @@ class _FirstOfTwo(Ranks):
         return [dict(tensors), {"0": torch.ones(4)}]
 
 
-def test_where_time_runs_out_in_one_rank_all_end_with_the_same_candidates() -> None:
+def test_if_time_runs_out_in_one_rank_all_end_with_the_same_candidates() -> None:
     """This rank has measured candidates 0, 2 and 4 of five; the other rank has measured 1, but not 3."""
     pool = [search_module._Candidate(Scoring("wanda"), GroupMasks({}, 0), fixed=False) for _ in range(5)]
     run_of_rank = SimpleNamespace(ranks=_FirstOfTwo(), config=SimpleNamespace(search_minutes=1.0))

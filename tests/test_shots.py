@@ -26,7 +26,7 @@ def run_of(model, **options) -> Run:
     return Run(describe(model).with_groups(), config, draw_samples(model, None, config, TOKENS[:1500], TOKENS[1500:]))
 
 
-def test_one_shot_takes_the_evidence_as_it_is() -> None:
+def test_one_shot_uses_the_evidence_unchanged() -> None:
     whole = run_of(tiny_model(dtype=torch.float32))
     evidence = gather_evidence(whole)
     assert after_shots(whole, evidence) is evidence
@@ -34,7 +34,7 @@ def test_one_shot_takes_the_evidence_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("method", ["obs", "group_fisher"])
-def test_scores_are_those_of_the_repaired_model(method: str) -> None:
+def test_scores_are_measured_on_the_repaired_model(method: str) -> None:
     """The expected scores are made by hand: select at half the ratio, repair, and score the repaired copy.
 
     The model is in fp64, because a run does not round products of fp64.
@@ -81,7 +81,7 @@ def test_each_shot_removes_more(method: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_search_chooses_what_the_shots_score_by() -> None:
+def test_a_search_chooses_the_method_for_the_shots() -> None:
     found = run(tiny_model(dtype=torch.float32), importance_method="auto", shots=2, search_samples=8)
     assert found.config.importance_method == found.search.winner.scoring.importance_method
     assert found.after.parameters < found.before.parameters

@@ -119,7 +119,7 @@ def test_distillation_is_streamed_bit_for_bit(
         assert summary["distillation"]["factor"] == factor
 
 
-def test_weights_that_transformers_keeps_in_fp32_are_so_when_streamed(tmp_path: Path) -> None:
+def test_weights_that_transformers_keeps_in_fp32_stay_so_when_streamed(tmp_path: Path) -> None:
     """In a gpt_oss that is loaded in fp16, these weights are the norms."""
     saved(tiny_mixture("gpt_oss").float(), tmp_path)
     whole, streamed = (load_model(tmp_path, dtype="float16", stream_layers=how)[0] for how in ("off", "on"))
@@ -146,7 +146,7 @@ def test_a_pruned_checkpoint_is_streamed_and_pruned_again(tmp_path) -> None:
     assert_same_run(whole, streamed, tmp_path)
 
 
-def test_the_dense_model_is_as_before(tmp_path) -> None:
+def test_pruning_leaves_the_streamed_dense_model_unchanged(tmp_path) -> None:
     whole, streamed = both(tiny_model(), tmp_path / "model")
     pruned = run(streamed, tmp_path, pruning_ratio=0.3).model
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_the_dense_model_is_as_before(tmp_path) -> None:
         assert torch.equal(pruned(tiny_ids()).logits, expected)
 
 
-def test_several_ratios_from_one_calibration(tmp_path) -> None:
+def test_several_ratios_from_one_calibration_are_streamed_bit_for_bit(tmp_path) -> None:
     numbers = tmp_path / "tokens.npy"
     np.save(numbers, TOKENS.numpy())
     whole, streamed = both(tiny_model(dtype=torch.float32), tmp_path / "model")
@@ -170,12 +170,12 @@ def test_several_ratios_from_one_calibration(tmp_path) -> None:
     assert all(found[name] == content for name, content in expected.items())
 
 
-def test_search_chooses_the_same(tmp_path) -> None:
+def test_a_streamed_search_chooses_the_same(tmp_path) -> None:
     whole, streamed = both(tiny_model(dtype=torch.float32), tmp_path / "model", stream_memory="60KB")
     assert_same_run(whole, streamed, tmp_path, importance_method="auto")
 
 
-def test_auto_streams_where_the_plan_says_that_the_run_does_not_fit(tmp_path, monkeypatch, caplog) -> None:
+def test_auto_streams_if_the_plan_says_that_the_run_does_not_fit(tmp_path, monkeypatch, caplog) -> None:
     saved(tiny_model(dtype=torch.float32), tmp_path)
     assert residency_of(load_model(tmp_path, stream_layers="auto")[0]) is None
     assert not caplog.records
@@ -208,7 +208,7 @@ def test_auto_says_what_is_wrong_with_a_checkpoint(tmp_path) -> None:
         load_model(tmp_path, stream_layers="auto")
 
 
-def test_commands_take_the_option(tmp_path) -> None:
+def test_eval_and_diagnose_accept_the_option(tmp_path) -> None:
     saved(tiny_model(vocab=300, dtype=torch.float32), tmp_path / "model")
     np.save(tmp_path / "tokens.npy", TOKENS.numpy())
     data = ("--dataset", tmp_path / "tokens.npy", "--seq_len", 16, "--json")
@@ -222,7 +222,7 @@ def test_commands_take_the_option(tmp_path) -> None:
         assert "{" in found[1]
 
 
-def test_sizes_that_are_none_are_refused() -> None:
+def test_invalid_sizes_are_refused() -> None:
     for value in ("4", "0.5MiB", "2 GB"):
         assert PruneConfig(stream_memory=value).stream_memory == value
     for value in ("", "much", "-1GiB", "0GiB"):

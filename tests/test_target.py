@@ -35,19 +35,19 @@ def largest_group(model) -> int:
 @pytest.mark.parametrize(
     ("written", "number"), [("350M", 350_000_000), ("1.5B", 1_500_000_000), ("12 k", 12_000), ("7", 7)]
 )
-def test_counts_as_people_write_them(written: str, number: int) -> None:
+def test_counts_may_have_suffixes(written: str, number: int) -> None:
     assert count_of(written) == number
 
 
 @pytest.mark.parametrize("wrong", ["0", "0.1", "many", "-3M", "3MiB", ""])
-def test_other_counts_are_refused(wrong: str) -> None:
+def test_invalid_counts_are_refused(wrong: str) -> None:
     with pytest.raises(ConfigError, match=r"target_parameters: .* is not a number such as 350M"):
         PruneConfig(target_parameters=wrong)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
 @pytest.mark.parametrize("share", [0.75, 0.9])
-def test_a_number_of_parameters_is_met_to_the_last_group(architecture: str, share: float) -> None:
+def test_a_number_of_parameters_is_met_to_within_a_few_groups(architecture: str, share: float) -> None:
     model = tiny_model(architecture, dtype=torch.float32)
     wanted = int(share * model_size(model).parameters)
     result = pruned(model, target_parameters=str(wanted))
@@ -61,20 +61,20 @@ def test_a_number_of_parameters_is_met_to_the_last_group(architecture: str, shar
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_number_of_bytes_is_met(dtype: torch.dtype) -> None:
+def test_a_number_of_bytes_is_met_to_within_a_few_groups(dtype: torch.dtype) -> None:
     model = tiny_model(dtype=dtype)
     wanted = int(0.8 * model_size(model).bytes)
     left = model_size(pruned(model, target_bytes=str(wanted)).model).bytes
     assert wanted - 3 * largest_group(model) * dtype.itemsize < left <= wanted
 
 
-def test_widths_of_whole_multiples_go_beyond_the_target_rather_than_fall_short() -> None:
+def test_with_rounded_widths_too_much_is_removed_rather_than_too_little() -> None:
     model = tiny_model(channels=40, dtype=torch.float32)
     wanted = int(0.8 * model_size(model).parameters)
     assert model_size(pruned(model, target_parameters=str(wanted), round_to=16).model).parameters <= wanted
 
 
-def test_no_more_goes_than_the_target_takes_where_many_groups_go_together() -> None:
+def test_no_more_is_removed_than_needed_if_groups_are_removed_together() -> None:
     """With equal widths, a channel of every layer or a KV head of every layer is removed at the same time."""
     model = tiny_model(channels=40, layers=4, dtype=torch.float32)
     wanted = int(0.8 * model_size(model).parameters)
@@ -87,7 +87,7 @@ def test_no_more_goes_than_the_target_takes_where_many_groups_go_together() -> N
     assert model_size(smaller.model).parameters > wanted
 
 
-def test_the_search_looks_at_the_target() -> None:
+def test_a_search_meets_the_target() -> None:
     model = tiny_model(dtype=torch.float32)
     wanted = int(0.8 * model_size(model).parameters)
     result = pruned(model, target_parameters=str(wanted), importance_method="auto", search_minutes=0.02)
@@ -95,7 +95,7 @@ def test_the_search_looks_at_the_target() -> None:
     assert model_size(result.model).parameters <= wanted
 
 
-def test_a_size_that_the_model_has_already_is_refused() -> None:
+def test_a_size_that_the_model_already_has_is_refused() -> None:
     model = tiny_model(dtype=torch.float32)
     size = model_size(model)
     with pytest.raises(SelectionError, match=rf"target_parameters: .* no less .* {size.parameters:,} parameters"):
@@ -104,15 +104,13 @@ def test_a_size_that_the_model_has_already_is_refused() -> None:
         pruned(model, target_bytes=str(size.bytes))
 
 
-def test_what_constraints_do_not_allow_is_refused_before_calibration() -> None:
+def test_a_target_that_constraints_do_not_allow_is_refused_before_calibration() -> None:
     with pytest.raises(SelectionError, match=r"target_parameters: 200 cannot be met; .*cannot be reached"):
         pruned(tiny_model(dtype=torch.float32), target_parameters="200")
 
 
 @given(seed=st.integers(0, 1000), share=st.floats(0.6, 0.99), round_to=st.sampled_from([1, 4, 8]))
-def test_a_target_near_all_that_may_go_is_met_or_told_to_be_out_of_reach(
-    seed: int, share: float, round_to: int
-) -> None:
+def test_a_target_near_all_that_can_be_removed_is_met_or_out_of_reach(seed: int, share: float, round_to: int) -> None:
     """A ratio that meets a possible target is found, even if the first one tried is more than can be removed."""
     table = make_table(layers=2, heads=2, channels=12, seed=seed)
     parameters, constraints = int(table.cost.sum()) + 30, Constraints(round_to=round_to)
@@ -120,20 +118,20 @@ def test_a_target_near_all_that_may_go_is_met_or_told_to_be_out_of_reach(
     def chosen(ratio: float) -> Choice:
         return Choice(table, select(table, ratio, parameters, constraints))
 
-    def gone(ratio: float) -> float:
+    def removed_at(ratio: float) -> float:
         try:
             return table.cost[chosen(ratio).pruned].sum() / parameters
         except SelectionError:
             return 0.0
 
-    reached = share * max(gone(ratio) for ratio in np.linspace(0.5, 1.0, 200))
+    reached = share * max(removed_at(ratio) for ratio in np.linspace(0.5, 1.0, 200))
     ratio = target._ratio_for_size(chosen, reached, parameters)
     assert ratio is not None
-    assert gone(ratio) >= reached
+    assert removed_at(ratio) >= reached
     assert target._ratio_for_size(chosen, table.cost.sum() / parameters - 1e-6, parameters) is None
 
 
-def test_one_target_at_a_time() -> None:
+def test_only_one_valid_target_can_be_given() -> None:
     with pytest.raises(ConfigError, match="target_bytes: target_parameters is given too"):
         PruneConfig(target_parameters="3M", target_bytes="3MiB")
     for value in (1.0, float("inf")):
@@ -141,7 +139,9 @@ def test_one_target_at_a_time() -> None:
             PruneConfig(target_speedup=value)
 
 
-def test_a_speed_takes_the_least_ratio_that_was_measured_to_be_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_speed_gives_the_smallest_ratio_that_was_measured_to_be_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     measured: list[float] = []
 
     def measured_by_size(models, **_options):
@@ -163,7 +163,7 @@ def test_a_speed_takes_the_least_ratio_that_was_measured_to_be_enough(monkeypatc
         pruned(model, target_speedup=50.0)
 
 
-def test_a_speed_is_measured_and_reached_on_this_machine() -> None:
+def test_a_target_speed_can_be_measured_and_reached_on_this_machine() -> None:
     """The model consists almost only of its layers, so that it becomes faster when they become narrower."""
     model = tiny_model(hidden=128, channels=2048, dtype=torch.float32)
     result = pruned(model, target_speedup=1.2)
