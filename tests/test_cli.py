@@ -36,7 +36,7 @@ QUICK = ["--num_samples", "8", "--seq_len", "16", "--batch_size", "4"]
 
 
 def only_line(err: str) -> str:
-    """The only line on standard error, except for the names of stages, which are shown if it is no terminal."""
+    """The only line on standard error, except for the names of stages, which are shown if it is not a terminal."""
     (line,) = [line for line in err.splitlines() if line.startswith("error") or not line.endswith(" ...")]
     return line
 

@@ -447,7 +447,7 @@ def test_a_killed_calibration_is_resumed_to_the_same_bytes(
     code, err = run(work, *arguments, "--output_name", "undisturbed")
     assert code == 0, err
     resumed = (*arguments, "--output_name", "x", "--checkpoint_every", "4", "--resume")
-    moments = np.random.default_rng(0).integers(0, 6, 5)  # how many steps the process does before it is killed
+    moments = np.random.default_rng(0).integers(0, 6, 5)  # how many steps each process completes before it is killed
     seen = []
     for moment in moments:
         code, err = run(work, *resumed, prepare=lambda moment=moment: killed_after_steps(int(moment)))

@@ -118,7 +118,7 @@ def test_every_prior_changes_the_scores(prior: str, device: str) -> None:
 
 
 def test_a_gpu_chooses_and_repairs_as_a_cpu_does(device: str) -> None:
-    """In fp64, in which the order of sums does not change the selection."""
+    """They are compared in fp64, in which the order of sums does not change the selection."""
     ids = tiny_ids()
     there, here = (run(tiny_model(channels=40).to(name), temperature=1.0) for name in (device, "cpu"))
     assert (there.pruned == here.pruned).all()

@@ -93,7 +93,7 @@ def assert_same_result(place: Path, one: str, several: str, model: str = "model"
 def test_ranks_prune_the_same_groups_as_one_process(
     place: Path, world: int, model: str, method: str, changed: dict[str, object]
 ) -> None:
-    """Both with the whole model in each rank and streamed."""
+    """The result is the same with the whole model in each rank and with streamed layers."""
     tiny_mixture().save_pretrained(place / "experts")
     given = {"importance_method": method, "base_model": model, **changed}
     one = f"{model}-{method}-{changed['num_samples']}"
@@ -109,7 +109,7 @@ def test_ranks_prune_the_same_groups_as_one_process(
 
 
 def test_experts_are_repaired_from_the_tokens_of_all_ranks(place: Path) -> None:
-    """Both whole and streamed; the first rank has six of the samples and the second one four."""
+    """The repair is the same whole and streamed; the first rank has six of the samples, the second one four."""
     tiny_mixture().float().save_pretrained(place / "mixture")
     changed = {"base_model": "mixture", "num_samples": 10, "held_out_samples": 8, "pruning_ratio": 0.3}
     # There is no distillation, because its steps amplify differences in the last bits.
@@ -209,7 +209,7 @@ def test_a_killed_rank_ends_the_others(place: Path, killed: int) -> None:
 
 
 def test_a_hung_rank_ends_the_others_after_the_time_limit(place: Path) -> None:
-    """The first rank hangs, which normally reports errors; torchrun would kill it once the others have ended."""
+    """Rank 0, which normally reports errors, hangs; torchrun would kill it once the others have ended."""
     arguments = "--quiet", "prune", *options("hung", num_samples=12)
     hung, *others = start_ranks(place, 3, *arguments, prepare={0: at_stage("repair", signal.pause)}, timeout=5.0)
     ended = [process.wait() for process in others]

@@ -35,7 +35,7 @@ def test_one_shot_uses_the_evidence_unchanged() -> None:
 
 @pytest.mark.parametrize("method", ["obs", "group_fisher"])
 def test_scores_are_measured_on_the_repaired_model(method: str) -> None:
-    """The expected scores are made by hand: select at half the ratio, repair, and score the repaired copy.
+    """The expected scores come from the single steps: select at half the ratio, repair a copy, and score it.
 
     The model is in fp64, because a run does not round products of fp64.
     """

@@ -38,7 +38,7 @@ def run(model, folder: Path, **options):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """The files' bytes by relative path, without files that record times; the folder's name is removed from them."""
+    """Contents by relative path, except of files that record times; the folder's name is removed from the contents."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("run.json", "report.html")]
     return {str(path.relative_to(folder)): path.read_bytes().replace(str(folder).encode(), b"") for path in paths}
 
