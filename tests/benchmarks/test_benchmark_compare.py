@@ -1,4 +1,4 @@
-"""Two sets of results beside each other."""
+"""Comparison of two sets of benchmark results."""
 
 from pathlib import Path
 

@@ -11,7 +11,7 @@ def test_generation_is_timed_with_a_cache_to_its_full_length(monkeypatch: pytest
     models = {"a": tiny_model(), "b": tiny_model(layers=1)}
     for name, model in models.items():
         with torch.no_grad():
-            # The end of text is by far the likeliest token.
+            # All logits are 0, so that greedy decoding would always choose token 0, the end of text.
             model.model.norm.weight.zero_()
         model.generation_config.eos_token_id = 0
         model.register_forward_pre_hook(

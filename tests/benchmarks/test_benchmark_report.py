@@ -1,4 +1,4 @@
-"""The report is made of the results alone, the same bytes every time."""
+"""The report is made from only the results, with the same bytes every time."""
 
 import math
 from pathlib import Path
@@ -169,7 +169,7 @@ def test_readme_shows_short_tables_of_what_anyone_can_rebuild(results: Path, tmp
     readme = (rebuild(results, tmp_path / "report") / "README.md").read_text()
     assert "old figures" not in readme
     assert "stories" not in readme
-    # 107 ms and 200 MiB of ours; the peer ran out of memory, so there is nothing to claim.
+    # Ours took 107 ms and 200 MiB, but the peer ran out of memory, so nothing can be claimed about it.
     assert "Torch-Pruning" not in section(readme, "claim")
     assert "| 80 | 20.00 |" in section(readme, "ops")
     calibration = section(readme, "calibration")
@@ -192,7 +192,7 @@ def test_all_providers_of_the_readme_fit_its_table(tmp_path: Path) -> None:
 
 
 def test_different_numbers_of_samples_share_no_table(results: Path, tmp_path: Path) -> None:
-    # Of some providers only, in a later run.
+    # A later run measures only some of the providers.
     for provider in ("gradprune taylor T=0", "torch-pruning GroupTaylor"):
         extra = {"ratio": 0.2, "seed": 0, "perplexity": 3.0, "perplexity_dense": 4.25, "kept": 0.8, "num_samples": 256}
         for name in ("stories", MODELS[0]):
@@ -229,7 +229,7 @@ def test_different_conditions_share_no_table(condition: str, title: str, tmp_pat
         "| gradprune group_fisher T=0 | 3.00 (3.00 to 3.00) |"
     ]
     assert f"| smol, {title} | 20% | FLAP | 0.405 |" in text
-    # The last that was measured.
+    # The README shows the latest measurement.
     assert "**3.00**" in (tmp_path / "report/README.md").read_text()
 
 
@@ -276,7 +276,7 @@ def test_the_methods_page_shows_the_mean_excess_by_the_number_of_samples(results
 
 def test_the_guide_says_where_h_gsp_and_scaling_help(results: Path, tmp_path: Path) -> None:
     guide = (rebuild(results, tmp_path / "report") / "docs" / "gradient-vanishing.md").read_text()
-    # Two models each; a difference that the tables do not show is none.
+    # Each method has two models; a difference that is too small for the tables counts as none.
     assert rows(section(guide, "temperature")) == [
         "| `taylor` | 0 | 1 | 1 |",
         "| `fisher` | 2 | 0 | 0 |",

@@ -1,4 +1,4 @@
-"""The schema of results, and what is never written."""
+"""The schema of benchmark results, and the records that are never written."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -105,7 +105,7 @@ def test_under_other_conditions_a_record_replaces_none(condition: str) -> None:
         measured(run, value) for run, value in (("1", 64), ("2", 32), ("3", None), ("4", 64))
     )
     assert latest([first, other, unlimited, again]) == [again, other, unlimited]
-    # Records from before there was the condition are of no limit.
+    # Records without the condition, from before it was recorded, were measured without a limit.
     before = replace(unlimited, run="0", extra={"seed": 0, "perplexity": 7.0})
     assert latest([before, unlimited]) == [unlimited]
 

@@ -1,4 +1,4 @@
-"""Every benchmark runs, at toy sizes, and records what it says it measures."""
+"""Every benchmark runs at toy sizes and records what it claims to measure."""
 
 import json
 import math
@@ -186,7 +186,7 @@ def test_it_prunes_with_as_many_samples_as_there_is_time_for(seconds: float, sam
 
 @pytest.mark.parametrize(("samples", "seconds"), [(128, 74.9), (64, 59.3), (32, 51.6), (16, 44.9)])
 def test_it_prunes_with_no_more_samples_than_its_predictions_have_time_for(samples: int, seconds: float) -> None:
-    """By `benchmarks.predicted.jobs` for an H200, where calibration takes 0.173 seconds a sample."""
+    """`benchmarks.predicted.jobs` predicts `seconds` for an H200, where calibration takes 0.173 s per sample."""
     assert whole._affordable(whole.FULL, 0.173, Deadline(seconds)) < samples
     assert whole._affordable(whole.FULL, 0.173, Deadline(1.1 * seconds)) == samples
 
@@ -284,7 +284,7 @@ def test_inference(tmp_path: Path) -> None:
 def test_a_phase_of_inference_begins_where_there_is_time_for_all_of_it(
     seconds: float, measured: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With stand-ins: a pass takes a tenth of a second, and a token of a generation a whole one."""
+    """With stand-ins: a pass takes a tenth of a second, and generating a token takes a whole second."""
 
     def each(models, tokens_per_second: float):
         return dict.fromkeys(models, Throughput(*[tokens_per_second] * 3))
@@ -310,8 +310,8 @@ def test_quality(tmp_path: Path) -> None:
     found = read(tmp_path / "results")
     providers = [record.provider for record in found]
     assert "gradprune group_fisher T=1" in providers
-    # The dense model, seven methods at two temperatures without and with repair, one of them distilled too, the peers,
-    # Torch-Pruning if installed.
+    # The dense model; seven methods at two temperatures, without and with repair, of which one is distilled, too; the
+    # peers; and Torch-Pruning, if it is installed.
     assert len(providers) in (31 + len(PEERS), 32 + len(PEERS))
     assert set(PEERS) <= set(providers)
     assert {record.name for record in found} == {"model, on calibration.npy, evaluated on evaluation.npy"}
@@ -441,7 +441,7 @@ def test_quality_of_the_prunable_parameters_with_zero_shot_questions(tmp_path: P
         assert record.name.endswith("ratios of its prunable parameters, 4 samples")
         assert set(record.extra["accuracies"]) == {"toy"}
         assert record.extra["accuracies"]["toy"] in (0.0, 1.0)
-    # FLAP's biases come on top.
+    # FLAP adds biases, which count as parameters.
     biases = len(view.blocks) * model.config.hidden_size / view.parameters
     assert [record.extra["kept"] for record in found[1:4]] == pytest.approx([kept] * 3, abs=0.01)
     assert kept < found[4].extra["kept"] <= kept + biases + 0.01
@@ -552,7 +552,7 @@ def test_repair_of_experts(tmp_path: Path) -> None:
     for record in found:
         assert record.extra["perplexity"] > 1.0
         by_shape[record.shape].add(record.extra["perplexity"])
-    # Experts that are re-solved compute something else than those that are not.
+    # Repaired experts compute something different from experts that are not repaired.
     assert all(len(values) > 1 for values in by_shape.values())
 
 
@@ -645,14 +645,15 @@ def test_everything_runs_in_order_and_failures_are_recorded(tmp_path: Path, monk
     assert everything.main(["--quick", "--seconds", "120", "--output", str(tmp_path / "results")]) == 1
     arguments = json.loads((tmp_path / "works").read_text())
     assert arguments[-1] == "--quick"
-    # It gets what the first left over, until a moment of its own: what it takes to begin counts.
+    # The second step has the time that the first left over. It gets the moment by which it must end, so that the time
+    # it takes to start counts.
     assert float(arguments[arguments.index("--until") + 1]) > started + 60.0
     (failure,) = read(tmp_path / "results")
     assert (failure.name, failure.error) == ("fails", "failed with exit code 3")
 
 
 def test_what_a_benchmark_takes_to_begin_is_of_its_time() -> None:
-    """Its imports take ten seconds: it is given the moment by which it has to be done."""
+    """Its imports take ten seconds, so it is given the moment by which it must end."""
     options = parse(parser(""), ["--until", str(time.monotonic() + 30.0)])
     assert Deadline(options.seconds).left == pytest.approx(30.0, abs=5.0)
     assert parse(parser(""), ["--seconds", "7"]).seconds == 7.0

@@ -1,4 +1,4 @@
-"""Providers take turns; who is wrong is not timed."""
+"""Timing: providers take turns, and a provider whose result is wrong is not timed."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from benchmarks.timing import CudaClock, Provider, Timing, measure
 
 
 class Log:
-    """Providers that note their calls."""
+    """Makes providers that record their calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
@@ -42,7 +42,7 @@ def run(providers: list[Provider], repeats: int = 4, input_bytes: int = 1 << 40)
 def test_every_repeat_gives_each_provider_a_turn() -> None:
     log = Log()
     found = run([log.provider("a"), log.provider("b"), log.provider("c")])
-    timed = [name for name, _ in log.calls[3:]]  # a check each comes first
+    timed = [name for name, _ in log.calls[3:]]  # each provider is checked first
     assert timed == ["a", "b", "c"] * 4
     assert all(timing.repeats == 4 and timing.p20 <= timing.p50 <= timing.p80 for timing in found.values())
 
@@ -82,8 +82,8 @@ def test_a_failure_is_a_result(error: Exception, expected: str) -> None:
 
 @pytest.mark.parametrize(("turn", "turns"), [(0.11, 4), (0.5, 3), (2.0, 1)])
 def test_no_repeat_begins_after_the_time_is_up(turn: float, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three are made all the same, unless one alone needs that long."""
-    clock = count(step=turn)  # whoever asks makes it advance: twice a turn, and once between turns from the third on
+    """Three repeats are made in any case, unless a single one takes all the time."""
+    clock = count(step=turn)  # each reading advances it: two per turn, and one between turns from the third on
     monkeypatch.setattr("benchmarks.timing._preparation", lambda _device: nullcontext(lambda: None))
     monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: next(clock))
     log = Log()
@@ -122,7 +122,7 @@ class Device:
         patch.setattr("benchmarks.timing.time.perf_counter", lambda: self.host)
 
     def enqueue(self, seconds: float, python: float = 0.0) -> None:
-        """A kernel, which the host takes some time to enqueue."""
+        """Enqueue a kernel that runs for `seconds` on the device; enqueuing it takes `python` seconds on the host."""
         self.host += python
         self.device = max(self.device, self.host) + seconds
 
@@ -139,7 +139,7 @@ def test_the_time_of_kernels_is_not_that_of_python(kernel: float, python: float,
     turns = [clock(run, (), lambda: None) for _ in range(3)]
     assert turns == pytest.approx([kernel] * 3)
     longer = python > 1e-3
-    # Two to learn how long a spin is, one that was too short, and one for each turn.
+    # Two spins measure how long a spin takes, one more may be too short, and each turn has one.
     assert len(device.spins) == 2 + longer + 3
     assert device.spins[-1] == pytest.approx(2 * python if longer else 1e-3)
 
@@ -154,7 +154,7 @@ def toy_case(op: str, dtype: str = "fp32") -> Case:
 
 
 def corrupted(result: Any) -> Any:
-    """A result that is a little wrong."""
+    """Return a result that is slightly wrong."""
     if isinstance(result, Tensor):
         return result * 1.01
     if isinstance(result, list):
@@ -206,7 +206,7 @@ def test_rates_relate_to_the_fastest_floor() -> None:
 
 @pytest.mark.parametrize("name", ["linear_importance", "grouped_linear_importance"])
 def test_on_a_gpu_each_provider_computes_the_one_side_that_its_operations_are_counted_for(name: str) -> None:
-    """There both sides take two products, and the engine asks for one."""
+    """On a GPU both sides would take two products, and the engine requests only one side."""
     pytest.importorskip("triton", reason="triton is not installed: its provider is NOT tested here")
     op = OPS[name]
     case = op.cases("cpu", "toy")[0]
@@ -221,7 +221,7 @@ def test_on_a_gpu_each_provider_computes_the_one_side_that_its_operations_are_co
 
 
 def test_the_baselines_of_experts_wait_for_no_offsets_on_the_device() -> None:
-    """Reading them there would end the spin, so that what is timed is how fast the host enqueues a GEMM per expert."""
+    """Reading the offsets would end the spin, so that the time to enqueue a GEMM per expert would be measured."""
     op = OPS["grouped_linear_importance"]
     case = op.cases("cpu", "toy")[0]
     x, dy, w, offsets, *of_host = op.inputs(case, 0, "cpu")

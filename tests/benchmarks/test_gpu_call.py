@@ -1,4 +1,4 @@
-"""`make gpu`: what it starts, with how much time, and what it leaves out, seen without a GPU."""
+"""`make gpu`: which programs it starts, with how much time, and which it leaves out; tested without a GPU."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ TOY = ["--device", "cpu", "--toy"]
 
 
 class Machine:
-    """A stand-in: programs take time but do nothing, and some modules may be missing."""
+    """A stand-in for a machine, whose programs take time but do nothing, and which may lack some modules."""
 
     def __init__(self, patch: pytest.MonkeyPatch, takes: float = 1e9, absent: tuple[str, ...] = ()) -> None:
         self.now, self.takes = 0.0, takes
@@ -35,7 +35,7 @@ class Machine:
 
     def run(self, command: list[str], seconds: float, environment: dict[str, str], patience: float) -> int | None:
         assert environment["PYTHONPATH"] == str(ROOT)
-        # pytest-xdist ends after ten seconds, and then it is shown what failed.
+        # After an interrupt, pytest-xdist takes ten seconds to end; only then does pytest show what failed.
         assert patience > 10.0 or self.what(command) != "pytest"
         self.started.append((command, seconds, patience))
         self.now += min(self.takes, seconds)
@@ -48,13 +48,13 @@ class Machine:
 
 def test_it_builds_tests_and_measures_within_nine_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch)
-    assert gpu.main(["--device", "cpu"]) == 1  # nothing came to its end
+    assert gpu.main(["--device", "cpu"]) == 1  # because no program finished
     assert [machine.what(command) for command, *_ in machine.started] == ["pip", "pytest", "benchmarks.run"]
     assert machine.now <= gpu.SECONDS < 540.0
     (_, build, _), (_, tests, _), (measuring, seconds, patience) = machine.started
     assert (build, tests) == (gpu.BUILD, gpu.TESTS)
     assert seconds == pytest.approx(gpu.SECONDS - build - tests)
-    # They are to end by themselves before they are interrupted.
+    # The benchmarks should end by themselves before they are interrupted.
     end = float(measuring[measuring.index("--until") + 1])
     assert gpu.SECONDS - 15.0 < end < gpu.SECONDS - patience
 
@@ -121,7 +121,7 @@ def test_of_the_70b_model_only_its_jobs_run(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_kernels_are_found_where_nothing_was_installed(
     build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernels lie beside the package and are linked into it; programs find both by PYTHONPATH."""
+    """The kernels' folder is beside the package and is linked into it; programs find both through PYTHONPATH."""
     for folder in ("gradprune", "kernels"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "__init__.py").write_text("")
@@ -138,7 +138,7 @@ def test_the_kernels_are_found_where_nothing_was_installed(
 
 
 def test_the_makefile_s_line_runs(tmp_path: Path) -> None:
-    """With a stand-in for Python, which writes down what it was started with."""
+    """With a stand-in for Python that records its arguments."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/started\n')
     python.chmod(0o755)
@@ -159,7 +159,7 @@ def test_a_program_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) 
 
 
 def gone(process: int) -> bool:
-    """Whether a process has ended; one that nobody waits for stays as a zombie."""
+    """Whether a process has ended; if nobody waits for it, it remains as a zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -167,7 +167,7 @@ def gone(process: int) -> bool:
 
 
 def test_what_a_program_keeps_apart_ends_with_it_though_it_is_killed(tmp_path: Path) -> None:
-    """As benchmarks do, which run programs within their own time, in turn."""
+    """As in benchmarks, which themselves run programs with a time limit."""
     begun = tmp_path / "begun"
     inner = f"import os, pathlib, time; pathlib.Path({str(begun)!r}).write_text(str(os.getpid())); time.sleep(60.0)"
     outer = (
@@ -183,7 +183,7 @@ def test_what_a_program_keeps_apart_ends_with_it_though_it_is_killed(tmp_path: P
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
 def test_a_program_is_interrupted_before_it_is_killed(handler: object, tmp_path: Path) -> None:
-    """So that pytest shows what failed until then; also where this process was started with interrupts ignored."""
+    """This lets pytest show what failed so far, even if this process was started with interrupts ignored."""
     before = signal.signal(signal.SIGINT, handler)
     try:
         program = f"trap 'touch {tmp_path / 'interrupted'}; exit' INT; sleep 60"
@@ -234,12 +234,12 @@ def test_counters_are_read_before_a_model_takes_time_and_memory(
 def test_counters_are_read_where_ncu_is_and_may(
     code: int, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a stand-in for Nsight Compute, which writes down what it was started with."""
+    """With a stand-in for Nsight Compute that records its arguments."""
     ncu = tmp_path / "ncu"
     ncu.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/started\nexit {code}\n')
     ncu.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    # What is left of the step's share of a call, when it begins.
+    # The seconds that are left of the step's share of a call when the step begins.
     profile._read_counters(Namespace(device="cuda", output=tmp_path / "out"), Deadline(18.0))
     started = (tmp_path / "started").read_text()
     assert f"--log-file {tmp_path / 'out' / profile.NCU_FILE} {sys.executable} -c" in started
@@ -254,7 +254,7 @@ def test_the_streamed_job_s_process_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     python, flag, program = streamed._program(Namespace(device="cuda", budget=24.0))
     assert (python, flag) == (sys.executable, "-c")
     assert "set_per_process_memory_fraction(0.25)" in program
-    # As the command line sees it, whose arguments follow the program.
+    # The program is run as the command line, so that its arguments follow.
     without_bound = program.replace("torch.cuda.set_per_process_memory_fraction(0.25)", "")
     run = subprocess.run([python, flag, without_bound, "--version"], capture_output=True, text=True, check=True)
     assert run.stdout.startswith("gradprune ")

@@ -1,4 +1,4 @@
-"""The pictures of the benchmarks: what is another thing looks different, and numbers can be read."""
+"""The plots of the benchmarks: different things look different, and numbers are readable."""
 
 import re
 from pathlib import Path

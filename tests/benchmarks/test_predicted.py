@@ -1,4 +1,4 @@
-"""Predictions: from counts, by what they assume; marked as such, and shown beside what is measured."""
+"""Predictions: computed from counts and stated assumptions, marked as such, and shown beside measurements."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_the_host_is_counted_too() -> None:
 
 
 def test_products_are_counted_as_they_are() -> None:
-    """Of a decoder layer: forward, recomputed without the last product, and the inputs' gradients."""
+    """A decoder layer's products: forward, recomputation without the last product, and the inputs' gradients."""
     hidden, channels, kv, tokens = 4096, 14336, 1024, 2 * 512
     weights = hidden * (2 * hidden + 2 * kv) + 3 * hidden * channels
 
@@ -74,7 +74,7 @@ def test_products_are_counted_as_they_are() -> None:
             counts.append(sum(launch.flops for launch in found.launches if "attention" not in launch.name))
         return counts[1] - counts[0]
 
-    # The rotary table's product is the rest.
+    # The tolerance is for the product that makes the rotary table.
     assert products(False) == pytest.approx(2 * tokens * (3 * weights - hidden * channels), rel=1e-3)
     assert products(True) > products(False)
     ours = [engine_step("8B", layers, "taylor_2nd", 2, 512) for layers in (1, 2)]
@@ -98,8 +98,10 @@ def test_every_prediction_says_that_it_is_one(tmp_path: Path) -> None:
 
 
 def test_what_a_repair_multiplies_is_counted() -> None:
-    """Of a further layer: two passes over it, as it was and as it is repaired, whose output projections have lost
-    their columns, and sums of products of its inputs."""
+    """One more layer takes a pass as it was, a pass as it is repaired, and Gram matrices of its inputs.
+
+    The output projections of the repaired layer have lost their columns.
+    """
     hidden, channels, kv, tokens, lost = 4096, 14336, 1024, 2 * 512, 0.25
     layer = hidden * (2 * hidden + 2 * kv) + 3 * hidden * channels
     counts = []
@@ -112,8 +114,11 @@ def test_what_a_repair_multiplies_is_counted() -> None:
 
 
 def test_what_distillation_multiplies_is_counted() -> None:
-    """Of a further layer: each step forward, recomputed (but for the first without the last product), and both
-    gradients; and three passes over held-out samples, with none, all and half of the change."""
+    """One more layer takes four products per step and weight, and three passes over the held-out samples.
+
+    The products of a step are those of the forward pass, of its recomputation (without the last product, except in the
+    first step) and of both gradients. The passes are made with none, all and half of the change.
+    """
     hidden, channels, kv, tokens, steps, held_out = 4096, 14336, 1024, 512, 3, 2
     weights = hidden * (2 * hidden + 2 * kv) + 3 * hidden * channels
     counts = []
@@ -130,7 +135,7 @@ def test_a_repair_that_solves_more_takes_longer() -> None:
 
 
 def test_the_whole_job_s_repair_has_room_in_40_gib(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the third layer as of any other; not where all that its blocks read is held."""
+    """The third layer stands for any layer. If all inputs of its blocks were held, 40 GiB would not suffice."""
     job = whole.FULL
     weights = sum(parameter.nbytes for parameter in llama(job.size).parameters())
 
@@ -152,7 +157,7 @@ def test_the_whole_job_s_repair_has_room_in_40_gib(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_removal_path_s_launches_are_those_of_a_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose rounds remove as many groups as they may."""
+    """For a path whose rounds remove as many groups as they are allowed to."""
     x = torch.randn(64, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weight = torch.ones(5, 48, dtype=torch.float64)
     for columns in (1, 4):
@@ -172,7 +177,7 @@ def test_the_whole_job_is_the_sum_of_its_stages() -> None:
 
 def test_a_streamed_model_s_weights_take_the_time() -> None:
     found = jobs.streamed(H100)
-    # 137 GB of layers, about twice a sample.
+    # The layers take 137 GB; they are moved about twice per sample.
     assert found.ms_p50 / 1e3 == pytest.approx(18.6 * 137e9 / STREAMED, rel=0.05)
     (step,) = [step for step in LARGE if step.module == "benchmarks.jobs.streamed"]
     assert step.arguments == ("--num_samples", str(LOAD[0]), "--seq_len", str(LOAD[1]))
@@ -195,6 +200,6 @@ def test_what_compilers_make_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(run, "_compile", lambda _path: line)
     monkeypatch.setattr(run, "_OTHER_TRITON", tmp_path / "not there")
     (found,) = run.compiled()
-    # Registers and threads allow six and eight blocks of 256 threads.
+    # The registers allow six blocks of 256 threads, and the number of threads allows eight.
     assert (found.hardware, found.extra["blocks"], found.extra["loop"]) == ("any hardware", 6, 10.0)
     assert "| mask_gradient, bf16 | sm_90, Triton 3.9.0 | 40 | 0 | 2048 | 6 | 10.0 | - |" in report([found], tmp_path)

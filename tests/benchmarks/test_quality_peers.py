@@ -1,4 +1,4 @@
-"""The peers of the quality benchmark compute what their papers define: compared with NumPy in fp64."""
+"""The peers of the quality benchmark compute what their papers define, according to NumPy in fp64."""
 
 import copy
 import itertools
@@ -32,14 +32,14 @@ BATCHES = (IDS[:3], IDS[3:])
 
 
 def model_and_view(layers: int = 3) -> tuple[PreTrainedModel, PrunableModel, int]:
-    """A model, and a budget of a third of its prunable parameters."""
+    """Return a model, its view, and a budget of a third of its prunable parameters."""
     model = tiny_model(kv_heads=KV_HEADS, ratio=RATIO, head_dim=HEAD_DIM, layers=layers)
     view = describe(model)
     return model, view, sum(block.groups * block.cost for block in view.blocks) // 3
 
 
 def inputs_of(model: PreTrainedModel, block: Block) -> Array:
-    """[tokens, I] what the block's output projection reads for all samples."""
+    """Return the inputs of the block's output projection for all samples: [tokens, I]."""
     seen: list[torch.Tensor] = []
     hook = block.output.linear.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     with torch.no_grad():
@@ -49,7 +49,7 @@ def inputs_of(model: PreTrainedModel, block: Block) -> Array:
 
 
 def inputs_after(model: PreTrainedModel, view: PrunableModel, choice: PeerChoice, position: int) -> Array:
-    """The same for the block at `position`, with the blocks before it pruned."""
+    """Return the inputs of the block at `position`, see `inputs_of`, with the blocks before it pruned."""
     before = [block.key for block in view.blocks[:position]]
     kept = {b.key: choice.masks[b] if b.key in before else torch.ones_like(choice.masks[b]) for b in view.blocks}
     weights = {key: weight for key, weight in choice.weights.items() if key in before}
@@ -84,7 +84,7 @@ def test_a_peer_stays_within_the_budget_and_leaves_the_model_as_it_was(name: str
 
 
 def with_plain_linears(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, its weights stored [O, I] and not transposed."""
+    """Return a copy of the model whose weights are stored as [O, I] instead of transposed."""
     plain = copy.deepcopy(model)
     for name, module in list(plain.named_modules()):
         if type(module).__name__ == "Conv1D":
@@ -172,7 +172,7 @@ def test_flaps_bias_is_what_the_removed_columns_wrote_on_average() -> None:
         if gone:
             expected = weight_of(block)[:, gone] @ inputs_of(model, block)[:, gone].mean(0)
             np.testing.assert_allclose(choice.biases[block.key].numpy(), expected, rtol=1e-12, atol=1e-14)
-    # The first pruned block reads what it read in the dense model: the mean of what it writes stays.
+    # The first pruned block has the same inputs as in the dense model, so the mean of its output does not change.
     first = next(block for block in view.blocks if block.key in choice.biases)
     expected = inputs_of(model, first).mean(0) @ weight_of(first).T
     written: list[torch.Tensor] = []
@@ -231,7 +231,7 @@ def test_llm_pruner_keeps_the_papers_share_of_first_and_last_layers(layers: int,
 
 
 def least_squares(w: Array, hessian: Array, kept: list[int]) -> tuple[Array, float]:
-    """The best weights with only the columns `kept`, and the error tr((W - W') H (W - W')^T)."""
+    """Return the best weights with only the columns `kept`, and their error tr((W - W') H (W - W')^T)."""
     solved = np.zeros_like(w)
     solved[:, kept] = np.linalg.solve(hessian[np.ix_(kept, kept)], (w @ hessian[:, kept]).T).T
     return solved, float(np.trace((w - solved) @ hessian @ (w - solved).T))
