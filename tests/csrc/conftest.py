@@ -1,4 +1,4 @@
-"""Fixtures of the C++ ops' tests."""
+"""Fixtures for the tests of the C++ ops."""
 
 import pytest
 

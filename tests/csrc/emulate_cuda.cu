@@ -1,4 +1,5 @@
-// The kernels' launches as loops over blocks and threads on the host: the same functions, table and memory layout.
+// Emulates the kernels' launches by loops over blocks and threads on the host. The functions, the table and the memory
+// layout are those of the kernels.
 #include <array>
 #include <cstdint>
 

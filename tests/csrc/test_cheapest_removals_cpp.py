@@ -1,4 +1,4 @@
-"""cheapest_removals in C++: every instruction set as the reference, also where rows are no multiple of a vector."""
+"""cheapest_removals in C++ equals the reference, for every instruction set and for rows of any length."""
 
 import pytest
 import torch

@@ -20,5 +20,5 @@ def test_every_kernel_compiles_without_spills(source: Path, architecture: str, t
     assert found.count("Compiling entry function") == kernels
     usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", found)
     assert usage == [("0", "0", "0")] * kernels, found
-    # Below this, four blocks fit on a multiprocessor: enough loads in flight to keep its memory busy.
+    # Up to this number four blocks fit on a multiprocessor, with enough loads in flight to keep the memory busy.
     assert all(int(registers) <= 64 for registers in re.findall(r"Used (\d+) registers", found)), found

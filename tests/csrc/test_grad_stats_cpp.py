@@ -1,7 +1,8 @@
 """grad_stats in C++ against sums in 80-bit floating point.
 
-Tolerance. At most 4096 elements are added up in T over at least 2 lanes, then in fp64: a term passes through at most
-L = min(n, 2048 + 31 + 8) roundings of u in T and n / 4096 of 2^-53, its square through one more:
+Tolerance. At most 4096 elements are summed in T (fp64 for fp64, else fp32) over at least 2 lanes, and these sums are
+summed in fp64. So a term passes through at most L = min(n, 2048 + 31 + 8) roundings of relative size u in T (2^-53 or
+2^-24) and n / 4096 of relative size 2^-53; a square passes through one more:
 
     |computed - exact| <= ((L + 4) u + (n / 4096 + 4) 2^-53) sum |term|
 """
@@ -55,7 +56,7 @@ def test_mixed_dtypes_shapes_and_strides(isa: str):
     found = grad_stats_cpp(grads, isa).to_list()
     for of_one, grad in zip(found, grads, strict=True):
         _assert_correct(of_one, grad)
-    assert found[0] == found[1]  # read in the order of memory
+    assert found[0] == found[1]  # both are read in the order of memory
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,10 +1,12 @@
 """grad_stats and scale_gradients in CUDA, against sums in 80-bit floating point and against PyTorch's product.
 
-On a GPU by its kernels. Anywhere by the functions that each thread of them runs, compiled for the host and called for
-one thread after the other: that checks which elements a thread has, and the arithmetic; not launches, nor barriers.
+On a GPU the kernels are tested. On any machine the functions that each of their threads runs are tested: they are
+compiled for the host and called for one thread after the other. This checks which elements a thread processes, and its
+arithmetic, but neither launches nor barriers.
 
-Tolerance. A thread adds up at most 128 elements in T, then all goes on in fp64: a term passes through at most
-L = min(n, 128) roundings of u in T, and one more where its square is rounded first, and 16 + n / 2^23 of 2^-53.
+Tolerance. A thread sums at most 128 elements in T, and everything else is summed in fp64. So a term passes through at
+most L = min(n, 128) roundings of relative size u in T, one more if its square is rounded first, and 16 + n / 2^23 of
+relative size 2^-53.
 """
 
 import ctypes
@@ -38,7 +40,7 @@ class CudaOps:
 @pytest.fixture(scope="session")
 def emulation(tmp_path_factory: pytest.TempPathFactory) -> CudaOps:
     library = tmp_path_factory.mktemp("emulation") / "emulate_cuda.so"
-    # A GPU traps on a misaligned access. So does the host, if told to; of itself it would not mind.
+    # A GPU traps on a misaligned access; the host does so only with these options.
     host_options = "-fPIC,-fsanitize=alignment,-fsanitize-undefined-trap-on-error"
     source = Path(__file__).with_name("emulate_cuda.cu")
     nvcc("-shared", "-Xcompiler", host_options, "-o", str(library), str(source))
@@ -86,7 +88,7 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def _misaligned(values: Tensor, elements: int) -> Tensor:
-    """`values` in memory that begins `elements` after an allocation does."""
+    """Copy `values` into memory that begins `elements` elements after the start of an allocation."""
     view = torch.empty(len(values) + elements, dtype=values.dtype, device=values.device)[elements:]
     return view.copy_(values)
 
@@ -216,7 +218,7 @@ def test_each_gradient_has_its_own_scale(ops: CudaOps) -> None:
 
 
 def test_scale_1_touches_nothing(ops: CudaOps) -> None:
-    """Not even the payload of a NaN, which any product would make quiet."""
+    """Even a signalling NaN keeps its bits; any product would make it quiet."""
     g = torch.full((100,), 0x7F800001, dtype=torch.int32, device=ops.device).view(torch.float32)
     ops.scale_gradients([g], [1.0])
     assert (g.view(torch.int32) == 0x7F800001).all()
@@ -251,10 +253,10 @@ def test_strides() -> None:
 
 @pytest.mark.gpu
 def test_works_on_the_current_stream_without_waiting_for_it() -> None:
-    """Behind a slow kernel: on another stream it would read what was there before."""
+    """The ops follow a slow kernel; on another stream they would read the values from before it."""
     _require_cuda_build()
     stream = torch.cuda.Stream()
-    for warm in (False, True):  # the first time loads kernels and allocates pinned memory, and that may wait
+    for warm in (False, True):  # the first time loads kernels and allocates pinned memory, which may wait
         with torch.cuda.stream(stream):
             g = torch.zeros(1_000_000, device="cuda")
             torch.cuda._sleep(200_000_000)

@@ -1,8 +1,8 @@
 """linear_importance in C++ against gradients and sums in 80-bit floating point.
 
 Tolerance. A gradient is a sum over T tokens, each with one rounding of relative size u (2^-24, 2^-53 for fp64):
-|fl(g) - g| <= T u sum_t |dy x|. With P = |w| |dy|^T |x| in place of |w g|, and the roundings of a sum within a tile of
-at most 256 columns or 120 rows (those over tiles and samples are in fp64) and of the result:
+|fl(g) - g| <= T u sum_t |dy x|. A sum within a tile of at most 256 columns or 120 rows and the result are rounded, too;
+sums over tiles and samples are in fp64. With P = |w| |dy|^T |x| in place of |w g|:
 
     |computed - exact| <= (T + L + 4) u sum P, twice that for squares,   L = min(n, 256)
 """
@@ -32,7 +32,7 @@ from helpers.exact_sums import (
 
 pytest.importorskip("gradprune._C", reason="the extension is not built")
 
-# N, T, O, I. Panels are 6 or 12 rows and 2 vectors wide, tiles 120 x 256, and tokens go 256 at a time.
+# N, T, O, I. Panels have 6 or 12 rows and 2 vectors of columns, tiles are 120 x 256, and 256 tokens are read at a time.
 SIZES = [
     (1, 1, 1, 1),
     (2, 5, 6, 16),
@@ -75,7 +75,7 @@ def _assert_correct(x: Tensor, dy: Tensor, w: Tensor, found: ImportanceVectors) 
 def _assert_statistics(
     statistics: GradientStatistics[Tensor], g: np.ndarray, size: np.ndarray, tokens: int, unit: float
 ) -> None:
-    """`g`: [N, O, I] magnitudes, `size`: what their rounding errors are relative to."""
+    """`g`: magnitudes of the gradients; `size`: what their rounding errors are relative to; both [N, O, I]."""
     of_sum = (tokens + 120 * 256 // 4 + 4) * unit
     found = statistics.to_float()
     assert abs(found.sum_abs - g.sum()) <= of_sum * size.sum()
@@ -101,7 +101,7 @@ def test_matches_exact_sums(sizes: tuple[int, int, int, int], dtype: torch.dtype
 def test_mixed_dtypes(x_dtype: torch.dtype, dy_dtype: torch.dtype, w_dtype: torch.dtype, isa: str):
     x, dy, w = _operands((2, 9, 14, 40), torch.float64)
     x, dy, w = x.to(x_dtype), dy.to(dy_dtype), w.to(w_dtype)
-    if len({x_dtype, dy_dtype, w_dtype}) > 1:  # what is fp64 among others is rounded first
+    if len({x_dtype, dy_dtype, w_dtype}) > 1:  # fp64 operands among others are rounded to fp32 first
         x, dy, w = x.float(), dy.float(), w.float()
     _assert_correct(x, dy, w, linear_importance_cpp(x.to(x_dtype), dy.to(dy_dtype), w.to(w_dtype), isa=isa))
 
@@ -111,7 +111,7 @@ def test_empty(sizes: tuple[int, int, int, int], isa: str):
     found = linear_importance_cpp(*_operands(sizes, torch.float32), isa=isa)
     assert [len(getattr(found, name)) for name in SUMS] == [sizes[2]] * 2 + [sizes[3]] * 2
     assert not any(getattr(found, name).any() for name in SUMS)
-    # Without tokens a gradient is zero everywhere; without elements there is no smallest.
+    # Without tokens a gradient is zero everywhere; without elements there is no smallest magnitude.
     smallest = 0.0 if sizes[1] == 0 else float("inf")
     assert found.statistics.to_float() == GradientStatistics(0.0, 0.0, 0.0, smallest, 0.0)
 
@@ -198,7 +198,7 @@ def test_invariants(isa: str, sizes: tuple[int, int, int, int], exponent: int, s
     for name in SUMS:
         assert torch.equal(getattr(scaled, name), getattr(vectors, name) * (s * s if "square" in name else s))
     assert torch.equal(scaled.statistics.pack(), vectors.statistics.pack() * torch.tensor([s, s * s, s, s, 1.0]))
-    # A sample of zeros adds nothing, to the bit.
+    # A sample of zeros changes no bit.
     more = torch.cat([x, torch.zeros_like(x[:1])]), torch.cat([dy, torch.zeros_like(dy[:1])])
     for name in SUMS:
         assert torch.equal(getattr(linear_importance_cpp(*more, w, isa=isa), name), getattr(vectors, name))

@@ -1,4 +1,4 @@
-"""mask_gradient in C++: within its rounding of the exact sums, on awkward shapes, and the same bits for any threads."""
+"""mask_gradient in C++: exact sums to rounding on awkward shapes, and the same bits for any number of threads."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from helpers.exact_sums import DTYPES, random_tensor
 
 pytest.importorskip("gradprune._C", reason="the extension is not built")
 
-# Tokens: none, one, a few rows, a block that is added in fp32, one more, several. Columns: about a vector and a strip.
+# Tokens: none, one, a few, about one block that is summed in fp32, several blocks. Columns: about a vector or a strip.
 SHAPES = [
     (1, 1, 1), (2, 3, 7), (1, 4, 8), (3, 5, 15), (2, 127, 16), (1, 128, 17), (2, 129, 33), (1, 300, 1023),
     (2, 7, 1024), (1, 9, 1025), (1, 2, 2100), (0, 3, 5), (2, 0, 5), (2, 3, 0),
@@ -17,7 +17,7 @@ SHAPES = [
 
 
 def assert_exact(found: tuple[Tensor, Tensor], x: Tensor, dx: Tensor) -> None:
-    """Products and at most 128 sums are rounded in fp32, each by half a unit in the last place; then the result."""
+    """Check the sums: a product, at most 128 additions and the result each err by half a unit in the last place."""
     x, dx = x.double(), dx.double()
     for have, terms in zip(found, (x * dx, x * x), strict=True):
         allowed = (min(x.shape[1], 128) + 3) * torch.finfo(have.dtype).eps / 2 * terms.abs().sum(1)

@@ -1,4 +1,4 @@
-"""scale_gradients in C++: every bit as an independent rounding of the exact product has it."""
+"""scale_gradients in C++ has the same bits as an independent rounding of the exact product."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -21,7 +21,7 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def _expected(g: Tensor, scale: float) -> Tensor:
-    """The product of fp32 numbers is exact in fp64: rounded to fp32, then to the element type, by hand for bf16."""
+    """Return the product, exact in fp64, rounded to fp32 and then to the element type, by hand for bf16."""
     with np.errstate(over="ignore", invalid="ignore"):
         if g.dtype == torch.float64:
             return torch.from_numpy(g.numpy() * scale)
@@ -39,7 +39,7 @@ def _expected(g: Tensor, scale: float) -> Tensor:
 
 
 def _assert_same(found: Tensor, expected: Tensor) -> None:
-    """Equal values and signs of zero; NaN where NaN is."""
+    """Check that values and signs are equal, the signs of zeros included, and that NaN is at the same places."""
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(0.5), expected.nan_to_num(0.5))
     assert torch.equal(found.signbit()[~found.isnan()], expected.signbit()[~found.isnan()])
@@ -53,7 +53,7 @@ def test_matches_a_rounded_exact_product(scale: float, dtype: torch.dtype, isa: 
     scale_gradients_cpp(grads, [scale] * len(grads), isa)
     for grad, old in zip(grads, before, strict=True):
         _assert_same(grad, _expected(old, scale))
-        _assert_same(grad, old * scale)  # and as PyTorch has it
+        _assert_same(grad, old * scale)  # and equals PyTorch's product
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

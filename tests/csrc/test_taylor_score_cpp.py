@@ -1,8 +1,9 @@
 """taylor_score in C++ against sums in 80-bit floating point.
 
-Tolerance. Within a tile, T (fp32, or fp64 for fp64) adds up at most 120 rows, or 4096 columns over at least 2 lanes
-(fp64 in 16 bytes; 4 for fp32) with at most 31 left over, then combines tiles in fp64. So a term passes through at most
-L = min(n, 2048 + 31 + 8) roundings of relative size u (2^-24, 2^-53), the product, its square and the result add 4:
+Tolerance. Within a tile, at most 120 rows are summed in T (fp32, or fp64 for fp64), or 4096 columns over at least 2
+lanes (fp64 in 16 bytes; 4 lanes for fp32) with at most 31 left over; tiles are summed in fp64. So a term passes through
+at most L = min(n, 2048 + 31 + 8) roundings of relative size u (2^-24, 2^-53); the product, its square and the result
+add 4:
 
     |computed - exact| <= (L + 4) u sum |term|
 """
@@ -50,7 +51,7 @@ SHAPES = [(o, i) for o in SIZES for i in SIZES] + [
 
 
 def _assert_scores(vectors: ImportanceVectors, product: np.ndarray, unit: float, extra: float = 0.0) -> None:
-    """Compare with the sums of `product`; `extra`: relative error of the product itself."""
+    """Compare with the sums of `product`, whose own relative error is `extra`."""
     terms = {"abs": np.abs(product), "square": product * product}
     for axis, kind in ((1, "row"), (0, "column")):
         roundings = min(product.shape[axis], 2087) + 4
@@ -119,7 +120,7 @@ def test_strides(dtype: torch.dtype, isa: str):
     rows = taylor_score_cpp(w[::2, 3:131], g.T[::2, 3:131], isa=isa)  # a row stride, and unaligned rows
     assert equal_bits(rows, taylor_score_cpp(w[::2, 3:131].clone(), g.T[::2, 3:131].clone(), isa=isa))
     _assert_correct(w[::2, 3:131], g.T[::2, 3:131], isa)
-    _assert_correct(w[:, ::3], g.T[:, ::3], isa)  # elements of a row apart
+    _assert_correct(w[:, ::3], g.T[:, ::3], isa)  # elements of a row that are not adjacent
     _assert_correct(w[:1].expand(70, 300), g.T[:70], isa)  # a row stride of zero
 
 
@@ -169,7 +170,7 @@ def test_all_non_finite_and_overflowing_sums(isa: str):
     w = torch.ones(3, 70)
     nothing = taylor_score_cpp(w, torch.full((3, 70), float("nan")), isa=isa).statistics
     assert nothing.to_float() == GradientStatistics(0.0, 0.0, 0.0, float("inf"), 210.0)
-    # sum|g| of a vector's lanes overflows though every g is finite: none may be counted as non-finite.
+    # The sum of |g| overflows although every g is finite: no element may be counted as non-finite.
     large = taylor_score_cpp(w, torch.full((3, 70), 3e38), isa=isa).statistics
     largest = torch.tensor(3e38).item()
     assert large.to_float() == GradientStatistics(float("inf"), float("inf"), largest, largest, 0.0)

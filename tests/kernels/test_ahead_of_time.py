@@ -1,6 +1,6 @@
-"""What the installed Triton makes of every kernel, for devices that are not there: a gate on resources.
+"""The installed Triton compiles every kernel, for devices that need not be present, within budgets of resources.
 
-A gate that no kernel fails shows nothing, so each is tried on a kernel that was made worse.
+A gate that no kernel fails shows nothing, so each gate is also tried on a kernel that was made worse.
 """
 
 import json
@@ -24,7 +24,7 @@ def test_every_kernel_is_within_its_budgets(gate: str, compiled: list[Compiled])
 
 @pytest.fixture(scope="module")
 def worsened() -> dict[str, list[Compiled]]:
-    """By name of a gate, a kernel that it is to refuse."""
+    """By the name of a gate, the compiled kernels that it should refuse."""
     found: dict[str, list[Compiled]] = {}
     for line in compile_kernels("installed", "--worsened").splitlines():
         entry = json.loads(line)

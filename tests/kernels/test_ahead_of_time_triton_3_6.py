@@ -1,4 +1,7 @@
-"""As `test_ahead_of_time.py`, by the Triton that torch 2.11 brings to a GPU machine; apart, to run beside it."""
+"""See `test_ahead_of_time.py`: here Triton is the version that torch 2.11 installs on a GPU machine.
+
+The tests are in a file of their own, so that they can run at the same time as those.
+"""
 
 import pytest
 

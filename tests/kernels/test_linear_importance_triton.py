@@ -16,7 +16,7 @@ from helpers.devices import DEVICE, TRITON_TESTS
 pytestmark = TRITON_TESTS
 SMALL = LinearImportanceConfig(BLOCK_A=16, BLOCK_B=32, BLOCK_T=16, GROUP_A=2, num_warps=4)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# 1, a block, one less and more than it, and several blocks, of each size in turn: N, T, O, I.
+# N, T, O, I: each in turn is 1, a block, one less and one more than a block, and several blocks.
 SHAPES = [
     *((2, tokens, 18, 35) for tokens in (1, 15, 16, 17, 63)),
     *((2, 9, rows, 35) for rows in (1, 15, 16, 17, 63)),
@@ -30,7 +30,7 @@ both_sides = pytest.mark.parametrize("columns", [False, True], ids=["rows", "col
 
 
 def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """x, dy and w of shape N, T, O, I."""
+    """Return random x [N, T, I], dy [N, T, O] and w [O, I]; `shape` is N, T, O, I."""
     samples, tokens, rows, columns = shape
     generator = torch.Generator().manual_seed(seed)
     shapes = (samples, tokens, columns), (samples, tokens, rows), (rows, columns)
@@ -39,10 +39,11 @@ def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int = 0)
 
 
 def assert_equals_fp64(found: tuple[Tensor, Tensor], x: Tensor, dy: Tensor, w: Tensor, columns: bool) -> None:
-    """Against sums over fp64 gradients, with every rounding of the fp32 computation bounded.
+    """Compare with sums over fp64 gradients; the tolerance bounds every rounding of the fp32 computation.
 
-    A gradient is a sum of T products: off by at most (T + 1) ulps of the sum of their magnitudes, `noise`. Sums of n
-    such terms are off by their noise and by n + 5 ulps of their magnitudes. An ulp is 2^-23: tensor cores truncate.
+    A gradient is a sum of T products. Its error, `noise`, is at most T + 1 ulps of the sum of their magnitudes. The
+    error of a sum of n such terms is at most their noise and n + 5 ulps of their magnitudes. An ulp is 2^-23, because
+    tensor cores truncate.
     """
     sums, statistics = (part.double().cpu() for part in found)
     x, dy, w = (tensor.double().cpu() for tensor in (x, dy, w))
@@ -87,7 +88,7 @@ def test_the_shipped_configurations_equal_fp64(
 def test_descriptors_and_pointers_give_the_same_bits(
     shape: tuple[int, int, int, int], columns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tiles that reach beyond the widths, and tokens beyond a sample, which must not be the next sample's."""
+    """Tiles extend beyond the matrix, and tokens beyond a sample, where the next sample must not be read."""
     x, dy, w = tensors(shape, torch.float16)
     if not kernel.descriptors_work(x, dy, w):
         pytest.skip("this device has no tensor descriptors: they are NOT tested here")
@@ -104,14 +105,14 @@ def test_descriptors_are_used_only_where_the_hardware_can_read_them() -> None:
     assert kernel.is_describable(aligned)
     assert kernel.is_describable(aligned[:, ::2])
     assert not kernel.is_describable(torch.zeros(2, 4, 12, dtype=torch.float16))  # rows of 24 bytes
-    assert not kernel.is_describable(torch.zeros(2, 4, 24, dtype=torch.float16)[..., 4:20])  # begins at 8 bytes
+    assert not kernel.is_describable(torch.zeros(2, 4, 24, dtype=torch.float16)[..., 4:20])  # begins at byte 8
     assert not kernel.is_describable(aligned[:1].expand(2, 4, 16))
     assert not kernel.is_describable(aligned[:0])
 
 
 @both_sides
 def test_memory_around_the_tensors_is_neither_read_nor_written(columns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Views into NaN; the scratch is NaN before the kernel runs, and canaries surround it."""
+    """The inputs are surrounded by NaN; the scratch is NaN before the kernel runs, and surrounded by canaries."""
     buffers = []
 
     def guarded(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -140,7 +141,7 @@ def test_memory_around_the_tensors_is_neither_read_nor_written(columns: bool, mo
 def test_a_small_workspace_only_changes_who_adds_the_samples(
     workspace: int, columns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All samples in turn, and two at a time, of which the last program has one."""
+    """A program adds all five samples in turn, or two, of which the last program has only one."""
     x, dy, w = tensors((5, 9, 24, 40), torch.float32)
     monkeypatch.setattr(kernel, "WORKSPACE", workspace)
     in_turn = kernel.samples_in_turn(5, 2, 24)
@@ -149,7 +150,7 @@ def test_a_small_workspace_only_changes_who_adds_the_samples(
 
 
 def test_partial_sums_stay_within_the_workspace() -> None:
-    """Llama-3-405B's gate at 128 samples: 15 GiB if each sample had its own."""
+    """For Llama-3-405B's gate_proj and 128 samples they would be 6.5 GiB if each sample had partial sums of its own."""
     tiles_b, height = 16384 // 128, 53248
     in_turn = kernel.samples_in_turn(128, tiles_b, height)
     assert -(-128 // in_turn) * tiles_b * 2 * height * 4 <= max(kernel.WORKSPACE, tiles_b * 2 * height * 4)
@@ -171,7 +172,7 @@ def test_partial_sums_stay_within_the_workspace() -> None:
 def test_strided_and_transposed_inputs(view) -> None:
     x, dy, w = (view(torch.randn(size, generator=torch.Generator().manual_seed(1), device="cpu").to(DEVICE))
                 for size in ((2, 31, 31), (2, 31, 31), (31, 31)))  # fmt: skip
-    w = w[:1].expand(dy.shape[2], x.shape[2])  # rows that lie on each other
+    w = w[:1].expand(dy.shape[2], x.shape[2])  # rows that share their memory
     found = linear_importance_triton(x, dy, w)
     for side in ("rows", "columns"):
         sums = torch.stack([*found.sums(side)])
@@ -188,7 +189,7 @@ def test_samples_are_not_summed_before_they_are_scored(columns: bool) -> None:
 
 @both_sides
 def test_non_finite_gradients_are_counted_and_spread(columns: bool) -> None:
-    """One token of a sample makes element (row, column) overflow and no other."""
+    """One token of each sample makes only the element (row, column) overflow."""
     x, dy, w = tensors((3, 20, 20, 40), torch.float32)
     for sample, token, row, column, huge in ((0, 19, 3, 7, 1e30), (2, 0, 18, 39, -1e30), (1, 5, 3, 7, -1e30)):
         x[sample, token], dy[sample, token] = 0.0, 0.0
@@ -203,7 +204,7 @@ def test_non_finite_gradients_are_counted_and_spread(columns: bool) -> None:
 
 @both_sides
 def test_tiles_beyond_the_matrix_are_not_counted(columns: bool) -> None:
-    """An infinite input makes a row NaN as far as the tile reaches, an infinite gradient a column."""
+    """An infinite output gradient makes a row non-finite as far as the tile reaches, and a NaN input a column."""
     x, dy, w = tensors((2, 5, 20, 40), torch.float32)
     dy[0, 3, 19], x[1, 2, 39] = float("inf"), float("nan")
     sums, statistics = kernel.linear_importance_triton(x, dy, w, columns, SMALL)
@@ -214,7 +215,7 @@ def test_tiles_beyond_the_matrix_are_not_counted(columns: bool) -> None:
 
 
 def test_finite_elements_whose_sum_overflows_are_not_counted() -> None:
-    """The sum is not finite, so that the elements are looked at again; all are finite."""
+    """The sum is not finite, so the elements are examined again; all of them are finite."""
     x, dy, w = torch.full((1, 1, 40), 1e19), torch.full((1, 1, 20), 2e19), torch.ones(20, 40)
     _, statistics = kernel.linear_importance_triton(x.to(DEVICE), dy.to(DEVICE), w.to(DEVICE), False, SMALL)
     assert statistics[0] == float("inf")
@@ -238,7 +239,7 @@ def test_uncounted_elements_make_the_sums_non_finite_and_nothing_else_differs(co
 @both_sides
 @pytest.mark.parametrize("shape", [(3, 17, 24, 40), (2, 63, 16, 72), (1, 1, 8, 32), (5, 40, 200, 48)])
 def test_programs_that_take_tiles_in_turn_equal_fp64(shape: tuple[int, int, int, int], columns: bool) -> None:
-    """More tiles than programs, and fewer; and the same bits as tile by tile."""
+    """With more tiles than programs, and with fewer; the bits are the same as with one program per tile."""
     x, dy, w = tensors(shape, torch.float16)
     if not kernel.descriptors_work(x, dy, w):
         pytest.skip("this device has no tensor descriptors: they are NOT tested here")
@@ -261,7 +262,7 @@ def test_the_same_bits_every_time(columns: bool) -> None:
 @pytest.mark.parametrize("descriptors", [False, True])
 @pytest.mark.parametrize("widths", [(4096, 4096), (4095, 4096)])
 def test_a_choice_by_time_changes_no_bit(widths: tuple[int, int], descriptors: bool, dtype: torch.dtype) -> None:
-    """What fixes the order of summation is the same in all configurations that are chosen among."""
+    """All configurations to choose from agree in everything that determines the order of summation."""
     configs = kernel.configs_for(*widths, dtype, descriptors)
     assert len({(c.BLOCK_A, c.BLOCK_B, c.BLOCK_T, c.num_warps) for c in configs}) == 1
 

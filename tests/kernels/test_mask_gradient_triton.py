@@ -20,7 +20,7 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 def assert_equals_fp64(found: tuple[Tensor, Tensor], x: Tensor, dx: Tensor) -> None:
-    """Sums of n fp32 terms are off by at most n + 2 roundings of the sum of their magnitudes."""
+    """A sum of n fp32 terms errs by at most n + 2 roundings of the sum of their magnitudes."""
     x, dx = x.double(), dx.double()
     tokens = x.shape[1]
     error = (found[0].double() - (x * dx).sum(1)).abs()

@@ -1,4 +1,4 @@
-"""The second stage of the reductions: partial sums and statistics of many programs."""
+"""The second stage of the reductions adds the partial sums and the statistics of many programs."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = TRITON_TESTS
 
 
 def statistics_of(entries: int) -> Tensor:
-    """[entries, 5] as programs leave them, a few of which saw only non-finite elements."""
+    """Return statistics as programs leave them, [entries, 5]; some programs saw only non-finite elements."""
     generator = torch.Generator().manual_seed(entries)
     found = torch.rand(entries, 5, generator=generator) + 0.1
     found[:, 4] = torch.randint(3, (entries,), generator=generator)
@@ -38,7 +38,7 @@ def test_equals_fp64(entries: int, parts: int, width: int) -> None:
 def test_no_program_merges_more_statistics_than_one_more_launch_takes(
     entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of Llama-3-8B's gate and 16 samples would keep a single program busy for longer than all the others."""
+    """A single program would take longer for those of Llama-3-8B's gate_proj and 16 samples than all other programs."""
     merged: dict[str, int] = {}
 
     class Counted:

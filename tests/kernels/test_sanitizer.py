@@ -1,4 +1,4 @@
-"""NVIDIA's checker of memory accesses and races over a small launch of every Triton kernel."""
+"""NVIDIA's checker of memory accesses and races finds no error in a small launch of every Triton kernel."""
 
 import shutil
 import sys
@@ -7,7 +7,7 @@ import pytest
 
 from helpers.programs import run_program
 
-# Seconds for each tool: both may run in one process of the tests, which have 170 in all.
+# Time limit of each tool in seconds. Both may run in one process of the tests, which have 170 s in total.
 SECONDS = 60.0
 
 PROGRAM = """
@@ -29,9 +29,9 @@ def test_no_kernel_reads_or_writes_where_it_must_not(tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is NOT here: the kernels' memory accesses are NOT checked")
-    # Where the caching allocator hands out memory an access beyond a tensor would go unseen.
+    # In memory from the caching allocator, an access beyond a tensor would not be noticed.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    # Errors of the driver's functions are none of a kernel's: libraries ask it for what it may not have.
+    # Errors of the driver's functions are not errors of a kernel: libraries call functions that may be missing.
     options = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}[tool]
     command = [sanitizer, "--tool", tool, *options, "--error-exitcode", "9", sys.executable, "-c", PROGRAM]
     try:

@@ -12,7 +12,7 @@ from helpers.devices import DEVICE, TRITON_TESTS
 
 pytestmark = TRITON_TESTS
 SMALL = TaylorScoreConfig(ROWS=16, BLOCK_O=4, BLOCK_I=32)
-# 1, a strip, and one less and more than it, in rows and in columns.
+# In rows and in columns: 1, a strip, one less and one more than a strip, and several strips of rows.
 ROWS, COLUMNS = [1, 15, 16, 17, 63], [1, 31, 32, 33]
 
 
@@ -23,7 +23,7 @@ def matrices(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> tupl
 
 
 def assert_equals_fp64(found, w: torch.Tensor, g: torch.Tensor) -> None:
-    """Sums of n fp32 terms differ by at most n * 2^-24 of the sum of their magnitudes, each term by 2 roundings."""
+    """A sum of n fp32 terms errs by at most n * 2^-24 of the sum of their magnitudes, and each term by 2 roundings."""
     (rows, statistics), (columns, of_columns) = ([part.double().cpu() for part in side] for side in found)
     assert torch.equal(statistics, of_columns)
     w, g = w.double().cpu(), g.double().cpu()
@@ -46,7 +46,7 @@ def test_equals_fp64_on_awkward_shapes(rows: int, dtype: torch.dtype) -> None:
 
 
 def test_every_partial_sum_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernel leaves unwritten of its scratch would be NaN."""
+    """Any part of the scratch that the kernel does not write would be NaN."""
     real = torch.empty
 
     def poisoned(*args, **options):

@@ -8,7 +8,7 @@ import triton
 
 from gradprune.kernels import tuning
 
-# What a launch takes; those without a time ask for more shared memory than the device has.
+# Milliseconds that a launch takes; None: it requires more shared memory than the device has.
 TIMES = {"default": 3.0, "fast": 1.0, "slow": 9.0, "large": None}
 
 
@@ -20,7 +20,7 @@ def launch(config: str) -> float:
 
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch):
-    """Chooses among configurations on a GPU."""
+    """A function that chooses the fastest of the given configurations on a GPU."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU")
     monkeypatch.setattr(tuning, "_milliseconds", lambda launched: launched())
     monkeypatch.setattr(tuning, "_chosen", {})
