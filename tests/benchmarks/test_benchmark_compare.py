@@ -35,7 +35,7 @@ def test_memory_and_perplexity_are_compared_too() -> None:
     assert change.flag == "WORSE"
 
 
-def test_only_the_latest_run_and_only_what_both_have() -> None:
+def test_only_latest_runs_and_records_of_both_are_compared() -> None:
     before = [timed(1.0), timed(2.0, run="second"), timed(1.0, "only here", run="second")]
     (change,) = compare(before, [timed(2.0), timed(1.0, "only there")])
     assert (change.before, change.after) == (2.0, 2.0)

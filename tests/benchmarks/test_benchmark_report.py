@@ -138,7 +138,7 @@ def test_large_models_shows_what_streaming_costs(results: Path, tmp_path: Path) 
     assert "| smol, 4x8, taylor, fp32 | 0 | 1.04 | 1.00 | 1.20 |" in report
 
 
-def test_the_serving_guide_shows_what_recovery_brings_back(results: Path, tmp_path: Path) -> None:
+def test_the_serving_guide_shows_what_recovery_regains(results: Path, tmp_path: Path) -> None:
     shown = section((rebuild(results, tmp_path / "report") / "docs/serving.md").read_text(), "recovery")
     assert "smol with 30% removed, repaired: 50 steps, 51,200 tokens and 5 minutes of processor time" in shown
     assert "bring log perplexity 50% of the way back" in shown
@@ -233,7 +233,7 @@ def test_different_conditions_share_no_table(condition: str, title: str, tmp_pat
     assert "**3.00**" in (tmp_path / "report/README.md").read_text()
 
 
-def test_who_keeps_more_than_the_others_is_told(tmp_path: Path) -> None:
+def test_providers_that_keep_more_than_the_others_are_marked(tmp_path: Path) -> None:
     for provider, ratio, kept in (("obs", 0.2, 0.8), ("FLAP", 0.2, 0.805), ("obs", 0.5, 0.5), ("LLM-Pruner", 0.5, 0.6)):
         extra = {"ratio": ratio, "seed": 0, "perplexity": 3.0, "perplexity_dense": 2.0, "kept": kept}
         append(made("quality", "smol", provider, shape=f"{ratio}", extra=extra), tmp_path)
@@ -244,7 +244,7 @@ def test_who_keeps_more_than_the_others_is_told(tmp_path: Path) -> None:
     ]
 
 
-def test_an_exponent_is_of_one_run(tmp_path: Path) -> None:
+def test_an_exponent_is_fitted_to_a_single_run(tmp_path: Path) -> None:
     for run, size, each, points in (("1", "28M", 8.0, (64, 256)), ("2", "3M", 1.0, (64, 128))):
         for x in points:
             shape, extra = f"Llama {size}, 1x{x} tokens by 1", {"axis": "tokens", "x": x}
@@ -256,7 +256,7 @@ def test_an_exponent_is_of_one_run(tmp_path: Path) -> None:
     assert "| tokens, 64 to 128 | plain | 1.00 | 1.00 |" in text
 
 
-def test_the_claim_is_a_ratio_of_one_run(tmp_path: Path) -> None:
+def test_the_claim_states_time_and_memory_relative_to_torch_pruning(tmp_path: Path) -> None:
     for provider, milliseconds, peak in (("gradprune cpp", 100.0, 150), ("torch-pruning GroupTaylor", 160.0, 200)):
         values = {"peak_memory": peak, "extra": {"weight_bytes": 1}}
         append(made("job", "calibration", provider, milliseconds, **values), tmp_path / "results")
@@ -264,7 +264,7 @@ def test_the_claim_is_a_ratio_of_one_run(tmp_path: Path) -> None:
     assert "1.6 times as fast as Torch-Pruning's `GroupTaylorImportance` in 75% of its memory" in claim
 
 
-def test_the_methods_page_shows_what_repairing_experts_brings(results: Path, tmp_path: Path) -> None:
+def test_the_methods_page_shows_what_repairing_experts_gains(results: Path, tmp_path: Path) -> None:
     page = (rebuild(results, tmp_path / "report") / "docs" / "methods.md").read_text()
     assert rows(section(page, "experts")) == ["| mixture: experts 30%, 4 samples | 5.000 | 6.000 | 5.250 |"]
 
@@ -274,7 +274,7 @@ def test_the_methods_page_shows_the_mean_excess_by_the_number_of_samples(results
     assert rows(section(page, "calibration_size")) == ["| smol | 50% | FLAP | 2.500 | 1.000 |"]
 
 
-def test_the_guide_says_where_h_gsp_and_scaling_help(results: Path, tmp_path: Path) -> None:
+def test_the_guide_shows_when_h_gsp_and_scaling_help(results: Path, tmp_path: Path) -> None:
     guide = (rebuild(results, tmp_path / "report") / "docs" / "gradient-vanishing.md").read_text()
     # Each method has two models; a difference that is too small for the tables counts as none.
     assert rows(section(guide, "temperature")) == [
@@ -289,7 +289,7 @@ def test_the_guide_says_where_h_gsp_and_scaling_help(results: Path, tmp_path: Pa
     ]
 
 
-def test_nothing_measured_is_said(tmp_path: Path) -> None:
+def test_the_readme_says_if_nothing_has_been_measured(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     readme = (rebuild(tmp_path / "results", tmp_path) / "README.md").read_text()
     assert readme.count("Nothing has been measured yet.") == 3

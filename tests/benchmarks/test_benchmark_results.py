@@ -64,7 +64,7 @@ def test_an_unknown_kind_is_refused() -> None:
         made("opinion", "taylor_score", "eager", 1.0)
 
 
-def test_no_timing_of_triton_under_its_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timings_of_triton_under_its_interpreter_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = made("kernel", "taylor_score", "gradprune triton", 1.0)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(InterpreterTimingError, match="gradprune triton"):
@@ -77,7 +77,7 @@ def test_no_timing_of_triton_under_its_interpreter(tmp_path: Path, monkeypatch: 
     assert len(read(tmp_path)) == 3
 
 
-def test_the_latest_run_of_each_piece_of_work() -> None:
+def test_only_the_latest_run_of_each_piece_of_work_counts() -> None:
     old = [made("kernel", "a", "eager", 1.0), made("kernel", "a", "copy", 1.0), made("kernel", "b", "eager", 1.0)]
     new = made("kernel", "a", "eager", 2.0, run="second")
     assert latest([new, *old]) == [new, old[2]]
@@ -96,7 +96,7 @@ def test_perplexities_of_several_runs_make_one_table(kind: str) -> None:
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
-def test_under_other_conditions_a_record_replaces_none(condition: str) -> None:
+def test_a_record_replaces_none_measured_under_other_conditions(condition: str) -> None:
     def measured(run: str, value: int | None) -> Record:
         extra = {"seed": 0, "perplexity": 7.0, condition: value}
         return made("quality", "demo", "taylor", shape="20%", run=run, extra=extra)
@@ -110,7 +110,7 @@ def test_under_other_conditions_a_record_replaces_none(condition: str) -> None:
     assert latest([before, unlimited]) == [unlimited]
 
 
-def test_ratios_are_named_as_they_are() -> None:
+def test_ratios_are_written_as_exact_percentages() -> None:
     assert [percent(ratio) for ratio in (0.0, 0.1, 0.12, 0.125, 0.3, 0.5)] == [
         "0%",
         "10%",

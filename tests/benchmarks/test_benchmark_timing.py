@@ -72,7 +72,7 @@ def test_a_wrong_result_is_not_timed() -> None:
         (ValueError("no"), "ValueError: no"),
     ],
 )
-def test_a_failure_is_a_result(error: Exception, expected: str) -> None:
+def test_a_failure_is_recorded_as_a_result(error: Exception, expected: str) -> None:
     log = Log()
     found = run([log.provider("fails", error=error), log.provider("works")])
     assert found["fails"].error.startswith(expected)
@@ -128,7 +128,7 @@ class Device:
 
 
 @pytest.mark.parametrize(("kernel", "python"), [(2e-5, 1e-5), (2e-5, 3e-4), (2e-5, 5e-3), (1e-2, 1e-4)])
-def test_the_time_of_kernels_is_not_that_of_python(kernel: float, python: float, monkeypatch) -> None:
+def test_kernels_are_timed_without_the_time_of_python(kernel: float, python: float, monkeypatch) -> None:
     device = Device(monkeypatch)
     clock = CudaClock()
 
@@ -144,7 +144,7 @@ def test_the_time_of_kernels_is_not_that_of_python(kernel: float, python: float,
     assert device.spins[-1] == pytest.approx(2 * python if longer else 1e-3)
 
 
-def test_an_op_that_takes_python_too_long_is_timed_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_op_with_too_much_python_is_timed_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(monkeypatch)
     assert CudaClock()(lambda: device.enqueue(1e-3, python=1.0), (), lambda: None) > 0.9
 
@@ -169,7 +169,7 @@ TYPES = [(name, dtype) for name, op in OPS.items() for dtype in sorted({c.dtype 
 
 
 @pytest.mark.parametrize(("name", "dtype"), TYPES)
-def test_each_ops_check_passes_what_is_right_and_refuses_what_is_not(name: str, dtype: str) -> None:
+def test_each_ops_check_accepts_right_results_and_refuses_wrong_ones(name: str, dtype: str) -> None:
     op, case = OPS[name], toy_case(name, dtype)
     providers = [provider for provider in op.providers(case, "cpu") if not provider.floor]
     assert {"eager", "gradprune cpp"} <= {provider.name for provider in providers}

@@ -59,7 +59,7 @@ def test_it_builds_tests_and_measures_within_nine_minutes(monkeypatch: pytest.Mo
     assert gpu.SECONDS - 15.0 < end < gpu.SECONDS - patience
 
 
-def test_unless_told_otherwise_it_measures_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_is_measured_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, takes=1.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert gpu.main([]) == 0
@@ -83,14 +83,14 @@ def test_a_call_with_little_time_left_ends_in_time(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("part", ["pip", "pytest", "benchmarks.run"])
-def test_what_fails_is_told_and_the_rest_runs(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_reported_and_the_rest_runs(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, takes=1.0)
     machine.codes[part] = 3
     assert gpu.main(["--device", "cpu"]) == 1
     assert len(machine.started) == 3
 
 
-def test_what_a_bare_machine_lacks_is_left_out_with_the_reason(
+def test_parts_that_lack_a_module_are_left_out_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine = Machine(monkeypatch, takes=1.0, absent=("scikit_build_core", "pytest"))
@@ -102,7 +102,7 @@ def test_what_a_bare_machine_lacks_is_left_out_with_the_reason(
 
 
 @pytest.mark.parametrize("absent", [(), ("xdist",)])
-def test_tests_run_in_parallel_where_that_can_be(absent: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tests_run_in_parallel_if_xdist_is_installed(absent: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, takes=1.0, absent=absent)
     gpu.main(["--device", "cpu"])
     command, *_ = machine.started[1]
@@ -110,7 +110,7 @@ def test_tests_run_in_parallel_where_that_can_be(absent: tuple[str, ...], monkey
     assert command[command.index("pytest") :][1:3] == ["-m", "gpu"]
 
 
-def test_of_the_70b_model_only_its_jobs_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_runs_only_the_jobs_of_the_70b_model(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, takes=1.0)
     gpu.main(["--device", "cpu", "--large"])
     assert [machine.what(command) for command, *_ in machine.started] == ["pip", "benchmarks.run"]
@@ -118,7 +118,7 @@ def test_of_the_70b_model_only_its_jobs_run(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("build", ["is left out", "fails"])
-def test_the_kernels_are_found_where_nothing_was_installed(
+def test_the_kernels_are_found_if_nothing_was_installed(
     build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernels' folder is beside the package and is linked into it; programs find both through PYTHONPATH."""
@@ -137,7 +137,7 @@ def test_the_kernels_are_found_where_nothing_was_installed(
     assert run.stdout.split() == [str(tmp_path / "gradprune" / name) for name in ("__init__.py", "kernels/__init__.py")]
 
 
-def test_the_makefile_s_line_runs(tmp_path: Path) -> None:
+def test_the_makefiles_commands_run(tmp_path: Path) -> None:
     """With a stand-in for Python that records its arguments."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/started\n')
@@ -158,7 +158,7 @@ def test_a_program_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) 
     assert not (tmp_path / "lived").exists()
 
 
-def gone(process: int) -> bool:
+def has_ended(process: int) -> bool:
     """Whether a process has ended; if nobody waits for it, it remains as a zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -166,7 +166,7 @@ def gone(process: int) -> bool:
         return True
 
 
-def test_what_a_program_keeps_apart_ends_with_it_though_it_is_killed(tmp_path: Path) -> None:
+def test_a_program_in_a_session_of_its_own_ends_with_its_killed_parent(tmp_path: Path) -> None:
     """As in benchmarks, which themselves run programs with a time limit."""
     begun = tmp_path / "begun"
     inner = f"import os, pathlib, time; pathlib.Path({str(begun)!r}).write_text(str(os.getpid())); time.sleep(60.0)"
@@ -176,9 +176,9 @@ def test_what_a_program_keeps_apart_ends_with_it_though_it_is_killed(tmp_path: P
     )
     assert run_within([sys.executable, "-c", outer], 8.0, {"PYTHONPATH": str(ROOT)}) is None
     process, end = int(begun.read_text()), time.monotonic() + 10.0
-    while not gone(process) and time.monotonic() < end:
+    while not has_ended(process) and time.monotonic() < end:
         time.sleep(0.1)
-    assert gone(process)
+    assert has_ended(process)
 
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
@@ -198,7 +198,7 @@ def test_a_program_that_ends_in_time_has_its_exit_code() -> None:
     assert run_within([sys.executable, "-c", program], 60.0, {"CODE": "7"}) == 7
 
 
-def test_the_peak_of_each_stage_is_on_top_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_of_each_stage_excludes_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for the GPU's allocator."""
     held, most = [100], [100]
 
@@ -230,9 +230,9 @@ def test_counters_are_read_before_a_model_takes_time_and_memory(
     assert done == ["_read_counters", "build", "_profile", "_profile"]
 
 
-@pytest.mark.parametrize(("code", "told"), [(0, False), (1, True)])
-def test_counters_are_read_where_ncu_is_and_may(
-    code: int, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("code", "reported"), [(0, False), (1, True)])
+def test_counters_are_read_if_ncu_is_installed_and_permitted(
+    code: int, reported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a stand-in for Nsight Compute that records its arguments."""
     ncu = tmp_path / "ncu"
@@ -244,11 +244,11 @@ def test_counters_are_read_where_ncu_is_and_may(
     started = (tmp_path / "started").read_text()
     assert f"--log-file {tmp_path / 'out' / profile.NCU_FILE} {sys.executable} -c" in started
     assert "--kernel-name regex:^_linear_importance_kernel --section SpeedOfLight" in started
-    assert ("LEFT OUT" in capsys.readouterr().err) is told
+    assert ("LEFT OUT" in capsys.readouterr().err) is reported
     compile(profile._NCU_PROGRAM, "program", "exec")
 
 
-def test_the_streamed_job_s_process_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_the_streamed_jobs_process_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = namedtuple("properties", "total_memory")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties(96 << 30))
     python, flag, program = streamed._program(Namespace(device="cuda", budget=24.0))

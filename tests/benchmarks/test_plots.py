@@ -31,7 +31,7 @@ def test_no_two_methods_look_alike(tmp_path: Path) -> None:
     assert len(colors) == len(methods)
 
 
-def test_panels_side_by_side_have_one_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_panels_side_by_side_have_the_same_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = []
     finish = plots._finish
 

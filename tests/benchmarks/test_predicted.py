@@ -62,7 +62,7 @@ def test_the_host_is_counted_too() -> None:
     assert device_seconds(launches, H100) < host_seconds(launches)
 
 
-def test_products_are_counted_as_they_are() -> None:
+def test_the_products_of_a_layer_are_counted() -> None:
     """A decoder layer's products: forward, recomputation without the last product, and the inputs' gradients."""
     hidden, channels, kv, tokens = 4096, 14336, 1024, 2 * 512
     weights = hidden * (2 * hidden + 2 * kv) + 3 * hidden * channels
@@ -82,7 +82,7 @@ def test_products_are_counted_as_they_are() -> None:
     assert scored[1] - scored[0] == 2 * tokens * weights
 
 
-def test_every_prediction_says_that_it_is_one(tmp_path: Path) -> None:
+def test_every_prediction_is_marked_as_one(tmp_path: Path) -> None:
     run.main(["--toy", "--output", str(tmp_path)])
     found = read(tmp_path)
     assert {record.hardware for record in found} == {card.name for card in CARDS}
@@ -97,7 +97,7 @@ def test_every_prediction_says_that_it_is_one(tmp_path: Path) -> None:
     assert of_plain.split("|")[-3:-1] == [" - ", " - "]
 
 
-def test_what_a_repair_multiplies_is_counted() -> None:
+def test_the_products_of_a_repair_are_counted() -> None:
     """One more layer takes a pass as it was, a pass as it is repaired, and Gram matrices of its inputs.
 
     The output projections of the repaired layer have lost their columns.
@@ -113,7 +113,7 @@ def test_what_a_repair_multiplies_is_counted() -> None:
     assert counts[1] - counts[0] == pytest.approx(2 * tokens * (both + grams), rel=0.02)
 
 
-def test_what_distillation_multiplies_is_counted() -> None:
+def test_the_products_of_distillation_are_counted() -> None:
     """One more layer takes four products per step and weight, and three passes over the held-out samples.
 
     The products of a step are those of the forward pass, of its recomputation (without the last product, except in the
@@ -134,7 +134,7 @@ def test_a_repair_that_solves_more_takes_longer() -> None:
     assert pass_seconds(few, H100) < pass_seconds(many, H100)
 
 
-def test_the_whole_job_s_repair_has_room_in_40_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_repair_of_the_whole_job_fits_in_40_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     """The third layer stands for any layer. If all inputs of its blocks were held, 40 GiB would not suffice."""
     job = whole.FULL
     weights = sum(parameter.nbytes for parameter in llama(job.size).parameters())
@@ -156,7 +156,7 @@ def test_the_whole_job_s_repair_has_room_in_40_gib(monkeypatch: pytest.MonkeyPat
     assert held() > 40 << 30
 
 
-def test_a_removal_path_s_launches_are_those_of_a_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predicted_launches_of_a_removal_path_are_those_of_a_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a path whose rounds remove as many groups as they are allowed to."""
     x = torch.randn(64, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weight = torch.ones(5, 48, dtype=torch.float64)
@@ -175,7 +175,7 @@ def test_the_whole_job_is_the_sum_of_its_stages() -> None:
     assert found["gradprune by default"].ms_p50 == pytest.approx(sum(stages))
 
 
-def test_a_streamed_model_s_weights_take_the_time() -> None:
+def test_the_time_of_a_streamed_job_is_that_of_moving_its_weights() -> None:
     found = jobs.streamed(H100)
     # The layers take 137 GB; they are moved about twice per sample.
     assert found.ms_p50 / 1e3 == pytest.approx(18.6 * 137e9 / STREAMED, rel=0.05)
@@ -183,7 +183,7 @@ def test_a_streamed_model_s_weights_take_the_time() -> None:
     assert step.arguments == ("--num_samples", str(LOAD[0]), "--seq_len", str(LOAD[1]))
 
 
-def test_a_measurement_stands_beside_its_prediction(tmp_path: Path) -> None:
+def test_a_measurement_is_shown_beside_its_prediction(tmp_path: Path) -> None:
     found = list(run.ops(H100, toy=True))
     measured = replace(found[0], kind="kernel", ms_p50=2.0 * found[0].ms_p50, ms_p20=1.0, ms_p80=1.0)
     text = report([*found, measured], tmp_path / "plots")
@@ -191,7 +191,7 @@ def test_a_measurement_stands_beside_its_prediction(tmp_path: Path) -> None:
     assert row.split("|")[-2].strip() == "2.00"
 
 
-def test_what_compilers_make_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_resources_of_compiled_kernels_are_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     line = (
         '{"triton": "3.9.0", "name": "mask_gradient", "dtype": "bf16", "capability": 90, "warps": 8, "registers": 40, '
         '"stack": 0, "shared": 2048, "elements": 8, "default": true, "wgmma": 0, "loop": 80, "loop_barriers": 0, '

@@ -111,7 +111,7 @@ def test_a_peer_reads_weights_that_are_stored_transposed(name: str) -> None:
         torch.testing.assert_close(*(view.model(IDS).logits for view in views), rtol=1e-9, atol=1e-10)
 
 
-def test_who_takes_no_part_is_said_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_absent_peers_are_listed_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     view = describe(tiny_mixture())
     assert list(taking_part(PEERS, view)) == []
     reason = " takes no part: it prunes attention and mlp blocks, but the model's blocks are "
@@ -124,7 +124,7 @@ def test_who_takes_no_part_is_said_with_the_reason(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.count("but the model's layers differ") == 3
 
 
-def test_torch_pruning_weighs_every_window_alike() -> None:
+def test_torch_pruning_weighs_every_window_equally() -> None:
     pytest.importorskip("torch_pruning")
     model = tiny_model(kv_heads=3, ratio=1, layers=2)
     split, whole = (torch_pruning_scores(model, batches) for batches in (BATCHES, (IDS,)))
@@ -168,9 +168,9 @@ def test_flaps_bias_is_what_the_removed_columns_wrote_on_average() -> None:
     choice = flap(view, BATCHES, budget)
     assert set(choice.biases) == {block.key for block in view.blocks if not choice.masks[block].all()}
     for block in view.blocks:
-        gone = [c for g in (~choice.masks[block]).nonzero().flatten().tolist() for c in columns_of(block, g)]
-        if gone:
-            expected = weight_of(block)[:, gone] @ inputs_of(model, block)[:, gone].mean(0)
+        removed = [c for g in (~choice.masks[block]).nonzero().flatten().tolist() for c in columns_of(block, g)]
+        if removed:
+            expected = weight_of(block)[:, removed] @ inputs_of(model, block)[:, removed].mean(0)
             np.testing.assert_allclose(choice.biases[block.key].numpy(), expected, rtol=1e-12, atol=1e-14)
     # The first pruned block has the same inputs as in the dense model, so the mean of its output does not change.
     first = next(block for block in view.blocks if block.key in choice.biases)
@@ -191,8 +191,8 @@ def test_wanda_sp_is_weight_times_input_norm_summed_by_group_and_local_to_each_b
         x, w = inputs_after(model, view, choice, position), weight_of(block)
         elements = np.abs(w) * np.sqrt((x**2).sum(0))
         scores = [elements[:, columns_of(block, g)].sum() for g in range(block.groups)]
-        gone = np.argsort(scores)[: lost[block.kind.name]]
-        assert set((~choice.masks[block]).nonzero().flatten().tolist()) == set(gone.tolist())
+        removed = np.argsort(scores)[: lost[block.kind.name]]
+        assert set((~choice.masks[block]).nonzero().flatten().tolist()) == set(removed.tolist())
 
 
 def test_llm_pruner_sums_w_times_the_batch_gradient_over_each_groups_weights() -> None:
@@ -219,8 +219,8 @@ def test_llm_pruner_sums_w_times_the_batch_gradient_over_each_groups_weights() -
         ]
         channels = mlp["gate_proj"].sum(1) + mlp["up_proj"].sum(1) + mlp["down_proj"].sum(0)
         for kind, scores in (("attention", heads), ("mlp", channels)):
-            gone = np.argsort(scores)[: lost[kind]].tolist() if 1 <= layer < 3 else []
-            assert set((~choice.masks[BlockKey(layer, kind)]).nonzero().flatten().tolist()) == set(gone)
+            removed = np.argsort(scores)[: lost[kind]].tolist() if 1 <= layer < 3 else []
+            assert set((~choice.masks[BlockKey(layer, kind)]).nonzero().flatten().tolist()) == set(removed)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_the_surgeon_removes_greedily_and_solves_what_stays(columns: int) -> Non
     np.testing.assert_allclose(solved.numpy(), least_squares(w, hessian, at)[0], rtol=1e-8, atol=1e-10)
 
 
-def test_the_surgeon_takes_one_of_two_twins() -> None:
+def test_the_surgeon_removes_one_of_two_columns_with_equal_inputs() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(50, 4))
     x[:, 2] = x[:, 1]
