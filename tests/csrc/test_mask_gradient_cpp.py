@@ -34,7 +34,7 @@ def test_sums_are_exact_to_rounding(shape: tuple[int, int, int], dtype: torch.dt
     assert_exact(found, x, dx)
 
 
-def test_types_that_differ_and_strides(isa: str) -> None:
+def test_mixed_dtypes_and_strides(isa: str) -> None:
     x, dx = random_tensor((4, 20, 50), torch.float64, 0), random_tensor((4, 20, 50), torch.bfloat16, 1)
     found = mask_gradient_cpp(x, dx, isa)
     assert found.gradient.dtype == torch.float32
@@ -56,7 +56,7 @@ def test_the_same_bits_for_any_number_of_threads(dtype: torch.dtype, isa: str, r
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_makes_its_own_sums_not_finite(value: float, isa: str) -> None:
+def test_a_non_finite_element_makes_only_its_own_sums_non_finite(value: float, isa: str) -> None:
     x, dx = (random_tensor((2, 9, 40), torch.float32, seed) for seed in (0, 1))
     x[1, 4, 33] = value
     for sums in mask_gradient_cpp(x, dx, isa):

@@ -293,7 +293,7 @@ def test_missing_extension_and_instruction_set(monkeypatch: pytest.MonkeyPatch):
         taylor_score_cpp(torch.ones(1, 1), torch.ones(1, 1))
 
 
-def test_calls_from_several_threads_do_not_meet():
+def test_calls_from_several_threads_do_not_interfere():
     pairs = [(random_tensor((700, 900), torch.float32, 2 * k), random_tensor((700, 900), torch.float32, 2 * k + 1))
              for k in range(8)]  # fmt: skip
     alone = [taylor_score_cpp(w, g) for w, g in pairs]

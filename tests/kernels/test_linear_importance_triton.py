@@ -138,7 +138,7 @@ def test_memory_around_the_tensors_is_neither_read_nor_written(columns: bool, mo
 
 @both_sides
 @pytest.mark.parametrize("workspace", [1, 2 * 4 * 2 * 24 * 3])
-def test_a_small_workspace_only_changes_who_adds_the_samples(
+def test_a_small_workspace_only_changes_which_program_adds_the_samples(
     workspace: int, columns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A program adds all five samples in turn, or two, of which the last program has only one."""
@@ -188,7 +188,7 @@ def test_samples_are_not_summed_before_they_are_scored(columns: bool) -> None:
 
 
 @both_sides
-def test_non_finite_gradients_are_counted_and_spread(columns: bool) -> None:
+def test_non_finite_gradients_are_counted_and_make_their_sums_non_finite(columns: bool) -> None:
     """One token of each sample makes only the element (row, column) overflow."""
     x, dy, w = tensors((3, 20, 20, 40), torch.float32)
     for sample, token, row, column, huge in ((0, 19, 3, 7, 1e30), (2, 0, 18, 39, -1e30), (1, 5, 3, 7, -1e30)):
@@ -238,7 +238,7 @@ def test_uncounted_elements_make_the_sums_non_finite_and_nothing_else_differs(co
 
 @both_sides
 @pytest.mark.parametrize("shape", [(3, 17, 24, 40), (2, 63, 16, 72), (1, 1, 8, 32), (5, 40, 200, 48)])
-def test_programs_that_take_tiles_in_turn_equal_fp64(shape: tuple[int, int, int, int], columns: bool) -> None:
+def test_persistent_programs_equal_fp64(shape: tuple[int, int, int, int], columns: bool) -> None:
     """With more tiles than programs, and with fewer; the bits are the same as with one program per tile."""
     x, dy, w = tensors(shape, torch.float16)
     if not kernel.descriptors_work(x, dy, w):

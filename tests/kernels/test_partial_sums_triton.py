@@ -35,7 +35,7 @@ def test_equals_fp64(entries: int, parts: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("entries", [32_768, 32_769, 458_752])
-def test_no_program_merges_more_statistics_than_one_more_launch_takes(
+def test_more_statistics_than_one_program_can_merge_take_another_launch(
     entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A single program would take longer for those of Llama-3-8B's gate_proj and 16 samples than all other programs."""

@@ -74,7 +74,7 @@ def test_empty_matrices(shape: tuple[int, int]) -> None:
     assert found.statistics.to_float() == GradientStatistics(0.0, 0.0, 0.0, float("inf"), 0.0)
 
 
-def test_non_finite_gradients_are_counted_and_spread() -> None:
+def test_non_finite_gradients_are_counted_and_make_their_sums_non_finite() -> None:
     w, g = matrices(20, 40, torch.float32)
     g[3, 7], g[18, 39], g[0, 0] = float("nan"), float("inf"), -float("inf")
     (rows, statistics), (columns, _) = kernel.taylor_score_triton(w, g, config=SMALL)

@@ -33,11 +33,11 @@ def test_the_fastest_that_fits_the_device_is_chosen(configs: tuple[str, ...], ch
     assert chosen(*configs) == "fast"
 
 
-def test_the_default_is_chosen_where_no_other_fits(chosen) -> None:
+def test_the_default_is_chosen_if_no_other_fits(chosen) -> None:
     assert chosen("default", "large", "large") == "default"
 
 
-def test_a_default_that_does_not_fit_is_told(chosen) -> None:
+def test_a_default_that_does_not_fit_raises(chosen) -> None:
     with pytest.raises(triton.OutOfResources, match="shared memory"):
         chosen("large", "fast")
 
