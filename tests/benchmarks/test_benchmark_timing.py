@@ -16,7 +16,7 @@ from benchmarks.timing import CudaClock, Provider, Timing, measure
 
 
 class Log:
-    """Makes providers that record their calls."""
+    """Makes providers, and records their calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []

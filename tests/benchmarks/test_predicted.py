@@ -98,9 +98,10 @@ def test_every_prediction_is_marked_as_one(tmp_path: Path) -> None:
 
 
 def test_the_products_of_a_repair_are_counted() -> None:
-    """One more layer takes a pass as it was, a pass as it is repaired, and Gram matrices of its inputs.
+    """One more layer takes a pass of the dense layer, one of the repaired layer, and the products that are solved from.
 
-    The output projections of the repaired layer have lost their columns.
+    The output projections of the repaired layer have lost columns. The products are those of the projections' inputs
+    with themselves and with the outputs.
     """
     hidden, channels, kv, tokens, lost = 4096, 14336, 1024, 2 * 512, 0.25
     layer = hidden * (2 * hidden + 2 * kv) + 3 * hidden * channels
