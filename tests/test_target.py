@@ -104,7 +104,8 @@ def test_a_size_that_the_model_already_has_is_refused() -> None:
         pruned(model, target_bytes=str(size.bytes))
 
 
-def test_a_target_that_constraints_do_not_allow_is_refused_before_calibration() -> None:
+def test_a_target_that_constraints_do_not_allow_is_refused_before_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradprune.pipeline.gather_evidence", lambda *_: pytest.fail("it calibrates"))
     with pytest.raises(SelectionError, match=r"target_parameters: 200 cannot be met; .*cannot be reached"):
         pruned(tiny_model(dtype=torch.float32), target_parameters="200")
 
