@@ -165,7 +165,7 @@ def test_the_report_shows_the_records(results: Path, tmp_path: Path) -> None:
         assert f"plots/{image.name}" in report or image.name == PICTURE
 
 
-def test_readme_shows_short_tables_of_what_anyone_can_rebuild(results: Path, tmp_path: Path) -> None:
+def test_the_readme_shows_short_tables_that_anyone_can_rebuild(results: Path, tmp_path: Path) -> None:
     readme = (rebuild(results, tmp_path / "report") / "README.md").read_text()
     assert "old figures" not in readme
     assert "stories" not in readme

@@ -458,7 +458,7 @@ def test_quality_by_the_number_of_calibration_samples(tmp_path: Path) -> None:
     assert all(record.extra["perplexity"] > record.extra["perplexity_dense"] > 1.0 for record in found)
 
 
-def test_quality_by_the_text_s_share_in_distillation(tmp_path: Path) -> None:
+def test_quality_by_the_share_of_text_in_distillation(tmp_path: Path) -> None:
     distilled_text.main([*TOY, str(tmp_path), "--seq_len", "16", "--ratios", "0.5", "--eval_samples", "2"])
     found = read(tmp_path)
     assert [record.extra["share"] for record in found] == [0.0, 0.1]

@@ -101,7 +101,7 @@ def test_the_products_of_a_repair_are_counted() -> None:
     """One more layer takes a pass of the dense layer, one of the repaired layer, and the products that are solved from.
 
     The output projections of the repaired layer have lost columns. The products are those of the projections' inputs
-    with themselves and with the outputs.
+    with themselves and with the targets.
     """
     hidden, channels, kv, tokens, lost = 4096, 14336, 1024, 2 * 512, 0.25
     layer = hidden * (2 * hidden + 2 * kv) + 3 * hidden * channels
