@@ -9,6 +9,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -46,10 +47,22 @@ def options(name: str, *more: object, **changed: object) -> tuple[object, ...]:
     return ("--base_model", "model", "--dataset", "text.npy", "--output_name", name, *flat, QUICK[-1], *more)
 
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 WHOLE = {"stream_layers": "off"}
 # With this memory there is about one wave per batch.
 STREAMED = {"stream_layers": "on", "stream_memory": "40KB"}
+
+
+def run_by_torchrun(ranks: int, *command: str, cwd: Path) -> CompletedProcess[str]:
+    """Run a file, or a module with "-m", in `ranks` independently started processes to its end."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
+    return run_program([sys.executable, *launcher, *command], cwd=cwd)
+
+
+def check_in_ranks(folder: Path, ranks: int, program: str) -> None:
+    """Run a program that asserts something in `ranks` independently started processes; none may fail."""
+    (folder / "program.py").write_text(program, encoding="utf-8")
+    done = run_by_torchrun(ranks, "program.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
 
 
 def experts_one_by_one() -> None:
@@ -141,9 +154,7 @@ def test_parts_are_joined_in_order_by_independently_started_processes(place: Pat
         "    found = ranks.joined([torch.tensor(k) for k in ranks.share(range(24))])\n"
         "    assert [int(each) for each in found] == list(range(24)), found\n"
     )
-    (place / "joined.py").write_text(program, encoding="utf-8")
-    done = run_program([*TORCHRUN, str(place / "joined.py")])
-    assert done.returncode == 0, done.stderr
+    check_in_ranks(place, 2, program)
 
 
 def test_a_search_by_two_ranks_chooses_the_same_as_one_process(place: Path) -> None:
@@ -292,7 +303,7 @@ def test_ranks_may_read_the_same_content_under_other_names(place: Path) -> None:
 
 
 def test_torchrun_can_start_the_command(place: Path) -> None:
-    ended = run_program([*TORCHRUN, "-m", "gradprune", "prune", *map(str, options("torchrun"))], cwd=place)
+    ended = run_by_torchrun(2, "-m", "gradprune", "prune", *map(str, options("torchrun")), cwd=place)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("results/torchrun/model") == 1
     assert (place / "results/torchrun/model/model.safetensors").is_file()
@@ -331,9 +342,7 @@ def test_large_tensors_are_added_in_the_order_of_the_ranks(place: Path) -> None:
         "    own = numbers * (1e16, -1e16, 1.0)[ranks.rank]\n"
         "    assert torch.equal(ranks.sum(own), numbers), ranks.sum(own)\n"
     )
-    (place / "added.py").write_text(program, encoding="utf-8")
-    done = run_program([*TORCHRUN[:-1], "3", str(place / "added.py")])
-    assert done.returncode == 0, done.stderr
+    check_in_ranks(place, 3, program)
 
 
 class _ThreeRanks(Ranks):

@@ -110,8 +110,7 @@ class LaunchedRanks(Ranks):
         if failed:
             self._connected = False
             first, words = next(iter(failed.items()))
-            same = len(failed) == self.world and len(set(failed.values())) == 1
-            raise RankError(words if same or first == 0 else f"rank {first}: {words}")
+            raise RankError(words if first == 0 else f"rank {first}: {words}")
         return payloads
 
     def _all_gather(self, own: Tensor) -> list[Tensor]:
