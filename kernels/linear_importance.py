@@ -425,13 +425,20 @@ def _recount_tile(
     store_statistics(statistics, sum_abs, sum_square, max_abs, min_abs, others)
 
 
-# None of these spills a register when compiled for sm_80 and sm_90; none has been timed on a GPU.
+# None of these spills a register when compiled for sm_80, sm_90, sm_100 and sm_120, as far as they run there; none has
+# been timed on a GPU.
 #
 # With descriptors and 3 stages, a block takes 96 KiB of shared memory and 128 registers per thread: two blocks fit on
 # an SM, and one computes products during the other's epilogue. With 4 stages only one fits, with more loads in flight.
 _DESCRIPTORS = (
     LinearImportanceConfig(BLOCK_A=128, BLOCK_B=128, BLOCK_T=64, maxnreg=128),
     LinearImportanceConfig(BLOCK_A=128, BLOCK_B=128, BLOCK_T=64, GROUP_A=16, maxnreg=128),
+    LinearImportanceConfig(BLOCK_A=128, BLOCK_B=128, BLOCK_T=64, num_stages=4),
+)
+# Where operands have to be in registers, 128 registers would spill, and an SM has only 100 KiB of shared memory.
+_DESCRIPTORS_FROM_REGISTERS = (
+    LinearImportanceConfig(BLOCK_A=128, BLOCK_B=128, BLOCK_T=64),
+    LinearImportanceConfig(BLOCK_A=128, BLOCK_B=128, BLOCK_T=64, GROUP_A=16),
     LinearImportanceConfig(BLOCK_A=128, BLOCK_B=128, BLOCK_T=64, num_stages=4),
 )
 # The next tile's loads overlap a tile's epilogue. Only the sweep measures it: its wider tiles add in another order than
@@ -449,11 +456,16 @@ _FP32_RAGGED = (LinearImportanceConfig(BLOCK_A=64, BLOCK_B=32, BLOCK_T=16, num_s
 _RECOUNT = {"BLOCK_T": 16, "SCAN": 256}
 
 
-def configs_for(A: int, B: int, dtype: torch.dtype, descriptors: bool) -> tuple[LinearImportanceConfig, ...]:
-    """The configurations for a product [A, B] of inputs of `dtype`: the default first; all give the same bits."""
+def configs_for(
+    A: int, B: int, dtype: torch.dtype, descriptors: bool, from_registers: bool = False
+) -> tuple[LinearImportanceConfig, ...]:
+    """The configurations for a product [A, B] of inputs of `dtype`: the default first; all give the same bits.
+
+    from_registers: whether the GPU multiplies as `multiplies_from_registers` says; it matters with descriptors only.
+    """
     ragged = bool(A % 16 or B % 16)
     if descriptors:
-        return _DESCRIPTORS
+        return _DESCRIPTORS_FROM_REGISTERS if from_registers else _DESCRIPTORS
     if dtype == torch.float32:
         return _FP32_RAGGED if ragged else _FP32
     return _POINTERS_RAGGED if ragged else _POINTERS
@@ -492,7 +504,10 @@ def linear_importance_triton(
         x, dy = x.float(), dy.float()
     a, b = (x, dy) if columns else (dy, x)
     descriptors = descriptors_work(x, dy, w)
-    configs = configs_for(a.shape[2], b.shape[2], x.dtype, descriptors) if config is None else (config,)
+    if config is None:
+        configs = configs_for(a.shape[2], b.shape[2], x.dtype, descriptors, multiplies_from_registers(w.device))
+    else:
+        configs = (config,)
     with device_of(w):
         chosen = fastest(
             configs, lambda entry: _launch(a, b, w, columns, descriptors, entry), x, a.shape, b.shape[2], descriptors
@@ -621,6 +636,15 @@ def descriptors_work(*tensors: Tensor) -> bool:
     if tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
         return False
     return tensors[0].dtype != torch.float32 and all(map(is_describable, tensors))
+
+
+def multiplies_from_registers(device: torch.device) -> bool:
+    """Whether the tensor cores take both operands from registers, although the GPU has tensor memory accelerators.
+
+    So do the consumer and workstation GPUs of the Blackwell generation, compute capability 12. Hopper's and Blackwell's
+    data-centre GPUs take them from shared memory.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 12
 
 
 def is_describable(tensor: Tensor) -> bool:

@@ -34,11 +34,12 @@ _NCU_SECONDS, _NCU_LEAST = 40.0, 10.0
 _NCU_SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
 _NCU_PROGRAM = """
 import torch
-from gradprune.kernels.linear_importance import configs_for, descriptors_work, linear_importance_triton
+from gradprune.kernels import linear_importance as kernel
 x, dy = (torch.randn(4, 2048, 4096, device="cuda").bfloat16() for _ in range(2))
 w = torch.randn(4096, 4096, device="cuda").bfloat16()
-config = configs_for(4096, 4096, x.dtype, descriptors_work(x, dy, w))[0]
-linear_importance_triton(x, dy, w, columns=False, config=config)
+from_registers = kernel.multiplies_from_registers(w.device)
+config = kernel.configs_for(4096, 4096, x.dtype, kernel.descriptors_work(x, dy, w), from_registers)[0]
+kernel.linear_importance_triton(x, dy, w, columns=False, config=config)
 torch.cuda.synchronize()
 """
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from benchmarks.kernels.cases import LLAMA_8B
@@ -68,11 +69,13 @@ def cases(quick: bool, toy: bool) -> list[Case]:
     ]
 
 
-def candidates(rows: int, columns: int, dtype: str, descriptors: bool) -> dict[str, "LinearImportanceConfig"]:
+def candidates(
+    rows: int, columns: int, dtype: str, descriptors: bool, from_registers: bool = False
+) -> dict[str, "LinearImportanceConfig"]:
     """Configurations by name: first those that the kernel chooses among, then others near the default."""
     from gradprune.kernels.linear_importance import PERSISTENT, configs_for
 
-    chosen = configs_for(rows, columns, DTYPES[dtype], descriptors)
+    chosen = configs_for(rows, columns, DTYPES[dtype], descriptors, from_registers)
     default = chosen[0]
     near = [
         replace(default, GROUP_A=4),
@@ -130,13 +133,14 @@ def _sweep(case: Case, options: Namespace) -> None:
 
 def _providers(case: Case, device: str) -> list[Provider]:
     """A provider for each configuration, with row sums: the side of all projections except output projections."""
-    from gradprune.kernels.linear_importance import descriptors_work
+    from gradprune.kernels.linear_importance import descriptors_work, multiplies_from_registers
 
     described = descriptors_work(*OP.inputs(case, 0, device))
+    from_registers = multiplies_from_registers(torch.device(device))
     check = vectors_check(partial(linear_importance_reference, side="rows"))
     return [
         Provider(name, _scored_by(config), check)
-        for name, config in candidates(*case.shapes[0], case.dtype, described).items()
+        for name, config in candidates(*case.shapes[0], case.dtype, described, from_registers).items()
     ]
 
 

@@ -32,6 +32,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A and B: whole tiles; a width beyond which the last tiles extend; widths that are not multiples of 16.
 WIDTHS = {"whole": (4096, 4096), "tail": (4096, 4112), "ragged": (4095, 4097)}
 CAPABILITIES = (80, 90)
+# Blackwell's data-centre GPUs, and its consumer and workstation GPUs. A few kernels, which do all that others do, stand
+# for all.
+BLACKWELL = (100, 120)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,8 @@ def taylor_scores(dtype: str) -> Iterator[Variant]:
         kernel = taylor._taylor_score_kernel
         # The launch for both sides contains all that the launch for the rows does.
         capabilities = CAPABILITIES if columns else (90,)
+        if rows and columns and dtype == "bf16":
+            capabilities = (*CAPABILITIES, *BLACKWELL)
         yield Variant(name, kernel, dtype, types, constants, options, True, capabilities, elements)
 
 
@@ -109,12 +114,25 @@ def linear_importances(dtype: str) -> Iterator[Variant]:
                 yield from by_descriptors(widths, dtype, default, others)
             elif widths != "whole":  # pointers are masked for whole tiles too, so these add nothing
                 yield from by_pointers(widths, dtype, default)
+    if dtype == "bf16":
+        yield from by_descriptors_on_blackwell()
+
+
+def by_descriptors_on_blackwell() -> Iterator[Variant]:
+    """The variants with descriptors for Blackwell's GPUs, for tiles that extend beyond the matrix."""
+    for capability in BLACKWELL:
+        configs = linear.configs_for(*WIDTHS["tail"], torch.bfloat16, True, from_registers=capability == 120)
+        variants = [linear_importance("tail", "bf16", configs[0], columns, True) for columns in (False, True)]
+        # The configuration between the first and the last differs from the first by a division.
+        other = dataclasses.replace(linear_importance("tail", "bf16", configs[-1], False, True), default=False)
+        for variant in (*variants, other):
+            yield dataclasses.replace(variant, capabilities=(capability,))
 
 
 def by_descriptors(
     widths: str, dtype: str, default: linear.LinearImportanceConfig, others: list[linear.LinearImportanceConfig]
 ) -> Iterator[Variant]:
-    """The variants with descriptors, fewer for fp16, which is multiplied in the same way as bf16.
+    """The variants with descriptors for Hopper, fewer for fp16, which is multiplied in the same way as bf16.
 
     Tiles that extend beyond the matrix do everything that whole tiles do, and more.
     """
@@ -140,7 +158,8 @@ def by_pointers(widths: str, dtype: str, config: linear.LinearImportanceConfig) 
     if dtype != "fp16":
         yield linear_importance(widths, dtype, config, False, False)
         by_columns = linear_importance(widths, dtype, config, True, False)
-        spare = {"fp32": CAPABILITIES, "bf16": (80,) if widths == "tail" else (90,)}
+        fp32 = (*CAPABILITIES, *BLACKWELL) if widths == "tail" else CAPABILITIES
+        spare = {"fp32": fp32, "bf16": (80,) if widths == "tail" else (90,)}
         yield dataclasses.replace(by_columns, capabilities=spare[dtype])
 
 
@@ -233,7 +252,8 @@ def mask_gradients(dtype: str) -> Variant:
     types = dict.fromkeys(("x_ptr", "dx_ptr"), f"*{dtype}")
     elements = config.BLOCK_T * config.BLOCK_I // (32 * config.num_warps)
     kernel = mask_gradient._mask_gradient_kernel
-    return Variant("mask_gradient", kernel, dtype, types, constants, options, True, elements=elements)
+    capabilities = (*CAPABILITIES, *BLACKWELL) if dtype == "bf16" else CAPABILITIES
+    return Variant("mask_gradient", kernel, dtype, types, constants, options, True, capabilities, elements)
 
 
 def second_stages() -> Iterator[Variant]:
@@ -347,13 +367,14 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 def instructions(cubin: bytes) -> dict[str, int]:
     """Counts of instructions in the machine code (SASS) of a kernel.
 
-    wgmma: warp-group matrix products (wgmma), which Hopper has.
+    wgmma: matrix products that take operands from shared memory: Hopper's wgmma, or tcgen05 of Blackwell's data-centre
+        GPUs.
     loop: instructions of the longest innermost loop.
     loop_barriers: barriers (BAR) inside innermost loops, without those that products need.
-    epilogue: instructions after the last wgmma; 0 if there is none.
+    epilogue: instructions after the last of these products; 0 if there is none.
     """
     code = [line for line in _inspect("nvdisasm", "-c", cubin).splitlines() if _is_instruction(line) or _is_label(line)]
-    products = [at for at, line in enumerate(code) if "GMMA" in line]
+    products = [at for at, line in enumerate(code) if "GMMA" in line or "UTCHMMA" in line]
     barriers = [at for at, line in enumerate(code) if re.search(r"\bBAR\.", line)]
     loops = list(_loops(code))
     return {

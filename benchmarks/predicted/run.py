@@ -31,8 +31,9 @@ _MODEL = "Llama-3-8B"
 _OPS = (linear_importance.OP, mask_gradient.OP, taylor_score.OP)
 # The Triton version that GPU machines have, installed beside the newest one.
 _OTHER_TRITON = ROOT / ".venv" / "triton-3.6.0"
-_OF_SM = {80: 164 << 10, 90: 228 << 10}
-_REGISTERS, _THREADS, _BLOCK_RESERVE = 65536, 2048, 1024
+_OF_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
+_THREADS = {80: 2048, 90: 2048, 100: 2048, 120: 1536}
+_REGISTERS, _BLOCK_RESERVE = 65536, 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,7 +91,7 @@ def _of_kernel(entry: dict[str, int | str | bool]) -> Record:
     blocks = min(
         _OF_SM[capability] // (int(entry["shared"]) + _BLOCK_RESERVE),
         _REGISTERS // (int(entry["registers"]) * warps * 32),
-        _THREADS // (warps * 32),
+        _THREADS[capability] // (warps * 32),
     )
     elements = int(entry["elements"])
     counts = {name: int(entry[name]) / elements for name in ("loop", "epilogue")} if elements else {}

@@ -23,7 +23,8 @@ PROGRAM = ROOT / "benchmarks" / "predicted" / "compile_kernels.py"
 # The version that torch 2.11 installs on a GPU machine. It is checked as well, because it generates other code.
 OTHER = ROOT / ".venv" / "triton-3.6.0"
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes by compute capability, the most that a block may have
+# Bytes by compute capability, the most that a block may have.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 SM_SHARED_MEMORY = 228 * 1024  # bytes of shared memory on Hopper, of which each block takes 1 KiB more than it asks for
 SM_REGISTERS = 65536
 
@@ -84,9 +85,12 @@ def _digest() -> str:
 def spilled(entry: Compiled) -> bool:
     """Whether registers are spilled to memory; on the error path ("recount") they may be, because it need not be fast.
 
-    In the persistent configuration, which is only measured and never chosen, Triton 3.9.0 uses 8 bytes of stack.
+    8 bytes of stack are accepted in two cases: Triton 3.9.0 uses them in the persistent configuration, which is only
+    measured and never chosen, and Triton 3.6.0 for compute capability 12.0, with any configuration.
     """
     if entry["name"].startswith("persistent") and entry["triton"] != "3.6.0":
+        return bool(entry["stack"] > 8)
+    if entry["capability"] == 120 and entry["triton"] == "3.6.0":
         return bool(entry["stack"] > 8)
     return bool(entry["stack"]) and not entry["name"].startswith("recount")
 
@@ -102,15 +106,21 @@ def on_hoppers_tensor_cores(entry: Compiled) -> bool:
 
 
 def slow_products(entry: Compiled) -> bool:
-    """Whether products do not use wgmma, which Hopper's tensor cores need for their full rate, although they could.
+    """Whether products that could use wgmma or tcgen05, which data-centre GPUs need for their full rate, do not.
 
-    Products that cannot run on these tensor cores must not use it.
+    Products that cannot run on these tensor cores must not use them.
     """
-    return bool((entry["wgmma"] > 0) != on_hoppers_tensor_cores(entry))
+    at_full_rate = entry["capability"] in (90, 100) and entry["dtype"] != "fp32"
+    return bool((entry["wgmma"] > 0) != at_full_rate)
 
 
 def alone_on_its_sm(entry: Compiled) -> bool:
-    """Whether two blocks do not fit on one SM, so that nothing else computes during a block's epilogue."""
+    """Whether two blocks do not fit on one SM, so that nothing else computes during a block's epilogue.
+
+    On an SM of compute capability 12, where operands are in registers, there is room for only one.
+    """
+    if entry["capability"] == 120:
+        return False
     registers = entry["registers"] * entry["warps"] * 32
     return bool(2 * (entry["shared"] + 1024) > SM_SHARED_MEMORY or 2 * registers > SM_REGISTERS)
 
@@ -121,8 +131,13 @@ def long_epilogue(budget: float) -> Callable[[Compiled], bool]:
 
 
 def waits(budget: int) -> Callable[[Compiled], bool]:
-    """Return a gate on barriers in the loop: at each, a block's warps wait for each other in every iteration."""
-    return lambda entry: entry["loop_barriers"] > budget
+    """Return a gate on barriers in the loop: at each, a block's warps wait for each other in every iteration.
+
+    On Blackwell's GPUs a loop that reads by descriptors has one more.
+    """
+    return lambda entry: (
+        entry["loop_barriers"] > budget + (entry["capability"] >= 100 and "descriptors" in entry["name"])
+    )
 
 
 def long_loop(budget: float) -> Callable[[Compiled], bool]:

@@ -259,12 +259,39 @@ def test_the_same_bits_every_time(columns: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize(("descriptors", "from_registers"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("widths", [(4096, 4096), (4095, 4096)])
-def test_a_choice_by_time_changes_no_bit(widths: tuple[int, int], descriptors: bool, dtype: torch.dtype) -> None:
+def test_a_choice_by_time_changes_no_bit(
+    widths: tuple[int, int], descriptors: bool, from_registers: bool, dtype: torch.dtype
+) -> None:
     """All configurations to choose from agree in everything that determines the order of summation."""
-    configs = kernel.configs_for(*widths, dtype, descriptors)
+    configs = kernel.configs_for(*widths, dtype, descriptors, from_registers)
     assert len({(c.BLOCK_A, c.BLOCK_B, c.BLOCK_T, c.num_warps) for c in configs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((8, 9), False), ((9, 0), False), ((10, 0), False), ((12, 0), True)]
+)
+def test_consumer_blackwell_multiplies_from_registers(
+    capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    assert kernel.multiplies_from_registers(torch.device("cuda")) is expected
+    assert not kernel.multiplies_from_registers(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("from_registers", [False, True])
+def test_a_launch_chooses_among_the_configurations_for_its_device(
+    from_registers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, dy, w = tensors((1, 4, 16, 32), torch.float16)
+    if not kernel.descriptors_work(x, dy, w):
+        pytest.skip("this device has no tensor descriptors: they are NOT tested here")
+    offered: list[LinearImportanceConfig] = []
+    monkeypatch.setattr(kernel, "multiplies_from_registers", lambda _device: from_registers)
+    monkeypatch.setattr(kernel, "fastest", lambda configs, *_: offered.extend(configs) or configs[0])
+    kernel.linear_importance_triton(x, dy, w, columns=False)
+    assert [config.maxnreg for config in offered] == ([None] * 3 if from_registers else [128, 128, None])
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])
